@@ -45,7 +45,8 @@ def table_hash(
 )->str:              # 16 hexadecimal digits
     "Hash of a table's content; row and column order do not matter."
     cols = sorted(df.columns)
-    rows = sorted(json.dumps([str(v) for v in r], ensure_ascii=False) for r in df[cols].itertuples(index=False, name=None))
+    plain = lambda v: str(v.tolist() if isinstance(v, np.ndarray) else v)   # str of an array would round and shorten it
+    rows = sorted(json.dumps([plain(v) for v in r], ensure_ascii=False) for r in df[cols].itertuples(index=False, name=None))
     return content_hash(*cols, *rows)
 
 # %% ../nbs/00_core.ipynb #2c2f4e6a

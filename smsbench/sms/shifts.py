@@ -98,7 +98,7 @@ def draw_donors(
     for i in order('sample', rows):
         r = rows[i]
         pool = [h for label, h in heaps[group(r)].items() if (label == r.label) == same_class]
-        out[i] = _pop_fitting(pool, lambda d: _differs(r, rows[d]))
+        out[i] = _pop_fitting(pool, lambda d, r=r: _differs(r, rows[d]))
     return out
 
 # %% ../../nbs/31_sms.shifts.ipynb #0607b04e
