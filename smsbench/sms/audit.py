@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ..core import InputError, RunError, Run, atomic, content_hash, progress, read_table, validate, write_table
-from ..data.manifest import read_image
+from ..data.readers import read_image
 from .prompts import Task, parse_answer, render, variant_choices
 from .shifts import ARMS, shift_image
 from ..vlm.models import Answer, Inputs

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'Arm', 'select_arms', 'draw_donors', 'thumbnail', 'nearest_donors', 'region_elsewhere', 'shift_image',
-           'make_plan']
+           'cohort_hash', 'make_plan']
 
 # %% ../../nbs/31_sms.shifts.ipynb #36dbcbec
 import heapq, json
@@ -201,6 +201,13 @@ def _trial(arm, r, donors, rows, shapes, variant):
     return dict(trial_id=content_hash(arm.name, r.finding, r.sample_id, image_id, text_id, variant, region), sample_id=r.sample_id, patient_id=r.patient_id, finding=r.finding,
                 arm=arm.name, image_id=image_id, text_id=text_id, label=r.label, image_label=lent(image_id), text_label=lent(text_id), variant=variant, region=region), None
 
+# %% ../../nbs/31_sms.shifts.ipynb #8d8d337c
+def cohort_hash(
+    cohort:pd.DataFrame, # cohort table
+)->str:                  # 16 hexadecimal digits
+    "Name of a cohort's content, whatever the order of its rows and wherever its files lie."
+    return table_hash(cohort[['sample_id', 'patient_id', 'finding', 'label', 'image_sha' if 'image_sha' in cohort else 'image', 'text']])
+
 # %% ../../nbs/31_sms.shifts.ipynb #3beb33c6
 def make_plan(
     cohort:pd.DataFrame, # cohort table with its metadata in `.attrs`
@@ -224,7 +231,7 @@ def make_plan(
     if plan.empty or 'original' not in set(plan.arm): raise InputError(f"no sample can be shown as original ({'; '.join(sorted(set(out.reason))) or 'the cohort is empty'})")
     plan = plan.merge(cohort[['sample_id', *attrs.get('strata', [])]], on='sample_id', how='left')
     plan.attrs = {**{k: attrs[k] for k in ('manifest', 'version', 'access', 'tasks', 'strata') if k in attrs}, 'seed': seed, 'match': list(match), 'variants': list(variants),
-                  'arms': [a.name for a in chosen], 'cohort_hash': table_hash(cohort[['sample_id', 'patient_id', 'finding', 'label', 'image_sha', 'text']]), 'plan_hash': table_hash(plan)}
+                  'arms': [a.name for a in chosen], 'cohort_hash': cohort_hash(cohort), 'plan_hash': table_hash(plan)}
     return validate(plan, 'plan'), out.reset_index(drop=True)
 
 # %% ../../nbs/31_sms.shifts.ipynb #df5c2491
