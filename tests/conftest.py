@@ -1,0 +1,25 @@
+"What several tests share."
+import os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def cli(tmp_path):
+    "Run `smsbench …` as a person would; returns (exit code, stdout, stderr)."
+    def run(*args, cwd=tmp_path, timeout=300):
+        p = subprocess.run([sys.executable, '-m', 'smsbench.cli', *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        return p.returncode, p.stdout, p.stderr
+    return run
+
+
+@pytest.fixture(scope='session')
+def real_data():
+    "The folder of real data named by SMSBENCH_DATA; the test is skipped where there is none."
+    folder = os.environ.get('SMSBENCH_DATA', '')
+    if not folder: pytest.skip('SMSBENCH_DATA does not name a folder of real data')
+    if not Path(folder).is_absolute(): pytest.fail('SMSBENCH_DATA must be an absolute path')
+    return Path(folder)

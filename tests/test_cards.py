@@ -1,0 +1,42 @@
+"Cards that ship with the package, tried on data made here."
+import pytest
+import yaml
+
+from smsbench.core import InputError
+from smsbench.data.manifest import build_cohort, manifest_path
+from smsbench.data.phantom import phantom_cohort, save_phantom
+
+
+@pytest.mark.parametrize('findings', ['effusion', ('nodule', 'device', 'effusion')])
+def test_phantom_card_gives_the_phantom_back(tmp_path, findings):
+    made = phantom_cohort(20, seed=3, findings=findings)
+    save_phantom(made, tmp_path)
+    cohort, exclusions = build_cohort('phantom', tmp_path)
+    assert exclusions.empty and cohort.attrs['tasks'] == made.attrs['tasks'] and cohort.attrs['strata'] == made.attrs['strata'] and cohort.attrs['licence'] == made.attrs['licence']
+    same = [c for c in made if c != 'image']   # files here, references there; their pixels are the same
+    assert 'image_sha' in same and set(made) <= set(cohort)
+    assert cohort[same].astype(str).reset_index(drop=True).equals(made[same].astype(str).reset_index(drop=True))
+
+
+def test_csv_images_card_works_as_it_stands_and_so_does_every_rule_in_its_comments(tmp_path):
+    made = phantom_cohort(20, seed=1)
+    save_phantom(made, tmp_path)
+    t = made.rename(columns=dict(sample_id='id', patient_id='patient')).assign(image=[f'images/{p.name}' for p in sorted((tmp_path/'images').iterdir())])
+    t.to_csv(tmp_path/'samples.csv', index=False)
+    cohort, exclusions = build_cohort('csv_images', tmp_path)
+    assert len(cohort) == 20 and exclusions.empty and cohort.label.tolist() == made.label.tolist() and cohort.attrs['access'] == 'credentialed'
+    card = manifest_path('csv_images').read_text()
+    rules = [line.split('# label: ')[1] for line in card.splitlines() if '# label: ' in line]
+    columns = t.assign(pneumonia='1', diagnosis='pneumonia', labels='Pneumonia|Mass', severity='4', Pneumonia='1', Consolidation='0', view='AP Supine', quality='good', report='x')
+    columns.to_csv(tmp_path/'samples.csv', index=False)
+    for rule in rules:
+        (tmp_path/'card.yaml').write_text(card.replace('label: label ', f'label: {rule} #'))
+        assert set(build_cohort(tmp_path/'card.yaml', tmp_path)[0].label) == {'yes'}
+    assert len(rules) == 6
+    on = '\n'.join(line[2:] if line.startswith(('# strata', '#   sex', '#   age_band', '#   view')) else line for line in card.splitlines())   # as a person would take the marks away
+    (tmp_path/'card.yaml').write_text(on)
+    assert set(build_cohort(tmp_path/'card.yaml', tmp_path)[0]['view']) == {'AP'} and set(yaml.safe_load(on)['strata']) == {'sex', 'age_band', 'view'}
+
+
+def test_wrong_folder_is_one_line(tmp_path):
+    with pytest.raises(InputError, match=r'^csv_images: table samples\.csv: no such file below the data root$'): build_cohort('csv_images', tmp_path)
