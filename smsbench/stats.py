@@ -255,7 +255,8 @@ def samples_needed(
     design_effect:float=1., # how many clustered samples are worth one independent sample
 )->int:                 # samples, at which the power crosses `power`
     "Samples that `power_paired` needs."
-    if effect <= 0 or not 0 < power < 1: raise InputError(f'power: an effect of {effect} at power {power} needs no finite number of samples; effect > 0, 0 < power < 1')
+    if not (effect > 0 and 0 < power < 1 and design_effect > 0):
+        raise InputError(f'power: effect {effect}, power {power}, design effect {design_effect}: effect > 0, 0 < power < 1, design effect > 0')
     enough = lambda n: power_paired(n, baseline, effect, discordant, alpha) >= power
     low, high = 0, 16
     while not enough(high):
