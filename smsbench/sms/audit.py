@@ -116,7 +116,7 @@ def _score_part(path, trials, plan_hash, source, model, batch_size):
     new = {r['trial_id']: dict(model=model.name, **r) for r in score_trials(todo, source, model, batch_size)}
     part = pd.DataFrame([{**old, **new}[t.trial_id] for t in trials])
     write_table(part, path, 'predictions', plan_hash=plan_hash, model=model.info)
-    return read_table(path, 'predictions')   # what a resumed run would read
+    return read_table(path)   # what a resumed run would read
 
 # %% ../../nbs/32_sms.audit.ipynb #705821b2
 def score_plan(
@@ -144,9 +144,9 @@ def read_predictions(
     run:Run,      # run directory
 )->pd.DataFrame:  # all models' predictions
     "The predictions of a run; metadata holds each model's `info`. `InputError` where there are none."
-    parts = [read_table(p, 'predictions') for p in sorted((run/'predictions').glob('part-*.parquet'))]
+    parts = [read_table(p) for p in sorted((run/'predictions').glob('part-*.parquet'))]
     if not parts: raise InputError(f'{run.path}: no predictions here yet')
-    out = pd.concat(parts, ignore_index=True)
+    out = validate(pd.concat(parts, ignore_index=True), 'predictions')
     out.attrs = dict(plan_hash=parts[0].attrs.get('plan_hash', ''), models={p.model.iloc[0]: p.attrs.get('model', {}) for p in parts})
     return out
 

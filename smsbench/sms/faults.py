@@ -141,7 +141,7 @@ def answer_faults(
         add('unparsed', none.sum(), f"{none.sum()} of {len(g)} {a} answers say neither yes nor no ({', '.join(f'{n} {s}' for s, n in g.status[none].value_counts().items())}).")
         told, yes = g.answer[~none], (g.published == 'yes').sum()
         if len(told) >= MIN_ROWS and told.nunique() == 1:
-            add('one_answer', len(told), f"All {len(told)} readable {a} answers are {told.iloc[0]!r}: accuracy only restates the share of that class.", checked=len(told))
+            add('one_answer', len(told), f"All {len(told)} readable {a} answers are {told.iloc[0]!r}: {'accuracy only restates the share of that class' if told.iloc[0] in said else 'no accuracy can be read from them'}.", checked=len(told))
         if not yes: add('undefined_precision', len(g), f'None of the {len(scored[a])} scored {a} answers is yes; the published code prints precision 0.0 where the quotient is 0/0.')
     return out
 
@@ -163,8 +163,9 @@ def pair_shares(
     "Mass of each pair: of all when the file has probabilities, else of the four tokens (an upper bound)."
     p = {t: g[list(pair)].to_numpy() for t, pair in TOKENS.items()}
     if probabilities(g): return {t: v.sum(1) for t, v in p.items()}
-    mass = {t: np.logaddexp(*v.T) for t, v in p.items()}; total = np.logaddexp(*mass.values())
-    return {t: np.exp(m - total) for t, m in mass.items()}
+    with np.errstate(invalid='ignore'):                                    # a missing logit gives a missing share
+        mass = {t: np.logaddexp(*v.T) for t, v in p.items()}; total = np.logaddexp(*mass.values())
+        return {t: np.exp(m - total) for t, m in mass.items()}
 
 # %% ../../nbs/33f_sms.faults.ipynb #42b45a10
 def token_faults(

@@ -32,10 +32,10 @@ def exact_bounds(
     level:float=.95,  # two-sided level
 )->tuple[float, float]: # (low, high)
     "Clopper–Pearson bounds of a share, also for fractional counts. Source: Clopper and Pearson, Biometrika 1934."
-    from scipy.stats import beta
+    from scipy.special import betaincinv
     if not n: return 0., 1.
     share = min(max(share, 0.), 1.); tail, x = (1 - level) / 2, share * n
-    return (float(beta.ppf(tail, x, n - x + 1)) if x > 0 else 0.), (float(beta.ppf(1 - tail, x + 1, n - x)) if x < n else 1.)
+    return (float(betaincinv(x, n - x + 1, tail)) if x > 0 else 0.), (float(betaincinv(x + 1, n - x, 1 - tail)) if x < n else 1.)
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #3a10d955
 def decide(
@@ -87,6 +87,7 @@ def give_verdicts(
     for model, rows in answer_table(plan, predictions).groupby('model', sort=True):
         state = lambda s, model=model: [a for a, v in delivery[model].items() if v['verdict'] == s]
         void, parts = state('void'), dict(subgroups(rows))
-        found = {name: {f'relies_on_{m}': _reliance(Cells(g), m, void, **how) for m in NEEDS} for name, g in parts.items() if name == 'all' or name.startswith('finding=')}
+        parts = {name: Cells(g) for name, g in parts.items() if name == 'all' or name.startswith('finding=')}
+        found = {name: {f'relies_on_{m}': _reliance(cells, m, void, **how) for m in NEEDS} for name, cells in parts.items()}
         out[model] = {**found.pop('all'), 'void_arms': void, 'unproven_arms': state('unproven'), 'findings': {name.split('=', 1)[1]: v for name, v in found.items()}}
     return dict(models=out)
