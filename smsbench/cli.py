@@ -9,7 +9,7 @@ __all__ = ['app', 'split_list', 'say', 'cohort', 'plan', 'power', 'finish', 'aud
 # %% ../nbs/60_cli.ipynb #cd8a51b9
 import json, sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -23,7 +23,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 # %% ../nbs/60_cli.ipynb #ed7b5f97
 _Out = Annotated[Path, typer.Option(help='Run directory. Started again in the same directory, a run goes on where it stopped.')]
 _Json = Annotated[bool, typer.Option('--json', help='Print the result as JSON for scripts.')]
-_Root = Annotated[Optional[Path], typer.Option(help="Folder below which the dataset's files lie.")]
+_Root = Annotated[Path | None, typer.Option(help="Folder below which the dataset's files lie.")]
 _Seed = Annotated[int, typer.Option(help='Seed of the donors and of the resampling.')]
 _Arms = Annotated[str, typer.Option(help='Arms, comma-separated; the arms they are compared with are added. Empty: all that the cohort allows.')]
 _Match = Annotated[str, typer.Option(help='Columns in which donor and sample must agree, comma-separated, e.g. sex,view.')]
@@ -54,7 +54,7 @@ def cohort(
     manifest: Annotated[str, typer.Argument(help='Name of a card in data_manifests, or the path of your own YAML card.')],
     root: Annotated[Path, typer.Option(help="Folder below which the dataset's files lie.")],
     out: Annotated[Path, typer.Option(help='Cohort file to write (parquet).')],
-    limit: Annotated[Optional[int], typer.Option(help='Read only the first N rows: a quick look at a big dataset.')] = None,
+    limit: Annotated[int | None, typer.Option(help='Read only N rows, spread evenly over the table: a quick look at a big dataset.')] = None,
     as_json: _Json = False,
 ):
     """Read a dataset through its manifest, check every file, and write the cohort.
@@ -100,12 +100,12 @@ def plan(
 @app.command()
 def power(
     baseline_acc: Annotated[float, typer.Option(help='Accuracy before the change, 0..1.')],
-    effect: Annotated[Optional[float], typer.Option(help='Drop in accuracy to be found, 0..1.')] = None,
-    n: Annotated[Optional[int], typer.Option(help='Samples you have.')] = None,
+    effect: Annotated[float | None, typer.Option(help='Drop in accuracy to be found, 0..1.')] = None,
+    n: Annotated[int | None, typer.Option(help='Samples you have.')] = None,
     design_effect: Annotated[float, typer.Option(help='How many clustered samples are worth one independent sample; 1 when every patient has one.')] = 1.,
     wanted: Annotated[float, typer.Option('--power', help='Wanted probability of finding the effect.')] = .8,
     alpha: Annotated[float, typer.Option(help='Level of the two-sided test.')] = .05,
-    discordant: Annotated[Optional[float], typer.Option(help='Share of samples whose correctness changes either way; default: as if answers were independent.')] = None,
+    discordant: Annotated[float | None, typer.Option(help='Share of samples whose correctness changes either way; default: as if answers were independent.')] = None,
     as_json: _Json = False,
 ):
     """Samples needed to find an effect, or the smallest effect a cohort can show (exact McNemar test on paired answers).
@@ -168,10 +168,10 @@ def _cohort_for(manifest, root, cohort_file, plan_file):
 def audit(
     model: Annotated[list[str], typer.Option(help='Hugging Face id, folder, reference-… or planted:…; repeat for several models.')],
     out: _Out,
-    manifest: Annotated[Optional[str], typer.Option(help='Name or path of a dataset card; needs --root.')] = None,
+    manifest: Annotated[str | None, typer.Option(help='Name or path of a dataset card; needs --root.')] = None,
     root: _Root = None,
-    cohort_file: Annotated[Optional[Path], typer.Option('--cohort', help='Cohort file, as `smsbench cohort` writes it.')] = None,
-    plan_file: Annotated[Optional[Path], typer.Option('--plan', help='Plan file, as `smsbench plan` writes it.')] = None,
+    cohort_file: Annotated[Path | None, typer.Option('--cohort', help='Cohort file, as `smsbench cohort` writes it.')] = None,
+    plan_file: Annotated[Path | None, typer.Option('--plan', help='Plan file, as `smsbench plan` writes it.')] = None,
     arms: _Arms = '', seed: _Seed = 0, match: _Match = '', variants: _Variants = 'plain', margin: _Margin = .05, n_boot: _Boot = 2000,
     device: Annotated[str, typer.Option(help='cpu, cuda, cuda:1 or auto.')] = 'auto',
     dtype: Annotated[str, typer.Option(help='float32, bfloat16, float16 or auto (as the checkpoint says).')] = 'auto',
@@ -216,7 +216,7 @@ def demo(
 def trials(
     plan_file: Annotated[Path, typer.Argument(metavar='PLAN', help='Plan file.')],
     out: Annotated[Path, typer.Option(help='JSON-lines file to write; pictures go into a folder beside it.')],
-    cohort_file: Annotated[Optional[Path], typer.Option('--cohort', help='Cohort file the plan was made from.')] = None,
+    cohort_file: Annotated[Path | None, typer.Option('--cohort', help='Cohort file the plan was made from.')] = None,
     root: _Root = None,
     allow_credentialed: Annotated[str, typer.Option(help='Name of the credentialed dataset whose texts and pictures may be written out.')] = '',
 ):
@@ -236,7 +236,7 @@ def predictions(
     file: Annotated[Path, typer.Argument(help='JSON-lines file: trial_id, and logprobs or raw_text; pixel_sha, token_sha, delivered_sha prove delivery.')],
     out: _Out,
     plan_file: Annotated[Path, typer.Option('--plan', help='Plan file that was answered.')],
-    cohort_file: Annotated[Optional[Path], typer.Option('--cohort', help='Cohort file, for the examples in the report.')] = None,
+    cohort_file: Annotated[Path | None, typer.Option('--cohort', help='Cohort file, for the examples in the report.')] = None,
     name: Annotated[str, typer.Option(help="What to call the model; default: the file's name.")] = '',
     margin: _Margin = .05, n_boot: _Boot = 2000, seed: _Seed = 0, as_json: _Json = False,
 ):
@@ -288,8 +288,8 @@ def report(
 def run(
     notebook: Annotated[str, typer.Argument(help='Run notebook: a name that comes with the package (sms_audit, sms_published) or a path.')],
     out: _Out,
-    file: Annotated[Optional[Path], typer.Option('-f', '--file', help='YAML file with parameters.')] = None,
-    parameter: Annotated[Optional[list[str]], typer.Option('-p', '--parameter', metavar='NAME VALUE', help='One parameter; repeat for several. Wins over --file.')] = None,
+    file: Annotated[Path | None, typer.Option('-f', '--file', help='YAML file with parameters.')] = None,
+    parameter: Annotated[list[str] | None, typer.Option('-p', '--parameter', metavar='NAME VALUE', help='One parameter; repeat for several. Wins over --file.')] = None,
 ):
     """Run a notebook with papermill and render it as one HTML file.
 

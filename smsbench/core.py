@@ -232,8 +232,8 @@ class Run:
 
     def log(self,
         line:str, # one event, without patient data
-        echo:bool=True, # also print it
+        echo:bool=True, # also say it on stderr, where progress goes
     ):
         "Append a time-stamped line to log.txt."
         with open(self/'log.txt', 'a', encoding='utf-8') as f: f.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}\n")
-        if echo: print(line, flush=True)
+        if echo: print(line, file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def cli(tmp_path):
     "Run `smsbench …` as a person would; returns (exit code, stdout, stderr)."
     def run(*args, cwd=tmp_path, timeout=300):
-        p = subprocess.run([sys.executable, '-m', 'smsbench.cli', *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        p = subprocess.run([Path(sys.executable).parent/'smsbench', *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         return p.returncode, p.stdout, p.stderr
     return run
 

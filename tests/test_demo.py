@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def demo(tmp_path_factory):
     import subprocess, sys
     out, begin = tmp_path_factory.mktemp('demo')/'run', time.time()
-    p = subprocess.run([sys.executable, '-m', 'smsbench.cli', 'demo', '--out', str(out)], capture_output=True, text=True, timeout=600)
+    p = subprocess.run([Path(sys.executable).parent/'smsbench', 'demo', '--out', str(out)], capture_output=True, text=True, timeout=600)
     assert p.returncode == 0, p.stderr
     return out, p.stdout.strip().splitlines(), time.time() - begin
 

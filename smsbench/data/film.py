@@ -53,11 +53,11 @@ def _ellipse(c, cx, cy, h, aspect, t):
     dx, dy = c.x - cx, c.y - cy
     return np.square((cos*dx + sin*dy)*(1/w)) + np.square((cos*dy - sin*dx)*(1/(aspect*w)))
 
-# %% ../../nbs/10a_data.film.ipynb #7460db44
-_ANATOMY = dict(width=(.77, .82), top=(-.85, -.79), dome=(.50, .57), tilt=(.03, .06), ctr=(.41, .445), spine=(.070, .085), rib=(.148, .168), slope=(.8, 1.2),
+# %% ../../nbs/10a_data.film.ipynb #d00a0e10
+_ANATOMY = dict(width=(.78, .82), top=(-.85, -.79), dome=(.50, .57), tilt=(.03, .06), ctr=(.41, .445), spine=(.070, .085), rib=(.148, .168), slope=(.8, 1.2),
                 shoulder=(.34, .46), torso=(.98, 1.06), knob=(.065, .085), clavicle=(-.60, -.54), tissue=(.60, .68), vessel=(0, 1), bubble=(.08, .15), breast=(.28, .34))
 _POSE = dict(turn=(-1, 1), shift=(-.018, .018), lift=(-.02, .02), breath=(-.02, .02), exposure=(.95, 1.05))
-_PLACES = dict(side_p=(0, 1), side_e=(0, 1), ox=(.36, .42), oy=(-.30, -.10), o_r=(.21, .25), lobes=(-1, 1), fluid=(.30, .42), big=(.66, .70), nx=(.40, .48),
+_PLACES = dict(side_p=(0, 1), side_e=(0, 1), ox=(.36, .42), oy=(-.30, -.10), o_r=(.21, .25), lobes=(-1, 1), fluid=(.33, .43), big=(.65, .69), nx=(.40, .48),
                ny=(-.34, -.20), n_r=(.066, .080), depth=(.28, .35), dx=(.46, .54), dy=(-.56, -.52), kind=(0, 1))
 
 def _chest(patient, film, view, sex):
@@ -154,7 +154,7 @@ def _girdle(c):
 def _heart(c, ctr):
     h = ctr*c.width
     cy = c.dome + c.tilt + .03 - .52*h
-    q = np.minimum(_ellipse(c, .30*h, cy, .985*h, .66, .30), _ellipse(c, .04*h, cy - .16*h, .71*h, 1.17, .05))
+    q = np.minimum(_ellipse(c, .24*h, cy, .985*h, .66, .30), _ellipse(c, .03*h, cy - .16*h, .74*h, 1.14, .05))
     return .50*_step((1 - np.sqrt(q))*h, max(.05, 1.6*c.edge))*(1 - .75*_step(c.y - c.floor, .06))
 
 # %% ../../nbs/10a_data.film.ipynb #7b38d0a5
@@ -167,7 +167,7 @@ def _opacity(c):
 
 def _effusion(c):
     ax = c.x*c.side['effusion']
-    level = c.dome + (c.tilt if c.side['effusion'] > 0 else 0) + .12 - c.fluid - .34*_bump(np.clip((c.width - ax)*2.4, 0, 1)) + 1.3*np.maximum(.44 - ax, 0)
+    level = c.dome + (c.tilt if c.side['effusion'] > 0 else 0) + .12 - c.fluid - .34*_bump(np.clip((c.width - ax)*2.4, 0, 1)) + 2.5*np.maximum(.30 - ax, 0)
     return .56*_step(c.y - level, .10)*c.lung*(ax > .05)
 
 def _cardiomegaly(c): return _heart(c, c.big) - _heart(c, c.ctr)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ..core import InputError, RunError, Run, atomic, content_hash, progress, read_table, validate, write_table
+from ..data.film import read_phantom # noqa: F401  importing it lets 'phantom:' references be read
 from ..data.readers import read_image
 from .prompts import Task, parse_answer, render, variant_choices
 from .shifts import ARMS, shift_image
