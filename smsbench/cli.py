@@ -262,12 +262,10 @@ def published(
     Example:  smsbench published results/ --dataset medeval --out reports/published
     """
     from smsbench.report.html import render
-    from smsbench.sms.published import published as analyse
+    from smsbench.sms.published import findings, published as analyse
     table, faults = analyse(results, dataset, out, n_boot=n_boot, seed=seed)
-    report = render('sms_published', out, dict(out=str(out), results=str(results), dataset=dataset, n_boot=n_boot, seed=seed))
-    counts = {}
-    for f in faults: counts[f['code']] = counts.get(f['code'], 0) + 1
-    say(dict(report=str(report), rows=len(table), faults=counts), as_json, '\n'.join([*(f'{n:4d}  {c}' for c, n in sorted(counts.items())), f'{len(table)} numbers re-analysed', str(report)]))
+    page, found = render('sms_published', out, dict(out=str(out), results=str(results), dataset=dataset, n_boot=n_boot, seed=seed)), findings(table, faults)
+    say(dict(report=str(page), rows=len(table), found=found, faults=faults), as_json, '\n'.join([*found, str(page)]))
 
 # %% ../nbs/60_cli.ipynb #72458e09
 @app.command()

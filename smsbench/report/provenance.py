@@ -7,6 +7,7 @@ __all__ = ['funnel_rows', 'exclusion_rows', 'funnel', 'arm_table', 'commands', '
 
 # %% ../../nbs/51b_report.provenance.ipynb #7c5a05f8
 import shlex
+from pathlib import Path
 
 import pandas as pd
 
@@ -70,13 +71,13 @@ def commands(
 )->list[str]:
     "Shell lines that make the numbers again, and the report."
     c, info = results.config, results.predictions.attrs.get('models', {})
-    flag = lambda name, v: f' --{name} {shlex.quote(str(v))}' if v not in ('', None) else ''
-    again = flag('seed', c['seed']) + flag('margin', c['margin']) + flag('n-boot', c['n_boot'])
+    flag = lambda name, v: [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None) else []
+    again = flag('seed', c['seed']) + flag('margin', c['margin']) + flag('n-boot', c['n_boot']) + ['--out NEW']
     imported = [m for m in model_names(results) if 'imported' in info.get(m, {})]
-    if imported: return [f'smsbench predictions ANSWERS.jsonl --plan RUN/plan.parquet --cohort RUN/cohort.parquet{flag("name", m)}{again} --out NEW' for m in imported] + ['smsbench report RUN']
-    data = ' --cohort RUN/cohort.parquet' if results.open else flag('manifest', c['cohort'].get('manifest')) + ' --root DATA'
-    lists = flag('arms', ','.join(c['arms'])) + flag('match', ','.join(c['match'])) + flag('variants', ','.join(v for v in c['variants'] if list(c['variants']) != ['plain']))
-    return [f"smsbench audit{data}{''.join(flag('model', m) for m in model_names(results))}{lists}{again} --out NEW", 'smsbench report RUN']
+    data = ['--cohort RUN/cohort.parquet'] if results.open else flag('manifest', c['cohort'].get('manifest')) + ['--root DATA']
+    lists = flag('arms', ','.join(c['arms'])) + flag('match', ','.join(c['match'])) + flag('variants', '' if list(c['variants']) == ['plain'] else ','.join(c['variants']))
+    lines = [['smsbench predictions ANSWERS.jsonl', '--plan RUN/plan.parquet', '--cohort RUN/cohort.parquet', *flag('name', m), *again] for m in imported] or [['smsbench audit', *data, *(f for m in c['models'] for f in flag('model', m)), *lists, *again]]
+    return [(' ' if sum(map(len, l)) < 100 else ' \\\n    ').join(l) for l in lines] + ['smsbench report RUN']
 
 # %% ../../nbs/51b_report.provenance.ipynb #af2565e5
 def provenance(
@@ -85,9 +86,11 @@ def provenance(
     "Hashes, settings, models, packages and the commands."
     c, env, about = results.config, results.environment, results.config['cohort']
     say = lambda v: DASH if v in (None, '', [], ()) else ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else v
+    log = Path(results.path)/'log.txt'
+    finished = log.read_text(encoding='utf-8').splitlines()[-1].split(' ')[0] if log.exists() else None
     facts = {'config hash': results.config_hash, 'plan hash': results.plan.attrs.get('plan_hash'), 'cohort hash': c.get('cohort_hash'), 'data': f"{about.get('manifest')}, version {about.get('version')}", 'access': about.get('access'),
              'licence': about.get('licence'), 'citation': about.get('citation'), 'manifest hash': about.get('manifest_hash'), 'seed': c['seed'], 'matched on': c['match'], 'prompt variants': c['variants'], 'margin': c['margin'],
-             'resamples of patients': c['n_boot'], 'smallest cell that is shown': c['minimum'], 'device': env.get('device'), 'code': env.get('code'), 'python': env.get('python'), 'platform': env.get('platform'),
+             'resamples of patients': c['n_boot'], 'smallest cell that is shown': c['minimum'], 'finished': finished, 'code': env.get('code'), 'python': env.get('python'), 'platform': env.get('platform'),
              'packages': [f'{k} {v}' for k, v in env.get('packages', {}).items() if v]}
     keys = ('id', 'revision', 'family', 'dtype', 'attn_implementation', 'device', 'n_parameters', 'trained_on', 'notes')
     info = results.predictions.attrs.get('models', {})

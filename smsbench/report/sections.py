@@ -48,7 +48,7 @@ def verdict_card(
     info = results.predictions.attrs.get('models', {}).get(model, {})
     said = [sentence(subject, m, v[f'relies_on_{m}'], words) for subject, m in ((model, 'image'), ('It', 'text'))] if not v.get('void_arms') else []
     base = pick(results.metrics[results.metrics.model == model], 'accuracy', arms=['original'])
-    for r in base[base.value.notna()].itertuples(): said.append(f"With its own {words['image']} and {words['text']} it answers {percent(r.value, 1)} correctly (95 % CI {span(r.ci_low, r.ci_high)}, {r.n} samples).")
+    for r in base[base.value.notna() & (not v.get('void_arms'))].itertuples(): said.append(f"With its own {words['image']} and {words['text']} it answers {percent(r.value, 1)} correctly (95 % CI {span(r.ci_low, r.ci_high)}, {r.n} samples).")
     warnings = [n for n in (*delivery_notes(v, results.delivery.get(model, {})), training_note(info, results.config['cohort']), *answer_notes(results.metrics, model)) if n]
     return markup('<section class="verdict"><h3><span>{}</span> {}</h3>{}{}</section>', model, join((chip(v[f'relies_on_{m}']['verdict'], m) for m in ('image', 'text')), ' '),
                   join(markup('<p class="warning">{}</p>', w) for w in warnings), join(markup('<p>{}</p>', s) for s in said))
@@ -91,7 +91,7 @@ def delivery_table(
         v = found.get(m, {}).get(a)
         if v is None: return DASH
         text = dict(ok='✓ ok', void='✕ VOID', unproven='? unproven')[v['verdict']]
-        return markup('<span class="nowrap {}">{}</span> <span class="nowrap">{}/{}, {} violations</span>{}', 'bad' if v['verdict'] != 'ok' else '', text, v['checked'], v['trials'], v['violations'], f": {v['why']}" if v['why'] else '')
+        return markup('<span class="nowrap {}">{}</span> <span class="nowrap">{}/{}, {} violations</span>{}', 'bad' if v['verdict'] != 'ok' else '', text, v['checked'], v['trials'], v['violations'], f": {v['why'].split(': ', 1)[-1]}" if v['why'] else '')
     must = lambda a: 'baseline' if not a.versus else markup('<span class="nowrap">pixels {}, tokens {}</span>', a.pixels, a.tokens)
     rows = [{'arm': a.name, 'compared with': a.versus or DASH, 'must be': must(a), **{column(m): state(m, a.name) for m in models}} for a in ARMS.values() if any(a.name in found.get(m, {}) for m in models)]
     return html_table(pd.DataFrame(rows), 'Delivery per arm and model: verdict, trials checked / trials, violations')
@@ -145,8 +145,8 @@ CONTRASTS = ( # group, what, metric, arm, kind
     ('Control: same class', 'excess flips of the opposite class, image', 'excess_flips', 'image_swap', '%'),
     ('Control: same class', 'flips under a text of the same class', 'flips', 'text_swap_same', '%'),
     ('Control: same class', 'excess flips of the opposite class, text', 'excess_flips', 'text_swap', '%'),
-    ('Where film and text disagree', 'the answer sides with the text', 'text_following', '', '%'),
-    ('Where film and text disagree', 'both swapped: the answer follows the donor', 'donor_following', 'both_swap', '%'),
+    ('Where image and text disagree', 'the answer sides with the text', 'text_following', '', '%'),
+    ('Where image and text disagree', 'both swapped: the answer follows the donor', 'donor_following', 'both_swap', '%'),
     ('Region', 'flips when the marked region is greyed', 'flips', 'occlude_finding', '%'),
     ('Region', 'flips when an equal region elsewhere is greyed', 'flips', 'occlude_elsewhere', '%'),
     ('Region', 'difference: region dependence', 'region_dependence', '', '%'),

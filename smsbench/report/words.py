@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['wording', 'evidence', 'sentence', 'training_note', 'answer_notes', 'delivery_notes']
 
-# %% ../../nbs/50c_report.words.ipynb #f1fe270c
+# %% ../../nbs/50c_report.words.ipynb #c66ebe7d
+import re
+
 from .figures import percent, pick, rounded, span
 
 # %% ../../nbs/50c_report.words.ipynb #948fa5a9
@@ -38,12 +40,13 @@ def sentence(
     "A verdict in a sentence with its interval."
     word = verdict['verdict']
     if word is None: return f"{subject}: no verdict on the {modality}. {_capital(verdict.get('note') or 'An arm was not delivered')}."
-    if verdict['value'] is None or verdict['value'] != verdict['value']: return f"{subject}: undecided whether the answer depends on the {modality}, because {verdict.get('note') or 'nothing could be measured'}."
+    who = 'it' if subject == 'It' else subject
+    if verdict['value'] is None or verdict['value'] != verdict['value']: return f"Whether {who} relies on the {modality} is undecided, because {verdict.get('note') or 'nothing could be measured'}."
     shown = evidence(verdict, modality, words)
     if word == 'relies': return f'{subject} relies on the {modality}: {shown}.'
     if word == 'ignores': return f"{subject} ignores the {modality}: {shown}. All in all the answer moves by {rounded(100 * verdict['moved_other'])} points, at most {rounded(100 * verdict['moved_other_high'])} (one-sided 95 % bound)."
     if word == 'unstable': return f"{subject} is unstable to the {modality}: even a {words[modality]} of the same class moves its answer by {rounded(100 * verdict['moved_same'])} points; {shown}."
-    return f'{subject}: undecided whether the answer depends on the {modality}: {shown}. More patients are needed to tell.'
+    return f'Whether {who} relies on the {modality} is undecided: {shown}. More patients are needed to tell.'
 
 def _capital(text): return text[:1].upper() + text[1:]
 
@@ -54,7 +57,7 @@ def training_note(
 )->str:          # '' where the model was trained for this data, or nobody says
     "A sentence where a model's own card says that it was trained on something else."
     trained, name = str(info.get('trained_on') or ''), str(cohort.get('manifest') or '')
-    if not trained or (name and name.lower() in trained.lower()): return ''
+    if not trained or (name and re.search(rf'(?<!\w){re.escape(name)}(?!\w)', trained, re.I)): return ''
     return f"Not trained for this data: its card says it was trained on {trained.strip().rstrip('.')}, and the data here are {cohort.get('title') or name}. Its answers show its habits, not its skill."
 
 # %% ../../nbs/50c_report.words.ipynb #1a7f1359
@@ -76,7 +79,9 @@ def delivery_notes(
     delivery:dict, # a model's arms, as `prove_delivery` found them
 )->list[str]:
     "Sentences about arms that did not arrive, or of which nobody knows."
-    void = [f"{a} ({delivery.get(a, {}).get('why') or 'not delivered'})" for a in verdict.get('void_arms', [])]
+    by_reason = {}
+    for a in verdict.get('void_arms', []): by_reason.setdefault(delivery.get(a, {}).get('why') or 'not delivered', []).append(a)
+    void = [f"{', '.join(arms)} ({why})" for why, arms in by_reason.items()]
     unproven = verdict.get('unproven_arms', [])
     return ([f"Void: {'; '.join(void)}. What did not reach the model says nothing about it, so no verdict is given and its numbers below are no findings."] if void else []) + (
         [f"Delivery is unproven for {len(unproven)} arms ({', '.join(unproven[:4])}{', …' * (len(unproven) > 4)}): the answers came without hashes of what was delivered. The verdict holds only if every change reached the model."] if unproven else [])
