@@ -194,19 +194,20 @@ def audit(
 @app.command()
 def demo(
     out: _Out = Path('reports/demo'),
-    patients: Annotated[int, typer.Option(min=40, help='Patients of the phantom cohort.')] = 120,
+    films: Annotated[int, typer.Option(min=40, help='Films of the phantom cohort; each is asked about three findings.')] = 180,
     seed: _Seed = 0, n_boot: _Boot = 2000, as_json: _Json = False,
 ):
     """The main job on built-in data: a phantom cohort, two reference models of opposite habits, the full audit, the report.
 
     Example:  smsbench demo --out reports/demo
     """
+    from smsbench.core import Run
     from smsbench.data.manifest import build_cohort
     from smsbench.data.phantom import phantom_cohort, save_phantom
     from smsbench.sms.run import run_audit
-    from smsbench.vlm.reference import REFERENCE
-    data = out/'data'
-    save_phantom(phantom_cohort(patients, seed=seed), data)
+    from smsbench.vlm.reference import LEARNED, REFERENCE
+    data = Run(out)/'data'
+    save_phantom(phantom_cohort(films, findings=LEARNED, seed=seed, splits=dict(test=1.)), data)
     table, excluded = build_cohort('phantom', data)
     run_audit(out, table, list(REFERENCE), _settings('', seed, '', 'plain', .05, n_boot), exclusions=excluded, device='cpu', dtype='float32', batch_size=32)
     finish(out, as_json)

@@ -166,16 +166,22 @@ def read_table(
 
 # %% ../nbs/00_core.ipynb #b3384594
 def environment(
-    device:str='', # device the model ran on, as the run knows it ('' when no model ran)
+    device:str='', # device the models were asked to run on ('' when no model ran)
+    **hashes,      # names of what was computed on: manifest, cohort, plan
 )->dict:           # JSON-ready
-    "Packages, interpreter, platform, torch build and code revision of this process; no user name, host or path."
+    "Packages, interpreter, platform, torch build, code revision and hashes of a run; no user name, host or path."
     names = 'smsbench torch torchvision transformers open_clip_torch numpy pandas pyarrow scipy scikit-learn matplotlib pillow papermill nbconvert'.split()
     return dict(python=platform.python_version(), platform=f'{platform.system()} {platform.machine()}', cpus=os.cpu_count(), device=device,
-                packages={n: _version(n) for n in names}, code=_revision())
+                packages={n: _version(n) for n in names}, torch_build=_torch_build(), code=_revision(), hashes=hashes)
 
 def _version(name):
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return None
+
+def _torch_build():
+    "What the torch in use was built for; None where this process has not imported it."
+    torch = sys.modules.get('torch')
+    return torch and dict(version=torch.__version__, cuda=torch.version.cuda, gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 def _revision():
     "Git revision of the checkout this module stands in, with '+changes' when files differ; None for an installed wheel."

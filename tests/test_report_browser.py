@@ -102,7 +102,7 @@ def test_on_paper_everything_is_open_and_fits(browser, smoke):
 @pytest.fixture(scope='module')
 def hostile(tmp_path_factory):
     "A run whose finding, strata, reports, title and model names are attacks, and in which one model lost its image."
-    cohort = phantom_cohort(60, findings=['effusion'], seed=3)
+    cohort = phantom_cohort(44, findings=['effusion'], seed=3)
     about = {**cohort.attrs, 'title': f'{SCRIPT} {TEX}', 'tasks': {SCRIPT: cohort.attrs['tasks']['effusion'], IMAGE: cohort.attrs['tasks']['effusion']}}
     cohort = cohort.assign(finding=[(SCRIPT, IMAGE)[i % 2] for i in range(len(cohort))], text=[f'{IMAGE} {TEX} {t}' for t in cohort.text], sex=[(TEX, SCRIPT)[i // 3 % 2] for i in range(len(cohort))])
     cohort.attrs = about
@@ -111,7 +111,7 @@ def hostile(tmp_path_factory):
     out = tmp_path_factory.mktemp('hostile')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sms_run, 'open_model', lambda spec, *a: models[spec])
-        sms_run.run_audit(out, cohort, list(models), sms_run.AuditSettings(n_boot=100))
+        sms_run.run_audit(out, cohort, list(models), sms_run.AuditSettings(arms=('image_swap', 'text_swap', 'text_only', 'image_only', 'neither', 'image_only_swap'), n_boot=100))
     return render_run(out)
 
 
@@ -134,3 +134,13 @@ def test_a_void_model_gets_a_warning_and_no_verdict(browser, hostile):
     assert page.locator('.bad', has_text='VOID').count() >= 1
     assert page.get_by_text('Not trained for this data').count() == 3
     page.close()
+
+
+def test_credentialed_data_stay_home(tmp_path):
+    cohort = phantom_cohort(40, findings=['effusion'], seed=5)
+    cohort = cohort.assign(text='SECRET note. ' + cohort.text, sample_id='SECRET' + cohort.sample_id, patient_id='SECRET' + cohort.patient_id, sex=['rare' if i < 4 else 'common' for i in range(len(cohort))]).pipe(
+        lambda d: (d.attrs.update({**cohort.attrs, 'access': 'credentialed'}), d)[1])
+    sms_run.run_audit(tmp_path, cohort, ['planted:text-only'], sms_run.AuditSettings(arms=('image_swap', 'text_swap'), n_boot=100))
+    page = render_run(tmp_path).read_text(encoding='utf-8')
+    assert 'SECRET' not in page and 'no picture and no text of a patient is shown' in page and 'example_1' not in page
+    assert not list((tmp_path/'figures').glob('example*')) and 'sex=rare' in page and 'suppressed' in page and '&lt;10' in page

@@ -9,7 +9,8 @@ __all__ = ['CURVE_ARMS', 'reliability_curves', 'reliability_figure']
 import numpy as np, pandas as pd
 
 from ..calibration import reliability_curve
-from .figures import canvas, literal, looks, pick, rounded, span, styled, void_arms
+from .figures import pick, void_arms
+from .style import canvas, literal, looks, rounded, span, styled
 from ..sms.metrics import answer_table, subgroups
 from ..sms.shifts import ARMS
 

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from ..core import InputError
 from ..data.film import read_phantom
 from ..data.readers import read_image
-from .figures import canvas, literal, styled
+from .style import canvas, literal, styled
 from ..sms.metrics import answer_table, subgroups
 
 # %% ../../nbs/50d_report.examples.ipynb #7d12c50a

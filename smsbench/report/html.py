@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import InputError, RunError, atomic
-from .figures import DASH, rounded
+from .style import DASH, rounded
 from .words import sentence
 
 # %% ../../nbs/51_report.html.ipynb #5d14dfbc
@@ -85,7 +85,7 @@ def figure_html(
 )->Html:
     "A figure as <img> with its description; `InputError` where it has none."
     if fig is None: return markup('<p class="absent">{}</p>', absent)
-    alt, out = ' '.join((alt or getattr(fig, 'alt', '')).split()), io.BytesIO()
+    alt, out = ' '.join((alt or getattr(fig, 'alt', '')).split()), io.BytesIO()     # any Figure will do, also one that was made by pyplot
     if not alt: raise InputError('a figure needs a description (alt) for those who cannot see it')
     fig.savefig(out, format='png', dpi=192, metadata=dict(Software=None))
     if run is not None and name:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..data.manifest import shown
-from .figures import DASH
+from .style import DASH
 from .html import Html, html_table, join, markup
 from .sections import column, model_names
 from ..sms.shifts import ARMS
@@ -26,7 +26,8 @@ def funnel_rows(
     about = cohort.attrs
     rows = [('rows in the table of the data set', about['rows'], None)] if about.get('rows') else []
     rows += [(f'left out by the filter: {k}', n, None) for k, n in about.get('filtered', {}).items()]
-    rows += [(f'excluded: {k}', int(n), None) for k, n in results.exclusions.get('cohort', pd.DataFrame(columns=['reason'])).reason.value_counts().items()]
+    excluded = results.exclusions['cohort'].reason.value_counts() if 'cohort' in results.exclusions else about.get('excluded', {})   # the cohort knows its counts where the table is not there
+    rows += [(f'excluded: {k}', int(n), None) for k, n in excluded.items()]
     rows.append(('samples in the cohort (one question about one image)', len(cohort), cohort.patient_id.nunique()))
     rows.append(('samples in the plan', plan.sample_id.nunique(), plan.patient_id.nunique()))
     for model in model_names(results):
@@ -94,7 +95,7 @@ def provenance(
              'packages': [f'{k} {v}' for k, v in env.get('packages', {}).items() if v]}
     keys = ('id', 'revision', 'family', 'dtype', 'attn_implementation', 'device', 'n_parameters', 'trained_on', 'notes')
     info = results.predictions.attrs.get('models', {})
-    models = [{'what': k.replace('_', ' '), **{column(m): say(info.get(m, {}).get(k)) for m in model_names(results)}} for k in keys if any(info.get(m, {}).get(k) for m in model_names(results))]
+    models = [{'what': k.replace('_', ' '), **{column(m): say(info.get(m, {}).get(k)) if k != 'notes' else ' '.join(info.get(m, {}).get(k) or [DASH]) for m in model_names(results)}} for k in keys if any(info.get(m, {}).get(k) for m in model_names(results))]
     return join([html_table(pd.DataFrame([dict(what=k, value=f'{v:g}' if isinstance(v, float) else say(v)) for k, v in facts.items() if say(v) != DASH], dtype=object), 'Run'),
                  html_table(pd.DataFrame(models, columns=['what', *map(column, model_names(results))], dtype=object), 'Models'),
                  markup('<p>The same numbers again (RUN is this run’s directory, NEW another, DATA the folder of the data):</p><pre>{}</pre>', '\n'.join(commands(results)))])

@@ -11,7 +11,8 @@ import numpy as np, pandas as pd
 
 from ..core import InputError
 from .examples import choose_examples, example_answers, example_figure, example_pictures
-from .figures import DASH, missing, percent, pick, rounded, span, void_arms
+from .figures import is_void, missing, pick, void_arms
+from .style import DASH, percent, rounded, span
 from .html import Html, details, figure_html, html_table, join, markup
 from .words import answer_notes, delivery_notes, sentence, training_note, wording
 from ..sms.shifts import ARMS
@@ -91,7 +92,7 @@ def delivery_table(
         v = found.get(m, {}).get(a)
         if v is None: return DASH
         text = dict(ok='✓ ok', void='✕ VOID', unproven='? unproven')[v['verdict']]
-        return markup('<span class="nowrap {}">{}</span> <span class="nowrap">{}/{}, {} violations</span>{}', 'bad' if v['verdict'] != 'ok' else '', text, v['checked'], v['trials'], v['violations'], f": {v['why'].split(': ', 1)[-1]}" if v['why'] else '')
+        return markup('<span class="nowrap {}">{}</span> <span class="nowrap">{}/{}, {} violations</span>{}', 'bad' if v['verdict'] != 'ok' else '', text, v['checked'], v['trials'], v['violations'], f": {v['why'].split(': ', 1)[-1]}" if v['verdict'] == 'void' else '')
     must = lambda a: 'baseline' if not a.versus else markup('<span class="nowrap">pixels {}, tokens {}</span>', a.pixels, a.tokens)
     rows = [{'arm': a.name, 'compared with': a.versus or DASH, 'must be': must(a), **{column(m): state(m, a.name) for m in models}} for a in ARMS.values() if any(a.name in found.get(m, {}) for m in models)]
     return html_table(pd.DataFrame(rows), 'Delivery per arm and model: verdict, trials checked / trials, violations')
@@ -119,7 +120,7 @@ def metric_table(
     void, cells = void_arms(results.delivery), {}
     for metric, (heading, kind) in metrics.items():
         for r in pick(results.metrics, metric, subgroup, arms).itertuples():
-            cells.setdefault((r.model, r.subgroup, r.arm), dict(n='<10' if 'suppressed' in r.note and not results.open else r.n))[heading] = written(r, kind, (r.model, r.arm) in void)
+            cells.setdefault((r.model, r.subgroup, r.arm), dict(n='<10' if 'suppressed' in r.note and not results.open else r.n))[heading] = written(r, kind, is_void(r, void))
     if not cells: return markup('<p class="absent">Not measured in this run.</p>')
     place = {a: i for i, a in enumerate(['', *ARMS])}
     rows = [dict(model=m, subgroup=s, arm=a or DASH, samples=v.pop('n'), **v) for (m, s, a), v in sorted(cells.items(), key=lambda kv: (kv[0][0], kv[0][1] != 'all', kv[0][1], place[kv[0][2]]))]
@@ -159,7 +160,7 @@ def contrast_table(
     "Contrasts in rows, models in columns."
     void, models, rows = void_arms(results.delivery), model_names(results), []
     for group, what, metric, arm, kind in CONTRASTS:
-        found = {r.model: written(r, kind, (r.model, r.arm) in void) for r in pick(results.metrics, metric, arms=[arm]).itertuples()}
+        found = {r.model: written(r, kind, is_void(r, void)) for r in pick(results.metrics, metric, arms=[arm]).itertuples()}
         if found: rows.append({'contrast': group if not rows or rows[-1]['_'] != group else '', '_': group, 'what': what, **{column(m): found.get(m, DASH) for m in models}})
     return html_table(pd.DataFrame(rows).drop(columns='_', errors='ignore'), 'Contrasts with 95 % intervals', numbers=[column(m) for m in models])
 
@@ -188,9 +189,10 @@ def example_html(
     try: picture = figure_html(example_figure(example_pictures(results, example, words['image']), alt), name=f'example_{number}', run=results.path if keep else None)
     except InputError as e: picture = markup('<p class="absent">The picture cannot be shown: {}</p>', e)
     quotes = {f"Its own {words['text']}": texts[example.sample_id], **({f"Shown instead ({example.finding}: {example.donor_label})": texts[example.text_id]} if example.text_id not in ('', example.sample_id) else {})}
+    cut = lambda t, most=1500: t if len(t) <= most else f'{t[:most]} … ({len(t) - most:,} characters more)'
     head = markup('<h3>{}. {}, {}: {} changes its answer from {} to {}</h3>', number, example.arm, example.finding, example.model, example.before, example.after)
     answers = example_answers(results, example.sample_id, example.arm).rename(columns=dict(before='answer, original', p_before='P(label), original', after=f'answer, {example.arm}', p_after=f'P(label), {example.arm}'))
-    return markup('<section class="example">{}{}<div class="quotes">{}</div>{}</section>', head, picture, join(markup('<div><strong>{}</strong><blockquote>{}</blockquote></div>', k, v) for k, v in quotes.items()),
+    return markup('<section class="example">{}{}<div class="quotes">{}</div>{}</section>', head, picture, join(markup('<div><strong>{}</strong><blockquote>{}</blockquote></div>', k, cut(v)) for k, v in quotes.items()),
                   html_table(answers, f'Answers about sample {example.sample_id}', digits=2))
 
 # %% ../../nbs/51a_report.sections.ipynb #7e852cbd

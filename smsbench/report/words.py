@@ -8,7 +8,8 @@ __all__ = ['wording', 'evidence', 'sentence', 'training_note', 'answer_notes', '
 # %% ../../nbs/50c_report.words.ipynb #c66ebe7d
 import re
 
-from .figures import percent, pick, rounded, span
+from .figures import pick
+from .style import percent, rounded, span
 
 # %% ../../nbs/50c_report.words.ipynb #948fa5a9
 def wording(
@@ -41,7 +42,7 @@ def sentence(
     word = verdict['verdict']
     if word is None: return f"{subject}: no verdict on the {modality}. {_capital(verdict.get('note') or 'An arm was not delivered')}."
     who = 'it' if subject == 'It' else subject
-    if verdict['value'] is None or verdict['value'] != verdict['value']: return f"Whether {who} relies on the {modality} is undecided, because {verdict.get('note') or 'nothing could be measured'}."
+    if verdict['value'] is None or verdict['value'] != verdict['value']: return f"Whether {who} relies on the {modality} is undecided: {verdict.get('note') or 'nothing could be measured'}."
     shown = evidence(verdict, modality, words)
     if word == 'relies': return f'{subject} relies on the {modality}: {shown}.'
     if word == 'ignores': return f"{subject} ignores the {modality}: {shown}. All in all the answer moves by {rounded(100 * verdict['moved_other'])} points, at most {rounded(100 * verdict['moved_other_high'])} (one-sided 95 % bound)."

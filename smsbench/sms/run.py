@@ -127,7 +127,6 @@ def run_audit(
     run, source = Run(out), Source(cohort, root)
     about = {k: cohort.attrs.get(k) for k in ('manifest', 'version', 'access', 'manifest_hash', 'licence', 'citation', 'title')}
     run.freeze(dict(kind='sms_audit', models=names, cohort=about, cohort_hash=cohort_hash(cohort), plan_hash=plan.attrs['plan_hash'] if plan is not None else None, **settings.__dict__), root=str(source.root), **how)
-    write_json(environment(how.get('device', '')), run/'environment.json')
     _keep_cohort(run, cohort, exclusions)
     if plan is not None and not (run/'plan.parquet').exists(): write_table(plan, run/'plan.parquet', 'plan')
     plan = freeze_plan(run, cohort, source, settings)
@@ -135,8 +134,14 @@ def run_audit(
     for spec in models:
         p = score_model(spec, plan, source, run, settings.max_failures, **how)
         run.log(f"{model_name(spec)}: {len(p)} trials, {(p.parse_status == 'error').sum()} failed")
+    _write_environment(run, plan, about, how.get('device', ''))
     conclude(run, settings)
     return run
+
+def _write_environment(run, plan, about, device=''):
+    "What the run was made with; a resumed run that loads no model leaves the record of the one that did."
+    made = environment(device, manifest=about['manifest_hash'], cohort=plan.attrs.get('cohort_hash'), plan=plan.attrs['plan_hash'])
+    if made['torch_build'] or not (run/'environment.json').exists(): write_json(made, run/'environment.json')
 
 def _keep_cohort(run, cohort, exclusions):
     "The cohort stays in the run directory for examples in the report; of credentialed data only what names nobody."
@@ -192,8 +197,8 @@ def run_import(
     run, name = Run(out), name or Path(file).stem
     about = {k: cohort.attrs.get(k) for k in ('manifest', 'version', 'access', 'manifest_hash', 'licence', 'citation', 'title')}
     run.freeze(dict(kind='sms_audit', models=[name], cohort=about, cohort_hash=cohort_hash(cohort), plan_hash=plan.attrs['plan_hash'], **settings.__dict__), root=cohort.attrs.get('root', ''))
-    write_json(environment(), run/'environment.json')
     _keep_cohort(run, cohort, None)
+    _write_environment(run, plan, about)
     write_table(plan, run/'plan.parquet', 'plan')
     p = import_predictions(file, plan, run, name, settings.max_failures)
     run.log(f"{name}: {len(p)} trials imported, {(p.parse_status == 'error').sum()} missing")
