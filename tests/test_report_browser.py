@@ -82,7 +82,7 @@ def test_the_default_run_opens_with_the_planted_verdicts(browser, smoke):
     assert first_screen(page, 'planted:text-only ignores the image: another patient’s chest film of the opposite class moves its answer by 0.0 points more than one of the same class (95 % CI')
     assert first_screen(page, 'planted:image-only relies on the image: another patient’s chest film of the opposite class moves its answer by 100.0 points more')
     holds_for_any_report(page, smoke)
-    order = page.evaluate("[...document.querySelectorAll('h2')].map(h => h.id)")
+    order = page.evaluate("[...document.querySelectorAll('h2[id]')].map(h => h.id)")
     assert order == 'verdicts delivery accuracy flips plane calibration subgroups examples contrasts answers funnel method provenance'.split()
     text = page.inner_text('body')
     assert 'Not trained for this data' not in text and 'VOID' not in text and str(smoke.parent) not in page.content()

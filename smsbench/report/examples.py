@@ -13,6 +13,7 @@ import numpy as np, pandas as pd
 from ..core import InputError
 from ..data.film import read_phantom
 from ..data.readers import read_image
+from .figures import void_arms
 from .style import canvas, literal, styled
 from ..sms.metrics import answer_table, subgroups
 
@@ -44,7 +45,9 @@ def choose_examples(
     _, rows = next(subgroups(answer_table(results.plan, results.predictions)))
     base = rows[rows.arm == 'original'].set_index(['model', 'sample_id'])[['said', 'correct', 'parsed']].add_prefix('base_')
     both = rows[rows.arm.isin(arms)].join(base, on=['model', 'sample_id'])
-    flips = both[both.base_correct.eq(True) & both.parsed & ~both.correct].sort_values('trial_id')
+    void = void_arms(results.delivery)
+    shown = np.array([not void & {(m, a), (m, 'original')} for m, a in zip(both.model, both.arm)], dtype=bool)          # what never arrived is no example
+    flips = both[both.base_correct.eq(True) & both.parsed & ~both.correct & shown].sort_values('trial_id')
     chosen = flips.groupby(['arm', 'model'], sort=True).head(1).drop_duplicates('trial_id').sort_values(['arm', 'trial_id']).head(most)
     donor = np.where(chosen.image_id != chosen.sample_id, chosen.image_label, chosen.text_label)
     return chosen.assign(donor_label=donor, before=chosen.base_said, after=chosen.said)[['finding', 'sample_id', 'arm', 'model', 'image_id', 'text_id', 'label', 'donor_label', 'before', 'after']].reset_index(drop=True)

@@ -9,7 +9,7 @@ __all__ = ['ARM_TITLES', 'cells', 'published_heatmap', 'published_dots', 'side_b
 import numpy as np, pandas as pd
 
 from ..core import InputError
-from .figures import COLOURS, canvas, literal, rounded, styled
+from .style import COLOURS, canvas, literal, rounded, styled
 from ..sms.published import fault_summary
 from ..sms.results import ARMS
 

@@ -51,7 +51,7 @@ def verdict_card(
     base = pick(results.metrics[results.metrics.model == model], 'accuracy', arms=['original'])
     for r in base[base.value.notna() & (not v.get('void_arms'))].itertuples(): said.append(f"With its own {words['image']} and {words['text']} it answers {percent(r.value, 1)} correctly (95 % CI {span(r.ci_low, r.ci_high)}, {r.n} samples).")
     warnings = [n for n in (*delivery_notes(v, results.delivery.get(model, {})), training_note(info, results.config['cohort']), *answer_notes(results.metrics, model)) if n]
-    return markup('<section class="verdict"><h3><span>{}</span> {}</h3>{}{}</section>', model, join((chip(v[f'relies_on_{m}']['verdict'], m) for m in ('image', 'text')), ' '),
+    return markup('<section class="verdict"><h2><span>{}</span> {}</h2>{}{}</section>', model, join((chip(v[f'relies_on_{m}']['verdict'], m) for m in ('image', 'text')), ' '),
                   join(markup('<p class="warning">{}</p>', w) for w in warnings), join(markup('<p>{}</p>', s) for s in said))
 
 # %% ../../nbs/51a_report.sections.ipynb #90ca8b59

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEARNED', 'REFERENCE', 'KINDS', 'STEPS', 'reference_path', 'Lesson', 'phantom_lessons', 'train_tokenizer',
-           'build_vlm', 'Stepper', 'film_tensors', 'learn_to_see', 'prompt_ids', 'pack', 'answer_loss',
+           'build_vlm', 'Stepper', 'film_tensors', 'learn_to_see', 'see', 'prompt_ids', 'pack', 'answer_loss',
            'learn_to_answer', 'pretrain', 'train_reference', 'save_reference']
 
 # %% ../../nbs/20b_vlm.reference.ipynb #b4f828cf
@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, RunError, content_hash, write_json
-from ..data.phantom import QUESTIONS, draw_film, write_report
+from ..data.film import draw_film, film_side
+from ..data.phantom import QUESTIONS, write_report
 from .models import Inputs, chat_text
 
 # %% ../../nbs/20b_vlm.reference.ipynb #d8caf7f0
@@ -49,19 +50,19 @@ def phantom_lessons(
     n:int,               # films
     agreement:float=1.,  # P(report says what the film shows), per finding
     seed:int=0,          # other seed, other patients
-    sizes=(64, 64, 128, 128, 256), # pixels per side, in turn
+    sizes=(64, 64, 128, 64, 64, 128, 64, 256), # pixels per side, in turn
     wordings:int=3,      # reports per film
 )->list[Lesson]:
     "Phantom films with masks and reports; of the findings that are not asked some are present too."
     out, rng = [], np.random.default_rng([seed, 20])
     for i, size in zip(range(n), itertools.cycle(sizes)):
-        u, patient = rng.random(20), content_hash('reference lesson', seed, i)
-        film = {f: u[j] < (.5 if f in LEARNED else .25) for j, f in enumerate(QUESTIONS)}
+        u, patient = rng.random(21), content_hash('reference lesson', seed, i)
+        film = {f: bool(u[j] < (.5 if f in LEARNED else .25)) for j, f in enumerate(QUESTIONS)}
         text = {f: film[f] if f not in LEARNED or u[6 + j] < agreement else not film[f] for j, f in enumerate(QUESTIONS)}
         image, masks = draw_film(patient, 0, [f for f in film if film[f]], size, 'AP' if u[12] < .4 else 'PA', 'F' if u[13] < .5 else 'M', u[14] < .5)
         stated = [f for f in text if text[f]]
-        hedged, sides = [f for j, f in enumerate(stated) if u[15 + j % 5] < .2], {f: ('left', 'right')[j % 2] for j, f in enumerate(stated) if f != 'cardiomegaly'}
-        reports = tuple(write_report(stated, LEARNED, sides, hedged, f'{patient}/{k}') for k in range(wordings))
+        hedged = [f for j, f in enumerate(QUESTIONS) if text[f] and u[15 + j] < .2]
+        reports = tuple(write_report(stated, LEARNED, film_side(patient, 0), hedged, f'{patient}/{k}') for k in range(wordings))
         out.append(Lesson(image, {f: masks[f] for f in LEARNED}, {f: film[f] for f in LEARNED}, {f: text[f] for f in LEARNED}, reports))
     return out
 
@@ -110,6 +111,7 @@ class Stepper:
     def __init__(self,
         named,      # (name, parameter) pairs to train
         steps:int,  # how many there will be
+        rate:float=1., # of the learning rates 0.002 (AdamW) and 0.02 (Muon)
     ):
         import torch
         if not hasattr(torch.optim, 'Muon'): raise RunError('training a reference model needs torch 2.9 or newer (torch.optim.Muon)')
@@ -117,7 +119,7 @@ class Stepper:
         hidden = [p for n, p in named if p.ndim == 2 and ('.layers.' in n or 'projector' in n)]
         rest = [p for n, p in named if not any(p is h for h in hidden)]
         self.parameters = hidden + rest
-        self.optimizers = [torch.optim.AdamW(rest, lr=2e-3, weight_decay=.01, betas=(.9, .98)), torch.optim.Muon(hidden, lr=.02, weight_decay=.01)]
+        self.optimizers = [torch.optim.AdamW(rest, lr=2e-3*rate, weight_decay=.01, betas=(.9, .98)), torch.optim.Muon(hidden, lr=.02*rate, weight_decay=.01)]
         self.schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]['lr'], total_steps=steps + 1, pct_start=.15, cycle_momentum=False) for o in self.optimizers]
 
     def __call__(self,
@@ -162,6 +164,15 @@ def learn_to_see(
         losses.append(step(bce(z.logsumexp(1) - np.log(4), present[i]) + 2*bce(z, patches[i])))
     tower.eval()
     return losses
+
+# %% ../../nbs/20b_vlm.reference.ipynb #c9a8d531
+def see(
+    model,  # from `build_vlm`
+    pixels, # (n,3,64,64)
+):          # (n,64,96) what its vision tower says about the films; a constant in training
+    "Features of films before the projector."
+    import torch
+    with torch.no_grad(): return torch.cat([model.model.vision_tower(pixel_values=x).last_hidden_state[:, 1:] for x in pixels.split(200)])
 
 # %% ../../nbs/20b_vlm.reference.ipynb #36a9f308
 def prompt_ids(
@@ -217,12 +228,13 @@ def learn_to_answer(
     steps:int,             # of `batch` films each, all findings asked
     truth:str='film',      # 'film' or 'text': what the right answer is
     features=None,         # (n,64,96) from the vision tower, needed where a kind shows the film
-    batch:int=24,          # films per step
+    rate:float=1.,         # as in `Stepper`
+    batch:int=16,          # films per step
     seed:int=0,
 )->list[float]:            # mean loss per step
     "Teach the language model to answer."
     rng, losses = np.random.default_rng([seed, 7]), []
-    step = Stepper([(n, p) for n, p in model.named_parameters() if 'vision_tower' not in n], steps)
+    step = Stepper([(n, p) for n, p in model.named_parameters() if 'vision_tower' not in n], steps, rate)
     model.train()
     for _ in range(steps):
         index, shown, wording = rng.integers(0, len(lessons), batch), rng.choice(list(kinds), batch, p=list(kinds.values())), rng.integers(0, 2**16, batch)
@@ -237,8 +249,8 @@ def learn_to_answer(
     model.eval()
     return losses
 
-# %% ../../nbs/20b_vlm.reference.ipynb #c897a2b4
-STEPS = dict(see=160, read=400, tune=200)   # optimiser steps of the shipped models
+# %% ../../nbs/20b_vlm.reference.ipynb #ca73994b
+STEPS = dict(see=120, read=500, tune=120)   # optimiser steps of the shipped models
 
 def pretrain(
     ask,             # (finding, kind, text) -> prompt
@@ -247,11 +259,13 @@ def pretrain(
     steps:dict=STEPS, # 'see' and 'read'
 ):                   # (model, processor)
     "A model that can see and read, each for itself."
+    import torch
     lessons = phantom_lessons(films, 1., seed)
     prompts = [ask(f, kind, l.reports[0]) for l in lessons[:500] for f in LEARNED for kind in KINDS]
     model, processor = build_vlm(train_tokenizer(prompts), seed)
     learn_to_see(model, *film_tensors(processor, lessons), steps['see'], seed)
-    learn_to_answer(model, processor, lessons, ask, dict(text=.8, text_told=.2), steps['read'], 'text', seed=seed)
+    fogged = see(model, .5*torch.randn(64, 3, 64, 64, generator=torch.Generator().manual_seed(seed)))
+    learn_to_answer(model, processor, lessons, ask, dict(both=.3, text=.5, text_told=.2), steps['read'], 'text', fogged.repeat(len(lessons)//64 + 1, 1, 1), seed=seed)
     return model, processor
 
 # %% ../../nbs/20b_vlm.reference.ipynb #fdf59de6
@@ -269,7 +283,7 @@ def train_reference(
     model, processor = start or pretrain(ask, seed, films, steps)
     model, lessons = copy.deepcopy(model), phantom_lessons(films, REFERENCE[name]['agreement'], seed + 1)
     pixels, _ = film_tensors(processor, lessons)
-    with torch.no_grad(): features = torch.cat([model.model.vision_tower(pixel_values=x).last_hidden_state[:, 1:] for x in pixels.split(200)])
+    features = see(model, pixels)
     learn_to_answer(model, processor, lessons, ask, REFERENCE[name]['kinds'], steps['tune'], 'film', features, seed=seed + 1)
     return model, processor
 
