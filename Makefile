@@ -4,7 +4,7 @@ VENV  ?= .venv
 OUT   ?= reports/demo
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
-export OMP_NUM_THREADS = 1
+export PATH := $(abspath $(BIN)):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 .PHONY: setup demo test browser lint sync readme wheel
 .DELETE_ON_ERROR:
@@ -12,6 +12,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION = 1
 demo: $(STAMP)
 	$(BIN)/smsbench demo --out $(OUT)
 
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP) browser lint sync
 	timeout 900 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest -q tests

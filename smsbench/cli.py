@@ -161,7 +161,8 @@ def _cohort_for(manifest, root, cohort_file, plan_file):
     if not file.is_file(): raise InputError(f'{plan_file}: the cohort it was made from is not at {file}; name it with --cohort')
     table = read_table(file, 'cohort')
     if frozen is not None and cohort_hash(table) != frozen.attrs.get('cohort_hash'): raise InputError(f'{plan_file} was made from another cohort than {file}')
-    return table, None, frozen
+    left_out = file.with_name(file.stem + '_exclusions.parquet')   # `smsbench cohort` puts it there
+    return table, read_table(left_out) if left_out.exists() else None, frozen
 
 # %% ../nbs/60_cli.ipynb #72458e04
 @app.command()
@@ -194,7 +195,7 @@ def audit(
 @app.command()
 def demo(
     out: _Out = Path('reports/demo'),
-    films: Annotated[int, typer.Option(min=40, help='Films of the phantom cohort; each is asked about three findings.')] = 180,
+    films: Annotated[int, typer.Option(min=40, help='Films of the phantom cohort; each is asked about two findings.')] = 150,
     seed: _Seed = 0, n_boot: _Boot = 2000, as_json: _Json = False,
 ):
     """The main job on built-in data: a phantom cohort, two reference models of opposite habits, the full audit, the report.
@@ -207,7 +208,7 @@ def demo(
     from smsbench.sms.run import run_audit
     from smsbench.vlm.reference import LEARNED, REFERENCE
     data = Run(out)/'data'
-    save_phantom(phantom_cohort(films, findings=LEARNED, seed=seed, splits=dict(test=1.)), data)
+    save_phantom(phantom_cohort(films, findings=LEARNED[:2], seed=seed, splits=dict(test=1.)), data)
     table, excluded = build_cohort('phantom', data)
     run_audit(out, table, list(REFERENCE), _settings('', seed, '', 'plain', .05, n_boot), exclusions=excluded, device='cpu', dtype='float32', batch_size=32)
     finish(out, as_json)
@@ -246,8 +247,8 @@ def predictions(
     Example:  smsbench predictions answers.jsonl --plan plan.parquet --name my-model --out reports/mine
     """
     from smsbench.sms.run import run_import
-    table, _, frozen = _cohort_for(None, None, cohort_file, plan_file)
-    run_import(out, file, frozen, table, name, _settings('', seed, '', 'plain', margin, n_boot))
+    table, excluded, frozen = _cohort_for(None, None, cohort_file, plan_file)
+    run_import(out, file, frozen, table, name, _settings('', seed, '', 'plain', margin, n_boot), excluded)
     finish(out, as_json)
 
 # %% ../nbs/60_cli.ipynb #72458e08
@@ -296,8 +297,8 @@ def run(
 
     Example:  smsbench run sms_audit -p n_patients 60 -p seed 3 --out reports/small
     """
-    from smsbench.report.html import render
-    import yaml
+    import nbformat, yaml
+    from smsbench.report.html import declared, find_notebook, render
     given = {}
     if file is not None:
         try: given = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
@@ -307,7 +308,8 @@ def run(
     for p in parameter or []:
         if '=' not in p: raise InputError(f'-p {p}: needs a name and a value')
         given[p.split('=', 1)[0]] = yaml.safe_load(p.split('=', 1)[1]) if p.split('=', 1)[1] else ''
-    print(render(notebook, out, {'out': str(out), **given}))
+    default = {'out': str(out)} if 'out' in declared(nbformat.read(find_notebook(notebook), as_version=4), notebook) else {}
+    print(render(notebook, out, {**default, **given}))
 
 # %% ../nbs/60_cli.ipynb #af3abb87
 def join_parameters(

@@ -85,7 +85,8 @@ def arm_terms(
     ok, tried, right, said = (cells(arm, c) for c in ('parsed', 'tried', 'correct', 'said'))
     label, mass, margin, p = cells.samples.label.to_numpy(), cells(arm, 'answer_mass'), cells(arm, 'margin'), cells(arm, 'p')
     mean = lambda name, x, bounds=(0, 1): Term(name, arm, np.nan_to_num(x), (~np.isnan(x)).astype(float), bounds)
-    terms = [Term('accuracy', arm, ok & right, ok), Term('accuracy_unparsed_wrong', arm, ok & right, tried), Term('parsed_share', arm, ok, tried), mean('answer_mass', mass), mean('margin', margin, ANY)]
+    terms = [Term('accuracy', arm, ok & right, ok), Term('accuracy_unparsed_wrong', arm, ok & right, tried), Term('parsed_share', arm, ok, tried), mean('answer_mass', mass, ANY), mean('margin', margin, ANY)]
+    if 'unmatched' in set(cells.samples.variant): terms.append(Term('unmatched_share', arm, ok & (said == 'unmatched'), ok))
     first, classes = cells.samples['first'].to_numpy(), sorted(set(label))
     binary = all(len(set(g)) <= 2 for _, g in cells.samples.groupby('finding').label)
     if binary: terms.append(mean('brier', (p - (label == first))**2))
@@ -175,7 +176,8 @@ def term_rows(
     for k, t in enumerate(terms):
         used, one = den[:, k] > 0, got[k]; n = int(used.sum())
         row = dict(metric=t.metric, arm=t.arm, value=one.value, ci_low=one.low, ci_high=one.high, n=n, n_clusters=len(set(patients[used])), note=one.note)
-        rows.append(row if n >= minimum else {**row, 'value': np.nan, 'ci_low': np.nan, 'ci_high': np.nan, 'note': f'suppressed: fewer than {minimum} samples'})
+        blank = dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, note=f'suppressed: fewer than {minimum} samples' if n else 'undefined: no sample counts')
+        rows.append(row if n >= minimum else {**row, **blank})
     return rows
 
 # %% ../../nbs/33_sms.metrics.ipynb #81ae191a

@@ -166,13 +166,13 @@ class Features:
         rows:list[dict],  # rows from `encode`, all with an image
         shas:list[str],   # the hash of each row's pixels
     )->dict:              # what the model's `mm_encoder_outputs` takes: a new one each time, because forward passes write into it
+        import torch
         from transformers.modeling_outputs import BaseModelOutputWithPooling
         for row, sha in zip(rows, shas):
             if sha not in self.store: self.store[sha] = self._encode(row)
             self.store.move_to_end(sha)
         found = [self.store[sha] for sha in shas]
         while len(self.store) > self.keep: self.store.popitem(last=False)
-        import torch
         pooled = [t for f in found for t in f] if isinstance(found[0], (list, tuple)) else torch.cat(found)
         return {'image': BaseModelOutputWithPooling(pooler_output=pooled)}
 
