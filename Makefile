@@ -12,7 +12,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION = 1
 demo: $(STAMP)
 	$(BIN)/smsbench demo --out $(OUT)
 
-test: export OMP_NUM_THREADS = 1
+demo test: export OMP_NUM_THREADS = 1
 test: $(STAMP) browser lint sync
 	timeout 900 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest -q tests

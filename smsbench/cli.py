@@ -195,7 +195,7 @@ def audit(
 @app.command()
 def demo(
     out: _Out = Path('reports/demo'),
-    films: Annotated[int, typer.Option(min=40, help='Films of the phantom cohort; each is asked about two findings.')] = 150,
+    patients: Annotated[int, typer.Option(min=20, help='Patients of the phantom cohort, one film each, two questions about each film.')] = 100,
     seed: _Seed = 0, n_boot: _Boot = 2000, as_json: _Json = False,
 ):
     """The main job on built-in data: a phantom cohort, two reference models of opposite habits, the full audit, the report.
@@ -207,8 +207,9 @@ def demo(
     from smsbench.data.phantom import phantom_cohort, save_phantom
     from smsbench.sms.run import run_audit
     from smsbench.vlm.reference import LEARNED, REFERENCE
-    data = Run(out)/'data'
-    save_phantom(phantom_cohort(films, findings=LEARNED[:2], seed=seed, splits=dict(test=1.)), data)
+    data, films = Run(out)/'data', phantom_cohort(3 * patients, findings=LEARNED[:2], seed=seed, splits=dict(test=1.))
+    films = films.drop_duplicates(['patient_id', 'finding'])
+    save_phantom(films[films.patient_id.isin(films.patient_id.unique()[:patients])], data)
     table, excluded = build_cohort('phantom', data)
     run_audit(out, table, list(REFERENCE), _settings('', seed, '', 'plain', .05, n_boot), exclusions=excluded, device='cpu', dtype='float32', batch_size=32)
     finish(out, as_json)

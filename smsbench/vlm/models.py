@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Inputs', 'Answer', 'Model', 'placeholders', 'chat_text', 'encode', 'collate', 'answer_tokens', 'choice_logprobs',
-           'input_embeddings', 'Features', 'HFModel', 'folder_hash', 'check_checkpoint', 'load_model']
+           'input_embeddings', 'Features', 'few_threads', 'HFModel', 'folder_hash', 'check_checkpoint', 'load_model']
 
 # %% ../../nbs/20_vlm.models.ipynb #5494f3db
 import contextlib, hashlib, inspect, re
@@ -182,6 +182,19 @@ class Features:
         pixels = {k: v.to(self.model.device) for k, v in row.items() if k in takes and k not in _TOKEN_KEYS}
         return self.model.get_image_features(**pixels, return_dict=True).pooler_output
 
+# %% ../../nbs/20_vlm.models.ipynb #bff63302
+@contextlib.contextmanager
+def few_threads(
+    model,                # a Hugging Face model
+    small:int=10_000_000, # parameters up to which one thread is best on a CPU
+):
+    "One CPU thread while a small model runs; the number of threads is put back afterwards."
+    import torch
+    before = torch.get_num_threads()
+    if model.device.type == 'cpu' and model.num_parameters() <= small: torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 # %% ../../nbs/20_vlm.models.ipynb #a00e98e7
 class HFModel:
     "A Hugging Face image-text-to-text checkpoint behind the `Model` protocol."
@@ -215,7 +228,7 @@ class HFModel:
             if (n := row['input_ids'].shape[1]) > self.longest: raise InputError(f'a prompt of {n} tokens; {self.name} takes at most {self.longest}')
             image = 'pixel_values' in row
             parts.setdefault((x.choices, image, i if image and not self.features else ''), []).append(i)   # who may share a forward pass
-        with torch.inference_mode(): scored = {i: a for (choices, *_), part in parts.items() for i, a in zip(part, self._score([rows[i] for i in part], choices))}
+        with torch.inference_mode(), few_threads(self.model): scored = {i: a for (choices, *_), part in parts.items() for i, a in zip(part, self._score([rows[i] for i in part], choices))}
         return [scored[i] for i in range(len(batch))]
 
     def _score(self, encoded, choices):
@@ -257,7 +270,7 @@ def _extended(batch, lengths, seq):
         out[k] = t
     return out
 
-# %% ../../nbs/20_vlm.models.ipynb #bff63302
+# %% ../../nbs/20_vlm.models.ipynb #bff63303
 @contextlib.contextmanager
 def _one_line(name):
     "What the libraries say about a checkpoint they cannot load, as one line."
