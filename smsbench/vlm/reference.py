@@ -298,7 +298,7 @@ def save_reference(
     folder, of = Path(folder), REFERENCE[name]
     copy.deepcopy(model).to(torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
-    write_json(dict(name=name, habit=of['habit'], findings=LEARNED, agreement=of['agreement'], seed=seed, films=films, steps=steps, kinds=of['kinds'],
+    write_json(dict(name=name, habit=of['habit'], findings=LEARNED, agreement=of['agreement'], seed=seed, films=films, steps={k: n for k, n in steps.items() if k != 'see' or of['sees']}, kinds=of['kinds'],
                     prompts=content_hash(*[ask(f, k, 'REPORT') for f in LEARNED for k in KINDS]),
                     trained_on=f"{films} phantom films, reports agreeing in {of['agreement']:.0%}; findings {', '.join(LEARNED)}",
                     notes=['Not trained on real films: its answers about them mean nothing.', f"Built to have a habit: {of['habit']}. No measure of any other model.",
