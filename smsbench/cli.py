@@ -157,8 +157,8 @@ def _cohort_for(manifest, root, cohort_file, plan_file):
         if root is None: raise InputError("--manifest needs --root, the folder of the dataset's files")
         return (*build_cohort(manifest, root), None)
     frozen = read_table(plan_file, 'plan') if plan_file else None
-    file = cohort_file or Path(frozen.attrs.get('cohort_file', ''))
-    if not file.is_file(): raise InputError(f'{plan_file}: the cohort it was made from is not at {file}; name it with --cohort')
+    file = cohort_file or next((p for p in (Path(frozen.attrs.get('cohort_file', 'unknown')), plan_file.with_name('cohort.parquet')) if p.is_file()), None)
+    if file is None: raise InputError(f'{plan_file}: the cohort it was made from is not where it was; name it with --cohort')
     table = read_table(file, 'cohort')
     if frozen is not None and cohort_hash(table) != frozen.attrs.get('cohort_hash'): raise InputError(f'{plan_file} was made from another cohort than {file}')
     left_out = file.with_name(file.stem + '_exclusions.parquet')   # `smsbench cohort` puts it there
@@ -337,6 +337,7 @@ def main(
     except _UsageError as e: code = 2; print(f"smsbench: {' '.join(e.format_message().split())} (see smsbench {words[0] + ' ' if words[0].isalpha() else ''}--help)", file=sys.stderr)
     except InputError as e: code = 2; print(f'smsbench: {e}', file=sys.stderr)
     except RunError as e: code = 1; print(f'smsbench: {e}', file=sys.stderr)
+    except OSError as e: code = 2 if e.filename else 1; print(f"smsbench: {e.filename or 'this machine'}: {e.strerror or e}", file=sys.stderr)   # no such folder, not allowed, disk full
     except (KeyboardInterrupt, typer.Abort): code = 130; print('smsbench: stopped; the same command goes on from here', file=sys.stderr)
     if args is None: sys.exit(code)
     return code
