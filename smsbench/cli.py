@@ -195,8 +195,8 @@ def audit(
 @app.command()
 def demo(
     out: _Out = Path('reports/demo'),
-    patients: Annotated[int, typer.Option(min=20, help='Patients of the phantom cohort, one film each, two questions about each film.')] = 100,
-    seed: _Seed = 0, n_boot: _Boot = 2000, as_json: _Json = False,
+    patients: Annotated[int, typer.Option(min=20, help='Patients of the phantom cohort, one film each, two questions about each film.')] = 70,
+    seed: _Seed = 0, n_boot: _Boot = 1000, as_json: _Json = False,
 ):
     """The main job on built-in data: a phantom cohort, two reference models of opposite habits, the full audit, the report.
 
