@@ -69,7 +69,7 @@ def test_twenty_kills(tmp_path, plan):
             for f in parts(often)[1::2]: f.unlink()
     p = start(often, plan); p.join()
     assert p.exitcode == 0 and content(often) == content(whole)
-    assert len(progress) > 5, f'the kills hit the same few places: {progress}'
+    assert len(progress) > 3, f'the kills hit the same few places: {progress}'
 
 
 def test_the_comparison_can_fail(tmp_path, plan):
