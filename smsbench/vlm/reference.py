@@ -301,5 +301,5 @@ def save_reference(
     write_json(dict(name=name, habit=of['habit'], findings=LEARNED, agreement=of['agreement'], seed=seed, films=films, steps={k: n for k, n in steps.items() if k != 'see' or of['sees']}, kinds=of['kinds'],
                     prompts=content_hash(*[ask(f, k, 'REPORT') for f in LEARNED for k in KINDS]),
                     trained_on=f"{films} phantom films, reports agreeing in {of['agreement']:.0%}; findings {', '.join(LEARNED)}",
-                    notes=['Not trained on real films: its answers about them mean nothing.', f"Built to have a habit: {of['habit']}. No measure of any other model.",
+                    notes=[*([] if of['sees'] else ['Its vision tower was never trained: it receives films but cannot tell what they show.']), 'Not trained on real films: its answers about them mean nothing.', f"Built to have a habit: {of['habit']}. No measure of any other model.",
                            'Knows the phantom\'s vocabulary and the prompts of smsbench; other findings and wordings are unknown to it.']), folder/'smsbench.json')
