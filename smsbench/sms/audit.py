@@ -233,12 +233,14 @@ def _imported_row(line, number, trials, choices):
     where = f'line {number}'
     try: r = json.loads(line)
     except json.JSONDecodeError as e: raise InputError(f'{where}: not valid JSON ({e.msg})') from None
-    if not isinstance(r, dict) or r.get('trial_id') not in trials: raise InputError(f'{where}: trial_id {r.get("trial_id") if isinstance(r, dict) else None!r} is not in the plan')
-    t = trials[r['trial_id']]; allowed = choices(t); lp = r.get('logprobs')
+    trial_id = r.get('trial_id') if isinstance(r, dict) else None
+    if not isinstance(trial_id, str) or trial_id not in trials: raise InputError(f'{where}: trial_id {trial_id!r} is not in the plan')
+    if not isinstance(r.get('seconds', 0.), (int, float)): raise InputError(f"{where}: seconds must be a number, not {r['seconds']!r}")
+    t = trials[trial_id]; allowed = choices(t); lp = r.get('logprobs')
     hashes = {k: str(r.get(k) or '') for k in ('pixel_sha', 'token_sha', 'delivered_sha')}
     if lp is not None:
         if isinstance(lp, dict): lp = [lp.get(c) for c in allowed]
-        if len(lp) != len(allowed) or not all(isinstance(v, (int, float)) and v <= 1e-6 for v in lp): raise InputError(f'{where}: logprobs must give one number, at most 0, per choice {list(allowed)}')
+        if not isinstance(lp, list) or len(lp) != len(allowed) or not all(isinstance(v, (int, float)) and v <= 1e-6 for v in lp): raise InputError(f'{where}: logprobs must give one number, at most 0, per choice {list(allowed)}')
         return _answer_row(t, Answer(tuple(lp), float(np.exp(lp).sum()), raw_text=str(r.get('raw_text', '')), **hashes), allowed, r.get('seconds', np.nan))
     if 'raw_text' not in r: raise InputError(f'{where}: needs logprobs or raw_text')
     said, status = parse_answer(r['raw_text'], allowed, t.finding)
