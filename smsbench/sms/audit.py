@@ -240,7 +240,7 @@ def _imported_row(line, number, trials, choices):
     hashes = {k: str(r.get(k) or '') for k in ('pixel_sha', 'token_sha', 'delivered_sha')}
     if lp is not None:
         if isinstance(lp, dict): lp = [lp.get(c) for c in allowed]
-        if not isinstance(lp, list) or len(lp) != len(allowed) or not all(isinstance(v, (int, float)) and v <= 1e-6 for v in lp): raise InputError(f'{where}: logprobs must give one number, at most 0, per choice {list(allowed)}')
+        if not isinstance(lp, list) or len(lp) != len(allowed) or not all(isinstance(v, (int, float)) and -np.inf < v <= 1e-6 for v in lp): raise InputError(f'{where}: logprobs must give one finite number, at most 0, per choice {list(allowed)}')
         return _answer_row(t, Answer(tuple(lp), float(np.exp(lp).sum()), raw_text=str(r.get('raw_text', '')), **hashes), allowed, r.get('seconds', np.nan))
     if 'raw_text' not in r: raise InputError(f'{where}: needs logprobs or raw_text')
     said, status = parse_answer(r['raw_text'], allowed, t.finding)
