@@ -53,12 +53,18 @@ def decide(
     means = lambda t: np.stack([t[..., 0] - t[..., 1], t[..., 0], t[..., 1]], -1) / t[..., 2:]
     sums = np.column_stack([m, s, np.ones(n)])
     b95, b90 = (bootstrap_sums(sums, patients[keep], means, n_boot=n_boot, level=l, seed=seed) for l in (.95, .90))
-    (e, other_mean, same_mean), wide = b95.value, exact_bounds(max(b95.value[0], 0), k)
-    low, high = (min(b95.low[0], wide[0]) if e > 0 else b95.low[0]), (max(b95.high[0], wide[1]) if 0 <= e else b95.high[0])
+    e, other_mean, same_mean = b95.value
+    (low, high), (low90, high90) = (_at_least_exact(e, i.low[0], i.high[0], k, l) for i, l in ((b95, .95), (b90, .90)))
     other_high = max(b90.high[1], exact_bounds(other_mean, k, .90)[1]); same_low = min(b95.low[2], exact_bounds(same_mean, k)[0])
-    verdict = ('relies' if low > margin else 'ignores' if other_high < margin else 'unstable' if same_low > margin and -margin < b90.low[0] and b90.high[0] < margin else 'undecided')
+    verdict = ('relies' if low > margin else 'ignores' if other_high < margin else 'unstable' if same_low > margin and -margin < low90 and high90 < margin else 'undecided')
     return dict(verdict=verdict, value=float(e), ci_low=float(low), ci_high=float(high), margin=margin, n=n, n_patients=k, moved_other=float(other_mean), moved_other_high=float(other_high),
                 moved_same=float(same_mean), moved_same_low=float(same_low))
+
+# %% ../../nbs/33c_sms.verdicts.ipynb #e58a1d15
+def _at_least_exact(e, low, high, k, level):
+    "Interval of an excess (-1..1), never narrower than `k` patients who all showed `e` allow: the next one may lie at either end."
+    unseen = 1 - ((1 - level) / 2)**(1 / k)
+    return min(low, e - unseen * (e + 1)), max(high, e + unseen * (1 - e))
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #c03d20ea
 NEEDS = {'image': ('image_swap', 'image_swap_same'), 'text': ('text_swap', 'text_swap_same')} # modality -> (other class, same class)
