@@ -119,16 +119,21 @@ def nearest_donors(
     match=(),            # columns in which donor and sample must agree
 )->dict[str, str]:       # sample_id -> sample_id of the nearest fitting image of another class, '' where none fits
     "For each sample the nearest picture of another class and patient; ties go to the smaller id."
-    rows, out = list(cohort.itertuples(index=False)), {}
-    by_id = np.argsort(cohort.sample_id.to_numpy().astype(str), kind='stable')
-    keys = np.array([hash_row for hash_row in zip(cohort.finding, *(cohort[m] for m in match))], dtype=object).reshape(len(rows), -1)
-    label, patient, picture = (cohort[k].to_numpy().astype(str) for k in ('label', 'patient_id', 'image_sha'))
-    for i, r in enumerate(rows):
-        fits = (keys == keys[i]).all(1) & (label != label[i]) & (patient != patient[i]) & (picture != picture[i])
-        distance = np.where(fits, ((thumbs - thumbs[i])**2).sum(1), np.inf)[by_id]
-        best = int(distance.argmin())
-        out[r.sample_id] = rows[by_id[best]].sample_id if np.isfinite(distance[best]) else ''
+    table = cohort.reset_index(drop=True).sort_values('sample_id', kind='stable')   # so that the first of equal distances is the smaller id
+    out = dict.fromkeys(cohort.sample_id, '')
+    for _, group in table.groupby(['finding', *match], sort=False):
+        for label in group.label.unique():
+            mine, other = group[group.label == label], group[group.label != label]
+            for start in range(0, len(mine) if len(other) else 0, 512): out.update(_nearest(mine.iloc[start:start + 512], other, thumbs))
     return out
+
+def _nearest(some, other, thumbs):
+    "For each row of `some` the id of the nearest row of `other`."
+    a, b = thumbs[some.index], thumbs[other.index]
+    distance = np.round((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 5)     # rounded: equal pictures must stay equal whatever the order of the sum
+    for c in ('patient_id', 'image_sha'): distance[some[c].to_numpy()[:, None] == other[c].to_numpy()] = np.inf
+    best = distance.argmin(1)
+    return {s: o if np.isfinite(d) else '' for s, o, d in zip(some.sample_id, other.sample_id.to_numpy()[best], distance[np.arange(len(best)), best])}
 
 # %% ../../nbs/31_sms.shifts.ipynb #6899c532
 def region_elsewhere(
@@ -159,6 +164,7 @@ def shift_image(
     "Apply an image operation. Grey is 128."
     if op == 'none': return None
     if op == 'grey': return np.full_like(image, 128)
+    if op not in ('occlude', 'elsewhere', 'shuffle'): return image   # not a copy: a part of a plan shows each picture many times
     out = image.copy()
     if op in ('occlude', 'elsewhere'):
         for x0, y0, x1, y1 in region: out[int(y0):int(np.ceil(y1)), int(x0):int(np.ceil(x1))] = 128
