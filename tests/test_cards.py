@@ -1,8 +1,11 @@
 "Cards that ship with the package, tried on data made here."
+import re
+
 import pytest
 import yaml
 
 from smsbench.core import InputError
+from smsbench.data.cards import read_manifest
 from smsbench.data.manifest import build_cohort, manifest_path
 from smsbench.data.phantom import phantom_cohort, save_phantom
 
@@ -32,10 +35,25 @@ def test_csv_images_card_works_as_it_stands_and_so_does_every_rule_in_its_commen
     for rule in rules:
         (tmp_path/'card.yaml').write_text(card.replace('label: label ', f'label: {rule} #'))
         assert set(build_cohort(tmp_path/'card.yaml', tmp_path)[0].label) == {'yes'}
-    assert len(rules) == 6
+    assert len(rules) == 7
     on = '\n'.join(line[2:] if line.startswith(('# strata', '#   sex', '#   age_band', '#   view')) else line for line in card.splitlines())   # as a person would take the marks away
     (tmp_path/'card.yaml').write_text(on)
     assert set(build_cohort(tmp_path/'card.yaml', tmp_path)[0]['view']) == {'AP'} and set(yaml.safe_load(on)['strata']) == {'sex', 'age_band', 'view'}
+
+
+def test_every_block_that_the_template_keeps_in_comments_is_understood(tmp_path):
+    card = manifest_path('csv_images').read_text().replace('  # split: split', '  split: split')
+    blocks = [[line[2:] for line in b.splitlines()] for b in re.findall(r'^# [a-z_]+:.*\n?(?:#   .*\n?)*', card, re.M)]
+    keys = [b[0].partition(':')[0] for b in blocks]
+    assert {'table', 'joins', 'derive', 'text', 'filters', 'strata', 'boxes', 'keep', 'expected', 'patient_disjoint'} <= set(keys) and keys.count('table') == 4
+
+    def understood(key, lines):
+        elsewhere = key == 'text' and lines[1].strip().startswith(('file', 'columns'))   # then it is no column
+        rest = re.sub(r'^table:.*\n', '', card, flags=re.M) if key == 'table' else re.sub(r'^  text: .*\n', '', card, flags=re.M) if elsewhere else card
+        (tmp_path/'card.yaml').write_text(rest + '\n' + '\n'.join(lines) + '\n')
+        return getattr(read_manifest(tmp_path/'card.yaml'), key)
+    for key, lines in zip(keys, blocks):
+        for some in [[lines[0], line] for line in lines[1:]] if key == 'text' else [lines]: assert understood(key, some), key
 
 
 def test_wrong_folder_is_one_line(tmp_path):

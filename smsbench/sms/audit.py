@@ -15,7 +15,8 @@ import numpy as np, pandas as pd
 
 from ..core import InputError, RunError, Run, atomic, content_hash, progress, read_table, validate, write_table
 from ..data.film import read_phantom
-from ..data.readers import read_image
+from ..data.holding import hold
+from ..data.readers import FileError, read_image
 from .prompts import Task, parse_answer, render, variant_choices
 from .shifts import ARMS, shift_image
 from ..vlm.models import Answer, Inputs
@@ -27,14 +28,21 @@ READS_TOO = (read_phantom,) # importing this reader lets `read_image` resolve 'p
 class Source:
     "The images and texts of a cohort, loaded when asked, and what each trial shows."
     def __init__(self,
-        cohort:pd.DataFrame, # cohort table with `tasks` in its metadata
-        root='',             # folder below which the images lie; '' takes the cohort's own
-        cache:int=256,       # decoded images to keep
+        cohort,            # cohort table with `tasks` in its metadata, sealed or not; or its `Holding`
+        root='',           # folder below which the images lie; '' takes the cohort's own
+        cache:int=256,     # decoded images to keep
+        remote:bool=False, # whether images may be fetched from other machines
     ):
-        cohort = validate(cohort, 'cohort')
-        self.rows, self.root = {r.sample_id: r for r in cohort.itertuples(index=False)}, root or cohort.attrs.get('root', '.')
-        self.tasks = {f: Task(**t) for f, t in cohort.attrs['tasks'].items()}
-        self._image = lru_cache(cache)(lambda ref: read_image(self.root, ref))
+        held = hold(cohort, root); opened = validate(held.opened, 'cohort')
+        self.rows, self.root, self.sealed, self.remote = {r.sample_id: r for r in opened.itertuples(index=False)}, root or opened.attrs.get('root', '.'), bool(held.key), remote
+        self.tasks = {f: Task(**t) for f, t in opened.attrs['tasks'].items()}
+        self._image = lru_cache(cache)(self._read)
+
+    def _read(self, ref):
+        try: return read_image(self.root, ref, remote=self.remote)
+        except FileError as e:
+            if not self.sealed: raise
+            raise FileError(e.reason, e.reason) from None   # the message names the file, and its name may name the patient
 
     def image(self,
         sample_id:str, # whose image
@@ -274,6 +282,7 @@ def import_predictions(
     try: lines = path.read_text(encoding='utf-8-sig').splitlines()
     except UnicodeDecodeError: raise InputError(f'{path}: not UTF-8 text') from None
     rows = [_imported_row(l, i, trials, lambda t: variant_choices(tasks[t.finding], t.variant)) for i, l in enumerate(lines, 1) if l.strip()]
+    if plan.attrs.get('access') == 'credentialed': rows = [{**r, 'raw_text': ''} for r in rows]   # what a model wrote may quote what it read
     got = {r['trial_id']: r for r in rows}
     if len(got) < len(rows): raise InputError(f"{path}: {len(rows) - len(got)} trial ids occur twice")
     if len(trials) - len(got) > max_missing * len(trials): raise InputError(f'{path}: answers for {len(got)} of {len(trials)} trials; at least {1 - max_missing:.0%} are needed')

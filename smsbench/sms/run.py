@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['model_name', 'open_model', 'AuditSettings', 'freeze_plan', 'score_model', 'mark_void', 'conclude', 'void_lines',
-           'run_audit', 'Results', 'load_results', 'run_import']
+           'audit_the_files', 'run_audit', 'Results', 'load_results', 'run_import']
 
 # %% ../../nbs/35_sms.run.ipynb #7b0bccc3
 from dataclasses import dataclass, field
@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import InputError, Run, content_hash, environment, read_json, read_table, write_json, write_table
+from ..core import InputError, Run, environment, read_json, read_table, write_json, write_table
+from ..data.audit import SEVERITIES, FileAudit
+from ..data.holding import Holding, audit_holding, hold, read_audit, scan_holding, write_audit
+from ..data.manifest import Built
 from .audit import PART_SIZE, Source, import_predictions, part_path, prove_delivery, read_predictions, score_plan
 from .metrics import measure
 from .shifts import ARMS, cohort_hash, make_plan
@@ -84,7 +87,7 @@ def score_model(
     parts = [part_path(run, model_name(spec), k) for k in range(-(-len(plan) // PART_SIZE))]
     if all(p.exists() for p in parts):
         done = pd.concat([read_table(p) for p in parts], ignore_index=True)
-        if not (done.parse_status == 'error').any() and done.trial_id.tolist() == plan.trial_id.tolist(): return done
+        if not (done.parse_status == 'error').any() and set(done.trial_id) == set(plan.trial_id): return done.set_index('trial_id').loc[plan.trial_id].reset_index()
     return score_plan(plan, source, open_model(spec, device, dtype), run, batch_size, max_failures=max_failures)
 
 # %% ../../nbs/35_sms.run.ipynb #8576db30
@@ -124,24 +127,47 @@ def void_lines(
     bad = {m: {a: v['why'] for a, v in arms.items() if v['verdict'] == 'void'} for m, arms in delivery.items()}
     return [f"{m}: void arm{'s' * (len(arms) > 1)} {', '.join(arms)} ({next(iter(arms.values()))}); no verdict is given" for m, arms in bad.items() if arms]
 
+# %% ../../nbs/35_sms.run.ipynb #17f01412
+def audit_the_files(
+    run:Run,             # run directory
+    held:Holding,        # the cohort
+    files:pd.DataFrame,  # measures of the files, or None
+    exclusions:pd.DataFrame, # what the manifest left out, or None
+    root='',             # folder of the images
+    seed:int=0,          # folds and resamples
+    remote:bool=False,   # whether images may be fetched from other machines
+):
+    "What the files give away, kept in the run directory for the report; done once."
+    if (run/'files'/'findings.parquet').exists(): return
+    if files is None: files = scan_holding(held, root, run/'files'/'scan', remote=remote)
+    found = audit_holding(held, files, exclusions, root, seed)
+    write_audit(found, run/'files')
+    counts = found.findings.severity.value_counts()
+    run.log(f"files: {', '.join(f'{counts.get(s, 0)} {s}' for s in SEVERITIES)}")
+
 # %% ../../nbs/35_sms.run.ipynb #9089c28d
 def run_audit(
     out,                     # run directory; a run that stopped goes on here
-    cohort:pd.DataFrame,     # cohort table with its metadata
+    cohort,                  # cohort table with its metadata; or `Built`, which brings its exclusions and files
     models,                  # model specs, see `open_model`
     settings:AuditSettings=AuditSettings(),
     plan:pd.DataFrame=None,  # a plan made before; None makes one
     root='',                 # folder of the images; '' takes the cohort's own
     exclusions:pd.DataFrame=None, # what the manifest left out
+    files:pd.DataFrame=None, # measures of the image files, from `scan_files`; None makes them
+    remote:bool=False,       # whether images may be fetched from other machines
     **how,                   # device, dtype, batch_size
 )->Run:                      # the run directory, with everything but the report in it
-    "cohort → plan → predictions → delivery proof → metrics → verdicts."
+    "cohort → audit of its files → plan → predictions → delivery proof → metrics → verdicts."
     names = [model_name(m) for m in models]
     if len(set(names)) < len(names) or not names: raise InputError(f'models {names}: at least one, each with a name of its own')
-    run, source = Run(out), Source(cohort, root)
+    if isinstance(cohort, Built): exclusions, files = cohort.exclusions, cohort.files if len(cohort.files) else None
+    run, held = Run(out), hold(cohort, root)
+    cohort, source = held.cohort, Source(held, root, remote=remote)
     about = {k: cohort.attrs.get(k) for k in ('manifest', 'version', 'access', 'manifest_hash', 'licence', 'citation', 'title')}
     run.freeze(dict(kind='sms_audit', models=names, cohort=about, cohort_hash=cohort_hash(cohort), plan_hash=plan.attrs['plan_hash'] if plan is not None else None, **settings.__dict__), root=str(source.root), **how)
     _keep_cohort(run, cohort, exclusions)
+    audit_the_files(run, held, files, exclusions, source.root, settings.seed, remote)
     if plan is not None and not (run/'plan.parquet').exists(): write_table(plan, run/'plan.parquet', 'plan')
     plan = freeze_plan(run, cohort, source, settings)
     run.log(f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of {plan.sample_id.nunique()} samples, {plan.patient_id.nunique()} patients, {plan.arm.nunique()} arms")
@@ -158,8 +184,8 @@ def _write_environment(run, plan, about, device=''):
     if made['torch_build'] or not (run/'environment.json').exists(): write_json(made, run/'environment.json')
 
 def _keep_cohort(run, cohort, exclusions):
-    "The cohort stays in the run directory for examples in the report; of credentialed data only what names nobody."
-    if cohort.attrs.get('access') == 'credentialed': cohort = cohort.assign(text='', image='', sample_id=[content_hash(s) for s in cohort.sample_id], patient_id=[content_hash(p) for p in cohort.patient_id])
+    "The cohort stays in the run directory for examples in the report."
+    if cohort.attrs.get('access') == 'credentialed' and not cohort.attrs.get('sealed'): raise InputError('this cohort of credentialed data is not sealed; make it with `smsbench cohort`')
     write_table(cohort, run/'cohort.parquet', 'cohort')
     if exclusions is not None: write_table(exclusions, run/'cohort_exclusions.parquet')
 
@@ -179,6 +205,7 @@ class Results:
     verdicts: dict           # {model: {relies_on_image, relies_on_text, void_arms, unproven_arms, findings}}
     cohort: pd.DataFrame
     exclusions: dict = field(default_factory=dict) # stage -> table
+    files: FileAudit | None = None # the audit of the files; None where they were not at hand
 
     @property
     def open(self):
@@ -196,7 +223,8 @@ def load_results(
     c = read_json(run/'config.json')
     tables = {s: read_table(run/f'{s}_exclusions.parquet') for s in ('cohort', 'plan') if (run/f'{s}_exclusions.parquet').exists()}
     return Results(run.path, c['config'], c['config_hash'], c['loose'].get('root', ''), read_json(run/'environment.json'), read_table(run/'plan.parquet', 'plan'), read_predictions(run),
-                   read_json(run/'delivery.json'), read_table(run/'metrics.parquet', 'metrics'), read_json(run/'verdicts.json')['models'], read_table(run/'cohort.parquet', 'cohort'), tables)
+                   read_json(run/'delivery.json'), read_table(run/'metrics.parquet', 'metrics'), read_json(run/'verdicts.json')['models'], read_table(run/'cohort.parquet', 'cohort'), tables,
+                   read_audit(run/'files') if (run/'files'/'findings.parquet').exists() else None)
 
 # %% ../../nbs/35_sms.run.ipynb #cdab3be2
 def run_import(
