@@ -9,7 +9,7 @@ import smsbench.data.mimic_layouts   # noqa: F401  adds its miniatures to LAYOUT
 from smsbench.core import InputError
 from smsbench.data.cards import read_manifest
 from smsbench.data.layouts import LAYOUTS, make_layout
-from smsbench.data.manifest import build_cohort, read_image
+from smsbench.data.manifest import build_cohort, gather_card, read_image
 
 CARDS = Path(__file__).resolve().parent.parent/'data_manifests'
 REAL = {'covid_notes', 'nih_cxr', 'vqa_rad'}   # reduced copies of real data, see test_cohorts_real
@@ -46,7 +46,9 @@ NOT_THEIRS = {'phantom', 'csv_images'}
 
 def read(name, root, **changes):
     "The card, with `changes`, on a folder; a miniature has fewer samples than the card expects."
-    return build_cohort(read_manifest(name).model_copy(update=changes), root, check_expected=False)
+    cohort, exclusions, _, about, _ = gather_card(read_manifest(name).model_copy(update=changes), root)   # before credentialed data are sealed
+    cohort.attrs = about
+    return cohort, exclusions
 
 
 def rows_of(path):

@@ -26,8 +26,8 @@ from .sources import IMAGE_REASONS
 
 _all_ = ['Manifest', 'manifest_path', 'read_manifest', 'read_image']   # what a user of this module needs beside it
 
-# %% ../../nbs/10_data.manifest.ipynb #b6374851
-REASONS = ('broken row', 'empty id', 'duplicate id', 'empty patient id', 'unknown finding', *LABEL_FAULTS, 'empty question', 'missing text', 'unreadable text', 'empty text', 'no such section', 'short report',
+# %% ../../nbs/10_data.manifest.ipynb #d408ec6e
+REASONS = ('broken row', 'empty id', 'duplicate id', 'empty patient id', 'unknown finding', *LABEL_FAULTS, 'empty question', 'missing text', 'unreadable text', 'wrong text encoding', 'text too large', 'empty text', 'no such section', 'short report',
            *IMAGE_REASONS, 'bad box') # why a sample is left out
 _RANK = {'': len(REASONS), **{r: i for i, r in enumerate(REASONS)}}
 
@@ -197,7 +197,7 @@ def _exclusions(m, rows, base, every, broken):
     known = fill(m.columns.finding, rows).str.strip().isin([*m.tasks] if m.columns.finding else [''])
     strange = mark(base[~known], ~known[~known], 'unknown finding')
     ragged = pd.DataFrame(dict(sample_id=[f'line {n}' for n in broken], reason='broken row', detail='another number of fields than the header, or no object'))
-    return pd.concat([every[every.reason != ''], strange, ragged]).assign(stage='cohort')[['sample_id', 'reason', 'stage', 'detail']].reset_index(drop=True)
+    return pd.concat([every[every.reason != ''], strange, ragged]).assign(stage='cohort')[['sample_id', 'reason', 'stage', 'detail', 'label', 'patient_id']].fillna('').reset_index(drop=True)
 
 def _filtered(m, funnel):
     out = {}
@@ -264,7 +264,9 @@ def _counts(what, group, patients):
 
 def _hide(part, access):
     "Counts as text; small ones of credentialed data hidden, and not recoverable from a total."
-    out = part.copy()
+    out = part.copy(); few = access == 'credentialed' and part.patients.between(1, 9)   # many questions about few patients are few patients
+    out['samples'] = part.samples.astype(object).mask(few, '<10') if access == 'credentialed' else part.samples
+    part = out.copy()
     for c in ('samples', 'patients'):
         n = part[c]; text = n.map(lambda x: x if isinstance(x, str) else '' if np.isnan(x) else shown(int(x), access)); rest = n[(text != '<10') & n.notna()].astype(float)   # text: hidden before
         out[c] = text.mask((text.index == rest.idxmin()) & ((text == '<10').sum() == 1), 'withheld') if len(rest) else text

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from ..core import InputError, progress
 from .cards import Manifest
 from .parts import Derive, Join, TableCard, fill, needs
-from .readers import is_missing
+from .readers import is_missing, plain
 from .reports import keep_sections
 from .sources import FileError, read_bytes
 from .tables import below, read_source, require
@@ -25,7 +25,8 @@ def source(
     table:TableCard, # one of its tables
 )->tuple[pd.DataFrame, list]: # text, indexed by line; broken lines
     "A table of a card."
-    try: return read_source(root, table, m.separator, m.encoding)
+    named = [*m.needed(), *(d.column for d in m.derive.values()), *(c for j in m.joins for k in (*j.on, *j.on.values(), *j.columns) for c in needs(k))]
+    try: return read_source(root, table, m.separator, m.encoding, dict.fromkeys(named))
     except FileError as e: raise InputError(f'{m.name}: table {e}') from None
 
 def _keys(rows, templates):
@@ -64,8 +65,8 @@ def derive(
     cells = rows[d.column]
     if d.pattern: known = {c: g[1] if (g := re.search(d.pattern, c)) and g[1] is not None else d.otherwise or '' for c in cells.unique()}
     elif d.map:
-        words = {k.strip(): v for k, v in d.map.items()}
-        known = {c: words.get(c.strip(), c if d.otherwise is None else d.otherwise) for c in cells.unique()}
+        words = {plain(k): v for k, v in d.map.items()}
+        known = {c: words.get(plain(c), c if d.otherwise is None else d.otherwise) for c in cells.unique()}
     else:
         of = _membership(name, lists)
         known = {c: of.get(c.strip(), d.otherwise or '') for c in cells.unique()}
@@ -80,7 +81,11 @@ def _membership(name, lists):
             if of.setdefault(v, word) != word: raise InputError(f'derive.{name}: the lists {of[v]} and {word} share values')
     return of
 
-# %% ../../nbs/09f_data.rows.ipynb #cca7ff70
+# %% ../../nbs/09f_data.rows.ipynb #f83f4b28
+def _read(root, table):
+    "The names of the files of a table that are there: of alternatives the one that is used."
+    return ' + '.join(next((r for r in refs if below(root, r)), refs[0]) for refs in table.path.values())
+
 def step(
     funnel:list[dict], # the steps so far; one is added
     name:str,          # what people call the step
@@ -100,7 +105,7 @@ def read_rows(
     if not os.path.isdir(root): raise InputError(f'{root}: no such folder; --root must be where {m.name} lies')
     rows, broken = source(m, root, m.table)
     if rows.empty and not broken: raise InputError(f'{m.table.name}: has no rows')
-    funnel = step([], f'rows of {m.table.name}', len(rows) + len(broken))
+    funnel = step([], f'rows of {_read(root, m.table)}', len(rows) + len(broken))
     if broken: step(funnel, 'broken row', len(rows), 'another number of fields than the header, or no object')
     pending = dict(m.derive)
     for j in m.joins: rows = _joined(m, root, _derived(m, root, rows, pending), j, funnel)
@@ -125,7 +130,7 @@ def _joined(m, root, rows, j, funnel):
     rows, found = join(rows, j, other)
     if not j.required: return rows
     lost = f'{len(bad)} of its rows are broken' if bad else ''
-    step(funnel, f'row in {j.table.name}', int(found.sum()), '; '.join(w for w in (j.why, lost) if w))
+    step(funnel, f'row in {_read(root, j.table)}', int(found.sum()), '; '.join(w for w in (j.why, lost) if w))
     return rows[found]
 
 # %% ../../nbs/09f_data.rows.ipynb #c701f1c1
@@ -152,8 +157,8 @@ def read_texts(
     texts, reasons = [], []
     for ref in progress(refs, 'reading texts', len(refs), unit='text') if len(refs) >= 5000 else refs:
         try: text, reason = read_bytes(root, ref, MAX_REPORT).decode(codec), ''
-        except FileError as e: text, reason = '', {'missing image': 'missing text', 'path outside the root': e.reason}.get(e.reason, 'unreadable text')
-        except UnicodeError: text, reason = '', 'unreadable text'
+        except FileError as e: text, reason = '', {'missing image': 'missing text', 'too many pixels': 'text too large', 'path outside the root': e.reason}.get(e.reason, 'unreadable text')
+        except UnicodeError: text, reason = '', 'wrong text encoding'
         texts.append(keep(text)); reasons.append(reason)
     return pd.DataFrame(dict(text=pd.Series(texts, dtype=object), reason=reasons)).set_axis(pd.Index(refs, dtype=object))
 
@@ -175,7 +180,7 @@ def row_texts(
     out['text'] = out.text.mask(other, '')
     blank = out.text.map({x: is_missing(x) for x in out.text.unique()}).astype(bool)
     short = ~blank & (out.text.str.len() < (t.min_chars if t else 0))
-    if not m.has_text or not m.needs_text: out, blank = out.assign(reason=out.reason.where(out.reason == 'unreadable text', '')), False & blank
+    if not m.has_text or not m.needs_text: out, blank = out.assign(reason=out.reason.where(out.reason.isin(['unreadable text', 'wrong text encoding', 'text too large']), '')), False & blank
     return out.assign(reason=out.reason.mask(out.reason == '', pd.Series(np.select([other & blank, blank, short], ['no such section', 'empty text', 'short report'], ''), index=rows.index)))
 
 _OTHER = '\0'   # stands for a report that holds text, but none of the sections

@@ -60,10 +60,12 @@ def seal(
 def hide_counts(
     about:dict, # metadata of a cohort
 )->dict:        # the same, without counts from which a small one could be told
-    "Counts below ten become '<10'; of a funnel, numbers are rounded to tens, so that no small count is the difference of two others."
-    hide = lambda n: '<10' if not isinstance(n, str) and 0 < n < SMALL else n                      # text: hidden before
-    near = lambda n: hide(n) if isinstance(n, str) or n < SMALL else round(n, -1)
-    steps = [s | dict(removed=near(s['removed']), left=near(s['left'])) for s in about.get('funnel', [])]
+    "Counts below ten (images, where each is asked several questions) become '<10'; of a funnel, numbers are rounded to tens, so that no small count is the difference of two others."
+    small = SMALL * (max(len(about.get('tasks', {})), 1) if not about.get('card', {}).get('columns', {}).get('finding') else 1)
+    hide = lambda n, small=small: f'<{small}' if not isinstance(n, str) and 0 < n < small else n   # text: hidden before
+    near = lambda n, small: hide(n, small) if isinstance(n, str) or n < small else round(n, -1)
+    funnel = about.get('funnel', []); asked = next((i for i, s in enumerate(funnel) if s['step'] == 'questions'), 0)      # rows are counted before, samples from there on
+    steps = [s | {k: near(s[k], SMALL if i < asked else small) for k in ('removed', 'left')} for i, s in enumerate(funnel)]
     return {**about, **{k: {r: hide(n) for r, n in about[k].items()} for k in ('excluded', 'filtered') if k in about}, **({'funnel': steps} if steps else {})}
 
 # %% ../../nbs/09g_data.seal.ipynb #2edc2cf8
@@ -72,7 +74,8 @@ def seal_exclusions(
     key:str,                 # from `seal_key`
 )->pd.DataFrame:
     "Exclusions under pseudonyms, without the details."
-    return exclusions.assign(sample_id=[pseudonym(key, s) for s in exclusions.sample_id], detail='')
+    names = {c: [pseudonym(key, s) for s in exclusions[c]] for c in _IDS if c in exclusions}
+    return exclusions.assign(**names, detail='')
 
 # %% ../../nbs/09g_data.seal.ipynb #76c9dcb7
 def seal_files(

@@ -247,14 +247,16 @@ def read_source(
     table:TableCard,      # what the card says
     separator:str=',',    # the manifest's
     encoding:str='utf-8', # the manifest's
+    needed=(),            # columns which, if one of several tables has them, all must have
 )->tuple[pd.DataFrame, list]: # text, index = line number ('name:line' where there are several tables); the lines that are broken
     "A table of any kind; `InputError` (`FileError` where it is not there) of one line."
     several = set(table.path) != {''}
-    parts, broken = [], []
-    for key, refs in table.path.items():
-        rows, bad = _read_one(root, table, next((r for r in refs if below(root, r)), refs[0]), separator, encoding)
+    parts, broken, used = [], [], {key: next((r for r in refs if below(root, r)), refs[0]) for key, refs in table.path.items()}
+    for key, ref in used.items():
+        rows, bad = _read_one(root, table, ref, separator, encoding)
         if several: rows, bad = rows.set_axis(pd.Index([f'{key}:{n}' for n in rows.index], dtype=object)).assign(_table=key), [f'{key}:{n}' for n in bad]
         parts.append(rows); broken += bad
+    for rows, ref in zip(parts, used.values()): require(rows, [c for c in needed if any(c in p for p in parts)], ref)   # a gap would be read as an empty cell
     out = pd.concat(parts)
     return (out if len(parts) == 1 else out.fillna('')), broken
 
