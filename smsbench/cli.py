@@ -14,15 +14,15 @@ import typer
 
 from . import __version__
 from .core import InputError, RunError
-import smsbench.verbs.data   # noqa: F401 registers its verbs
+import smsbench.verbs.data, smsbench.verbs.models   # noqa: F401 register their verbs
 from .verbs.app import ArmsOption, BootOption, JsonOption, MarginOption, MatchOption, OutOption, RemoteOption, RootOption, SeedOption, VariantsOption, app, say, split_list
 
-# %% ../nbs/60_cli.ipynb #d12dc0dd
-def _settings(arms, seed, match, variants, margin, n_boot):
+# %% ../nbs/60_cli.ipynb #90b8cef4
+def _settings(arms, seed, match, variants, margin, n_boot, **more):
     from smsbench.sms.run import AuditSettings
     if n_boot < 100: raise InputError(f'--n-boot {n_boot}: at least 100 resamples are needed for an interval')
     if not 0 < margin < 1: raise InputError(f'--margin {margin}: must lie between 0 and 1')
-    return AuditSettings(split_list(arms), seed, split_list(match), split_list(variants), margin, n_boot)
+    return AuditSettings(split_list(arms), seed, split_list(match), split_list(variants), margin, n_boot, **more)
 
 # %% ../nbs/60_cli.ipynb #cb6b5b1a
 def finish(
@@ -30,14 +30,15 @@ def finish(
     as_json:bool=False, # print the verdicts as JSON?
 ):
     "Render the report, print verdicts and the report's path; `RunError` where a model's arms were void."
-    from smsbench.core import read_json
+    from smsbench.core import Run, read_json
     from smsbench.report.html import render_run
-    from smsbench.sms.run import void_lines
+    from smsbench.sms.run import check_lines, read_checks, void_lines
     report = render_run(out)
-    models = read_json(out/'verdicts.json')['models']
+    models, checks = read_json(out/'verdicts.json')['models'], read_checks(Run(out))
     word = lambda v, m: v[f'relies_on_{m}']['verdict'] or 'no verdict'
-    say(dict(report=str(report), models=models), as_json, '\n'.join([*(f"{name}: image {word(v, 'image')}, text {word(v, 'text')}" for name, v in models.items()), str(report)]))
-    if lines := void_lines(read_json(out/'delivery.json')): raise RunError('; '.join(lines))
+    told = [f"{name}: image {word(v, 'image')}, text {word(v, 'text')}" + (f" (level {checks[name]['level']}; {checks[name]['said']})" if name in checks else '') for name, v in models.items()]
+    say(dict(report=str(report), models=models, checks=checks), as_json, '\n'.join([*told, str(report)]))
+    if lines := void_lines(read_json(out/'delivery.json')) + check_lines(checks): raise RunError('; '.join(lines))
 
 # %% ../nbs/60_cli.ipynb #acd9eb10
 def _cohort_for(manifest, root, cohort_file, plan_file, remote=False):
@@ -69,7 +70,16 @@ def audit(
     arms: ArmsOption = '', seed: SeedOption = 0, match: MatchOption = '', variants: VariantsOption = 'plain', margin: MarginOption = .05, n_boot: BootOption = 2000,
     device: Annotated[str, typer.Option(help='cpu, cuda, cuda:1 or auto.')] = 'auto',
     dtype: Annotated[str, typer.Option(help='float32, bfloat16, float16 or auto (as the checkpoint says).')] = 'auto',
-    batch_size: Annotated[int, typer.Option(min=1, help='Trials per forward pass.')] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help='Trials per forward pass, at most.')] = 16,
+    level: Annotated[str, typer.Option(help='How much work trials share: auto (the most that changes no answer), 0 (nothing), 1 (batches, image features), 2 (prefixes too).')] = 'auto',
+    check: Annotated[int, typer.Option(min=0, help='Trials per model that are scored again at level 0.')] = 16,
+    budget_gib: Annotated[float | None, typer.Option(help='Memory for what trials share, GiB.')] = None,
+    system: Annotated[str, typer.Option(help='System prompt; empty leaves it to the chat template.')] = '',
+    extra: Annotated[str, typer.Option(help='Sentence behind every question.')] = '',
+    revision: Annotated[str | None, typer.Option(help='Hub revision: branch, tag or commit.')] = None,
+    quantization: Annotated[str | None, typer.Option(help='4bit or 8bit, with bitsandbytes on a GPU.')] = None,
+    attn_implementation: Annotated[str | None, typer.Option(help='eager, sdpa or flash_attention_2.')] = None,
+    trust_remote_code: Annotated[bool, typer.Option('--trust-remote-code', help="Let the repository's own code run; only with --revision naming a commit.")] = False,
     allow_remote: RemoteOption = False, as_json: JsonOption = False,
 ):
     """Audit one or more models: plan if needed, score, prove delivery, measure, give verdicts, write the report.
@@ -79,9 +89,10 @@ def audit(
     Example:  smsbench audit --manifest covid_notes --root data/covid_notes --model reference-image-reader --out reports/covid
     """
     from smsbench.sms.run import run_audit
-    settings = _settings(arms, seed, match, variants, margin, n_boot)
+    settings = _settings(arms, seed, match, variants, margin, n_boot, system=system, extra=extra, check=check)
     table, excluded, frozen, files = _cohort_for(manifest, root, cohort_file, plan_file, allow_remote)
-    run_audit(out, table, model, settings, frozen, root or '', excluded, files, allow_remote, device=device, dtype=dtype, batch_size=batch_size)
+    run_audit(out, table, model, settings, frozen, root or '', excluded, files, allow_remote, device=device, dtype=dtype, batch_size=batch_size,
+              level=int(level) if level.isdigit() else level, budget_gib=budget_gib, revision=revision, quantization=quantization, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
     finish(out, as_json)
 
 # %% ../nbs/60_cli.ipynb #72458e02

@@ -93,7 +93,7 @@ def score_trials(
     "Ask the model; what fails is asked again in halves, so that only the trial at fault is an error row."
     shown, rows = [_show(t, source) for t in trials], {}
     good = [i for i, x in enumerate(shown) if isinstance(x, Inputs)]
-    if getattr(model, 'schedules', False): size = max(len(good), 1)
+    if hasattr(model, 'score_each'): size = max(len(good), 1)
     else: size, good = batch_size, sorted(good, key=lambda i: (shown[i].image is None, len(shown[i].prompt), i))
     for start in range(0, len(good), size): rows.update(_ask_halving([(i, trials[i], shown[i]) for i in good[start:start + size]], model))
     return [rows.get(i) or _error_row(t, shown[i]) for i, t in enumerate(trials)]
@@ -105,10 +105,10 @@ def _show(trial, source):
 
 def _ask(some, inputs, model):
     begin = time.perf_counter()
-    answers = model.score(inputs)
+    answers = model.score_each(inputs) if hasattr(model, 'score_each') else model.score(inputs)
     each = (time.perf_counter() - begin) / len(some)
     if len(answers) != len(some): raise RunError(f'the model gave {len(answers)} answers to {len(some)} inputs')
-    return [_answer_row(t, a, x.choices, each) for t, a, x in zip(some, answers, inputs)]
+    return [_error_row(t, a) if isinstance(a, Exception) else _answer_row(t, a, x.choices, each) for t, a, x in zip(some, answers, inputs)]
 
 def _ask_halving(some, model):
     "Place -> predictions row of (place, trial, inputs)."
