@@ -36,7 +36,7 @@ def finish(
     report = render_run(out)
     models, checks = read_json(out/'verdicts.json')['models'], read_checks(Run(out))
     word = lambda v, m: v[f'relies_on_{m}']['verdict'] or 'no verdict'
-    told = [f"{name}: image {word(v, 'image')}, text {word(v, 'text')}" + (f" (level {checks[name]['level']}; {checks[name]['said']})" if name in checks else '') for name, v in models.items()]
+    told = [f"{name}: image {word(v, 'image')}, text {word(v, 'text')}" for name, v in models.items()]
     say(dict(report=str(report), models=models, checks=checks), as_json, '\n'.join([*told, str(report)]))
     if lines := void_lines(read_json(out/'delivery.json')) + check_lines(checks): raise RunError('; '.join(lines))
 

@@ -83,7 +83,7 @@ def test_the_default_run_opens_with_the_planted_verdicts(browser, smoke):
     assert first_screen(page, 'planted:image-only relies on the image: another patient’s chest film of the opposite class moves its answer by 100.0 points more')
     holds_for_any_report(page, smoke)
     order = page.evaluate("[...document.querySelectorAll('h2[id]')].map(h => h.id)")
-    assert order == 'verdicts delivery accuracy flips plane calibration subgroups examples contrasts answers funnel method provenance'.split()
+    assert order == 'verdicts delivery accuracy flips plane calibration subgroups examples contrasts answers files funnel method provenance'.split()
     text = page.inner_text('body')
     assert 'Not trained for this data' not in text and 'VOID' not in text and str(smoke.parent) not in page.content()
     assert {'accuracy.png', 'nfr.png', 'modality_plane.png', 'reliability.png', 'subgroups.png', 'verdicts.png', 'example_1.png'} <= {p.name for p in (smoke.parent/'figures').iterdir()}
@@ -110,7 +110,7 @@ def hostile(tmp_path_factory):
     for name, m in models.items(): m.name, m.info = name, {**m.info, 'id': name, 'trained_on': f'other {IMAGE}', 'notes': [SCRIPT]}
     out = tmp_path_factory.mktemp('hostile')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sms_run, 'open_model', lambda spec, *a: models[spec])
+        patch.setattr(sms_run, 'open_model', lambda spec, **how: models[spec])
         sms_run.run_audit(out, cohort, list(models), sms_run.AuditSettings(arms=('image_swap', 'text_swap', 'text_only', 'image_only', 'neither', 'image_only_swap'), n_boot=100))
     return render_run(out)
 
@@ -143,4 +143,4 @@ def test_credentialed_data_stay_home(tmp_path):
     sms_run.run_audit(tmp_path, cohort, ['planted:text-only'], sms_run.AuditSettings(arms=('image_swap', 'text_swap'), n_boot=100))
     page = render_run(tmp_path).read_text(encoding='utf-8')
     assert 'SECRET' not in page and 'no picture and no text of a patient is shown' in page and 'example_1' not in page
-    assert not list((tmp_path/'figures').glob('example*')) and 'sex=rare' in page and 'suppressed' in page and '&lt;10' in page
+    assert not list((tmp_path/'figures').glob('example*')) and 'sex=rare' not in page and 'suppressed' in page and '&lt;10' in page

@@ -128,7 +128,7 @@ def test_a_wrong_feature_is_caught(models, family, monkeypatch):
 @pytest.mark.parametrize('family', ['llava', 'qwen3_vl', 'mllama', 'gemma3'])
 def test_a_wrong_prefix_is_caught(models, family, monkeypatch):
     model, _ = models(family)
-    quick, same = fast(model, level=2, least=8), [x for x in TRIALS if x.image is not None and x.image.shape[:2] == (70, 90)]
+    quick, same = fast(model, level=2, least=8, forks=None), [x for x in TRIALS if x.image is not None and x.image.shape[:2] == (70, 90)]
     twin, real = [replace(x, image=255 - x.image) for x in same[:2]], engine_module.fork
     monkeypatch.setattr(engine_module, 'fork', lambda cells: real([cells[0]] * len(cells)))         # every row continues the first row's prefix
     with pytest.raises(RunError, match='own image'): quick.score(same[:2] + twin)
@@ -137,7 +137,7 @@ def test_a_wrong_prefix_is_caught(models, family, monkeypatch):
 def test_a_wrong_text_prefix_is_caught_and_so_is_an_unknown_one(models, monkeypatch):
     model, _ = models('llava')
     prompts = [Inputs(None, f'{r} {q}', ('yes', 'no')) for r in ('The left and right lungs are clear.', 'The right and left lungs are clear.') for q in QUESTIONS]   # reports of equal length
-    quick, real = fast(model, level=2, least=4), engine_module.fork
+    quick, real = fast(model, level=2, least=4, forks=None), engine_module.fork                    # rows of several prefixes in one pass
     monkeypatch.setattr(engine_module, 'fork', lambda cells: real([cells[0]] * len(cells)))
     with pytest.raises(RunError, match='own text'): quick.score(prompts)
     def tampered(cells):

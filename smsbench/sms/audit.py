@@ -108,13 +108,18 @@ def _ask(some, inputs, model):
     answers = model.score_each(inputs) if hasattr(model, 'score_each') else model.score(inputs)
     each = (time.perf_counter() - begin) / len(some)
     if len(answers) != len(some): raise RunError(f'the model gave {len(answers)} answers to {len(some)} inputs')
-    return [_error_row(t, a) if isinstance(a, Exception) else _answer_row(t, a, x.choices, each) for t, a, x in zip(some, answers, inputs)]
+    return [_row(t, a, x.choices, each) for t, a, x in zip(some, answers, inputs)]
+
+def _row(trial, answer, choices, seconds):
+    try: return _error_row(trial, answer) if isinstance(answer, Exception) else _answer_row(trial, answer, choices, seconds)
+    except RunError as e: return _error_row(trial, e)
 
 def _ask_halving(some, model):
     "Place -> predictions row of (place, trial, inputs)."
     places, trials, inputs = zip(*some)
     try: return dict(zip(places, _ask(trials, inputs, model)))
     except Exception as e:
+        if isinstance(e, RunError) and hasattr(model, 'score_each'): raise   # something was delivered to a trial that is not its own: no answer of this model may count
         if len(some) == 1: return {places[0]: _error_row(trials[0], e)}
     half = len(some) // 2
     return _ask_halving(some[:half], model) | _ask_halving(some[half:], model)

@@ -60,10 +60,11 @@ def convert(
 # %% ../../nbs/59b_verbs.models.ipynb #57406703
 @app.command()
 def bench(
-    out: Annotated[Path, typer.Option(help='JSON file to write.')],
+    out: Annotated[Path | None, typer.Option(help='JSON file to write.')] = None,
     device: Annotated[str, typer.Option(help='cpu: a random LLaVA of about 80 million parameters. cuda: models of the shapes of LLaVA-1.5-7B and Gemma-3-4B; nothing is downloaded.')] = 'cpu',
     rounds: Annotated[int, typer.Option(min=1, help='Interleaved rounds, of which medians are taken.')] = 3,
     smoke: Annotated[bool, typer.Option('--smoke', help='Tiny models: seconds instead of minutes.')] = False,
+    show: Annotated[Path | None, typer.Option(help='Measure nothing; print the table of a JSON file that was written before.')] = None,
     as_json: JsonOption = False,
 ):
     """Compare the published way of scoring (batch 1, generate) with every level of reuse, on the same trials and model, in one run.
@@ -71,5 +72,13 @@ def bench(
     Example:  smsbench bench --device cpu --out scoring.json
     """
     from smsbench.vlm.bench import bench_table, run_bench
-    found = run_bench(device, out, rounds, smoke)
-    say(found, as_json, f'{bench_table(found).to_string(index=False, float_format=lambda v: f"{v:.3g}")}\n\n{out}')
+    from smsbench.core import read_json
+    found = read_json(show) if show else run_bench(device, out, rounds, smoke)
+    say(found, as_json, f'{_columns(_ratios(bench_table(found)))}\n\n{_machine(found)}')
+
+def _ratios(t):
+    "What a person compares."
+    shown = t.assign(trials_per_second=t.trials_per_second.map('{:.2f}'.format), ratio=t.ratio.map('{:.1f}x'.format), largest_difference=t.largest_difference.map('{:.0e}'.format), lm_tokens=t.lm_tokens.map('{:,}'.format), utilisation=t.utilisation.map('{:.0%}'.format))
+    return shown[['model', 'workload', 'way', 'trials_per_second', 'ratio', 'largest_difference', 'flips', 'lm_tokens', 'utilisation', 'note']].rename(columns=dict(trials_per_second='trials/s', ratio='against generate(8)', largest_difference='largest |Δ log-prob|', lm_tokens='LM tokens'))
+
+def _machine(found): return f"{found['date']}, {found['card'] or str(found['cpus']) + ' CPU cores'}, {found['threads']} threads, torch {found['torch']}, transformers {found['transformers']}, medians of {found['rounds']} rounds{', tiny models' * found['smoke']}"

@@ -171,9 +171,10 @@ class Engine:
         max_rows:int=64,      # rows of a forward pass
         max_tokens:int=2048,  # tokens of a forward pass, padding included
         least:int=32,         # shortest stretch of tokens that is worth a prefix
+        forks:int|None=None,  # bytes of forks in one pass, at most; on a CPU copying them costs more than small batches do; None: what the budget leaves
         even:float=0.,        # share of a prefix that may be computed again so that prefixes of unlike length go in one pass; 0: none
     ):
-        self.model, self.level, self.budget, self.max_rows, self.max_tokens, self.least, self.even = model, level, budget * 7 // 8, max_rows, max_tokens, least, even
+        self.model, self.level, self.budget, self.max_rows, self.max_tokens, self.least, self.forks, self.even = model, level, budget * 7 // 8, max_rows, max_tokens, least, forks, even
         self.go = Pass(model, level, budget // 8)
         self.proof, self.stats = Proof(model, self.go.features), self.go.stats
         self.full, self.prove, self.live, self.row_bytes = False, level != 'batch', 0, 0   # keep all logits; hold each delivery against the trial's own; bytes of live prefixes; bytes of a prefix beside its positions (seen)
@@ -221,9 +222,10 @@ class Engine:
 
     def _leaves(self, rows):
         for part in _parted(rows, lambda r: (r.node.hi if r.node else 0, len(r.asks) if r.extra else 0, self.go.kind(r))):
-            part.sort(key=lambda r: len(r.ids))
+            order = {id(r.node): i for i, r in enumerate(part)} if self.forks else {}   # rows of one prefix together: expanded, not copied
+            part.sort(key=lambda r: (order.get(id(r.node), 0), len(r.ids)))
             lo = part[0].node.hi if part[0].node else 0
-            fit = max(1, int((self.budget - self.live) / (self.token_bytes * len(part[-1].ids) + self.row_bytes))) if lo else self.max_rows
+            fit = max(1, int(min(self.budget - self.live, self.forks or self.budget) / (self.token_bytes * max(len(r.ids) for r in part) + self.row_bytes))) if lo else self.max_rows
             for c in chunks(part, lambda r: len(r.ids) - (r.node.hi if r.node else 0), min(fit, self.max_rows), self.max_tokens): self._careful(c, self._answer)
 
     def _careful(self, items, do):

@@ -142,17 +142,16 @@ class Ledger:
 
 # %% ../../nbs/20g_vlm.prefix.ipynb #12552dcb
 def chunks(
-    items:list,     # sorted by size, or of one size
+    items:list,     # best sorted by size
     size,           # item -> its length in tokens
     max_rows:int,   # items per chunk
     max_tokens:int, # chunk length x items of a chunk, at most; one item may be longer
     waste:float=.25, # share of a chunk that may be padding
 ):                  # yields lists
     "Cut a list into chunks whose padded size is bounded, and little of which is padding."
-    some, used = [], 0
+    some, used, longest = [], 0, 0
     for it in items:
-        longest = max([size(it), *([size(some[0]), size(some[-1])] if some else [])])
-        padded = longest * (len(some) + 1)
-        if some and (len(some) >= max_rows or padded > max_tokens or padded - used - size(it) > waste * padded): yield some; some, used = [], 0
-        some, used = [*some, it], used + size(it)
+        padded = max(longest, size(it)) * (len(some) + 1)
+        if some and (len(some) >= max_rows or padded > max_tokens or padded - used - size(it) > waste * padded): yield some; some, used, longest = [], 0, 0
+        some, used, longest = [*some, it], used + size(it), max(longest, size(it))
     if some: yield some

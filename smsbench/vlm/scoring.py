@@ -179,7 +179,7 @@ def fast(
     tolerance:float|None=None, # largest |difference of a log-probability| that counts as level 0; None: `TOLERANCE` of the dtype
     workers:int|None=None,     # threads that read ahead; None: 1 on a CPU, up to 4 beside a GPU
     wave:int|None=None,        # images whose trials are scored together; None: 2 on a CPU, 16 on a GPU
-    **engine,                  # options of `Engine`: max_rows, max_tokens, least, even
+    **engine,                  # options of `Engine`: max_rows, max_tokens, least, forks, even
 )->FastModel:
     "The same model, sooner; `InputError` for a level there is not."
     names = {0: 'plain', 1: 'features', 2: 'prefix', **{n: n for n in LEVELS}, 'auto': 'auto'}
@@ -188,7 +188,7 @@ def fast(
     if budget_gib is None: budget_gib = .4 * _free(model.model.device) / 2**30 if gpu else 1.
     if budget_gib <= 0: raise InputError(f'a memory budget of {budget_gib} GiB; give a positive number')
     if tolerance is None: tolerance = TOLERANCE[str(model.model.dtype).removeprefix('torch.')]
-    options = dict(budget=int(budget_gib * 2**30), max_tokens=16384 if gpu else 2048, even=.2 if gpu else 0.) | engine
+    options = dict(budget=int(budget_gib * 2**30), max_tokens=16384 if gpu else 2048, even=.2 if gpu else 0., forks=None if gpu else 2**27) | engine
     return FastModel(model, names[level], options, tolerance, workers or (min(4, os.cpu_count() or 1) if gpu else 1), wave or (16 if gpu else 2))
 
 def _free(device):
