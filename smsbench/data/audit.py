@@ -34,6 +34,7 @@ def told_severity(
     severity = graded(low, limits, .5)
     return 'note' if severity == 'ok' and (high > limits[1] + .05 or high - low > UNSURE) else severity
 
+# %% ../../nbs/13_data.audit.ipynb #81f17ff9
 def shortcut_entries(
     table:pd.DataFrame, # from `shortcut_table`
     tell:Teller,        # how numbers may be shown
@@ -71,6 +72,7 @@ def naming_entries(
         found.append(entry('label words', severity, 'text', np.nan if hidden else r.named, n, f"{finding}: {tell.share(k, n)} texts of class {r.label!r}{beside} name the diagnosis{so}", finding=finding))
     return gather(found)
 
+# %% ../../nbs/13_data.audit.ipynb #917df59f
 def words_entries(
     table:pd.DataFrame, # from `bag_of_words`
     tell:Teller,        # how numbers may be shown
@@ -97,6 +99,7 @@ def safe_counts(
     if tell.access == 'open': return table
     return table.assign(**{c: [tell.count(k) if k < 10 else str(int(round(k, -1))) for k in table[c]] for c in columns})
 
+# %% ../../nbs/13_data.audit.ipynb #86ef4bca
 def count_tables(
     cohort:pd.DataFrame, # a cohort
     tell:Teller,         # how numbers may be shown
@@ -111,6 +114,7 @@ def count_tables(
     empty = pd.DataFrame(columns=['finding', 'stratum', 'level', 'label', 'samples', 'patients'])
     return {k: safe_counts(t, ['samples', 'patients'], tell) for k, t in dict(labels=per(d, ['finding', 'split', 'label']), strata=pd.concat(strata, ignore_index=True) if strata else empty).items()}
 
+# %% ../../nbs/13_data.audit.ipynb #b663132f
 def missing_table(
     cohort:pd.DataFrame, # a cohort
     tell:Teller,         # how numbers may be shown
@@ -121,6 +125,7 @@ def missing_table(
     out = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=['finding', 'column', 'label', 'sum', 'size'])
     return safe_counts(out.rename(columns=dict(sum='missing', size='samples')), ['missing', 'samples'], tell)
 
+# %% ../../nbs/13_data.audit.ipynb #2339c453
 def size_table(
     cohort:pd.DataFrame, # a cohort
     files:pd.DataFrame,  # from `scan_files`
@@ -207,6 +212,7 @@ def audit_files(
     "What in the files could mislead an audit."
     return audit(cohort, files, exclusions, seed, source).findings
 
+# %% ../../nbs/13_data.audit.ipynb #9a26acb4
 def audit_tables(
     cohort:pd.DataFrame,     # a cohort
     files:pd.DataFrame|None, # from `scan_files`; None: images were not read

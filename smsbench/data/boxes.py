@@ -54,6 +54,7 @@ def _number(s):
     try: return math.isfinite(float(s))
     except ValueError: return False
 
+# %% ../../nbs/09h_data.boxes.ipynb #d7b55f09
 def sample_boxes(
     m:Manifest,         # the card
     rows:pd.DataFrame,  # table rows

@@ -65,6 +65,7 @@ class Expected(Card):
     min: int | None = None # at least
     splits: dict[str, int] = {} # split -> exactly
 
+# %% ../../nbs/09b_data.cards.ipynb #41343d94
 class Manifest(Card):
     "How a data set's own files become a cohort."
     name: str = Field(pattern=r'^[A-Za-z0-9][\w.-]*$') # short name

@@ -37,6 +37,7 @@ def graded(
     "Severity by the lower end: what is sure, not what is possible."
     return 'serious' if low >= limits[1] else 'warning' if low >= limits[0] else 'note' if low > nothing else 'ok'
 
+# %% ../../nbs/12d_data.checks.ipynb #018c47bb
 def entry(
     check:str,      # what was looked for
     severity:str,   # one of `SEVERITIES`
@@ -164,6 +165,7 @@ def check_copies(
         out.append(entry('same image in two splits', graded(k / n, (1e-12, LEAK)), f'{b} in {a}', tell.value(k, n), n, f'{tell.share(k, n)} images of {b} also occur in {a}{so}'))
     return _worst(out)
 
+# %% ../../nbs/12d_data.checks.ipynb #5b67ddee
 def check_near_copies(
     cohort:pd.DataFrame, # a cohort
     files:pd.DataFrame,  # from `scan_files`
@@ -229,6 +231,7 @@ def class_gap(
     with np.errstate(all='ignore'): i = bootstrap_sums(sums, patients, lambda t: (t[..., 0] / t[..., 1] - t[..., 2] / t[..., 3])[..., None], 500, bounds=(-1, 1))
     return top, low, i
 
+# %% ../../nbs/12d_data.checks.ipynb #c63c28d4
 UNKNOWN = ('', 'unknown') # how a stratum says that a value is missing
 
 def check_missing(

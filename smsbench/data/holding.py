@@ -26,6 +26,7 @@ class Holding:
     opened: pd.DataFrame # the same rows and ids, with images and texts; never to be written
     key: str = ''        # what the pseudonyms were made with; '' for open data
 
+# %% ../../nbs/13a_data.holding.ipynb #0692f432
 def hold(
     cohort,  # cohort table, sealed or not; `Built`; or a `Holding`, which comes back as it is
     root='', # folder below which the files lie; '' takes the cohort's own
@@ -85,6 +86,7 @@ def write_audit(
     write_table(found.findings, Path(folder)/'findings.parquet')
     for name, t in found.tables.items(): write_table(t, Path(folder)/f'table_{name}.parquet')
 
+# %% ../../nbs/13a_data.holding.ipynb #14dd5303
 def read_audit(
     folder, # where `write_audit` wrote
 )->FileAudit:

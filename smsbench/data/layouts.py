@@ -30,6 +30,7 @@ def draw(
     if colour: a = np.stack([a, .7*a, .5*a], -1)
     return (a / a.max() * (2**bits - 1)).astype(np.uint16 if bits == 16 else np.uint8)
 
+# %% ../../nbs/11a_data.layouts.ipynb #c3b14501
 def put_image(
     folder,     # below which the file lies
     ref:str,    # its path; the ending decides the format
@@ -40,6 +41,7 @@ def put_image(
     path = Path(folder, ref); path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(draw(ref, **more)).save(path)
 
+# %% ../../nbs/11a_data.layouts.ipynb #93a3ed09
 def put_csv(
     folder,     # below which the file lies
     name:str,   # its name; .gz compresses
@@ -50,6 +52,7 @@ def put_csv(
     with (gzip.open if name.endswith('.gz') else open)(Path(folder, name), 'wt', newline='', encoding='utf-8') as f:
         out = csv.writer(f, lineterminator='\n'); out.writerow(head.split(',') if isinstance(head, str) else head); out.writerows(rows)
 
+# %% ../../nbs/11a_data.layouts.ipynb #390ac2a1
 def put_json(
     folder,     # below which the file lies
     name:str,   # its name

@@ -59,6 +59,7 @@ def mimic_report(
     return dict(full=f'{head} FINDINGS: \n \n Compared to ___, the film is of good quality.\n {seen}\n \n IMPRESSION: \n \n {seen}\n', combined=f'{head} FINDINGS AND IMPRESSION:  The film is rotated.  {seen}\n', unheaded=f'{head} {seen}\n \n Nothing else is seen on this film.\n',
                 short=f'{head} IMPRESSION: Normal.\n', indication=head[:head.index(' COMPARISON')], empty='')[kind]
 
+# %% ../../nbs/11b_data.mimic_layouts.ipynb #f0bbef04
 def mimic_reports(
     films:pd.DataFrame, # from `mimic_films`
 )->dict:                # member of mimic-cxr-reports.zip -> bytes
@@ -78,6 +79,7 @@ def put_reports(
     else:
         for name, data in reports.items(): path = Path(folder, name); path.parent.mkdir(parents=True, exist_ok=True); path.write_bytes(data)
 
+# %% ../../nbs/11b_data.mimic_layouts.ipynb #b06633f3
 def put_tables(
     folder,                # data root
     films:pd.DataFrame,    # from `mimic_films`
@@ -94,12 +96,14 @@ def put_tables(
     studies = films[films.matter != 'not labelled'].drop_duplicates('study_id').sort_values('study_id')
     put_csv(folder, f'{start}{labels}{ending}', ['subject_id', 'study_id', *CHEXPERT], [(r.subject_id, r.study_id, *(value(r.labels, f) for f in CHEXPERT)) for r in studies.itertuples()])
 
+# %% ../../nbs/11b_data.mimic_layouts.ipynb #c9cc599c
 def film_path(
     film, # row of `mimic_films`
 )->str:   # below the data root
     "Where the official tree keeps a film."
     return f'files/p{film.subject_id[:2]}/p{film.subject_id}/s{film.study_id}/{film.dicom_id}.jpg'
 
+# %% ../../nbs/11b_data.mimic_layouts.ipynb #f8a91c83
 def mimic(
     folder,                # an empty folder
     labels:str='chexpert', # 'chexpert' or 'negbio'
@@ -119,6 +123,7 @@ def patchib_films(
     "Which films the four stages leave, from the plan alone."
     return films.view.isin(['PA', 'AP']) & films.matter.isin(['', 'only devices'])
 
+# %% ../../nbs/11b_data.mimic_layouts.ipynb #c346bd9e
 def patchib_jsonl(
     folder, # an empty folder
 ):
@@ -129,6 +134,7 @@ def patchib_jsonl(
     Path(folder, 'mimic_master_official_split.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
     for r in films[1:-1].itertuples(): put_image(folder, film_path(r), shape=(48, 64))
 
+# %% ../../nbs/11b_data.mimic_layouts.ipynb #c6c3f13f
 _GROUNDED = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Lung Opacity', 'Pleural Effusion', 'Pneumonia', 'Pneumothorax')
 
 def ms_cxr(

@@ -26,6 +26,7 @@ def parse_xml(
     except expat.ExpatError as e: raise ValueError(str(e)) from None
     return tree.close()
 
+# %% ../../nbs/09ba_data.openi.ipynb #47fbfff6
 OPENI = ('uid', 'image_id', 'comparison', 'indication', 'findings', 'impression', 'mesh_major', 'mesh_automatic', 'caption')
 
 def openi_rows(

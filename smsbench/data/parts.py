@@ -28,6 +28,7 @@ def check_separator(
     if len(s) != 1 or s in '"\r\n\0': raise ValueError('separator must be one character, and no quote or line break')
     return s
 
+# %% ../../nbs/09aa_data.parts.ipynb #63b97d09
 class TableCard(Card):
     "A table: one file, or several of one layout."
     path: Annotated[dict[str, list[str]], BeforeValidator(_paths)] # below the root; a path, alternatives, or name -> path
@@ -64,6 +65,7 @@ def fill(
         out = out + (cells if letters is None else cells.str[:letters]) + after
     return out
 
+# %% ../../nbs/09aa_data.parts.ipynb #9188d8b6
 def needs(
     template:str, # column name, template with {column}, or ''
 )->list[str]:     # the columns it reads
@@ -83,6 +85,7 @@ class Join(Card):
     required: bool = True         # rows without a partner are dropped and counted; false: they stay, with empty cells
     why: str = ''                 # a sentence for the funnel
 
+# %% ../../nbs/09aa_data.parts.ipynb #4f990fee
 class Derive(Card):
     "A new column made from another one; exactly one of `pattern`, `lists`, `map`."
     column: str                   # where it comes from

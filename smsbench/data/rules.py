@@ -88,6 +88,7 @@ def list_cell(
         return found if isinstance(found, list) else None
     return None
 
+# %% ../../nbs/09a_data.rules.ipynb #6b27663b
 def words_of(
     cell:str,       # one cell
     split_on:str,   # what separates the words, or 'list'

@@ -57,6 +57,7 @@ def seal(
     out.attrs = hide_counts(cohort.attrs) | dict(sealed=True)
     return out
 
+# %% ../../nbs/09g_data.seal.ipynb #85ea072b
 def hide_counts(
     about:dict, # metadata of a cohort
 )->dict:        # the same, without counts from which a small one could be told

@@ -23,6 +23,7 @@ def level_codes(
     s = pd.Series(np.asarray(values, dtype=object)).astype(str)
     return pd.factorize(s.where(s.map(s.value_counts()) >= RARE, '\0rare'), sort=True)[0]
 
+# %% ../../nbs/12b_data.shortcuts.ipynb #85095fa2
 def bin_codes(
     x,             # (n,) numbers
     bins:int=BINS, # at most so many
@@ -103,6 +104,7 @@ def within_folds(
     right, pairs = np.sum(parts, axis=0)
     return np.divide(right, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
 
+# %% ../../nbs/12b_data.shortcuts.ipynb #d8fb8f72
 def told_apart(
     scores:np.ndarray, # (n, classes) a score per class; (n,) for class 1 of two
     y,                 # (n,) class numbers from 0

@@ -34,6 +34,7 @@ def split_ref(
     place, member = m.groups() if (m := re.fullmatch(r'(.+?\.zip)!(.+)', name, re.I | re.S)) else (name, '')
     return place, member, key
 
+# %% ../../nbs/08_data.sources.ipynb #8a8b11b6
 def is_remote(
     ref:str, # as it stands in a table
 )->bool:
@@ -47,6 +48,7 @@ def as_shown(
     "A reference as messages show it."
     return repr(re.sub(r'(?<=://)[^/@]*@|\?[^#]*', '', ref) if is_remote(ref) else ref)[1:-1]   # repr: a line break in a name must not break the message
 
+# %% ../../nbs/08_data.sources.ipynb #841c45f1
 def why(
     e:Exception, # what a library raised
 )->str:          # one line of up to 120 characters, without paths

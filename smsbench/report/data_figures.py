@@ -28,6 +28,7 @@ def amount(
     if row.unit == 'AUROC': return f'AUROC {rounded(row.value, 2)}  ({span(row.low, row.high, 2, 1)})'
     return f'{rounded(row.value, 0)} {row.unit}'
 
+# %% ../../nbs/50e_report.data_figures.ipynb #50fad201
 @styled
 def severity_figure(
     findings:pd.DataFrame, # from `audit_files`
@@ -60,6 +61,7 @@ def told_rows(
     judged = {('names the diagnosis' if r.check == 'label words' else r.check if r.check.startswith('words') else r.subject, r.finding): r.severity for r in audited.findings.itertuples() if r.check in ('shortcut', 'label words') or r.check.startswith('words')}
     return rows.assign(severity=[judged.get((r.line, r.finding), '') for r in rows.itertuples()])
 
+# %% ../../nbs/50e_report.data_figures.ipynb #8a8fd8e6
 @styled
 def shortcut_figure(
     audited, # `FileAudit`
@@ -95,6 +97,7 @@ def count_rows(
     t = audited.tables['labels'].rename(columns=dict(split='group')) if by == 'split' else audited.tables['strata'].query('stratum == @by').rename(columns=dict(level='group'))
     return t[['finding', 'group', 'label']].assign(samples=pd.to_numeric(t.samples, errors='coerce').astype(float))
 
+# %% ../../nbs/50e_report.data_figures.ipynb #fef4d005
 _SPLITS = ('train', 'training', 'val', 'valid', 'validate', 'validation', 'dev', 'test')
 
 def _place(group):
@@ -138,6 +141,7 @@ def choose_pairs(
     rank = 2 * (out.split_a == out.split_b) + (out.patient_a == out.patient_b)
     return out.assign(rank=rank).sort_values(['rank', 'distance', 'ref_a', 'ref_b'], kind='stable').head(most).drop(columns='rank').reset_index(drop=True)
 
+# %% ../../nbs/50e_report.data_figures.ipynb #3ac22c75
 def thumbnail(
     image:np.ndarray, # (H,W) or (H,W,3) uint8
     side:int=128,     # pixels of the longer side
@@ -147,6 +151,7 @@ def thumbnail(
     im = Image.fromarray(image); im.thumbnail((side, side))
     return np.asarray(im)
 
+# %% ../../nbs/50e_report.data_figures.ipynb #c88927ae
 @styled
 def pairs_figure(
     audited,             # `FileAudit` of open data

@@ -24,6 +24,7 @@ def model_names(
     "Models in the order of the figures."
     return sorted(results.verdicts)
 
+# %% ../../nbs/51a_report.sections.ipynb #3cf63335
 def column(
     model, # model name
 )->str:

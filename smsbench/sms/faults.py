@@ -157,6 +157,7 @@ def probabilities(
     x = g[LOGITS].to_numpy(); x = x[np.isfinite(x)]
     return bool(x.size and x.min() >= 0 and x.max() <= 1)
 
+# %% ../../nbs/33f_sms.faults.ipynb #d8bbbdba
 def pair_shares(
     g:pd.DataFrame, # rows with the four logit columns
 )->dict:            # tokens -> (n,) share in 0..1

@@ -103,12 +103,14 @@ def check_answers(
     write_json(read_checks(run) | {model.name: how | dict(n=found.n, max_diff=found.max_diff, flips=found.flips, undelivered=found.undelivered, ok=found.ok, said=str(found), spellings=spellings)}, run/'checks.json')
     run.log(f'{model.name}: {found}')
 
+# %% ../../nbs/35_sms.run.ipynb #1154fcc7
 def read_checks(
     run:Run, # run directory
 )->dict:     # model -> what `check_answers` found
     "The checks of a run; none yet is an empty dictionary."
     return read_json(run/'checks.json') if (run/'checks.json').exists() else {}
 
+# %% ../../nbs/35_sms.run.ipynb #5833c0e8
 def check_lines(
     checks:dict, # from `read_checks`
 )->list[str]:    # one line per model that failed

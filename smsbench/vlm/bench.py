@@ -88,6 +88,7 @@ def bench_arms(
              (hidden(h // 2, w // 2), report), (hidden(0, 0), report), (np.concatenate(np.array_split(film, 4)[::-1]), report)]
     return dict(zip(ARMS, shown, strict=True))
 
+# %% ../../nbs/21a_vlm.bench.ipynb #b1b9f492
 def bench_trials(
     model:HFModel,     # whose tokenizer measures the reports
     samples:int=4,     # samples per workload; from 4 on, donors are samples too, as in an audit
@@ -143,6 +144,7 @@ def model_flops(
     look = 2 * count(tower) * patches + 4 * eye.num_hidden_layers * eye.hidden_size * patches**2
     return float(2 * weights * tokens + 4 * text.num_hidden_layers * width * pairs + look * images + 2 * text.vocab_size * text.hidden_size * rows)
 
+# %% ../../nbs/21a_vlm.bench.ipynb #260b4b54
 def matmul_rate(
     device:str,        # where
     dtype:str,         # e.g. 'bfloat16'

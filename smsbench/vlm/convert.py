@@ -58,6 +58,7 @@ def trunk_tensors(
         out[found] = v
     return out
 
+# %% ../../nbs/20d_vlm.convert.ipynb #87afaae1
 def trunk_config(
     tensors:dict, # from `trunk_tensors`
 ):                # a transformers Dinov2Config
@@ -78,6 +79,7 @@ def weight_files(
     if not files: raise InputError(f'{folder}: holds no weights')
     return files
 
+# %% ../../nbs/20d_vlm.convert.ipynb #18bcc606
 def read_weights(
     path,   # a safetensors or pickled file
 )->dict:    # name -> tensor

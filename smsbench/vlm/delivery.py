@@ -59,6 +59,7 @@ class Heard:
         "The hash of row `i`, had it been computed whole in this pass."
         return delivered_sha(self.hashes[i, :n].cpu().numpy(), self.beside[i].cpu().numpy())
 
+# %% ../../nbs/18_vlm.delivery.ipynb #0c782078
 def _shares(t, marks, rows):
     "The vectors (N, width) or (B*k, n, width) that belong to each of the rows: by the marked positions, or evenly."
     import torch

@@ -32,6 +32,7 @@ def placeholders(
     names = [getattr(p, a, None) for p in (processor, processor.tokenizer) for a in ('image_token', 'boi_token', 'context_image_token')]
     return {str(n) for n in names if n}
 
+# %% ../../nbs/19a_vlm.prompting.ipynb #f69f8b16
 _CONTROL = weakref.WeakKeyDictionary()   # processor -> its control tokens
 
 def control_tokens(
@@ -44,6 +45,7 @@ def control_tokens(
         _CONTROL[processor] = {t for t in special | placeholders(processor) if len(t.strip()) > 1}
     return _CONTROL[processor]
 
+# %% ../../nbs/19a_vlm.prompting.ipynb #896d3865
 def refuse_control(
     processor, # a Hugging Face processor
     text:str,  # foreign text
@@ -72,6 +74,7 @@ def chat_text(
     turns.append(dict(role='user', content=[dict(type='image')] * (x.image is not None) + [dict(type='text', text=text)]))
     return _rendered(processor, turns, template, system)
 
+# %% ../../nbs/19a_vlm.prompting.ipynb #da69d493
 TODAY = date(2024, 7, 26)   # the date that Llama 3's template falls back to
 
 def chat_template(

@@ -217,6 +217,7 @@ class Check:
         "`RunError` where the answers are not those of level 0."
         if not self.ok: raise RunError(f'the answers of level {self.level} are not those of level 0: {self}')
 
+# %% ../../nbs/21_vlm.scoring.ipynb #203e3f6d
 def check(
     model,               # a `FastModel`
     inputs:list[Inputs], # what was asked
