@@ -124,6 +124,7 @@ def trials(
     out: Annotated[Path, typer.Option(help='JSON-lines file to write; pictures go into a folder beside it.')],
     cohort_file: Annotated[Path | None, typer.Option('--cohort', help='Cohort file the plan was made from.')] = None,
     root: RootOption = None,
+    allow_remote: RemoteOption = False,
     allow_credentialed: Annotated[str, typer.Option(help='Name of the credentialed dataset whose texts and pictures may be written out.')] = '',
 ):
     """Export a plan's trials for a program elsewhere: one JSON object per line with prompt, choices and picture.
@@ -134,7 +135,7 @@ def trials(
     table, _, frozen, _ = _cohort_for(None, None, cohort_file, plan_file)
     name = table.attrs.get('manifest', '')
     if table.attrs.get('access') == 'credentialed' and allow_credentialed != name: raise InputError(f'{name} is credentialed: add --allow-credentialed {name} to write its texts and pictures to {out}')
-    print(f'{export_trials(frozen, Source(table, root or ""), out)} trials -> {out}')
+    print(f'{export_trials(frozen, Source(table, root or "", remote=allow_remote), out)} trials -> {out}')
 
 # %% ../nbs/60_cli.ipynb #72458e04
 @app.command()

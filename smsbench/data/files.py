@@ -52,7 +52,7 @@ def scan_file(
     else: found = measure(a) | dict(bytes=length, reason='', detail='')
     return found | dict(size=size, changed=changed)
 
-# %% ../../nbs/09e_data.files.ipynb #f82e1080
+# %% ../../nbs/09e_data.files.ipynb #87dd1430
 def stamp(
     root,    # data root
     ref:str, # image reference
