@@ -9,9 +9,9 @@ __all__ = ['Holding', 'hold', 'scan_holding', 'audit_holding', 'write_audit', 'r
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import pandas as pd
 
-from ..core import InputError, read_table, write_table
+from ..core import read_table, write_table
 from .audit import FileAudit, audit, source_rows
 from .cards import Manifest
 from .files import scan_files
@@ -26,7 +26,7 @@ class Holding:
     opened: pd.DataFrame # the same rows and ids, with images and texts; never to be written
     key: str = ''        # what the pseudonyms were made with; '' for open data
 
-# %% ../../nbs/13a_data.holding.ipynb #0692f432
+# %% ../../nbs/13a_data.holding.ipynb #5248a9b5
 def hold(
     cohort,  # cohort table, sealed or not; `Built`; or a `Holding`, which comes back as it is
     root='', # folder below which the files lie; '' takes the cohort's own
@@ -86,7 +86,7 @@ def write_audit(
     write_table(found.findings, Path(folder)/'findings.parquet')
     for name, t in found.tables.items(): write_table(t, Path(folder)/f'table_{name}.parquet')
 
-# %% ../../nbs/13a_data.holding.ipynb #14dd5303
+# %% ../../nbs/13a_data.holding.ipynb #7aa7ad35
 def read_audit(
     folder, # where `write_audit` wrote
 )->FileAudit:

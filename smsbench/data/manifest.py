@@ -59,7 +59,7 @@ def base_rows(
     base = mark(base, base.sample_id.duplicated(), 'duplicate id', 'first in line ' + first.astype(str))
     return mark(base, blanks(base.sample_id), 'empty id')
 
-# %% ../../nbs/10_data.manifest.ipynb #60f97bb2
+# %% ../../nbs/10_data.manifest.ipynb #135e8a7d
 def carried(
     m:Manifest,        # the card
     rows:pd.DataFrame, # its rows
@@ -116,7 +116,7 @@ class Built:
     opened: pd.DataFrame     # the same samples with their images and texts; never to be written where data are credentialed
     key: str = ''            # what the pseudonyms of credentialed data were made with
 
-# %% ../../nbs/10_data.manifest.ipynb #fa399a88
+# %% ../../nbs/10_data.manifest.ipynb #bca6b9cf
 def build_all(
     manifest,                  # Manifest, path of a card, or name of one that ships with the package
     root,                      # data root: the folder in which the card's tables and images lie
@@ -133,7 +133,7 @@ def build_all(
     if limit is None and check_expected: _expect(m, cohort)
     return finish(cohort, exclusions, files, about, key)
 
-# %% ../../nbs/10_data.manifest.ipynb #0f760a8b
+# %% ../../nbs/10_data.manifest.ipynb #a352b30a
 def gather_card(
     m:Manifest,                # the card
     root,                      # data root
@@ -161,7 +161,7 @@ def gather_card(
                                                   funnel=_funnel(m, funnel, exclusions, len(cohort), len(rows)), card=m.model_dump(mode='json', by_alias=True))
     return cohort, exclusions, files, about, key
 
-# %% ../../nbs/10_data.manifest.ipynb #28374cc0
+# %% ../../nbs/10_data.manifest.ipynb #9e42267c
 def finish(
     cohort:pd.DataFrame,     # the samples
     exclusions:pd.DataFrame, # what was left out
@@ -175,7 +175,7 @@ def finish(
     sealed = validate(seal(cohort, key), 'cohort')
     return Built(sealed, seal_exclusions(exclusions, key), seal_files(files, key), unseal(sealed, cohort, key), key)
 
-# %% ../../nbs/10_data.manifest.ipynb #300a5cc5
+# %% ../../nbs/10_data.manifest.ipynb #00bea493
 def build_cohort(
     manifest,                  # Manifest, path of a card, or name of one that ships with the package
     root,                      # data root: the folder in which the card's tables and images lie

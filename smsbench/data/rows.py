@@ -29,7 +29,7 @@ def source(
     try: return read_source(root, table, m.separator, m.encoding, dict.fromkeys(named))
     except FileError as e: raise InputError(f'{m.name}: table {e}') from None
 
-# %% ../../nbs/09f_data.rows.ipynb #07d18c6d
+# %% ../../nbs/09f_data.rows.ipynb #ba245ba9
 def _keys(rows, templates):
     "One text per row from several key columns or templates."
     parts = [fill(c, rows).str.strip() for c in templates]
@@ -97,7 +97,7 @@ def step(
     funnel.append(dict(step=name, removed=funnel[-1]['left'] - left if funnel else 0, left=left, why=why))
     return funnel
 
-# %% ../../nbs/09f_data.rows.ipynb #ea2c246e
+# %% ../../nbs/09f_data.rows.ipynb #603201c8
 def read_rows(
     m:Manifest,          # the card
     root,                # data root
@@ -147,7 +147,7 @@ def first_there(
     if found := next((t for t in templates if below(root, head(t))), None): return found
     raise InputError(f"text.file: none of {', '.join(head(t) for t in templates)} is below the data root")
 
-# %% ../../nbs/09f_data.rows.ipynb #232bc115
+# %% ../../nbs/09f_data.rows.ipynb #975e1072
 def read_texts(
     root,                 # data root
     refs,                 # text files, also 'archive.zip!member'; repeats are read once

@@ -46,7 +46,7 @@ def one_line(
 
 def _short(e): return ' '.join(str(e).split())[:120] or type(e).__name__
 
-# %% ../../nbs/09c_data.tables.ipynb #22b2bd25
+# %% ../../nbs/09c_data.tables.ipynb #b47b17fe
 @contextlib.contextmanager
 def open_bytes(
     root,     # data root
@@ -93,7 +93,7 @@ def to_table(
     out = pd.concat(parts) if parts else pd.DataFrame({i: pd.array([], dtype='str') for i in range(len(head))}, index=pd.Index([], dtype='int64'))
     return out.set_axis(head, axis=1)
 
-# %% ../../nbs/09c_data.tables.ipynb #c07459ae
+# %% ../../nbs/09c_data.tables.ipynb #bde8df94
 def read_csv(
     file,                 # binary stream, or a path
     name:str='',          # what messages call it; default: the file's name
@@ -131,7 +131,7 @@ def as_cell(
     if value is None or value != value: return ''
     return json.dumps(value, ensure_ascii=False)   # numbers, true and false, lists, objects
 
-# %% ../../nbs/09c_data.tables.ipynb #03b20074
+# %% ../../nbs/09c_data.tables.ipynb #cbf872ae
 def _records(found, name):
     "Rows from (line, object) pairs, in blocks; all keys are columns."
     parts, found = [], iter(found)
@@ -158,7 +158,7 @@ def read_json(
         rows = list(enumerate(found, 1))
         return _records([r for r in rows if isinstance(r[1], dict)], name), [n for n, o in rows if not isinstance(o, dict)]
 
-# %% ../../nbs/09c_data.tables.ipynb #558c133f
+# %% ../../nbs/09c_data.tables.ipynb #06f599ac
 def read_jsonl(
     file,     # binary stream
     name:str, # what messages call it
@@ -188,7 +188,7 @@ def read_list(
         lines = ((n, [line.strip()]) for n, line in enumerate(io.TextIOWrapper(file, encoding='utf-8-sig' if encoding == 'utf-8' else encoding), 1))
         return to_table((x for x in lines if x[1][0]), ['value']), []
 
-# %% ../../nbs/09c_data.tables.ipynb #5c86d46e
+# %% ../../nbs/09c_data.tables.ipynb #1f1e82d3
 def read_folders(
     root,    # data root
     ref:str, # a folder below it
@@ -247,7 +247,7 @@ def kind_of(
     if kind := table.kind or _KINDS.get(end): return kind
     raise InputError(f"{ref!r:.200}: its ending does not tell what kind of table it is; add `kind`: csv, json, jsonl, list, folders or openi")
 
-# %% ../../nbs/09c_data.tables.ipynb #ca2f1b1e
+# %% ../../nbs/09c_data.tables.ipynb #ce98d5f7
 def read_source(
     root,                 # data root
     table:TableCard,      # what the card says
@@ -276,7 +276,7 @@ def _read_one(root, table, ref, separator, encoding):
         if kind == 'json': return read_json(f, ref, table.under, encoding)
         return (read_jsonl if kind == 'jsonl' else read_list)(f, ref, encoding)
 
-# %% ../../nbs/09c_data.tables.ipynb #0fa55aa5
+# %% ../../nbs/09c_data.tables.ipynb #45a06db7
 def require(
     rows:pd.DataFrame, # a table
     columns:list,      # columns it must have

@@ -16,7 +16,7 @@ import pandas as pd
 from ..core import InputError, Run, environment, read_json, read_table, write_json, write_table
 from ..data.audit import SEVERITIES, FileAudit
 from ..data.holding import Holding, audit_holding, hold, read_audit, scan_holding, write_audit
-from ..data.manifest import Built
+from ..data.manifest import Built, shown
 from .audit import PART_SIZE, Source, import_predictions, part_path, prove_delivery, read_predictions, score_plan
 from .metrics import measure
 from .shifts import ARMS, cohort_hash, make_plan
@@ -103,14 +103,14 @@ def check_answers(
     write_json(read_checks(run) | {model.name: how | dict(n=found.n, max_diff=found.max_diff, flips=found.flips, undelivered=found.undelivered, ok=found.ok, said=str(found), spellings=spellings)}, run/'checks.json')
     run.log(f'{model.name}: {found}')
 
-# %% ../../nbs/35_sms.run.ipynb #1154fcc7
+# %% ../../nbs/35_sms.run.ipynb #9d90abd0
 def read_checks(
     run:Run, # run directory
 )->dict:     # model -> what `check_answers` found
     "The checks of a run; none yet is an empty dictionary."
     return read_json(run/'checks.json') if (run/'checks.json').exists() else {}
 
-# %% ../../nbs/35_sms.run.ipynb #5833c0e8
+# %% ../../nbs/35_sms.run.ipynb #6c575e8e
 def check_lines(
     checks:dict, # from `read_checks`
 )->list[str]:    # one line per model that failed
@@ -228,7 +228,7 @@ def run_audit(
     audit_the_files(run, held, files, exclusions, source.root, settings.seed, remote)
     if plan is not None and not (run/'plan.parquet').exists(): write_table(plan, run/'plan.parquet', 'plan')
     plan = freeze_plan(run, cohort, source, settings)
-    run.log(f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of {plan.sample_id.nunique()} samples, {plan.patient_id.nunique()} patients, {plan.arm.nunique()} arms")
+    run.log(f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of {shown(plan.sample_id.nunique(), about['access'])} samples, {shown(plan.patient_id.nunique(), about['access'])} patients, {plan.arm.nunique()} arms")
     for spec in models:
         p = score_model(spec, plan, source, run, settings, **how)
         run.log(f"{model_name(spec)}: {len(p)} trials, {(p.parse_status == 'error').sum()} failed")

@@ -51,8 +51,8 @@ def cohort(
     _make_cohort(manifest, root, out, report, splits, as_json, limit=limit, workers=workers, check_images=check_images, check_expected=not any_count, remote=allow_remote)
 
 def _example(manifest, folder, as_json):
-    from smsbench.data.layouts import LAYOUTS, make_layout
-    import smsbench.data.mimic_layouts   # noqa: F401 adds its own
+    from smsbench.data.layouts import make_layout
+    from smsbench.data.mimic_layouts import LAYOUTS   # with its own added
     if manifest not in LAYOUTS: raise InputError(f"there is no example of {manifest}; there is one of {', '.join(sorted(LAYOUTS))}")
     make_layout(manifest, folder)
     say(dict(name=manifest, folder=str(folder)), as_json, f'made-up files -> {folder}\nnow: smsbench cohort {manifest} --root {folder} --out {manifest}.parquet --any-count')
@@ -60,7 +60,7 @@ def _example(manifest, folder, as_json):
 def _make_cohort(manifest, root, out, report, splits, as_json, **how):
     from smsbench.core import write_table
     from smsbench.data.holding import Holding, audit_holding, hold, write_audit
-    from smsbench.data.manifest import build_all, cohort_summary
+    from smsbench.data.manifest import build_all, cohort_summary, shown
     from smsbench.data.splits import apply_splits, read_splits
     folder = out.with_name(out.stem + '_files')                      # what is known about the files, beside the cohort
     built = build_all(manifest, root, store=folder/'scan', **how)
@@ -76,7 +76,8 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
     if report is not None:
         from smsbench.report.html import render
         page = render('cohort_audit', report, dict(cohort=str(out.resolve()), root=str(root.resolve())))
-    say(dict(cohort=str(out), samples=len(table), patients=table.patient_id.nunique(), excluded=len(built.exclusions), counts=counts.to_dict('records'), funnel=table.attrs['funnel'],
+    safe = lambda n: n if shown(n, table.attrs['access']) == str(n) else shown(n, table.attrs['access'])
+    say(dict(cohort=str(out), samples=safe(len(table)), patients=safe(table.patient_id.nunique()), excluded=safe(len(built.exclusions)), counts=counts.to_dict('records'), funnel=table.attrs['funnel'],
              findings=found.findings.to_dict('records'), report=str(page) if page else None), as_json, _told(table, counts, built.exclusions, found, out, page))
 
 def _told(table, counts, exclusions, found, out, page):
@@ -84,10 +85,11 @@ def _told(table, counts, exclusions, found, out, page):
     from smsbench.data.manifest import shown
     from smsbench.report.funnel import funnel_table
     steps = [f'  {r.left:>9}  {r.step}' + (f" ({r.removed} left out{': ' if r.why else ''}{r.why})" if r.removed != '0' else '') for r in funnel_table(table).itertuples()]
+    access = table.attrs['access']
     told, quiet = found.findings[found.findings.severity != 'ok'], int((found.findings.severity == 'ok').sum())
     lines = [f'  {r.severity:8} {r.check}{f" ({r.subject})" if r.subject != "all" else ""}: {r.sentence}' for r in told.itertuples()]
     return '\n'.join([counts.to_string(index=False), '', 'From the files to the cohort:', *steps, '', 'Audit of the files:', *lines, f'  {quiet} further checks found nothing', '',
-                      f"{len(table)} samples of {table.patient_id.nunique()} patients, {shown(len(exclusions), table.attrs['access'])} excluded -> {out}", *([str(page)] if page else [])])
+                      f"{shown(len(table), access)} samples of {shown(table.patient_id.nunique(), access)} patients, {shown(len(exclusions), access)} excluded -> {out}", *([str(page)] if page else [])])
 
 # %% ../../nbs/59a_verbs.data.ipynb #b9a44002
 @app.command()
@@ -128,7 +130,7 @@ def _shares(text):
 def plan(
     cohort_file: Annotated[Path, typer.Argument(metavar='COHORT', help='Cohort file (parquet), as `smsbench cohort` writes it.')],
     out: Annotated[Path, typer.Option(help='Plan file to write (parquet).')],
-    arms: ArmsOption = '', seed: SeedOption = 0, match: MatchOption = '', variants: VariantsOption = 'plain', root: RootOption = None, as_json: JsonOption = False,
+    arms: ArmsOption = '', seed: SeedOption = 0, match: MatchOption = '', variants: VariantsOption = 'plain', root: RootOption = None, allow_remote: RemoteOption = False, as_json: JsonOption = False,
 ):
     """Freeze the donors: which sample is shown under which arm with whose image and whose text.
 
@@ -140,7 +142,7 @@ def plan(
     from smsbench.sms.audit import Source
     from smsbench.sms.shifts import make_plan
     table = read_table(cohort_file, 'cohort')
-    frozen, excluded = make_plan(table, split_list(arms), seed, split_list(match), split_list(variants), Source(table, root or '').image)
+    frozen, excluded = make_plan(table, split_list(arms), seed, split_list(match), split_list(variants), Source(table, root or '', remote=allow_remote).image)
     write_table(frozen, out, 'plan', cohort_file=str(cohort_file.resolve()))
     write_table(excluded, out.with_name(out.stem + '_exclusions.parquet'))
     trials, why = frozen.arm.value_counts(sort=False), excluded.groupby(['arm', 'reason']).size()

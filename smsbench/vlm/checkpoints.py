@@ -60,7 +60,7 @@ def is_original_llava(
     "Does this configuration belong to the original LLaVA code base?"
     return 'mm_vision_tower' in raw and str(raw.get('model_type', '')).startswith('llava') or any(str(a).endswith(('LlavaMistralForCausalLM', 'LlavaLlamaForCausalLM')) for a in raw.get('architectures') or ())
 
-# %% ../../nbs/19b_vlm.checkpoints.ipynb #0de94a0e
+# %% ../../nbs/19b_vlm.checkpoints.ipynb #837b15a0
 def check_checkpoint(
     id_or_path:str,     # folder, or hub id 'owner/name'
     revision=None,      # hub revision
@@ -87,7 +87,7 @@ def _check_files(path, shown):
         pickled = sorted(p.name for p in path.iterdir() if p.suffix in ('.bin', '.pt', '.pth', '.ckpt'))
         raise InputError(f"{shown}: its weights are pickled ({pickled[0]}), which can run code; convert them to safetensors" if pickled else f'{shown}: holds no weights (*.safetensors)')
 
-# %% ../../nbs/19b_vlm.checkpoints.ipynb #8206ec8b
+# %% ../../nbs/19b_vlm.checkpoints.ipynb #9c4954cd
 def auto_name(
     config, # a transformers configuration
 )->str:     # e.g. 'AutoModelForCausalLM'; '' where its repository offers none

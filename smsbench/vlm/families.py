@@ -86,7 +86,7 @@ class Route:
     family:str='' # key of `FAMILIES`, where it is served through one
     note:str=''  # what to know
 
-# %% ../../nbs/19_vlm.families.ipynb #f9d678f5
+# %% ../../nbs/19_vlm.families.ipynb #ea7633e7
 _LAYOUT = 'original LLaVA layout: smsbench.vlm.convert rewrites it into transformers LLaVA'
 _REMOTE = 'the code of its repository runs: read it, then name the commit'
 ROUTES = (

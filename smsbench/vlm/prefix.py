@@ -27,7 +27,7 @@ class Row:
     extra:int=0              # how many of `ids` belong to the answer
     tokens:dict|None=None    # name -> tensor (1, n, ...), beside the ids
 
-# %% ../../nbs/20g_vlm.prefix.ipynb #0c20164f
+# %% ../../nbs/20g_vlm.prefix.ipynb #0a5a0e02
 @dataclass(eq=False)
 class Node:
     "A stretch of tokens that several rows share."
@@ -46,7 +46,7 @@ def common(
     differ = [np.flatnonzero(r.ids[:n] != rows[0].ids[:n]) for r in rows[1:]]
     return int(min([d[0] for d in differ if len(d)], default=n))
 
-# %% ../../nbs/20g_vlm.prefix.ipynb #dfde2fa8
+# %% ../../nbs/20g_vlm.prefix.ipynb #32ccc398
 def grow(
     rows:list[Row],   # rows that may share: of one image, or without image
     least:int=32,     # shortest stretch worth a pass of its own, in tokens
@@ -110,7 +110,7 @@ class Heading:
     hashes:np.ndarray # (n,) int64, one per position
     beside:np.ndarray # (k,) int64, one per vector beside them
 
-# %% ../../nbs/20g_vlm.prefix.ipynb #a76664e2
+# %% ../../nbs/20g_vlm.prefix.ipynb #6d8b3ff5
 NOTHING = Heading(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 @dataclass(eq=False)
