@@ -38,7 +38,7 @@ def lent(tmp_path_factory):
         film = read_phantom(r.image).copy(); film[0, :len(MARK)] = MARK
         Image.fromarray(film).save(root/f'SECRETfolder/SECRETfile{i}.png')
         rows.append(dict(id=f'SECRETsample{i}', patient=f'SECRET{r.patient_id}', image=f'SECRETfolder/SECRETfile{i}.png', text=f'SECRETname {r.text}', split='test', kind='film',
-                         label=int(r.label == 'yes'), ward='SECRETward' if i < 4 else 'one' if i % 2 else 'two', note=f'SECRETnote{i}'))
+                         label=int(r.label == 'yes'), ward='SECRETward' if i < 4 else 'one' if i % 2 else 'two', note=f'SECRETnote{i}', age=f'SECRETage{i // 3}'))
     rows[7]['label'] = 'SECRETlabel'; rows[8]['text'] = ''; rows[9]['patient'] = ''; rows[11]['image'] = 'SECRETfolder/SECRETlost.png'
     (root/rows[10]['image']).write_bytes((root/rows[10]['image']).read_bytes()[:200])      # a broken film
     pd.DataFrame(rows).to_csv(root/'table.csv', index=False)
@@ -81,6 +81,19 @@ def test_nothing_that_is_written_or_printed_holds_a_secret(lent, cli, tmp_path):
     assert secrets(tmp_path, printed) == []
     c = read_table(tmp_path/'c.parquet', 'cohort')
     assert len(c) == 75 and c.patient_id.nunique() > 20 and set(c.ward) == {'one', 'two', 'withheld'} and set(c.note) == {'withheld'}
+
+
+def test_many_questions_about_few_films_hide_nothing_less(lent, cli, tmp_path):
+    "Seven questions make seven samples of a film: values of few patients stay withheld, whatever the number of rows."
+    ask = "{question: 'Is there pleural effusion?', label: {column: label, map: {'1': 'yes', '0': 'no'}}}"
+    card = CARD[:CARD.index('tasks:')] + 'tasks:\n' + ''.join(f'  q{i}: {ask}\n' for i in range(7)) + 'strata: {ward: ward, age: age}\nkeep: [note]\nmax_excluded: 0.3\n'
+    (tmp_path/'many.yaml').write_text(card)
+    shown = [cli('cohort', 'many.yaml', '--root', lent, '--out', 'c.parquet'), cli('audit', '--cohort', 'c.parquet', '--model', 'planted:text-only', '--arms', 'image_swap', '--out', 'run', '--n-boot', '100')]
+    assert [s[0] for s in shown] == [0, 0], shown
+    (tmp_path/'many.yaml').unlink()
+    assert secrets(tmp_path, [t for s in shown for t in s[1:]]) == []
+    m = read_table(tmp_path/'run/metrics.parquet')
+    assert not m.n_clusters.between(1, 9).any() and (m.note == 'suppressed: fewer than 10 patients').any() and m[m.n_clusters == 0].value.isna().all()
 
 
 def test_the_search_would_find_them(lent):

@@ -289,3 +289,16 @@ def test_layout_folder_must_be_empty(tmp_path):
     for name, folder in (('slake', tmp_path/'a'), ('nowhere', tmp_path/'b')):
         with pytest.raises(InputError) as e: make_layout(name, folder)
         assert one_line(e)
+
+
+@pytest.mark.parametrize('name', sorted(LAYOUTS))
+def test_the_example_of_a_card_works_as_it_is_printed(name, tmp_path, capsys):
+    "What `--example` writes, and the command that it suggests."
+    import shlex
+    from smsbench.cli import main
+    folder = tmp_path/'my data'
+    assert main(['cohort', name, '--example', str(folder)]) in (0, None)
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix('now: smsbench '))
+    command[command.index('--out') + 1] = str(tmp_path/'c.parquet')
+    assert main(command) in (0, None), capsys.readouterr().err
+    assert 'Audit of the files' in capsys.readouterr().out

@@ -34,7 +34,7 @@ def told_severity(
     severity = graded(low, limits, .5)
     return 'note' if severity == 'ok' and (high > limits[1] + .05 or high - low > UNSURE) else severity
 
-# %% ../../nbs/13_data.audit.ipynb #81f17ff9
+# %% ../../nbs/13_data.audit.ipynb #907d4b88
 def shortcut_entries(
     table:pd.DataFrame, # from `shortcut_table`
     tell:Teller,        # how numbers may be shown
@@ -72,7 +72,7 @@ def naming_entries(
         found.append(entry('label words', severity, 'text', np.nan if hidden else r.named, n, f"{finding}: {tell.share(k, n)} texts of class {r.label!r}{beside} name the diagnosis{so}", finding=finding))
     return gather(found)
 
-# %% ../../nbs/13_data.audit.ipynb #917df59f
+# %% ../../nbs/13_data.audit.ipynb #7b96912f
 def words_entries(
     table:pd.DataFrame, # from `bag_of_words`
     tell:Teller,        # how numbers may be shown
@@ -99,7 +99,7 @@ def safe_counts(
     if tell.access == 'open': return table
     return table.assign(**{c: [tell.count(k) if k < 10 else str(int(round(k, -1))) for k in table[c]] for c in columns})
 
-# %% ../../nbs/13_data.audit.ipynb #86ef4bca
+# %% ../../nbs/13_data.audit.ipynb #b78d8bb3
 def count_tables(
     cohort:pd.DataFrame, # a cohort
     tell:Teller,         # how numbers may be shown
@@ -109,12 +109,12 @@ def count_tables(
     d, strata = cohort.assign(split=cohort.split.replace('', '(none)')), []
     for s in cohort.attrs.get('strata', []):
         if s not in d: continue
-        level = d[s].where(d[s].map(d[s].value_counts()) >= 10, '(rare)') if tell.access != 'open' else d[s]
+        level = d[s].where(d.patient_id.groupby(d[s]).transform('nunique') >= 10, '(rare)') if tell.access != 'open' else d[s]
         strata.append(per(d.assign(stratum=s, level=level.replace('', 'unknown')), ['finding', 'stratum', 'level', 'label']))
     empty = pd.DataFrame(columns=['finding', 'stratum', 'level', 'label', 'samples', 'patients'])
     return {k: safe_counts(t, ['samples', 'patients'], tell) for k, t in dict(labels=per(d, ['finding', 'split', 'label']), strata=pd.concat(strata, ignore_index=True) if strata else empty).items()}
 
-# %% ../../nbs/13_data.audit.ipynb #b663132f
+# %% ../../nbs/13_data.audit.ipynb #99b9f875
 def missing_table(
     cohort:pd.DataFrame, # a cohort
     tell:Teller,         # how numbers may be shown
@@ -125,7 +125,7 @@ def missing_table(
     out = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=['finding', 'column', 'label', 'sum', 'size'])
     return safe_counts(out.rename(columns=dict(sum='missing', size='samples')), ['missing', 'samples'], tell)
 
-# %% ../../nbs/13_data.audit.ipynb #2339c453
+# %% ../../nbs/13_data.audit.ipynb #0a0957c7
 def size_table(
     cohort:pd.DataFrame, # a cohort
     files:pd.DataFrame,  # from `scan_files`
@@ -212,7 +212,7 @@ def audit_files(
     "What in the files could mislead an audit."
     return audit(cohort, files, exclusions, seed, source).findings
 
-# %% ../../nbs/13_data.audit.ipynb #9a26acb4
+# %% ../../nbs/13_data.audit.ipynb #ae7516b2
 def audit_tables(
     cohort:pd.DataFrame,     # a cohort
     files:pd.DataFrame|None, # from `scan_files`; None: images were not read

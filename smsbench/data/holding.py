@@ -82,9 +82,10 @@ def write_audit(
     found:FileAudit, # the audit
     folder,          # folder to write into
 ):
-    "Findings and tables as parquet files."
-    write_table(found.findings, Path(folder)/'findings.parquet')
+    "Findings and tables as parquet files. The findings are written last: where they are, all is there."
+    for old in (Path(folder)/'findings.parquet', *Path(folder).glob('table_*.parquet')): old.unlink(missing_ok=True)
     for name, t in found.tables.items(): write_table(t, Path(folder)/f'table_{name}.parquet')
+    write_table(found.findings, Path(folder)/'findings.parquet')
 
 # %% ../../nbs/13a_data.holding.ipynb #7aa7ad35
 def read_audit(

@@ -273,6 +273,6 @@ def _hide(part, access):
     out['samples'] = part.samples.astype(object).mask(few, '<10') if access == 'credentialed' else part.samples
     part = out.copy()
     for c in ('samples', 'patients'):
-        n = part[c]; text = n.map(lambda x: x if isinstance(x, str) else '' if np.isnan(x) else shown(int(x), access)); rest = n[(text != '<10') & n.notna()].astype(float)   # text: hidden before
-        out[c] = text.mask((text.index == rest.idxmin()) & ((text == '<10').sum() == 1), 'withheld') if len(rest) else text
+        n = part[c]; text = n.map(lambda x: x if isinstance(x, str) else '' if np.isnan(x) else shown(int(x), access)); rest = pd.to_numeric(n, errors='coerce').dropna(); rest = rest[~text[rest.index].str.startswith('<')]   # text: hidden before
+        out[c] = text.mask((text.index == rest.idxmin()) & (text.str.startswith('<').sum() == 1), 'withheld') if len(rest) else text
     return out

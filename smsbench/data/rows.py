@@ -202,6 +202,7 @@ def find_images(
     template:str,      # image template of the card
     rows:pd.DataFrame, # its rows
     root,              # data root
+    access:str='credentialed', # of the data set; only where it is open does an error name files
 )->pd.Series:          # references; a pattern that no file fits stays as it is, with its *
     "The image reference of each row; `InputError` where several files fit one."
     if '*' not in template.partition('!')[0] or template in rows: return fill(template, rows).str.strip()
@@ -212,8 +213,13 @@ def find_images(
             listed[folder] = set(os.listdir(path)) if path and os.path.isdir(path) else set()
         return listed[folder]
     found = {p: _matches(p, names) for p in patterns.unique()}
-    if several := next((f for f in found.values() if len(f) > 1), None): raise InputError(f'columns.image: several files fit one row, such as {several[0]} and {several[1]}' if len(several[0]) < 150 else 'columns.image: several files fit one row')
+    if several := [p for p, f in found.items() if len(f) > 1]: raise InputError(_ambiguous(int(patterns.isin(several).sum()), found[several[0]], access))
     return patterns.map({p: f[0] if f else p.replace('\0', '*') for p, f in found.items()}).astype('str')
+
+def _ambiguous(n, several, access):
+    "Names of files may hold patients: they are told of open data alone."
+    rows = f'columns.image: several files fit one row, in {n} row{"s" * (n != 1)}'
+    return f'{rows}, such as {several[0]} and {several[1]}' if access == 'open' and len(several[0]) < 150 else f'{rows}; make the pattern narrower'
 
 def _matches(pattern, names):
     "Paths that fit a pattern whose wildcards are NUL; nothing outside the root is listed."

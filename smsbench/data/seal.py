@@ -37,10 +37,11 @@ def pseudonym(
 # %% ../../nbs/09g_data.seal.ipynb #4cae4304
 def blur(
     cells:pd.Series,     # one column
-    small:int=SMALL,     # groups below this are withheld
+    patients:pd.Series,  # whose cell it is
+    small:int=SMALL,     # values of fewer patients are withheld
 )->pd.Series:
-    "The column with its rare values replaced by 'withheld'."
-    return cells.mask(cells.map(cells.value_counts()) < small, 'withheld')
+    "The column with its rare values replaced by 'withheld'. Patients count, not rows: one film may be asked many questions."
+    return cells.mask(patients.groupby(cells).transform('nunique') < small, 'withheld')
 
 # %% ../../nbs/09g_data.seal.ipynb #14c38624
 _IDS, _REFERENCES = ('sample_id', 'patient_id'), ('image', 'text', 'question')
@@ -53,11 +54,11 @@ def seal(
     "Identifiers become pseudonyms; image, text and question become references that only the data's holder can follow."
     known = lambda c: cohort[c].map({v: pseudonym(key, v) for v in cohort[c].unique()})
     out = cohort.assign(**{c: known(c) for c in _IDS}, **{c: known(c).map(lambda h: SEALED + h if h else '') for c in _REFERENCES if c in cohort})
-    out = out.assign(**{c: blur(cohort[c]) for c in cohort if c not in (*_IDS, *_REFERENCES, *_OPEN)})
+    out = out.assign(**{c: blur(cohort[c], cohort.patient_id) for c in cohort if c not in (*_IDS, *_REFERENCES, *_OPEN)})
     out.attrs = hide_counts(cohort.attrs) | dict(sealed=True)
     return out
 
-# %% ../../nbs/09g_data.seal.ipynb #85ea072b
+# %% ../../nbs/09g_data.seal.ipynb #2a45f457
 def hide_counts(
     about:dict, # metadata of a cohort
 )->dict:        # the same, without counts from which a small one could be told

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, RunError, Run, atomic, content_hash, progress, read_table, validate, write_table
+from ..core import InputError, RunError, Run, array_hash, atomic, content_hash, progress, read_table, validate, write_table
 from ..data.film import read_phantom
 from ..data.holding import hold
 from ..data.readers import FileError, read_image
@@ -36,13 +36,18 @@ class Source:
         held = hold(cohort, root); opened = validate(held.opened, 'cohort')
         self.rows, self.root, self.sealed, self.remote = {r.sample_id: r for r in opened.itertuples(index=False)}, root or opened.attrs.get('root', '.'), bool(held.key), remote
         self.tasks = {f: Task(**t) for f, t in opened.attrs['tasks'].items()}
+        self.known = dict(zip(opened.image, opened.image_sha)) if 'image_sha' in opened else {}   # reference -> hash of the pixels
         self._image = lru_cache(cache)(self._read)
 
     def _read(self, ref):
-        try: return read_image(self.root, ref, remote=self.remote)
-        except FileError as e:
+        try:
+            image = read_image(self.root, ref, remote=self.remote)
+            if self.known.get(ref) and array_hash(image) != self.known[ref]: raise FileError(f'{ref}: the picture has changed since the cohort was made; make the cohort again', 'the picture has changed since the cohort was made')
+            return image
+        except (FileError, RunError) as e:
             if not self.sealed: raise
-            raise FileError(e.reason, e.reason) from None   # the message names the file, and its name may name the patient
+            what = getattr(e, 'reason', 'there is not enough memory')
+            raise FileError(what, what) from None   # the message names the file, and its name may name the patient
 
     def image(self,
         sample_id:str, # whose image
@@ -253,20 +258,26 @@ def export_trials(
     with atomic(path) as tmp: tmp.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     return len(lines)
 
+# %% ../../nbs/32_sms.audit.ipynb #af415073
+def _finite(v):
+    "Whether `v` is a number that fits into a float."
+    try: return isinstance(v, (int, float)) and not isinstance(v, bool) and bool(np.isfinite(float(v)))
+    except OverflowError: return False
+
 # %% ../../nbs/32_sms.audit.ipynb #d388574c
 def _imported_row(line, number, trials, choices):
     "The predictions row of one imported line."
     where = f'line {number}'
     try: r = json.loads(line)
-    except json.JSONDecodeError as e: raise InputError(f'{where}: not valid JSON ({e.msg})') from None
+    except (ValueError, RecursionError) as e: raise InputError(f"{where}: not valid JSON ({getattr(e, 'msg', type(e).__name__)})") from None
     trial_id = r.get('trial_id') if isinstance(r, dict) else None
     if not isinstance(trial_id, str) or trial_id not in trials: raise InputError(f'{where}: trial_id {trial_id!r} is not in the plan')
-    if not isinstance(r.get('seconds', 0.), (int, float)): raise InputError(f"{where}: seconds must be a number, not {r['seconds']!r}")
+    if not _finite(r.get('seconds', 0.)): raise InputError(f"{where}: seconds must be a number, not {r['seconds']!r}")
     t = trials[trial_id]; allowed = choices(t); lp = r.get('logprobs')
     hashes = {k: str(r.get(k) or '') for k in ('pixel_sha', 'token_sha', 'delivered_sha')}
     if lp is not None:
         if isinstance(lp, dict): lp = [lp.get(c) for c in allowed]
-        if not isinstance(lp, list) or len(lp) != len(allowed) or not all(isinstance(v, (int, float)) and -np.inf < v <= 1e-6 for v in lp): raise InputError(f'{where}: logprobs must give one finite number, at most 0, per choice {list(allowed)}')
+        if not isinstance(lp, list) or len(lp) != len(allowed) or not all(_finite(v) and v <= 1e-6 for v in lp): raise InputError(f'{where}: logprobs must give one finite number, at most 0, per choice {list(allowed)}')
         return _answer_row(t, Answer(tuple(lp), float(np.exp(lp).sum()), raw_text=str(r.get('raw_text', '')), **hashes), allowed, r.get('seconds', np.nan))
     if 'raw_text' not in r: raise InputError(f'{where}: needs logprobs or raw_text')
     said, status = parse_answer(r['raw_text'], allowed, t.finding)
@@ -284,9 +295,10 @@ def import_predictions(
     path = Path(path); name = name or path.stem
     if not path.is_file(): raise InputError(f'{path}: no such file')
     trials, tasks = {t.trial_id: t for t in plan.itertuples(index=False)}, {f: Task(**t) for f, t in plan.attrs['tasks'].items()}
-    try: lines = path.read_text(encoding='utf-8-sig').splitlines()
+    try: lines = path.read_text(encoding='utf-8-sig').split('\n')    # a line ends here and nowhere else: JSON may hold other separators
     except UnicodeDecodeError: raise InputError(f'{path}: not UTF-8 text') from None
     rows = [_imported_row(l, i, trials, lambda t: variant_choices(tasks[t.finding], t.variant)) for i, l in enumerate(lines, 1) if l.strip()]
+    rows = [{**r, 'raw_text': r['raw_text'].encode('utf-8', 'replace').decode()} for r in rows]     # half a surrogate pair cannot be written
     if plan.attrs.get('access') == 'credentialed': rows = [{**r, 'raw_text': ''} for r in rows]   # what a model wrote may quote what it read
     got = {r['trial_id']: r for r in rows}
     if len(got) < len(rows): raise InputError(f"{path}: {len(rows) - len(got)} trial ids occur twice")

@@ -247,5 +247,8 @@ def measure(
             out += [dict(model=model, subgroup=name, **r) for r in got]
     out += compare_models(next(subgroups(rows))[1], **boot)
     table = pd.DataFrame(out)[['model', 'metric', 'arm', 'subgroup', 'value', 'ci_low', 'ci_high', 'n', 'n_clusters', 'note']]
+    if plan.attrs.get('access') == 'credentialed':                    # few patients stay few, however many questions each is asked; n is 0 where it may not be told
+        few = table.n_clusters < minimum
+        table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan; table.loc[few, ['n', 'n_clusters']] = 0; table.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
     table.attrs = dict(plan_hash=plan.attrs.get('plan_hash', ''), **boot)
     return validate(table, 'metrics')

@@ -19,15 +19,16 @@ from ..data.holding import Holding, audit_holding, hold, read_audit, scan_holdin
 from ..data.manifest import Built, shown
 from .audit import PART_SIZE, Source, import_predictions, part_path, prove_delivery, read_predictions, score_plan
 from .metrics import measure
-from .shifts import ARMS, cohort_hash, make_plan
+from .shifts import ARMS, cohort_hash, make_plan, select_arms
 from .verdicts import give_verdicts
+from ..vlm.models import Answer
 
 # %% ../../nbs/35_sms.run.ipynb #a87d2908
 def model_name(
     spec:str, # what the user typed
 )->str:       # what tables and reports call the model
     "Name of a model: a folder's own name, else the spec itself."
-    return Path(spec).name if Path(spec).is_dir() else spec
+    return Path(spec).resolve().name if Path(spec).is_dir() else spec
 
 # %% ../../nbs/35_sms.run.ipynb #e8a45c22
 def open_model(
@@ -92,11 +93,14 @@ def check_answers(
     model,          # a `FastModel`
     trials:list,    # some trials that it answered (rows of a plan)
     source,         # a `Source`
+    recorded:pd.DataFrame, # predictions, these trials among them
 ):
-    "Score some trials again at level 0; what came out, and the spellings that count as an answer, go to checks.json."
+    "Score some trials again at level 0 and hold the recorded answers against it; what came out, and the spellings that count as an answer, go to checks.json."
     from smsbench.vlm.scoring import check
-    inputs = [source.inputs(t) for t in trials]
-    found = check(model, inputs, len(inputs))
+    inputs, rows = [source.inputs(t) for t in trials], recorded.set_index('trial_id').loc[[t.trial_id for t in trials]]
+    answers = [Answer(tuple(r.logprobs), r.answer_mass, r.pixel_sha, r.token_sha, r.delivered_sha) for r in rows.itertuples()]
+    if model.info.get('level') is None: model.score(inputs)      # resumed: the model has not yet settled on a level
+    found = check(model, inputs, len(inputs), answers)
     alike = [x for x in inputs if x.choices == inputs[0].choices]
     spellings = model.model.variant_mass(alike).drop(columns='ids').to_dict('records')
     how = {k: model.info.get(k) for k in ('level', 'reuse', 'why', 'largest_difference', 'tolerance', 'tried', 'route', 'family')}
@@ -115,7 +119,7 @@ def check_lines(
     checks:dict, # from `read_checks`
 )->list[str]:    # one line per model that failed
     "What to tell the user about answers that are not those of plain forward passes."
-    return [f"{m}: the answers of level {c['level']} are not those of level 0 ({c['said']}); run it with --level 0" for m, c in checks.items() if not c['ok']]
+    return [f"{m}: the answers of level {c['level']} are not those of level 0 ({c['said']}); score it again with --level 0 in another --out" for m, c in checks.items() if not c['ok']]
 
 # %% ../../nbs/35_sms.run.ipynb #5f51d217
 def score_model(
@@ -129,12 +133,23 @@ def score_model(
 )->pd.DataFrame:         # predictions
     "Score the plan with one model and check some answers; the model is not even loaded where all that is there."
     done, name = _finished(run, plan, model_name(spec)), model_name(spec)
+    _same_model(run, name, spec, how)
     if done is not None and (settings.check == 0 or name in read_checks(run) or spec.startswith('planted:')): return done
     model = open_model(spec, batch_size=batch_size, **dict(system=settings.system, extra=settings.extra), **how)
     p = score_plan(plan, source, model, run, batch_size, max_failures=settings.max_failures) if done is None else done
     good = plan[plan.trial_id.isin(p.trial_id[p.parse_status != 'error'])]
-    if settings.check and hasattr(model, 'score_each') and len(good): check_answers(run, model, list(good.iloc[_spread(len(good), settings.check)].itertuples(index=False)), source)
+    if settings.check and hasattr(model, 'score_each') and len(good): check_answers(run, model, list(good.iloc[_spread(len(good), settings.check)].itertuples(index=False)), source, p)
     return p
+
+def _same_model(run, name, spec, how):
+    "`InputError` where this directory holds answers of another model of that name, or of the same model loaded otherwise."
+    from smsbench.vlm.checkpoints import folder_hash
+    asked = {k: how.get(k) for k in ('dtype', 'revision', 'quantization', 'attn_implementation')} | dict(files=folder_hash(spec) if Path(spec).is_dir() else '')
+    asked = {k: v for k, v in asked.items() if v}
+    kept = read_json(run/'models.json') if (run/'models.json').exists() else {}
+    changed = sorted(k for k in asked.keys() | kept.get(name, asked).keys() if asked.get(k) != kept.get(name, asked).get(k))
+    if changed: raise InputError(f"{run.path} holds answers of {name} with another {', '.join(changed)}; choose another --out")
+    write_json(kept | {name: asked}, run/'models.json')
 
 def _spread(n, k):
     "k of n places, evenly."
@@ -219,6 +234,7 @@ def run_audit(
     "cohort → audit of its files → plan → predictions → delivery proof → metrics → verdicts."
     names = [model_name(m) for m in models]
     if len(set(names)) < len(names) or not names: raise InputError(f'models {names}: at least one, each with a name of its own')
+    select_arms(settings.arms)
     if isinstance(cohort, Built): exclusions, files = cohort.exclusions, cohort.files if len(cohort.files) else None
     run, held = Run(out), hold(cohort, root)
     cohort, source = held.cohort, Source(held, root, remote=remote)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['cohort', 'split', 'plan', 'power']
 
-# %% ../../nbs/59a_verbs.data.ipynb #306f3605
+# %% ../../nbs/59a_verbs.data.ipynb #6401e71c
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,7 @@ def _example(manifest, folder, as_json):
     from smsbench.data.mimic_layouts import LAYOUTS   # with its own added
     if manifest not in LAYOUTS: raise InputError(f"there is no example of {manifest}; there is one of {', '.join(sorted(LAYOUTS))}")
     make_layout(manifest, folder)
-    say(dict(name=manifest, folder=str(folder)), as_json, f'made-up files -> {folder}\nnow: smsbench cohort {manifest} --root {folder} --out {manifest}.parquet --any-count')
+    say(dict(name=manifest, folder=str(folder)), as_json, f'made-up files -> {folder}\nnow: smsbench cohort {manifest} --root {shlex.quote(str(folder))} --out {manifest}.parquet --any-count')
 
 def _make_cohort(manifest, root, out, report, splits, as_json, **how):
     from smsbench.core import write_table
@@ -69,6 +70,7 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
     table, files = held.cohort, built.files if how['check_images'] else None
     write_table(table, out, 'cohort')
     write_table(built.exclusions, out.with_name(out.stem + '_exclusions.parquet'))
+    (folder/'files.parquet').unlink(missing_ok=True)
     if files is not None: write_table(files.rename_axis('image').reset_index(), folder/'files.parquet')
     found = audit_holding(held, files, built.exclusions, root)
     write_audit(found, folder)

@@ -6,8 +6,8 @@
 __all__ = ['SHAPES', 'ARMS', 'QUESTIONS', 'WAYS', 'bench_model', 'bench_arms', 'bench_trials', 'generated', 'model_flops',
            'matmul_rate', 'Meter', 'measure', 'run_bench', 'bench_table']
 
-# %% ../../nbs/21a_vlm.bench.ipynb #3288ae13
-import os, time
+# %% ../../nbs/21a_vlm.bench.ipynb #80a404b6
+import os, re, time
 from datetime import date
 from importlib import metadata
 
@@ -88,7 +88,7 @@ def bench_arms(
              (hidden(h // 2, w // 2), report), (hidden(0, 0), report), (np.concatenate(np.array_split(film, 4)[::-1]), report)]
     return dict(zip(ARMS, shown, strict=True))
 
-# %% ../../nbs/21a_vlm.bench.ipynb #b1b9f492
+# %% ../../nbs/21a_vlm.bench.ipynb #339d341b
 def bench_trials(
     model:HFModel,     # whose tokenizer measures the reports
     samples:int=4,     # samples per workload; from 4 on, donors are samples too, as in an audit
@@ -144,7 +144,7 @@ def model_flops(
     look = 2 * count(tower) * patches + 4 * eye.num_hidden_layers * eye.hidden_size * patches**2
     return float(2 * weights * tokens + 4 * text.num_hidden_layers * width * pairs + look * images + 2 * text.vocab_size * text.hidden_size * rows)
 
-# %% ../../nbs/21a_vlm.bench.ipynb #260b4b54
+# %% ../../nbs/21a_vlm.bench.ipynb #8d722617
 def matmul_rate(
     device:str,        # where
     dtype:str,         # e.g. 'bfloat16'
@@ -237,6 +237,15 @@ def _summary(model, runs, truth, n):
     return dict(seconds=seconds, cpu_seconds=[r['cpu_seconds'] for r in runs], trials_per_second=n / float(np.median(seconds)), foreign=[r['foreign'] for r in runs], largest_difference=float(apart.max()), flips=flips,
                 lm_tokens=last['work']['tokens'], images=last['work']['images'], peak_bytes=last.get('peak_bytes', 0), flops=model_flops(model, **last['work']), where=last['where'])
 
+def _is_gpu(device):
+    "Is it one? `InputError` where there is no such device here."
+    import torch
+    if device == 'cpu': return False
+    if not re.fullmatch(r'cuda(:\d{1,3})?', str(device)): raise InputError(f'no device {device!r}; choose cpu, cuda or cuda:0, cuda:1 ...')
+    if not torch.cuda.is_available(): raise InputError('no GPU here; run the benchmark with --device cpu')
+    if int(device[5:] or 0) >= (n := torch.cuda.device_count()): raise InputError(f'no device {device!r}; this machine has {n}, counted from cuda:0')
+    return True
+
 def run_bench(
     device:str='cpu',  # 'cpu', or 'cuda': models of published shapes
     out=None,          # JSON file to write; None writes nothing
@@ -244,11 +253,11 @@ def run_bench(
     smoke:bool=False,  # tiny models of all kinds, one sample: seconds instead of minutes
     samples:int|None=None, # samples per workload; None: 4, and 8 on a GPU; from 4 on, donors are samples too, as in an audit
 )->dict:               # what was measured, with the machine and the date
-    "Time every way; `InputError` where a GPU is asked for and there is none."
+    "Time every way; `InputError` for a device there is not, and for no rounds or samples."
     import torch
-    gpu = device.startswith('cuda')
-    if gpu and not torch.cuda.is_available(): raise InputError('no GPU here; run the benchmark with --device cpu')
+    gpu = _is_gpu(device)
     if rounds < 1: raise InputError(f'{rounds} rounds; take one at least')
+    if samples is not None and samples < 1: raise InputError(f'{samples} samples; take one at least')
     names = list(SHAPES) if smoke else ['llava-1.5-7b', 'gemma-3-4b'] if gpu else ['llava-80m']
     samples = samples or (1 if smoke else 8 if gpu else 4)
     found = dict(date=date.today().isoformat(), device=device, card=torch.cuda.get_device_name(device) if gpu else '', cpus=os.cpu_count(), threads=torch.get_num_threads(), rounds=rounds,
@@ -266,9 +275,11 @@ def run_bench(
 def bench_table(
     found:dict,        # from `run_bench`, or read from its file
 )->pd.DataFrame:       # model, workload, way, trials, trials_per_second, ratio (of trials per second to generate(8)), cpu_ratio (of processor time: less moved by others), largest_difference, flips, lm_tokens, utilisation, where, note
-    "The benchmark as a table."
+    "The benchmark as a table; `InputError` where that is no benchmark."
+    models = found.get('models') if isinstance(found, dict) else None
+    if not isinstance(models, dict) or not all(isinstance(m, dict) and isinstance(m.get('workloads'), dict) for m in models.values()): raise InputError('not a benchmark: no models with their workloads; give what run_bench returned or wrote')
     rows = []
-    for name, m in found['models'].items():
+    for name, m in models.items():
         for load, w in m['workloads'].items():
             base = w['ways']['generate(8)']
             for way, r in w['ways'].items():

@@ -58,7 +58,7 @@ def trunk_tensors(
         out[found] = v
     return out
 
-# %% ../../nbs/20d_vlm.convert.ipynb #87afaae1
+# %% ../../nbs/20d_vlm.convert.ipynb #46298f4e
 def trunk_config(
     tensors:dict, # from `trunk_tensors`
 ):                # a transformers Dinov2Config
@@ -79,7 +79,7 @@ def weight_files(
     if not files: raise InputError(f'{folder}: holds no weights')
     return files
 
-# %% ../../nbs/20d_vlm.convert.ipynb #18bcc606
+# %% ../../nbs/20d_vlm.convert.ipynb #0f40eacc
 def read_weights(
     path,   # a safetensors or pickled file
 )->dict:    # name -> tensor
@@ -120,7 +120,7 @@ _MM = ('mm_', 'image_', 'tune_mm', 'unfreeze_mm', 'freeze_mm', 'use_mm', 'archit
 def _check_original(raw, shown, tower):
     if not is_original_llava(raw): raise InputError(f'{shown}: not in the original LLaVA layout; load it as it is')
     if ('biomedclip' in str(raw.get('mm_vision_tower', '')).lower() or raw.get('mm_vision_tower_config')) and tower is None:
-        raise InputError(f"{shown}: its vision tower {raw['mm_vision_tower']!r} is an open_clip checkpoint; name its file (biomedclipcxr_518_checkpoint.pt) as the tower")
+        raise InputError(f"{shown}: its vision tower {raw.get('mm_vision_tower', '')!r} is an open_clip checkpoint; name its file (biomedclipcxr_518_checkpoint.pt) as the tower")
     if raw.get('mm_projector_type') != 'mlp2x_gelu': raise InputError(f"{shown}: a projector of type {raw.get('mm_projector_type', 'linear')!r}; transformers LLaVA has mlp2x_gelu only")
     if raw.get('mm_use_im_start_end'): raise InputError(f'{shown}: it puts start and end tokens around the image, which transformers LLaVA does not')
 
@@ -138,6 +138,19 @@ def llava_config(
     return tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=vocabulary, vision_feature_layer=raw.get('mm_vision_select_layer', -2), vision_feature_select_strategy=keep,
                           image_seq_length=(vision.image_size // vision.patch_size)**2, architectures=['LlavaForConditionalGeneration'], dtype=str(raw.get('torch_dtype') or raw.get('dtype') or 'float32'))
 
+# %% ../../nbs/20d_vlm.convert.ipynb #e96dc6df
+_NEEDED = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')   # the model's own sizes, which no default may stand in for
+
+def _settings(source):
+    "config.json of a checkpoint; `InputError` where it is none, or lacks what the conversion needs."
+    raw = read_json(source/'config.json')
+    if not isinstance(raw, dict): raise InputError(f'{source}: config.json holds a {type(raw).__name__}, not the settings of a model')
+    if not (raw.get('architectures') is None or isinstance(raw['architectures'], list)): raise InputError(f'{source}: config.json: architectures must be a list of names')
+    if is_original_llava(raw):
+        if bad := [k for k in _NEEDED if type(raw.get(k)) is not int or raw[k] < 1]: raise InputError(f"{source}: config.json needs {', '.join(bad)}: whole numbers above 0")
+        if not isinstance(raw.get('model_type'), str): raise InputError(f'{source}: config.json needs model_type, such as llava_mistral')
+    return raw
+
 # %% ../../nbs/20d_vlm.convert.ipynb #9f25f88c
 def convert_llava(
     source,      # folder of a checkpoint in the original layout
@@ -149,12 +162,12 @@ def convert_llava(
     import torch, transformers as tf
     source, out = Path(source).expanduser(), Path(out)
     if not (source/'config.json').is_file(): raise InputError(f'{source}: holds no config.json')
-    raw = read_json(source/'config.json')
+    raw = _settings(source)
     _check_original(raw, source, tower)
     if (source/'adapter_config.json').is_file() and base is None: raise InputError(f'{source}: LoRA weights; name the folder of their base model')
     with one_line(source): tok = tf.AutoTokenizer.from_pretrained(source if base is None else base)
     vision, seen = _tower(tower)
-    config = llava_config(raw, raw['vocab_size'], vision)
+    with one_line(source): config = llava_config(raw, raw['vocab_size'], vision)
     out.mkdir(parents=True, exist_ok=True)
     with torch.device('meta'): wanted = {k: v.shape for k, v in tf.LlavaForConditionalGeneration(config).state_dict().items()}
     found = _write_shards(itertools.chain(_shards(source, base), seen), wanted, out, tok.unk_token_id or 0, raw['vocab_size'])

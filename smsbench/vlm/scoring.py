@@ -140,7 +140,7 @@ class FastModel:
 
     def _because(self, why):
         "Why this level: what it showed, and why none above it."
-        told = [f'{k}: ' + (f'differs by {v:.1e}' if isinstance(v, float) else v) for k, v in self.tried.items() if not isinstance(v, float) or v > self.tolerance]
+        told = [f'{k}: ' + (f'differs by {v:.1e}' if isinstance(v, float) else v) for k, v in self.tried.items() if not isinstance(v, float) or not v <= self.tolerance]
         return '; '.join([why, *told])
 
     def _try(self, level, asked, reference):
@@ -155,7 +155,11 @@ class FastModel:
         if level == 'prefix' and not engine.stats['forked']: return _NOTHING_FORKED
         wrong = [a for t, (a, _) in zip(trials, reference) if level != 'batch' and (t.pixel_sha, t.token_sha, t.delivered_sha) != (a.pixel_sha, a.token_sha, a.delivered_sha)]
         if wrong: return f'{len(wrong)} of {len(asked)} prompts were delivered otherwise than at level 0'
-        return max(float((t.logits.log_softmax(-1) - logp).abs().max()) for t, (_, logp) in zip(trials, reference))
+        return _largest((t.logits.log_softmax(-1) - logp).abs().max() for t, (_, logp) in zip(trials, reference))
+
+def _largest(differences):
+    "The largest; NaN where one is NaN, which Python's `max` would lose, and which equals nothing."
+    return float(np.max([float(d) for d in differences]))
 
 def _attempt(do):
     "The result, or the exception."
@@ -217,7 +221,7 @@ class Check:
         "`RunError` where the answers are not those of level 0."
         if not self.ok: raise RunError(f'the answers of level {self.level} are not those of level 0: {self}')
 
-# %% ../../nbs/21_vlm.scoring.ipynb #203e3f6d
+# %% ../../nbs/21_vlm.scoring.ipynb #aa55f480
 def check(
     model,               # a `FastModel`
     inputs:list[Inputs], # what was asked
@@ -229,7 +233,7 @@ def check(
     if not pick: raise InputError('nothing to check: there are no inputs')
     answers = model.score(inputs) if answers is None else answers
     pairs = [(answers[i], plain(model.model, inputs[i])[0]) for i in pick]
-    diff = max(float(np.abs(np.subtract(a.logprobs, b.logprobs)).max()) for a, b in pairs)
+    diff = _largest(np.abs(np.subtract(a.logprobs, b.logprobs)).max() for a, b in pairs)
     flips = sum(int(np.argmax(a.logprobs) != np.argmax(b.logprobs)) for a, b in pairs)
     said = lambda a: (a.pixel_sha, a.token_sha, a.delivered_sha if model.level != 'batch' else '')   # in a plain batch features differ by rounding
     return Check(len(pairs), diff, flips, sum(said(a) != said(b) for a, b in pairs), model.info['level'], model.tolerance)
