@@ -170,7 +170,7 @@ def source_rows(
     if not card.get('filters') or not card['columns'].get('split') or not os.path.isdir(root): return None
     m = Manifest(**card).model_copy(update=dict(filters=[]))
     rows = read_rows(m, root)[0]
-    return pd.DataFrame(dict(image=find_images(m.columns.image, rows, root), split=fill(m.columns.split, rows).str.strip(), patient_id=fill(m.columns.patient_id, rows).str.strip()))
+    return pd.DataFrame(dict(image=find_images(m.columns.image, rows, root, m.access), split=fill(m.columns.split, rows).str.strip(), patient_id=fill(m.columns.patient_id, rows).str.strip()))
 
 # %% ../../nbs/13_data.audit.ipynb #3f670fa4
 def audit(

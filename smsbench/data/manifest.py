@@ -49,7 +49,7 @@ def base_rows(
     root,              # data root
 )->pd.DataFrame:       # one row per row: sample_id, patient_id, split, image, text, and `reason`, `detail`
     "Rows with the cohort's column names, and the faults that do not depend on the question or the image."
-    base = pd.DataFrame({k: fill(getattr(m.columns, k), rows).str.strip() for k in ('sample_id', 'patient_id', 'split')}, index=rows.index).assign(image=find_images(m.columns.image, rows, root))
+    base = pd.DataFrame({k: fill(getattr(m.columns, k), rows).str.strip() for k in ('sample_id', 'patient_id', 'split')}, index=rows.index).assign(image=find_images(m.columns.image, rows, root, m.access))
     texts = row_texts(m, rows, root)
     base = base.assign(text=texts.text, reason='', detail='')
     first = pd.Series(base.index, index=base.index).groupby(base.sample_id).transform('first')

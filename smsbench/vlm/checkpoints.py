@@ -50,6 +50,7 @@ def code_elsewhere(
 def _words(v): return [v] if isinstance(v, str) else [w for x in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ()) for w in _words(x)]
 
 def _refuse_elsewhere(raw, name, file):
+    if file == 'adapter_config.json': raise InputError(f'{name}: {file} makes it an adapter of another checkpoint, whose code no revision pins; merge the two into one folder')
     if found := code_elsewhere(raw): raise InputError(f'{name}: {file} takes code from elsewhere ({" ".join(found.split())[:120]}), which no revision pins; copy that code into the checkpoint, read it, and name it without --')
 
 def _check_folder(path, name):
@@ -119,7 +120,7 @@ def _check_hub(name, raw, revision):
     "`InputError` where a hub checkpoint's configurations, as plain data of the pinned commit, take code from elsewhere."
     from transformers.utils import cached_file
     _refuse_elsewhere(raw, name, 'config.json')
-    for f in ('tokenizer_config.json', 'processor_config.json', 'preprocessor_config.json', 'video_preprocessor_config.json', 'generation_config.json'):
+    for f in ('tokenizer_config.json', 'processor_config.json', 'preprocessor_config.json', 'video_preprocessor_config.json', 'generation_config.json', 'adapter_config.json'):
         found = cached_file(name, f, revision=revision, _raise_exceptions_for_missing_entries=False)
         if found: _refuse_elsewhere(read_json(found), name, f)
 
