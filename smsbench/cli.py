@@ -93,6 +93,7 @@ def audit(
     Example:  smsbench audit --manifest covid_notes --root data/covid_notes --model reference-image-reader --out reports/covid
     """
     from smsbench.sms.run import run_audit
+    if plan_file is not None and (arms or match or variants != 'plain'): raise InputError('--plan is frozen: it has its own arms, matching and variants; leave out --arms, --match and --variants, or make another plan')
     settings = _settings(arms, seed, match, variants, margin, n_boot, system=system, extra=extra, check=check)
     table, excluded, frozen, files = _cohort_for(manifest, root, cohort_file, plan_file, allow_remote)
     run_audit(out, table, model, settings, frozen, root or '', excluded, files, allow_remote, device=device, dtype=dtype, batch_size=batch_size,

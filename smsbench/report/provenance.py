@@ -73,7 +73,7 @@ def commands(
     "Shell lines that make the numbers again, and the report."
     c, info = results.config, results.predictions.attrs.get('models', {})
     flag = lambda name, v: [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None) else []
-    again = flag('seed', c['seed']) + flag('margin', c['margin']) + flag('n-boot', c['n_boot']) + ['--out NEW']
+    again = flag('seed', c['seed']) + flag('margin', c['margin']) + flag('n-boot', c['n_boot']) + flag('system', c.get('system')) + flag('extra', c.get('extra')) + ['--out NEW']
     imported = [m for m in model_names(results) if 'imported' in info.get(m, {})]
     data = ['--cohort RUN/cohort.parquet'] if results.open else flag('manifest', c['cohort'].get('manifest')) + ['--root DATA']
     lists = flag('arms', ','.join(c['arms'])) + flag('match', ','.join(c['match'])) + flag('variants', '' if list(c['variants']) == ['plain'] else ','.join(c['variants']))
