@@ -19,6 +19,6 @@ setuptools.setup(
     package_dir={f'{lib}.runs': 'nbs/runs', f'{lib}.data_manifests': 'data_manifests'},
     package_data={f'{lib}.runs': ['*.ipynb'], f'{lib}.data_manifests': ['*.yaml'], f'{lib}.vlm': ['reference_*/*'], f'{lib}.report': ['template/*/*']},
     include_package_data=False, zip_safe=False,
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split(), 'quantization': cfg['quantization_requirements'].split()},
+    install_requires=cfg['requirements'].split(), extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'quantization', 'umap')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f'{lib}={lib}._modidx:d']},
 )

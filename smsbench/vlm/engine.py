@@ -14,7 +14,7 @@ import numpy as np
 from ..core import RunError
 from .delivery import delivered_sha, listen, position_hashes
 from .models import extended
-from .prefix import NOTHING, Heading, Ledger, Prefix, Row, chunks, fork, grow
+from .prefix import NOTHING, Heading, Ledger, Prefix, Row, chunks, fork, grow, spared
 from .reuse import Features, Trial, join_features
 
 # %% ../../nbs/20h_vlm.engine.ipynb #7d6c6478
@@ -61,7 +61,7 @@ class Pass:
         under = self.ledger.of(cache) if cells else [NOTHING] * len(rows)
         put = self._tokens(rows, lo, his, bool(cells)) | ({} if cells else self._images(rows))
         at = 1 if keep else torch.tensor([[p - lo for p in range(r.read, hi)] for r, hi in zip(rows, his)], device=self.net.device)
-        with listen(self.net) as heard: out = self.net(**put, past_key_values=cache, use_cache=cache is not None, logits_to_keep=at)
+        with listen(self.net) as heard, spared(self.net, at): out = self.net(**put, past_key_values=cache, use_cache=cache is not None, logits_to_keep=at)
         if not keep and out.logits.shape[:2] != at.shape: raise RunError('this transformers version cannot read single positions; upgrade it')
         self.stats.update(forwards=1, forked=len(cells), lm_tokens=sum(his) - lo * len(rows), padded_tokens=put['input_ids'].numel(), pairs=sum((hi - lo) * (hi + lo) // 2 for hi in his))
         numbers, beside = heard[0].hashes.cpu().numpy(), [b.cpu().numpy() for b in heard[0].beside]
