@@ -73,6 +73,24 @@ def test_nih_boxes_lie_in_the_pixels_of_the_file():
     with pytest.raises(InputError, match='pixels of the image files'): build_cohort(wrong, Path(DATA, 'nih_cxr'))
 
 
+def test_nih_cxr14_has_all_labels_and_the_opacity_boxes():
+    raw = {r['id']: r for r in rows('nih_cxr', 'metadata.csv')}
+    cohort, exclusions = build_cohort('nih_cxr14', Path(DATA, 'nih_cxr'), check_images=False)
+    assert exclusions.empty and cohort.finding.nunique() == 14 and len(cohort) == 14 * len(raw)
+    column = {c.lower(): c for c in next(iter(raw.values()))}
+    for finding, g in cohort.groupby('finding'): assert (g.label == 'yes').sum() == sum(r[column[finding]] == '1' for r in raw.values())
+    marked = {r['id'] for r in rows('nih_cxr', 'boxes_rsna.csv') if r['x_512']}
+    found = cohort[cohort.boxes != '[]']
+    assert set(found.finding) == {'pneumonia'} and {s.split(':')[0] for s in found.sample_id} == marked & set(raw) and len(marked) > 100
+
+
+def test_vqa_rad_organs_is_one_row_per_picture():
+    raw = rows('vqa_rad', 'images.csv')
+    cohort, exclusions = build_cohort('vqa_rad_organs', Path(DATA, 'vqa_rad'), check_images=False)
+    assert exclusions.empty and cohort.image.tolist() == [r['image'] for r in raw]
+    assert Counter(cohort.label) == Counter({'HEAD': 'head', 'CHEST': 'chest', 'ABD': 'abdomen'}[r['organ']] for r in raw)
+
+
 def test_pixels_survive_and_tables_round_trip(built, tmp_path):
     name, cohort, exclusions = built
     some = cohort.iloc[:: max(1, len(cohort) // 20)]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import smsbench.data.class_folders   # noqa: F401  adds its miniature to LAYOUTS
 import smsbench.data.mimic_layouts   # noqa: F401  adds its miniatures to LAYOUTS
 from smsbench.core import InputError
 from smsbench.data.cards import read_manifest
@@ -12,7 +13,7 @@ from smsbench.data.layouts import LAYOUTS, make_layout
 from smsbench.data.manifest import build_cohort, gather_card, read_image
 
 CARDS = Path(__file__).resolve().parent.parent/'data_manifests'
-REAL = {'covid_notes', 'nih_cxr', 'vqa_rad'}   # reduced copies of real data, see test_cohorts_real
+REAL = {'covid_notes', 'nih_cxr', 'nih_cxr14', 'vqa_rad', 'vqa_rad_organs'}   # reduced copies of real data, see test_cohorts_real
 yes_no = lambda yes, no: {k: n for k, n in (('yes', yes), ('no', no)) if n}
 
 # card -> finding -> label -> samples; counted by hand from the rows that make_layout writes
@@ -41,7 +42,7 @@ SPLITS = {   # card -> split -> samples
 PATIENTS = {'fairvlmed': 12, 'ham10000': 22, 'ham10000_sms': 10, 'mbrset': 9, 'brset': 7, 'padchest': 10, 'nih_chestxray14': 9, 'chexpert': 11, 'vqa_rad_official': 3, 'slake': 6,
             'vqa_variants': 4, 'vqa_paraphrases': 4, 'valse_foils': 7, 'fake_history': 7, 'class_folders': 8}
 EXCLUDED = {'mbrset': {'NaN label': 4, 'missing image': 2}, 'chexpert': {'uncertain label': 4}, 'vqa_paraphrases': {'NaN label': 1}}
-NOT_THEIRS = {'phantom', 'csv_images'}
+NOT_THEIRS = {'phantom', 'phantom_classes', 'csv_images'}
 
 
 def read(name, root, **changes):
