@@ -159,8 +159,9 @@ def read_table(
     try: table = pq.ParquetFile(path).read()
     except FileNotFoundError: raise InputError(f'{path}: no such file') from None
     except (pa.ArrowInvalid, OSError) as e: raise InputError(f"{path}: not a readable parquet file ({str(e).splitlines()[0]})") from None
-    about = json.loads((table.schema.metadata or {}).get(b'smsbench', b'{}'))
-    df = table.to_pandas()
+    try: df, about = table.to_pandas(), json.loads((table.schema.metadata or {}).get(b'smsbench', b'{}'))
+    except ValueError: about = None                          # a comment or key that another program wrote into the file
+    if not isinstance(about, dict): raise InputError(f'{path}: its metadata are not those of a table that smsbench wrote; make it again')
     df.attrs = about
     return validate(df, kind) if kind else df
 
