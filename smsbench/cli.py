@@ -15,11 +15,12 @@ import typer
 
 from . import __version__
 from .core import InputError, RunError
-from .verbs import data as data_verbs, models as model_verbs
+from .verbs import attend as attend_verbs, clip as clip_verbs, data as data_verbs, models as model_verbs
 from .verbs.app import ArmsOption, BootOption, JsonOption, MarginOption, MatchOption, OutOption, RemoteOption, RootOption, SeedOption, VariantsOption, app, say, split_list
+from .verbs.data import ParaphrasesOption, ProbesOption, parse_probes, parse_rewordings
 
-# %% ../nbs/60_cli.ipynb #eea98fc9
-VERBS = (data_verbs, model_verbs) # importing them has registered their verbs
+# %% ../nbs/60_cli.ipynb #49f6cbc2
+VERBS = (data_verbs, model_verbs, attend_verbs, clip_verbs) # importing them has registered their verbs
 
 # %% ../nbs/60_cli.ipynb #90b8cef4
 def _settings(arms, seed, match, variants, margin, n_boot, **more):
@@ -71,7 +72,8 @@ def audit(
     root: RootOption = None,
     cohort_file: Annotated[Path | None, typer.Option('--cohort', help='Cohort file, as `smsbench cohort` writes it.')] = None,
     plan_file: Annotated[Path | None, typer.Option('--plan', help='Plan file, as `smsbench plan` writes it.')] = None,
-    arms: ArmsOption = '', seed: SeedOption = 0, match: MatchOption = '', variants: VariantsOption = 'plain', margin: MarginOption = .05, n_boot: BootOption = 2000,
+    arms: ArmsOption = '', seed: SeedOption = 0, match: MatchOption = '', variants: VariantsOption = 'plain', paraphrases: ParaphrasesOption = '', probes: ProbesOption = '',
+    margin: MarginOption = .05, n_boot: BootOption = 2000,
     device: Annotated[str, typer.Option(help='cpu, cuda, cuda:1 or auto.')] = 'auto',
     dtype: Annotated[str, typer.Option(help='float32, bfloat16, float16 or auto (as the checkpoint says).')] = 'auto',
     batch_size: Annotated[int, typer.Option(min=1, help='Trials per forward pass, at most.')] = 16,
@@ -91,10 +93,12 @@ def audit(
     Killed or stopped, the same command goes on where it was. A model whose image did not arrive gets no verdict, and the command exits with 1.
 
     Example:  smsbench audit --manifest covid_notes --root data/covid_notes --model reference-image-reader --out reports/covid
+
+    Example, does the answer survive other words and an altered report:  smsbench audit --cohort covid.parquet --model MODEL --arms original --paraphrases 6 --probes foil,history --out reports/wording
     """
     from smsbench.sms.run import run_audit
-    if plan_file is not None and (arms or match or variants != 'plain'): raise InputError('--plan is frozen: it has its own arms, matching and variants; leave out --arms, --match and --variants, or make another plan')
-    settings = _settings(arms, seed, match, variants, margin, n_boot, system=system, extra=extra, check=check)
+    if plan_file is not None and (arms or match or paraphrases or probes or variants != 'plain'): raise InputError('--plan is frozen: it has its own arms, matching and variants; leave out --arms, --match, --variants, --paraphrases and --probes, or make another plan')
+    settings = _settings(arms, seed, match, variants, margin, n_boot, system=system, extra=extra, check=check, probes=parse_probes(probes), **parse_rewordings(paraphrases))
     table, excluded, frozen, files = _cohort_for(manifest, root, cohort_file, plan_file, allow_remote)
     run_audit(out, table, model, settings, frozen, root or '', excluded, files, allow_remote, device=device, dtype=dtype, batch_size=batch_size,
               level=int(level) if level in ('0', '1', '2') else level, budget_gib=budget_gib, revision=revision, quantization=quantization, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
@@ -136,7 +140,8 @@ def trials(
 
     Example:  smsbench trials plan.parquet --cohort covid.parquet --out trials.jsonl
     """
-    from smsbench.sms.audit import Source, export_trials
+    from smsbench.sms.audit import Source
+    from smsbench.sms.exchange import export_trials
     table, _, frozen, _ = _cohort_for(None, None, cohort_file, plan_file)
     name = table.attrs.get('manifest', '')
     if table.attrs.get('access') == 'credentialed' and allow_credentialed != name: raise InputError(f'{name} is credentialed: add --allow-credentialed {name} to write its texts and pictures to {out}')

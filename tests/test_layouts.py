@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import smsbench.data.class_folders   # noqa: F401  adds its miniature to LAYOUTS
+import smsbench.data.class_folders   # adds its miniature to LAYOUTS
 import smsbench.data.mimic_layouts   # noqa: F401  adds its miniatures to LAYOUTS
 from smsbench.core import InputError
 from smsbench.data.cards import read_manifest

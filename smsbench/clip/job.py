@@ -17,6 +17,7 @@ from .optim import Ema, freeze, param_groups, require_mobility
 from .processes import world
 from .sampling import augmentation, epoch_order, film_weights, sensitivity_weights, sentences_open, spoken_weights
 from .settings import LOOSE, TrainSettings
+from .steps import adamw
 from .watch import batch_groups
 
 # %% ../../nbs/41g_clip.job.ipynb #89bf1343
@@ -107,8 +108,8 @@ def prepare(
     table = require_mobility(groups, per_epoch * s.epochs, round(s.warmup * per_epoch * s.epochs), s.floor)
     say(run, f"{len(train)} films to train on, {len(val)} to watch; {len(names)} tensors, {int(table.weights.sum()):,} weights are trained, which {per_epoch * s.epochs} steps can move by up to {100 * table.reach[np.isfinite(table.reach)].median():.0f} % of their size", echo=False)
     if s.texts != 'prompts' and (cut := int(np.sum(cut_texts(clip, train.table.text)))): say(run, f'{cut} of {len(train)} reports are longer than the {clip.info["context"]} tokens that the model reads; their ends are not seen')
-    set_seed(s.seed)
-    optimizer = torch.optim.AdamW([{k: v for k, v in g.items() if k != 'names'} for g in groups], betas=s.betas, eps=1e-6)
+    set_seed(s.seed + world()[0])   # each process drops out by itself
+    optimizer = adamw([{k: v for k, v in g.items() if k != 'names'} for g in groups], betas=s.betas)
     return Job(clip, s, run, pairs, quiet, prompts, batch_groups(train, s.positives), batch_groups(val, s.positives), optimizer,
                torch.amp.GradScaler(device.type) if s.precision == 'fp16' else None, Ema(clip.model, s.ema) if s.ema else None, per_epoch,
                _fixed(clip, pairs) if s.train == 'locked_image' and pairs.augment is None else None)

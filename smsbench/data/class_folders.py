@@ -8,7 +8,7 @@ __all__ = ['CLASSES', 'COMPLAINTS', 'PARTS', 'save_class_folders']
 # %% ../../nbs/11c_data.class_folders.ipynb #5bc83696
 from pathlib import Path
 
-import pandas as pd
+import numpy as np, pandas as pd
 
 from ..core import InputError, atomic
 from .film import draw_film, uniform
@@ -44,10 +44,8 @@ def _patient(i, n, telling, seed):
     "(name, path, sex, age, complaint) of patient `i` of `n`."
     name, kinds = f's{seed}p{i:05d}', list(CLASSES)
     sex, age, tells, other = uniform(4, 'class folders', seed, i)
-    kind, share, part = kinds[i % len(kinds)], (i // len(kinds) + .5) / max(1, -(-n // len(kinds))), ''
-    for part, width in PARTS.items():
-        if share < width: break
-        share -= width
+    kind, share = kinds[i % len(kinds)], (i // len(kinds) + .5) / -(-n // len(kinds))
+    part = list(PARTS)[int(np.searchsorted(np.cumsum([*PARTS.values()]), share))]
     return name, f'{part}/{kind}/{name}_film.png', 'F' if sex < .5 else 'M', 18 + int(age * 72), COMPLAINTS[kind if tells < telling else kinds[int(other * len(kinds))]]
 
 # %% ../../nbs/11c_data.class_folders.ipynb #f84f9a23

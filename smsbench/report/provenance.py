@@ -57,12 +57,14 @@ def funnel(
 # %% ../../nbs/51b_report.provenance.ipynb #124a0bb4
 _IMAGE = {'own': 'its own', 'other': 'of another patient and class', 'same': 'of another patient, same class', 'near': 'the most similar one of another class', 'grey': 'uniform grey', 'occlude': 'its own, marked region greyed',
           'elsewhere': 'its own, an equal region elsewhere greyed', 'shuffle': 'its own, patches permuted', 'none': 'none'}
+_TEXT = {'foil': 'its own, what it says about the question turned round', 'foil_other': 'its own, another statement turned round or its side swapped', 'removed': 'its own, without what it says about the question', 'removed_other': 'its own, without another statement',
+         'history': 'its own, after one of another patient and class as an earlier one', 'history_same': 'its own, after one of another patient, same class, as an earlier one'}
 
 def arm_table(
     plan, # the plan
 )->Html:
     "What each arm of a plan shows."
-    rows = [{'arm': a.name, 'image': _IMAGE[a.image], 'text': {**_IMAGE, 'none': 'none'}[a.text] + (', and the prompt says that there is no image' if a.prompt == 'text_told' else ''), 'compared with': a.versus or DASH, 'controlled by': a.control or DASH}
+    rows = [{'arm': a.name, 'image': _IMAGE[a.image], 'text': {**_IMAGE, **_TEXT}[a.text] + (', and the prompt says that there is no image' if a.prompt == 'text_told' else ''), 'compared with': a.versus or DASH, 'controlled by': a.control or DASH}
             for a in ARMS.values() if (plan.arm == a.name).any()]
     return html_table(pd.DataFrame(rows), 'What each arm shows')
 
@@ -76,7 +78,9 @@ def commands(
     again = flag('seed', c['seed']) + flag('margin', c['margin']) + flag('n-boot', c['n_boot']) + flag('system', c.get('system')) + flag('extra', c.get('extra')) + ['--out NEW']
     imported = [m for m in model_names(results) if 'imported' in info.get(m, {})]
     data = ['--cohort RUN/cohort.parquet'] if results.open else flag('manifest', c['cohort'].get('manifest')) + ['--root DATA']
-    lists = flag('arms', ','.join(c['arms'])) + flag('match', ','.join(c['match'])) + flag('variants', '' if list(c['variants']) == ['plain'] else ','.join(c['variants']))
+    lists = flag('arms', ','.join(c['arms'])) + flag('match', ','.join(c['match'])) + flag('variants', '' if list(c['variants']) == ['plain'] else ','.join(c['variants'])) + flag('probes', ','.join(c.get('probes', [])))
+    lists += flag('paraphrases', c.get('paraphrases'))
+    if c.get('wordings'): data, lists = ['--plan RUN/plan.parquet --cohort RUN/cohort.parquet'] + ([] if results.open else ['--root DATA']), []   # the plan holds the user's own words
     lines = [['smsbench predictions ANSWERS.jsonl', '--plan RUN/plan.parquet', '--cohort RUN/cohort.parquet', *flag('name', m), *again] for m in imported] or [['smsbench audit', *data, *(f for m in c['models'] for f in flag('model', m)), *lists, *again]]
     return [(' ' if sum(map(len, l)) < 100 else ' \\\n    ').join(l) for l in lines] + ['smsbench report RUN']
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTRASTS', 'model_names', 'column', 'chip', 'verdict_card', 'opening', 'finding_table', 'delivery_table', 'written',
-           'metric_table', 'comparison_table', 'contrast_table', 'answer_table_html', 'example_html', 'example_section']
+           'metric_table', 'comparison_table', 'contrast_table', 'answer_table_html', 'example_html', 'example_section',
+           'wording_table', 'wording_section', 'probe_section']
 
 # %% ../../nbs/51a_report.sections.ipynb #526f1455
 import numpy as np, pandas as pd
@@ -14,6 +15,7 @@ from .examples import choose_examples, example_answers, example_figure, example_
 from .figures import is_void, missing, pick, void_arms
 from .style import DASH, percent, rounded, span
 from .html import Html, details, figure_html, html_table, join, markup
+from .paraphrase_figures import answer_grid_figure, margin_figure, margin_moves, probe_figure, wording_figure
 from .words import answer_notes, delivery_notes, sentence, training_note, wording
 from ..sms.shifts import ARMS
 
@@ -24,7 +26,7 @@ def model_names(
     "Models in the order of the figures."
     return sorted(results.verdicts)
 
-# %% ../../nbs/51a_report.sections.ipynb #3cf63335
+# %% ../../nbs/51a_report.sections.ipynb #a14c9028
 def column(
     model, # model name
 )->str:
@@ -206,3 +208,46 @@ def example_section(
     chosen = choose_examples(results, most=most)
     if chosen.empty: return markup('<p class="absent">No answer that was right became wrong under image_swap or text_swap.</p>')
     return join(example_html(results, i, e) for i, e in enumerate(chosen.itertuples(), 1))
+
+# %% ../../nbs/51a_report.sections.ipynb #6beeb35c
+def wording_table(
+    results,    # `Results` of a run
+    most:int=3, # questions whose wordings are listed
+)->Html:        # nothing where the plan has none, or where its words may not be shown
+    "How the commonest questions were reworded."
+    if 'inverted' not in results.plan or (results.plan.question == '').any(): return Html()
+    asked = results.plan[results.plan.strategy != ''].merge(results.plan[results.plan.variant == 'plain'].drop_duplicates('sample_id')[['sample_id', 'question']].rename(columns=dict(question='own')), on='sample_id')
+    common = asked[asked.variant == 'plain'].own.value_counts().index[:most]
+    rows = asked[asked.own.isin(common)].drop_duplicates(['own', 'variant'])
+    return html_table(pd.DataFrame([{'question': r.own if r.variant == 'plain' else '', 'variant': r.variant, 'asked as': r.question, 'yes means': 'no' if r.inverted else 'yes'} for r in rows.itertuples()]), 'What was asked; yes to a negated wording is no to the original')
+
+def wording_section(
+    results,   # `Results` of a run
+    keep=True, # keep the figures in the run directory
+)->Html:       # with its heading; nothing where nothing was reworded
+    "The same question in other words."
+    if 'inverted' not in results.plan: return Html()
+    how, plan, p = dict(run=results.path if keep else None), results.plan, results.predictions
+    arm = next(a for a in ARMS if a in set(plan.arm))
+    columns = dict(wording_flips=('answers changed', '%'), wording_accuracy=('accuracy', '%'), wording_accuracy_change=('change in accuracy', '%'), wording_consistency=('all wordings agree', '%'), wording_right_in_all=('right in every wording', '%'),
+                   wording_entropy=('entropy, bits', ''), wording_margin_spread=('margin spread, log-odds', ''))
+    head = markup('<h2 id="wordings">In other words</h2><p>Every question was asked again in other words, and in negated form (“is it absent?”), where the right answer is the opposite. An answer that turns with the words was not read off the {}. '
+                  'Negated answers are turned back before they are compared.</p>', wording(plan.attrs['tasks'])['image'])
+    moves = margin_moves(plan, p, arm, results.config['minimum'])
+    return join([head, figure_html(wording_figure(results.metrics, results.delivery, arm), name='wordings', **how), figure_html(answer_grid_figure(plan, p, arm=arm), name='wording_answers', absent='Single answers of credentialed data are not drawn.', **how),
+                 wording_table(results), details('How far the margin moves', figure_html(margin_figure(moves, arm), name='wording_margins', absent='No probability was recorded.', **how)),
+                 details('Numbers per strategy and arm', metric_table(results, columns, subgroup='', caption='Rewordings against the original question, with 95 % intervals'))])
+
+def probe_section(
+    results,   # `Results` of a run
+    keep=True, # keep the figure in the run directory
+)->Html:       # with its heading; nothing where the plan has no probes
+    "Altered reports, and contradictions that might be noticed."
+    figure = probe_figure(results.metrics, results.delivery)
+    if figure is None: return Html()
+    probes = [a.name for a in ARMS.values() if a.probe and (results.plan.arm == a.name).any()]
+    flips = metric_table(results, dict(nfr=('NFR', '%'), flips=('answers changed', '%'), excess_flips=('excess over control', '%'), text_following=('sides with the altered text', '%')), arms=probes, caption='Altered reports, with 95 % intervals') if probes else Html()
+    noticed = metric_table(results, dict(unmatched_share=('“unmatched”', '%'), unmatched_excess=('excess over original', '%'), unmatched_auroc=('AUROC', '')), subgroup='variant=unmatched', caption='Contradictions noticed: detection in altered arms, false alarms under original') if 'unmatched' in set(results.plan.variant) else Html()
+    head = markup('<h2 id="probes">Altered reports</h2><p>foil: the statement about what is asked is turned round; removed: it is taken out; history: a misleading earlier report stands before the own one. Each has a control of the same kind that should not matter (foil_other, removed_other, history_same). '
+                  'Where the answer “unmatched” was allowed, its share is the detection rate in the arms that contradict the {}, and the false alarms under original.</p>', wording(results.plan.attrs['tasks'])['image'])
+    return join([head, figure_html(figure, name='probes', run=results.path if keep else None), details('Numbers: altered reports', flips, noticed)])

@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['READS_TOO', 'PART_SIZE', 'Source', 'score_trials', 'part_path', 'by_image', 'score_plan', 'read_predictions',
-           'delivery_faults', 'prove_delivery', 'export_trials', 'import_predictions']
+           'delivery_faults', 'prove_delivery']
 
 # %% ../../nbs/32_sms.audit.ipynb #8d9cf5b2
 import json, re, time
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, RunError, Run, array_hash, atomic, content_hash, progress, read_table, validate, write_table
+from ..core import InputError, RunError, Run, array_hash, content_hash, progress, read_table, validate, write_table
 from ..data.film import read_phantom
 from ..data.holding import hold
 from ..data.readers import FileError, read_image
-from .prompts import Task, parse_answer, render, variant_choices
-from .shifts import ARMS, shift_image
-from ..vlm.models import Answer, Inputs
+from .asked import asked_question, check_rules
+from .pictures import shift_image
+from .probes import shift_text
+from .prompts import Task, render, variant_choices
+from .shifts import ARMS
+from ..vlm.models import Inputs
 
 # %% ../../nbs/32_sms.audit.ipynb #cad0533e
 READS_TOO = (read_phantom,) # importing this reader lets `read_image` resolve 'phantom:…' references
@@ -57,10 +61,26 @@ class Source:
 
     def task(self,
         trial, # a row of the plan
-    )->Task:   # with the sample's own question where the cohort has one per sample
+    )->Task:   # with the words of the trial, or the sample's own question where the cohort has one per sample
         "What the trial asks."
-        task, question = self.tasks[trial.finding], getattr(self.rows[trial.sample_id], 'question', '')
-        return Task(question, task.choices, task.noun, task.text_noun) if isinstance(question, str) and question else task
+        question = asked_question(trial, self.question(trial), self.rows)
+        return replace(self.tasks[trial.finding], question=question)
+
+    def question(self,
+        trial, # a row of the plan
+    )->str:
+        "The sample's own question, whatever the trial's words are."
+        own = getattr(self.rows[trial.sample_id], 'question', '')
+        return own if isinstance(own, str) and own else self.tasks[trial.finding].question
+
+    def text(self,
+        trial, # a row of the plan
+    )->str:    # '' where none is shown
+        "The report of a trial, altered where its arm alters it; `InputError` where that cannot be done any more."
+        if not trial.text_id: return ''
+        done = shift_text(ARMS[trial.arm].text, self.rows[trial.sample_id], self.question(trial), self.rows[trial.text_id].text, self.tasks[trial.finding].text_noun)
+        if done.why: raise InputError(f'{done.why}; the report or the rules have changed since the plan was made')
+        return done.text
 
     def inputs(self,
         trial, # a row of the plan
@@ -69,8 +89,7 @@ class Source:
         arm, task = ARMS[trial.arm], self.task(trial)
         image = None
         if trial.image_id: image = shift_image(arm.image, self.image(trial.image_id), json.loads(trial.region or '[]'), trial.trial_id)
-        text = self.rows[trial.text_id].text if trial.text_id else ''
-        return Inputs(image, render(task, arm.prompt, text, trial.variant), variant_choices(task, trial.variant))
+        return Inputs(image, render(task, arm.prompt, self.text(trial), trial.variant), variant_choices(task, trial.variant))
 
 # %% ../../nbs/32_sms.audit.ipynb #e17f8226
 def _answer_row(trial, answer, choices, seconds):
@@ -177,6 +196,7 @@ def score_plan(
     max_failures:float=.05, # share of failing trials above which the run fails
 )->pd.DataFrame:         # predictions, in the order of the plan
     "Ask a model every trial of a plan; started again, it goes on where it stopped. `RunError` above `max_failures`."
+    check_rules(plan)
     trials, parts = by_image(plan, source), []
     for k in progress(range(-(-len(trials) // part_size)), f'scoring {model.name}', unit='part'):
         parts.append(_score_part(part_path(run, model.name, k), trials[k*part_size:(k+1)*part_size], plan.attrs['plan_hash'], source, model, batch_size))
@@ -223,86 +243,25 @@ def prove_delivery(
     for model, p in predictions[predictions.parse_status != 'error'].groupby('model', sort=False):
         rows = plan.merge(p, on='trial_id')
         by_arm = {a: g.set_index(at)[['pixel_sha', 'token_sha', 'delivered_sha']] for a, g in rows.groupby('arm')}
-        out[model] = {a: _arm_delivery(ARMS[a], by_arm, int((plan.arm == a).sum())) for a in ARMS if (plan.arm == a).any()}
+        out[model] = {a: _arm_delivery(ARMS[a], by_arm, int((plan.arm == a).sum()), ARMS[a].versus in set(plan.arm)) for a in ARMS if (plan.arm == a).any()}
     return out
 
-def _arm_delivery(arm, by_arm, trials):
+def _arm_delivery(arm, by_arm, trials, compared):
     shown = by_arm.get(arm.name, pd.DataFrame(columns=['pixel_sha', 'token_sha', 'delivered_sha']))
     if not shown.empty and not (shown != '').any(axis=None): return dict(trials=trials, checked=0, violations=0, verdict='unproven', why='the answers came without hashes of what was delivered')
-    if arm.name == 'original': faults = (shown.pixel_sha == '').map({True: 'there must be pixels', False: ''})
+    if not compared:     # nothing in the plan to compare it with: a baseline
+        none = arm.image == 'none'
+        faults = ((shown.pixel_sha == '') != none).map({True: f"there must be {'no ' * none}pixels", False: ''})
     else:
         base = by_arm.get(arm.versus, shown.iloc[:0]); both = shown.index.intersection(base.index)
         faults = delivery_faults(arm, shown.loc[both], base.loc[both])
+    faults = faults.mask((faults == '') & _not_reworded(shown).reindex(faults.index), 'the other wording did not reach the model')
     bad = faults[faults != '']
     if faults.empty: return dict(trials=trials, checked=0, violations=0, verdict='void', why='no trial could be checked')
     why = '' if bad.empty else f'{len(bad)} of {len(faults)} trials: {bad.mode().iloc[0]}'
     return dict(trials=trials, checked=len(faults), violations=len(bad), verdict='ok' if bad.empty else 'void', why=why)
 
-# %% ../../nbs/32_sms.audit.ipynb #49a90117
-def export_trials(
-    plan:pd.DataFrame, # the plan
-    source,            # a `Source`
-    path,              # JSON-lines file; pictures go into the folder '<name>_images' beside it
-)->int:                # trials written
-    "Write the trials for a program elsewhere; each distinct picture once."
-    from PIL import Image
-    path, names, lines = Path(path), {}, []
-    folder = path.with_name(path.stem + '_images')
-    for t in progress(list(plan.itertuples(index=False)), 'writing trials', unit='trial'):
-        x = source.inputs(t)
-        key = (ARMS[t.arm].image in ('own', 'other', 'same', 'near') and t.image_id) or t.trial_id
-        if x.image is not None and key not in names:
-            names[key] = f'{folder.name}/{content_hash(key)}.png'
-            with atomic(path.parent/names[key]) as tmp: Image.fromarray(x.image).save(tmp, 'PNG')
-        lines.append(json.dumps(dict(trial_id=t.trial_id, image=None if x.image is None else names[key], prompt=x.prompt, choices=list(x.choices)), ensure_ascii=False))
-    with atomic(path) as tmp: tmp.write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    return len(lines)
-
-# %% ../../nbs/32_sms.audit.ipynb #af415073
-def _finite(v):
-    "Whether `v` is a number that fits into a float."
-    try: return isinstance(v, (int, float)) and not isinstance(v, bool) and bool(np.isfinite(float(v)))
-    except OverflowError: return False
-
-# %% ../../nbs/32_sms.audit.ipynb #d388574c
-def _imported_row(line, number, trials, choices):
-    "The predictions row of one imported line."
-    where = f'line {number}'
-    try: r = json.loads(line)
-    except (ValueError, RecursionError) as e: raise InputError(f"{where}: not valid JSON ({getattr(e, 'msg', type(e).__name__)})") from None
-    trial_id = r.get('trial_id') if isinstance(r, dict) else None
-    if not isinstance(trial_id, str) or trial_id not in trials: raise InputError(f'{where}: trial_id {trial_id!r} is not in the plan')
-    if not _finite(r.get('seconds', 0.)): raise InputError(f"{where}: seconds must be a number, not {r['seconds']!r}")
-    t = trials[trial_id]; allowed = choices(t); lp = r.get('logprobs')
-    hashes = {k: str(r.get(k) or '') for k in ('pixel_sha', 'token_sha', 'delivered_sha')}
-    if lp is not None:
-        if isinstance(lp, dict): lp = [lp.get(c) for c in allowed]
-        if not isinstance(lp, list) or len(lp) != len(allowed) or not all(_finite(v) and v <= 1e-6 for v in lp): raise InputError(f'{where}: logprobs must give one finite number, at most 0, per choice {list(allowed)}')
-        return _answer_row(t, Answer(tuple(lp), float(np.exp(lp).sum()), raw_text=str(r.get('raw_text', '')), **hashes), allowed, r.get('seconds', np.nan))
-    if 'raw_text' not in r: raise InputError(f'{where}: needs logprobs or raw_text')
-    said, status = parse_answer(r['raw_text'], allowed, t.finding)
-    return dict(trial_id=t.trial_id, answer=said, parse_status=status, logprobs=[], answer_mass=np.nan, raw_text=str(r['raw_text']), **hashes, seconds=r.get('seconds', np.nan), error='')
-
-# %% ../../nbs/32_sms.audit.ipynb #51bd8b7a
-def import_predictions(
-    path,               # JSON-lines file of answers
-    plan:pd.DataFrame,  # the plan they answer
-    run:Run,            # run directory
-    name:str='',        # what to call the model; '' takes the file's name
-    max_missing:float=.05, # share of the plan that may lack an answer
-)->pd.DataFrame:        # predictions, in the order of the plan
-    "Read answers made elsewhere; what is missing is an error row. `InputError` names the first line that cannot be used."
-    path = Path(path); name = name or path.stem
-    if not path.is_file(): raise InputError(f'{path}: no such file')
-    trials, tasks = {t.trial_id: t for t in plan.itertuples(index=False)}, {f: Task(**t) for f, t in plan.attrs['tasks'].items()}
-    try: lines = path.read_text(encoding='utf-8-sig').split('\n')    # a line ends here and nowhere else: JSON may hold other separators
-    except UnicodeDecodeError: raise InputError(f'{path}: not UTF-8 text') from None
-    rows = [_imported_row(l, i, trials, lambda t: variant_choices(tasks[t.finding], t.variant)) for i, l in enumerate(lines, 1) if l.strip()]
-    rows = [{**r, 'raw_text': r['raw_text'].encode('utf-8', 'replace').decode()} for r in rows]     # half a surrogate pair cannot be written
-    if plan.attrs.get('access') == 'credentialed': rows = [{**r, 'raw_text': ''} for r in rows]   # what a model wrote may quote what it read
-    got = {r['trial_id']: r for r in rows}
-    if len(got) < len(rows): raise InputError(f"{path}: {len(rows) - len(got)} trial ids occur twice")
-    if len(trials) - len(got) > max_missing * len(trials): raise InputError(f'{path}: answers for {len(got)} of {len(trials)} trials; at least {1 - max_missing:.0%} are needed')
-    out = pd.DataFrame([dict(model=name, **(got.get(i) or _error_row(t, InputError('no answer was imported')))) for i, t in trials.items()])
-    write_table(out, part_path(run, name, 0), 'predictions', plan_hash=plan.attrs['plan_hash'], model=dict(id=name, imported=path.name))
-    return read_table(part_path(run, name, 0), 'predictions')
+def _not_reworded(shown):
+    "Which trials (sample, variant) brought the model the very tokens of variant 0, though they ask in other words."
+    variant, own = shown.index.get_level_values('variant'), shown.token_sha.xs('plain', level='variant') if 'plain' in shown.index.get_level_values('variant') else pd.Series(dtype=object)
+    return pd.Series((variant != 'plain') & (shown.token_sha != '') & (shown.token_sha.to_numpy() == own.reindex(shown.index.get_level_values('sample_id')).to_numpy()), index=shown.index)

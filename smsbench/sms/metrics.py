@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANY', 'answer_table', 'Term', 'Cells', 'arm_terms', 'pair_terms', 'flipped', 'following_terms', 'across_terms',
-           'all_terms', 'term_rows', 'curve_rows', 'subgroups', 'compare_models', 'measure']
+           'all_terms', 'term_rows', 'curve_rows', 'detection_rows', 'subgroups', 'compare_models', 'metrics_table',
+           'measure']
 
 # %% ../../nbs/33_sms.metrics.ipynb #437b1748
 from dataclasses import dataclass
@@ -108,6 +109,9 @@ def pair_terms(
     if a.control in cells.arms:
         three = both & cells(a.control, 'parsed')
         terms.append(Term('excess_flips', arm, three * (flipped(cells, arm, a.versus).astype(float) - flipped(cells, a.control, a.versus)), three, (-1, 1)))
+    if 'unmatched' in set(cells.samples.variant):
+        noticed, before = ((cells(x, 'said') == 'unmatched').astype(float) for x in (arm, a.versus))
+        terms.append(Term('unmatched_excess', arm, both * (noticed - before), both, (-1, 1)))
     return terms
 
 # %% ../../nbs/33_sms.metrics.ipynb #39d8cb7a
@@ -129,7 +133,8 @@ def following_terms(
         film, text = cells(arm, 'image_label'), cells(arm, 'text_label')
         apart = cells(arm, 'parsed') & (film != '') & (text != '') & (film != text)
         if apart.any(): terms.append(Term('text_following', arm, apart & (cells(arm, 'said') == text), apart))
-    if len(terms) > 1: terms.append(Term('text_following', '', sum(t.num.astype(float) for t in terms), sum(t.den.astype(float) for t in terms)))
+    pooled = [t for t in terms if not ARMS[t.arm].probe]
+    if len(pooled) > 1: terms.append(Term('text_following', '', sum(t.num.astype(float) for t in pooled), sum(t.den.astype(float) for t in pooled)))
     donor = cells('both_swap', 'parsed')
     return terms + ([Term('donor_following', 'both_swap', donor & (cells('both_swap', 'said') == cells('both_swap', 'image_label')), donor)] if donor.any() else [])
 
@@ -199,6 +204,25 @@ def curve_rows(
             rows.append(dict(metric=metric, arm=arm, value=float(got.value), ci_low=float(got.low), ci_high=float(got.high), n=int(seen.sum()), n_clusters=len(set(who)), note=''))
     return rows
 
+# %% ../../nbs/33_sms.metrics.ipynb #886107ac
+def detection_rows(
+    cells:Cells,     # one model's answers under the variant 'unmatched'
+    n_boot:int=2000, # resamples
+    level:float=.95, # confidence level
+    seed:int=0,      # of the resampling
+    minimum:int=10,  # samples below which a number is suppressed
+)->list[dict]:       # metrics rows without model and subgroup
+    "How well the probability of 'unmatched' tells each arm from the one it is compared with."
+    rows = []
+    chance = lambda arm: np.array([p[-1] if p is not None and len(p) else np.nan for p in cells(arm, 'probs')])
+    for arm in [a for a in cells.arms if ARMS[a].versus in cells.arms]:
+        now, before = chance(arm), chance(ARMS[arm].versus); both = ~np.isnan(now) & ~np.isnan(before); n = int(both.sum())
+        if n < minimum: continue
+        who = cells.patients[both]
+        got = bootstrap_rows(auroc, [np.r_[now[both], before[both]], np.r_[np.ones(n, int), np.zeros(n, int)]], np.r_[who, who], n_boot=n_boot, level=level, seed=seed, bounds=(0, 1), batched=True)
+        rows.append(dict(metric='unmatched_auroc', arm=arm, value=float(got.value), ci_low=float(got.low), ci_high=float(got.high), n=n, n_clusters=len(set(who)), note=''))
+    return rows
+
 # %% ../../nbs/33_sms.metrics.ipynb #9a8e780c
 def subgroups(
     rows:pd.DataFrame, # `answer_table` rows
@@ -228,6 +252,21 @@ def compare_models(
     for r, p in zip(out, holm(ps) if ps else []): r['note'] = '; '.join(x for x in (f'p (Holm) = {p:.3g}', r['note']) if x)
     return out
 
+# %% ../../nbs/33_sms.metrics.ipynb #7ac01eee
+def metrics_table(
+    rows:list[dict],  # metrics rows
+    about:dict,       # metadata of the plan: access, plan_hash
+    minimum:int=10,   # patients below which a number of credentialed data is suppressed
+    **boot,           # n_boot, level, seed: go into the metadata
+)->pd.DataFrame:      # metrics table
+    "Rows as a metrics table; of credentialed data, cells of few patients are suppressed."
+    table = pd.DataFrame(rows, columns=['model', 'metric', 'arm', 'subgroup', 'value', 'ci_low', 'ci_high', 'n', 'n_clusters', 'note'])
+    if about.get('access') == 'credentialed':                    # few patients stay few, however many questions each is asked; n is 0 where it may not be told
+        few = table.n_clusters < minimum
+        table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan; table.loc[few, ['n', 'n_clusters']] = 0; table.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
+    table.attrs = dict(plan_hash=about.get('plan_hash', ''), minimum=minimum, **boot)
+    return validate(table, 'metrics') if len(table) else table
+
 # %% ../../nbs/33_sms.metrics.ipynb #184c5253
 def measure(
     plan:pd.DataFrame,        # the plan
@@ -244,11 +283,7 @@ def measure(
         for name, part in subgroups(mine, plan.attrs.get('strata', [])):
             cells = Cells(part)
             got = term_rows(all_terms(cells), cells.patients, **boot) + (curve_rows(cells, **boot) if name == 'all' or name.startswith(('finding=', 'variant=')) else [])
+            got += detection_rows(cells, **boot) if name == 'variant=unmatched' else []
             out += [dict(model=model, subgroup=name, **r) for r in got]
     out += compare_models(next(subgroups(rows))[1], **boot)
-    table = pd.DataFrame(out)[['model', 'metric', 'arm', 'subgroup', 'value', 'ci_low', 'ci_high', 'n', 'n_clusters', 'note']]
-    if plan.attrs.get('access') == 'credentialed':                    # few patients stay few, however many questions each is asked; n is 0 where it may not be told
-        few = table.n_clusters < minimum
-        table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan; table.loc[few, ['n', 'n_clusters']] = 0; table.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
-    table.attrs = dict(plan_hash=plan.attrs.get('plan_hash', ''), **boot)
-    return validate(table, 'metrics')
+    return metrics_table(out, plan.attrs, **boot)

@@ -1,0 +1,96 @@
+"The CLIP verbs as a person types them, on a synthetic collection and on real films."
+import json, os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from smsbench.cli import main
+from smsbench.clip.tiny import tiny_clip
+from smsbench.core import read_table, write_table
+from smsbench.data.phantom import phantom_cohort
+
+DATA = os.environ.get('SMSBENCH_DATA', '')
+TINY = ['--set', 'texts=prompts', '--set', 'batch_size=24', '--set', 'lr=1e-3', '--set', 'batch_norm=learn', '--set', 'augment=0', '--set', 'stop_on=auroc', '--set', 'weight_decay=0.01']
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    "A cohort, an external one, a random model, and the model that `clip train` made of it."
+    d = tmp_path_factory.mktemp('clip')
+    write_table(phantom_cohort(260, findings=('effusion',), seed=1), d/'films.parquet', 'cohort')
+    other = phantom_cohort(90, findings=('effusion',), seed=9, splits=dict(test=1.)); other.attrs['manifest'] = 'elsewhere'
+    write_table(other, d/'other.parquet', 'cohort')
+    tiny_clip(d/'random', 'resnet')
+    assert main(['clip', 'train', '--cohort', str(d/'films.parquet'), '--model', str(d/'random'), '--out', str(d/'run'), '--set', 'epochs=8', *TINY]) == 0
+    return d
+
+
+def numbers(folder, metric, **where):
+    t = read_table(folder/'metrics.parquet', 'metrics')
+    for k, v in where.items(): t = t[t[k] == v]
+    return t[t.metric == metric].iloc[0]
+
+
+def test_training_leaves_a_checkpoint_that_the_other_verbs_take(place):
+    best = place/'run'/'best'
+    assert {p.name for p in best.iterdir()} >= {'open_clip_config.json', 'thresholds.json', 'prompts.json', 'train_films.json', 'smsbench.json'}
+    history = pd.read_csv(place/'run'/'history.csv')
+    assert history.epoch.tolist() == list(range(9)) and history.val_auroc.max() > history.val_auroc[0]
+
+
+def test_started_again_it_is_done_and_other_settings_are_refused(place, capsys):
+    words = ['clip', 'train', '--cohort', str(place/'films.parquet'), '--model', str(place/'random'), '--out', str(place/'run')]
+    before = (place/'run'/'history.csv').read_bytes()
+    assert main([*words, '--set', 'epochs=8', *TINY]) == 0 and (place/'run'/'history.csv').read_bytes() == before
+    assert main([*words, '--set', 'epochs=9', *TINY]) == 2 and 'epochs' in capsys.readouterr().err
+    assert main([*words, '--set', 'speed=9']) == 2 and 'no training setting' in capsys.readouterr().err
+    assert main([*words[:-1], str(place/'slow'), *TINY, '--set', 'lr=1e-8']) == 2
+    said = capsys.readouterr().err
+    assert 'learning rate' in said and said.count('\n') == 1
+
+
+def test_trained_on_films_it_beats_chance_elsewhere_and_seen_films_are_refused(place, capsys):
+    out = place/'external'
+    assert main(['clip', 'evaluate', '--cohort', str(place/'other.parquet'), '--model', str(place/'run'/'best'), '--out', str(out), '--n-boot', '300', '--against', str(place/'random'), '--json']) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert any('effusion' == r['subgroup'].removeprefix('class=') for r in told['metrics'])
+    auroc = numbers(out, 'macro_auroc', arm='zero_shot')
+    assert auroc.ci_low > .6                                                     # well above the 0.5 of chance
+    assert read_table(out/'comparison.parquet', 'metrics').metric.eq('macro_auroc_difference').any()
+    assert {'classes.csv', 'classes.tex', 'comparison.csv'} <= {p.name for p in (out/'tables').iterdir()} and Image.open(out/'figures'/'curves.png').size[0] > 200
+    films = read_table(place/'films.parquet', 'cohort'); attrs, films = films.attrs, films[films.split == 'train'].reset_index(drop=True); films.attrs = attrs
+    write_table(films, place/'seen.parquet', 'cohort')
+    assert main(['clip', 'evaluate', '--cohort', str(place/'seen.parquet'), '--model', str(place/'run'/'best'), '--out', str(place/'no')]) == 2
+    assert 'seen in training' in capsys.readouterr().err
+
+
+def test_grad_cam_of_the_trained_model_beats_the_middle_of_the_film(place, capsys):
+    out = place/'where'
+    assert main(['clip', 'explain', '--cohort', str(place/'other.parquet'), '--model', str(place/'run'/'best'), '--out', str(out), '--n-boot', '300']) == 0
+    for number in ('auroc_over_centre', 'mass_over_centre', 'auroc_over_shuffled', 'auroc_over_uniform'): assert numbers(out, number, subgroup='all').ci_low > 0, number
+    assert Image.open(out/'figures'/'panels.png').size[0] > 400 and 'auroc_over_centre' in capsys.readouterr().out
+
+
+def test_each_further_fact_is_measured(place, capsys):
+    out = place/'ssa'
+    assert main(['clip', 'ssa', '--cohort', str(place/'films.parquet'), '--model', str(place/'run'/'best'), '--steps', 'age,sex', '--out', str(out), '--n-boot', '200']) == 0
+    t = read_table(out/'metrics.parquet', 'metrics')
+    assert {'sensitivity', 'sensitivity_change', 'specificity_effect'} <= set(t.metric) and (out/'figures'/'steps.png').exists()
+    assert main(['clip', 'ssa', '--cohort', str(place/'films.parquet'), '--vlm', 'planted:image-only', '--steps', 'view', '--out', str(place/'vlm'), '--n-boot', '200']) == 0
+    assert main(['clip', 'ssa', '--cohort', str(place/'films.parquet'), '--model', str(place/'run'/'best'), '--steps', 'smoking', '--out', str(out)]) == 2
+    assert "no column 'smoking'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not DATA or not Path(DATA).is_dir(), reason='SMSBENCH_DATA does not name the folder of real data (absolute path)')
+def test_real_films_with_fourteen_labels_and_boxes(tmp_path, capsys):
+    "A model trained for a moment on real films: the numbers are what they are."
+    assert main(['cohort', 'nih_cxr14', '--root', str(Path(DATA, 'nih_cxr')), '--out', str(tmp_path/'nih.parquet'), '--limit', '260']) == 0
+    tiny_clip(tmp_path/'random', 'resnet')
+    assert main(['clip', 'train', '--cohort', str(tmp_path/'nih.parquet'), '--model', str(tmp_path/'random'), '--out', str(tmp_path/'run'), '--set', 'epochs=1', *TINY]) == 0
+    best = str(tmp_path/'run'/'best')
+    assert main(['clip', 'evaluate', '--cohort', str(tmp_path/'nih.parquet'), '--model', best, '--out', str(tmp_path/'eval'), '--test', 'test', '--n-boot', '100']) == 0
+    auroc = numbers(tmp_path/'eval', 'macro_auroc', arm='zero_shot')
+    assert 0 < auroc.ci_low <= auroc.value <= auroc.ci_high <= 1
+    assert main(['clip', 'explain', '--cohort', str(tmp_path/'nih.parquet'), '--model', best, '--out', str(tmp_path/'where'), '--findings', 'pneumonia', '--test', 'train,val,test', '--limit', '12', '--method', 'gradcam', '--n-boot', '100']) in (0, 1)
