@@ -52,8 +52,9 @@ def cohort(
     _make_cohort(manifest, root, out, report, splits, as_json, limit=limit, workers=workers, check_images=check_images, check_expected=not any_count, remote=allow_remote)
 
 def _example(manifest, folder, as_json):
-    from smsbench.data import class_folders, layouts, mimic_layouts   # noqa: F401  they add their own to those of layouts
-    LAYOUTS, make_layout = layouts.LAYOUTS, layouts.make_layout
+    from smsbench.data import class_folders, mimic_layouts
+    from smsbench.data.layouts import make_layout
+    LAYOUTS = {**mimic_layouts.LAYOUTS, **class_folders.LAYOUTS}   # importing them has added their own
     if manifest not in LAYOUTS: raise InputError(f"there is no example of {manifest}; there is one of {', '.join(sorted(LAYOUTS))}")
     make_layout(manifest, folder)
     say(dict(name=manifest, folder=str(folder)), as_json, f'made-up files -> {folder}\nnow: smsbench cohort {manifest} --root {shlex.quote(str(folder))} --out {manifest}.parquet --any-count')
