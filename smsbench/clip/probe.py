@@ -27,6 +27,7 @@ class Embedded:
     classes: list        # C names
     kind: str            # 'multilabel' or 'multiclass'
 
+# %% ../../nbs/43b_clip.probe.ipynb #f4b92b4a
 def embedded(
     x,           # (N, D) image embeddings
     targets,     # (N, C) DataFrame or array of 1, 0, NaN
@@ -87,6 +88,7 @@ class Probe:
         out = pd.DataFrame(p, columns=self.classes); out.attrs = dict(kind=self.kind)
         return out
 
+# %% ../../nbs/43b_clip.probe.ipynb #83febe03
 def linear_probe(
     train:Embedded, # films to fit
     val:Embedded,   # films that choose the regularisation

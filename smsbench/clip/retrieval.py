@@ -23,6 +23,7 @@ class Pairs:
     image_of: np.ndarray # (M,) place of each text's own film
     groups: tuple        # (M,) integer codes per kind of duplicate; -1: unknown, equal to nothing
 
+# %% ../../nbs/43a_clip.retrieval.ipynb #8f8af0bf
 def pairs(
     images,        # (N, D) image embeddings
     texts,         # (M, D) text embeddings

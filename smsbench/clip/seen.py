@@ -77,6 +77,7 @@ class Overlap:
         if self.uncompared: parts.append(f'{self.uncompared} films could not be compared by picture')
         return '; '.join(parts)
 
+# %% ../../nbs/40da_clip.seen.ipynb #f5897362
 def overlap(
     seen:dict, # from `read_seen`
     films,     # `Films` to be tested on

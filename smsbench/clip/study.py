@@ -67,6 +67,7 @@ class Benchmark(NamedTuple):
     trained: object       # `Trained`; None where nothing was trained
     spaces: dict          # model -> `Embedded` test films
 
+# %% ../../nbs/45_clip.study.ipynb #8719a155
 def benchmark(
     clip:Clip,              # the model as it came, in fp32; training changes it
     films:Films,            # with splits train, val and test
@@ -101,6 +102,7 @@ class Marked(NamedTuple):
     images: list       # their pixels
     readings: Readings # marks laid on them, one row per film, finding and reader
 
+# %% ../../nbs/45_clip.study.ipynb #3ba726ab
 def marked_films(
     films:Films,      # of one split
     marks=None,       # from `read_marks`; None takes the boxes of the cohort
@@ -132,6 +134,7 @@ class Explained(NamedTuple):
     marked: Marked        # what was explained
     maps: dict            # (film_id, finding) -> `Explanation`
 
+# %% ../../nbs/45_clip.study.ipynb #a688fcde
 def explain_films(
     clip:Clip,               # a loaded model
     marked:Marked,           # from `marked_films`
@@ -158,6 +161,7 @@ def explain_films(
     metrics = [agreement_metrics(rows, between_readers(marked.readings), clip.name, n_boot), faithfulness_metrics(curve_areas(curves), clip.name, n_boot=n_boot)]
     return Explained(validate(pd.concat(metrics, ignore_index=True), 'metrics'), rows, curves, marked, dict(zip(keys, maps)))
 
+# %% ../../nbs/45_clip.study.ipynb #0f722006
 def target_of(
     clip:Clip,    # a loaded model
     sides:dict,   # positive=(...), and negative=(...) for a finding

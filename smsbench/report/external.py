@@ -82,6 +82,7 @@ class External(NamedTuple):
     figures: dict         # name -> Figure, as written to figures/NAME.png
     notes: list           # what a reader must know
 
+# %% ../../nbs/50ha_report.external.ipynb #a01dd63c
 def external_validation(
     checkpoint,        # folder of `save_clip`, a path, or any name that `load_clip` knows
     cohort,            # cohort table, its `Holding`, or `Films`

@@ -30,6 +30,7 @@ def strategy_rows(
     order = ['all rewordings', 'all but negated', *STRATEGIES]
     return rows.assign(row=named).sort_values('row', key=lambda r: r.map(lambda x: (order.index(x), '') if x in order else (len(order), x)), kind='stable')
 
+# %% ../../nbs/50i_report.paraphrase_figures.ipynb #4b37b480
 @styled
 def wording_figure(
     metrics:pd.DataFrame, # metrics table
@@ -71,6 +72,7 @@ def answer_grid(
     apart = ((grid != grid.loc['plain']) & (grid != '')).sum()
     return grid[sorted(grid.columns, key=lambda s: (grid.loc['plain', s], apart[s], s))]
 
+# %% ../../nbs/50i_report.paraphrase_figures.ipynb #9e0ec24d
 def kept_share(
     grid:pd.DataFrame, # from `answer_grid`
 )->float:              # share of answers to rewordings that are those to variant 0, of those that were read; NaN where there are none
@@ -78,6 +80,7 @@ def kept_share(
     asked = (grid.iloc[1:] != '') & (grid.loc['plain'] != '') if len(grid) > 1 else pd.DataFrame()
     return float((grid.iloc[1:] == grid.loc['plain']).to_numpy()[asked.to_numpy()].mean()) if asked.to_numpy().any() else np.nan
 
+# %% ../../nbs/50i_report.paraphrase_figures.ipynb #4a261ba3
 @styled
 def answer_grid_figure(
     plan:pd.DataFrame,        # the plan
@@ -120,6 +123,7 @@ def margin_moves(
     out['n'] = rows.groupby(['model', 'variant', 'strategy']).patient_id.nunique()
     return out[out.n >= minimum].reset_index()
 
+# %% ../../nbs/50i_report.paraphrase_figures.ipynb #7bb9c1cc
 @styled
 def margin_figure(
     moves:pd.DataFrame, # from `margin_moves`
@@ -147,6 +151,7 @@ def probe_rows(
     said = pick(metrics, 'unmatched_share', 'variant=unmatched'); said = said.assign(panel='“unmatched” was answered', row=said.arm.map(lambda a: 'original (false alarms)' if a == 'original' else a))
     return pd.concat([flips, said[~said.arm.isin(['text_only', 'text_only_told', 'image_only', 'image_only_swap', 'neither'])]])
 
+# %% ../../nbs/50i_report.paraphrase_figures.ipynb #d9edf681
 @styled
 def probe_figure(
     metrics:pd.DataFrame, # metrics table

@@ -221,6 +221,7 @@ def wording_table(
     rows = asked[asked.own.isin(common)].drop_duplicates(['own', 'variant'])
     return html_table(pd.DataFrame([{'question': r.own if r.variant == 'plain' else '', 'variant': r.variant, 'asked as': r.question, 'yes means': 'no' if r.inverted else 'yes'} for r in rows.itertuples()]), 'What was asked; yes to a negated wording is no to the original')
 
+# %% ../../nbs/51a_report.sections.ipynb #fbcb7f01
 def wording_section(
     results,   # `Results` of a run
     keep=True, # keep the figures in the run directory
@@ -238,6 +239,7 @@ def wording_section(
                  wording_table(results), details('How far the margin moves', figure_html(margin_figure(moves, arm), name='wording_margins', absent='No probability was recorded.', **how)),
                  details('Numbers per strategy and arm', metric_table(results, columns, subgroup='', caption='Rewordings against the original question, with 95 % intervals'))])
 
+# %% ../../nbs/51a_report.sections.ipynb #03d1f99b
 def probe_section(
     results,   # `Results` of a run
     keep=True, # keep the figure in the run directory

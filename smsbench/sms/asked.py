@@ -123,6 +123,7 @@ def asked_question(
     if getattr(trial, 'question_id', ''): return rows[trial.question_id].question
     return own if getattr(trial, 'strategy', '') in ('', 'original') else reword(own, trial.variant).text
 
+# %% ../../nbs/30c_sms.asked.ipynb #a7dbd633
 def check_rules(
     plan:pd.DataFrame, # a plan
 ):

@@ -54,6 +54,7 @@ def sample_terms(
              Term('wording_margin_spread', arm, np.where(known, spread, 0.), known, (0, np.inf))]
     return [Term(t.metric, t.arm, np.asarray(t.num), np.asarray(t.den), t.bounds) for t in terms], patients.to_numpy()
 
+# %% ../../nbs/33b_sms.consistency.ipynb #ff06dc1d
 def answer_entropy(
     counts:pd.DataFrame, # how often each answer (columns) was given, one row per sample
 )->pd.Series:            # bits, per sample

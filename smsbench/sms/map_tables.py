@@ -161,6 +161,7 @@ def own_film(
     "Does the arm show the sample's own film, unchanged?"
     return ARMS[arm].image == 'own'
 
+# %% ../../nbs/36a_sms.map_tables.ipynb #0833e0c6
 def first_arm(
     plan:pd.DataFrame, # the plan
 )->str:

@@ -22,6 +22,7 @@ class Altered:
     change: str = '' # what was done, in words
     why: str = ''    # why nothing could be done; '' where it was
 
+# %% ../../nbs/30b_sms.probes.ipynb #c47f66b1
 def named_in_reports(
     question:str, # what is asked
     finding:str,  # its key in the card
@@ -34,6 +35,7 @@ def named_in_reports(
     if not names or re.search(rf'\b{re.escape(key)}', question.lower()): names.add(key)      # 'edema' in 'Is there pulmonary edema?': reports say it so
     return re.compile('|'.join(rf'\b{re.escape(n)}' for n in sorted(names, key=len, reverse=True)))
 
+# %% ../../nbs/30b_sms.probes.ipynb #b39b29ff
 def statements(
     text:str, # a report
 )->list[str]: # sentences, with their final mark
@@ -59,6 +61,7 @@ def denies(
     "Does it say that the finding is not there?"
     return bool(_NO.search(re.sub(r'\b(can ?not|could not) be (excluded|ruled out)', '', sentence, flags=re.I)))
 
+# %% ../../nbs/30b_sms.probes.ipynb #808530b5
 def turned(
     sentence:str,     # a statement
     about:re.Pattern, # what names the finding in lower-case text
@@ -95,6 +98,7 @@ def foil(
     if not all(new.values()): return Altered(text, why='no rule can turn the statement round alone')
     return Altered(' '.join(new.get(i, s) for i, s in enumerate(parts)), 'negation removed' if denies(parts[at[-1]]) else 'negation inserted')
 
+# %% ../../nbs/30b_sms.probes.ipynb #0924a3bc
 def removed(
     text:str,         # a report
     about:re.Pattern, # names the asked finding
@@ -123,6 +127,7 @@ def foil_other(
         if new: return Altered(' '.join([*parts[:i], new, *parts[i + 1:]]), 'side swapped' if swapped != s else 'other statement turned round')
     return Altered(text, why='no other statement that a rule can alter')
 
+# %% ../../nbs/30b_sms.probes.ipynb #5a53c062
 def removed_other(
     text:str,         # a report
     about:re.Pattern, # names the asked finding
@@ -134,6 +139,7 @@ def removed_other(
     gone = min(other, key=lambda i: content_hash(key, i))
     return Altered(' '.join(s for i, s in enumerate(parts) if i != gone), 'other statement removed')
 
+# %% ../../nbs/30b_sms.probes.ipynb #6c320a6d
 def history(
     text:str,  # the report
     prior:str, # the report that is said to be earlier

@@ -21,7 +21,7 @@ from .audit import Source, prove_delivery, read_predictions
 from .consistency import measure_wordings
 from .exchange import import_predictions
 from .metrics import measure
-from .score import DEFAULTS, AuditSettings, _same_model, check_lines, model_name, open_model, read_checks, score_model
+from .score import DEFAULTS, AuditSettings, _same_model, check_lines, check_model, model_name, open_model, read_checks, score_model
 from .shifts import ARMS, cohort_hash, make_plan, select_arms
 from .verdicts import give_verdicts
 
@@ -117,7 +117,9 @@ def run_audit(
     if len(set(names)) < len(names) or not names: raise InputError(f'models {names}: at least one, each with a name of its own')
     select_arms(settings.arms, settings.probes)
     if isinstance(cohort, Built): exclusions, files = cohort.exclusions, cohort.files if len(cohort.files) else None
+    if not (Path(out)/'config.json').exists(): [check_model(m, **how) for m in models]          # a typing error leaves nothing behind
     run, held = Run(out), hold(cohort, root)
+    for m in models: _same_model(run, model_name(m), m, how, write=False)
     cohort, source = held.cohort, Source(held, root, remote=remote)
     about = {k: cohort.attrs.get(k) for k in ('manifest', 'version', 'access', 'manifest_hash', 'licence', 'citation', 'title')}
     run.freeze(dict(kind='sms_audit', models=names, cohort=about, cohort_hash=cohort_hash(cohort), plan_hash=plan.attrs['plan_hash'] if plan is not None else None, **settings.asked), root=str(source.root), **how)

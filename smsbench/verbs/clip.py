@@ -102,6 +102,7 @@ def _value(text):
     try: return float(text) if 'e' in text.lower() else yaml.safe_load(text)
     except ValueError: return yaml.safe_load(text)
 
+# %% ../../nbs/59d_verbs.clip.ipynb #4dc35d11
 def settings_text():
     "Every training setting, its default and what it means."
     import inspect, re
@@ -136,6 +137,7 @@ def evaluate(
     if against: told.append(_rows(compare_models(model, against, films, out, words, split_list(test), device, n_boot), ('macro_auroc_difference', 'accuracy_difference')))
     say(dict(out=str(out), metrics=found.metrics.to_dict('records'), notes=found.notes), as_json, '\n\n'.join([*told, str(out)]))
 
+# %% ../../nbs/59d_verbs.clip.ipynb #e5e14ef6
 def compare_models(
     first:str,    # folder of a checkpoint
     second:str,   # the same
@@ -190,6 +192,7 @@ def explain(
     shown = _rows(found.metrics[found.metrics.subgroup == 'all'], ('mass', 'pointing', 'iou_area', 'auroc', 'auroc_over_centre', 'auroc_over_shuffled', 'deletion_area', 'insertion_area'))
     say(dict(out=str(out), metrics=found.metrics.to_dict('records'), left_out=found.marked.readings.excluded.to_dict('records')), as_json, f'{shown}\n\n{len(found.marked.films)} films, {len(found.marked.readings.excluded)} marks left out\n{out}')
 
+# %% ../../nbs/59d_verbs.clip.ipynb #e036ecc6
 def save_explained(
     found,        # `Explained`
     clip,         # the model

@@ -141,6 +141,7 @@ def parse_rewordings(
     if text == 'cohort' or text.endswith('.csv'): return dict(paraphrases=text) if text == 'cohort' else dict(wordings=text)
     raise InputError(f'--paraphrases {text}: give a number, a .csv file, or cohort')
 
+# %% ../../nbs/59a_verbs.data.ipynb #f8801ba2
 def parse_probes(
     text:str, # what stands behind --probes
 )->tuple[str, ...]:
