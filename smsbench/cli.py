@@ -201,7 +201,7 @@ def report(
 # %% ../nbs/60_cli.ipynb #72458e07
 @app.command()
 def run(
-    notebook: Annotated[str, typer.Argument(help='Run notebook: a name that comes with the package (sms_audit, sms_published) or a path.')],
+    notebook: Annotated[str, typer.Argument(help='Run notebook: a path, or one that comes with the package: sms_audit, sms_published, cohort_audit, attention_compare, clip_benchmark, ssa_orbital.')],
     out: OutOption,
     file: Annotated[Path | None, typer.Option('-f', '--file', help='YAML file with parameters.')] = None,
     parameter: Annotated[list[str] | None, typer.Option('-p', '--parameter', metavar='NAME VALUE', help='One parameter; repeat for several. Wins over --file.')] = None,

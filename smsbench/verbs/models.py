@@ -65,16 +65,28 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help='Interleaved rounds, of which medians are taken.')] = 3,
     smoke: Annotated[bool, typer.Option('--smoke', help='Tiny models: seconds instead of minutes.')] = False,
     show: Annotated[Path | None, typer.Option(help='Measure nothing; print the table of a JSON file that was written before.')] = None,
+    clip: Annotated[bool, typer.Option('--clip', help="Instead: a CLIP training step beside open_clip's own, on the same model and batch.")] = False,
     as_json: JsonOption = False,
 ):
     """Compare the published way of scoring (batch 1, generate) with every level of reuse, on the same trials and model, in one run.
 
     Example:  smsbench bench --device cpu --out scoring.json
+
+    Example, training CLIP:  smsbench bench --clip --rounds 5
     """
+    if clip: return _bench_clip(device, rounds, out, as_json)
     from smsbench.vlm.bench import bench_table, run_bench
     from smsbench.core import read_json
     found = read_json(show) if show else run_bench(device, out, rounds, smoke)
     say(found, as_json, f'{_columns(_ratios(bench_table(found)))}\n\n{_machine(found)}')
+
+def _bench_clip(device, rounds, out, as_json):
+    from smsbench.clip.bench import step_benchmark
+    from smsbench.core import write_json
+    table = step_benchmark(device=device, rounds=rounds)
+    found = dict(steps=table.to_dict('records'), **table.attrs)
+    if out is not None: write_json(found, out)
+    say(found, as_json, _columns(table.drop(columns=['precision', 'peak_mib', 'foreign']).round(2)))
 
 def _ratios(t):
     "What a person compares."
