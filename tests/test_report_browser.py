@@ -6,7 +6,7 @@ import pytest
 
 from smsbench.data.phantom import phantom_cohort
 from smsbench.report.html import render, render_run
-from smsbench.sms import run as sms_run
+from smsbench.sms import run as sms_run, score as sms_score
 from smsbench.vlm.planted import planted
 
 FLAGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
@@ -110,7 +110,8 @@ def hostile(tmp_path_factory):
     for name, m in models.items(): m.name, m.info = name, {**m.info, 'id': name, 'trained_on': f'other {IMAGE}', 'notes': [SCRIPT]}
     out = tmp_path_factory.mktemp('hostile')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sms_run, 'open_model', lambda spec, **how: models[spec])
+        patch.setattr(sms_run, 'check_model', lambda spec, **how: models[spec])
+        patch.setattr(sms_score, 'open_model', lambda spec, **how: models[spec])
         sms_run.run_audit(out, cohort, list(models), sms_run.AuditSettings(arms=('image_swap', 'text_swap', 'text_only', 'image_only', 'neither', 'image_only_swap'), n_boot=100))
     return render_run(out)
 
