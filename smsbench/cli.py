@@ -16,7 +16,7 @@ import typer
 from . import __version__
 from .core import InputError, RunError
 from .verbs import attend as attend_verbs, clip as clip_verbs, data as data_verbs, models as model_verbs
-from .verbs.app import ArmsOption, BootOption, JsonOption, MarginOption, MatchOption, OutOption, RemoteOption, RootOption, SeedOption, VariantsOption, app, say, split_list
+from .verbs.app import ArmsOption, BootOption, JsonOption, MarginOption, MatchOption, OutOption, RemoteOption, RootOption, SeedOption, VariantsOption, app, read_parameters, say, split_list
 from .verbs.data import ParaphrasesOption, ProbesOption, parse_probes, parse_rewordings
 
 # %% ../nbs/60_cli.ipynb #49f6cbc2
@@ -214,12 +214,7 @@ def run(
     """
     import nbformat, yaml
     from smsbench.report.html import declared, find_notebook, render
-    given = {}
-    if file is not None:
-        try: given = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
-        except FileNotFoundError: raise InputError(f'{file}: no such file') from None
-        except (yaml.YAMLError, UnicodeDecodeError) as e: raise InputError(f"{file}: not valid YAML ({str(e).splitlines()[0]})") from None
-        if not isinstance(given, dict): raise InputError(f'{file}: must hold NAME: VALUE pairs')
+    given = read_parameters(file)
     for p in parameter or []:
         if '=' not in p: raise InputError(f'-p {p}: needs a name and a value')
         try: given[p.split('=', 1)[0]] = yaml.safe_load(p.split('=', 1)[1]) if p.split('=', 1)[1] else ''

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'OutOption', 'JsonOption', 'RootOption', 'RemoteOption', 'SeedOption', 'ArmsOption', 'MatchOption',
-           'VariantsOption', 'MarginOption', 'BootOption', 'split_list', 'say']
+           'VariantsOption', 'MarginOption', 'BootOption', 'split_list', 'say', 'read_parameters']
 
 # %% ../../nbs/59_verbs.app.ipynb #8f5b7413
 import json
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ..core import InputError
 
 # %% ../../nbs/59_verbs.app.ipynb #488bf0c5
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -45,3 +47,16 @@ def say(
     "Print a result for a script or for a person."
     from smsbench.core import _jsonable
     print(json.dumps(_jsonable(result), indent=1, ensure_ascii=False) if as_json else text)
+
+# %% ../../nbs/59_verbs.app.ipynb #69062f42
+def read_parameters(
+    file:Path|None, # YAML file that holds NAME: VALUE pairs; None holds none
+)->dict:
+    "What a file of parameters says; `InputError` in one line where it cannot be read."
+    import yaml
+    if file is None: return {}
+    try: given = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
+    except FileNotFoundError: raise InputError(f'{file}: no such file') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise InputError(f'{file}: not valid YAML ({str(e).splitlines()[0]})') from None
+    if not isinstance(given, dict): raise InputError(f'{file}: must hold NAME: VALUE pairs')
+    return given

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ..core import InputError
-from .app import BootOption, JsonOption, OutOption, RootOption, app, say, split_list
+from .app import BootOption, JsonOption, OutOption, RootOption, app, read_parameters, say, split_list
 
 # %% ../../nbs/59d_verbs.clip.ipynb #087d7f05
 clip_app = typer.Typer(help='CLIP models: train, evaluate, explain, and add what is known about a patient step by step.')
@@ -82,14 +82,8 @@ def read_settings(
     put:list[str],  # NAME=VALUE, stronger than the file
 ):                  # `TrainSettings`
     "Training settings from a file and the command line; `InputError` for a name or value that cannot be."
-    import yaml
     from smsbench.clip.settings import TrainSettings
-    given = {}
-    if file is not None:
-        try: given = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
-        except FileNotFoundError: raise InputError(f'{file}: no such file') from None
-        except (yaml.YAMLError, UnicodeDecodeError) as e: raise InputError(f'{file}: not valid YAML ({str(e).splitlines()[0]})') from None
-        if not isinstance(given, dict): raise InputError(f'{file}: must hold NAME: VALUE pairs')
+    given = read_parameters(file)
     for p in put:
         name, eq, value = p.partition('=')
         if not eq: raise InputError(f'--set {p}: needs NAME=VALUE')
@@ -102,7 +96,7 @@ def _value(text):
     try: return float(text) if 'e' in text.lower() else yaml.safe_load(text)
     except ValueError: return yaml.safe_load(text)
 
-# %% ../../nbs/59d_verbs.clip.ipynb #4dc35d11
+# %% ../../nbs/59d_verbs.clip.ipynb #1a2c473e
 def settings_text():
     "Every training setting, its default and what it means."
     import inspect, re
@@ -137,7 +131,7 @@ def evaluate(
     if against: told.append(_rows(compare_models(model, against, films, out, words, split_list(test), device, n_boot), ('macro_auroc_difference', 'accuracy_difference')))
     say(dict(out=str(out), metrics=found.metrics.to_dict('records'), notes=found.notes), as_json, '\n\n'.join([*told, str(out)]))
 
-# %% ../../nbs/59d_verbs.clip.ipynb #e5e14ef6
+# %% ../../nbs/59d_verbs.clip.ipynb #b5b4725e
 def compare_models(
     first:str,    # folder of a checkpoint
     second:str,   # the same
@@ -192,7 +186,7 @@ def explain(
     shown = _rows(found.metrics[found.metrics.subgroup == 'all'], ('mass', 'pointing', 'iou_area', 'auroc', 'auroc_over_centre', 'auroc_over_shuffled', 'deletion_area', 'insertion_area'))
     say(dict(out=str(out), metrics=found.metrics.to_dict('records'), left_out=found.marked.readings.excluded.to_dict('records')), as_json, f'{shown}\n\n{len(found.marked.films)} films, {len(found.marked.readings.excluded)} marks left out\n{out}')
 
-# %% ../../nbs/59d_verbs.clip.ipynb #e036ecc6
+# %% ../../nbs/59d_verbs.clip.ipynb #b6a6d79a
 def save_explained(
     found,        # `Explained`
     clip,         # the model
