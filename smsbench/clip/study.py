@@ -16,7 +16,7 @@ from ..core import InputError, Run, content_hash, read_table, validate, write_ta
 from .data import Films, films_of, read_films
 from .evaluate import choose_thresholds, classification_metrics, evaluate
 from .explain import explain_many, target
-from .faithfulness import curve_areas, faithfulness_metrics, perturbation_curves
+from .faithfulness import cascade, cascade_metrics, curve_areas, faithfulness_metrics, perturbation_curves
 from .models import Clip
 from .probe import embed, knn_probe, linear_probe
 from .prompts import prompts_for
@@ -67,7 +67,7 @@ class Benchmark(NamedTuple):
     trained: object       # `Trained`; None where nothing was trained
     spaces: dict          # model -> `Embedded` test films
 
-# %% ../../nbs/45_clip.study.ipynb #8719a155
+# %% ../../nbs/45_clip.study.ipynb #da154cda
 def benchmark(
     clip:Clip,              # the model as it came, in fp32; training changes it
     films:Films,            # with splits train, val and test
@@ -102,7 +102,7 @@ class Marked(NamedTuple):
     images: list       # their pixels
     readings: Readings # marks laid on them, one row per film, finding and reader
 
-# %% ../../nbs/45_clip.study.ipynb #3ba726ab
+# %% ../../nbs/45_clip.study.ipynb #f176465f
 def marked_films(
     films:Films,      # of one split
     marks=None,       # from `read_marks`; None takes the boxes of the cohort
@@ -133,14 +133,16 @@ class Explained(NamedTuple):
     curves: pd.DataFrame  # deletion and insertion per film and order
     marked: Marked        # what was explained
     maps: dict            # (film_id, finding) -> `Explanation`
+    cascade: pd.DataFrame # metrics table: likeness of the maps while the weights are shuffled from the top down; empty where not asked for
 
-# %% ../../nbs/45_clip.study.ipynb #a688fcde
+# %% ../../nbs/45_clip.study.ipynb #5ea0fabd
 def explain_films(
     clip:Clip,               # a loaded model
     marked:Marked,           # from `marked_films`
     method:str='gradcam',    # key of `smsbench.clip.explain.METHODS`
     prompts:dict|None=None,  # None takes the default ones
     n_curves:int=20,         # films whose deletion and insertion curves are drawn
+    n_cascade:int=0,         # films whose maps are followed while the weights are shuffled from the top down
     n_boot:int=1000,         # resamples of patients
     seed:int=0,              # of shuffled weights and resampling
     layer:str='',            # Grad-CAM: another module of the image tower
@@ -159,9 +161,11 @@ def explain_films(
     full = [i for i, m in enumerate(maps) if not m.empty][:n_curves]
     curves = perturbation_curves(clip, [images[i] for i in full], [maps[i] for i in full], [asked[i] for i in full], about.iloc[full], seed=seed)
     metrics = [agreement_metrics(rows, between_readers(marked.readings), clip.name, n_boot), faithfulness_metrics(curve_areas(curves), clip.name, n_boot=n_boot)]
-    return Explained(validate(pd.concat(metrics, ignore_index=True), 'metrics'), rows, curves, marked, dict(zip(keys, maps)))
+    some = full[:n_cascade]
+    fading = cascade_metrics(cascade(clip, [images[i] for i in some], [maps[i] for i in some], [asked[i] for i in some], about.iloc[some], seed=seed, layer=layer), clip.name, n_boot) if some else pd.DataFrame()
+    return Explained(validate(pd.concat(metrics, ignore_index=True), 'metrics'), rows, curves, marked, dict(zip(keys, maps)), fading)
 
-# %% ../../nbs/45_clip.study.ipynb #0f722006
+# %% ../../nbs/45_clip.study.ipynb #71b1b239
 def target_of(
     clip:Clip,    # a loaded model
     sides:dict,   # positive=(...), and negative=(...) for a finding

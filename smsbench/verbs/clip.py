@@ -37,6 +37,9 @@ def _prompts(path, films):
     from smsbench.clip.prompts import read_prompts
     return None if path is None else read_prompts(path, films.classes, films.kind)
 
+def _show(asked:bool):
+    if asked: print(settings_text()); raise typer.Exit()
+
 def _rows(metrics, names, digits=3):
     "The lines of a metrics table that a person reads first, as text."
     t = metrics[metrics.metric.isin(names)]
@@ -54,7 +57,7 @@ def train(
     conflicts: Annotated[str, typer.Option(help="Pictures whose rows contradict each other: 'error' or 'drop'.")] = 'error',
     device: DeviceOption = 'auto',
     tracker: Annotated[str, typer.Option(help='tensorboard or wandb, where installed; empty: history.csv alone.')] = '',
-    show_settings: Annotated[bool, typer.Option('--show-settings', help='Print every training setting with its default, and stop.')] = False,
+    show_settings: Annotated[bool, typer.Option('--show-settings', is_eager=True, callback=_show, help='Print every training setting with its default, and stop.')] = False,
     as_json: JsonOption = False,
 ):
     """Train a CLIP model on a cohort; stopped at any moment, the same command goes on and ends with the same weights.
@@ -64,15 +67,18 @@ def train(
     Writes best/ (a checkpoint with its prompts and thresholds), history.csv, checkpoints/last.pt.
 
     Example:  smsbench clip train --cohort nih.parquet --model ViT-B-32 --pretrained openai --set texts=prompts --set epochs=5 --out runs/nih
+
+    Example, four cards:  torchrun --nproc-per-node 4 --no-python smsbench clip train --cohort nih.parquet --model ViT-B-32 --pretrained openai --out runs/nih
     """
     from smsbench.clip.evaluate import keep_thresholds
     from smsbench.clip.models import load_clip
+    from smsbench.clip.processes import processes
     from smsbench.clip.train import train as train_clip
-    if show_settings: return print(settings_text())
     settings, films = read_settings(config, put or []), _films(cohort, root, findings, by, splits, conflicts)
     words = _prompts(prompts, films)
-    found = train_clip(films, load_clip(model, pretrained, device), settings, out, words, tracker)
-    keep_thresholds(found.best, films, words, settings.val_split, device=device)
+    with processes(device) as place: found = train_clip(films, load_clip(model, pretrained, place.device), settings, out, words, tracker)
+    if place.rank: return                                                          # the first process speaks for all
+    keep_thresholds(found.best, films.take(~films.table.film_id.isin(found.excluded.film_id).to_numpy()), words, settings.val_split, device=place.device)
     told = dict(best=str(found.best), watched=settings.stop_on, value=found.value, epoch=found.epoch, stopped=found.stopped, left_out=len(found.excluded))
     say(told, as_json, f"best {settings.stop_on} {found.value:.4f} after epoch {found.epoch}; {found.stopped}\n{found.best}")
 
@@ -122,38 +128,42 @@ def evaluate(
 
     Example:  smsbench clip evaluate --cohort other.parquet --model runs/nih/best --out reports/external
     """
-    from smsbench.report.external import external_validation
+    from smsbench.report.external import external_validation, unseen
     films = _films(cohort, root, findings, by, splits, conflicts)
     if test: films = films.of(*split_list(test))
-    words = _prompts(prompts, films)
+    words, notes = _prompts(prompts, films), []
+    if against: films, notes = unseen(against, films, seen)
     found = external_validation(model, films, out, pretrained, prompts=words, seen=seen, few_shots=() if test else (1, 2, 4, 8, 16), picture=picture, device=device, n_boot=n_boot)
-    told = [_rows(found.metrics, ('macro_auroc', 'macro_auprc', 'macro_f1', 'accuracy', 'lrap', 'exact_match', 'recall@1', 'recall@10')), *found.notes]
-    if against: told.append(_rows(compare_models(model, against, films, out, words, split_list(test), device, n_boot), ('macro_auroc_difference', 'accuracy_difference')))
-    say(dict(out=str(out), metrics=found.metrics.to_dict('records'), notes=found.notes), as_json, '\n\n'.join([*told, str(out)]))
+    pair = compare_models((model, pretrained), (against, ''), unseen(model, films, seen)[0], out, words, device, n_boot) if against else None
+    told = [_rows(found.metrics, ('macro_auroc', 'macro_auprc', 'macro_f1', 'accuracy', 'lrap', 'exact_match', 'recall@1', 'recall@10')), *found.notes, *(f'{against}: {n}' for n in notes)]
+    if against: told.append(_rows(pair, ('macro_auroc_difference', 'accuracy_difference')))
+    say(dict(out=str(out), metrics=found.metrics.to_dict('records'), notes=found.notes + notes, comparison=pair.to_dict('records') if against else []), as_json, '\n\n'.join([*told, str(out)]))
 
 # %% ../../nbs/59d_verbs.clip.ipynb #b5b4725e
 def compare_models(
-    first:str,    # folder of a checkpoint
-    second:str,   # the same
-    films,        # `Films`
+    first:tuple,  # (folder or name, its tag or file)
+    second:tuple, # the same
+    films,        # `Films` that neither has seen
     out:Path,     # run directory; comparison.parquet and tables/comparison.csv are written
     prompts=None, # for both; None takes each one's own
-    test=(),      # splits to measure; () takes the test films, or all
     device:str='auto', # where the models run
     n_boot:int=1000,   # resamples of patients
-):                # metrics table of `smsbench.clip.compare.compare`
-    "Two models on the same films, with paired intervals."
+):                # metrics table of `smsbench.clip.compare.compare`; attrs: weights of both
+    "Two models on the same films, the test films where the cohort has train, val and test, with paired intervals."
     from smsbench.clip.compare import compare
     from smsbench.clip.models import load_clip
     from smsbench.clip.scores import zero_shot
     from smsbench.core import write_table
     from smsbench.report.external import own_prompts, own_thresholds, shareable
-    parts = list(test) or (['test'] if 'test' in set(films.table.split) else sorted(set(films.table.split)))
-    tested, scores, limits = films.of(*parts), [], []
-    for name in (first, second):
-        scores.append(zero_shot(load_clip(name, device=device), tested, own_prompts(name, tested, prompts)[0])); limits.append(own_thresholds(name, tested)[0])
-    if None in limits: limits = [None, None]
-    found = shareable(compare(*scores, tested.targets, tested.table.patient_id, tuple(limits), tuple(Path(n).name if Path(n).name != 'best' else Path(n).parent.name for n in (first, second)), kind=films.kind, n_boot=n_boot), films.attrs.get('access', 'open'))
+    tested, held = films.of('test') if {'train', 'val', 'test'} <= set(films.table.split) else films, []
+    for name, tag in (first, second):
+        words = own_prompts(name, tested, prompts)[0]
+        held.append((zero_shot(load_clip(name, tag, device), tested, words), own_thresholds(name, tested)[0]))
+    scores, limits = zip(*held)
+    if None in limits or prompts is not None: limits = (None, None)
+    names = tuple(Path(n).parent.name if Path(n).name == 'best' else Path(n).name for n, _ in (first, second))
+    found = shareable(compare(*scores, tested.targets, tested.table.patient_id, limits, names, kind=films.kind, n_boot=n_boot), films.attrs.get('access', 'open'))
+    found.attrs = dict(weights=[s.attrs['weights'] for s in scores], prompts=[s.attrs['prompts'] for s in scores])
     write_table(found, Path(out)/'comparison.parquet', 'metrics'); found.to_csv(Path(out)/'tables'/'comparison.csv', index=False)
     return found
 
@@ -168,7 +178,7 @@ def explain(
     limit: Annotated[int, typer.Option(min=0, help='Most films; 0: all that are marked.')] = 0,
     layer: Annotated[str, typer.Option(help='Grad-CAM: another module of the image tower.')] = '',
     device: DeviceOption = 'auto', n_boot: BootOption = 1000,
-    seed: Annotated[int, typer.Option(help='Decides which films, where there is a limit, the shuffled weights and the resampling.')] = 0, as_json: JsonOption = False,
+    seed: Annotated[int, typer.Option(help='Decides which films, where there is a limit, the shuffled weights and the random orders.')] = 0, as_json: JsonOption = False,
 ):
     """Show where a model looks on films that somebody marked, beside chance, the centre of the film and shuffled weights; deletion and insertion; agreement with the readers.
 
@@ -177,38 +187,53 @@ def explain(
     from smsbench.clip.models import load_clip
     from smsbench.clip.readers import read_marks
     from smsbench.clip.study import explain_films, marked_films
-    from smsbench.report.external import own_prompts
+    from smsbench.core import Run, content_hash
+    from smsbench.data.manifest import shown as shown_n
     films = _films(cohort, root, findings, by, splits, 'drop').of(*split_list(test))
-    seen = marked_films(films, None if marks is None else read_marks(marks), limit=limit, seed=seed)
-    clip, words = load_clip(model, pretrained, device), own_prompts(model, films, _prompts(prompts, films))[0]
-    found = explain_films(clip, seen, method, words, n_boot=n_boot, seed=seed, layer=layer, show=True)
-    save_explained(found, clip, words, out, method)
-    shown = _rows(found.metrics[found.metrics.subgroup == 'all'], ('mass', 'pointing', 'iou_area', 'auroc', 'auroc_over_centre', 'auroc_over_shuffled', 'deletion_area', 'insertion_area'))
-    say(dict(out=str(out), metrics=found.metrics.to_dict('records'), left_out=found.marked.readings.excluded.to_dict('records')), as_json, f'{shown}\n\n{len(found.marked.films)} films, {len(found.marked.readings.excluded)} marks left out\n{out}')
+    words, notes = _own_words(model, films, prompts)
+    clip, run = load_clip(model, pretrained, device), Run(out)
+    run.freeze(dict(kind='clip_explain', weights=clip.info['weights_sha'], method=method, layer=layer, films=content_hash(*films.table.film_id), test=test, marks=content_hash(marks.read_bytes()) if marks and marks.is_file() else '',
+                    prompts=content_hash(str(words)), limit=limit, seed=seed, n_boot=n_boot))
+    try: seen = marked_films(films, None if marks is None else read_marks(marks), limit=limit, seed=seed)
+    except InputError as e: raise e if films.attrs.get('access', 'open') == 'open' else InputError('no mark fits a film and a finding that it has; names are not told of credentialed data') from None
+    found = explain_films(clip, seen, method, words, n_cascade=8, n_boot=n_boot, seed=seed, layer=layer, show=True)
+    metrics, left = save_explained(found, run), len(seen.readings.excluded)
+    shown = _rows(metrics[metrics.subgroup == 'all'], ('mass', 'pointing', 'iou_area', 'auroc', 'auroc_over_centre', 'auroc_over_shuffled', 'deletion_area', 'insertion_area'))
+    counts = [shown_n(n, films.attrs.get('access', 'open')) for n in (len(seen.films), left)]
+    say(dict(out=str(out), metrics=metrics.to_dict('records'), notes=notes), as_json, '\n\n'.join([shown, *notes, f'{counts[0]} films, {counts[1]} marks left out\n{out}']))
+
+def _own_words(model, films, prompts):
+    "Prompts to ask with, and what must be known about them and about these films."
+    from smsbench.clip.seen import overlap, read_seen
+    from smsbench.report.external import own_prompts
+    words, notes = own_prompts(model, films, _prompts(prompts, films))
+    record = read_seen(model) if Path(model).is_dir() else None
+    return words, notes + ['WARNING: the checkpoint was trained or chosen on some of these films or patients'] * bool(record and overlap(record, films).seen.any())
 
 # %% ../../nbs/59d_verbs.clip.ipynb #b6a6d79a
 def save_explained(
-    found,        # `Explained`
-    clip,         # the model
-    prompts:dict, # that were used
-    out:Path,     # run directory
-    method:str,   # "
-):
-    "metrics.parquet, tables/*.csv, figures/*.png; pictures of films only where the cohort is open."
-    from smsbench.core import Run, environment, write_json, write_table
-    from smsbench.report.cam_figures import baseline_figure, perturbation_figure
+    found, # `Explained`
+    run,   # run directory
+):         # its metrics table as it may be shown
+    "metrics.parquet, tables/*.csv, figures/*.png; pictures and names of films, and curves of few patients, only where the cohort is open."
+    from smsbench.core import environment, write_json, write_table
+    from smsbench.report.cam_figures import baseline_figure, cascade_figure, perturbation_figure
     from smsbench.report.clip_page import explained_panels
     from smsbench.report.external import shareable
-    run, access = Run(out), found.marked.films.attrs.get('access', 'open')
-    run.freeze(dict(kind='clip_explain', weights=clip.info['weights_sha'], method=method, prompts=prompts, films=found.marked.films.table.film_id.tolist() if access == 'open' else len(found.marked.films)))
+    access = found.marked.films.attrs.get('access', 'open')
     (run/'tables').mkdir(exist_ok=True); (run/'figures').mkdir(exist_ok=True)
     metrics = shareable(found.metrics, access)
     write_table(metrics, run/'metrics.parquet', 'metrics'); metrics.to_csv(run/'tables/metrics.csv', index=False)
-    if access == 'open': found.rows.to_csv(run/'tables/films.csv', index=False); found.marked.readings.excluded.to_csv(run/'tables/left_out.csv', index=False)
-    figures = dict(localisation=baseline_figure(metrics), faithfulness=perturbation_figure(found.curves), panels=explained_panels(found) if access == 'open' else None)
+    figures = dict(localisation=baseline_figure(metrics))
+    if access == 'open':
+        for name, t in dict(films=found.rows, left_out=found.marked.readings.excluded).items(): t.to_csv(run/f'tables/{name}.csv', index=False)
+        figures |= dict(panels=explained_panels(found))
+    if access == 'open' or found.curves.patient_id.nunique() >= 10: figures |= dict(faithfulness=perturbation_figure(found.curves))
+    if len(found.cascade): figures |= dict(cascade=cascade_figure(shareable(found.cascade, access))); shareable(found.cascade, access).to_csv(run/'tables/cascade.csv', index=False)
     for name, f in figures.items():
         if f is not None: (run/f'figures/{name}.png').write_bytes(f.png())
-    write_json(environment(clip.info['device']), run/'environment.json')
+    write_json(environment(), run/'environment.json')
+    return metrics
 
 # %% ../../nbs/59d_verbs.clip.ipynb #e344b104
 @clip_app.command()
@@ -218,7 +243,7 @@ def ssa(
     model: Annotated[str, typer.Option(help='CLIP model, asked through prompts that know the patient.')] = '',
     vlm: Annotated[str, typer.Option(help='Instead: a vision-language model, as for `smsbench audit`.')] = '',
     pretrained: PretrainedOption = '', root: RootOption = None, findings: FindingsOption = '', by: ByOption = '', splits: SplitsOption = None, prompts: PromptsOption = None,
-    test: Annotated[str, typer.Option(help='Splits to measure; empty: all films.')] = 'test',
+    test: Annotated[str, typer.Option(help='Splits to measure; empty: all, but not the films that choose thresholds.')] = 'test',
     val: Annotated[str, typer.Option(help='Split that chooses thresholds, for findings that are present or absent.')] = 'val',
     wording: Annotated[str, typer.Option(help="'fixed': facts are told in one order; 'added': in the order in which they were added.")] = 'fixed',
     most_orders: Annotated[int, typer.Option(min=1, help='All orders up to this many, else about this many.')] = 24,
@@ -229,35 +254,43 @@ def ssa(
 
     Example:  smsbench clip ssa --cohort eyes.parquet --model runs/eyes/best --steps age,sex,complaint --out reports/ssa
     """
+    from smsbench.clip.facts import facts_of
     from smsbench.clip.ssa import ssa as analyse
     from smsbench.core import Run, environment, write_json, write_table
     from smsbench.report.external import shareable
     from smsbench.report.ssa_figures import ssa_figure, ssa_order_figure, ssa_table
     if bool(model) == bool(vlm): raise InputError('name one model: --model for CLIP, or --vlm for a vision-language model')
-    films = _films(cohort, root, findings, by, splits)
-    tested = films.of(*split_list(test)) if test else films
-    ask, asked = _clip_asker(model, pretrained, device, films, tested, val, prompts) if model else _vlm_asker(vlm, device, cohort, root, findings, splits, split_list(test))
+    if vlm and (by or prompts or pretrained): raise InputError('--by, --prompts and --pretrained belong to --model; a vision-language model is asked the questions of the cohort')
+    ask, asked, about, notes = _vlm_asker(vlm, device, cohort, root, findings, splits, split_list(test)) if vlm else _clip_asker(model, pretrained, device, _films(cohort, root, findings, by, splits), split_list(test), val, prompts)
+    facts_of(getattr(asked, 'table', asked).head(1), split_list(steps))              # a column that is not there leaves nothing behind
+    run, access = Run(out), about.pop('access')
+    run.freeze(dict(kind='clip_ssa', steps=split_list(steps), wording=wording, most_orders=most_orders, test=test, seed=seed, n_boot=n_boot, **about))
     found = analyse(ask, asked, split_list(steps), wording, most_orders, seed=seed, show=True, n_boot=n_boot)
-    run, attrs, access = Run(out), found.attrs, films.attrs.get('access', 'open')
+    attrs = found.attrs
     found = shareable(found, access); found.attrs = attrs
     write_table(found, run/'metrics.parquet', 'metrics'); (run/'tables').mkdir(exist_ok=True); (run/'figures').mkdir(exist_ok=True)
     table = ssa_table(found)
     found.to_csv(run/'tables/metrics.csv', index=False); table.to_csv(run/'tables/effects.csv', index=False)
     for name, f in dict(steps=ssa_figure(found), orders=ssa_order_figure(found)).items():
         if f is not None: (run/f'figures/{name}.png').write_bytes(f.png())
-    write_json(environment(device), run/'environment.json')
-    say(dict(out=str(out), metrics=found.to_dict('records')), as_json, f'{table.to_string(index=False)}\n\n{out}')
+    write_json(environment(), run/'environment.json')
+    say(dict(out=str(out), metrics=found.to_dict('records'), notes=notes), as_json, '\n\n'.join([table.to_string(index=False), *notes, str(out)]))
 
-def _clip_asker(model, pretrained, device, films, tested, val, prompts):
+def _clip_asker(model, pretrained, device, films, test, val, prompts):
     from smsbench.clip.models import load_clip
     from smsbench.clip.ssa import clip_asker
-    from smsbench.report.external import own_prompts
-    words = own_prompts(model, films, _prompts(prompts, films))[0]
-    return clip_asker(load_clip(model, pretrained, device), tested, words, films.of(val) if films.kind == 'multilabel' else None), tested
+    from smsbench.core import content_hash
+    several = films.kind == 'multilabel'
+    parts = test or [s for s in sorted(set(films.table.split)) if not (several and s == val)]       # whoever chose the thresholds is not asked
+    tested, clip = films.of(*parts), load_clip(model, pretrained, device)
+    words, notes = _own_words(model, tested, prompts)
+    about = dict(model=clip.info['weights_sha'], prompts=content_hash(str(words)), films=content_hash(*tested.table.film_id), val=val if several else '', access=films.attrs.get('access', 'open'))
+    return clip_asker(clip, tested, words, films.of(val) if several else None), tested, about, notes
 
 def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
     from smsbench.clip.ssa import vlm_asker
     from smsbench.core import read_table
+    from smsbench.core import content_hash
     from smsbench.data.splits import apply_splits, read_splits
     from smsbench.sms.run import open_model
     table = read_table(cohort, 'cohort'); attrs = table.attrs
@@ -266,4 +299,4 @@ def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
     table = table[(table.split.isin(test) if test else table.split.notna()) & (table.finding.isin(wanted) if wanted else True)].reset_index(drop=True)
     table.attrs = attrs
     if not len(table): raise InputError(f"no sample is in {', '.join(test)}{' of ' + ', '.join(wanted) if wanted else ''}")
-    return vlm_asker(open_model(vlm, device), table, root=str(root or '')), table
+    return vlm_asker(open_model(vlm, device), table, root=str(root or '')), table, dict(model=vlm, samples=content_hash(*table.sample_id), access=attrs.get('access', 'open')), []
