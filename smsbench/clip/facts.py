@@ -11,16 +11,17 @@ import re
 import pandas as pd
 
 from ..core import InputError
+from .data import WITHHELD
 
 # %% ../../nbs/43ca_clip.facts.ipynb #604c6daf
 def facts_of(
     table:pd.DataFrame, # one row per film or sample
     columns,            # names of columns, in the order in which they are to be told
-)->list:                # one dict per row: column -> text; without what is empty
+)->list:                # one dict per row: column -> text; without what is empty or withheld
     "What is known of each row; `InputError` that lists the columns there are where one is missing."
     if lost := [c for c in columns if c not in table]: raise InputError(f"no column {', '.join(map(repr, lost))}; there are {', '.join(map(str, table.columns))}")
     plain = {c: ['' if pd.isna(v) else _number(v) if isinstance(v, float) else ' '.join(str(v).split()) for v in table[c].tolist()] for c in columns}
-    return [{c: plain[c][i] for c in columns if plain[c][i]} for i in range(len(table))]
+    return [{c: plain[c][i] for c in columns if plain[c][i] not in ('', WITHHELD)} for i in range(len(table))]
 
 def _number(v): return str(int(v)) if v == int(v) else str(v)   # an age read as 63.0 is 63
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOOSE', 'TrainSettings', 'find_tracker']
 
-# %% ../../nbs/41f_clip.settings.ipynb #52ebe1a6
-import importlib.util, math
+# %% ../../nbs/41f_clip.settings.ipynb #2f0764ba
+import importlib.util, math, numbers
 from dataclasses import dataclass, fields
 
 from ..core import InputError, Run
@@ -54,12 +54,14 @@ class TrainSettings:
     max_broken: float = .05     # share of unreadable films above which it is an error
 
     def __post_init__(self):
+        for f in fields(self): object.__setattr__(self, f.name, _typed(f.name, f.type, getattr(self, f.name)))
         words = dict(train=TRAINED, texts=('report', 'prompts', 'both'), loss=tuple(LOSSES), precision=tuple(PRECISIONS), batch_norm=('hold', 'learn'), balance=BALANCE, speak=SPEAKING, stop_on=tuple(WATCHED))
         for k, allowed in words.items():
             if getattr(self, k) not in allowed: raise InputError(f"{k} {getattr(self, k)!r}: choose {', '.join(allowed)}")
-        for k, low, high in (('epochs', 1, 1e6), ('batch_size', 2, 1e7), ('chunk', 0, 1e7), ('warmup', 0, 1), ('floor', 0, 1), ('clip_norm', 0, math.inf), ('ema', 0, .99999), ('patience', 0, 1e6), ('save_every', 1, 1e9), ('workers', 0, 512), ('cap', 1, 1e6), ('max_broken', 0, 1)):
+        for k, low, high in (('epochs', 1, 1e6), ('batch_size', 2, 1e7), ('chunk', 0, 1e7), ('warmup', 0, 1), ('floor', 0, 1), ('clip_norm', 0, math.inf), ('ema', 0, .99999), ('patience', 0, 1e6), ('save_every', 1, 1e9), ('workers', 0, 512), ('cap', 1, 1e6), ('max_broken', 0, 1), ('seed', 0, 2**32 - 1)):
             if not low <= getattr(self, k) <= high: raise InputError(f'{k} {getattr(self, k)!r}: must lie in {low:g} to {high:g}')
-        object.__setattr__(self, 'positives', tuple(self.positives)); object.__setattr__(self, 'betas', tuple(self.betas))
+        if odd := [p for p in self.positives if p not in ('text', 'study', 'class')]: raise InputError(f'positives {odd[0]!r}: choose of text, study, class')
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas): raise InputError(f'betas {self.betas!r}: must be two numbers from 0 to below 1')
         if self.texts == 'report' and self.speak != 'uniform': raise InputError(f"speak={self.speak!r} is about prompts; choose texts='prompts' or 'both'")
         if self.train_split == self.val_split: raise InputError(f'split {self.train_split!r} cannot be trained on and watched')
 
@@ -70,8 +72,29 @@ class TrainSettings:
         "Settings by name; `InputError` for a name or type that is none."
         known = {f.name: f for f in fields(cls)}
         if odd := [k for k in values if k not in known]: raise InputError(f"no training setting {odd[0]!r}; there are {', '.join(known)}")
-        try: return cls(**values)
-        except TypeError as e: raise InputError(f'training settings: {e}') from None
+        return cls(**values)
+
+def _typed(name, kind, value):
+    "A value as the type of its field; `InputError` where it is of another."
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+    wrong = lambda what: InputError(f'{name} {value!r}: must be {what}')
+    if kind is bool and not isinstance(value, bool): raise wrong('true or false')
+    if kind is str and not isinstance(value, str): raise wrong('a word')
+    if kind is int:
+        if not number or value != value // 1: raise wrong('a whole number')
+        return int(value)
+    if kind is float:
+        if not number: raise wrong('a number' + (' (YAML reads 1e-4 as a word; write 1.0e-4)' if isinstance(value, str) and 'e' in value.lower() else ''))
+        return float(value)
+    if kind is tuple: return _several(name, value, wrong)
+    return value
+
+def _several(name, value, wrong):
+    "A list, or words with commas between; of numbers for betas."
+    parts = [p.strip() for p in value.split(',') if p.strip()] if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)): raise wrong('a list')
+    try: return tuple(float(p) for p in parts) if name == 'betas' else tuple(str(p) for p in parts)
+    except (TypeError, ValueError): raise wrong('two numbers') from None
 
 LOOSE = ('save_every', 'workers', 'cache_mb', 'max_broken') # settings that decide nothing about the weights
 

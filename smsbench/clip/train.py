@@ -113,17 +113,24 @@ def train(
     prompts = check_prompts(prompts_for(films) if prompts is None else prompts, films.classes, films.kind)
     started = weights_sha(clip.model)
     good, val, left = usable_films(films, settings, run)
-    if world()[0] == 0:
-        run.freeze(run_config(settings, started, good, val, prompts), **{k: getattr(settings, k) for k in LOOSE}, clip=clip.info)
-        write_table(left, run/'excluded.parquet'); write_json(environment(str(clip.device), model=started), run/'environment.json')
-        if len(left): say(run, f'{len(left)} films cannot be read and are left out; excluded.parquet lists them')
+    begun, fix = (run/'config.json').exists(), lambda: _fix(run, run_config(settings, started, good, val, prompts), settings, clip.info, str(clip.device), started, left)
+    if begun: fix()                    # what holds another run is refused before anything in it changes
     job = prepare(clip, settings, run, good, val, prompts)
     share_weights(clip.model)
-    if load_job(job): say(run, f'goes on after {job.done} of {job.total} steps')
-    else: validate_job(job, tell); save_job(job)
+    if on := load_job(job): say(run, f'goes on after {job.done} of {job.total} steps')
+    else: validate_job(job, tell)
+    if not begun: fix()                # nothing can be refused any more; an attempt that was leaves its directory free for other settings
+    if not on: save_job(job)
     _loop(job, tell)
     freeze(clip.model, 'all'); clip.model.eval(); clip.info['weights_sha'] = weights_sha(clip.model)
     return Trained(run/'best', pd.DataFrame(job.history), left, job.best, job.best_epoch, job.stopped, run.path)
+
+def _fix(run, config, settings, info, device, started, left):
+    "What this directory is for from now on, and what was left out; from the first process."
+    if world()[0]: return
+    run.freeze(config, **{k: getattr(settings, k) for k in LOOSE}, clip=info)
+    write_table(left, run/'excluded.parquet'); write_json(environment(device, model=started), run/'environment.json')
+    if len(left): say(run, f'{len(left)} films cannot be read and are left out; excluded.parquet lists them')
 
 def _loop(job, tell):
     s = job.settings

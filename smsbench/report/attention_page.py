@@ -15,6 +15,7 @@ from .attention_figures import choose_maps, map_figure
 from .figures import missing
 from .html import Html, details, figure_html, html_table, join, markup
 from .style import DASH, percent, rounded, span
+from ..sms.map_metrics import CROSS
 from ..sms.map_tables import first_arm
 
 # %% ../../nbs/52a_report.attention_page.ipynb #94d66a5c
@@ -43,7 +44,8 @@ def map_sentences(
         r = m[(m.model == model) & (m.arm == arm) & (m.subgroup == subgroup) & (m.metric == metric)]
         return r.iloc[0] if len(r) and np.isfinite(r.iloc[0].value) else None
     share, text = at('share_image'), at('share_report')
-    if share is not None: out.append(f"{percent(share.value)} of its attention falls on the film (95 % CI {span(share.ci_low, share.ci_high)})" + (f", {percent(text.value)} on the report." if text is not None else '.'))
+    if share is not None and share.note == CROSS: out.append('Its film enters by cross-attention: the share is 1 by construction.')
+    elif share is not None: out.append(f"{percent(share.value)} of its attention falls on the film (95 % CI {span(share.ci_low, share.ci_high)})" + (f", {percent(text.value)} on the report." if text is not None else '.'))
     for k in results.config['methods']:
         sub = 'all' if k == 'raw' else f'method={k}'
         word, inside, even, middle = localises(m, model, arm, sub), at('mass', sub), at('mass_uniform', sub), at('mass_centre', sub)

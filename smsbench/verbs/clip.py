@@ -158,9 +158,9 @@ def compare_models(
     tested, held = films.of('test') if {'train', 'val', 'test'} <= set(films.table.split) else films, []
     for name, tag in (first, second):
         words = own_prompts(name, tested, prompts)[0]
-        held.append((zero_shot(load_clip(name, tag, device), tested, words), own_thresholds(name, tested)[0]))
+        held.append((zero_shot(load_clip(name, tag, device), tested, words), own_thresholds(name, tested, None, words)[0]))
     scores, limits = zip(*held)
-    if None in limits or prompts is not None: limits = (None, None)
+    if None in limits: limits = (None, None)
     names = tuple(Path(n).parent.name if Path(n).name == 'best' else Path(n).name for n, _ in (first, second))
     found = shareable(compare(*scores, tested.targets, tested.table.patient_id, limits, names, kind=films.kind, n_boot=n_boot), films.attrs.get('access', 'open'))
     found.attrs = dict(weights=[s.attrs['weights'] for s in scores], prompts=[s.attrs['prompts'] for s in scores])
