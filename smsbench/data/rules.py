@@ -59,6 +59,7 @@ class LabelRule(Card):
     def _one_form(self):
         forms = [f for f in ('columns', 'map', 'equals', 'any_of', 'none_of', 'threshold', 'rule') if getattr(self, f) not in ([], {}, None, '') and not (f == 'columns' and self.rule)]
         if bool(self.column) == bool(self.columns): raise ValueError('needs either `column` or `columns`')
+        if len(set(self.columns)) < len(self.columns): raise ValueError('`columns` names one column twice')
         if len(forms) > 1: raise ValueError(f"has several forms ({', '.join(forms)}); keep one")
         if self.rule and self.rule not in RULES: raise ValueError(f"rule {self.rule} is not known; known: {', '.join(RULES)}")
         if self.rule and self.empty: raise ValueError('`empty` does not go with `rule`, which decides by itself')
@@ -88,7 +89,7 @@ def list_cell(
         return found if isinstance(found, list) else None
     return None
 
-# %% ../../nbs/09a_data.rules.ipynb #6b27663b
+# %% ../../nbs/09a_data.rules.ipynb #c4da560c
 def words_of(
     cell:str,       # one cell
     split_on:str,   # what separates the words, or 'list'
