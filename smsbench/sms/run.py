@@ -117,7 +117,9 @@ def run_audit(
     if len(set(names)) < len(names) or not names: raise InputError(f'models {names}: at least one, each with a name of its own')
     select_arms(settings.arms, settings.probes)
     if isinstance(cohort, Built): exclusions, files = cohort.exclusions, cohort.files if len(cohort.files) else None
-    if not (Path(out)/'config.json').exists(): [check_model(m, **how) for m in models]          # a typing error leaves nothing behind
+    if not (Path(out)/'config.json').exists():       # a file or model that is not there leaves nothing behind
+        settings.rewordings                          # noqa: B018  reads the file of wordings
+        for m in models: check_model(m, **how)
     run, held = Run(out), hold(cohort, root)
     for m in models: _same_model(run, model_name(m), m, how, write=False)
     cohort, source = held.cohort, Source(held, root, remote=remote)

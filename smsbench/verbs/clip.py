@@ -192,15 +192,21 @@ def explain(
     films = _films(cohort, root, findings, by, splits, 'drop').of(*split_list(test))
     words, notes = _own_words(model, films, prompts)
     clip, run = load_clip(model, pretrained, device), Run(out)
-    run.freeze(dict(kind='clip_explain', weights=clip.info['weights_sha'], method=method, layer=layer, films=content_hash(*films.table.film_id), test=test, marks=content_hash(marks.read_bytes()) if marks and marks.is_file() else '',
-                    prompts=content_hash(str(words)), limit=limit, seed=seed, n_boot=n_boot))
+    config = dict(kind='clip_explain', weights=clip.info['weights_sha'], method=method, layer=layer, films=content_hash(*films.table.film_id), test=test, marks=content_hash(marks.read_bytes()) if marks and marks.is_file() else '',
+                    prompts=content_hash(str(words)), limit=limit, seed=seed, n_boot=n_boot)
+    _same_run(run, config)
     try: seen = marked_films(films, None if marks is None else read_marks(marks), limit=limit, seed=seed)
     except InputError as e: raise e if films.attrs.get('access', 'open') == 'open' else InputError('no mark fits a film and a finding that it has; names are not told of credentialed data') from None
     found = explain_films(clip, seen, method, words, n_cascade=8, n_boot=n_boot, seed=seed, layer=layer, show=True)
+    run.freeze(config)
     metrics, left = save_explained(found, run), len(seen.readings.excluded)
     shown = _rows(metrics[metrics.subgroup == 'all'], ('mass', 'pointing', 'iou_area', 'auroc', 'auroc_over_centre', 'auroc_over_shuffled', 'deletion_area', 'insertion_area'))
     counts = [shown_n(n, films.attrs.get('access', 'open')) for n in (len(seen.films), left)]
     say(dict(out=str(out), metrics=metrics.to_dict('records'), notes=notes), as_json, '\n\n'.join([shown, *notes, f'{counts[0]} films, {counts[1]} marks left out\n{out}']))
+
+def _same_run(run, config):
+    "`InputError` where the directory holds another run; a new one is named only when its numbers are there, so that a refused attempt blocks nothing."
+    if (run/'config.json').exists(): run.freeze(config)
 
 def _own_words(model, films, prompts):
     "Prompts to ask with, and what must be known about them and about these films."
@@ -254,7 +260,6 @@ def ssa(
 
     Example:  smsbench clip ssa --cohort eyes.parquet --model runs/eyes/best --steps age,sex,complaint --out reports/ssa
     """
-    from smsbench.clip.facts import facts_of
     from smsbench.clip.ssa import ssa as analyse
     from smsbench.core import Run, environment, write_json, write_table
     from smsbench.report.external import shareable
@@ -262,10 +267,11 @@ def ssa(
     if bool(model) == bool(vlm): raise InputError('name one model: --model for CLIP, or --vlm for a vision-language model')
     if vlm and (by or prompts or pretrained): raise InputError('--by, --prompts and --pretrained belong to --model; a vision-language model is asked the questions of the cohort')
     ask, asked, about, notes = _vlm_asker(vlm, device, cohort, root, findings, splits, split_list(test)) if vlm else _clip_asker(model, pretrained, device, _films(cohort, root, findings, by, splits), split_list(test), val, prompts)
-    facts_of(getattr(asked, 'table', asked).head(1), split_list(steps))              # a column that is not there leaves nothing behind
     run, access = Run(out), about.pop('access')
-    run.freeze(dict(kind='clip_ssa', steps=split_list(steps), wording=wording, most_orders=most_orders, test=test, seed=seed, n_boot=n_boot, **about))
+    config = dict(kind='clip_ssa', steps=split_list(steps), wording=wording, most_orders=most_orders, test=test, seed=seed, n_boot=n_boot, **about)
+    _same_run(run, config)
     found = analyse(ask, asked, split_list(steps), wording, most_orders, seed=seed, show=True, n_boot=n_boot)
+    run.freeze(config)
     attrs = found.attrs
     found = shareable(found, access); found.attrs = attrs
     write_table(found, run/'metrics.parquet', 'metrics'); (run/'tables').mkdir(exist_ok=True); (run/'figures').mkdir(exist_ok=True)
