@@ -21,6 +21,7 @@ from .audit import Source, prove_delivery, read_predictions
 from .consistency import measure_wordings
 from .exchange import import_predictions
 from .metrics import measure
+from .paraphrases import read_wordings
 from .score import DEFAULTS, AuditSettings, _same_model, check_lines, check_model, model_name, open_model, read_checks, score_model
 from .shifts import ARMS, cohort_hash, make_plan, select_arms
 from .verdicts import give_verdicts
@@ -118,7 +119,7 @@ def run_audit(
     select_arms(settings.arms, settings.probes)
     if isinstance(cohort, Built): exclusions, files = cohort.exclusions, cohort.files if len(cohort.files) else None
     if not (Path(out)/'config.json').exists():       # a file or model that is not there leaves nothing behind
-        settings.rewordings                          # noqa: B018  reads the file of wordings
+        if settings.wordings: read_wordings(settings.wordings)
         for m in models: check_model(m, **how)
     run, held = Run(out), hold(cohort, root)
     for m in models: _same_model(run, model_name(m), m, how, write=False)
