@@ -130,7 +130,7 @@ class Explorer:
         for a, name in ((picture, 'smsbench-picture'), (text, 'smsbench-text'), (clock, 'smsbench-clock')): a.add_class(name)
         def redraw(_=None):
             try: picture.value, text.value = (lambda p, h: (p, h.text))(*self.view(**{k: v.value for k, v in knobs.items()}))
-            except InputError as e: text.value = markup('<p>{}</p>', e).text
+            except InputError as e: picture.value, text.value = b'', markup('<p>{}</p>', e).text   # no old picture beside a new message
             clock.value = f'<span style="color:#888;font-size:11px">redrawn in {1000*self.seconds:.0f} ms</span>'
         for k in knobs.values(): k.observe(redraw, names='value')
         redraw()
@@ -154,7 +154,7 @@ class Explorer:
         "Widgets for whoever can run them, and folded below them pictures, which a page keeps."
         from IPython.display import HTML, display
         try: display(self.widget())
-        except ImportError: pass                                                          # without ipywidgets the pictures are all there is
+        except ImportError: display(HTML('<p>The knobs need ipywidgets (pip install ipywidgets); these are the same views as pictures.</p>'))
         display(HTML(details('The same as pictures', self.static()).text))
 
 # %% ../../nbs/52_report.explorer.ipynb #119017a3
