@@ -79,8 +79,8 @@ def test_each_further_fact_is_measured(place, capsys):
     t = read_table(out/'metrics.parquet', 'metrics')
     assert {'sensitivity', 'sensitivity_change', 'specificity_effect'} <= set(t.metric) and (out/'figures'/'steps.png').exists()
     assert main(['clip', 'ssa', '--cohort', str(place/'films.parquet'), '--vlm', 'planted:image-only', '--steps', 'view', '--out', str(place/'vlm'), '--n-boot', '200']) == 0
-    assert main(['clip', 'ssa', '--cohort', str(place/'films.parquet'), '--model', str(place/'run'/'best'), '--steps', 'smoking', '--out', str(out)]) == 2
-    assert "no column 'smoking'" in capsys.readouterr().err
+    assert main(['clip', 'ssa', '--cohort', str(place/'films.parquet'), '--model', str(place/'run'/'best'), '--steps', 'smoking', '--out', str(place/'mistyped')]) == 2
+    assert "no column 'smoking'" in capsys.readouterr().err and not (place/'mistyped'/'config.json').exists()     # the corrected command may use the same folder
 
 
 @pytest.mark.skipif(not DATA or not Path(DATA).is_dir(), reason='SMSBENCH_DATA does not name the folder of real data (absolute path)')
