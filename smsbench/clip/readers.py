@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'csv_marks', 'mscxr_marks', 'coco_marks', 'read_marks', 'film_marks', 'mark_region', 'Readings',
-           'place_marks', 'agreement', 'between_readers', 'agreement_metrics']
+           'place_marks', 'named_films', 'agreement', 'between_readers', 'agreement_metrics']
 
 # %% ../../nbs/44b_clip.readers.ipynb #8b6284d2
 import itertools, json
@@ -212,7 +212,7 @@ def place_marks(
     known, found, out = _lookup(about), {}, []
     for _, m in marks.iterrows():
         try:
-            at = _film_of(m.film, known)
+            at = _one_of(_films_of(m.film, known))
             drawn = mark_region(m, shapes[at], folder or marks.attrs.get('folder', '.'))
             found.setdefault((at, (names or {}).get(m.finding, m.finding), m.reader), []).append((drawn, m.text))
         except InputError as e: out.append(dict(film=m.film, finding=m.finding, reader=m.reader, row=m.row, reason=str(e)))       # listed, never dropped in silence
@@ -226,10 +226,20 @@ def _lookup(about):
     "Per way: name -> positions of the films that have it."
     return [about.groupby(about[c].astype(str).map(f if c == 'image' else str)).indices if c in about else {} for c, f in _WAYS]
 
-def _film_of(name, known):
-    found = next((at[f(name)] for (_, f), at in zip(_WAYS, known) if f(name) in at), ())
+def _films_of(name, known): return next((at[f(name)] for (_, f), at in zip(_WAYS, known) if f(name) in at), ())
+
+def _one_of(found):
     if len(found) != 1: raise InputError('several films of that name' if len(found) else 'no film of that name')
     return int(found[0])
+
+# %% ../../nbs/44b_clip.readers.ipynb #77edf89d
+def named_films(
+    marks:pd.DataFrame, # from `read_marks` or `film_marks`
+    about:pd.DataFrame, # per film: film_id, and perhaps image (its file)
+)->list[int]:           # positions of films, ascending
+    "Which films the marks may mean, so that only these need be read."
+    known = _lookup(about)
+    return sorted({int(i) for name in set(marks.film) for i in _films_of(name, known)})
 
 # %% ../../nbs/44b_clip.readers.ipynb #8616ce8e
 def agreement(

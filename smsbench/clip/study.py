@@ -16,11 +16,11 @@ from ..core import InputError, Run, content_hash, read_table, validate, write_ta
 from .data import Films, films_of, read_films
 from .evaluate import choose_thresholds, classification_metrics, evaluate
 from .explain import explain_many, target
-from .faithfulness import cascade, cascade_metrics, curve_areas, faithfulness_metrics, perturbation_curves
+from .faithfulness import cascade, cascade_metrics, curve_areas, faithfulness_metrics, iou_curves, perturbation_curves
 from .models import Clip
 from .probe import embed, knn_probe, linear_probe
 from .prompts import prompts_for
-from .readers import Readings, agreement, agreement_metrics, between_readers, film_marks, place_marks
+from .readers import Readings, agreement, agreement_metrics, between_readers, film_marks, named_films, place_marks
 from .space import space_metrics
 from .towers import shuffled, stages
 from .train import TrainSettings, train
@@ -112,9 +112,9 @@ def marked_films(
 )->Marked:
     "Which films somebody marked; `InputError` where none is."
     held = film_marks(films) if marks is None else marks
-    at = range(len(films)) if marks is not None else sorted({k for k, f in enumerate(films.table.film_id) if f in set(held.film)})
-    if not len(at): raise InputError('no film of this split is marked; choose another split, or give a file of marks')
-    some = films.take(list(at)); images = list(read_films(some))
+    at = named_films(held, films.table)
+    if not at: raise InputError('no film of this split is marked; choose another split, or give a file of marks' if marks is None else f'none of {len(held)} marks is of a film of this split; the first names {held.film.iat[0]!r}')
+    some = films.take(at); images = list(read_films(some))
     read = place_marks(held, some.table, [x.shape for x in images], names)
     place = {f: k for k, f in enumerate(some.table.film_id)}
     fits = np.array([f in films.classes and some.targets[f].iat[place[i]] == 1 for i, f in zip(read.table.film_id, read.table.finding)], bool)
@@ -131,6 +131,7 @@ class Explained(NamedTuple):
     metrics: pd.DataFrame # metrics table: localisation per map, finding and reader; between readers; deletion and insertion
     rows: pd.DataFrame    # localisation per film, reader and map
     curves: pd.DataFrame  # deletion and insertion per film and order
+    iou: pd.DataFrame     # IoU of region and map over thresholds, see `smsbench.clip.faithfulness.iou_curves`
     marked: Marked        # what was explained
     maps: dict            # (film_id, finding) -> `Explanation`
     cascade: pd.DataFrame # metrics table: likeness of the maps while the weights are shuffled from the top down; empty where not asked for
@@ -144,7 +145,7 @@ def explain_films(
     n_curves:int=20,         # films whose deletion and insertion curves are drawn
     n_cascade:int=0,         # films whose maps are followed while the weights are shuffled from the top down
     n_boot:int=1000,         # resamples of patients
-    seed:int=0,              # of shuffled weights and resampling
+    seed:int=0,              # of shuffled weights and random orders
     layer:str='',            # Grad-CAM: another module of the image tower
     show:bool=False,         # progress bar
 )->Explained:
@@ -161,9 +162,11 @@ def explain_films(
     full = [i for i, m in enumerate(maps) if not m.empty][:n_curves]
     curves = perturbation_curves(clip, [images[i] for i in full], [maps[i] for i in full], [asked[i] for i in full], about.iloc[full], seed=seed)
     metrics = [agreement_metrics(rows, between_readers(marked.readings), clip.name, n_boot), faithfulness_metrics(curve_areas(curves), clip.name, n_boot=n_boot)]
+    table, every = marked.readings.table, list(zip(marked.readings.table.film_id, marked.readings.table.finding))
+    drawn = iou_curves([dict(zip(keys, maps))[k] for k in every], marked.readings.masks, table, dict(shuffled=[dict(zip(keys, rival))[k] for k in every]), True, n_boot)
     some = full[:n_cascade]
     fading = cascade_metrics(cascade(clip, [images[i] for i in some], [maps[i] for i in some], [asked[i] for i in some], about.iloc[some], seed=seed, layer=layer), clip.name, n_boot) if some else pd.DataFrame()
-    return Explained(validate(pd.concat(metrics, ignore_index=True), 'metrics'), rows, curves, marked, dict(zip(keys, maps)), fading)
+    return Explained(validate(pd.concat(metrics, ignore_index=True), 'metrics'), rows, curves, drawn, marked, dict(zip(keys, maps)), fading)
 
 # %% ../../nbs/45_clip.study.ipynb #71b1b239
 def target_of(

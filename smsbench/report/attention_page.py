@@ -14,6 +14,7 @@ import numpy as np, pandas as pd
 from .attention_figures import choose_maps, map_figure
 from .figures import missing
 from .html import Html, details, figure_html, html_table, join, markup
+from .provenance import loading_flags
 from .style import DASH, percent, rounded, span
 from ..sms.map_metrics import CROSS
 from ..sms.map_tables import first_arm
@@ -115,9 +116,10 @@ def attend_command(
     flag = lambda name, v: [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None, 0, ()) else []
     listed = lambda v: ','.join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)
     data = ['--cohort RUN/cohort.parquet'] if results.open else flag('manifest', c['cohort'].get('manifest')) + ['--root DATA']
+    words = ['--paraphrases WORDINGS.csv'] if c.get('wordings') else flag('paraphrases', c.get('paraphrases'))
     parts = ['smsbench attend', *data, *(f for m in c['models'] for f in flag('model', m)), *flag('arms', listed(c['arms'])), *flag('queries', listed(c['queries'])), *flag('methods', listed(c['methods'])),
              *flag('layers', listed(c['layers'])), *flag('heads', c['heads']), *flag('keep', c['keep']), *([] if c['baseline'] else ['--no-baseline']), *flag('match', listed(c['match'])), *flag('limit', c['limit']),
-             *flag('paraphrases', c['paraphrases']), *flag('system', c['system']), *flag('extra', c['extra']), *flag('seed', c['seed']), *flag('n-boot', c['n_boot']), *(['--regions REGIONS.csv'] if c['regions'] else []), '--out NEW']
+             *words, *loading_flags(results), *flag('system', c['system']), *flag('extra', c['extra']), *flag('seed', c['seed']), *flag('n-boot', c['n_boot']), *(['--regions REGIONS.csv'] if c['regions'] else []), '--out NEW']
     return ' \\\n    '.join(parts)
 
 # %% ../../nbs/52a_report.attention_page.ipynb #fe23b817

@@ -22,7 +22,7 @@ from .map_store import KEEP, MapStore, attend_part, known_methods, maps_path
 from .map_tables import Regions, change_table, first_arm, look_table, pair_table
 from .metrics import answer_table, measure
 from .run import Results, _keep_cohort, _write_environment, mark_void, void_lines
-from .score import _same_model, check_model, model_name, open_model
+from .score import Wordings, _same_model, check_model, model_name, open_model
 from .shifts import ARMS, cohort_hash, make_plan
 from ..vlm.baselines import randomised
 
@@ -30,8 +30,8 @@ from ..vlm.baselines import randomised
 WITH_TEXT, WITHOUT_TEXT = ('original', 'image_swap', 'text_swap'), ('image_only', 'image_only_swap') # arms unless others are asked for: of a cohort with reports, and of one without
 
 @dataclass(frozen=True)
-class AttendSettings:
-    "What a comparison of attention computes."
+class AttendSettings(Wordings):
+    "What a comparison of attention computes; rewordings are shown in the first arm only."
     arms: tuple[str, ...] = ()              # arm names, all of which show a film; empty: `WITH_TEXT` or `WITHOUT_TEXT`
     queries: tuple[str, ...] = ('answer', 'asked') # see `smsbench.sms.map_store.spelled_query`; the first one is reported
     methods: tuple[str, ...] = ('raw',) # see `smsbench.vlm.maps.METHODS`
@@ -41,7 +41,6 @@ class AttendSettings:
     baseline: bool = True                   # ask the same model with random weights about the films with a region
     seed: int = 0                           # of donors, random weights, halves and resampling
     match: tuple[str, ...] = ()             # columns in which donor and sample must agree
-    paraphrases: int = 0                    # rewordings of every question, shown in the first arm only
     limit: int = 0                          # samples at most, chosen by a hash of their names; 0: all
     n_boot: int = 2000                      # resamples of patients
     minimum: int = 10                       # samples below which a number is suppressed
@@ -51,6 +50,7 @@ class AttendSettings:
     part_size: int = 32                     # trials per part
 
     def __post_init__(self):
+        super().__post_init__()
         object.__setattr__(self, 'methods', known_methods(self.methods))
         if self.keep not in KEEP: raise InputError(f"keep {self.keep!r}: choose {' or '.join(KEEP)}")
         if not self.queries: raise InputError('at least one query is needed: answer, asked, or a word of the prompt')
@@ -58,7 +58,7 @@ class AttendSettings:
         if self.keep == 'pooled' and self.heads != 'mean': raise InputError(f'heads {self.heads!r} need --keep rows; --keep pooled keeps the mean over heads only')
 
     @property
-    def asked(self): return {k: v for k, v in self.__dict__.items() if k != 'part_size'}
+    def asked(self): return {k: v for k, v in self.__dict__.items() if k not in ('part_size', 'paraphrases', 'wordings')} | self.worded
 
 # %% ../../nbs/36c_sms.attend.ipynb #e57c2b3c
 def attend_plan(
@@ -76,7 +76,7 @@ def attend_plan(
     if all(ARMS[a].text == 'none' for a in arms):                                          # no report is shown, so none is needed
         told, wanted = told.assign(text='no report of ' + told.sample_id), [n for n in wanted if ARMS[n].text == 'none']
     told.attrs = cohort.attrs
-    plan, excluded = make_plan(told, arms, settings.seed, settings.match, read_image=source.image, paraphrases=settings.paraphrases, opened=source.rows)
+    plan, excluded = make_plan(told, arms, settings.seed, settings.match, read_image=source.image, paraphrases=settings.rewordings, opened=source.rows)
     about = plan.attrs
     few = sorted(plan.sample_id.unique(), key=lambda i: content_hash('attend', settings.seed, i))[:settings.limit or None]
     plan = plan[plan.arm.isin(wanted) & plan.sample_id.isin(few) & ((plan.variant == 'plain') | (plan.arm == wanted[0]))].reset_index(drop=True)

@@ -12,9 +12,10 @@ from itertools import combinations
 import numpy as np, pandas as pd
 
 from ..core import content_hash, validate
+from .consistency import map_change_predicts_flip
 from .map_tables import HEAD_MEASURES, MEASURES
 from .metrics import Cells, answer_table, term_rows, Term, subgroups
-from ..stats import auroc, bootstrap_rows, holm, mean, together
+from ..stats import holm, mean, together
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #6049c1d8
 COLUMNS = {**{f'share_{g}': (0, 1) for g in ('image', 'report', 'question', 'special', 'template', 'beside')}, 'entropy': (0, np.inf), 'focus': (0, 1), 'gini': (0, 1), 'x': (0, 1), 'y': (0, 1), 'region': (0, 1),
@@ -176,7 +177,7 @@ def agreement_rows(
 def change_rows(
     changes:pd.DataFrame, # from `change_table`
     **boot,               # n_boot, level, seed, minimum
-)->list[dict]:            # metrics rows: map_change (JS, bits), answer_change (of the probability), flips_same_film, map_change_auroc (of flips), map_answer_rho (Spearman)
+)->list[dict]:            # metrics rows: map_change (JS, bits), answer_change (of the probability), flips_same_film, map_change_auroc (of flips)
     "How far maps and answers moved while the film stayed, and whether the one tells of the other."
     out, how = [], {k: v for k, v in boot.items() if k != 'minimum'}
     named = dict(js='map_change', moved='answer_change', flipped='flips_same_film')
@@ -189,7 +190,7 @@ def change_rows(
             for r in mean_rows(g, list(named), dict.fromkeys(named, (0, 1)), **boot): add(dict(r, metric=named[r['metric']]))
             few, said = len(g) < boot.get('minimum', 10), dict(n=len(g), n_clusters=g.patient_id.nunique(), value=np.nan, ci_low=np.nan, ci_high=np.nan)
             if few or g.flipped.nunique() < 2: add(dict(said, metric='map_change_auroc', note='suppressed: fewer maps than are reported' if few else 'undefined: no answer flipped' if not g.flipped.any() else 'undefined: every answer flipped')); continue
-            got = bootstrap_rows(auroc, [g.js.to_numpy(), g.flipped.to_numpy()], g.patient_id.to_numpy(), bounds=(0, 1), batched=True, **how)
+            got = map_change_predicts_flip(g.js, g.flipped, g.patient_id, **how)
             add(dict(said, metric='map_change_auroc', value=float(got.value), ci_low=float(got.low), ci_high=float(got.high), note=str(got.note)))
     return out
 

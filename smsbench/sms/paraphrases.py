@@ -80,7 +80,7 @@ class Asked:
     plural: bool = False # does the verb stand in the plural?
     yes_no: bool = True  # can it be answered by yes or no?
 
-# %% ../../nbs/30a_sms.paraphrases.ipynb #83eb79ba
+# %% ../../nbs/30a_sms.paraphrases.ipynb #4082434c
 _NEGATED = re.compile(r"\b(no|not|without|absent|absence|free of|ruled out|excluded|lacks?|never|neither|nor)\b|n't\b", re.I)
 _SEEN = r'(?:present|seen|visible|visuali[sz]ed|evident|noted|identified|demonstrated|shown|found|apparent)'
 _PLACE = re.compile(r' (?:in|on|at|within|near|inside|along|across|around|over|under|behind) (?:the|this|that|these|those|both|either|each) .+$', re.I)
@@ -98,7 +98,7 @@ def many(
     head = re.split(r' (?:of|due to|in|on) ', name.lower())[0]
     return bool(re.search(r'(?<!ss)(?<!is)(?<!us)(?<!os)(?<=s)$|(sulci|gyri|hila|ganglia|bronchi|vertebrae|fossae|calculi|apices)$', head)) and not re.search(r'(pancreas|ascites|pons|lens|diabetes|series)$', head)
 
-# %% ../../nbs/30a_sms.paraphrases.ipynb #9d9994e8
+# %% ../../nbs/30a_sms.paraphrases.ipynb #6932e804
 def core(
     question:str, # as it was written
 )->str:           # without question mark, 'yes/no' tag and doubled words; 'Is/Are' becomes 'Is'
@@ -244,8 +244,8 @@ def meaning(
     named = any(re.search(rf'(?<![\w-]){re.escape(n)}(?![\w-])', said) for n in names)
     return finding if named else '', len(_NO.findall(re.sub(rf'{re.escape(finding.lower())}', ' ', said))) % 2 == 1
 
-# %% ../../nbs/30a_sms.paraphrases.ipynb #af429df0
-_NEEDS = ('question_variant', 'variant_index', 'strategy')
+# %% ../../nbs/30a_sms.paraphrases.ipynb #ea774a07
+_NEEDS = ('question_variant', 'strategy')
 
 def slug(
     strategy:str, # free text
@@ -253,7 +253,7 @@ def slug(
     "A user's word for a strategy as part of a variant's name."
     return re.sub(r'[^a-z0-9]+', '-', strategy.lower()).strip('-') or 'own'
 
-# %% ../../nbs/30a_sms.paraphrases.ipynb #9dc0b9b2
+# %% ../../nbs/30a_sms.paraphrases.ipynb #2196967c
 def own_wordings(
     table:pd.DataFrame,       # text columns, see above
 )->dict[str, list[Variant]]:  # question -> its wordings, variant 0 first

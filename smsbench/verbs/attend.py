@@ -13,6 +13,7 @@ import typer
 
 from ..core import InputError, RunError
 from .app import BootOption, JsonOption, MatchOption, OutOption, RemoteOption, RootOption, SeedOption, app, say, split_list
+from .data import ParaphrasesOption, parse_rewordings
 
 # %% ../../nbs/59c_verbs.attend.ipynb #dbe7244f
 def layer_choice(
@@ -51,7 +52,7 @@ def attend(
     heads: Annotated[str, typer.Option(help='Heads of these maps: mean, max, entropy, or a number.')] = 'mean',
     keep: Annotated[str, typer.Option(help='rows: every head; pooled: the mean over the heads of each layer, for large models and cohorts.')] = 'rows',
     baseline: Annotated[bool, typer.Option(help='Ask the same model with random weights about the films with a region.')] = True,
-    paraphrases: Annotated[int, typer.Option(min=0, help='Rewordings of every question: does the map move with the answer?')] = 0,
+    paraphrases: ParaphrasesOption = '',
     limit: Annotated[int, typer.Option(min=0, help='Samples at most; 0: all.')] = 0,
     seed: SeedOption = 0, match: MatchOption = '', n_boot: BootOption = 2000,
     device: Annotated[str, typer.Option(help='cpu, cuda, cuda:1 or auto.')] = 'auto',
@@ -74,7 +75,7 @@ def attend(
     if (cohort_file is None) == (manifest is None): raise InputError('name the data in one way: --cohort, or --manifest with --root')
     if manifest is not None and root is None: raise InputError("--manifest needs --root, the folder of the dataset's files")
     if n_boot < 100: raise InputError(f'--n-boot {n_boot}: at least 100 resamples are needed for an interval')
-    settings = AttendSettings(split_list(arms), split_list(queries), split_list(methods), layer_choice(layers), int(heads) if heads.isdigit() else heads, keep, baseline, seed, split_list(match), paraphrases, limit, n_boot=n_boot, system=system, extra=extra)
+    settings = AttendSettings(split_list(arms), split_list(queries), split_list(methods), layer_choice(layers), int(heads) if heads.isdigit() else heads, keep, baseline, seed, split_list(match), limit, n_boot=n_boot, system=system, extra=extra, **parse_rewordings(paraphrases))
     if manifest is not None: from smsbench.data.manifest import build_all; table = build_all(manifest, root, remote=allow_remote)
     else: table = read_table(cohort_file, 'cohort')
     compare(table, model, out, settings, read_regions(regions), root or '', allow_remote, device=device, dtype=dtype, revision=revision, quantization=quantization, trust_remote_code=trust_remote_code)

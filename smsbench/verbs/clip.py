@@ -223,7 +223,7 @@ def save_explained(
 ):         # its metrics table as it may be shown
     "metrics.parquet, tables/*.csv, figures/*.png; pictures and names of films, and curves of few patients, only where the cohort is open."
     from smsbench.core import environment, write_json, write_table
-    from smsbench.report.cam_figures import baseline_figure, cascade_figure, perturbation_figure
+    from smsbench.report.cam_figures import baseline_figure, cascade_figure, iou_figure, perturbation_figure
     from smsbench.report.clip_page import explained_panels
     from smsbench.report.external import shareable
     access = found.marked.films.attrs.get('access', 'open')
@@ -235,6 +235,7 @@ def save_explained(
         for name, t in dict(films=found.rows, left_out=found.marked.readings.excluded).items(): t.to_csv(run/f'tables/{name}.csv', index=False)
         figures |= dict(panels=explained_panels(found))
     if access == 'open' or found.curves.patient_id.nunique() >= 10: figures |= dict(faithfulness=perturbation_figure(found.curves))
+    if access == 'open' or found.rows.patient_id.nunique() >= 10: figures |= dict(iou=iou_figure({next(iter(found.maps.values())).method: found.iou})); found.iou.to_csv(run/'tables/iou.csv', index=False)
     if len(found.cascade): figures |= dict(cascade=cascade_figure(shareable(found.cascade, access))); shareable(found.cascade, access).to_csv(run/'tables/cascade.csv', index=False)
     for name, f in figures.items():
         if f is not None: (run/f'figures/{name}.png').write_bytes(f.png())

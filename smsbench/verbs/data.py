@@ -128,8 +128,8 @@ def _shares(text):
         except ValueError: raise InputError(f'--sizes {part}: write NAME=SHARE, e.g. train=0.7') from None
     return out
 
-# %% ../../nbs/59a_verbs.data.ipynb #66a0a35d
-ParaphrasesOption = Annotated[str, typer.Option(help='Ask every question in other words as well: a number (so many rewordings by rule), a CSV file with rewordings of your own, or cohort (rows of the cohort are wordings).')]
+# %% ../../nbs/59a_verbs.data.ipynb #4b353133
+ParaphrasesOption = Annotated[str, typer.Option(help='Ask every question in other words as well: a number (so many rewordings by rule), a CSV file with rewordings of your own (columns question, question_variant, strategy, and inverted: yes where the answer is the other one), or cohort (rows of the cohort are wordings).')]
 ProbesOption = Annotated[str, typer.Option(help='Probes, comma-separated, or all: foil (one statement of the report turned round), removed (taken out), history (a misleading earlier report), unmatched (the answer "unmatched" is allowed).')]
 
 def parse_rewordings(
@@ -141,7 +141,7 @@ def parse_rewordings(
     if text == 'cohort' or text.endswith('.csv'): return dict(paraphrases=text) if text == 'cohort' else dict(wordings=text)
     raise InputError(f'--paraphrases {text}: give a number, a .csv file, or cohort')
 
-# %% ../../nbs/59a_verbs.data.ipynb #f8801ba2
+# %% ../../nbs/59a_verbs.data.ipynb #fcff7bac
 def parse_probes(
     text:str, # what stands behind --probes
 )->tuple[str, ...]:
