@@ -154,7 +154,7 @@ def read_table(
     path,        # parquet file
     kind:str='', # schema it must meet; '' checks nothing
 )->pd.DataFrame: # the table, its metadata in `.attrs`
-    "Read a table; `InputError` where the file is missing, is no parquet, or breaks its schema."
+    "Read a table; `InputError` where the file is missing, is no parquet, breaks its schema, or is a cohort that does not say whether it is open or credentialed."
     import pyarrow as pa, pyarrow.parquet as pq
     try: table = pq.ParquetFile(path).read()
     except FileNotFoundError: raise InputError(f'{path}: no such file') from None
@@ -163,7 +163,9 @@ def read_table(
     except ValueError: about = None                          # a comment or key that another program wrote into the file
     if not isinstance(about, dict): raise InputError(f'{path}: its metadata are not those of a table that smsbench wrote; make it again')
     df.attrs = about
-    return validate(df, kind) if kind else df
+    if kind: df = validate(df, kind)
+    if kind == 'cohort' and about.get('access') not in ('open', 'credentialed'): raise InputError(f'{path}: its metadata do not say whether the data are open or credentialed (access); make it with smsbench cohort')
+    return df
 
 # %% ../nbs/00_core.ipynb #b3384594
 def environment(

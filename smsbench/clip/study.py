@@ -102,7 +102,9 @@ class Marked(NamedTuple):
     images: list       # their pixels
     readings: Readings # marks laid on them, one row per film, finding and reader
 
-# %% ../../nbs/45_clip.study.ipynb #f176465f
+# %% ../../nbs/45_clip.study.ipynb #b1d2d5d1
+_UNTOLD = 'no mark fits a film of this split and a finding that it has; names are not told of credentialed data'
+
 def marked_films(
     films:Films,      # of one split
     marks=None,       # from `read_marks`; None takes the boxes of the cohort
@@ -113,13 +115,15 @@ def marked_films(
     "Which films somebody marked; `InputError` where none is."
     held = film_marks(films) if marks is None else marks
     at = named_films(held, films.table)
-    if not at: raise InputError('no film of this split is marked; choose another split, or give a file of marks' if marks is None else f'none of {len(held)} marks is of a film of this split; the first names {held.film.iat[0]!r}')
+    open_data = films.attrs.get('access') == 'open'
+    if not at: raise InputError('no film of this split is marked; choose another split, or give a file of marks' if marks is None else f'none of {len(held)} marks is of a film of this split; the first names {held.film.iat[0]!r}' if open_data else _UNTOLD)
     some = films.take(at); images = list(read_films(some))
-    read = place_marks(held, some.table, [x.shape for x in images], names)
+    try: read = place_marks(held, some.table, [x.shape for x in images], names)
+    except InputError as e: raise e if open_data else InputError(_UNTOLD) from None
     place = {f: k for k, f in enumerate(some.table.film_id)}
     fits = np.array([f in films.classes and some.targets[f].iat[place[i]] == 1 for i, f in zip(read.table.film_id, read.table.finding)], bool)
     left = read.table[~fits].assign(film=lambda t: t.film_id, row=0, reason='the film does not have that finding, or it is no class')[['film', 'finding', 'reader', 'row', 'reason']]
-    if not fits.any(): raise InputError(f"no mark is of a finding that its film has; the classes are {', '.join(films.classes)}, the marks of {', '.join(sorted(set(read.table.finding))[:6])}")
+    if not fits.any(): raise InputError(_UNTOLD if not open_data else f"no mark is of a finding that its film has; the classes are {', '.join(films.classes)}, the marks of {', '.join(sorted(set(read.table.finding))[:6])}")
     keep = sorted(set(read.table.film_id[fits]), key=lambda f: content_hash(seed, f))[:limit or None]
     fits &= read.table.film_id.isin(keep).to_numpy()
     at = [place[f] for f in keep]
@@ -156,17 +160,17 @@ def explain_films(
     images, known = [marked.images[place[f]] for f, _ in keys], {c: target_of(clip, prompts[c]) for c in {c for _, c in keys}}
     asked, how = [known[c] for _, c in keys], dict(method=method, layer=layer, empty='keep')
     maps = explain_many(clip, images, asked, show=show, **how)
-    rival = explain_many(shuffled(clip, list(stages(clip))[-1], seed), images, asked, **how)
-    rows = agreement(marked.readings, dict(zip(keys, maps)), dict(shuffled=dict(zip(keys, rival))), smooth=True)
+    held, lost = dict(zip(keys, maps)), dict(zip(keys, explain_many(shuffled(clip, list(stages(clip))[-1], seed), images, asked, **how)))
+    rows = agreement(marked.readings, held, dict(shuffled=lost), smooth=True)
     about = pd.DataFrame([dict(film_id=f, patient_id=marked.films.table.patient_id.iat[place[f]], finding=c) for f, c in keys])
     full = [i for i, m in enumerate(maps) if not m.empty][:n_curves]
     curves = perturbation_curves(clip, [images[i] for i in full], [maps[i] for i in full], [asked[i] for i in full], about.iloc[full], seed=seed)
     metrics = [agreement_metrics(rows, between_readers(marked.readings), clip.name, n_boot), faithfulness_metrics(curve_areas(curves), clip.name, n_boot=n_boot)]
     table, every = marked.readings.table, list(zip(marked.readings.table.film_id, marked.readings.table.finding))
-    drawn = iou_curves([dict(zip(keys, maps))[k] for k in every], marked.readings.masks, table, dict(shuffled=[dict(zip(keys, rival))[k] for k in every]), True, n_boot)
+    drawn = iou_curves([held[k] for k in every], marked.readings.masks, table, dict(shuffled=[lost[k] for k in every]), True, n_boot)
     some = full[:n_cascade]
     fading = cascade_metrics(cascade(clip, [images[i] for i in some], [maps[i] for i in some], [asked[i] for i in some], about.iloc[some], seed=seed, layer=layer), clip.name, n_boot) if some else pd.DataFrame()
-    return Explained(validate(pd.concat(metrics, ignore_index=True), 'metrics'), rows, curves, drawn, marked, dict(zip(keys, maps)), fading)
+    return Explained(validate(pd.concat(metrics, ignore_index=True), 'metrics'), rows, curves, drawn, marked, held, fading)
 
 # %% ../../nbs/45_clip.study.ipynb #71b1b239
 def target_of(

@@ -207,8 +207,9 @@ def measure(
     scores = zero_shot(clip, tested, prompts, embeddings=x[at])
     if thresholds is not None: thresholds.check(tested.table.patient_id, scores.attrs)
     parts = [classification_metrics(scores, tested.targets, tested.table.patient_id, thresholds, clip.name, **how)]
-    try: parts.append(retrieve(clip, tested, embeddings=x[at], **how))
-    except InputError as e: notes.append(str(e) if access != 'credentialed' else 'no retrieval: too few films have a report')   # the message counts them
+    told = int((tested.table.text.str.strip() != '').sum())
+    if told >= 2: parts.append(retrieve(clip, tested, embeddings=x[at], **how))
+    else: notes.append('no retrieval: too few films have a report' + (f' ({told} of {len(tested)}; two are needed)' if access == 'open' else ''))
     held = embedded(x[at], tested.targets, tested.table.patient_id, films.kind)
     parts.append(space_metrics(held, clip.name, n_boot=min(how.get('n_boot', 200), 200), seed=how.get('seed', 0)))
     shots = None

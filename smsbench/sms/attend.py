@@ -58,7 +58,7 @@ class AttendSettings(Wordings):
         if self.keep == 'pooled' and self.heads != 'mean': raise InputError(f'heads {self.heads!r} need --keep rows; --keep pooled keeps the mean over heads only')
 
     @property
-    def asked(self): return {k: v for k, v in self.__dict__.items() if k not in ('part_size', 'paraphrases', 'wordings')} | self.worded
+    def asked(self): return {k: v for k, v in self.__dict__.items() if k not in ('paraphrases', 'wordings')} | self.worded
 
 # %% ../../nbs/36c_sms.attend.ipynb #e57c2b3c
 def attend_plan(
@@ -210,8 +210,9 @@ def conclude_attention(
     looks, profile = look_table(plan, store, marked, [*models, *(m for m in dict.fromkeys(said.model) if m.endswith(RANDOM))], **shown_as, methods=settings.methods)
     pairs = pd.concat([pair_table(plan, store, (a, b), **shown_as) for i, a in enumerate(models) for b in models[i + 1:]] or [pd.DataFrame()], ignore_index=True)
     changes = change_table(plan, store, answer_table(plan, own), models, **shown_as)
-    for name, t in dict(looks=with_baselines(looks, profile, settings.seed), profile=profile, pairs=pairs, changes=changes).items(): write_table(t, run/f'{name}.parquet')
-    metrics = attention_metrics(looks, profile, pairs, changes, plan, own, measured, **boot)
+    full = with_baselines(looks, profile, settings.seed)
+    for name, t in dict(looks=full, profile=profile, pairs=pairs, changes=changes).items(): write_table(t, run/f'{name}.parquet')
+    metrics = attention_metrics(full, pairs, changes, plan, own, measured, **boot)
     write_table(metrics, run/'metrics.parquet', 'metrics')
     for line in void_lines(delivery): run.log(line)
 

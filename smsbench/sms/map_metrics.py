@@ -47,12 +47,15 @@ def sign_flip(
     n:int=9999,  # flips
     seed:int=0,  # of the flips
 )->float:        # two-sided p; 1 where nothing differs; NaN without a pair
-    "Is the mean difference zero?"
-    from scipy.stats import permutation_test
+    "Sign-flip permutation test of the patients' summed differences: every pattern of signs where there are few patients, else `n` random ones (the own one among them)."
     d = pd.Series(np.asarray(differences, float)).groupby(np.asarray(patients)).sum(min_count=1).dropna().sort_index().to_numpy()
     if not len(d): return float('nan')
     if not d.any(): return 1.
-    return float(permutation_test((d,), lambda x, axis: x.sum(axis), permutation_type='samples', vectorized=True, n_resamples=n, rng=seed).pvalue)
+    few = 2**len(d) <= n
+    rng = np.random.default_rng(seed)
+    signs = [(np.arange(2**len(d))[:, None] >> np.arange(len(d)) & 1)*2. - 1] if few else (rng.choice((-1., 1.), (min(1000, n - i), len(d))) for i in range(0, n, 1000))   # in blocks, for memory
+    beyond = sum(int((abs(s @ d) >= abs(d.sum())*(1 - 1e-12)).sum()) for s in signs)
+    return beyond/2**len(d) if few else (beyond + 1)/(n + 1)
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #65d568f7
 def halves(
@@ -196,13 +199,12 @@ def change_rows(
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #a52091bd
 def attention_metrics(
-    looks, profile, pairs, changes, # tables of `look_table`, `pair_table`, `change_table`
+    full, pairs, changes,           # tables of `with_baselines`, `pair_table`, `change_table`
     plan, predictions,              # what was asked and answered, baselines left out
     measured,                       # metrics table of `smsbench.sms.metrics.measure`
     **boot,                         # n_boot, level, seed, minimum
 )->pd.DataFrame:                    # metrics table
     "Answers and maps in one metrics table; counts below ten are hidden where data are credentialed."
-    full = with_baselines(looks, profile, boot.get('seed', 0))
     rows = map_rows(full, **boot) + between_rows(full, pairs, **boot) + agreement_rows(plan, predictions, **boot) + change_rows(changes, **boot)
     table = pd.DataFrame(rows)[list(measured.columns)]
     if plan.attrs.get('access') == 'credentialed':

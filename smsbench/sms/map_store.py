@@ -95,14 +95,15 @@ def maps_path(
 def _write_maps(path, packed):
     with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, **{f'{t}.{m}.{k}': v for t, by in packed.items() for m, arrays in by.items() for k, v in arrays.items()})
 
-def _read_maps(path, wanted):
-    "trial -> method -> arrays."
-    out = {}
-    with np.load(path, allow_pickle=False) as z:
-        for n in z.files:
-            trial, method, array = n.split('.')
-            if trial in wanted: out.setdefault(trial, {}).setdefault(method, {})[array] = z[n]
-    return out
+def _opened(path):
+    "trial -> method -> arrays, of a part; its list of names is read once."
+    z, names = np.load(path, allow_pickle=False), {}
+    for n in z.files: names.setdefault(n.split('.')[0], []).append(n)
+    def arrays(trial):
+        out = {}
+        for n in names.get(trial, ()): _, method, array = n.split('.'); out.setdefault(method, {})[array] = z[n]
+        return out
+    return arrays
 
 # %% ../../nbs/36_sms.map_store.ipynb #a4796466
 def known_methods(
@@ -156,8 +157,7 @@ def attend_part(
         done = read_table(path, 'predictions')
         if done.attrs['plan_hash'] != plan_hash: raise InputError(f'{run.path} holds maps of another plan; choose another --out')
         old = {r['trial_id']: r for r in done.to_dict('records') if r['parse_status'] != 'error'}
-        if all(t.trial_id in old for t in trials): [tick() for _ in trials]; return done
-        kept = _read_maps(maps, set(old))
+        part = _opened(maps); kept = {t: part(t) for t in old}
     for t in trials:
         if t.trial_id not in old:
             row, packed = look_at(t, source, model, queries, keep, methods)
@@ -180,7 +180,7 @@ class MapStore:
             t = read_table(p)
             self.where.update({(m, i): p.with_suffix('.npz').name for m, i, s in zip(t.model, t.trial_id, t.parse_status) if s != 'error'})
         if not self.where: raise InputError(f'{self.run.path}: no maps here yet; run smsbench attend with this --out')
-        self._rows = lru_cache(cache)(self._read)
+        self._rows, self._part = lru_cache(cache)(self._read), lru_cache(4)(_opened)
 
     def rows(self,
         model:str,    # name of the model
@@ -195,9 +195,9 @@ class MapStore:
 
     def _read(self, model, trial_id):
         path = self.run/'maps'/self.where[model, trial_id]
-        found = _read_maps(path, {trial_id}) if path.exists() else {}
-        if trial_id not in found: raise InputError(f'{self.run.path}: the rows of trial {trial_id} are gone; run smsbench attend again with this --out')
-        return {m: unpack(a) for m, a in found[trial_id].items()}
+        found = self._part(path)(trial_id) if path.exists() else {}
+        if not found: raise InputError(f'{self.run.path}: the rows of trial {trial_id} are gone; run smsbench attend again with this --out')
+        return {m: unpack(a) for m, a in found.items()}
 
     @property
     def nbytes(self):

@@ -186,10 +186,10 @@ def first_arm(
     "The arm that all others are compared with."
     return next(a for a in ARMS if a in set(plan.arm))
 
-# %% ../../nbs/36a_sms.map_tables.ipynb #288e5c36
-def _regions_of(trials, store, regions, model):
-    "trial -> region of the film that was shown (its lender's), or None."
-    return {t.trial_id: regions(t.image_id, store.rows(model, t.trial_id).layout.shape) if ARMS[t.arm].image in ('own', 'other', 'same', 'near') else None for t in trials}
+# %% ../../nbs/36a_sms.map_tables.ipynb #5d84a082
+def _region_of(trial, regions, shape):
+    "Region of the film that was shown (its lender's), or None."
+    return regions(trial.image_id, shape) if ARMS[trial.arm].image in ('own', 'other', 'same', 'near') else None
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #cb75966a
 def look_table(
@@ -205,12 +205,12 @@ def look_table(
     lines, profile, carried = [], [], ['trial_id', 'sample_id', 'patient_id', 'finding', 'arm', 'variant', 'label']
     for model in models:
         trials = [t for t in plan.itertuples(index=False) if (model, t.trial_id) in store.where]
-        marked = _regions_of(trials, store, regions, model)
         for t in progress(trials, f'measuring {model}', unit='trial'):
+            mask = _region_of(t, regions, store.rows(model, t.trial_id).layout.shape)
             for method in methods:
                 rows, about = store.rows(model, t.trial_id, method), dict(model=model, **{c: getattr(t, c) for c in carried}, method=method)
-                lines += [dict(about, query=q, **map_line(kept_map(rows, q, layers, heads), marked[t.trial_id])) for q in rows.queries]
-                if own_film(t.arm) and rows.kinds != ('joined',): profile += [dict(about, query=q, **l) for i, q in enumerate(rows.queries) for l in head_lines(rows, marked[t.trial_id], i)]
+                lines += [dict(about, query=q, **map_line(kept_map(rows, q, layers, heads), mask)) for q in rows.queries]
+                if own_film(t.arm) and rows.kinds != ('joined',): profile += [dict(about, query=q, **l) for i, q in enumerate(rows.queries) for l in head_lines(rows, mask, i)]
     return pd.DataFrame(lines), pd.DataFrame(profile)
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #829b4b31
@@ -251,9 +251,10 @@ def change_table(
     layers='all',      # see `chosen_layers`
     heads='mean',      # see `pooled`
     most:int=64,       # pixels along the longer side
-)->pd.DataFrame:       # model, trial_id, sample_id, patient_id, finding, arm, variant, query, js, cosine, ssim, moved (of the probability of the label, 0..1), flipped
+)->pd.DataFrame:       # model, trial_id, sample_id, patient_id, finding, arm, variant, query, js, cosine, ssim, moved (of the probability of the label against the best other choice, 0..1), flipped
     "Same film, other text or other words: how far the map moved, and how far the answer."
-    base = {t.sample_id: t.trial_id for t in plan.itertuples(index=False) if t.arm == first_arm(plan) and t.variant == 'plain'}
+    lead = first_arm(plan)
+    base = {t.sample_id: t.trial_id for t in plan.itertuples(index=False) if t.arm == lead and t.variant == 'plain'}
     said = {(r.model, r.trial_id): r for r in answers.itertuples()}
     out = []
     for model in models:
@@ -262,6 +263,7 @@ def change_table(
             if first in (None, t.trial_id) or not own_film(t.arm) or not {(model, first), (model, t.trial_id)} <= set(store.where): continue
             one, two = store.rows(model, first), store.rows(model, t.trial_id)
             p, q = said[model, first], said[model, t.trial_id]
+            if not (p.parsed and q.parsed): continue                                              # an answer that was not read did not flip
             was = opposite(p.said) if getattr(t, 'inverted', False) else p.said           # yes to 'is it absent?' is no to 'is it there?'
             moved = abs(1/(1 + np.exp(-p.margin)) - 1/(1 + np.exp(-q.margin)))
             for name in one.queries:
