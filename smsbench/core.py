@@ -129,7 +129,8 @@ def validate(
     try: out = schema(kind).validate(df)
     except pe.SchemaError as e:
         column = getattr(e.schema, 'name', '?')
-        what = 'has duplicates' if 'duplicate' in str(e) else getattr(e.check, 'error', None) or str(e).split('\n')[0][:160]
+        bare = np.flatnonzero(df[column].isna()) if column in df else []
+        what = 'has duplicates' if 'duplicate' in str(e) else f'empty in {len(bare)} of {len(df)} rows, the first is row {bare[0] + 1}' if 'null values' in str(e) and len(bare) else getattr(e.check, 'error', None) or str(e).split('\n')[0][:160]
         raise InputError(f'{kind} table, column {column}: {what}') from None
     out.attrs = df.attrs
     return out

@@ -51,9 +51,9 @@ def test_every_family(family, folders, tmp_path):
     assert {'share_image', 'mass_over_uniform', 'mass_over_random', 'accuracy'} <= set(results.metrics.metric)
 
 
-def test_the_whole_verb(folders, cli, tmp_path):
-    write_table(phantom_cohort(16, findings=['effusion'], seed=3), tmp_path/'c.parquet', 'cohort')
-    args = ['attend', '--model', READER, '--model', folders('qwen2_vl'), '--cohort', 'c.parquet', '--out', 'run', '--n-boot', '200', '--limit', '12', '--arms', 'original,text_swap', '--queries', 'answer', '--methods', 'gradient', '--paraphrases', '1', '--json']
+def test_the_whole_verb(folders, cli, here, tmp_path):
+    write_table(phantom_cohort(14, findings=['effusion'], seed=3), tmp_path/'c.parquet', 'cohort')
+    args = ['attend', '--model', READER, '--model', folders('qwen2_vl'), '--cohort', 'c.parquet', '--out', 'run', '--n-boot', '200', '--limit', '10', '--arms', 'original,text_swap', '--queries', 'answer', '--methods', 'gradient', '--paraphrases', '1', '--json']
     code, out, err = cli(*args)
     assert code == 0, err
     said = json.loads(out)
@@ -62,15 +62,17 @@ def test_the_whole_verb(folders, cli, tmp_path):
     assert page.count('<img') >= 6 and 'Does the map lie on the finding?' in page and str(tmp_path) not in page
     results = load_attention(tmp_path/'run')
     assert set(results.looks.method) == {'raw', 'gradient'} and results.plan.variant.nunique() == 2 and {'maps_1.png', 'shares.png', 'profile.png', 'change.png'} <= {f.name for f in (tmp_path/'run/figures').iterdir()}
-    code, again, err = cli(*args)                                              # finished: nothing is loaded, nothing changes
+    assert {'wording_flips', 'wording_consistency', 'wording_entropy', 'wording_margin_spread', 'map_change'} <= set(results.metrics.metric) and results.metrics.subgroup.str.startswith('wording, strategy=').any()
+    pairs = results.metrics[(results.metrics.metric == 'js') & (results.metrics.subgroup == 'all')]; assert (pairs.n == results.plan.sample_id.nunique()).all()       # rewordings are no further films
+    code, again, err = here(*args)                                             # finished: nothing is loaded, nothing changes
     assert code == 0 and json.loads(again)['metrics'] == said['metrics'] and 'Loading weights' not in err
-    refused(cli(*args[:-1], '--heads', 'max'), 'another heads')
+    refused(here(*args[:-1], '--heads', 'max'), 'another heads')
 
 
-def test_wrong_input(cli, tmp_path):
+def test_wrong_input(folders, here, tmp_path):
     films = phantom_cohort(8, findings=['effusion'], seed=3); write_table(films, tmp_path/'c.parquet', 'cohort')
     blind = films.assign(image=''); blind.attrs = films.attrs; write_table(blind, tmp_path/'blind.parquet', 'cohort')
-    go = lambda *more, cohort='c.parquet', model=READER: cli('attend', '--model', model, '--cohort', cohort, '--out', 'run', '--n-boot', '100', *more)
+    go = lambda *more, cohort='c.parquet', model=READER: here('attend', '--model', model, '--cohort', cohort, '--out', 'run', '--n-boot', '100', *more)
     refused(go(cohort='blind.parquet'), 'no sample of this cohort has an image')
     refused(go('--layers', '7'), 'no layer 7', '0 to 2')
     refused(go('--heads', '9', cohort='c.parquet'), 'heads')
@@ -79,13 +81,26 @@ def test_wrong_input(cli, tmp_path):
     refused(go('--keep', 'all'), 'rows or pooled')
     refused(go(model='planted:image-only'), 'planted', 'no attention')
     refused(go(cohort='none.parquet'), 'none.parquet')
-    refused(cli('attend', '--model', READER, '--out', 'run'), 'one way')
+    refused(here('attend', '--model', READER, '--out', 'run'), 'one way')
     (tmp_path/'r.csv').write_text('film,x0,y0,x1,y1\na,1,2,3,4\n'); refused(go('--regions', 'r.csv'), 'sample_id or image')
+    (tmp_path/'r.csv').write_text(f'sample_id,x0,y0,x1,y1\n{films.sample_id[0]},900,900,950,950\n'); refused(go('--regions', 'r.csv'), 'regions, row 1', 'no pixel')
+    refused(go('--methods', 'composed', '--model', folders('qwen2_vl')), 'qwen2_vl', 'vision tower')        # said before the first model is asked
+    assert not (tmp_path/'run'/'config.json').exists()                                                   # so the corrected command may use the same folder
 
 
-def test_a_word_that_is_not_in_the_prompt_fails_the_run(cli, tmp_path):
+def test_a_map_without_weight_on_the_film_is_told_not_fatal(here, tmp_path):
+    "The gradient of the last layer is zero for every word but the answer."
+    write_table(phantom_cohort(12, findings=['effusion'], seed=3), tmp_path/'c.parquet', 'cohort')
+    code, out, err = here('attend', '--model', READER, '--cohort', 'c.parquet', '--out', 'run', '--arms', 'original', '--queries', 'asked,answer,asked', '--methods', 'gradient', '--layers', '2', '--n-boot', '100', '--no-baseline')
+    assert code == 0, err
+    results = load_attention(tmp_path/'run'); looks = results.looks
+    assert len(looks) == 12*2*2 and looks['empty'].sum() == 12 and set(looks[looks['empty']]['query']) == {'asked'} and looks[looks['empty']].focus.isna().all()      # a query named twice counts once
+    assert number(results, READER, 'empty', subgroup='method=gradient').value == 1 and (tmp_path/'run'/'report.html').exists()
+
+
+def test_a_word_that_is_not_in_the_prompt_fails_the_run(here, tmp_path):
     write_table(phantom_cohort(8, findings=['effusion'], seed=3), tmp_path/'c.parquet', 'cohort')
-    refused(cli('attend', '--model', READER, '--cohort', 'c.parquet', '--out', 'words', '--queries', 'kidney', '--n-boot', '100'), 'trials failed', "'kidney' is not a word", code=1)
+    refused(here('attend', '--model', READER, '--cohort', 'c.parquet', '--out', 'words', '--queries', 'kidney', '--n-boot', '100'), 'trials failed', "'kidney' is not a word", code=1)
     assert (read_table(next((tmp_path/'words/predictions').glob('*.parquet'))).parse_status == 'error').all()   # what failed is a row
 
 
@@ -143,7 +158,7 @@ def test_layer_and_head_chosen_on_other_films(truth):
     reader, follower = (number(truth, m, 'pixel_auroc_chosen_over_centre') for m in (READER, FOLLOWER))
     assert reader.ci_low > 0 > follower.ci_high and number(truth, READER, 'pixel_auroc_chosen').ci_low > .85
     chosen = truth.looks[(truth.looks.model == READER) & truth.looks.chosen_head.notna()]
-    assert len(chosen) > 30 and chosen.groupby('finding').chosen_layer.nunique().le(2).all()
+    assert len(chosen) > 30
 
 
 def test_shares_tell_who_looks(truth):
@@ -201,9 +216,8 @@ def test_masks_of_radiologists(real_data, tmp_path):
     root = real_data/'covid_notes'; cohort = build_all('covid_notes', root, check_images=False).cohort
     masks = pd.read_csv(root/'masks.csv', dtype=str)
     masks = masks[masks.structure.isin(['ground_glass_opacities', 'consolidation']) & (masks.aspect_ok == 'True')]
-    images = dict(zip(pd.read_csv(root/'metadata.csv', dtype=str).id, pd.read_csv(root/'metadata.csv', dtype=str).image))
-    table = pd.DataFrame(dict(image=masks.id.map(images), **{'mask': masks['mask']})).dropna()
-    some = cohort[cohort.image.isin(set(table.image))]; rest = cohort[~cohort.image.isin(set(table.image))].head(30)
+    table = masks.rename(columns=dict(id='sample_id'))[['sample_id', 'mask']]   # as the card says
+    some = cohort[cohort.sample_id.isin(set(table.sample_id))]; rest = cohort[~cohort.sample_id.isin(set(table.sample_id))].head(30)
     films = pd.concat([some, rest], ignore_index=True); films.attrs = cohort.attrs
     results = load_attention(attend(films, [READER], tmp_path/'run', AttendSettings(arms=('original',), queries=('answer',), n_boot=300, minimum=5), table, device='cpu').path)
     own = results.looks[results.looks.region.notna()]

@@ -17,6 +17,7 @@ from ..core import InputError, Run, RunError, content_hash, progress, read_json,
 from ..data.holding import hold
 from ..data.manifest import Built, shown
 from .audit import Source, by_image, prove_delivery, read_predictions
+from .consistency import measure_wordings
 from .map_metrics import RANDOM, attention_metrics, with_baselines
 from .map_store import KEEP, MapStore, attend_part, known_methods, maps_path
 from .map_tables import Regions, change_table, first_arm, look_table, pair_table
@@ -51,7 +52,7 @@ class AttendSettings(Wordings):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, 'methods', known_methods(self.methods))
+        object.__setattr__(self, 'methods', known_methods(self.methods)); object.__setattr__(self, 'queries', tuple(dict.fromkeys(self.queries)))
         if self.keep not in KEEP: raise InputError(f"keep {self.keep!r}: choose {' or '.join(KEEP)}")
         if not self.queries: raise InputError('at least one query is needed: answer, asked, or a word of the prompt')
         if blind := [a for a in self.arms if a in ARMS and ARMS[a].image == 'none']: raise InputError(f"{', '.join(blind)}: no film is shown there, so there is nothing to map; choose arms with an image")
@@ -100,8 +101,10 @@ def open_attending(
 ):             # an `HFModel`
     "Load a model whose attention can be read; `InputError` for one without, and for layers or heads that it does not have."
     from smsbench.vlm.attention import layer_kinds
+    from smsbench.vlm.composed import vision_modules
     check_attending(spec, **how)
     model = open_model(spec, system=settings.system, extra=settings.extra, **how).model
+    if 'composed' in settings.methods: vision_modules(model)
     layers, heads = list(layer_kinds(model)), getattr(model.model.config.get_text_config(), 'num_attention_heads', 1)
     if not isinstance(settings.layers, str) and (off := sorted(set(settings.layers) - set(layers))): raise InputError(f'{model.name}: no layer {off[0]}; it has {layers[0]} to {layers[-1]}' + (f' ({len(layers)} that see the film)' if len(layers) <= layers[-1] else ''))
     if isinstance(settings.layers, str) and settings.layers not in ('all', 'last_half', 'last_quarter'): raise InputError(f'layers {settings.layers!r}: choose all, last_half, last_quarter or numbers, e.g. 0,1')
@@ -165,8 +168,9 @@ def attend(
     about = {k: cohort.attrs.get(k) for k in ('manifest', 'version', 'access', 'manifest_hash', 'licence', 'citation', 'title')}
     marked = Regions(source, regions)
     frozen = dict(kind='attend', models=names, cohort=about, cohort_hash=cohort_hash(cohort), regions=table_hash(regions) if regions is not None else '', **settings.asked)
-    made = attend_plan(cohort, source, settings) if not (run/'plan.parquet').exists() else None
-    first = open_attending(models[0], settings, **how) if not (run/'config.json').exists() else None   # what is wrong with plan or model leaves no half-made run
+    fresh = not (run/'config.json').exists()
+    made = attend_plan(cohort, source, settings) if fresh or not (run/'plan.parquet').exists() else None
+    first = _before_the_first_trial(models, made[0], source, marked, settings, how) if fresh else None
     run.freeze(frozen, root=str(source.root), **how)
     if made: write_table(made[1], run/'plan_exclusions.parquet'); write_table(made[0], run/'plan.parquet', 'plan')
     plan = read_table(run/'plan.parquet', 'plan')
@@ -177,6 +181,12 @@ def attend(
     _write_environment(run, plan, about, how.get('device', ''))
     conclude_attention(run, settings, marked)
     return run
+
+def _before_the_first_trial(models, plan, source, marked, settings, how):
+    "The first model, opened. What is wrong with a region, or with a layer, head or method of any model, is said now and leaves no half-made run."
+    marked.check(dict.fromkeys(i for i in plan.image_id if i in source.rows))
+    for spec in reversed(models): first = None; first = open_attending(spec, settings, **how)
+    return first
 
 def _one_model(spec, plan, source, run, settings, marked, how, opened=None):
     name = model_name(spec); _same_model(run, name, spec, how)
@@ -205,7 +215,8 @@ def conclude_attention(
     own.attrs, models = said.attrs, list(dict.fromkeys(own.model))
     delivery = prove_delivery(plan, own); write_json(delivery, run/'delivery.json')
     boot = dict(n_boot=settings.n_boot, seed=settings.seed, minimum=settings.minimum)
-    measured = mark_void(measure(plan, own, **boot), delivery)
+    measured, worded = measure(plan, own, **boot), measure_wordings(plan, own, **boot)
+    if len(worded): about = measured.attrs; measured = pd.concat([measured, worded], ignore_index=True); measured.attrs = about
     shown_as = dict(layers=settings.layers, heads=settings.heads)
     looks, profile = look_table(plan, store, marked, [*models, *(m for m in dict.fromkeys(said.model) if m.endswith(RANDOM))], **shown_as, methods=settings.methods)
     pairs = pd.concat([pair_table(plan, store, (a, b), **shown_as) for i, a in enumerate(models) for b in models[i + 1:]] or [pd.DataFrame()], ignore_index=True)
@@ -213,7 +224,7 @@ def conclude_attention(
     full = with_baselines(looks, profile, settings.seed)
     for name, t in dict(looks=full, profile=profile, pairs=pairs, changes=changes).items(): write_table(t, run/f'{name}.parquet')
     metrics = attention_metrics(full, pairs, changes, plan, own, measured, **boot)
-    write_table(metrics, run/'metrics.parquet', 'metrics')
+    write_table(mark_void(metrics, delivery), run/'metrics.parquet', 'metrics')
     for line in void_lines(delivery): run.log(line)
 
 # %% ../../nbs/36c_sms.attend.ipynb #fe902f3b

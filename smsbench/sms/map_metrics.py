@@ -17,8 +17,8 @@ from .map_tables import HEAD_MEASURES, MEASURES
 from .metrics import Cells, answer_table, term_rows, Term, subgroups
 from ..stats import holm, mean, together
 
-# %% ../../nbs/36b_sms.map_metrics.ipynb #6049c1d8
-COLUMNS = {**{f'share_{g}': (0, 1) for g in ('image', 'report', 'question', 'special', 'template', 'beside')}, 'entropy': (0, np.inf), 'focus': (0, 1), 'gini': (0, 1), 'x': (0, 1), 'y': (0, 1), 'region': (0, 1),
+# %% ../../nbs/36b_sms.map_metrics.ipynb #6d9a7f0e
+COLUMNS = {**{f'share_{g}': (0, 1) for g in ('image', 'report', 'question', 'special', 'template', 'beside')}, 'entropy': (0, np.inf), 'focus': (0, 1), 'gini': (0, 1), 'x': (0, 1), 'y': (0, 1), 'region': (0, 1), 'empty': (0, 1),
            **{m + b: (0, 1) for b in ('', '_uniform', '_centre', '_random', '_chosen') for m in MEASURES}, **{f'{m}_over{b}': (-1, 1) for b in ('_uniform', '_centre', '_random') for m in MEASURES},
            **{f'{m}_chosen_over{b}': (-1, 1) for b in ('_uniform', '_centre', '_random') for m in MEASURES}} # column -> range of its values
 
@@ -146,6 +146,7 @@ def between_rows(
 )->list[dict]:          # metrics rows of models 'A − B' and 'A × B'
     "Two models on the same films: differences, and how alike their maps are. No difference of shares, and no test, where one is 1 by construction."
     out, tested, keys = [], [], ['trial_id', 'query', 'method']
+    pairs = pairs[pairs.variant == 'plain'] if len(pairs) else pairs
     for a, b in combinations(sorted(set(full.model)), 2):
         across = _cross(full[full.model.isin([a, b])])
         both = full[full.model == a].merge(full[full.model == b][[*keys, *(c for c in COMPARED if c in full)]], on=keys, suffixes=('', '_b'))
@@ -176,25 +177,34 @@ def agreement_rows(
             out += [dict(r, model=f'{a} × {b}', subgroup='all') for r in term_rows([Term('agreement', arm, both & (cells[a](arm, 'said') == cells[b](arm, 'said')), both)], cells[a].patients, **boot)] if both.any() else []
     return out
 
-# %% ../../nbs/36b_sms.map_metrics.ipynb #598ca68a
+# %% ../../nbs/36b_sms.map_metrics.ipynb #3aae26c6
+def _change_groups(changes):
+    "(model, arm, subgroup, rows): each arm in which the film stayed; all rewordings, and those of each strategy."
+    worded = changes.variant != 'plain'
+    for (model, arm), t in changes[~worded].groupby(['model', 'arm']): yield from ((model, arm, name, g) for name, g in _groups(t))
+    for model, t in changes[worded].groupby('model'):
+        yield from ((model, '', 'wording' if name == 'all' else f'wording, {name}', g) for name, g in _groups(t))
+        yield from ((model, '', f'wording, strategy={s}', g) for s, g in t[t['query'] == t['query'].iloc[0]].groupby('strategy'))
+
+def _flips_told(g, minimum, how):
+    "Whether the change of the map tells of a flip, as part of a metrics row."
+    row = dict(metric='map_change_auroc', n=len(g), n_clusters=g.patient_id.nunique(), value=np.nan, ci_low=np.nan, ci_high=np.nan)
+    if len(g) < minimum: return row | dict(note='suppressed: fewer maps than are reported')
+    if g.flipped.nunique() < 2: return row | dict(note='undefined: every answer flipped' if g.flipped.any() else 'undefined: no answer flipped')
+    got = map_change_predicts_flip(g.js, g.flipped, g.patient_id, **how)
+    return row | dict(value=float(got.value), ci_low=float(got.low), ci_high=float(got.high), note=str(got.note))
+
 def change_rows(
     changes:pd.DataFrame, # from `change_table`
     **boot,               # n_boot, level, seed, minimum
 )->list[dict]:            # metrics rows: map_change (JS, bits), answer_change (of the probability), flips_same_film, map_change_auroc (of flips)
     "How far maps and answers moved while the film stayed, and whether the one tells of the other."
+    if not len(changes): return []
     out, how = [], {k: v for k, v in boot.items() if k != 'minimum'}
     named = dict(js='map_change', moved='answer_change', flipped='flips_same_film')
-    kinds = changes.assign(kind=np.where(changes.variant == 'plain', changes.arm, 'wording'), flipped=changes.flipped.astype(float)) if len(changes) else changes
-    for (model, kind), t in kinds.groupby(['model', 'kind']) if len(changes) else ():
-        for name, g in _groups(t):
-            arm = g.arm.iloc[0] if kind != 'wording' else ''
-            name = name if kind != 'wording' else 'wording' if name == 'all' else f'wording, {name}'
-            add = lambda r, model=model, arm=arm, name=name: out.append(dict(model=model, arm=arm, subgroup=name, **r))
-            for r in mean_rows(g, list(named), dict.fromkeys(named, (0, 1)), **boot): add(dict(r, metric=named[r['metric']]))
-            few, said = len(g) < boot.get('minimum', 10), dict(n=len(g), n_clusters=g.patient_id.nunique(), value=np.nan, ci_low=np.nan, ci_high=np.nan)
-            if few or g.flipped.nunique() < 2: add(dict(said, metric='map_change_auroc', note='suppressed: fewer maps than are reported' if few else 'undefined: no answer flipped' if not g.flipped.any() else 'undefined: every answer flipped')); continue
-            got = map_change_predicts_flip(g.js, g.flipped, g.patient_id, **how)
-            add(dict(said, metric='map_change_auroc', value=float(got.value), ci_low=float(got.low), ci_high=float(got.high), note=str(got.note)))
+    for model, arm, subgroup, g in _change_groups(changes.assign(flipped=changes.flipped.astype(float))):
+        found = [dict(r, metric=named[r['metric']]) for r in mean_rows(g, list(named), dict.fromkeys(named, (0, 1)), **boot)]
+        out += [dict(model=model, arm=arm, subgroup=subgroup, **r) for r in (*found, _flips_told(g, boot.get('minimum', 10), how))]
     return out
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #a52091bd

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, progress
+from ..core import InputError, RunError, progress
 from ..data.film import phantom_masks
 from ..data.readers import read_image
-from .map_store import kept_map
+from .map_store import kept_map, kept_shares
 from .prompts import opposite
 from .shifts import ARMS
 from ..vlm.map_stats import centre_of_mass, centre_prior, cosine, entropy, focus, gini, jensen_shannon, localisation, region, ssim
@@ -46,11 +46,28 @@ class Regions:
     )->np.ndarray|None: # (H,W) bool; None where nothing is marked
         "The region; `InputError` for a mask of another size than the film, and for one that marks nothing. Errors name files of open data only."
         r = self.source.rows[sample_id]
-        if self.table: return self._union([self._file(n, t, shape) if isinstance(t, str) else region([t], shape) for n, t in self.table.get(sample_id, [])])
+        if self.table: return self._union([self._file(n, t, shape) if isinstance(t, str) else self._boxes(f'regions, row {n}', [t], shape) for n, t in self.table.get(sample_id, [])])
         if r.image.startswith('phantom:'): return self._union([phantom_masks(r.image)[r.finding]])
         if isinstance(getattr(r, 'mask', None), str): return self._union([self._file(list(self.source.rows).index(sample_id) + 1, r.mask, shape)] if r.mask else [])
         boxes = json.loads(getattr(r, 'boxes', '') or '[]')
-        return region(boxes, shape) if boxes else None
+        return self._boxes(f'sample {sample_id}' if not self.source.sealed else f'row {list(self.source.rows).index(sample_id) + 1}', boxes, shape) if boxes else None
+
+    def check(self,
+        sample_ids, # whose films will be shown
+    ):
+        "`InputError` for the first region that cannot be used, before any model runs. A film that cannot be read is left to its trial."
+        for n, i in enumerate(progress(list(sample_ids), 'reading regions', unit='film'), 1):
+            if not self.marks(i): continue
+            try: shape = self.source.image(i).shape[:2]
+            except InputError: continue
+            self(i, shape)
+
+    def marks(self, sample_id):
+        "Is anything marked on this sample's film?"
+        r = self.source.rows[sample_id]
+        if self.table: return sample_id in self.table
+        mask = getattr(r, 'mask', None)
+        return r.image.startswith('phantom:') or bool(mask if isinstance(mask, str) else json.loads(getattr(r, 'boxes', '') or '[]'))
 
     def _checked(self, number, row):
         "The mask's path, or the corners of a box."
@@ -59,6 +76,10 @@ class Regions:
         except (TypeError, ValueError): box = [np.nan]
         if not np.isfinite(box).all(): raise InputError(f'regions, row {number}: neither a mask nor four numbers')
         return box
+
+    def _boxes(self, what, boxes, shape):
+        try: return region(boxes, shape)
+        except InputError as e: raise InputError(f'{what}: {e}') from None
 
     def _union(self, masks): return np.logical_or.reduce(masks) if masks and np.any(masks) else None
 
@@ -191,7 +212,17 @@ def _region_of(trial, regions, shape):
     "Region of the film that was shown (its lender's), or None."
     return regions(trial.image_id, shape) if ARMS[trial.arm].image in ('own', 'other', 'same', 'near') else None
 
-# %% ../../nbs/36a_sms.map_tables.ipynb #cb75966a
+# %% ../../nbs/36a_sms.map_tables.ipynb #b12671bc
+def _line(rows, query, layers, heads, mask):
+    "What is measured of one map; where nothing fell on the film, on what it fell."
+    try: return dict(empty=False) | map_line(kept_map(rows, query, layers, heads), mask)
+    except RunError: return dict(empty=True) | {f'share_{g}': float(v) for g, v in kept_shares(rows, query, layers, heads).items() if g != 'said'}
+
+def _film(rows, query, layers, heads, most):
+    "A map on the film, or None where nothing fell on it."
+    try: return film_map(kept_map(rows, query, layers, heads), most)
+    except RunError: return None
+
 def look_table(
     plan,                  # the plan
     store,                 # `MapStore`
@@ -209,7 +240,7 @@ def look_table(
             mask = _region_of(t, regions, store.rows(model, t.trial_id).layout.shape)
             for method in methods:
                 rows, about = store.rows(model, t.trial_id, method), dict(model=model, **{c: getattr(t, c) for c in carried}, method=method)
-                lines += [dict(about, query=q, **map_line(kept_map(rows, q, layers, heads), mask)) for q in rows.queries]
+                lines += [dict(about, query=q, **_line(rows, q, layers, heads, mask)) for q in rows.queries]
                 if own_film(t.arm) and rows.kinds != ('joined',): profile += [dict(about, query=q, **l) for i, q in enumerate(rows.queries) for l in head_lines(rows, mask, i)]
     return pd.DataFrame(lines), pd.DataFrame(profile)
 
@@ -238,8 +269,8 @@ def pair_table(
         if not {(a, t.trial_id), (b, t.trial_id)} <= set(store.where): continue
         one, two = store.rows(a, t.trial_id), store.rows(b, t.trial_id)
         for q in (q for q in one.queries if q in two.queries):
-            films = [film_map(kept_map(r, q, layers, heads), most) for r in (one, two)]
-            out.append(dict(model_a=a, model_b=b, trial_id=t.trial_id, sample_id=t.sample_id, patient_id=t.patient_id, finding=t.finding, arm=t.arm, variant=t.variant, query=q, **likeness(*films)))
+            films = [_film(r, q, layers, heads, most) for r in (one, two)]
+            if not any(f is None for f in films): out.append(dict(model_a=a, model_b=b, trial_id=t.trial_id, sample_id=t.sample_id, patient_id=t.patient_id, finding=t.finding, arm=t.arm, variant=t.variant, query=q, **likeness(*films)))
     return pd.DataFrame(out)
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #a1f125f5
@@ -251,7 +282,7 @@ def change_table(
     layers='all',      # see `chosen_layers`
     heads='mean',      # see `pooled`
     most:int=64,       # pixels along the longer side
-)->pd.DataFrame:       # model, trial_id, sample_id, patient_id, finding, arm, variant, query, js, cosine, ssim, moved (of the probability of the label against the best other choice, 0..1), flipped
+)->pd.DataFrame:       # model, trial_id, sample_id, patient_id, finding, arm, variant, strategy, query, js, cosine, ssim, moved (of the probability of the label against the best other choice, 0..1), flipped
     "Same film, other text or other words: how far the map moved, and how far the answer."
     lead = first_arm(plan)
     base = {t.sample_id: t.trial_id for t in plan.itertuples(index=False) if t.arm == lead and t.variant == 'plain'}
@@ -266,7 +297,7 @@ def change_table(
             if not (p.parsed and q.parsed): continue                                              # an answer that was not read did not flip
             was = opposite(p.said) if getattr(t, 'inverted', False) else p.said           # yes to 'is it absent?' is no to 'is it there?'
             moved = abs(1/(1 + np.exp(-p.margin)) - 1/(1 + np.exp(-q.margin)))
-            for name in one.queries:
-                films = [film_map(kept_map(r, name, layers, heads), most) for r in (one, two)]
-                out.append(dict(model=model, trial_id=t.trial_id, sample_id=t.sample_id, patient_id=t.patient_id, finding=t.finding, arm=t.arm, variant=t.variant, query=name, **likeness(*films), moved=moved, flipped=was != q.said))
+            for name in (q for q in one.queries if q in two.queries):
+                films = [_film(r, name, layers, heads, most) for r in (one, two)]
+                if not any(f is None for f in films): out.append(dict(model=model, trial_id=t.trial_id, sample_id=t.sample_id, patient_id=t.patient_id, finding=t.finding, arm=t.arm, variant=t.variant, strategy=getattr(t, 'strategy', ''), query=name, **likeness(*films), moved=moved, flipped=was != q.said))
     return pd.DataFrame(out)

@@ -7,7 +7,8 @@ __all__ = ['freeze_plan', 'mark_void', 'conclude', 'void_lines', 'audit_the_file
            'run_import', 'AuditSettings', 'model_name', 'open_model', 'score_model', 'read_checks', 'check_lines',
            '_same_model']
 
-# %% ../../nbs/35_sms.run.ipynb #7b0bccc3
+# %% ../../nbs/35_sms.run.ipynb #7e6f5264
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def mark_void(
 )->pd.DataFrame:          # the same, with a note on every number that rests on a void arm
     "Say beside each number of a void arm, or of an arm compared with one, that it does not count."
     void = {m: {a for a, v in arms.items() if v['verdict'] == 'void'} for m, arms in delivery.items()}
-    rests = [bool(({r.arm} | ({ARMS[r.arm].versus, ARMS[r.arm].control} if r.arm in ARMS else set(ARMS))) & set().union(*(void.get(m, set()) for m in r.model.split(' − '))))
+    rests = [bool(({r.arm} | ({ARMS[r.arm].versus, ARMS[r.arm].control} if r.arm in ARMS else set(ARMS))) & set().union(*(void.get(m, set()) for m in re.split(' [−×] ', r.model))))
              for r in metrics.itertuples()]
     out = metrics.assign(note=['void: rests on an arm that was not delivered' if bad else note for bad, note in zip(rests, metrics.note)])
     out.attrs = metrics.attrs

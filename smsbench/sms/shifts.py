@@ -57,7 +57,7 @@ ARMS = {a.name: a for a in [
     Arm('history', text='history', control='history_same', tokens='differ', probe=True),
     Arm('history_same', text='history_same', tokens='differ', probe=True),
 ]}
-PROBES = {'foil': ('foil',), 'removed': ('removed',), 'history': ('history',), 'unmatched': ()} # probe -> arms it adds; unmatched is a prompt variant
+PROBES = {'foil': ('foil',), 'removed': ('removed',), 'history': ('history',), 'unmatched': ('image_swap', 'text_swap')} # probe -> arms it adds; unmatched is a prompt variant, right where something was swapped
 
 # %% ../../nbs/31_sms.shifts.ipynb #b0c93f16
 def select_arms(
