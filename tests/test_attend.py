@@ -200,7 +200,7 @@ def test_boxes_of_radiologists(real_data, tmp_path):
     from smsbench.data.manifest import build_all
     cohort = build_all('nih_cxr', real_data/'nih_cxr', check_images=False).cohort
     boxed = cohort[cohort.boxes.str.len() > 2]
-    others = cohort[(cohort.boxes.str.len() <= 2) & cohort.finding.isin(set(boxed.finding)) & (cohort.label == 'no')].groupby('finding').head(20)
+    others = cohort[(cohort.boxes.str.len() <= 2) & cohort.finding.isin(set(boxed.finding)) & (cohort.label == 'no')].groupby('finding').head(8)
     some = pd.concat([boxed, others], ignore_index=True); some.attrs = cohort.attrs
     results = load_attention(attend(some, [READER, FOLLOWER], tmp_path/'run', AttendSettings(queries=('answer',), n_boot=300), device='cpu').path)
     own = results.looks[(results.looks.arm == 'image_only') & results.looks.region.notna()]

@@ -63,10 +63,10 @@ def secrets(folder, printed):
     return [p.name for p in files if 'SECRET' in str(p.relative_to(folder)) or any(b'SECRET' in b for b in leaves(p))] + [s for s in printed if 'SECRET' in s]
 
 
-def test_nothing_that_is_written_or_printed_holds_a_secret(lent, cli, tmp_path):
+def test_nothing_that_is_written_or_printed_holds_a_secret(lent, cli, here, tmp_path):
     printed = []
     def run(*args, code=0):
-        got = cli(*args)
+        got = (cli if '--manifest' in args else here)(*args)          # one of them as a program of its own, with all that it prints
         assert got[0] == code, got
         printed.extend(got[1:])
     run('cohort', lent/'card.yaml', '--root', lent, '--out', 'c.parquet', '--report', 'page')
@@ -83,12 +83,12 @@ def test_nothing_that_is_written_or_printed_holds_a_secret(lent, cli, tmp_path):
     assert len(c) == 75 and c.patient_id.nunique() > 20 and set(c.ward) == {'one', 'two', 'withheld'} and set(c.note) == {'withheld'}
 
 
-def test_many_questions_about_few_films_hide_nothing_less(lent, cli, tmp_path):
+def test_many_questions_about_few_films_hide_nothing_less(lent, here, tmp_path):
     "Seven questions make seven samples of a film: values of few patients stay withheld, whatever the number of rows."
     ask = "{question: 'Is there pleural effusion?', label: {column: label, map: {'1': 'yes', '0': 'no'}}}"
     card = CARD[:CARD.index('tasks:')] + 'tasks:\n' + ''.join(f'  q{i}: {ask}\n' for i in range(7)) + 'strata: {ward: ward, age: age}\nkeep: [note]\nmax_excluded: 0.3\n'
     (tmp_path/'many.yaml').write_text(card)
-    shown = [cli('cohort', 'many.yaml', '--root', lent, '--out', 'c.parquet'), cli('audit', '--cohort', 'c.parquet', '--model', 'planted:text-only', '--arms', 'image_swap', '--out', 'run', '--n-boot', '100')]
+    shown = [here('cohort', 'many.yaml', '--root', lent, '--out', 'c.parquet'), here('audit', '--cohort', 'c.parquet', '--model', 'planted:text-only', '--arms', 'image_swap', '--out', 'run', '--n-boot', '100')]
     assert [s[0] for s in shown] == [0, 0], shown
     (tmp_path/'many.yaml').unlink()
     assert secrets(tmp_path, [t for s in shown for t in s[1:]]) == []
@@ -102,18 +102,18 @@ def test_the_search_would_find_them(lent):
     assert 'table.csv' in found and 'SECRETfile0.png' in found
 
 
-def test_small_counts_are_hidden(lent, cli, tmp_path):
-    code, out, _ = cli('cohort', lent/'card.yaml', '--root', lent, '--out', 'c.parquet')
+def test_small_counts_are_hidden(lent, here, tmp_path):
+    code, out, _ = here('cohort', lent/'card.yaml', '--root', lent, '--out', 'c.parquet')
     assert code == 0 and re.search(r'NaN label|unknown label', out) and '<10' in out
     about = read_table(tmp_path/'c.parquet').attrs
     assert set(about['excluded'].values()) == {'<10'} and not any(isinstance(s['removed'], int) and 0 < s['removed'] < 10 for s in about['funnel'])
 
 
-def test_other_files_do_not_open_it(lent, cli, tmp_path):
+def test_other_files_do_not_open_it(lent, here, tmp_path):
     "A sealed cohort is opened only by the data it was made from."
     import shutil
-    assert cli('cohort', lent/'card.yaml', '--root', lent, '--out', 'c.parquet')[0] == 0
+    assert here('cohort', lent/'card.yaml', '--root', lent, '--out', 'c.parquet')[0] == 0
     other = shutil.copytree(lent, tmp_path/'other')
     t = pd.read_csv(other/'table.csv', dtype=str); t.patient = 'x' + t.patient; t.to_csv(other/'table.csv', index=False)
-    code, _, err = cli('audit', '--cohort', 'c.parquet', '--root', other, '--model', 'planted:image-only', '--arms', 'image_swap', '--out', 'run')
+    code, _, err = here('audit', '--cohort', 'c.parquet', '--root', other, '--model', 'planted:image-only', '--arms', 'image_swap', '--out', 'run')
     assert code == 2 and 'are they the files it was made from' in err and err.count('smsbench:') == 1
