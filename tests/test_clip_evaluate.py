@@ -173,6 +173,24 @@ def test_thresholds_of_the_test_patients_are_refused_even_from_a_file(tmp_path):
     with pytest.raises(InputError, match='chose the thresholds'): compare(s, s, y, who, (choose_thresholds(s, y, who),) * 2)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(['multilabel', 'multiclass']))
+def test_what_is_withheld_is_no_difference_of_what_is_shown(seed, kind):
+    "Of credentialed data: no average stands beside a withheld part of it, and exclusive classes that are withheld are together no few films."
+    from smsbench.report.external import shareable
+    rng = np.random.default_rng(seed); n = 90; p = [.05, .1, .35, .5]
+    y = np.eye(4)[rng.choice(4, n, p=p)] if kind == 'multiclass' else (rng.random((n, 4)) < p).astype(float)
+    s = rng.random((n, 4)); scores = pd.DataFrame(s / s.sum(1, keepdims=True), columns=[*'abcd'])
+    raw = classification_metrics(scores, pd.DataFrame(y, columns=[*'abcd']), np.arange(n), Thresholds(dict.fromkeys('abcd', .25), 'given', frozenset(), {}, 0) if kind == 'multilabel' else None, kind=kind, n_boot=5)
+    out = shareable(raw, 'credentialed').set_index(['metric', 'subgroup']).value; raw = raw.set_index(['metric', 'subgroup']).value
+    for metric in ('prevalence', 'auroc', 'auprc', 'recall', 'f1', 'brier', 'ece'):
+        parts = [(metric, f'class={c}') for c in 'abcd']; whole = ('macro_' * (metric not in ('brier', 'ece')) + metric, 'all')
+        if metric in ('brier', 'ece') and kind == 'multiclass': continue                # there of the likeliest class, no average over classes
+        assert np.isnan(out[whole]) or not (out[parts].isna() & raw[parts].notna()).any()
+    few = [c for c in 'abcd' if np.isnan(out['prevalence', f'class={c}'])]; films = y[:, ['abcd'.index(c) for c in few]].sum()
+    assert kind == 'multilabel' or films == 0 or films >= 10
+
+
 def test_thresholds_chosen_on_noise_do_not_look_good_elsewhere():
     "What the refusal protects from: on their own films, thresholds flatter; on others they do not."
     rng = np.random.default_rng(3); n = 60; val, test = (pd.DataFrame(rng.random((n, 30))) for _ in range(2)); y = [(rng.random((n, 30)) < .1).astype(float) for _ in range(2)]
@@ -278,6 +296,21 @@ def test_external_validation_of_a_trained_checkpoint(trained, tmp_path):
     with pytest.raises(InputError, match='no external cohort'): external_validation(done.best, films, tmp_path/'home', device='cpu')
     left = external_validation(done.best, films, tmp_path/'left', seen='drop', few_shots=(), device='cpu', n_boot=50)
     assert len(films.of('test')) == left.metrics.set_index(['metric', 'subgroup']).n['macro_auroc', 'all']
+
+
+def test_a_refused_evaluation_costs_nothing_and_blocks_nothing(trained, tmp_path, capsys):
+    "What cannot work is refused before the model is asked; the corrected command may use the folder, and calls models by their runs."
+    from smsbench.cli import main
+    from smsbench.core import read_table, write_table
+    from smsbench.clip.tiny import tiny_clip
+    from smsbench.data.phantom import phantom_cohort
+    films, done = trained
+    cohort = phantom_cohort(40, seed=78, findings=tuple(films.classes), splits=dict(test=1.)); cohort.attrs['manifest'] = 'elsewhere'; write_table(cohort, tmp_path/'c.parquet', 'cohort')
+    words = ['clip', 'evaluate', '--cohort', str(tmp_path/'c.parquet'), '--model', str(done.best), '--out', str(tmp_path/'out'), '--n-boot', '30', '--device', 'cpu']
+    for wrong, said in (('--picture=tsne', "'tsne'"), ('--against=nosuch', 'nosuch')):
+        assert main([*words, wrong]) == 2 and said in capsys.readouterr().err and not (tmp_path/'out').exists()
+    assert main([*words, '--against', str(tiny_clip(tmp_path/'start', 'native'))]) == 0
+    assert set(read_table(tmp_path/'out'/'comparison.parquet').model) == {f'{done.best.parent.name} − start'} and set(read_table(tmp_path/'out'/'metrics.parquet').model) == {done.best.parent.name, 'chance'}
 
 
 def test_two_models_on_the_same_films(trained, tmp_path):

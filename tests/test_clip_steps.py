@@ -99,7 +99,7 @@ def test_residual_networks_refuse_chunks_until_their_statistics_are_held(folders
     model, batch = prepared(folders['resnet'])
     optimizer = torch.optim.SGD(model.parameters(), lr=.01)
     model.train()
-    with pytest.raises(InputError, match='hold_statistics'): train_step(model, batch, optimizer, chunks=2)
+    with pytest.raises(InputError, match='batch_norm=hold'): train_step(model, batch, optimizer, chunks=2)
     assert hold_statistics(model) > 0
     before = {n: b.clone() for n, b in model.named_buffers()}
     train_step(model, batch, optimizer, chunks=2)

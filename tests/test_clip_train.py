@@ -1,5 +1,6 @@
 "Training on cohorts: killed and resumed, broken films, credentialed photographs, two processes, and a model that learns."
-import json, os, signal, subprocess, sys, time
+import json, multiprocessing, os, signal, subprocess, sys, time
+from multiprocessing import forkserver
 
 import numpy as np, pandas as pd, pytest, torch
 
@@ -30,21 +31,34 @@ with processes('cpu'): train(films, load_clip(model, device='cpu'), TrainSetting
 '''
 
 
-def start(model, out, settings, before=()):
-    return subprocess.Popen([*(before or [sys.executable]), str(model.parent/'work.py'), str(model), str(out), json.dumps(settings)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'})
-
-
-def finish(p):
-    said = p.communicate(timeout=300)
-    assert p.returncode == 0, said[1][-2000:]
+def work(model, out, settings):
+    "What a process of its own does."
+    torch.set_num_threads(1)
+    films = films_of(phantom_cohort(50, size=64, seed=5, findings=('opacity', 'effusion')))
+    train(films, load_clip(str(model), device='cpu'), TrainSettings.of(**settings), out)
 
 
 @pytest.fixture(scope='module')
-def model(tmp_path_factory):
-    home = tmp_path_factory.mktemp('clip')
-    (home/'work.py').write_text(WORK)
-    return tiny_clip(home/'timm-hf', 'timm-hf')            # its text tower has dropout
+def start():
+    "Starts `work` in a new process, forked from one that has imported what takes long and has computed nothing."
+    server = multiprocessing.get_context('forkserver')
+    server.set_forkserver_preload(['torch', 'torchvision.transforms', 'open_clip', 'transformers', 'sklearn.metrics', 'smsbench.clip.train'])
+    with pytest.MonkeyPatch.context() as env:
+        for k in ('OMP_NUM_THREADS', 'HF_HUB_OFFLINE'): env.setenv(k, '1')
+        forkserver.ensure_running()
+    def begin(*task):
+        p = server.Process(target=work, args=task); p.start()
+        return p
+    return begin
+
+
+def finish(p):
+    p.join(300)
+    assert p.exitcode == 0                                 # what it said is in the captured output
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory): return tiny_clip(tmp_path_factory.mktemp('clip')/'timm-hf', 'timm-hf')            # its text tower has dropout
 
 
 def state(out):
@@ -59,7 +73,7 @@ def same(a, b):
     return a == b or (a != a and b != b)
 
 
-def test_killed_in_the_middle_of_an_epoch(tmp_path, model):
+def test_killed_in_the_middle_of_an_epoch(tmp_path, model, start):
     whole, often = tmp_path/'whole', tmp_path/'often'
     finish(start(model, whole, SETTINGS))
     per_epoch = state(whole)['history'][1]['steps']
@@ -67,9 +81,10 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path, model):
     for target in (1, per_epoch + 2):                      # so many steps are to be done, then the process dies
         p = start(model, often, SETTINGS)
         while (s := state(often)) is None or s['epoch'] * per_epoch + s['step'] < target:
-            assert p.poll() is None, p.communicate()[1][-2000:]
+            assert p.is_alive()
             time.sleep(.002)
-        p.send_signal(signal.SIGKILL); p.communicate()
+        os.kill(p.pid, signal.SIGKILL); p.join()
+        assert p.exitcode == -signal.SIGKILL               # it had not come to its end
     s = state(often)
     assert not s['stopped'] and s['epoch'] * per_epoch + s['step'] < 3 * per_epoch
     finish(start(model, often, SETTINGS))
@@ -80,11 +95,13 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path, model):
     assert pd.read_csv(often/'history.csv').drop(columns='films_per_second').equals(pd.read_csv(whole/'history.csv').drop(columns='films_per_second'))
 
 
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(tmp_path, start):
     settings = dict(texts='prompts', epochs=2, batch_size=8, lr=1e-4, augment=0.)
     model = tiny_clip(tmp_path/'native', 'native'); (tmp_path/'work.py').write_text(WORK)       # without dropout, which every process draws for itself
     finish(start(model, tmp_path/'one', settings))
-    finish(start(model, tmp_path/'two', settings, [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']))
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', tmp_path/'work.py', model, tmp_path/'two', json.dumps(settings)]
+    two = subprocess.run(list(map(str, launch)), capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'})
+    assert two.returncode == 0, two.stderr[-2000:]
     a, b = state(tmp_path/'one')['history'], state(tmp_path/'two')['history']
     assert [r['steps'] for r in a] == [r['steps'] for r in b]
     for x, y in zip(a, b): assert abs(x['val_loss'] - y['val_loss']) < 1e-4 and (x['epoch'] == 0 or abs(x['train_loss'] - y['train_loss']) < 1e-4)

@@ -15,7 +15,7 @@ FLAGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 def home(tmp_path_factory):
     "A folder with a finished run and a notebook that opens it."
     home = tmp_path_factory.mktemp('explorer')
-    attend(phantom_cohort(6, findings=('effusion', 'opacity'), seed=5), ['reference-image-reader', 'reference-text-follower'], home/'run', AttendSettings(n_boot=100, minimum=3, methods=('raw', 'rollout')), device='cpu')
+    attend(phantom_cohort(6, findings=('effusion', 'opacity'), seed=5), ['reference-image-reader', 'reference-text-follower'], home/'run', AttendSettings(n_boot=100, minimum=3, methods=('raw', 'rollout', 'gradient')), device='cpu')
     cell = lambda kind, source: dict(cell_type=kind, id=secrets.token_hex(4), metadata={}, source=source, **(dict(execution_count=None, outputs=[]) if kind == 'code' else {}))
     nb = dict(cells=[cell('markdown', '# Explorer'), cell('code', "from smsbench.report.explorer import explore\nexplore('run')")], metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5)
     (home/'look.ipynb').write_text(json.dumps(nb))
@@ -107,6 +107,10 @@ def test_knobs_in_jupyterlab(home):
             page.locator('.widget-dropdown select').nth(k).select_option(index=option) if isinstance(option, int) else page.locator('.widget-dropdown select').nth(k).select_option(label=option)
             now, seconds = changed(page, now); took.append(clock(page))
         assert 'arm text_swap, query asked' in now[1]
+        page.locator('.widget-dropdown select').nth(3).select_option(label='gradient')
+        handle = page.locator('.widget-slider .noUi-handle').first; handle.focus(); page.keyboard.press('ArrowRight'); page.keyboard.press('ArrowRight')
+        page.wait_for_function("() => [...document.querySelectorAll('.smsbench-text')].at(-1).innerText.split('no attention at all').length == 3")   # the last layer has no gradient at this word: both models say so
+        assert state(page)[0] != now[0]                                        # and no old map stands above it
         assert max(took) < .5, took
         if shot := os.environ.get('SMSBENCH_SHOT'): page.screenshot(path=shot)
         assert page.errors == [] and not [u for u in page.requests if not u.startswith((base, base.replace('http', 'ws'), 'data:', 'blob:'))]

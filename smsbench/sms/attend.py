@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import InputError, Run, RunError, content_hash, progress, read_json, read_table, table_hash, write_json, write_table
+from ..core import InputError, Run, RunError, content_hash, progress, read_table, table_hash, write_json, write_table
 from ..data.holding import hold
 from ..data.manifest import Built, shown
 from .audit import Source, by_image, prove_delivery, read_predictions
 from .consistency import measure_wordings
-from .map_metrics import RANDOM, attention_metrics, with_baselines
+from .map_metrics import RANDOM, attention_metrics, with_baselines, without_random
 from .map_store import KEEP, MapStore, attend_part, known_methods, maps_path
 from .map_tables import Regions, change_table, first_arm, look_table, pair_table
 from .metrics import answer_table, measure
-from .run import Results, _keep_cohort, _write_environment, mark_void, void_lines
+from .run import Results, _about, _keep_cohort, _read_run, _write_environment, mark_void, void_lines
 from .score import Wordings, _same_model, check_model, model_name, open_model
 from .shifts import ARMS, cohort_hash, make_plan
 from ..vlm.baselines import randomised
@@ -65,7 +65,7 @@ class AttendSettings(Wordings):
 def attend_plan(
     cohort:pd.DataFrame, # cohort table
     source,              # its `Source`
-    settings:AttendSettings=AttendSettings(),
+    settings:AttendSettings=AttendSettings(), # what is computed
 )->tuple[pd.DataFrame, pd.DataFrame]: # (plan, exclusions)
     "The frozen trials: the chosen arms and what they are compared with, of all samples or of `limit` of them. `InputError` for a cohort without images."
     if not (cohort.image.fillna('') != '').any(): raise InputError('no sample of this cohort has an image; maps need films')
@@ -96,7 +96,7 @@ def check_attending(
 # %% ../../nbs/36c_sms.attend.ipynb #9f465f5e
 def open_attending(
     spec:str,  # 'reference-…', a folder or a Hugging Face id
-    settings:AttendSettings=AttendSettings(),
+    settings:AttendSettings=AttendSettings(), # what is computed
     **how,     # further options of `smsbench.sms.run.open_model`
 ):             # an `HFModel`
     "Load a model whose attention can be read; `InputError` for one without, and for layers or heads that it does not have."
@@ -118,7 +118,7 @@ def attend_model(
     plan:pd.DataFrame,   # trials
     source,              # a `Source`
     run:Run,             # run directory
-    settings:AttendSettings,
+    settings:AttendSettings, # what is computed
 )->pd.DataFrame:         # predictions, in the order of the plan
     "Ask one model all trials, part by part; what is there is not asked again, and a model that has nothing to do is not loaded. `RunError` above `max_failures`."
     trials, parts, loaded = by_image(plan, source), [], None
@@ -151,7 +151,7 @@ def attend(
     cohort,              # cohort table with its metadata; or `Built`
     models,              # one or two (or more) model specs: 'reference-…', folders, Hugging Face ids
     out,                 # run directory; a run that stopped goes on here
-    settings:AttendSettings=AttendSettings(),
+    settings:AttendSettings=AttendSettings(), # what is computed
     regions=None,        # table of regions, see `smsbench.sms.map_tables.Regions`; None: masks or boxes of the cohort
     root='',             # folder of the images; '' takes the cohort's own
     remote:bool=False,   # whether images may be fetched from other machines
@@ -165,7 +165,7 @@ def attend(
     exclusions = cohort.exclusions if isinstance(cohort, Built) else None
     run, held = Run(out), hold(cohort, root)
     cohort, source = held.cohort, Source(held, root, remote=remote)
-    about = {k: cohort.attrs.get(k) for k in ('manifest', 'version', 'access', 'manifest_hash', 'licence', 'citation', 'title')}
+    about = _about(cohort)
     marked = Regions(source, regions)
     frozen = dict(kind='attend', models=names, cohort=about, cohort_hash=cohort_hash(cohort), regions=table_hash(regions) if regions is not None else '', **settings.asked)
     fresh = not (run/'config.json').exists()
@@ -206,13 +206,13 @@ def _one_model(spec, plan, source, run, settings, marked, how, opened=None):
 # %% ../../nbs/36c_sms.attend.ipynb #2505472c
 def conclude_attention(
     run:Run,                 # run directory with plan, predictions and maps
-    settings:AttendSettings,
+    settings:AttendSettings, # what is computed
     marked,                  # `Regions`
 ):
     "Tables and metrics of a run: looks, profile, pairs, changes, metrics.parquet and delivery.json."
     plan, said, store = read_table(run/'plan.parquet', 'plan'), read_predictions(run), MapStore(run, cache=256)
-    own = said[~said.model.str.endswith(RANDOM)].reset_index(drop=True)
-    own.attrs, models = said.attrs, list(dict.fromkeys(own.model))
+    own = without_random(said)
+    models = list(dict.fromkeys(own.model))
     delivery = prove_delivery(plan, own); write_json(delivery, run/'delivery.json')
     boot = dict(n_boot=settings.n_boot, seed=settings.seed, minimum=settings.minimum)
     measured, worded = measure(plan, own, **boot), measure_wordings(plan, own, **boot)
@@ -247,13 +247,7 @@ def load_attention(
     path, # run directory
 )->AttendResults:
     "Read a finished run; `InputError` names what is missing."
-    run = Run(path) if Path(path).is_dir() else None
-    missing = [f for f in ('config.json', 'plan.parquet', 'delivery.json', 'metrics.parquet', 'looks.parquet') if run is None or not (run/f).exists()]
-    if missing: raise InputError(f"{path}: not a finished run of smsbench attend (no {', '.join(missing)}); run it again with this --out and it will resume")
-    c, said = read_json(run/'config.json'), read_predictions(run)
-    own = said[~said.model.str.endswith(RANDOM)].reset_index(drop=True); own.attrs = said.attrs
-    left = {s: read_table(run/f'{s}_exclusions.parquet') for s in ('cohort', 'plan') if (run/f'{s}_exclusions.parquet').exists()}
+    run, held = _read_run(path, 'looks.parquet', 'run of smsbench attend', 'run it')
+    held['predictions'] = without_random(held['predictions'])
     tables = {n: read_table(run/f'{n}.parquet') for n in ('looks', 'profile', 'pairs', 'changes')}
-    return AttendResults(run.path, c['config'], c['config_hash'], c['loose'].get('root', ''), read_json(run/'environment.json'), read_table(run/'plan.parquet', 'plan'), own, read_json(run/'delivery.json'),
-                         read_table(run/'metrics.parquet', 'metrics'), dict.fromkeys(c['config']['models'], {}), read_table(run/'cohort.parquet', 'cohort'), left, **tables,
-                         regions=read_table(run/'regions.parquet') if (run/'regions.parquet').exists() else None)
+    return AttendResults(**held, verdicts=dict.fromkeys(held['config']['models'], {}), **tables, regions=read_table(run/'regions.parquet') if (run/'regions.parquet').exists() else None)

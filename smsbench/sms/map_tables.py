@@ -56,7 +56,7 @@ class Regions:
         sample_ids, # whose films will be shown
     ):
         "`InputError` for the first region that cannot be used, before any model runs. A film that cannot be read is left to its trial."
-        for n, i in enumerate(progress(list(sample_ids), 'reading regions', unit='film'), 1):
+        for i in progress(list(sample_ids), 'reading regions', unit='film'):
             if not self.marks(i): continue
             try: shape = self.source.image(i).shape[:2]
             except InputError: continue

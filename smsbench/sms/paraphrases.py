@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from ..core import InputError
+from ..data.tables import whole_csv
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #99f142b4
 STRATEGIES = { # strategy -> what it changes; the order decides which rewordings come first
@@ -285,8 +286,6 @@ def read_wordings(
     path, # CSV file, see `own_wordings`
 )->dict[str, list[Variant]]: # question -> its wordings
     "Wordings from a file; `InputError` where it is missing or no table."
-    try: table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except FileNotFoundError: raise InputError(f'{path}: no such file') from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise InputError(f"{path}: not a readable CSV file ({' '.join(str(e).split())[:100]})") from None
+    table = whole_csv(path)
     try: return own_wordings(table)
     except InputError as e: raise InputError(f'{path}: {e}') from None

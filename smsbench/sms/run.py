@@ -101,7 +101,11 @@ def audit_the_files(
     counts = found.findings.severity.value_counts()
     run.log(f"files: {', '.join(f'{counts.get(s, 0)} {s}' for s in SEVERITIES)}")
 
-# %% ../../nbs/35_sms.run.ipynb #9089c28d
+# %% ../../nbs/35_sms.run.ipynb #56b7663e
+def _about(cohort):
+    "What a run says about its data."
+    return {k: cohort.attrs.get(k) for k in ('manifest', 'version', 'access', 'manifest_hash', 'licence', 'citation', 'title')}
+
 def run_audit(
     out,                     # run directory; a run that stopped goes on here
     cohort,                  # cohort table with its metadata; or `Built`, which brings its exclusions and files
@@ -125,7 +129,7 @@ def run_audit(
     run, held = Run(out), hold(cohort, root)
     for m in models: _same_model(run, model_name(m), m, how, write=False)
     cohort, source = held.cohort, Source(held, root, remote=remote)
-    about = {k: cohort.attrs.get(k) for k in ('manifest', 'version', 'access', 'manifest_hash', 'licence', 'citation', 'title')}
+    about = _about(cohort)
     run.freeze(dict(kind='sms_audit', models=names, cohort=about, cohort_hash=cohort_hash(cohort), plan_hash=plan.attrs['plan_hash'] if plan is not None else None, **settings.asked), root=str(source.root), **how)
     _keep_cohort(run, cohort, exclusions)
     audit_the_files(run, held, files, exclusions, source.root, settings.seed, remote)
@@ -179,14 +183,18 @@ def load_results(
     path, # run directory
 )->Results:
     "Read a finished run; `InputError` names what is missing."
+    run, held = _read_run(path, 'verdicts.json', 'run', 'run the audit')
+    return Results(**held, verdicts=read_json(run/'verdicts.json')['models'], files=read_audit(run/'files') if (run/'files'/'findings.parquet').exists() else None, checks=read_checks(run))
+
+def _read_run(path, last, what, again):
+    "The directory and what an audit and a comparison have in common."
     run = Run(path) if Path(path).is_dir() else None
-    missing = [f for f in ('config.json', 'plan.parquet', 'delivery.json', 'metrics.parquet', 'verdicts.json') if run is None or not (run/f).exists()]
-    if missing: raise InputError(f"{path}: not a finished run (no {', '.join(missing)}); run the audit again with this --out and it will resume")
+    missing = [f for f in ('config.json', 'plan.parquet', 'delivery.json', 'metrics.parquet', last) if run is None or not (run/f).exists()]
+    if missing: raise InputError(f"{path}: not a finished {what} (no {', '.join(missing)}); {again} again with this --out and it will resume")
     c = read_json(run/'config.json')
-    tables = {s: read_table(run/f'{s}_exclusions.parquet') for s in ('cohort', 'plan') if (run/f'{s}_exclusions.parquet').exists()}
-    return Results(run.path, c['config'], c['config_hash'], c['loose'].get('root', ''), read_json(run/'environment.json'), read_table(run/'plan.parquet', 'plan'), read_predictions(run),
-                   read_json(run/'delivery.json'), read_table(run/'metrics.parquet', 'metrics'), read_json(run/'verdicts.json')['models'], read_table(run/'cohort.parquet', 'cohort'), tables,
-                   read_audit(run/'files') if (run/'files'/'findings.parquet').exists() else None, read_checks(run))
+    return run, dict(path=run.path, config=c['config'], config_hash=c['config_hash'], root=c['loose'].get('root', ''), environment=read_json(run/'environment.json'), plan=read_table(run/'plan.parquet', 'plan'),
+                     predictions=read_predictions(run), delivery=read_json(run/'delivery.json'), metrics=read_table(run/'metrics.parquet', 'metrics'), cohort=read_table(run/'cohort.parquet', 'cohort'),
+                     exclusions={s: read_table(run/f'{s}_exclusions.parquet') for s in ('cohort', 'plan') if (run/f'{s}_exclusions.parquet').exists()})
 
 # %% ../../nbs/35_sms.run.ipynb #cdab3be2
 def run_import(
@@ -200,7 +208,7 @@ def run_import(
 )->Run:                  # the run directory
     "imported answers → delivery proof → metrics → verdicts."
     run, name = Run(out), name or Path(file).stem
-    about = {k: cohort.attrs.get(k) for k in ('manifest', 'version', 'access', 'manifest_hash', 'licence', 'citation', 'title')}
+    about = _about(cohort)
     run.freeze(dict(kind='sms_audit', models=[name], cohort=about, cohort_hash=cohort_hash(cohort), plan_hash=plan.attrs['plan_hash'], **settings.asked), root=cohort.attrs.get('root', ''))
     _keep_cohort(run, cohort, exclusions)
     _write_environment(run, plan, about)

@@ -29,12 +29,9 @@ def layer_choice(
 def read_regions(
     path, # CSV file, or None
 ):        # a table, or None
-    "A table of regions as text and numbers; `InputError` where it cannot be read."
-    import pandas as pd
-    if path is None: return None
-    try: return pd.read_csv(path, dtype=dict(sample_id=str, image=str, mask=str))
-    except FileNotFoundError: raise InputError(f'{path}: no such file') from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise InputError(f"{path}: not a readable CSV file ({' '.join(str(e).split())[:100]})") from None
+    "A table of regions, as text; `InputError` where it cannot be read."
+    from smsbench.data.tables import whole_csv
+    return None if path is None else whole_csv(path)
 
 # %% ../../nbs/59c_verbs.attend.ipynb #8c2d8976
 @app.command()
