@@ -53,9 +53,9 @@ def layer_by_layer(
     try: yield
     finally:
         handle.remove()
-        for b, f in zip(blocks, own): b.forward = f
         for b, f in zip(blocks, own):
             if f is None: del b.forward
+            else: b.forward = f
         for p in trained: p.requires_grad_(True)
 
 # %% ../../nbs/22c_vlm.maps.ipynb #0a24ec61
