@@ -343,7 +343,8 @@ def test_bad_marks_are_one_clear_error(tmp_path, text, words):
 def test_bad_marks_among_good_ones_are_listed(tmp_path):
     path = _write(tmp_path, 'm.csv', 'film,finding,reader,x0,y0,x1,y1,points\ns1,effusion,R1,1,1,9,9,\ns1,effusion,R1,1,1,900,9,\nzz,effusion,R1,1,1,9,9,\ns1,effusion,R1,,,,,"1,1 2,2"\ns1,effusion,R2,,,,,\n')
     got = place_marks(read_marks(path), pd.DataFrame(dict(film_id=['s1'], patient_id=['p'])), [(80, 100)])
-    assert got.excluded.row.tolist() == [2, 3, 4] and len(got.table) == 1 and got.masks[0].sum() == 64      # who left the row empty marked nothing
+    assert got.excluded.row.tolist() == [2, 3, 4, 5] and len(got.table) == 1 and got.masks[0].sum() == 64
+    assert got.excluded.reason.iloc[-1] == 'the row marks nothing'                          # who left the row empty is listed too
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,7 +10,8 @@ from smsbench.clip.scores import zero_shot
 from smsbench.clip.tiny import tiny_clip
 from smsbench.clip.train import TrainSettings, phantom_recipe, train
 from smsbench.clip.watch import macro_auroc
-from smsbench.core import InputError, read_table
+from smsbench.cli import main
+from smsbench.core import InputError, read_table, write_table
 from smsbench.data.layouts import make_layout
 from smsbench.data.manifest import build_cohort
 from smsbench.data.phantom import phantom_cohort, save_phantom
@@ -120,6 +121,19 @@ def test_broken_films_are_left_out_before_the_first_epoch(tmp_path, model):
     assert set(left.film_id) == set(bad.film_id) and set(left.reason) == {'truncated image', 'missing image'} and done.excluded.equals(left)
     assert '2 films cannot be read' in (tmp_path/'run'/'log.txt').read_text()
     with pytest.raises(InputError, match='films cannot be read'): train(films, load_clip(str(model), device='cpu'), TrainSettings(texts='prompts', epochs=1, batch_size=8, lr=1e-3, max_broken=.01), tmp_path/'strict')
+
+
+def test_a_broken_film_does_not_end_an_analysis_by_steps(tmp_path, model, capsys):
+    save_phantom(phantom_cohort(120, size=64, findings=('effusion', 'opacity')), tmp_path/'data')
+    cohort, _ = build_cohort('phantom', tmp_path/'data', check_expected=False)
+    bad = cohort[cohort.split == 'test'].image.iloc[0]
+    (tmp_path/'data'/bad).unlink(); write_table(cohort, tmp_path/'films.parquet', 'cohort')
+    words = ['clip', 'ssa', '--cohort', str(tmp_path/'films.parquet'), '--steps', 'sex', '--n-boot', '20', '--findings', 'opacity,effusion', '--out']
+    assert main([*words, str(tmp_path/'clip'), '--model', str(model), '--wording', 'added']) == 0 and main([*words, str(tmp_path/'vlm'), '--vlm', 'planted:image-only']) == 0
+    assert '1 picture(s) cannot be read' in capsys.readouterr().out
+    for kind in ('clip', 'vlm'):
+        assert pd.read_csv(tmp_path/kind/'tables'/'excluded.csv').reason.tolist() == ['missing image']
+        assert pd.read_csv(tmp_path/kind/'tables'/'effects.csv').group.tolist() == ['opacity', 'effusion', 'mean of 2 classes']   # the order asked for
 
 
 def test_published_learning_rate_is_refused(tmp_path, model):

@@ -73,6 +73,63 @@ def test_grad_cam_of_the_trained_model_beats_the_middle_of_the_film(place, capsy
     assert Image.open(out/'figures'/'panels.png').size[0] > 400 and 'auroc_over_centre' in capsys.readouterr().out
 
 
+def test_marks_that_name_findings_otherwise_are_translated(place, tmp_path, capsys):
+    other = read_table(place/'other.parquet', 'cohort')
+    rows = [dict(dicom_id=r.sample_id.removesuffix('-effusion'), category_name='Pleural Effusion', label_text='=SUM(1)', x=b[0], y=b[1], w=b[2] - b[0], h=b[3] - b[1], image_width=64, image_height=64) for r in other.itertuples() if r.label == 'yes' for b in json.loads(r.boxes)]
+    pd.DataFrame([*rows, dict(rows[0], dicom_id='=cmd()')]).to_csv(tmp_path/'m.csv', index=False)
+    words = ['clip', 'explain', '--cohort', str(place/'other.parquet'), '--model', str(place/'run'/'best'), '--marks', str(tmp_path/'m.csv'), '--limit', '12', '--n-boot', '50', '--out', str(tmp_path/'where')]
+    assert main(words) == 2 and 'Pleural Effusion' in capsys.readouterr().err
+    assert main([*words, '--names', 'pleural_effusion=effusion']) == 0
+    said = capsys.readouterr().out
+    assert 'deletion_gain_over_random' in said and 'finding=effusion' in said and '12 marked films' in said and 'weights of the image tower shuffled' in said
+    left = pd.read_csv(tmp_path/'where'/'tables'/'left_out.csv')
+    assert left.film.tolist() == ["'=cmd()"] and left.row.tolist() == [len(rows) + 1] and (tmp_path/'where'/'figures'/'localisation_0_effusion.png').exists() and not (tmp_path/'where'/'figures'/'agreement.png').exists()
+    assert main([*words, '--names', 'pleural_effusion=effusion,x=effusion']) == 2 and 'another names' in capsys.readouterr().err
+
+
+def test_two_readers_are_compared_with_each_other(place, tmp_path, capsys):
+    other = read_table(place/'other.parquet', 'cohort')
+    rows = [dict(film=r.sample_id.removesuffix('-effusion'), finding='effusion', reader=who, x0=b[0] + d, y0=b[1], x1=b[2], y1=b[3]) for r in other.itertuples() if r.label == 'yes' for b in json.loads(r.boxes) for who, d in (('A', 0), ('B', 2))]
+    pd.DataFrame(rows).to_csv(tmp_path/'m.csv', index=False)
+    assert main(['clip', 'explain', '--cohort', str(place/'other.parquet'), '--model', str(place/'run'/'best'), '--marks', str(tmp_path/'m.csv'), '--limit', '10', '--n-boot', '50', '--out', str(tmp_path/'where')]) == 0
+    said = capsys.readouterr().out
+    assert 'reader_iou' in said and 'iou_under_readers' in said and (tmp_path/'where'/'figures'/'agreement.png').exists()
+
+
+def test_a_study_whose_maps_are_all_empty_has_its_report(tmp_path, capsys):
+    words = ['run', 'clip_benchmark', '-p', 'epochs', '0', '-p', 'n_films', '120', '-p', 'n_boot', '50', '--out', str(tmp_path/'a')]
+    assert main(words) == 0
+    page = (tmp_path/'a'/'report.html').read_text()
+    assert 'Nothing to show: none of' in page and 'empty map' in page and 'guessing' in page
+    assert main([*words, '-p', 'n_explained', '3']) == 2 and 'another n_explained' in capsys.readouterr().err and (tmp_path/'a'/'report.html').read_text() == page
+    assert main([*words[:-1], str(tmp_path/'b'), '-p', 'method', 'rollout']) == 2 and 'convolutional' in capsys.readouterr().err and not (tmp_path/'b'/'study').exists()
+
+
+def test_a_credentialed_study_shows_no_film_and_no_curve_of_few_patients(tmp_path):
+    films = phantom_cohort(120, findings=('effusion',), seed=4); films.attrs['access'] = 'credentialed'
+    write_table(films, tmp_path/'c.parquet', 'cohort'); tiny_clip(tmp_path/'native', 'native')
+    assert main(['run', 'clip_benchmark', '-p', 'cohort', str(tmp_path/'c.parquet'), '-p', 'model', str(tmp_path/'native'), '-p', 'method', 'chefer', '-p', 'epochs', '0', '-p', 'n_explained', '6', '-p', 'n_boot', '50', '--out', str(tmp_path/'run')]) == 0
+    page = (tmp_path/'run'/'report.html').read_text()
+    assert not {'faithfulness.png', 'space_0.png', 'panels.png', 'iou.png'} & {p.name for p in (tmp_path/'run'/'figures').iterdir()}
+    assert '&lt;10 marked films' in page and 'Chefer relevance' in page and 'withheld, fewer than ten' in page
+
+
+def test_class_folders_are_refused_before_training(tmp_path, capsys):
+    write_table(phantom_cohort(60, findings=('effusion',)), tmp_path/'c.parquet', 'cohort')
+    for given, words in ((['-p', 'steps', 'smoking', '-p', 'n_patients', '60'], ("no column 'smoking'", "-p steps ''")), (['-p', 'cohort', str(tmp_path/'c.parquet')], ('no split named external',))):
+        assert main(['run', 'ssa_orbital', *given, '--out', str(tmp_path/'run')]) == 2
+        said = capsys.readouterr().err
+        assert all(w in said for w in words) and not any((tmp_path/'run').iterdir()), said
+
+
+def test_class_folders_without_facts_have_a_report_and_keep_their_directory(tmp_path, capsys):
+    words = ['run', 'ssa_orbital', '-p', 'n_patients', '60', '-p', 'epochs', '1', '-p', 'n_boot', '50', '-p', 'steps', '', '--out', str(tmp_path/'run')]
+    assert main(words) == 0 and 'no columns were named' in (tmp_path/'run'/'report.html').read_text()
+    before = {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()}
+    assert main([*words, '-p', 'n_patients', '75']) == 2 and 'another' in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()}
+
+
 def test_each_further_fact_is_measured(place, capsys):
     out = place/'ssa'
     assert main(['clip', 'ssa', '--cohort', str(place/'films.parquet'), '--model', str(place/'run'/'best'), '--steps', 'age,sex', '--out', str(out), '--n-boot', '200']) == 0

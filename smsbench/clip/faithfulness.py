@@ -123,7 +123,7 @@ def _lines(part, model, subgroup, n_boot, note):
     for n, g in wide.items():
         if not g[own].equals(base[own]): raise InputError(f'the rows of {n} are not those of the map; pass the table of localise as it is')
         for k in NUMBERS:
-            yield metric_line(model, k, n, subgroup, g[k], base.patient_id, (0, 1), n_boot, note)
+            yield metric_line(model, k, n, subgroup, g[k], base.patient_id, (0, 1), n_boot, note, exact=(k, n) == ('auroc', 'uniform'))   # a map without differences ranks nothing: 0.5 on every film
             if n != 'map': yield metric_line(model, f'{k}_over_{n}', 'map', subgroup, base[k] - g[k], base.patient_id, (-1, 1), n_boot, note)
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #7e684b67
@@ -137,12 +137,15 @@ def metric_line(
     bounds=(-np.inf, np.inf), # range of the numbers
     n_boot:int=2000, # resamples
     note:str='', # "
+    exact:bool=False, # the number follows from how it is defined: no interval
 )->dict:        # a line of the metrics table
     "The mean of some numbers with its interval."
     values = np.asarray(values, float); known = ~np.isnan(values)
     i = mean(values, known, bounds, metric).bootstrap(np.asarray(patients), n_boot) if known.any() else None
     numbers = dict(value=i.value, ci_low=i.low, ci_high=i.high, n=int(i.n), n_clusters=int(i.n_clusters)) if i else dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, n=0, n_clusters=0)
-    return dict(model=model, metric=metric, arm=arm, subgroup=subgroup, **numbers, note='; '.join(x for x in (note, i.note if i else 'not defined on these rows') if x))
+    if exact and i: numbers |= dict(ci_low=np.nan, ci_high=np.nan)
+    said = 'not defined on these rows' if i is None else 'exact by definition' if exact else i.note
+    return dict(model=model, metric=metric, arm=arm, subgroup=subgroup, **numbers, note='; '.join(x for x in (note, said) if x))
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #a02ab39e
 def table_of(
@@ -163,12 +166,12 @@ def cell_order(
 # %% ../../nbs/44a_clip.faithfulness.ipynb #cb953216
 def orders_of(
     e:Explanation, # a map
-    n_random:int=3, # random orders
-    seed:int=0,    # of these, and of ties
+    n_random:int=3, # random orders, and of the centre's many ties
+    seed:int=0,    # of these, and of the map's ties
 )->dict:           # 'map', 'centre', 'random' -> list of orders
     "In which orders cells are taken away."
     middle = centre_prior(e.grid.shape)
-    return dict(map=[cell_order(e.grid, seed)], centre=[cell_order(middle, seed)], random=[cell_order(np.ones(e.grid.shape), seed + 1 + i) for i in range(n_random)])
+    return dict(map=[cell_order(e.grid, seed)], centre=[cell_order(middle, seed + i) for i in range(n_random)], random=[cell_order(np.ones(e.grid.shape), seed + 1 + i) for i in range(n_random)])
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #198cb25b
 FILLS = ('blur', 'grey')
@@ -204,7 +207,7 @@ def perturbation_curves(
     text,           # sentence, tuple of sentences or `Target`; or a list with one of these per film
     about:pd.DataFrame, # per film: film_id, patient_id, finding
     against=(),     # the opposite, for all films: scores are then probabilities
-    steps:int=10,   # how many times cells are taken away
+    steps:int=10,   # how many times cells are taken away; never more often than there are cells
     fill:str='blur', # one of `FILLS`
     n_random:int=3, # random orders, averaged
     seed:int=0,     # of the random orders
@@ -213,7 +216,7 @@ def perturbation_curves(
     "Scores while a film disappears and comes back; `InputError` where the lists do not belong together, `RunError` for an empty map."
     images, texts = list(images), text if isinstance(text, list) else [text]*len(maps)
     if not len(images) == len(maps) == len(texts) == len(about) or not len(maps): raise InputError(f'{len(images)} films, {len(maps)} maps, {len(texts)} texts, {len(about)} rows: one of each per film is needed')
-    targets, rows = [target(clip, t, against) for t in texts], []
+    targets, rows, steps = [target(clip, t, against) for t in texts], [], min(steps, *(m.grid.size for m in maps))
     for who, film, e, t in zip(about.to_dict('records'), images, maps, targets):
         if e.empty: raise RunError(f"film {who.get('film_id', '')}: an empty map gives no order; leave this film out")
         for order, ways in orders_of(e, n_random, seed).items():
@@ -312,5 +315,5 @@ def cascade_metrics(
     lines = []
     for stage, g in rows.groupby('stage', sort=False):
         note = f"{int(g['empty'].sum())} of {len(g)} maps empty" if g['empty'].any() else ''
-        lines += [metric_line(model, k, stage, 'all', g[k], g.patient_id, (-1, 1), n_boot, note) for k in ('spearman', 'ssim')]
+        lines += [metric_line(model, k, stage, 'all', g[k], g.patient_id, (-1, 1), n_boot, note, exact=bool((g.depth == 0).all())) for k in ('spearman', 'ssim')]   # at the start a map is compared with itself
     return table_of(lines)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Job', 'say', 'usable_films', 'run_config', 'prepare', 'epoch_batches', 'save_job', 'load_job']
 
-# %% ../../nbs/41g_clip.job.ipynb #310cf6ff
+# %% ../../nbs/41g_clip.job.ipynb #328be337
+import math
 from dataclasses import asdict, dataclass, field
 
 import numpy as np, pandas as pd
@@ -13,11 +14,11 @@ import numpy as np, pandas as pd
 from ..core import InputError, Run, atomic, content_hash, set_seed, table_hash
 from .data import Films, Pairs, check_films
 from .models import Clip, cut_texts, image_embeddings
-from .optim import Ema, freeze, param_groups, require_mobility
+from .optim import Ema, freeze, param_groups, require_mobility, training_mode
 from .processes import world
 from .sampling import augmentation, epoch_order, film_weights, sensitivity_weights, sentences_open, spoken_weights
 from .settings import LOOSE, TrainSettings
-from .steps import adamw
+from .steps import adamw, require_whole_batches
 from .watch import batch_groups
 
 # %% ../../nbs/41g_clip.job.ipynb #89bf1343
@@ -104,6 +105,7 @@ def prepare(
     quiet = Pairs(val, clip, s.texts, prompts, None, s.seed, s.cache_mb)
     if s.batch_size % size: raise InputError(f'batch_size {s.batch_size} does not divide into {size} processes')
     names, per_epoch = freeze(clip.model, s.train), len(train) // s.batch_size
+    training_mode(clip.model, s.batch_norm == 'hold'); require_whole_batches(clip.model, math.ceil(s.batch_size / size / s.chunk) if s.chunk else 1)
     groups = param_groups(clip.model, s.lr, s.weight_decay, s.layer_decay)
     table = require_mobility(groups, per_epoch * s.epochs, round(s.warmup * per_epoch * s.epochs), s.floor)
     say(run, f"{len(train)} films to train on, {len(val)} to watch; {len(names)} tensors, {int(table.weights.sum()):,} weights are trained, which {per_epoch * s.epochs} steps can move by up to {100 * table.reach[np.isfinite(table.reach)].median():.0f} % of their size", echo=False)
@@ -130,7 +132,7 @@ def epoch_batches(
     single = films.kind == 'multiclass'
     weights = film_weights(films, s.balance, s.cap, s.patients, classes=classes if single else None)
     spoken = None if single or (s.balance == 'even' and classes is None) else spoken_weights(films.targets, classes, s.cap) if s.balance != 'even' else np.repeat(classes[:, None], 2, 1)
-    most = sentences_open(job.epoch, s.epochs, [min(len(v) for v in p.values()) for p in job.pairs.prompts]) if s.speak == 'scheduled' else None
+    most = sentences_open(job.epoch, s.epochs, [max(len(v) for v in p.values()) for p in job.pairs.prompts]) if s.speak == 'scheduled' else None
     order = epoch_order(weights, s.seed, job.epoch)[:job.per_epoch * s.batch_size].reshape(job.per_epoch, size, -1)[job.step:, rank]
     job.pairs.at(job.epoch, spoken, most)
     loader = torch.utils.data.DataLoader(_Cheap(job), batch_sampler=order.tolist(), collate_fn=job.pairs.collate, num_workers=s.workers, generator=torch.Generator(), pin_memory=job.clip.device.type == 'cuda')   # a generator of its own: the global one belongs to the model

@@ -73,7 +73,6 @@ def _named(name, tag, precision):
 def _foldered(folder, file, precision):
     "A model of a folder: module, tokenizer, model_cfg."
     import open_clip
-    from open_clip.tokenizer import HFTokenizer
     config = clip_config(folder)
     file = None if file == 'random' else Path(file).expanduser() if file else weights_file(folder)
     with as_one_line(f'{folder.name}: cannot be loaded as a CLIP model'):
@@ -81,8 +80,15 @@ def _foldered(folder, file, precision):
         if file: read_weights(model, file)
         text = config['model_cfg']['text_cfg']
         if not text.get('hf_tokenizer_name') or any((folder/f).is_file() for f in ('tokenizer.json', 'tokenizer_config.json', 'vocab.txt')): tokenize = open_clip.get_tokenizer(f'local-dir:{folder}')
-        else: tokenize = HFTokenizer(text['hf_tokenizer_name'], context_length=text.get('context_length', 77), tokenizer_mode=text.get('tokenizer_mode'), **text.get('tokenizer_kwargs') or {})
+        else: tokenize = _named_tokenizer(folder, text)
     return model, tokenize, config['model_cfg']
+
+def _named_tokenizer(folder, text):
+    "The tokenizer that a folder names but does not hold."
+    from open_clip.tokenizer import HFTokenizer
+    name = text['hf_tokenizer_name']
+    try: return HFTokenizer(name, context_length=text.get('context_length', 77), tokenizer_mode=text.get('tokenizer_mode'), **text.get('tokenizer_kwargs') or {})
+    except (OSError, ValueError): raise InputError(f'{folder.name}: holds no tokenizer (tokenizer.json, tokenizer_config.json or vocab.txt), and {name!r} cannot be fetched; put its files into the folder') from None
 
 # %% ../../nbs/40_clip.models.ipynb #4b5d50b2
 def load_clip(

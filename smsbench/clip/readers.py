@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'csv_marks', 'mscxr_marks', 'coco_marks', 'read_marks', 'film_marks', 'mark_region', 'Readings',
-           'place_marks', 'named_films', 'agreement', 'between_readers', 'agreement_metrics']
+           'place_marks', 'finding_names', 'named_films', 'agreement', 'between_readers', 'agreement_metrics']
 
 # %% ../../nbs/44b_clip.readers.ipynb #8b6284d2
 import itertools, json
@@ -33,7 +33,7 @@ def csv_marks(
     reader:str='reader', # who drew, where the table does not say
     where:str='table',  # for messages
     size=(0, 0),        # width and height of the films on which was drawn, where the table does not say; 0: those at hand
-)->pd.DataFrame:        # `MARKS`
+)->pd.DataFrame:        # `MARKS`; attrs: blank, the rows that mark nothing
     "Marks from a table; `InputError` for a missing column."
     known = {next((o for o in other if o in table), ''): c for c, other in _ALSO.items() if c not in table}
     table = table.rename(columns={o: c for o, c in known.items() if o})
@@ -47,7 +47,9 @@ def csv_marks(
             if all(is_missing(r[c]) for c in cs): continue
             shape, points = _points([r[c] for c in cs], form)
             rows.append(dict(about, shape=shape, points=points))
-    return _table(rows)
+    out, there = _table(rows), {r['row'] for r in rows}
+    out.attrs['blank'] = [dict(film=r['film'], finding=r['finding'], reader=r.get('reader') or reader, row=i + 1, reason='the row marks nothing') for i, r in enumerate(cells.to_dict('records')) if i + 1 not in there]
+    return out
 
 def _size(v):
     try: return 0. if is_missing(str(v)) else float(v)
@@ -192,7 +194,7 @@ def _unpacked(text):
 @dataclass(frozen=True, eq=False)
 class Readings:
     "What readers marked, on the films."
-    table:pd.DataFrame    # one row per film, finding and reader: film_id, patient_id, finding, reader, marks (how many), text
+    table:pd.DataFrame    # one row per film, finding and reader: film_id, patient_id, finding, reader, marks (how many), row (of the first of them in its file), text
     masks:list            # (H,W) bool per row
     excluded:pd.DataFrame # marks that could not be used: film, finding, reader, row, reason
 
@@ -202,6 +204,7 @@ def place_marks(
     about:pd.DataFrame, # per film: film_id, patient_id, and perhaps image (its file)
     shapes,             # per film: (height, width) in pixels
     names:dict|None=None, # a reader's word for a finding -> the cohort's; others stay
+    classes=(),         # the cohort's findings; a word that differs from one in case, blanks, hyphens or underscores alone means it
     folder='',          # root of mask files; '': the folder of the marks
 )->Readings:
     "Marks laid on films; `InputError` where a column is missing, the lists do not belong together, or no mark can be used."
@@ -209,16 +212,16 @@ def place_marks(
     if gone := [c for c in ('film_id', 'patient_id') if c not in about]: raise InputError(f'the films have no column {gone[0]!r}')
     shapes = [tuple(s[:2]) for s in shapes]
     if len(shapes) != len(about): raise InputError(f'{len(about)} films and {len(shapes)} shapes')
-    known, found, out = _lookup(about), {}, []
+    known, called, found, out = _lookup(about), finding_names(marks.finding, names, classes), {}, []
     for _, m in marks.iterrows():
         try:
             at = _one_of(_films_of(m.film, known))
             drawn = mark_region(m, shapes[at], folder or marks.attrs.get('folder', '.'))
-            found.setdefault((at, (names or {}).get(m.finding, m.finding), m.reader), []).append((drawn, m.text))
+            found.setdefault((at, called[m.finding], m.reader), []).append((drawn, m.text, m.row))
         except InputError as e: out.append(dict(film=m.film, finding=m.finding, reader=m.reader, row=m.row, reason=str(e)))       # listed, never dropped in silence
     if not found: raise InputError(f"none of {len(marks)} marks can be used" + (f"; the first, of film {out[0]['film']!r} in row {out[0]['row']}: {out[0]['reason']}" if out else ''))
-    rows = [dict(film_id=about.film_id.iloc[at], patient_id=about.patient_id.iloc[at], finding=f, reader=r, marks=len(v), text='; '.join(t for _, t in v if t)) for (at, f, r), v in found.items()]
-    return Readings(pd.DataFrame(rows), [np.any([k for k, _ in v], axis=0) for v in found.values()], pd.DataFrame(out, columns=['film', 'finding', 'reader', 'row', 'reason']))
+    rows = [dict(film_id=about.film_id.iloc[at], patient_id=about.patient_id.iloc[at], finding=f, reader=r, marks=len(v), row=v[0][2], text='; '.join(t for _, t, _ in v if t)) for (at, f, r), v in found.items()]
+    return Readings(pd.DataFrame(rows), [np.any([k for k, *_ in v], axis=0) for v in found.values()], pd.DataFrame([*out, *marks.attrs.get('blank', ())], columns=['film', 'finding', 'reader', 'row', 'reason']))
 
 _WAYS = (('film_id', str), ('image', str), ('image', lambda n: Path(n).name), ('image', lambda n: Path(n).stem), ('film_id', lambda n: Path(n).stem)) # how a name may fit a film, the strictest first
 
@@ -231,6 +234,19 @@ def _films_of(name, known): return next((at[f(name)] for (_, f), at in zip(_WAYS
 def _one_of(found):
     if len(found) != 1: raise InputError('several films of that name' if len(found) else 'no film of that name')
     return int(found[0])
+
+# %% ../../nbs/44b_clip.readers.ipynb #6807e1b5
+def finding_names(
+    words,              # findings as readers wrote them
+    names:dict|None=None, # a reader's word -> the cohort's; '_' and case do not matter
+    classes=(),         # the cohort's findings
+)->dict:                # word -> the cohort's finding, or the word itself
+    "What readers' words for findings mean; `InputError` for a translation into no class."
+    names = names or {}
+    if classes and (odd := [v for v in names.values() if v not in classes]): raise InputError(f"{odd[0]!r} is no class; the classes are {', '.join(classes)}")
+    plain = lambda w: ' '.join(str(w).casefold().replace('_', ' ').replace('-', ' ').split())
+    known = {plain(c): c for c in classes} | {plain(w): c for w, c in names.items()}
+    return {w: names.get(w) or (w if w in classes else known.get(plain(w), w)) for w in set(words)}
 
 # %% ../../nbs/44b_clip.readers.ipynb #77edf89d
 def named_films(

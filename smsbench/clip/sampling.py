@@ -110,14 +110,18 @@ def spoken_weights(
     w = np.minimum(w, cap * w.min(1, keepdims=True))
     return w * (1. if classes is None else np.asarray(classes, float)[:, None])
 
-# %% ../../nbs/41c_clip.sampling.ipynb #831a3448
-_SIDE = re.compile(r'\b(left|right|lt|rt|l|r|levo|dextro|dextro\w+|links|rechts|gauche|droite?)\b|\b(left|right)-', re.I)
+# %% ../../nbs/41c_clip.sampling.ipynb #094e6b9c
+_SIDES = ( # English, abbreviations of reports, Spanish, Catalan, Portuguese, French, Italian, German, Dutch
+    r'left(?!over)\w*', r'right(?!s\b|ful|ly|eous)\w*', r'[lr]t', r"[lr](?!['’]|[- ]?spine)", r'[lr](?:[ul]l|ml)s?', r'lingula\w*', r'(?:levo|dextro)(?:(?:sc|card|rot|conv|pos|vers)\w*)?',
+    r'(?-i:[LR](?:[UML][QZ]|IJ|AO|PO|LD)|O\.?[DSGI])',   # in small letters other words
+    r'izquierd\w*', r'izqd?[ao]?', r'derech\w*', r'dch[ao]?', r'esquer[rd]\w*', r'dret[ae]?s?', r'direit\w*', r'gauch\w*', r'droit\w*', r'sinist\w*', r'destr(?!oy|u)\w*', r'links\w*', r'linke[rnms]?', r'rechts\w*', r'rechte[rnms]?')
+_SIDE = re.compile(rf"\b(?:{'|'.join(_SIDES)})\b", re.I)
 
 def names_side(
-    texts, # sentences
-)->str:    # the first that names a side; '' where none does
-    "Whether anything is said about left or right."
-    return next((t for t in texts if _SIDE.search(str(t))), '')
+    texts, # sentences, names of classes or columns
+)->str:    # the first word that names a side; '' where none does
+    "Whether anything is said about left or right, in English or another large language of Western Europe."
+    return next((found[0] for t in texts if (found := _SIDE.search(str(t).replace('_', ' ')))), '')
 
 # %% ../../nbs/41c_clip.sampling.ipynb #c8ed8f86
 @dataclass(frozen=True)
@@ -154,8 +158,8 @@ def augmentation(
     if not 0 <= strength <= 3: raise InputError(f'augment {strength}: must lie in 0..3')
     if flip:
         said = [*(s for p in (prompts or {}).values() for v in p.values() for s in v), *films.classes, *films.table.text]
-        if bad := names_side(said):
-            shown = 'a report' if films.attrs.get('access') == 'credentialed' and bad in set(films.table.text) else repr(bad[:60])
+        if word := names_side(said):
+            shown = 'a text of these films' if films.attrs.get('access') == 'credentialed' else f'the word {word!r} in a report, class or prompt'
             raise InputError(f'films cannot be flipped: {shown} names a side; train without flip')
     base = Augment(flip=flip)
     if not strength: return Augment(0, 1, 0, 0, True) if flip else None

@@ -14,6 +14,7 @@ import numpy as np, pandas as pd
 
 from ..core import InputError, content_hash, read_json, write_json
 from .seen import keyed_hashes
+from ..data.manifest import shown as count_text
 from .prompts import ClassVectors, class_vectors, prompts_for
 
 # %% ../../nbs/40db_clip.scores.ipynb #c8714c35
@@ -40,7 +41,7 @@ def zero_shot(
     prompts=None,     # from `prompts_for` or `read_prompts`; None takes the default ones
     batch_size:int=64, # images at once
     embeddings=None,  # (N, D) image embeddings of these films, where they exist
-)->pd.DataFrame:      # (N, C) probabilities, index film_id; `.attrs`: kind, manifest, model, weights, prompts (class -> hash), scale
+)->pd.DataFrame:      # (N, C) probabilities, index film_id; `.attrs`: kind, manifest, access, pseudonyms, model, weights, prompts (class -> hash), scale
     "Zero-shot probabilities of films."
     from smsbench.clip.data import read_films
     from smsbench.clip.models import image_embeddings
@@ -50,7 +51,7 @@ def zero_shot(
     images = image_embeddings(clip, read_films(films), batch_size) if embeddings is None else embeddings
     if len(images) != len(films): raise InputError(f'{len(images)} image embeddings for {len(films)} films')
     out = pd.DataFrame(zero_shot_scores(images, vectors, clip.scale), columns=list(films.classes), index=pd.Index(films.table.film_id, name='film_id'))
-    out.attrs = dict(kind=films.kind, manifest=str(films.attrs.get('manifest', '')), model=clip.name, weights=clip.info.get('weights_sha', ''), prompts={c: content_hash(json.dumps(p)) for c, p in prompts.items()}, scale=float(clip.scale))
+    out.attrs = dict(kind=films.kind, **{k: str(films.attrs.get(k, '')) for k in ('manifest', 'access', 'pseudonyms')}, model=clip.name, weights=clip.info.get('weights_sha', ''), prompts={c: content_hash(json.dumps(p)) for c, p in prompts.items()}, scale=float(clip.scale))
     return out
 
 # %% ../../nbs/40db_clip.scores.ipynb #b6e7d3d3
@@ -110,7 +111,7 @@ class Thresholds:
     values: dict          # class -> score from which the class is predicted; NaN: none could be chosen
     rule: str             # 'f1', 'youden' or 'given'
     patients: frozenset   # hashes of the patients that chose them, keyed with `key`
-    made_by: dict         # manifest, weights, prompts (class -> hash) of the scores, where known
+    made_by: dict         # manifest, pseudonyms (see `clip.seen`), weights, prompts (class -> hash) of the scores, where known
     n: int                # films that chose them
     key: str = ''         # of the hashes
 
@@ -124,15 +125,23 @@ class Thresholds:
     def check(self,
         patients,  # (N,) patients to be tested on
         attrs=None, # `attrs` of the scores
-    ):
-        "`InputError` where a patient helped to choose, or the scores come from other weights or prompts. Patient numbers of another manifest mean nothing here."
-        known = {k: v for k, v in self.made_by.items() if (attrs or {}).get(k)}
+    )->str:         # what must be known: a warning where patient numbers of another cohort agree, else ''
+        "`InputError` where a patient helped to choose, or could not be compared, or the scores come from other weights or prompts."
+        attrs = attrs or {}; known = {k: v for k, v in self.made_by.items() if attrs.get(k)}
         if known.get('weights', '') != (attrs['weights'] if 'weights' in known else ''): raise InputError('thresholds were chosen with other weights; choose them again on validation films')
         other = [c for c, h in known.get('prompts', {}).items() if attrs['prompts'].get(c, h) != h]
         if other: raise InputError(f"thresholds of {', '.join(other)} were chosen with other prompts; choose them again on validation films, or use those prompts")
-        if 'manifest' in known and attrs['manifest'] != known['manifest']: return
-        shared = len(set(keyed_hashes(self.key, set(patients))) & self.patients)
-        if shared: raise InputError(f'{shared} patients of these films chose the thresholds; thresholds come from validation, numbers from other patients')
+        if not self.comparable(attrs): raise InputError("the patients that chose the thresholds cannot be compared with these, because their pseudonyms were made from other rows of the data; make both cohorts from the same rows, or choose thresholds again")
+        n = count_text(len(set(keyed_hashes(self.key, set(patients))) & self.patients), attrs.get('access', 'open'))
+        if n == '0': return ''
+        if 'manifest' in known and attrs['manifest'] != known['manifest']: return f'WARNING: {n} patient numbers of these films also stand among those that chose the thresholds, in another cohort; if they mean the same people, decisions are optimistic'
+        raise InputError(f'{n} patients of these films chose the thresholds; thresholds come from validation, numbers from other patients')
+
+    def comparable(self,
+        attrs, # of the scores or films
+    )->bool:
+        "Whether patients of the same cohort have the same names here and there."
+        return not attrs.get('manifest') or attrs['manifest'] != self.made_by.get('manifest') or attrs.get('pseudonyms', '') == self.made_by.get('pseudonyms', '')
 
     def only(self,
         classes, # names
@@ -166,7 +175,7 @@ def choose_thresholds(
     if rule not in RULES: raise InputError(f"threshold rule {rule!r}; choose from {', '.join(RULES)}")
     c = cells(scores, targets, patients, 'multilabel')
     values = {name: _best(c.scores[k, i], c.truth[k, i], rule) for i, (name, k) in enumerate(zip(c.classes, c.known.T))}
-    made = {k: v for k, v in getattr(scores, 'attrs', {}).items() if k in ('manifest', 'weights', 'prompts') and v}
+    made = {k: v for k, v in getattr(scores, 'attrs', {}).items() if k in ('manifest', 'pseudonyms', 'weights', 'prompts') and v}
     key = content_hash('thresholds', *sorted(set(c.patients)))
     return Thresholds(values, rule, frozenset(keyed_hashes(key, set(c.patients))), made, len(c.scores), key)
 

@@ -5,33 +5,36 @@
 # %% auto #0
 __all__ = ['SEEN_FILE', 'keyed_hashes', 'seen_record', 'write_seen', 'read_seen', 'Overlap', 'overlap']
 
-# %% ../../nbs/40da_clip.seen.ipynb #d219af57
-import hashlib
+# %% ../../nbs/40da_clip.seen.ipynb #6aed56f3
+import hashlib, re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..core import InputError, content_hash, read_json, write_json
+from ..data.manifest import shown as count_text
 
 # %% ../../nbs/40da_clip.seen.ipynb #a2519fb0
 def keyed_hashes(
     key:str, # any short text, kept beside the hashes
     names,   # texts
 )->list:     # 16 hexadecimal digits per text; '' for an empty one
-    "Hashes that cannot be looked up in a list made for another file."
-    return [hashlib.blake2b(n.encode(), key=key.encode(), digest_size=8).hexdigest() if n else '' for n in map(str, names)]
+    "Hashes that cannot be looked up in a list made for another file. Blanks around a name and the '.0' that programs write behind whole numbers do not count: a match too many only refuses."
+    plain = lambda n: re.sub(r'^(\d+)\.0+$', r'\1', str(n).strip())
+    return [hashlib.blake2b(n.encode(), key=key.encode(), digest_size=8).hexdigest() if n else '' for n in map(plain, names)]
 
 # %% ../../nbs/40da_clip.seen.ipynb #5856c998
 SEEN_FILE = 'train_films.json' # in the folder of a checkpoint
 
 def seen_record(
     films, # `Films` that training and validation used
-)->dict:   # key, manifest, pictures, patients (sorted hashes), films, without_hash: films whose picture has no hash
+)->dict:   # key, manifest, pseudonyms (name of the key of the patients' pseudonyms, '' where they are open), pictures, patients (sorted hashes), films, without_hash: films whose picture has no hash
     "What was seen, as hashes; the same films give the same record."
     pictures, patients = _names(films)
     key = content_hash('seen', *sorted(set(pictures)), *sorted(set(patients)))
-    return dict(key=key, manifest=str(films.attrs.get('manifest', '')), pictures=sorted({*keyed_hashes(key, pictures)} - {''}), patients=sorted({*keyed_hashes(key, patients)} - {''}), films=len(pictures), without_hash=int(np.sum(pictures == '')))
+    return dict(key=key, manifest=str(films.attrs.get('manifest', '')), pseudonyms=str(films.attrs.get('pseudonyms', '')), pictures=sorted({*keyed_hashes(key, pictures)} - {''}),
+                patients=sorted({*keyed_hashes(key, patients)} - {''}), films=len(pictures), without_hash=int(np.sum(pictures == '')))
 
 def _names(films):
     table = films.table
@@ -65,19 +68,30 @@ class Overlap:
     pictures: np.ndarray # (N,) bool: this very picture
     patients: np.ndarray # (N,) bool: another film of this patient number
     same_cohort: bool    # patient numbers mean the same
-    uncompared: int      # films without a hash of the picture, here or there
+    same_names: bool     # patients were compared: their pseudonyms, if they have any, were made with one key
+    without_hash: int    # of these films, those without a hash of their picture
+    seen_without_hash: int # the same, of the films of training
+    access: str = 'open' # 'open' or 'credentialed': whether small counts may be said
 
     @property
     def seen(self)->np.ndarray:
         "(N,) bool: films that must not be tested on."
         return self.pictures | (self.patients & self.same_cohort)
 
-    def __str__(self):
-        parts = [f'{int(self.pictures.sum())} of {len(self.pictures)} pictures were seen in training', f"{int(self.patients.sum())} films carry a patient number that was{'' if self.same_cohort else ' (in another cohort: perhaps another person)'}"]
-        if self.uncompared: parts.append(f'{self.uncompared} films could not be compared by picture')
-        return '; '.join(parts)
+    def count(self,
+        n, # a number of films
+    )->str:
+        "As it may be said."
+        return count_text(int(n), self.access)
 
-# %% ../../nbs/40da_clip.seen.ipynb #f5897362
+    def __str__(self):
+        parts = [f'{self.count(self.pictures.sum())} of {self.count(len(self.pictures))} pictures were seen in training']
+        parts.append(f"{self.count(self.patients.sum())} films carry a patient number that was{'' if self.same_cohort else ' (in another cohort: perhaps another person)'}" if self.same_names else
+                     'patients could not be compared, because they stand under other pseudonyms')
+        lack = [f'{self.count(n)} films {where}' for n, where in ((self.without_hash, 'here'), (self.seen_without_hash, 'of training')) if n]
+        return '; '.join(parts + [f"{' and '.join(lack)} have no hash of their picture and could not be compared by it"] * bool(lack))
+
+# %% ../../nbs/40da_clip.seen.ipynb #9e5b1299
 def overlap(
     seen:dict, # from `read_seen`
     films,     # `Films` to be tested on
@@ -85,4 +99,5 @@ def overlap(
     "Compare films with what a checkpoint has seen."
     pictures, patients = _names(films)
     hit = lambda names, held: np.isin(keyed_hashes(seen['key'], names), [*held] or ['-'])
-    return Overlap(hit(pictures, seen['pictures']), hit(patients, seen['patients']), str(films.attrs.get('manifest', '')) == seen.get('manifest'), int(np.sum(pictures == '')) + int(seen.get('without_hash', 0)))
+    same = lambda k: str(films.attrs.get(k, '')) == seen.get(k, '')
+    return Overlap(hit(pictures, seen['pictures']), hit(patients, seen['patients']), same('manifest'), same('pseudonyms'), int(np.sum(pictures == '')), int(seen.get('without_hash', 0)), films.attrs.get('access', 'open'))

@@ -95,7 +95,7 @@ def unit_rows(x):
     if not len(x) or not (length > 0).all(): raise InputError('embedding space: no films, or an embedding that is zero')
     return np.asarray(x, float) / length
 
-# %% ../../nbs/43c_clip.space.ipynb #cb438e2e
+# %% ../../nbs/43c_clip.space.ipynb #f22e8eb8
 def labellings(data, minimum):
     "(subgroup, places, class numbers, note): every class against its absence, and films with exactly one class. Too small: no places."
     none = np.zeros(0, int)
@@ -131,7 +131,7 @@ def coordinates(
 
 def _umap(x, seed):
     try: from umap import UMAP
-    except ImportError: raise InputError("UMAP is not installed: pip install umap-learn, or take method='pca'") from None
+    except ImportError: raise InputError("UMAP is not installed: pip install umap-learn, or take pca") from None
     at = UMAP(n_neighbors=min(15, len(x) - 1), metric='cosine', random_state=seed, n_jobs=1, init='spectral' if len(x) > 20 else 'random').fit_transform(x)
     out = pd.DataFrame(np.asarray(at, float), columns=['x', 'y']); out.attrs = dict(method='umap')
     return out

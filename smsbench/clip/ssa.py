@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['WORDINGS', 'addition_orders', 'Design', 'design', 'Samples', 'samples_of', 'ssa_metrics', 'ssa', 'clip_asker',
-           'vlm_asker', 'described', 'listed']
+           'vlm_asker', 'readable_samples', 'described', 'in_order', 'listed']
 
 # %% ../../nbs/43d_clip.ssa.ipynb #8de13446
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np, pandas as pd
 
-from .askers import clip_asker, vlm_asker
-from .facts import described, facts_of, listed
+from .askers import clip_asker, readable_samples, vlm_asker
+from .data import WITHHELD, check_labels
+from .facts import described, facts_of, in_order, listed
 from ..core import InputError, progress, validate
 from ..data.holding import hold
 from ..stats import Statistic, proportion, suppress
 
-_all_ = ['clip_asker', 'vlm_asker', 'described', 'listed']   # what an analysis needs in one place
+_all_ = ['clip_asker', 'vlm_asker', 'readable_samples', 'described', 'in_order', 'listed']   # what an analysis needs in one place
 
 # %% ../../nbs/43d_clip.ssa.ipynb #d54f68b1
 def addition_orders(
@@ -80,6 +81,7 @@ class Samples:
     truth: np.ndarray   # (n, C) 1, 0, NaN: not asked
     classes: list       # C names
     finding: np.ndarray|None=None # (n,) the class that a row asks about, where its answer is yes or no
+    closed: bool=False  # credentialed: no number may be told that a few rows could be worked out from
 
     def place(self,
         said, # what an asker returned: (n,) class names, yes/no, or (n, C) 1/0/NaN
@@ -102,17 +104,18 @@ def samples_of(
     samples, # `Films`, a cohort table (sealed or not), or its `Holding`
 )->Samples:
     "Rows, truth and classes; `InputError` for a cohort whose tasks cannot stand side by side."
-    if hasattr(samples, 'targets'): return Samples(samples.table, samples.targets.to_numpy(float), list(map(str, samples.classes)))
+    if hasattr(samples, 'targets'): return Samples(samples.table, samples.targets.to_numpy(float), list(map(str, samples.classes)), closed=samples.attrs.get('access') == 'credentialed')
     if isinstance(samples, Samples): return samples
-    rows = hold(samples).opened.reset_index(drop=True)
+    rows = hold(samples).opened.reset_index(drop=True); closed = rows.attrs.get('access') == 'credentialed'
     tasks = rows.attrs.get('tasks') or {f: dict(choices=sorted(set(g))) for f, g in rows.label.groupby(rows.finding)}
     asked = [f for f in tasks if (rows.finding == f).any()]
+    check_labels(rows, {f: tasks[f] for f in asked})
     finding, label = rows.finding.to_numpy(object), rows.label.to_numpy(object)
     if all(set(tasks[f]['choices']) == {'yes', 'no'} for f in asked):
-        return Samples(rows, np.where(finding[:, None] == np.array(asked, object), (label == 'yes')[:, None].astype(float), np.nan), asked, finding)
+        return Samples(rows, np.where(finding[:, None] == np.array(asked, object), (label == 'yes')[:, None].astype(float), np.nan), asked, finding, closed)
     if len(asked) > 1: raise InputError(f"findings answered yes or no and questions with other answers ({', '.join(asked)}) cannot stand side by side; take the rows of one task")
     classes = list(map(str, tasks[asked[0]]['choices']))
-    return Samples(rows, (label[:, None] == np.array(classes, object)).astype(float), classes)
+    return Samples(rows, (label[:, None] == np.array(classes, object)).astype(float), classes, closed=closed)
 
 # %% ../../nbs/43d_clip.ssa.ipynb #5a797564
 def _rates(said, truth, weights):
@@ -146,16 +149,28 @@ def ssa_metrics(
     "From answers to numbers with intervals over patients."
     unique, back = np.unique(plan.weights, axis=0, return_inverse=True)
     patients, C = samples.table.patient_id.to_numpy(), len(samples.classes)
-    groups = [(f'class={c}', [i]) for i, c in enumerate(samples.classes)] + [('all', list(range(C)))]*(C > 1)
+    measured = lambda i: _rates(said[:, :, i], samples.truth[:, i], unique).bootstrap(patients, **how)
+    found = {f'class={c}': measured([i]) for i, c in enumerate(samples.classes)}
+    if C > 1: found['all'] = _mean_of(found.values(), measured(list(range(C))), minimum, samples.closed)
     parts = []
-    for group, i in groups:
-        ci = suppress(_rates(said[:, :, i], samples.truth[:, i], unique).bootstrap(patients, **how), minimum=minimum)
+    for group, ci in found.items():
+        ci = suppress(ci, minimum=minimum)
         for m, metric in enumerate(('sensitivity', 'specificity')):
             at = m*len(unique) + back.ravel()
             take = lambda v: np.broadcast_to(v, 2*len(unique))[at]                              # noqa: B023
             parts.append(plan.rows.assign(model=model, metric=[metric + f'_{w}'*bool(w) for w in plan.rows.what], subgroup=group, value=take(ci.value), ci_low=take(ci.low), ci_high=take(ci.high),
-                                          n=take(ci.n), n_clusters=take(ci.n_clusters), note=[str(x) or ('mean over classes' if group == 'all' else '') for x in take(ci.note)]))
+                                          n=take(ci.n), n_clusters=take(ci.n_clusters), note=[str(x) for x in take(ci.note)]))
     return pd.concat(parts, ignore_index=True)[['model', 'metric', 'arm', 'subgroup', 'value', 'ci_low', 'ci_high', 'n', 'n_clusters', 'note', 'order', 'step', 'added']]
+
+def _mean_of(classes, mean, minimum, closed):
+    "The mean over classes, its note naming how many rest on too few rows; blank where all do, or where credentialed numbers could be worked out from it."
+    n = np.stack([np.broadcast_to(c.n, np.shape(mean.value)) for c in classes])
+    used, few = (n > 0).sum(0), ((n > 0) & (n < minimum)).sum(0)
+    hide = (few > 0) & (closed | (few == used))
+    note = [f"suppressed: {k} of {u} classes rest on n < {minimum}" if h else f"{old or 'mean over classes'}{f'; {k} of {u} rest on n < {minimum}' if k else ''}" for k, u, h, old in zip(few, used, hide, np.broadcast_to(mean.note, hide.shape))]
+    blank = lambda v: np.where(hide, np.nan, v)
+    count = lambda v: np.where(hide & closed, 0, v)
+    return replace(mean, value=blank(mean.value), low=blank(mean.low), high=blank(mean.high), n=count(mean.n), n_clusters=count(mean.n_clusters), note=np.array(note, object))
 
 # %% ../../nbs/43d_clip.ssa.ipynb #6de6672c
 def ssa(
@@ -171,22 +186,37 @@ def ssa(
     show:bool=False,     # a bar on stderr
     **how,               # n_boot, level of the resampling
 )->pd.DataFrame:         # metrics table: sensitivity, specificity, and each with _change, _effect, _first, _last, _order; order, step, added
-    "Sequential sensitivity analysis. `InputError` lists the columns there are where one is missing, or is empty in every row."
+    "Sequential sensitivity analysis. `InputError` lists the columns there are where one is missing; it says where one is empty or withheld in every row."
     held, orders = samples_of(samples), addition_orders(steps, most_orders, seed)
     facts = facts_of(held.table, orders[0])
-    if empty := [s for s in orders[0] if not any(s in f for f in facts)]: raise InputError(f'column {empty[0]!r} is empty in all {len(facts)} rows; nothing would be added')
+    if empty := [s for s in orders[0] if not any(s in f for f in facts)]: raise InputError(_nothing_in(empty[0], held.table))
     plan = design(orders[0], orders, wording, base)
-    said = np.stack([held.place(ask(held.table, k)) for k in (progress(plan.known, 'askings') if show else plan.known)])
+    said = _ask_all(ask, held, plan.known, show)
     out = ssa_metrics(said, held, plan, model or getattr(ask, 'name', '') or 'model', minimum, seed=seed, **how)
-    if wording == 'added' and len(orders) > 1: out = pd.concat([out, _wording_row(said, held, plan, out.model[0], minimum, seed, how)], ignore_index=True)
+    if wording == 'added' and len(orders) > 1: out = pd.concat([out, _wording_row(ask, said, held, plan, out.model[0], minimum, seed, how)], ignore_index=True)
     known = {s: sum(s in f for f in facts) for s in orders[0]}
     out = validate(out, 'metrics')
     out.attrs = dict(kind='ssa', steps=list(orders[0]), wording=wording, base=base, classes=held.classes, n_orders=len(orders), of_orders=math.factorial(len(orders[0])), known=known, n=len(held.table), seed=seed)
     return out
 
-def _wording_row(said, held, plan, model, minimum, seed, how):
-    "How often the answer with all inputs depends on the order in which they were told."
-    full = np.nan_to_num(said[[i for i, k in enumerate(plan.known) if len(k) == max(map(len, plan.known))]], nan=-1)
-    ci = suppress(proportion((full != full[0]).any((0, 2)), name='order_flips').bootstrap(held.table.patient_id.to_numpy(), seed=seed, **how), minimum=minimum)
-    return pd.DataFrame([dict(model=model, metric='order_flips', arm='all inputs', subgroup='all', value=ci.value, ci_low=ci.low, ci_high=ci.high, n=ci.n, n_clusters=ci.n_clusters,
-                              note=ci.note or 'rows whose answer with all inputs is not the same in all orders', order=-1, step=-1, added='')])
+def _nothing_in(column, table):
+    "Why a column tells nothing, and what to do."
+    if not (table[column] == WITHHELD).any(): return f'column {column!r} is empty in all {len(table)} rows; nothing would be added'
+    return f"column {column!r} is withheld in all {len(table)} rows, since its values are too rare to be shown; name a coarser column, such as {'age_band' if column == 'age' else 'a band of it'}"
+
+def _ask_all(ask, held, known, show):
+    "(S, n, C) answers, one asking after the other."
+    bar = progress(known, 'askings') if show else None
+    try: return np.stack([held.place(ask(held.table, k)) for k in bar or known])
+    finally:
+        if bar is not None: bar.close()   # an error's message gets a line of its own
+
+def _wording_row(ask, said, held, plan, model, minimum, seed, how):
+    "How often the answer with all inputs depends on the order in which they were told; no number where the asker's words do not follow the order."
+    full = [k for k in plan.known if len(k) == max(map(len, plan.known))]
+    answers = np.nan_to_num(said[[plan.known.index(k) for k in full]], nan=-1)
+    ci = suppress(proportion((answers != answers[0]).any((0, 2)), name='order_flips').bootstrap(held.table.patient_id.to_numpy(), seed=seed, **how), minimum=minimum)
+    note = ci.note or 'rows whose answer with all inputs is not the same in all orders'
+    if (say := getattr(ask, 'say', None)) and len({tuple(map(say, facts_of(held.table, k))) for k in full}) == 1:
+        ci, note = replace(ci, value=np.nan, low=np.nan, high=np.nan), 'not measured: the words are the same in every order; make the asker with say=in_order'
+    return pd.DataFrame([dict(model=model, metric='order_flips', arm='all inputs', subgroup='all', value=ci.value, ci_low=ci.low, ci_high=ci.high, n=ci.n, n_clusters=ci.n_clusters, note=note, order=-1, step=-1, added='')])

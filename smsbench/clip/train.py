@@ -47,7 +47,7 @@ def validate_job(
     else:
         with job.ema.shown(model): seen = look()
     n = max(1, job.sums.get('n', 0))
-    row = dict(epoch=job.done // job.per_epoch, steps=job.done, lr=job.optimizer.param_groups[0]['lr'], train_loss=job.sums.get('loss', math.nan) / n, grad_norm=job.sums.get('norm', math.nan) / n, skipped=job.sums.get('skipped', 0), scale=job.clip.scale,
+    row = dict(epoch=job.done // job.per_epoch, steps=job.done, lr=job.optimizer.param_groups[0]['lr'] if job.sums else math.nan, train_loss=job.sums.get('loss', math.nan) / n, grad_norm=job.sums.get('norm', math.nan) / n, skipped=job.sums.get('skipped', 0), scale=job.clip.scale,
                films_per_second=job.sums.get('films', 0) / max(job.sums.get('seconds', 0), 1e-9) if job.sums else math.nan, **{f'val_{k}': v for k, v in seen.items()}, best=int(job.waited == 0))
     job.history.append(row); job.sums = {}
     if tracker: tracker(row)

@@ -22,7 +22,7 @@ def batch_groups(
     "Codes of what films share; `InputError` for another word."
     if odd := set(share) - {'text', 'study', 'class'}: raise InputError(f'positives {min(odd)!r}: choose from text, study, class')
     answers = [' '.join(map(str, r)) for r in films.targets.to_numpy()]
-    names = dict(text=films.table.text, study=films.table.study, **{'class': answers})
+    names = dict(text=films.table.text.str.split().str.join(' '), study=films.table.study, **{'class': answers})
     return np.stack([group_codes(names[k]) for k in share] or [np.full(len(films), -1)], 1)
 
 # %% ../../nbs/41e_clip.watch.ipynb #44235e8a

@@ -103,15 +103,17 @@ def iou_figure(
 ):          # Figure with `.alt`, or None where there is nothing
     "IoU of the brightest part with the region, at every threshold."
     if not curves: return None
-    fig, axes = canvas(3.3*len(curves) + .6, 3.1, 1, len(curves), sharey=True); said = []
+    fig, axes = canvas(max(3.3*len(curves) + .6, 5.6), 3.4, 1, len(curves), sharey=True); said = []
     for ax, (name, t) in zip(axes[0], curves.items()):
         for n, g in t.groupby('map', sort=False):
             _band(ax, g.threshold, g.value, g.ci_low, g.ci_high, _COLOUR.get(n, COLOURS[2]), _NAMES.get(n, n), n == 'map')
             said.append(f'{name}, {_NAMES.get(n, n)}: highest {rounded(g.value.max(), 2)} at {rounded(g.threshold[g.value.idxmax()], 1)}')
         ax.set(title=literal(name, 40), xlabel="threshold (share of the map's maximum)", xlim=(0, 1), ylim=(0, None)); ax.grid(color='#e6e7e8', lw=.6)
-    axes[0, 0].set_ylabel('IoU with the region'); axes[0, -1].legend(fontsize=8)
+    axes[0, 0].set_ylabel('IoU with the region'); _above(fig, axes[0, 0])
     fig.alt = 'Curves with 95 % intervals: IoU of map and region against the threshold. ' + '; '.join(said) + '.'
     return fig
+
+def _above(fig, ax): fig.legend(*ax.get_legend_handles_labels(), loc='outside upper left', ncols=4, fontsize=8)
 
 def _band(ax, x, y, low, high, colour, label, strong):
     ax.fill_between(x, low, high, color=colour, alpha=.16, lw=0)
@@ -125,7 +127,7 @@ def perturbation_figure(
 ):                       # Figure with `.alt`, or None where there is nothing
     "Mean score as cells disappear and come back, with intervals over patients."
     if curves.empty: return None
-    fig, axes = canvas(8., 3.2, 1, 2, sharey=True); said = []
+    fig, axes = canvas(8., 3.5, 1, 2, sharey=True); said = []
     score = curves.attrs.get('score', 'score')
     for ax, kind in zip(axes[0], ('deletion', 'insertion')):
         for order, g in curves[curves.kind == kind].groupby('order', sort=False):
@@ -134,7 +136,7 @@ def perturbation_figure(
             _band(ax, x, [p.value for p in i], [p.low for p in i], [p.high for p in i], _COLOUR[order], dict(map='order of the map', centre='from the middle', random='random order')[order], order == 'map')
             said.append(f"{kind}, {order}: mean height {rounded(float(np.trapezoid([p.value for p in i], x)), 2)}")
         ax.set(title=kind, xlabel=f"share of the cells that were {'taken away' if kind == 'deletion' else 'brought back'}", xlim=(0, 1)); ax.grid(color='#e6e7e8', lw=.6)
-    axes[0, 0].set_ylabel(f'{score} of the text'); axes[0, 1].legend(fontsize=8, loc='lower right')
+    axes[0, 0].set_ylabel(f'{score} of the text'); _above(fig, axes[0, 0])
     fig.alt = f"Curves with 95 % intervals: {score} while the film disappears ({curves.attrs.get('fill', '')}) and comes back. " + '; '.join(said) + '.'
     return fig
 
@@ -146,15 +148,15 @@ def cascade_figure(
 ):                        # Figure with `.alt`, or None where there is nothing
     "How alike maps stay while the tower forgets, from the top down."
     rows = metrics[metrics.metric == number]
-    if rows.empty: return None
+    if rows.value.isna().all(): return None
     stages, styles, said = list(dict.fromkeys(rows.arm)), looks(list(dict.fromkeys(rows.model))), []
     fig, ax = canvas(max(5., 1.6 + .75*len(stages)), 3.4); ax = ax[0, 0]
     ax.axhline(0, color='#777777', lw=.9, ls=(0, (4, 3)))
     for j, (m, style) in enumerate(styles.items()):
         g = rows[rows.model == m].set_index('arm').reindex(stages); x = np.arange(len(stages)) + .08*(j - (len(styles) - 1)/2)
         ax.plot(x, g.value, color=style['color'], lw=1.2, alpha=.6); ax.vlines(x, g.ci_low, g.ci_high, color=style['color'], lw=1.4); ax.plot(x, g.value, ls='', ms=6, mec='white', mew=.8, mfc=style['color'], **style)
-        for k, v in zip(x, g.value):
-            if not np.isfinite(v): ax.text(k, -.04, 'no map', rotation=90, fontsize=7, color=style['color'], ha='center', va='top')
+        for k, v, note in zip(x, g.value, g.note):
+            if not np.isfinite(v): ax.text(k, -.04, 'withheld' if 'suppressed' in str(note) else 'no map', rotation=90, fontsize=7, color=style['color'], ha='center', va='top')
         said.append(f"{m}: " + ', '.join(f'{s} {rounded(v, 2)}' for s, v in g.value.items()))
     ax.set(xticks=range(len(stages)), ylabel=dict(spearman='rank correlation with\nthe trained model', ssim='SSIM with\nthe trained model')[number], ylim=(min(-.35, rows.ci_low.min() - .05), 1.05), xlabel='weights shuffled from the top down to'); ax.set_xticklabels([literal(s, 14) for s in stages], rotation=30, ha='right'); ax.grid(axis='y', color='#d9dbdd', lw=.6); legend(fig, styles)
     fig.alt = f'Points with 95 % intervals: {number} of maps with those of the trained model, as weights are shuffled from the top down. ' + '; '.join(said) + '.'

@@ -204,7 +204,8 @@ def few_shot_figure(
         if row is not None and np.isfinite(row.value): ax.axhline(row.value, color=colour, lw=1.2, ls=dash, label=name); ax.axhspan(row.ci_low, row.ci_high, color=colour, alpha=.08, lw=0)
     ax.axhline(.5, color='#999999', lw=.8, ls=(0, (1, 2)), label='chance')
     ticks = sorted({int(s) for c in curves.values() for s in c.shots})
-    ax.set_xscale('log', base=2); ax.set(xticks=ticks, xlabel='labelled films per side and class', ylabel='macro AUROC', ylim=(min(.45, min(c.seed_low.min() for c in curves.values()) - .02), 1.01)); ax.set_xticklabels(ticks); ax.minorticks_off(); ax.grid(color='#e6e7e8', lw=.6)
+    lowest = np.nanmin([.47, *(c[k].astype(float).min() for c in curves.values() for k in ('seed_low', 'ci_low')), *(r.ci_low for r in (zero_shot, full) if r is not None)])
+    ax.set_xscale('log', base=2); ax.set(xticks=ticks, xlabel='labelled films per side and class', ylabel='macro AUROC', ylim=(lowest - .02, 1.01)); ax.set_xticklabels(ticks); ax.minorticks_off(); ax.grid(color='#e6e7e8', lw=.6)
     fig.legend(loc='outside right upper', fontsize=8)
     fig.alt = 'Few-shot curve of the macro AUROC with 95 % intervals. ' + ' '.join(f"{n}: " + ', '.join(f'{int(r.shots)} films {rounded(r.value, 2)}' for r in c.itertuples()) + '.' for n, c in curves.items()) + ('' if zero_shot is None else f' Zero-shot {rounded(zero_shot.value, 2)}.')
     return fig

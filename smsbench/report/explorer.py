@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..core import InputError
-from .attention_figures import GROUPS, choose_maps, lift, marked
+from ..core import InputError, RunError
+from .attention_figures import GROUPS, choose_maps, film_arrived, lift, marked, shared_top
 from .examples import film
 from .html import Html, details, join, markup
 from .style import percent, rounded
@@ -98,20 +98,32 @@ class Explorer:
         begin, arm, query = time.perf_counter(), arm or self.arms[0], query or self.queries[0]
         t = self.trials.get((sample, arm))
         if t is None: raise InputError(f'sample {sample} was not shown in the arm {arm}')
-        image, (boxes, mask), found, below = self._film(t.image_id), self._marked(t.image_id), {}, []
+        lifts, below = {}, []
         for m in self.results.models:
-            try: found[m] = kept_map(self.store.rows(m, t.trial_id, method), query, (layer,) if isinstance(layer, int) else layer, head); below.append(self._below(m, t, shares_html(found[m].shares)))
-            except InputError as e: below.append(self._below(m, t, markup('<div style="font-size:12px">{}</div>', e)))
-        lifts = {m: lift(f) for m, f in found.items()}
-        top = max([2., *(float(np.nanquantile(v, .995)) for v in lifts.values())])
-        pictures = [tile(image, None, boxes, mask, height=self.height)] + [tile(image, lifts.get(m), boxes, mask, top, height=self.height) for m in self.results.models]
-        if len(lifts) == 2: a, b = lifts.values(); pictures.append(tile(image, a - b, boxes, mask, top, True, self.height))
-        png, width = _strip(pictures), pictures[0].width
-        first = markup('<div style="width:{}px;margin-right:8px;font-size:12px"><b>{}: {}</b><br>arm {}, query {}<br>colour full at {} × even</div>', width, t.finding, t.label, arm, query, rounded(top, 1))
-        html = markup('<div style="display:flex;color:#222">{}{}{}</div>', first, join(markup('<div style="width:{}px;margin-right:8px">{}</div>', width, b) for b in below),
-                      markup('<div style="width:{}px;font-size:12px">difference, first − second</div>', width) if len(lifts) == 2 else Html())
+            try: found = self._map(m, t.trial_id, method, query, layer, head); lifts[m] = lift(found); under = shares_html(found.shares)
+            except (InputError, RunError) as e: under = markup('<div style="font-size:12px">{}</div>', e)
+            below.append(self._below(m, t, under))
+        top = shared_top(lifts.values()); pictures = self._pictures(t.image_id, lifts, top)
+        png, html = _strip(pictures), self._captions(t, query, top, below, pictures[0].width, len(lifts) == 2)
         self.seconds = time.perf_counter() - begin
         return png, html
+
+    def _map(self, model, trial_id, method, query, layer, head):
+        if film_arrived(self.results.delivery, model) == 'no': raise RunError('void: its film did not arrive')
+        return kept_map(self.store.rows(model, trial_id, method), query, (layer,) if isinstance(layer, int) else layer, head)
+
+    def _pictures(self, image_id, lifts, top):
+        "The film, each model's map over it (the film alone where there is none), the difference of two."
+        image, (boxes, mask), (h, models) = self._film(image_id), self._marked(image_id), (self.height, self.results.models)
+        out = [tile(image, None, boxes, mask, height=h)] + [tile(image, lifts.get(m), boxes, mask, top, height=h) for m in models]
+        if len(models) == len(lifts) == 2: a, b = lifts.values(); out.append(tile(image, a - b, boxes, mask, top, True, h))
+        return out
+
+    def _captions(self, trial, query, top, below, width, two):
+        "What stands below each picture."
+        column = lambda inner: markup('<div style="width:{}px;margin-right:8px;font-size:12px">{}</div>', width, inner)
+        first = markup('<b>{}: {}</b><br>arm {}, query {}<br>colour full at {} × even', trial.finding, trial.label, trial.arm, query, rounded(top, 1))
+        return markup('<div style="display:flex;color:#222">{}</div>', join(map(column, [first, *below, *(['difference, first − second'] if two and len(self.results.models) == 2 else [])])))
 
     def _below(self, model, trial, rest):
         r = self.said.get((model, trial.trial_id))
@@ -130,7 +142,7 @@ class Explorer:
         for a, name in ((picture, 'smsbench-picture'), (text, 'smsbench-text'), (clock, 'smsbench-clock')): a.add_class(name)
         def redraw(_=None):
             try: picture.value, text.value = (lambda p, h: (p, h.text))(*self.view(**{k: v.value for k, v in knobs.items()}))
-            except InputError as e: picture.value, text.value = b'', markup('<p>{}</p>', e).text   # no old picture beside a new message
+            except (InputError, RunError) as e: picture.value, text.value = b'', markup('<p>{}</p>', e).text   # no old picture beside a new message
             clock.value = f'<span style="color:#888;font-size:11px">redrawn in {1000*self.seconds:.0f} ms</span>'
         for k in knobs.values(): k.observe(redraw, names='value')
         redraw()
@@ -146,7 +158,8 @@ class Explorer:
         parts = []
         for s in self.samples[:most]:
             for layer in ['all', *[l for l in self.layers if isinstance(l, int)][-3:]]:
-                png, html = self.view(s, layer=layer)
+                try: png, html = self.view(s, layer=layer)
+                except (InputError, RunError) as e: parts.append(markup('<p>{}, layer {}: {}</p>', s, layer, e)); continue
                 parts.append(markup('<figure><img alt="{}" src="data:image/png;base64,{}">{}<figcaption>{}, layer {}</figcaption></figure>', f'Film of sample {s}, the maps of {", ".join(self.results.models)} in layer {layer}, and their difference', base64.b64encode(png).decode(), html, s, layer))
         return join(parts)
 

@@ -103,7 +103,7 @@ def _orders(table):
 def ssa_table(
     table:pd.DataFrame, # from `ssa`, of one model
     classes=None,       # names of classes; None takes those that moved most
-)->pd.DataFrame:        # added, group, known (rows where the input was not empty), then per rate its mean change with interval, first and last
+)->pd.DataFrame:        # added, group, known (rows where the input was not empty), then per rate its mean change with interval, first and last; note: what is blank or rests on few rows
     "What each input did to each class, in points, ready to print."
     out = []
     for s in table.attrs['steps']:
@@ -113,5 +113,6 @@ def ssa_table(
                 e = t.loc[f'{m}_effect']
                 line[m] = f'{rounded(100 * e.value)} ({span(e.ci_low, e.ci_high)})'
                 for w in ('first', 'last'): line[f'{m} {w}'] = rounded(100 * t.value.get(f'{m}_{w}', np.nan))
+            line['note'] = '; '.join(f'{m}: {n}' for m in RATES for n in t.note[f'{m}_effect'].split('; ') if 'suppressed' in n or 'rest on' in n)
             out.append(line)
     return pd.DataFrame(out)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['clip_app', 'ModelOption', 'PretrainedOption', 'CohortOption', 'FindingsOption', 'ByOption', 'SplitsOption',
            'PromptsOption', 'DeviceOption', 'train', 'read_settings', 'settings_text', 'evaluate', 'compare_models',
-           'explain', 'save_explained', 'ssa']
+           'explain', 'save_explained', 'plain_cells', 'ssa']
 
 # %% ../../nbs/59d_verbs.clip.ipynb #b0465146
 from pathlib import Path
@@ -122,17 +122,18 @@ def evaluate(
     conflicts: Annotated[str, typer.Option(help="Pictures whose rows contradict each other: 'error' or 'drop'.")] = 'error',
     device: DeviceOption = 'auto', n_boot: BootOption = 1000, as_json: JsonOption = False,
 ):
-    """Measure a checkpoint on films it has not seen: zero-shot, retrieval, embedding space, and where the cohort has train, val and test a linear probe and a few-shot curve.
+    """Measure a checkpoint on films it has not seen: zero-shot, retrieval, embedding space, and where the cohort has train, val and test a linear probe, nearest neighbours and a few-shot curve.
 
     Writes tables/ (CSV and LaTeX), figures/, metrics.parquet and summary.json, which says what must be known about the numbers. Thresholds come from the checkpoint's own validation.
 
     Example:  smsbench clip evaluate --cohort other.parquet --model runs/nih/best --out reports/external
     """
+    from smsbench.clip.models import load_clip
     from smsbench.report.external import external_validation, unseen
     films = _films(cohort, root, findings, by, splits, conflicts)
     if test: films = films.of(*split_list(test))
     words, notes = _prompts(prompts, films), []
-    if against: films, notes = unseen(against, films, seen)
+    if against: load_clip(against, '', device); films, notes = unseen(against, films, seen)   # a second model that cannot be opened is refused before the first is measured
     found = external_validation(model, films, out, pretrained, prompts=words, seen=seen, few_shots=() if test else (1, 2, 4, 8, 16), picture=picture, device=device, n_boot=n_boot)
     pair = compare_models((model, pretrained), (against, ''), unseen(model, films, seen)[0], out, words, device, n_boot) if against else None
     told = [_rows(found.metrics, ('macro_auroc', 'macro_auprc', 'macro_f1', 'accuracy', 'lrap', 'exact_match', 'recall@1', 'recall@10')), *found.notes, *(f'{against}: {n}' for n in notes)]
@@ -153,19 +154,27 @@ def compare_models(
     from smsbench.clip.compare import compare
     from smsbench.clip.models import load_clip
     from smsbench.clip.scores import zero_shot
-    from smsbench.core import write_table
-    from smsbench.report.external import own_prompts, own_thresholds, shareable
-    tested, held = films.of('test') if {'train', 'val', 'test'} <= set(films.table.split) else films, []
+    from smsbench.core import Run, write_table
+    from smsbench.report.external import model_name, own_prompts, own_thresholds, readable
+    run, held, names = Run(out), [], []
+    tested = readable(films.of('test') if {'train', 'val', 'test'} <= set(films.table.split) else films, run)[0]
     for name, tag in (first, second):
-        words = own_prompts(name, tested, prompts)[0]
-        held.append((zero_shot(load_clip(name, tag, device), tested, words), own_thresholds(name, tested, None, words)[0]))
+        words, clip = own_prompts(name, tested, prompts)[0], load_clip(name, tag, device)
+        held.append((zero_shot(clip, tested, words), own_thresholds(name, tested, None, words)[0])); names.append(model_name(name, clip))
     scores, limits = zip(*held)
     if None in limits: limits = (None, None)
-    names = tuple(Path(n).parent.name if Path(n).name == 'best' else Path(n).name for n, _ in (first, second))
-    found = shareable(compare(*scores, tested.targets, tested.table.patient_id, limits, names, kind=films.kind, n_boot=n_boot), films.attrs.get('access', 'open'))
+    found = _shareable_difference(compare(*scores, tested.targets, tested.table.patient_id, limits, names, kind=films.kind, n_boot=n_boot), tested)
     found.attrs = dict(weights=[s.attrs['weights'] for s in scores], prompts=[s.attrs['prompts'] for s in scores])
-    write_table(found, Path(out)/'comparison.parquet', 'metrics'); found.to_csv(Path(out)/'tables'/'comparison.csv', index=False)
+    (run/'tables').mkdir(exist_ok=True); write_table(found, run/'comparison.parquet', 'metrics'); found.to_csv(run/'tables'/'comparison.csv', index=False)
     return found
+
+def _shareable_difference(found, films):
+    "Differences as they may be shown: beside prevalences, which say of how few films a class is."
+    import pandas as pd
+    from smsbench.report.external import shareable
+    share = [dict(model=found.model.iat[0], metric='prevalence', arm=found.arm.iat[0], subgroup=f'class={c}', value=y.mean(), ci_low=y.mean(), ci_high=y.mean(), n=int(y.notna().sum()), n_clusters=films.table.patient_id[y.notna()].nunique(), note='') for c, y in films.targets.items()]
+    out = shareable(pd.concat([found, pd.DataFrame(share)], ignore_index=True), films.attrs.get('access', 'open'))
+    return out[:len(found)]
 
 # %% ../../nbs/59d_verbs.clip.ipynb #e344b103
 @clip_app.command()
@@ -175,33 +184,46 @@ def explain(
     method: Annotated[str, typer.Option(help='gradcam, rollout, chefer or legrad.')] = 'gradcam',
     test: Annotated[str, typer.Option(help='Split whose marked films are explained.')] = 'test',
     marks: Annotated[Path | None, typer.Option(help="Radiologists' boxes, masks or polygons: CSV, COCO JSON or the MS-CXR layout; none takes the boxes of the cohort.")] = None,
+    names: Annotated[str, typer.Option(help="What the marks call a finding, where the cohort calls it otherwise, e.g. 'Pleural Effusion=effusion,Enlarged heart=cardiomegaly'; case, blanks and underscores do not matter.")] = '',
     limit: Annotated[int, typer.Option(min=0, help='Most films; 0: all that are marked.')] = 0,
     layer: Annotated[str, typer.Option(help='Grad-CAM: another module of the image tower.')] = '',
     device: DeviceOption = 'auto', n_boot: BootOption = 1000,
     seed: Annotated[int, typer.Option(help='Decides which films, where there is a limit, the shuffled weights and the random orders.')] = 0, as_json: JsonOption = False,
 ):
-    """Show where a model looks on films that somebody marked, beside chance, the centre of the film and shuffled weights; deletion and insertion; agreement with the readers.
+    """Show where a model looks on films that somebody marked, beside chance, the centre of the film and shuffled weights; deletion and insertion; agreement with the readers, and of the readers with each other where there are several.
 
     Example:  smsbench clip explain --cohort nih.parquet --model runs/nih/best --method gradcam --out reports/where
     """
+    from smsbench.clip.explain import check_method
     from smsbench.clip.models import load_clip
     from smsbench.clip.readers import read_marks
     from smsbench.clip.study import explain_films, marked_films
     from smsbench.core import Run, content_hash
-    from smsbench.data.manifest import shown as shown_n
-    films = _films(cohort, root, findings, by, splits, 'drop').of(*split_list(test))
+    films, called = _films(cohort, root, findings, by, splits, 'drop').of(*split_list(test)), _pairs(names)
     words, notes = _own_words(model, films, prompts)
-    clip, run = load_clip(model, pretrained, device), Run(out)
+    clip = load_clip(model, pretrained, device); check_method(clip, method, layer); run = Run(out)
     config = dict(kind='clip_explain', weights=clip.info['weights_sha'], method=method, layer=layer, films=content_hash(*films.table.film_id), test=test, marks=content_hash(marks.read_bytes()) if marks and marks.is_file() else '',
-                    prompts=content_hash(str(words)), limit=limit, seed=seed, n_boot=n_boot)
+                    names=called, prompts=content_hash(str(words)), limit=limit, seed=seed, n_boot=n_boot)
     _same_run(run, config)
-    seen = marked_films(films, None if marks is None else read_marks(marks), limit=limit, seed=seed)
+    seen = marked_films(films, None if marks is None else read_marks(marks), called, limit, seed)
     found = explain_films(clip, seen, method, words, n_cascade=8, n_boot=n_boot, seed=seed, layer=layer, show=True)
     run.freeze(config)
-    metrics, left = save_explained(found, run), len(seen.readings.excluded)
-    shown = _rows(metrics[metrics.subgroup == 'all'], ('mass', 'pointing', 'iou_area', 'auroc', 'auroc_over_centre', 'auroc_over_shuffled', 'deletion_area', 'insertion_area'))
-    counts = [shown_n(n, films.attrs.get('access', 'open')) for n in (len(seen.films), left)]
-    say(dict(out=str(out), metrics=metrics.to_dict('records'), notes=notes), as_json, '\n\n'.join([shown, *notes, f'{counts[0]} films, {counts[1]} marks left out\n{out}']))
+    metrics = save_explained(found, run)
+    say(dict(out=str(out), metrics=metrics.to_dict('records'), notes=notes), as_json, '\n\n'.join([*_explained_text(found, metrics), *notes, str(out)]))
+
+def _pairs(text):
+    "Word -> finding, from WORD=FINDING,..."
+    if odd := [p for p in split_list(text) if p.count('=') != 1 or not all(w.strip() for w in p.split('='))]: raise InputError(f"--names {odd[0]!r}: write WORD=FINDING, e.g. 'Pleural Effusion=effusion'")
+    return dict(tuple(w.strip() for w in p.split('=')) for p in split_list(text))
+
+def _explained_text(found, metrics):
+    "What a person reads first: all films, findings apart, and whether the map can be believed."
+    from smsbench.report.clip_page import cascade_words, explained_words, faithful_words
+    from smsbench.report.external import shareable
+    whole = ('mass', 'pointing', 'iou_area', 'auroc', 'auroc_over_centre', 'auroc_over_shuffled', 'deletion_area', 'insertion_area', *(f'{k}_gain_over_{o}' for k in ('deletion', 'insertion') for o in ('random', 'centre')))
+    each = metrics[metrics.subgroup.str.startswith('finding=') & (metrics.arm.isin(['map', 'all pairs']))]
+    cascade = shareable(found.cascade, found.marked.films.attrs.get('access', 'open')) if len(found.cascade) else found.cascade
+    return [t for t in (_rows(metrics[metrics.subgroup == 'all'], whole), _rows(each, ('iou_area', 'auroc', 'reader_iou', 'iou_under_readers')), faithful_words(found, metrics), cascade_words(cascade), explained_words(found)) if t]
 
 def _same_run(run, config):
     "`InputError` where the directory holds another run; a new one is named only when its numbers are there, so that a refused attempt blocks nothing."
@@ -213,7 +235,9 @@ def _own_words(model, films, prompts):
     from smsbench.report.external import own_prompts
     words, notes = own_prompts(model, films, _prompts(prompts, films))
     record = read_seen(model) if Path(model).is_dir() else None
-    return words, notes + ['WARNING: the checkpoint was trained or chosen on some of these films or patients'] * bool(record and overlap(record, films).seen.any())
+    o = overlap(record, films) if record else None
+    notes = notes + ['WARNING: the checkpoint was trained or chosen on some of these films or patients'] * bool(o and o.seen.any())
+    return words, notes + ['WARNING: whether the checkpoint was trained on these patients cannot be said: they stand under other pseudonyms'] * bool(o and o.same_cohort and not o.same_names)
 
 # %% ../../nbs/59d_verbs.clip.ipynb #b6a6d79a
 def save_explained(
@@ -222,24 +246,41 @@ def save_explained(
 ):         # its metrics table as it may be shown
     "metrics.parquet, tables/*.csv, figures/*.png; pictures and names of films, and curves of few patients, only where the cohort is open."
     from smsbench.core import environment, write_json, write_table
-    from smsbench.report.cam_figures import baseline_figure, cascade_figure, iou_figure, perturbation_figure
-    from smsbench.report.clip_page import explained_panels
     from smsbench.report.external import shareable
     access = found.marked.films.attrs.get('access', 'open')
-    (run/'tables').mkdir(exist_ok=True); (run/'figures').mkdir(exist_ok=True)
-    metrics = shareable(found.metrics, access)
-    write_table(metrics, run/'metrics.parquet', 'metrics'); metrics.to_csv(run/'tables/metrics.csv', index=False)
-    figures = dict(localisation=baseline_figure(metrics))
-    if access == 'open':
-        for name, t in dict(films=found.rows, left_out=found.marked.readings.excluded).items(): t.to_csv(run/f'tables/{name}.csv', index=False)
-        figures |= dict(panels=explained_panels(found))
-    if access == 'open' or found.curves.patient_id.nunique() >= 10: figures |= dict(faithfulness=perturbation_figure(found.curves))
-    if access == 'open' or found.rows.patient_id.nunique() >= 10: figures |= dict(iou=iou_figure({next(iter(found.maps.values())).method: found.iou})); found.iou.to_csv(run/'tables/iou.csv', index=False)
-    if len(found.cascade): figures |= dict(cascade=cascade_figure(shareable(found.cascade, access))); shareable(found.cascade, access).to_csv(run/'tables/cascade.csv', index=False)
-    for name, f in figures.items():
+    metrics, cascade = shareable(found.metrics, access), shareable(found.cascade, access) if len(found.cascade) else None
+    tables = dict(metrics=metrics, cascade=cascade) | (dict(films=found.rows, left_out=found.marked.readings.excluded) if access == 'open' else {}) | (dict(iou=found.iou) if _enough(found.rows, access) else {})
+    for d in ('tables', 'figures'): (run/d).mkdir(exist_ok=True)
+    write_table(metrics, run/'metrics.parquet', 'metrics')
+    for name, t in tables.items():
+        if t is not None: plain_cells(t).to_csv(run/f'tables/{name}.csv', index=False)
+    for name, f in _explained_figures(found, metrics, cascade, access).items():
         if f is not None: (run/f'figures/{name}.png').write_bytes(f.png())
     write_json(environment(), run/'environment.json')
     return metrics
+
+def _enough(rows, access): return access == 'open' or rows.patient_id.nunique() >= 10
+
+def _explained_figures(found, metrics, cascade, access):
+    "Figures by file name; None where nothing may be shown."
+    from smsbench.report.cam_figures import agreement_figure, baseline_figure, cascade_figure, iou_figure, perturbation_figure
+    from smsbench.report.clip_page import explained_panels
+    table = found.marked.readings.table
+    plain = lambda f: ''.join(c if c.isalnum() else '_' for c in f)
+    figures = dict(localisation=baseline_figure(metrics)) | {f'localisation_{i}_{plain(f)}': baseline_figure(metrics, f'finding={f}') for i, f in enumerate(sorted(set(table.finding)))}
+    if access == 'open': figures['panels'] = explained_panels(found)
+    if table.reader.nunique() > 1: figures['agreement'] = agreement_figure(metrics)
+    if _enough(found.curves, access): figures['faithfulness'] = perturbation_figure(found.curves)
+    if _enough(found.rows, access): figures['iou'] = iou_figure({next(iter(found.maps.values())).method: found.iou})
+    if cascade is not None: figures['cascade'] = cascade_figure(cascade)
+    return figures
+
+# %% ../../nbs/59d_verbs.clip.ipynb #0b535b7f
+def plain_cells(
+    table, # DataFrame; its words may come from anybody's files
+):         # the same; words that a spreadsheet would take for a formula begin with a quote
+    "A table that is safe to open in a spreadsheet."
+    return table.map(lambda v: f"'{v}" if isinstance(v, str) and v[:1] in ('=', '+', '-', '@', '\t', '\r') else v)
 
 # %% ../../nbs/59d_verbs.clip.ipynb #e344b104
 @clip_app.command()
@@ -262,11 +303,12 @@ def ssa(
     """
     from smsbench.clip.ssa import ssa as analyse
     from smsbench.core import Run, environment, write_json, write_table
+    from smsbench.data.manifest import shown
     from smsbench.report.external import shareable
     from smsbench.report.ssa_figures import ssa_figure, ssa_order_figure, ssa_table
     if bool(model) == bool(vlm): raise InputError('name one model: --model for CLIP, or --vlm for a vision-language model')
     if vlm and (by or prompts or pretrained): raise InputError('--by, --prompts and --pretrained belong to --model; a vision-language model is asked the questions of the cohort')
-    ask, asked, about, notes = _vlm_asker(vlm, device, cohort, root, findings, splits, split_list(test)) if vlm else _clip_asker(model, pretrained, device, _films(cohort, root, findings, by, splits), split_list(test), val, prompts)
+    ask, asked, about, notes, left = _vlm_asker(vlm, device, cohort, root, findings, splits, split_list(test)) if vlm else _clip_asker(model, pretrained, device, _films(cohort, root, findings, by, splits), split_list(test), val, prompts, wording)
     run, access = Run(out), about.pop('access')
     config = dict(kind='clip_ssa', steps=split_list(steps), wording=wording, most_orders=most_orders, test=test, seed=seed, n_boot=n_boot, **about)
     _same_run(run, config)
@@ -276,33 +318,38 @@ def ssa(
     found = shareable(found, access); found.attrs = attrs
     write_table(found, run/'metrics.parquet', 'metrics'); (run/'tables').mkdir(exist_ok=True); (run/'figures').mkdir(exist_ok=True)
     table = ssa_table(found)
-    found.to_csv(run/'tables/metrics.csv', index=False); table.to_csv(run/'tables/effects.csv', index=False)
+    plain_cells(found).to_csv(run/'tables/metrics.csv', index=False); plain_cells(table).to_csv(run/'tables/effects.csv', index=False)
+    if len(left): notes.append(f"{shown(len(left), access)} picture(s) cannot be read and are left out{'; tables/excluded.csv lists them' if access == 'open' else ''}")
+    if len(left) and access == 'open': plain_cells(left).to_csv(run/'tables/excluded.csv', index=False)
     for name, f in dict(steps=ssa_figure(found), orders=ssa_order_figure(found)).items():
         if f is not None: (run/f'figures/{name}.png').write_bytes(f.png())
     write_json(environment(), run/'environment.json')
     say(dict(out=str(out), metrics=found.to_dict('records'), notes=notes), as_json, '\n\n'.join([table.to_string(index=False), *notes, str(out)]))
 
-def _clip_asker(model, pretrained, device, films, test, val, prompts):
+def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
     from smsbench.clip.models import load_clip
-    from smsbench.clip.ssa import clip_asker
+    from smsbench.clip.ssa import clip_asker, described, in_order, readable_samples
     from smsbench.core import content_hash
     several = films.kind == 'multilabel'
     parts = test or [s for s in sorted(set(films.table.split)) if not (several and s == val)]       # whoever chose the thresholds is not asked
-    tested, clip = films.of(*parts), load_clip(model, pretrained, device)
+    films.of(*parts); clip = load_clip(model, pretrained, device)
+    good, left = readable_samples(films.of(*parts, *[val] * several))
+    tested = good.of(*parts)
     words, notes = _own_words(model, tested, prompts)
     about = dict(model=clip.info['weights_sha'], prompts=content_hash(str(words)), films=content_hash(*tested.table.film_id), val=val if several else '', access=films.attrs.get('access', 'open'))
-    return clip_asker(clip, tested, words, films.of(val) if several else None), tested, about, notes
+    return clip_asker(clip, tested, words, good.of(val) if several else None, in_order if wording == 'added' else described), tested, about, notes, left
 
 def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
-    from smsbench.clip.ssa import vlm_asker
-    from smsbench.core import read_table
-    from smsbench.core import content_hash
+    from smsbench.clip.ssa import readable_samples, vlm_asker
+    from smsbench.core import content_hash, read_table
     from smsbench.data.splits import apply_splits, read_splits
     from smsbench.sms.run import open_model
     table = read_table(cohort, 'cohort'); attrs = table.attrs
     if splits is not None: table = apply_splits(table, read_splits(splits))
-    wanted = split_list(findings)
-    table = table[(table.split.isin(test) if test else table.split.notna()) & (table.finding.isin(wanted) if wanted else True)].reset_index(drop=True)
-    table.attrs = attrs
-    if not len(table): raise InputError(f"no sample is in {', '.join(test)}{' of ' + ', '.join(wanted) if wanted else ''}")
-    return vlm_asker(open_model(vlm, device), table, root=str(root or '')), table, dict(model=vlm, samples=content_hash(*table.sample_id), access=attrs.get('access', 'open')), []
+    wanted = split_list(findings) or tuple(attrs['tasks'])
+    if odd := [f for f in wanted if f not in attrs['tasks']]: raise InputError(f"the cohort has no task {odd[0]!r}; it has {', '.join(attrs['tasks'])}")
+    table = table[(table.split.isin(test) if test else table.split.notna()) & table.finding.isin(wanted)].reset_index(drop=True)
+    table.attrs = {**attrs, 'tasks': {f: attrs['tasks'][f] for f in wanted}}
+    if not len(table): raise InputError(f"no sample is in {', '.join(test)}{' of ' + ', '.join(wanted) if findings else ''}")
+    model = open_model(vlm, device); table, left = readable_samples(table, root or '')
+    return vlm_asker(model, table, root=str(root or '')), table, dict(model=vlm, samples=content_hash(*table.sample_id), access=attrs.get('access', 'open')), [], left
