@@ -187,9 +187,9 @@ def test_credentialed_films_stay_home(tmp_path):
     films = phantom_cohort(30, findings=['effusion'], seed=5)
     films = films.assign(text='SECRET note. ' + films.text, sample_id='SECRET' + films.sample_id, patient_id='SECRET' + films.patient_id); films.attrs = {**phantom_cohort(1, findings=['effusion']).attrs, 'access': 'credentialed'}
     from smsbench.report.html import render
-    run = attend(films, [READER], tmp_path/'run', AttendSettings(arms=('original',), queries=('answer',), n_boot=100), device='cpu')
+    run = attend(films, [READER], tmp_path/'run', AttendSettings(arms=('original', 'text_swap'), queries=('answer',), n_boot=100), device='cpu')
     page = render('attention_compare', run.path, dict(out=str(run.path), report_only=True)).read_text(encoding='utf-8')
-    assert 'SECRET' not in page and 'no picture of a patient is shown' in page and not list((run.path/'figures').glob('maps_*'))
+    assert 'SECRET' not in page and 'no picture of a patient is shown' in page and not [f for f in (run.path/'figures').iterdir() if f.name.startswith(('maps_', 'change'))]
     assert not any(b'SECRET' in f.read_bytes() for f in run.path.rglob('*') if f.is_file())
     from smsbench.report.explorer import explore
     with pytest.raises(InputError, match='credentialed'): explore(run.path)

@@ -221,7 +221,7 @@ def wording_table(
     rows = asked[asked.own.isin(common)].drop_duplicates(['own', 'variant'])
     return html_table(pd.DataFrame([{'question': r.own if r.variant == 'plain' else '', 'variant': r.variant, 'asked as': r.question, 'yes means': 'no' if r.inverted else 'yes'} for r in rows.itertuples()]), 'What was asked; yes to a negated wording is no to the original')
 
-# %% ../../nbs/51a_report.sections.ipynb #fbcb7f01
+# %% ../../nbs/51a_report.sections.ipynb #869882c8
 def wording_section(
     results,   # `Results` of a run
     keep=True, # keep the figures in the run directory
@@ -230,16 +230,17 @@ def wording_section(
     if 'inverted' not in results.plan: return Html()
     how, plan, p = dict(run=results.path if keep else None), results.plan, results.predictions
     arm = next(a for a in ARMS if a in set(plan.arm))
-    columns = dict(wording_flips=('answers changed', '%'), wording_accuracy=('accuracy', '%'), wording_accuracy_change=('change in accuracy', '%'), wording_consistency=('all wordings agree', '%'), wording_right_in_all=('right in every wording', '%'),
-                   wording_entropy=('entropy, bits', ''), wording_margin_spread=('margin spread, log-odds', ''))
-    head = markup('<h2 id="wordings">In other words</h2><p>Every question was asked again in other words, and in negated form (“is it absent?”), where the right answer is the opposite. An answer that turns with the words was not read off the {}. '
-                  'Negated answers are turned back before they are compared.</p>', wording(plan.attrs['tasks'])['image'])
+    changed = dict(wording_flips=('answers changed', '%'), wording_accuracy=('accuracy', '%'), wording_accuracy_change=('change in accuracy', '%'))
+    every = dict(wording_consistency=('all wordings agree', '%'), wording_right_in_all=('right in every wording', '%'), wording_entropy=('entropy, bits', ''), wording_margin_spread=('margin spread, log-odds', ''))
+    negated = ', some of them negated (“is it absent?”): there the right answer is the opposite, and answers are turned back before they are compared' if plan.inverted.any() else ''
+    head = markup('<h2 id="wordings">In other words</h2><p>Every question was asked again in other words{}. An answer that turns with the words was not read off the {}.</p>', negated, wording(plan.attrs['tasks'])['image'])
     moves = margin_moves(plan, p, arm, results.config['minimum'])
     return join([head, figure_html(wording_figure(results.metrics, results.delivery, arm), name='wordings', **how), figure_html(answer_grid_figure(plan, p, arm=arm), name='wording_answers', absent='Single answers of credentialed data are not drawn.', **how),
                  wording_table(results), details('How far the margin moves', figure_html(margin_figure(moves, arm), name='wording_margins', absent='No probability was recorded.', **how)),
-                 details('Numbers per strategy and arm', metric_table(results, columns, subgroup='', caption='Rewordings against the original question, with 95 % intervals'))])
+                 details('Numbers per strategy and arm', metric_table(results, changed, subgroup='', caption='Each rewording against the original question, with 95 % intervals'),
+                         metric_table(results, every, subgroup='', caption='All wordings of a question together, with 95 % intervals'))])
 
-# %% ../../nbs/51a_report.sections.ipynb #03d1f99b
+# %% ../../nbs/51a_report.sections.ipynb #715c192e
 def probe_section(
     results,   # `Results` of a run
     keep=True, # keep the figure in the run directory

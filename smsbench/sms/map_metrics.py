@@ -20,7 +20,8 @@ from ..stats import holm, mean, together
 # %% ../../nbs/36b_sms.map_metrics.ipynb #6d9a7f0e
 COLUMNS = {**{f'share_{g}': (0, 1) for g in ('image', 'report', 'question', 'special', 'template', 'beside')}, 'entropy': (0, np.inf), 'focus': (0, 1), 'gini': (0, 1), 'x': (0, 1), 'y': (0, 1), 'region': (0, 1), 'empty': (0, 1),
            **{m + b: (0, 1) for b in ('', '_uniform', '_centre', '_random', '_chosen') for m in MEASURES}, **{f'{m}_over{b}': (-1, 1) for b in ('_uniform', '_centre', '_random') for m in MEASURES},
-           **{f'{m}_chosen_over{b}': (-1, 1) for b in ('_uniform', '_centre', '_random') for m in MEASURES}} # column -> range of its values
+           **{f'{m}_chosen_over{b}': (-1, 1) for b in ('_uniform', '_centre', '_random') for m in MEASURES},
+           **{f'{m}_chosen{b}': (0, 1) for b in ('_uniform', '_centre', '_random') for m in HEAD_MEASURES}} # column -> range of its values
 
 def mean_rows(
     table:pd.DataFrame,   # one row per map, with patient_id

@@ -84,7 +84,8 @@ def _told(out, as_json):
     from smsbench.report.html import render
     from smsbench.sms.attend import load_attention
     from smsbench.sms.run import void_lines
-    page, r = render('attention_compare', out, dict(out=str(Path(out).resolve()), report_only=True), images=1), load_attention(out)
+    r = load_attention(out)
+    page = render('attention_compare', out, dict(out=str(Path(out).resolve()), report_only=True), images=int(r.open))      # of few patients of credentialed data no figure may be left
     said = {m: map_sentences(r, m) for m in r.models}
     say(dict(report=str(page), models=said, metrics=r.metrics[r.metrics.subgroup == 'all'].to_dict('records')), as_json, '\n'.join([*(f"{m}: {' '.join(s)}" for m, s in said.items()), str(page)]))
     if lines := void_lines(read_json(Path(out)/'delivery.json')): raise RunError('; '.join(lines))
