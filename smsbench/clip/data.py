@@ -69,6 +69,7 @@ def class_answers(
     mine = np.flatnonzero(rows.finding == finding)
     return _one_of(mine, rows.label.to_numpy()[mine], list(task['choices'])), list(task['choices']), 'multiclass', tasks
 
+# %% ../../nbs/40c_clip.data.ipynb #10845886
 def check_labels(
     rows:pd.DataFrame, # a cohort, open
     tasks:dict,        # finding -> dict with its choices

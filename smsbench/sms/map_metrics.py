@@ -98,6 +98,7 @@ def without_random(
     out = table[~table.model.str.endswith(RANDOM)].reset_index(drop=True); out.attrs = table.attrs
     return out
 
+# %% ../../nbs/36b_sms.map_metrics.ipynb #c90db3b4
 def with_baselines(
     looks:pd.DataFrame,   # first table of `look_table`
     profile:pd.DataFrame, # its second
@@ -141,6 +142,7 @@ def map_rows(
             for r in mean_rows(g, COLUMNS, **boot):
                 if '_over_' in r['metric'] and np.isfinite(r['value']): r['note'] = '; '.join(x for x in (f"p = {sign_flip(g[r['metric']], g.patient_id, seed=boot.get('seed', 0)):.2g}", r['note']) if x)
                 if r['metric'] == 'share_image' and np.isfinite(r['value']) and _cross(g): r['note'] = CROSS
+                if r['metric'] == 'pixel_auroc_uniform' and np.isfinite(r['value']): r |= dict(ci_low=.5, ci_high=.5, note='by construction')
                 out.append(dict(model=model, arm=arm, subgroup=name, **r))
     return out
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'SYNONYMS', 'ADJECTIVES', 'STATES', 'EXISTS', 'FREE', 'FRONT', 'IS', 'FRAMES', 'Variant', 'bare',
-           'synonyms', 'Asked', 'many', 'core', 'understand', 'filled', 'renamed', 'wordings', 'paraphrases', 'unused',
-           'meaning', 'slug', 'own_wordings', 'read_wordings']
+           'synonyms', 'Asked', 'many', 'core', 'understand', 'filled', 'renamed', 'wordings', 'paraphrases', 'slug',
+           'own_wordings', 'read_wordings']
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #5d6555eb
 import re
@@ -223,27 +223,6 @@ def paraphrases(
     made = [Variant(t, s, s == 'negated', i) for s, ts in wordings(question).items() if s in strategies for i, t in enumerate(ts, 1)]
     made.sort(key=lambda v: v.number)                       # stable: within a round the order of STRATEGIES
     return [Variant(question, 'original'), *made[:n]]
-
-# %% ../../nbs/30a_sms.paraphrases.ipynb #3ca9ce03
-def unused(
-    question:str, # a question
-)->list[str]:     # strategies that can do nothing with it
-    "What the rules cannot do."
-    return [s for s in STRATEGIES if s not in wordings(question)]
-
-# %% ../../nbs/30a_sms.paraphrases.ipynb #448f843a
-_NAMES = {bare(s).lower(): bare(g[0]).lower() for g in SYNONYMS for s in g}
-_NO = re.compile(r"\b(absent|free of|ruled out|excluded|wrong)\b|\bno\b|\bnot\b", re.I)
-
-def meaning(
-    text:str,     # a question
-    finding:str,  # what the original asks about, as its bare name
-)->tuple[str, bool]: # (the finding named: `finding` itself where its name or a listed synonym occurs, else ''; does yes mean absence?)
-    "What a reader who looks only for names and negations takes a question to ask."
-    said, group = text.lower(), _NAMES.get(finding.lower())
-    names = [n for n, g in _NAMES.items() if g == group] if group else [finding.lower()]
-    named = any(re.search(rf'(?<![\w-]){re.escape(n)}(?![\w-])', said) for n in names)
-    return finding if named else '', len(_NO.findall(re.sub(rf'{re.escape(finding.lower())}', ' ', said))) % 2 == 1
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #ea774a07
 _NEEDS = ('question_variant', 'strategy')
