@@ -18,6 +18,7 @@ from .data import WITHHELD, check_labels
 from .facts import described, facts_of, in_order, listed
 from ..core import InputError, progress, validate
 from ..data.holding import hold
+from ..data.manifest import shown
 from ..stats import Statistic, proportion, suppress
 
 _all_ = ['clip_asker', 'vlm_asker', 'readable_samples', 'described', 'in_order', 'listed']   # what an analysis needs in one place
@@ -194,7 +195,7 @@ def ssa(
     said = _ask_all(ask, held, plan.known, show)
     out = ssa_metrics(said, held, plan, model or getattr(ask, 'name', '') or 'model', minimum, seed=seed, **how)
     if wording == 'added' and len(orders) > 1: out = pd.concat([out, _wording_row(ask, said, held, plan, out.model[0], minimum, seed, how)], ignore_index=True)
-    known = {s: sum(s in f for f in facts) for s in orders[0]}
+    known = {s: shown(sum(s in f for f in facts), 'credentialed' if held.closed else 'open') for s in orders[0]}
     out = validate(out, 'metrics')
     out.attrs = dict(kind='ssa', steps=list(orders[0]), wording=wording, base=base, classes=held.classes, n_orders=len(orders), of_orders=math.factorial(len(orders[0])), known=known, n=len(held.table), seed=seed)
     return out

@@ -74,7 +74,7 @@ def study_config(
 )->dict:        # for `Run.freeze`
     "What decides the numbers of a study."
     how = None if settings is None else {k: v for k, v in asdict(settings).items() if k not in LOOSE}
-    seen = table_hash(films.table[['film_id', 'split']].join(films.targets, rsuffix='_class'))
+    seen = table_hash(pd.concat([films.table[['film_id', 'split']], films.targets.add_suffix('_class')], axis=1))
     return dict(kind=kind, weights=clip.info['weights_sha'], films=seen, classes=list(films.classes), prompts=content_hash(str(prompts_for(films))), settings=how, **more)
 
 # %% ../../nbs/45_clip.study.ipynb #a30af784
