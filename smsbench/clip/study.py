@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 
 from ..core import InputError, Run, content_hash, read_table, table_hash, validate, write_table
-from .data import WITHHELD, Films, films_of, read_films
+from .data import WITHHELD, Films, check_films, films_of, read_films
 from .evaluate import choose_thresholds, classification_metrics, evaluate
 from .explain import explain_many, target
 from .faithfulness import cascade, cascade_metrics, curve_areas, faithfulness_metrics, iou_curves, perturbation_curves
@@ -164,8 +164,9 @@ def marked_films(
     at = named_films(held, films.table)
     open_data = films.attrs.get('access') == 'open'
     if not at: raise InputError('no film of this split is marked; choose another split, or give a file of marks' if marks is None else f'none of {len(held)} marks is of a film of this split; the first names {held.film.iat[0]!r}' if open_data else _UNTOLD)
-    some = films.take(at); images = list(read_films(some))
-    try: read = place_marks(held, some.table, [x.shape for x in images], names, films.classes)
+    some, broken = check_films(films.take(at)); images = list(read_films(some))
+    lost = _marks_of(held, films.take(at).table, set(broken.film_id))
+    try: read = place_marks(held[~held.film.isin(lost.film)], some.table, [x.shape for x in images], names, films.classes)
     except InputError as e: raise e if open_data else InputError(_UNTOLD) from None
     place = {f: k for k, f in enumerate(some.table.film_id)}
     fits = np.array([f in films.classes and some.targets[f].iat[place[i]] == 1 for i, f in zip(read.table.film_id, read.table.finding)], bool)
@@ -174,7 +175,12 @@ def marked_films(
     keep = sorted(set(read.table.film_id[fits]), key=lambda f: content_hash(seed, f))[:limit or None]
     fits &= read.table.film_id.isin(keep).to_numpy()
     at = [place[f] for f in keep]
-    return Marked(some.take(at), [images[k] for k in at], Readings(read.table[fits].reset_index(drop=True), [m for m, f in zip(read.masks, fits) if f], pd.concat([read.excluded, left], ignore_index=True)))
+    return Marked(some.take(at), [images[k] for k in at], Readings(read.table[fits].reset_index(drop=True), [m for m, f in zip(read.masks, fits) if f], pd.concat([read.excluded, left, lost], ignore_index=True)))
+
+def _marks_of(marks, table, broken):
+    "Marks on films that cannot be read, as rows of what is left out."
+    names = {n for n in set(marks.film) if any(table.film_id.iat[i] in broken for i in named_films(marks[marks.film == n].head(1), table))}
+    return marks.loc[marks.film.isin(names), ['film', 'finding', 'reader', 'row']].assign(reason='the film cannot be read')
 
 # %% ../../nbs/45_clip.study.ipynb #08d86667
 class Explained(NamedTuple):
