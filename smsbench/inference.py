@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Dyads', 'Mean', 'small_sample', 'mean_of', 'ratio_of', 'average_of', 'sample_size', 'interval_of', 'difference_of',
-           'correlation']
+           'correlation', 'area_of']
 
 # %% ../nbs/01a_inference.ipynb #225f6f90
 from dataclasses import dataclass, field
@@ -247,3 +247,28 @@ def correlation(
     spread = np.sqrt(dyads.covariance(a.influence, a.influence) * dyads.covariance(b.influence, b.influence))
     if not spread > 0: return 0.
     return float(np.clip(dyads.covariance(a.influence, b.influence) / spread, -1, 1))
+
+# %% ../nbs/01a_inference.ipynb #ea3ac2ca
+def area_of(
+    dyads:Dyads,
+    score:np.ndarray,    # (n,) higher means more positive
+    positive:np.ndarray, # (n,) bool
+    weight:np.ndarray,   # (n,) weight of each row, 0 where it does not count
+    arm:str='',          # whose donors take part
+)->Mean:                 # value NaN where one class is absent
+    "Area under the ROC curve, ties counted half (DeLong et al. 1988, Obuchowski 1997)."
+    pos, neg = np.where(positive, weight, 0.), np.where(positive, 0., weight)
+    if not (pos.any() and neg.any()):
+        return mean_of(dyads, np.zeros(len(score)), np.nan, [pos, neg], arm)
+    place = _placements(score, pos, neg)
+    value = float(pos @ place / pos.sum())
+    influence = pos * (place - value) / pos.sum() + neg * (place - value) / neg.sum()
+    return mean_of(dyads, influence, value, [pos, neg], arm)
+
+def _placements(score, pos, neg):
+    "For a positive the share of negatives below it, for a negative the share of positives above it."
+    _, level = np.unique(np.where(pos + neg > 0, score, -np.inf), return_inverse=True)
+    p, q = np.bincount(level, pos), np.bincount(level, neg)
+    below = (np.cumsum(q) - q / 2) / q.sum()
+    above = 1 - (np.cumsum(p) - p / 2) / p.sum()
+    return np.where(pos > 0, below[level], above[level])
