@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ratio', 'mean', 'proportion', 'nfr', 'classification', 'design_effect', 'auroc', 'mcnemar', 'mcnemar_clustered',
-           'paired_difference', 'holm', 'exact_bounds', 'effective_number', 'Equivalence', 'equivalence',
-           'power_paired', 'samples_needed', 'minimum_effect', 'suppress', 'Interval', 'Statistic', 'bootstrap_rows',
-           'bootstrap_sums', 'cluster_totals', 'resample_totals', 'together']
+           'paired_difference', 'holm', 'Equivalence', 'equivalence', 'power_paired', 'samples_needed',
+           'minimum_effect', 'suppress', 'Interval', 'Statistic', 'bootstrap_rows', 'bootstrap_sums', 'cluster_totals',
+           'effective_number', 'exact_bounds', 'resample_totals', 'together']
 
 # %% ../nbs/01_stats.ipynb #fed47b67
 from dataclasses import replace
@@ -15,9 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from .core import InputError
-from .resampling import Interval, Statistic, bootstrap_rows, bootstrap_sums, cluster_totals, plain, resample_totals, together
+from .resampling import (Interval, Statistic, bootstrap_rows, bootstrap_sums, cluster_totals,
+                                 effective_number, exact_bounds, plain, resample_totals, together)
 
-_all_ = ['Interval', 'Statistic', 'bootstrap_rows', 'bootstrap_sums', 'cluster_totals', 'resample_totals', 'together']   # what a user of statistics needs in one place
+_all_ = ['Interval', 'Statistic', 'bootstrap_rows', 'bootstrap_sums', 'cluster_totals', 'effective_number',
+         'exact_bounds', 'resample_totals', 'together']   # what a user of statistics needs in one place
 
 # %% ../nbs/01_stats.ipynb #c0e5e697
 def ratio(
@@ -194,29 +196,6 @@ def holm(
     out = np.full(p.shape, np.nan)
     out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
     return out
-
-# %% ../nbs/01_stats.ipynb #fa087db6
-def exact_bounds(
-    share,           # observed share, 0..1, number or array
-    n,               # independent units, need not be whole
-    level:float=.95, # two-sided level
-):                   # (low, high)
-    "Clopper-Pearson bounds of a share, also for fractional counts (Clopper and Pearson 1934)."
-    from scipy.special import betaincinv
-    share, n = np.clip(np.asarray(share, float), 0, 1), np.asarray(n, float)
-    tail, x = (1 - level) / 2, share * n
-    low = np.where(x > 0, betaincinv(np.maximum(x, 1e-300), n - x + 1, tail), 0.)
-    high = np.where(n - x > 1e-12, betaincinv(x + 1, np.maximum(n - x, 1e-300), 1 - tail), 1.)
-    return plain(low), plain(high)
-
-# %% ../nbs/01_stats.ipynb #aa143969
-def effective_number(
-    weights, # (C,) weight of each patient, >= 0
-)->float:    # 0 without weights, C where all are equal
-    "Kish's effective number: how many equally weighted patients these are worth (Kish 1965)."
-    w = np.asarray(weights, float)
-    square = (w**2).sum()
-    return float(w.sum()**2 / square) if square else 0.
 
 # %% ../nbs/01_stats.ipynb #628b0f1d
 class Equivalence(NamedTuple):
