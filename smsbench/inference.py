@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Dyads', 'Mean', 'small_sample', 'mean_of', 'ratio_of', 'average_of', 'sample_size', 'interval_of', 'difference_of',
-           'correlation', 'area_of']
+           'joined', 'correlation', 'area_of']
 
-# %% ../nbs/01a_inference.ipynb #225f6f90
+# %% ../nbs/01a_inference.ipynb #da7c4c91
 from dataclasses import dataclass, field
 
 import numpy as np, pandas as pd
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from .core import InputError
 from .stats import effective_number, exact_bounds
@@ -180,7 +180,7 @@ def average_of(
     made = Mean(value, influence, held, n, max(dyads.covariance(influence, influence), 0.), all(m.share for m in means), means[0].bounds)
     return _corrected(made)
 
-# %% ../nbs/01a_inference.ipynb #ad6144ed
+# %% ../nbs/01a_inference.ipynb #d1d7c36f
 def sample_size(
     mean:Mean,
     level:float=.95, # confidence level
@@ -191,10 +191,10 @@ def sample_size(
     variance = mean.variance / (high - low)**2
     if not 0 < p < 1 or variance == 0 or most <= 1: return most
     tail = (1 - level) / 2
-    few = student.isf(tail, max(mean.n_patients - 1, 1)) / student.isf(tail, max(most - 1, .1))
+    few = stdtrit(max(mean.n_patients - 1, 1), tail) / stdtrit(max(most - 1, .1), tail)
     return min(most, few**2 * p * (1 - p) / variance)
 
-# %% ../nbs/01a_inference.ipynb #6c5878f4
+# %% ../nbs/01a_inference.ipynb #f110abfb
 def interval_of(
     mean:Mean,
     level:float=.95, # confidence level
@@ -213,13 +213,13 @@ def _t_interval(mean, level):
     low, high = mean.bounds
     if effective <= 1: return (low, high) if np.isfinite(mean.bounds).all() else (np.nan, np.nan)
     unbiased = mean.variance * mean.n_patients / max(mean.n_patients - 1, 1)
-    half = student.isf(tail, effective - 1) * np.sqrt(unbiased)
+    half = -stdtrit(effective - 1, tail) * np.sqrt(unbiased)
     unseen = 1 - tail**(1 / effective)
     below = unseen * (mean.value - low) if np.isfinite(low) else 0.
     above = unseen * (high - mean.value) if np.isfinite(high) else 0.
     return float(max(mean.value - max(half, below), low)), float(min(mean.value + max(half, above), high))
 
-# %% ../nbs/01a_inference.ipynb #97cd8cdb
+# %% ../nbs/01a_inference.ipynb #2c35ac86
 def difference_of(
     dyads:Dyads,
     a:Mean,
@@ -228,13 +228,17 @@ def difference_of(
 )->tuple[float, float, float]: # (a - b, low, high)
     "Difference of two means with its confidence interval (MOVER; Newcombe 1998, Zou and Donner 2008)."
     if np.isnan(a.value) or np.isnan(b.value): return np.nan, np.nan, np.nan
-    e, r = a.value - b.value, correlation(dyads, a, b)
+    return joined(a, b, correlation(dyads, a, b), level)
+
+def joined(a, b, r, level=.95):
+    "`difference_of` for a known correlation."
+    e = a.value - b.value
     (a_low, a_high), (b_low, b_high) = interval_of(a, level), interval_of(b, level)
-    below = _joined(a.value - a_low, b_high - b.value, r)
-    above = _joined(a_high - a.value, b.value - b_low, r)
+    below = _length(a.value - a_low, b_high - b.value, r)
+    above = _length(a_high - a.value, b.value - b_low, r)
     return e, e - below, e + above
 
-def _joined(x, y, r): return float(np.sqrt(max(x * x + y * y - 2 * r * x * y, 0.)))
+def _length(x, y, r): return float(np.sqrt(max(x * x + y * y - 2 * r * x * y, 0.)))
 
 # %% ../nbs/01a_inference.ipynb #80b29694
 def correlation(
