@@ -273,7 +273,7 @@ def _moved(now, before, words):
     return np.where(np.isnan(before), np.nan, np.where(np.isnan(now), 1., far))
 
 # %% ../../nbs/37_sms.simulate.ipynb #05a5218d
-def _sums(setting, prevalence, n, seed, arms):
+def _sums(setting, prevalence, n, seed, arms, curves):
     "(metric, arm) -> (numerator, denominator) of one finding."
     label, evidence, labels = _population(setting, prevalence, n, seed)
     logit = _population_answers(setting, evidence, arms, n, seed)
@@ -284,7 +284,7 @@ def _sums(setting, prevalence, n, seed, arms):
         put('accuracy', a, right[a], read[a])
         put('sensitivity', a, right[a], read[a] & label)
         put('specificity', a, right[a], read[a] & ~label)
-        if not setting.words: out['auroc', a] = (auroc(logit[a][read[a]], label[read[a]]), 1.)
+        if curves and not setting.words: out['auroc', a] = (auroc(logit[a][read[a]], label[read[a]]), 1.)
         v, c = ARMS[a].versus, ARMS[a].control
         if v not in arms: continue
         both, flip = read[a] & read[v], said[a] != said[v]
@@ -306,15 +306,16 @@ def _sums(setting, prevalence, n, seed, arms):
 # %% ../../nbs/37_sms.simulate.ipynb #1de13747
 def truth(
     setting:Setting, # the study, without anything left to solve
-    n:int=1_000_000, # images drawn per finding
+    n:int=400_000,   # images drawn per finding
     seed:int=2024,   # which draw
+    curves:bool=True, # the AUROC as well?
 )->dict[tuple[str, str], float]: # (metric, arm) -> true value; ('excess_image', '') and so on for the verdicts
     "True values of a simulated study, by a large sample of the same generator."
     from smsbench.sms.shifts import select_arms
     arms = [a.name for a in select_arms(setting.arms)]
     shares = np.broadcast_to(np.atleast_1d(setting.prevalence), setting.findings)
     kinds, counts = np.unique(shares, return_counts=True)
-    parts = [(c, _sums(setting, float(p), n, seed, arms)) for p, c in zip(kinds, counts)]
+    parts = [(c, _sums(setting, float(p), n, seed, arms, curves)) for p, c in zip(kinds, counts)]
     total = {k: np.sum([c * np.array(p[k]) for c, p in parts], axis=0) for k in parts[0][1]}
     out = {k: float(a / b) if b else float('nan') for k, (a, b) in total.items()}
     ways = [out[k] for k in (('text_following', 'image_swap'), ('text_following', 'text_swap')) if k in out]
@@ -332,17 +333,26 @@ def set_value(
     given[head] = {**given.get(head, {}), tail: value} if tail else value
     return make_setting(given)
 
+# %% ../../nbs/37_sms.simulate.ipynb #56c3412b
+def _quantity(name):
+    "(metric, arm) of a quantity named METRIC, METRIC:ARM, or excess_image and the like."
+    metric, _, arm = name.partition(':')
+    return metric, arm or ('' if metric.endswith(('_image', '_text')) else 'original')
+
+def _arms_for(metric, arm):
+    "The arms that a quantity is made of; those they are compared with come along."
+    return (arm,) if arm in ARMS else ('image_swap',) if metric.endswith('_image') else ('text_swap',)
+
 # %% ../../nbs/37_sms.simulate.ipynb #38a38931
 @lru_cache(maxsize=256)
 def _solved(text, n):
     "The value of the unknown of a setting given as JSON."
     from scipy.optimize import brentq
     setting = Setting.model_validate_json(text)
-    goal, bare = setting.solve, set_value(setting, 'solve', None)
-    metric, _, arm = goal.quantity.partition(':')
-    key = (metric, arm or ('' if '_image' in metric or '_text' in metric else 'original'))
+    goal, key = setting.solve, _quantity(setting.solve.quantity)
+    bare = setting.model_copy(update=dict(solve=None, arms=_arms_for(*key)))
     def gap(x):
-        found = truth(set_value(bare, goal.unknown, float(x)), n)
+        found = truth(set_value(bare, goal.unknown, float(x)), n, curves=key[0] == 'auroc')
         if key not in found: raise InputError(f"solve: no quantity {goal.quantity}; there are {', '.join(':'.join(k).rstrip(':') for k in found)}")
         return found[key] - goal.value
     grid = np.linspace(goal.low, goal.high, 9)
@@ -354,7 +364,7 @@ def _solved(text, n):
 # %% ../../nbs/37_sms.simulate.ipynb #f517375b
 def solve(
     setting:Setting, # the study, perhaps with something to solve
-    n:int=1_000_000, # images drawn per finding
+    n:int=400_000,   # images drawn per finding
 )->Setting:          # the study with nothing left to solve
     "Find the unknown of a setting; `InputError` where no value meets the goal."
     if setting.solve is None: return setting
