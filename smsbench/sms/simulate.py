@@ -43,7 +43,7 @@ class Setting(Card):
     films: int | tuple[int, int] = 1                       # images per patient: a number, or fewest and most (drawn evenly)
     findings: int = Field(1, ge=1, le=100)                 # questions asked of each image
     correlation: float = Field(0., ge=0, lt=1)             # of the findings of one image, latent, 0..1
-    prevalence: float | tuple[float, ...] = .5             # share of 'yes', 0..1; or one per finding
+    prevalence: float | tuple[float, ...] = .5             # true share of 'yes', 0..1; or one per finding
     exact: bool = False                                    # exactly that share of the images, not on average
     icc: float = Field(0., ge=0, lt=1)                     # correlation within a patient, latent, 0..1
     visible: float | tuple[float, float] = 1.              # share of images that show the finding, 0..1; or one each for 'no' and 'yes'
@@ -242,17 +242,27 @@ def simulate(
     delivery = {a: dict(verdict='ok', trials=int(n)) for a, n in plan.arm.value_counts().items()}
     return plan, simulate_answers(plan, cohort, setting, seed), dict(simulated=delivery)
 
+# %% ../../nbs/37_sms.simulate.ipynb #4668a896
+def _even_normal(rng, n):
+    "n standard normal values in random order whose distribution is exact: one from each n-th of it."
+    return ndtri((rng.permutation(n) + .5) / n)
+
 # %% ../../nbs/37_sms.simulate.ipynb #b0b3fede
 def _population(setting, prevalence, n, seed):
-    "Recipients and donors of one finding, n images: label, and evidence per image operation."
-    alone = setting.model_copy(update=dict(patients=n, films=1, findings=1, prevalence=prevalence, icc=0., correlation=0., exact=False))
-    drawn = draw_images(alone, seed)
-    label, rng = drawn['label'][:, 0], np.random.default_rng([seed, 98])
-    of = {c: np.flatnonzero(label == c) for c in (False, True)}
-    if not (len(of[False]) and len(of[True])): raise InputError(f'prevalence {prevalence}: both classes are needed')
-    pick = lambda same: np.where(label == same, rng.choice(of[True], n), rng.choice(of[False], n))
-    rows = dict(own=np.arange(n), other=pick(False), same=pick(True))
-    return label, {k: {op: drawn[k][at, 0] for op, at in rows.items()} for k in ('image', 'text')}, {op: label[at] for op, at in rows.items()}
+    "Recipients of one finding and their donors: recorded label, weight, and evidence and label per operation."
+    rng, e, p, m = np.random.default_rng([seed, 98]), setting.label_noise, prevalence, n // 2
+    yes = p * (1 - e) + (1 - p) * e
+    if not 0 < yes < 1: raise InputError(f'prevalence {p}: both classes are needed')
+    image, text = np.empty(2 * m), np.empty(2 * m)
+    for c, share in enumerate((p * e / (1 - yes), p * (1 - e) / yes)):
+        shown, draw = rng.permutation(m) < round(share * m), [_even_normal(rng, m) for _ in range(4)]
+        at, recorded = slice(c * m, (c + 1) * m), np.full(m, bool(c))
+        image[at] = _evidence(draw[0], draw[1], shown, setting, setting.visible)
+        text[at] = _evidence(draw[2], draw[3], recorded, setting, setting.stated)
+    label, weight = np.repeat([False, True], m), np.repeat([2 * (1 - yes), 2 * yes], m)
+    order = [rng.permutation(m) for _ in range(4)]
+    rows = dict(own=np.arange(2 * m), other=np.r_[m + order[0], order[1]], same=np.r_[order[2], m + order[3]])
+    return label, weight, {k: {op: x[at] for op, at in rows.items()} for k, x in (('image', image), ('text', text))}, {op: label[at] for op, at in rows.items()}
 
 # %% ../../nbs/37_sms.simulate.ipynb #296c3fd1
 def _population_answers(setting, evidence, arms, n, seed):
@@ -275,11 +285,11 @@ def _moved(now, before, words):
 # %% ../../nbs/37_sms.simulate.ipynb #05a5218d
 def _sums(setting, prevalence, n, seed, arms, curves):
     "(metric, arm) -> (numerator, denominator) of one finding."
-    label, evidence, labels = _population(setting, prevalence, n, seed)
-    logit = _population_answers(setting, evidence, arms, n, seed)
+    label, weight, evidence, labels = _population(setting, prevalence, n, seed)
+    logit = _population_answers(setting, evidence, arms, len(label), seed)
     said, read = {a: x > 0 for a, x in logit.items()}, {a: ~np.isnan(x) for a, x in logit.items()}
     right, out = {a: said[a] == label for a in arms}, {}
-    def put(metric, arm, num, den): out[metric, arm] = (float((num * den).sum()), float(np.sum(den)))
+    def put(metric, arm, num, den): out[metric, arm] = (float(weight @ (num * den)), float(weight @ den))
     for a in arms:
         put('accuracy', a, right[a], read[a])
         put('sensitivity', a, right[a], read[a] & label)
