@@ -6,7 +6,7 @@
 __all__ = ['ratio', 'mean', 'proportion', 'nfr', 'classification', 'design_effect', 'auroc', 'mcnemar', 'mcnemar_clustered',
            'paired_difference', 'holm', 'Equivalence', 'equivalence', 'power_paired', 'samples_needed',
            'minimum_effect', 'suppress', 'Interval', 'Statistic', 'bootstrap_rows', 'bootstrap_sums', 'cluster_totals',
-           'resample_totals', 'together']
+           'effective_number', 'exact_bounds', 'resample_totals', 'together']
 
 # %% ../nbs/01_stats.ipynb #fed47b67
 from dataclasses import replace
@@ -15,9 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from .core import InputError
-from .resampling import Interval, Statistic, bootstrap_rows, bootstrap_sums, cluster_totals, plain, resample_totals, together
+from .resampling import (Interval, Statistic, bootstrap_rows, bootstrap_sums, cluster_totals,
+                                 effective_number, exact_bounds, plain, resample_totals, together)
 
-_all_ = ['Interval', 'Statistic', 'bootstrap_rows', 'bootstrap_sums', 'cluster_totals', 'resample_totals', 'together']   # what a user of statistics needs in one place
+_all_ = ['Interval', 'Statistic', 'bootstrap_rows', 'bootstrap_sums', 'cluster_totals', 'effective_number',
+         'exact_bounds', 'resample_totals', 'together']   # what a user of statistics needs in one place
 
 # %% ../nbs/01_stats.ipynb #c0e5e697
 def ratio(
