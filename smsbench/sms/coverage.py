@@ -21,7 +21,8 @@ from ..core import InputError, content_hash, progress, read_json, write_json
 from ..data.rules import Card
 from .metrics import measure
 from .simulate import Setting, make_setting, simulate, solve, truth
-from .verdicts import exact_bounds, give_verdicts
+from .verdicts import give_verdicts
+from ..stats import exact_bounds
 
 # %% ../../nbs/37a_sms.coverage.ipynb #15e8548a
 class Limits(Card):
