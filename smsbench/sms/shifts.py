@@ -223,7 +223,7 @@ def make_plan(
     if not any(a.probe for a in chosen): plan = plan.drop(columns='change')
     strata = [c for c in attrs.get('strata', []) if c not in plan]      # a stratum 'variant' of a cohort of wordings is what the plan's own column says
     plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
-    plan.attrs = {**{k: attrs[k] for k in ('manifest', 'version', 'access', 'tasks') if k in attrs}, 'strata': strata, 'seed': seed, 'match': list(match), 'variants': list(variants),
+    plan.attrs = {**{k: attrs[k] for k in ('manifest', 'version', 'access', 'tasks', 'label_source') if k in attrs}, 'strata': strata, 'seed': seed, 'match': list(match), 'variants': list(variants),
                   'arms': [a.name for a in chosen], **asking.about, 'cohort_hash': whole, 'plan_hash': table_hash(plan)}
     return validate(plan, 'plan'), out.reset_index(drop=True)
 
