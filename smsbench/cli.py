@@ -174,7 +174,7 @@ def published(
     dataset: Annotated[str, typer.Option(help='Dataset name in the file names; empty: all that are there.')] = '',
     n_boot: BootOption = 2000, seed: SeedOption = 0, as_json: JsonOption = False,
 ):
-    """Re-analyse published SMS result files: their numbers reproduced, faults found, corrected numbers beside them.
+    """Re-analyse published SMS result files: their numbers reproduced, faults found, each number recomputed on the answers that can be read.
 
     Example:  smsbench published results/ --dataset medeval --out reports/published
     """
