@@ -99,6 +99,10 @@ class AuditSettings(Wordings):
     extra: str = ''                         # sentence behind every question; '' is the family's default
     check: int = 16                         # trials per model that are scored again at level 0; 0 checks nothing
     probes: tuple[str, ...] = ()            # keys of `smsbench.sms.shifts.PROBES`
+    donors: int|str = 'auto'                # donors per sample; 'auto': as many as the verdicts need
+    family: str = 'run'                     # verdicts over which error rates are kept: 'run', 'model' or 'none'
+    primary: str = 'image'                  # the question that the study is about: 'image' or 'text'
+    margin_reason: str = ''                 # why the margin is that wide; '' where nobody said
 
     @property
     def asked(self):

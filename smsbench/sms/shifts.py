@@ -205,6 +205,7 @@ def make_plan(
     paraphrases=0,       # rewordings of every question: how many, or a table, or 'cohort', see `smsbench.sms.asked`
     probes=(),           # keys of `PROBES`
     opened:dict|None=None, # sample_id -> row with its text and question, where `cohort` is sealed
+    donors=1,            # donors per sample, or 'auto'
 )->tuple[pd.DataFrame, pd.DataFrame]: # (plan, exclusions: sample_id, stage, arm, reason)
     "Freeze the trials. `InputError` for an unknown arm, probe, column or variant, and where no sample can be shown as `original`."
     cohort = validate(cohort, 'cohort').sort_values('sample_id', kind='stable').reset_index(drop=True)
