@@ -147,9 +147,9 @@ def file_caveats(
     out = [_caveat('files', f'Serious in the files: {text}') for text in rest]
     if not matched: return out
     text = ' '.join(s for many in matched.values() for s in many)
-    ask = ' Then have the plan answered.' if imported else ''
-    return [_caveat('files', f"Serious in the files: {text} Whether that made the verdict is told by the same audit with donors matched on "
-                             f"{', '.join(matched)}.{ask}", matched_command(asked, [*matched], imported))] + out
+    told = f"Serious in the files: {text} To see whether that made the verdict, run the same audit with donors matched on {', '.join(matched)}"
+    told += ': make this plan, and have it answered.' if imported else '.'
+    return [_caveat('files', told, matched_command(asked, [*matched], imported))] + out
 
 # %% ../../nbs/34c_sms.caveats.ipynb #cc50b806
 def training_note(
@@ -257,6 +257,6 @@ def caveat_lines(
     for name, verdict in models.items():
         start = f'{name}: ' if len(models) > 1 else ''
         for c in verdict.get('caveats', []):
-            out.append(f"{start}{c['kind'].replace('_', ' ')}: {first_sentence(c['text'])}")
+            out.append(start + first_sentence(c['text']))
             if c['command']: out.append(f"    {fill_command(c['command'], run, root, specs)}")
     return out
