@@ -9,7 +9,7 @@ __all__ = ['PRIMARIES', 'FAMILIES', 'RATES', 'FOLLOWED', 'UNREGISTERED', 'Regist
 
 # %% ../../nbs/34b_sms.registration.ipynb #9a344ba8
 import json
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -68,7 +68,7 @@ class Registration(Card):
 # %% ../../nbs/34b_sms.registration.ipynb #cf966383
 def utc_now()->str: # e.g. 2026-07-01T12:00:00Z
     "The time in UTC, to the second, so that two of them can be compared as text."
-    return datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ')
+    return datetime.now(UTC).strftime('%Y-%m-%dT%H:%M:%SZ')
 
 # %% ../../nbs/34b_sms.registration.ipynb #464bceec
 def register(
@@ -206,15 +206,18 @@ def _date(time):
     return f'{time[:10]} {time[11:16]} UTC'
 
 def _registered_text(record, first):
-    "(sentence, older) of a registration that stands."
+    "What `registration_note` says of a registration that stands."
     when = f'Registered {_date(record.registered)}'
     if not first: order = ', but nobody knows when the first answer was given, so it may be younger'
     elif record.registered <= first: order = f', before the first answer ({_date(first)})'
     else: order = f', after the first answer ({_date(first)}): it did not bind this analysis'
     older = record.registered <= first if first else None
+    short = {True: 'registered before the first answer', False: 'registered after the first answer',
+             None: 'registered, but when the first answer was given is not known'}[older]
     why = f'stated reason: {record.margin_reason}' if record.margin_reason else 'no reason given'
-    return (f'{when}{order}. Primary question: {PRIMARIES[record.primary]} Margin {100 * record.margin:g} points ({why}). '
-            f'Error rates hold for {FAMILIES[record.family]}. Registration {record.hash}.'), older
+    text = (f'{when}{order}. Primary question: {PRIMARIES[record.primary]} Margin {100 * record.margin:g} points ({why}). '
+            f'Error rates hold for {FAMILIES[record.family]}. Registration {record.hash}.')
+    return dict(sentence=text, short=short, registered=True, older=older)
 
 # %% ../../nbs/34b_sms.registration.ipynb #bdca2e8e
 UNREGISTERED = ('Not registered before: margin, primary question and family of verdicts were not written down '
@@ -222,10 +225,10 @@ UNREGISTERED = ('Not registered before: margin, primary question and family of v
 
 def registration_note(
     run, # run directory, or its path
-)->dict: # sentence; registered (bool); older: is it older than the first answer? None where that is not known
+)->dict: # sentence; short, without times; registered (bool); older: is it older than the first answer? None where that is not known
     "What a report says about the registration of a run."
     run = run if isinstance(run, Run) else Run(run)
-    none = dict(sentence=UNREGISTERED, registered=False, older=None)
+    none = dict(sentence=UNREGISTERED, short='not registered before', registered=False, older=None)
     if not (run/'registration.yaml').exists(): return none
     config, plan = read_json(run/'config.json')['config'], read_table(run/'plan.parquet', 'plan')
     fields = {k: v for k, v in config.items() if k in ('margin', 'primary', 'family', 'seed')}
@@ -234,5 +237,4 @@ def registration_note(
         check_registration(record, AuditSettings(**fields), plan.attrs['cohort_hash'], plan.attrs['plan_hash'])
     except InputError as e:
         return none | dict(sentence=f'{UNREGISTERED} The registration that lies here does not count: {e}.')
-    sentence, older = _registered_text(record, first_answer(run))
-    return dict(sentence=sentence, registered=True, older=older)
+    return _registered_text(record, first_answer(run))
