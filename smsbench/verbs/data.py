@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 from ..core import InputError
-from .app import ArmsOption, JsonOption, MatchOption, RemoteOption, RootOption, SeedOption, VariantsOption, app, say, split_list
+from .app import (ArmsOption, DonorsOption, FamilyOption, JsonOption, MarginOption, MatchOption, PrimaryOption, ReasonOption, RemoteOption,
+                                RootOption, SeedOption, VariantsOption, app, audit_settings, say, split_list)
 
 # %% ../../nbs/59a_verbs.data.ipynb #b9a44027
 @app.command()
@@ -153,27 +154,56 @@ def parse_probes(
 @app.command()
 def plan(
     cohort_file: Annotated[Path, typer.Argument(metavar='COHORT', help='Cohort file (parquet), as `smsbench cohort` writes it.')],
-    out: Annotated[Path, typer.Option(help='Plan file to write (parquet).')],
+    out: Annotated[Path, typer.Option(help='Plan file to write (parquet); the registration is written beside it.')],
     arms: ArmsOption = '', seed: SeedOption = 0, match: MatchOption = '', variants: VariantsOption = 'plain', paraphrases: ParaphrasesOption = '', probes: ProbesOption = '',
+    donors: DonorsOption = 'auto', margin: MarginOption = .05, margin_reason: ReasonOption = '', primary: PrimaryOption = 'image', family: FamilyOption = 'run',
     root: RootOption = None, allow_remote: RemoteOption = False, as_json: JsonOption = False,
 ):
     """Freeze the donors: which sample is shown under which arm with whose image and whose text.
 
     Every model answers the same plan. Samples for which no donor fits are listed, never matched loosely.
 
+    Beside the plan a registration is written (NAME_registration.yaml): plan and cohort, primary question, margin and why, family of verdicts, seed and the time. Give it to the audit, which then
+    refuses to deviate, and whose report says that the file is older than the first answer. Whoever wants to be believed puts it where others date it.
+
     Example:  smsbench plan covid.parquet --arms image_swap,text_swap --match view --seed 1 --out plan.parquet
+
+    Example, registered:  smsbench plan covid.parquet --margin .1 --margin-reason "fewer than one answer in ten would not change care" --primary image --out plan.parquet
+
+    then:  smsbench audit --plan plan.parquet --registration plan_registration.yaml --model MODEL --out reports/registered
 
     Example, in other words and with an altered report:  smsbench plan covid.parquet --arms original --paraphrases 6 --probes foil --out plan.parquet
     """
     from smsbench.core import read_table, write_table
     from smsbench.sms.audit import Source
-    from smsbench.sms.run import AuditSettings
+    from smsbench.sms.registration import register, write_registration
     from smsbench.sms.shifts import make_plan
-    settings, table = AuditSettings(**parse_rewordings(paraphrases)), read_table(cohort_file, 'cohort')
+    settings = audit_settings(arms, seed, match, variants, margin, donors=donors, family=family, primary=primary, margin_reason=margin_reason,
+                              probes=parse_probes(probes), **parse_rewordings(paraphrases))
+    table = read_table(cohort_file, 'cohort')
     source = Source(table, root or '', remote=allow_remote)
-    frozen, excluded = make_plan(table, split_list(arms), seed, split_list(match), split_list(variants), source.image, settings.rewordings, parse_probes(probes), source.rows)
+    frozen, excluded = make_plan(table, settings.arms, seed, settings.match, settings.variants, source.image, settings.rewordings, settings.probes, source.rows, settings.donors)
     write_table(frozen, out, 'plan', cohort_file=str(cohort_file.resolve()))
     write_table(excluded, out.with_name(out.stem + '_exclusions.parquet'))
-    trials, why = frozen.arm.value_counts(sort=False), excluded.groupby(['arm', 'reason']).size()
-    say(dict(plan=str(out), plan_hash=frozen.attrs['plan_hash'], trials=trials.to_dict(), excluded=[dict(arm=a, reason=r, samples=int(n)) for (a, r), n in why.items()]), as_json,
-        '\n'.join([trials.rename('trials').to_string(), *(f'excluded from {a}: {n} samples, {r}' for (a, r), n in why.items()), f"\nplan {frozen.attrs['plan_hash']}: {len(frozen)} trials -> {out}"]))
+    record, file = register(frozen, settings), out.with_name(out.stem + '_registration.yaml')
+    write_registration(record, file)
+    say(_plan_json(frozen, excluded, out, record, file), as_json, _plan_text(frozen, excluded, out, record, file))
+
+def _left_out(excluded):
+    "(arm, reason, samples) of what an arm could not show."
+    return [(a, r, int(n)) for (a, r), n in excluded.groupby(['arm', 'reason']).size().items()]
+
+def _plan_json(frozen, excluded, out, record, file):
+    "What a script reads about a plan."
+    return dict(plan=str(out), plan_hash=frozen.attrs['plan_hash'], trials=frozen.arm.value_counts(sort=False).to_dict(),
+                excluded=[dict(arm=a, reason=r, samples=n) for a, r, n in _left_out(excluded)],
+                registration=str(file), registered=record.model_dump(mode='json') | dict(hash=record.hash))
+
+def _plan_text(frozen, excluded, out, record, file):
+    "What a person reads about a plan."
+    trials = frozen.arm.value_counts(sort=False).rename('trials').to_string()
+    lost = [f'excluded from {a}: {n} samples, {r}' for a, r, n in _left_out(excluded)]
+    made = f"\nplan {frozen.attrs['plan_hash']}: {len(frozen)} trials -> {out}"
+    why = record.margin_reason or 'no reason given; add --margin-reason'
+    told = f'registered: primary question {record.primary}, margin {100 * record.margin:g} points ({why}), family {record.family} -> {file}'
+    return '\n'.join([trials, *lost, made, told])
