@@ -44,7 +44,7 @@ def freeze_plan(
                                settings.rewordings, settings.probes, source.rows, settings.donors, settings.margin)
     write_table(excluded, run/'plan_exclusions.parquet')
     write_table(plan, run/'plan.parquet', 'plan')
-    return plan
+    return read_table(run/'plan.parquet', 'plan')    # what a resumed run would read
 
 # %% ../../nbs/35_sms.run.ipynb #8576db30
 def mark_void(
