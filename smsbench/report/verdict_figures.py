@@ -6,17 +6,17 @@
 __all__ = ['deciding_row', 'verdict_rows', 'root_scale', 'draw_deciding', 'verdict_figure', 'regions', 'draw_regions',
            'movement_rows', 'region_figure', 'lent', 'donor_use', 'donor_figure']
 
-# %% ../../nbs/50ca_report.verdict_figures.ipynb #c2eace4b
+# %% ../../nbs/50ca_report.verdict_figures.ipynb #255f6a7d
 import numpy as np, pandas as pd
 
 from ..core import InputError
 from .figures import legend
 from .style import COLOURS, canvas, literal, looks, rounded, span, styled
-from .words import limit, margin_points, points
+from .words import by_interval, limit, margin_points, points
 from ..sms.shifts import ARMS
 from ..stats import effective_number
 
-# %% ../../nbs/50ca_report.verdict_figures.ipynb #a32b03f5
+# %% ../../nbs/50ca_report.verdict_figures.ipynb #a02c0120
 _SAID = dict(excess='excess', moved_other='change', moved_same='change, same')
 _NONE = {'void': 'no verdict: void', 'does not answer': 'does not answer', 'not asked': 'not asked',
          'too few': 'too few patients'}
@@ -27,7 +27,7 @@ def deciding_row(
     "The estimate and the bound that decides a verdict."
     nothing = dict(what='', value=np.nan, low=np.nan, high=np.nan)
     if v['state'] != 'ok': return dict(nothing, said=_NONE[v['state']])
-    if v['verdict'] == 'undecided':
+    if by_interval(v):
         return dict(what='excess', value=v['value'], low=v['ci_low'], high=v['ci_high'],
                     said=span(v['ci_low'], v['ci_high']))
     what, side = v['bound']['name'].rsplit('_', 1)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'example_verdict', 'example_model', 'example_record', 'check_record', 'verdict_record', 'wording',
-           'points', 'limit', 'margin_points', 'confidence', 'people', 'decided', 'needed', 'sentence', 'no_verdict',
-           'instead', 'reading_note', 'family_note']
+           'points', 'limit', 'margin_points', 'confidence', 'people', 'by_interval', 'decided', 'needed', 'sentence',
+           'no_verdict', 'instead', 'reading_note', 'family_note']
 
 # %% ../../nbs/50c_report.words.ipynb #c66ebe7d
 import math
@@ -15,14 +15,14 @@ from ..core import InputError, read_json
 from ..data.manifest import shown
 from .style import percent, rounded, span
 
-# %% ../../nbs/50c_report.words.ipynb #7e48e7cf
+# %% ../../nbs/50c_report.words.ipynb #97e0ffb5
 _EXAMPLES = { # verdict -> movement under another class, the same, excess; what decides, error rate
     'relies': ((.46, .40, .52), (.05, .02, .08), (.41, .35, .47), 'excess_low', .025),
     'ignores': ((.004, 0., .042), (.003, 0., .041), (.001, -.051, .052), 'moved_other_high', .05),
     'unstable': ((.30, .24, .36), (.31, .25, .37), (-.01, -.04, .02), 'moved_same_low', .05),
     'weak': ((.08, .06, .10), (.04, .03, .05), (.04, .031, .047), 'excess_high', .05),
     'reversed': ((.05, .02, .08), (.30, .24, .36), (-.25, -.33, -.17), 'excess_high', .025),
-    'undecided': ((.09, .05, .13), (.05, .02, .08), (.04, -.03, .11), 'excess_low', .025),
+    'undecided': ((.09, .05, .13), (.05, .02, .08), (.04, -.03, .11), 'moved_other_high', .05),
 }
 
 def example_verdict(
@@ -163,7 +163,7 @@ def people(
         said.append(f"worth {count(verdict['n_effective'])} independent patients")
     return ', '.join(said)
 
-# %% ../../nbs/50c_report.words.ipynb #e9547410
+# %% ../../nbs/50c_report.words.ipynb #42a7bc43
 VERDICTS = { # verdict -> what it says of a model and a modality
     'relies': '{} relies on the {}',
     'ignores': '{} ignores the {}',
@@ -173,11 +173,18 @@ VERDICTS = { # verdict -> what it says of a model and a modality
     'undecided': 'Whether {} relies on the {} is undecided',
 }
 
+def by_interval(
+    v:dict, # one verdict with state 'ok', as verdicts.json holds it
+)->bool:
+    "Is no single bound near to deciding, so that the interval of the excess says more?"
+    near = v['bound']['name'] == 'moved_other_high' and v['moved_other'] < v['margin']
+    return v['verdict'] == 'undecided' and not near
+
 def _compared(v, words, noun):
     "What changes the answer, and by how much."
     swap, e, wrong = f'another patient’s {noun}', v['value'], v['verdict'] == 'reversed'
     first, second = (words[k] for k in (('same', 'other') if wrong else ('other', 'same')))
-    if v['verdict'] == 'ignores':
+    if v['bound']['name'] == 'moved_other_high' and not by_interval(v):
         return f"{swap} with {first} changes its answer by {points(v['moved_other'])} points"
     if v['verdict'] in ('unstable', 'weak'):
         return (f"{swap} with {first} changes its answer by {points(v['moved_other'])} points, "
@@ -186,14 +193,14 @@ def _compared(v, words, noun):
     return (f'{swap} with {first} changes its answer by {points(abs(e))} points {way} '
             f'than one with {second}')
 
-# %% ../../nbs/50c_report.words.ipynb #d91f234f
+# %% ../../nbs/50c_report.words.ipynb #4859cdbd
 def decided(
     v:dict,     # one verdict with state 'ok', as verdicts.json holds it
     words:dict, # from `wording`
 )->str:
     "The number that decides, beside the margin."
     d = f"; the margin is {margin_points(v['margin'])}"
-    if v['verdict'] == 'undecided':
+    if by_interval(v):
         return f"; anything from {span(v['ci_low'], v['ci_high'])} fits the data{d}"
     name, value = v['bound']['name'], v['bound']['value']
     what, upper = name.rsplit('_', 1)[0], name.endswith('_high')
@@ -213,7 +220,7 @@ def needed(
     if n: return f'About {n:,} patients would decide it.'
     return 'More patients alone would not decide it.'
 
-# %% ../../nbs/50c_report.words.ipynb #3c6d87b4
+# %% ../../nbs/50c_report.words.ipynb #4262d61b
 def sentence(
     subject:str,      # the model, or 'It'
     modality:str,     # 'image' or 'text'
@@ -225,7 +232,7 @@ def sentence(
     if v['state'] != 'ok': return no_verdict(subject, modality, v, is_open)
     word = v['verdict']
     who = 'it' if subject == 'It' and word == 'undecided' else subject
-    sure = '95 % confidence' if word == 'undecided' else confidence(v['bound']['level'])
+    sure = '95 % confidence' if by_interval(v) else confidence(v['bound']['level'])
     said = (f'{VERDICTS[word].format(who, modality)}: {_compared(v, words, words[modality])}'
             f'{decided(v, words)} ({sure}; {people(v, is_open)}).')
     return f'{said} {needed(v)}' if word == 'undecided' else said
