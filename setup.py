@@ -17,7 +17,7 @@ setuptools.setup(
     # Run notebooks and manifests live where people look for them and are installed inside the package.
     packages=setuptools.find_packages(include=[lib, f'{lib}.*']) + [f'{lib}.runs', f'{lib}.data_manifests'],
     package_dir={f'{lib}.runs': 'nbs/runs', f'{lib}.data_manifests': 'data_manifests'},
-    package_data={f'{lib}.runs': ['*.ipynb'], f'{lib}.data_manifests': ['*.yaml'], f'{lib}.vlm': ['reference_*/*'], f'{lib}.report': ['template/*/*']},
+    package_data={f'{lib}.sms': ['*.yaml'], f'{lib}.runs': ['*.ipynb'], f'{lib}.data_manifests': ['*.yaml'], f'{lib}.vlm': ['reference_*/*'], f'{lib}.report': ['template/*/*']},
     include_package_data=False, zip_safe=False,
     install_requires=cfg['requirements'].split(), extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'quantization', 'umap')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f'{lib}={lib}._modidx:d']},

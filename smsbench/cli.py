@@ -15,12 +15,12 @@ import typer
 
 from . import __version__
 from .core import InputError, RunError
-from .verbs import attend as attend_verbs, clip as clip_verbs, data as data_verbs, explain as explain_verbs, models as model_verbs
+from .verbs import attend as attend_verbs, clip as clip_verbs, data as data_verbs, explain as explain_verbs, models as model_verbs, planning as planning_verbs
 from .verbs.app import ArmsOption, BootOption, JsonOption, MarginOption, MatchOption, OutOption, RemoteOption, RootOption, SeedOption, VariantsOption, app, read_parameters, say, split_list
 from .verbs.data import ParaphrasesOption, ProbesOption, parse_probes, parse_rewordings
 
 # %% ../nbs/60_cli.ipynb #8ea74eba
-VERBS = (data_verbs, model_verbs, attend_verbs, clip_verbs, explain_verbs) # importing them has registered their verbs
+VERBS = (data_verbs, planning_verbs, model_verbs, attend_verbs, clip_verbs, explain_verbs) # importing them has registered their verbs
 
 # %% ../nbs/60_cli.ipynb #90b8cef4
 def _settings(arms, seed, match, variants, margin, n_boot, **more):

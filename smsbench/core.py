@@ -7,7 +7,7 @@ __all__ = ['SCHEMAS', 'InputError', 'RunError', 'content_hash', 'array_hash', 't
            'schema', 'validate', 'write_table', 'read_table', 'environment', 'set_seed', 'progress', 'Run']
 
 # %% ../nbs/00_core.ipynb #1913a0d9
-import contextlib, hashlib, json, os, platform, random, subprocess, sys, time
+import contextlib, functools, hashlib, json, os, platform, random, subprocess, sys, time
 from importlib import metadata
 from pathlib import Path
 
@@ -105,6 +105,7 @@ SCHEMAS = { # table -> column -> (type, extra rule)
 }
 
 # %% ../nbs/00_core.ipynb #a137f758
+@functools.cache
 def schema(
     kind:str, # 'cohort', 'plan', 'predictions', 'metrics' or 'published'
 ):            # a pandera `DataFrameSchema`
@@ -126,11 +127,13 @@ def validate(
     import pandera.errors as pe
     missing = [c for c in SCHEMAS[kind] if c not in df.columns]
     if missing: raise InputError(f"{kind} table lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}")
-    try: out = schema(kind).validate(df)
+    bare = df.copy(deep=False)
+    bare.attrs = {}                      # pandas copies them deeply at every step
+    try: out = schema(kind).validate(bare)
     except pe.SchemaError as e:
         column = getattr(e.schema, 'name', '?')
-        bare = np.flatnonzero(df[column].isna()) if column in df else []
-        what = 'has duplicates' if 'duplicate' in str(e) else f'empty in {len(bare)} of {len(df)} rows, the first is row {bare[0] + 1}' if 'null values' in str(e) and len(bare) else getattr(e.check, 'error', None) or str(e).split('\n')[0][:160]
+        lost = np.flatnonzero(df[column].isna()) if column in df else []
+        what = 'has duplicates' if 'duplicate' in str(e) else f'empty in {len(lost)} of {len(df)} rows, the first is row {lost[0] + 1}' if 'null values' in str(e) and len(lost) else getattr(e.check, 'error', None) or str(e).split('\n')[0][:160]
         raise InputError(f'{kind} table, column {column}: {what}') from None
     out.attrs = df.attrs
     return out

@@ -39,9 +39,11 @@ def blur(
     cells:pd.Series,     # one column
     patients:pd.Series,  # whose cell it is
     small:int=SMALL,     # values of fewer patients are withheld
-)->pd.Series:
+)->pd.Series:           # text, where anything is withheld
     "The column with its rare values replaced by 'withheld'. Patients count, not rows: one film may be asked many questions."
-    return cells.mask(patients.groupby(cells).transform('nunique') < small, 'withheld')
+    rare = patients.groupby(cells).transform('nunique') < small
+    if not rare.any(): return cells
+    return cells.astype(str).where(cells.notna()).mask(rare, 'withheld')     # numbers beside a word are text
 
 # %% ../../nbs/09g_data.seal.ipynb #14c38624
 _IDS, _REFERENCES = ('sample_id', 'patient_id'), ('image', 'text', 'question')

@@ -253,15 +253,19 @@ def _arm_delivery(arm, by_arm, trials, compared):
         none = arm.image == 'none'
         faults = ((shown.pixel_sha == '') != none).map({True: f"there must be {'no ' * none}pixels", False: ''})
     else:
-        base = by_arm.get(arm.versus, shown.iloc[:0]); both = shown.index.intersection(base.index)
-        faults = delivery_faults(arm, shown.loc[both], base.loc[both])
-    faults = faults.mask((faults == '') & _not_reworded(shown).reindex(faults.index), 'the other wording did not reach the model')
+        base = by_arm.get(arm.versus, shown.iloc[:0])
+        both = shown[shown.index.isin(base.index)]                  # each draw of donors stands against the same baseline
+        faults = delivery_faults(arm, both, base.loc[both.index])
+    faults = faults.mask((faults == '').to_numpy() & _not_reworded(shown, shown.index.isin(faults.index)), 'the other wording did not reach the model')
     bad = faults[faults != '']
     if faults.empty: return dict(trials=trials, checked=0, violations=0, verdict='void', why='no trial could be checked')
     why = '' if bad.empty else f'{len(bad)} of {len(faults)} trials: {bad.mode().iloc[0]}'
     return dict(trials=trials, checked=len(faults), violations=len(bad), verdict='ok' if bad.empty else 'void', why=why)
 
-def _not_reworded(shown):
-    "Which trials (sample, variant) brought the model the very tokens of variant 0, though they ask in other words."
-    variant, own = shown.index.get_level_values('variant'), shown.token_sha.xs('plain', level='variant') if 'plain' in shown.index.get_level_values('variant') else pd.Series(dtype=object)
-    return pd.Series((variant != 'plain') & (shown.token_sha != '') & (shown.token_sha.to_numpy() == own.reindex(shown.index.get_level_values('sample_id')).to_numpy()), index=shown.index)
+def _not_reworded(shown, on):
+    "Of the trials `on`, which (sample, variant) brought the model the very tokens of variant 0, though they ask in other words."
+    variant = shown.index.get_level_values('variant')
+    own = shown.token_sha[variant == 'plain'].droplevel('variant')
+    own = own[~own.index.duplicated()]
+    same = own.reindex(shown.index.get_level_values('sample_id')).to_numpy() == shown.token_sha.to_numpy()
+    return ((variant != 'plain') & (shown.token_sha != '').to_numpy() & same)[on]

@@ -72,6 +72,7 @@ def measure_wordings(
     "Consistency per model, arm and strategy, each with its patient-clustered interval."
     how, out = dict(n_boot=n_boot, level=level, seed=seed, minimum=minimum), []
     rows = answer_table(plan, predictions)
+    if 'draw' in rows: rows = rows[rows['draw'] == 0]      # rewordings are asked with the first donor
     beside = beside_original(rows)
     for (model, arm), mine in beside.groupby(['model', 'arm'], sort=True):
         whole = pd.concat([_variant_0(rows, model, arm), mine])

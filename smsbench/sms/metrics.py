@@ -179,11 +179,15 @@ class Cells:
         arm:str,   # arm name
     )->np.ndarray: # (n, choices), NaN where unknown
         "Probabilities of the choices; rows with fewer choices are filled up with 0."
-        rows = self(arm, 'probs')
-        most = max((len(r) for r in rows if r is not None), default=1)
-        out = np.full((self.n, most), np.nan)
-        for i, r in enumerate(rows):
-            if r is not None: out[i] = np.r_[r, np.zeros(most - len(r))]
+        if ('p', arm) not in self._kept: self._kept['p', arm] = self._stacked(self(arm, 'probs'))
+        return self._kept['p', arm]
+
+    def _stacked(self, rows):
+        length = np.array([0 if r is None else len(r) for r in rows])
+        out = np.full((self.n, max(length.max(initial=0), 1)), np.nan)
+        for k in set(length) - {0}:
+            at = length == k
+            out[at, :k], out[at, k:] = np.stack(rows[at]), 0.
         return out
 
     @property

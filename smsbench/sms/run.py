@@ -38,7 +38,8 @@ def freeze_plan(
 )->pd.DataFrame:            # the plan
     "Write plan.parquet and plan_exclusions.parquet, or read the plan that this run already has."
     if (run/'plan.parquet').exists(): return read_table(run/'plan.parquet', 'plan')
-    plan, excluded = make_plan(cohort, settings.arms, settings.seed, settings.match, settings.variants, source.image, settings.rewordings, settings.probes, source.rows)
+    plan, excluded = make_plan(cohort, settings.arms, settings.seed, settings.match, settings.variants, source.image,
+                               settings.rewordings, settings.probes, source.rows, settings.donors, settings.margin)
     write_table(excluded, run/'plan_exclusions.parquet')
     write_table(plan, run/'plan.parquet', 'plan')
     return plan
@@ -70,7 +71,7 @@ def conclude(
     about, metrics = metrics.attrs, pd.concat([metrics, wordings], ignore_index=True) if len(wordings) else metrics
     metrics.attrs = about
     write_table(mark_void(metrics, delivery), run/'metrics.parquet', 'metrics')
-    verdicts = give_verdicts(plan, predictions, delivery, settings.margin, settings.n_boot, settings.seed)
+    verdicts = give_verdicts(plan, predictions, delivery, settings.margin, family=settings.family, margin_reason=settings.margin_reason)
     write_json(verdicts, run/'verdicts.json')
     for line in void_lines(delivery): run.log(line)
     return verdicts

@@ -99,6 +99,10 @@ class AuditSettings(Wordings):
     extra: str = ''                         # sentence behind every question; '' is the family's default
     check: int = 16                         # trials per model that are scored again at level 0; 0 checks nothing
     probes: tuple[str, ...] = ()            # keys of `smsbench.sms.shifts.PROBES`
+    donors: int|str = 'auto'                # donors per sample in the arms that verdicts rest on, see `make_plan`
+    family: str = 'run'                     # verdicts over which the error rates hold: run, model or none
+    primary: str = 'image'                  # the question that was asked first: image or text
+    margin_reason: str = ''                 # why the margin is what it is
 
     @property
     def asked(self):

@@ -297,8 +297,9 @@ def make_plan(
     chosen, attrs, whole = select_arms(arms, probes), cohort.attrs, cohort_hash(cohort)
     variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
     for t in attrs['tasks'].values(): [variant_choices(Task(**t), v) for v in variants]
+    cohort = _without_attrs(cohort)
     rows = {r.sample_id: r for r in cohort.assign(image_sha=image_names(cohort)).itertuples(index=False)}
-    if cohort.attrs.get('sealed') and opened is None and (paraphrases or probes): raise InputError('this cohort is sealed: rewordings and probes need its texts; give the data root')
+    if attrs.get('sealed') and opened is None and (paraphrases or probes): raise InputError('this cohort is sealed: rewordings and probes need its texts; give the data root')
     asking = Asking({i: opened[i] for i in rows} if opened else rows, attrs['tasks'], paraphrases, attrs.get('access', 'open'))
     cohort = cohort[cohort.sample_id.isin(asking.samples)].reset_index(drop=True).assign(image_sha=lambda d: image_names(d))
     k = enough_donors(cohort, chosen, seed, match, margin) if donors == 'auto' else _checked_donors(donors)
@@ -316,6 +317,12 @@ def make_plan(
 def _has_baseline(plan, asked):
     "Is there something to compare with: `original`, or `image_only` where nothing that was asked for shows a text?"
     return 'original' in set(plan.arm) or ('image_only' in set(plan.arm) and all(ARMS[a].text == 'none' for a in asked) and bool(asked))
+
+def _without_attrs(cohort):
+    "Plain text columns and no metadata, which pandas would copy at every step."
+    bare = cohort.astype({c: object for c in cohort.columns[cohort.dtypes == 'str']})
+    bare.attrs = {}
+    return bare
 
 # %% ../../nbs/31_sms.shifts.ipynb #1ceb5121
 def _trials(samples, arms, variants, donors, rows, shapes, asking, k=1):
