@@ -54,7 +54,8 @@ def chip(
     kind = word or ('undecided' if state in ('not asked', 'too few') else 'void')
     said = _LONG.get(word, word) or _LACKS[state]
     sign = _SIGNS.get(word, '✕' if kind == 'void' else DASH)
-    return markup('<span class="chip {}">{} {}{}</span>', kind, sign, f'{modality}: ' if modality else '', said)
+    about = f'{modality}: ' if modality else ''
+    return markup('<span class="chip {}">{} {}{}</span>', kind, sign, about, said)
 
 # %% ../../nbs/51a_report.sections.ipynb #0c971c3d
 def _chip(v, modality=''):
@@ -70,16 +71,17 @@ def caveat_html(
     lead = 'To check it: ' if caveat['command'] else ''
     return markup('<div class="warning">{} {}{}</div>', caveat['text'], lead, command)
 
-# %% ../../nbs/51a_report.sections.ipynb #4748c6c1
+# %% ../../nbs/51a_report.sections.ipynb #8c6592ea
 def commonest(
     plan:pd.DataFrame, # the plan
 )->float:              # 0..1
     "Accuracy of always giving the commonest answer to each question."
     base = plan[plan.arm == ('original' if (plan.arm == 'original').any() else plan.arm.iloc[0])]
     base = base.drop_duplicates('sample_id')
-    return float(base.groupby('finding').label.value_counts().groupby('finding').max().sum() / len(base))
+    counts = base.groupby('finding').label.value_counts()
+    return float(counts.groupby('finding').max().sum() / len(base))
 
-# %% ../../nbs/51a_report.sections.ipynb #545de83a
+# %% ../../nbs/51a_report.sections.ipynb #eb6fdb2f
 def accuracy_sentence(
     results,   # `Results` of a run
     model:str, # model name
@@ -90,9 +92,9 @@ def accuracy_sentence(
     rows = rows[rows.value.notna()]
     if rows.empty: return ''
     r = rows.iloc[0]
-    return (f"With its own {words['image']} and {words['text']} it answers {percent(r.value, 1)} correctly "
-            f'(95 % CI {span(r.ci_low, r.ci_high)}, {r.n:,} samples); always giving the commonest answer '
-            f'would be right in {percent(commonest(results.plan), 1)}.')
+    return (f"With its own {words['image']} and {words['text']} it answers {percent(r.value, 1)} "
+            f'correctly (95 % CI {span(r.ci_low, r.ci_high)}, {r.n:,} samples); always giving the '
+            f'commonest answer would be right in {percent(commonest(results.plan), 1)}.')
 
 # %% ../../nbs/51a_report.sections.ipynb #711119e9
 def verdict_card(
@@ -124,12 +126,14 @@ def opening(
     version = f", version {about['version']}" if about.get('version') else ''
     many = lambda n, what: f"{n:,} {what}{'s' * (n != 1)}"
     named = f"{', '.join(findings[:8])}{', …' * (len(findings) > 8)}"
-    counts = [f"{many(plan.sample_id.nunique(), 'sample')} of {many(plan.patient_id.nunique(), 'patient')}",
+    samples, patients = (plan[c].nunique() for c in ('sample_id', 'patient_id'))
+    counts = [f"{many(samples, 'sample')} of {many(patients, 'patient')}",
               f"{many(len(findings), 'question')} ({named})", many(plan.arm.nunique(), 'arm'),
               many(len(results.verdicts), 'model')]
-    closed = '' if results.open else ' Credentialed data: no picture, no text and no small count is shown.'
-    return markup('<p class="lead">{}: {}.{}</p><p class="lead">{}</p>{}',
-                  f"{about.get('title') or about.get('manifest')}{version}", ', '.join(counts), closed,
+    closed = 'Credentialed data: no picture, no text and no small count is shown.'
+    title = f"{about.get('title') or about.get('manifest')}{version}"
+    return markup('<p class="lead">{}: {}. {}</p><p class="lead">{}</p>{}',
+                  title, ', '.join(counts), '' if results.open else closed,
                   reading_note(record, wording(plan.attrs['tasks'])),
                   join(verdict_card(results, record, m) for m in model_names(results)))
 
@@ -143,22 +147,25 @@ def estimate(
     if points(value) == DASH: return DASH
     return points(value) if span(low, high) == DASH else f'{points(value)} ({span(low, high)})'
 
-# %% ../../nbs/51a_report.sections.ipynb #959ce461
+# %% ../../nbs/51a_report.sections.ipynb #8e0de982
 def _cells(v, is_open):
     "What every table of verdicts shows of one."
     count = lambda n: DASH if n is None else shown(int(n), 'open' if is_open else 'credentialed')
-    return {'verdict': _chip(v), 'excess, points (95 % CI)': estimate(v['value'], v['ci_low'], v['ci_high']),
-            'change, points (95 % CI)': estimate(v['moved_other'], v['moved_other_low'], v['moved_other_high']),
+    ends = lambda k: estimate(*(v[f'{k}{end}'] for end in ('', '_low', '_high')))
+    return {'verdict': _chip(v),
+            'excess, points (95 % CI)': estimate(v['value'], v['ci_low'], v['ci_high']),
+            'change, points (90 % CI)': ends('moved_other'),
             'patients': count(v['n_patients']), 'effective': count(v['n_effective'])}
 
-# %% ../../nbs/51a_report.sections.ipynb #11701888
-_NUMBERS = ['excess, points (95 % CI)', 'change, points (95 % CI)', 'partially pooled', 'patients', 'effective']
+# %% ../../nbs/51a_report.sections.ipynb #156008d0
+_NUMBERS = ['excess, points (95 % CI)', 'change, points (90 % CI)', 'partially pooled',
+            'patients', 'effective']
 
 def finding_table(
     results,     # `Results` of a run
     record:dict, # what verdicts.json holds
 )->Html:         # nothing where one question is asked
-    "Verdicts per finding, raw and partially pooled estimate side by side, with the family they belong to."
+    "Verdicts per finding, raw and partially pooled estimates side by side, and their family."
     rows = []
     for model in model_names(results):
         m = record['models'][model]
@@ -166,16 +173,19 @@ def finding_table(
             for k in ('image', 'text'):
                 v = part[f'relies_on_{k}']
                 pooled = estimate(*(v.get(f'pooled{end}') for end in ('', '_low', '_high')))
-                cells = _cells(v, results.open)
-                rows.append(dict(model=model, finding=finding, exchanged=k) | cells | {'partially pooled': pooled})
+                row = dict(model=model, finding=finding, exchanged=k) | _cells(v, results.open)
+                rows.append(row | {'partially pooled': pooled})
     table = pd.DataFrame(rows)
     if table.finding.nunique() < 2: return Html()
     order = [c for c in table if c not in _NUMBERS] + _NUMBERS
-    told = markup('<p class="note">{} {}</p>', family_note(record['family']),
-                  'A partially pooled estimate leans on the other findings, the more so the fewer its own patients.')
-    return join([html_table(table[order], 'Verdict per finding and exchanged modality', numbers=_NUMBERS), told])
+    order = [c for c in order if c != 'partially pooled' or table[c].ne(DASH).any()]
+    pooled = ('A partially pooled estimate leans on the other findings, the more so the fewer '
+              'its own patients.') if 'partially pooled' in order else ''
+    told = markup('<p class="note">{} {}</p>', family_note(record['family']), pooled)
+    caption = 'Verdict per finding and exchanged modality'
+    return join([html_table(table[order], caption, numbers=_NUMBERS), told])
 
-# %% ../../nbs/51a_report.sections.ipynb #9f39703e
+# %% ../../nbs/51a_report.sections.ipynb #cc93b565
 def verdict_figures(
     results,     # `Results` of a run
     record:dict, # what verdicts.json holds
@@ -183,10 +193,11 @@ def verdict_figures(
 )->Html:
     "The numbers that decide, and the regions they lie in."
     how = dict(run=results.path if keep else None, absent='No verdict was given.')
-    return markup('<div class="pair">{}{}</div>', figure_html(verdict_figure(record), name='verdicts', **how),
-                  figure_html(region_figure(record), name='regions', **how))
+    drawn = [figure_html(verdict_figure(record), name='verdicts', **how),
+             figure_html(region_figure(record), name='regions', **how)]
+    return markup('<div class="pair">{}</div>', join(drawn))
 
-# %% ../../nbs/51a_report.sections.ipynb #f55fb041
+# %% ../../nbs/51a_report.sections.ipynb #d61888d1
 def subgroup_table(
     results,     # `Results` of a run
     record:dict, # what verdicts.json holds
@@ -198,12 +209,14 @@ def subgroup_table(
             for k in ('image', 'text'):
                 v = part[f'relies_on_{k}']
                 if not results.open and (v['n_patients'] or 0) < 10: hidden.add(group); continue
-                rows.append(dict(model=model, subgroup=group, exchanged=k) | _cells(v, results.open))
-    told = markup('<p class="note">Small subgroups left out: {}.</p>', len(hidden)) if hidden else Html()
-    if not rows: return join([markup('<p class="absent">No verdict was asked per subgroup.</p>'), told])
+                row = dict(model=model, subgroup=group, exchanged=k)
+                rows.append(row | _cells(v, results.open))
+    left = markup('<p class="note">Small subgroups left out: {}.</p>', len(hidden))
+    told = left if hidden else Html()
+    if not rows: return join([markup('<p class="absent">No verdict per subgroup.</p>'), told])
     return join([html_table(pd.DataFrame(rows), 'Verdict per subgroup', numbers=_NUMBERS), told])
 
-# %% ../../nbs/51a_report.sections.ipynb #a7e86bc7
+# %% ../../nbs/51a_report.sections.ipynb #df46d3b0
 def firmness_table(
     results,     # `Results` of a run
     record:dict, # what verdicts.json holds
@@ -212,9 +225,11 @@ def firmness_table(
     held = [(model, k, record['models'][model][f'relies_on_{k}'])
             for model in model_names(results) for k in ('image', 'text')]
     rows = [{'model': model, 'exchanged': k, 'verdict': _chip(v),
-             'stands for margins of': _stands(v), '“ignores” from a margin of': points(v['ignores_from']),
-             'other draws of donors': _draws(v['firmness']['draws']),
-             'donors matched on': _matched(v['firmness']['matched'], results.open)} for model, k, v in held]
+             'stands for margins of': _stands(v),
+             '“ignores” from a margin of': points(v['ignores_from']),
+             'each draw of donors alone': _draws(v['firmness']['draws']),
+             'donors matched on': _matched(v['firmness']['matched'], results.open)}
+            for model, k, v in held]
     return html_table(pd.DataFrame(rows), 'How firm each verdict is; margins in points')
 
 def _stands(v):
@@ -230,10 +245,12 @@ def _draws(draws):
 def _matched(runs, is_open):
     "'sex, view: relies (240 samples)'."
     count = lambda n: shown(int(n), 'open' if is_open else 'credentialed')
-    said = [f"{r['verdict'] or 'no verdict'} ({count(r['n'])} samples)" if r['n'] else 'no donor agrees' for r in runs]
-    return '; '.join(f"{', '.join(r['columns'])}: {text}" for r, text in zip(runs, said)) or DASH
+    def said(r):
+        if not r['n']: return 'no donor agrees'
+        return f"{r['verdict'] or 'no verdict'} ({count(r['n'])} samples)"
+    return '; '.join(f"{', '.join(r['columns'])}: {said(r)}" for r in runs) or DASH
 
-# %% ../../nbs/51a_report.sections.ipynb #7564a734
+# %% ../../nbs/51a_report.sections.ipynb #ca6f1143
 def label_error_table(
     results,     # `Results` of a run
     record:dict, # what verdicts.json holds
@@ -245,21 +262,27 @@ def label_error_table(
         same = {e['error']: e for e in text['label_error']}
         for e in image['label_error']:
             t = same.get(e['error'], text)                        # no label error touches the text
-            rows.append({'model': model, 'wrong labels': percent(e['error']),
-                         'image': chip(e['verdict']), 'image: excess, points (95 % CI)': estimate(e['value'], e['ci_low'], e['ci_high']),
-                         'text': chip(t['verdict']), 'text: excess, points (95 % CI)': estimate(t['value'], t['ci_low'], t['ci_high'])})
+            row = {'model': model, 'wrong labels': percent(e['error'])}
+            rows.append(row | _both_ends('image', e) | _both_ends('text', t))
     if not rows: return Html()
-    told = markup('<p>{}</p>', 'The labels of these data were taken from the reports. If some of them are wrong about '
-                  'the image, the excess under another image is larger than it looks; the excess under another text is not.')
-    return join([told, html_table(pd.DataFrame(rows), 'Verdicts if a share of the labels is wrong',
-                                  numbers=['wrong labels', *(c for c in rows[0] if 'points' in c)])])
+    told = markup('<p>{}</p>', 'The labels of these data were taken from the reports. If some of '
+                  'them are wrong about the image, the excess under another image is larger than it '
+                  'looks; the excess under another text is not.')
+    numbers = ['wrong labels', *(c for c in rows[0] if 'points' in c)]
+    caption = 'Verdicts if a share of the labels is wrong'
+    return join([told, html_table(pd.DataFrame(rows), caption, numbers=numbers)])
 
-# %% ../../nbs/51a_report.sections.ipynb #0ae07292
+def _both_ends(name, v):
+    "Verdict and excess of one modality as two cells."
+    said = estimate(v['value'], v['ci_low'], v['ci_high'])
+    return {name: chip(v['verdict']), f'{name}: excess, points (95 % CI)': said}
+
+# %% ../../nbs/51a_report.sections.ipynb #dc8b9d61
 def missing_table(
     results,     # `Results` of a run
     record:dict, # what verdicts.json holds
 )->Html:
-    "How many answers are missing per model and modality, and the excess under both readings of them."
+    "How many answers are missing per model and modality, and the excess read either way."
     held = [(model, k, record['models'][model][f'relies_on_{k}'])
             for model in model_names(results) for k in ('image', 'text')]
     if not any(v['missing_share'] for _, _, v in held):
@@ -268,9 +291,10 @@ def missing_table(
     rows = [{'model': model, 'exchanged': k, 'missing': percent(v['missing_share'], 1),
              'excess if missing moved': estimate(v['value'], v['ci_low'], v['ci_high']),
              'excess if missing stayed': estimate(*(v[s] for s in stay))} for model, k, v in held]
-    return html_table(pd.DataFrame(rows), 'Missing answers; excess in points (95 % CI)', numbers=list(rows[0])[2:])
+    caption = 'Missing answers; excess in points (95 % CI)'
+    return html_table(pd.DataFrame(rows), caption, numbers=list(rows[0])[2:])
 
-# %% ../../nbs/51a_report.sections.ipynb #edbcee82
+# %% ../../nbs/51a_report.sections.ipynb #bed31ae5
 def attainable_table(
     results, # `Results` of a run
 )->Html:     # nothing where the plan swaps nothing
@@ -280,32 +304,35 @@ def attainable_table(
     count = lambda n: shown(int(n), 'open' if results.open else 'credentialed')
     numbers = ['samples', 'patients', 'donors', 'effective']
     rows = pd.DataFrame({
-        'finding': able.finding, 'class of the sample': able.label, 'samples': able.samples.map(count),
-        'patients': able.patients.map(count), 'donors': able.donors.map(count),
-        'effective': able.effective_donors.map(count), 'attainable': able.verdicts.replace('', 'none')})
-    return html_table(rows, 'What the plan could show: the arm with the fewest effective patients decides',
-                      numbers=numbers)
+        'finding': able.finding, 'class of the sample': able.label,
+        'samples': able.samples.map(count), 'patients': able.patients.map(count),
+        'donors': able.donors.map(count), 'effective': able.effective_donors.map(count),
+        'attainable': able.verdicts.replace('', 'none')})
+    caption = 'What the plan could show: the arm with the fewest effective patients decides'
+    return html_table(rows, caption, numbers=numbers)
 
-# %% ../../nbs/51a_report.sections.ipynb #466c795a
+# %% ../../nbs/51a_report.sections.ipynb #252f010e
 def donor_section(
     results,   # `Results` of a run
     keep=True, # keep the figure in the run directory
 )->Html:
-    "Donors per arm, finding and class: how many, how many effective, how often the commonest of them."
+    "Donors per arm, finding and class: how many, how many effective, and the most used of them."
     cohort = results.cohort
     use = donor_use(results.plan, dict(zip(cohort.sample_id, cohort.patient_id)))
-    if use.empty: return markup('<p class="absent">No arm of this run shows anything of another patient.</p>')
+    if use.empty: return markup('<p class="absent">No arm shows anything of another patient.</p>')
     hide = [not results.open and n < 10 for n in use.donors]
     least = lambda n, h: '<10' if h or (not results.open and n < 10) else rounded(n, 0)
     rows = pd.DataFrame({
         'arm': use.arm, 'finding': use.finding, 'donor’s class': use.donor_class,
-        'samples': [least(n, False) for n in use.samples], 'donors': [least(n, h) for n, h in zip(use.donors, hide)],
+        'samples': [least(n, False) for n in use.samples],
+        'donors': [least(n, h) for n, h in zip(use.donors, hide)],
         'effective donors': [least(n, h) for n, h in zip(use.effective, hide)],
         'most used donor': [DASH if h else percent(s, 1) for s, h in zip(use.most_used, hide)]})
     figure = figure_html(donor_figure(use, 0 if results.open else 10), name='donors',
                          run=results.path if keep else None, absent='Too few donors to be drawn.')
-    caption = 'Donor patients per arm, finding and class; the most used donor as a share of the samples'
-    return join([figure, attainable_table(results), details('Numbers: who lent', html_table(rows, caption, numbers=list(rows)[3:]))])
+    caption = 'Donors per arm, finding and class; the most used one as a share of the samples'
+    table = html_table(rows, caption, numbers=list(rows)[3:])
+    return join([figure, attainable_table(results), details('Numbers: who lent', table)])
 
 # %% ../../nbs/51a_report.sections.ipynb #c3d8b2eb
 def delivery_table(
@@ -351,7 +378,8 @@ def metric_table(
             row[heading] = written(r, kind, is_void(r, void))
     if not cells: return markup('<p class="absent">Not measured in this run.</p>')
     place = {a: i for i, a in enumerate(['', *ARMS])}
-    order = sorted(cells.items(), key=lambda kv: (kv[0][0], kv[0][1] != 'all', kv[0][1], place[kv[0][2]]))
+    rank = lambda kv: (kv[0][0], kv[0][1] != 'all', kv[0][1], place[kv[0][2]])
+    order = sorted(cells.items(), key=rank)
     table = pd.DataFrame([dict(model=m, subgroup=s, arm=a or DASH, **v) for (m, s, a), v in order])
     idle = ['subgroup'] * bool(subgroup) + ['arm'] * (not any(a for _, _, a in cells))
     idle += ['donors (effective)'] * bool(table['donors (effective)'].eq(DASH).all())
@@ -377,29 +405,32 @@ def comparison_table(
                       'Paired difference in accuracy between models', numbers=['difference in accuracy, points'])
 
 # %% ../../nbs/51a_report.sections.ipynb #af5cacd1
+_SHOWN, _SAME, _NEAR, _APART = ('Image, with and without the report', 'Control: same class',
+                                'Most similar image', 'Where image and text disagree')
+
 CONTRASTS = ( # group, what, metric, arm, kind
-    ('Image, with and without the report', 'flips when the image is swapped, report shown', 'flips', 'image_swap', '%'),
-    ('Image, with and without the report', 'flips when the image is swapped, no report', 'flips', 'image_only_swap', '%'),
-    ('Image, with and without the report', 'difference: what the report silences', 'silencing', '', '%'),
-    ('Image, with and without the report', 'flips under an image of the same class, no report', 'flips', 'image_only_swap_same', '%'),
-    ('Image, with and without the report', 'excess flips of the opposite class, no report', 'excess_flips', 'image_only_swap', '%'),
-    ('Control: same class', 'flips under an image of the same class', 'flips', 'image_swap_same', '%'),
-    ('Control: same class', 'excess flips of the opposite class, image', 'excess_flips', 'image_swap', '%'),
-    ('Control: same class', 'flips under a text of the same class', 'flips', 'text_swap_same', '%'),
-    ('Control: same class', 'excess flips of the opposite class, text', 'excess_flips', 'text_swap', '%'),
-    ('Most similar image', 'flips under the most similar image of another class', 'flips', 'hard_swap', '%'),
-    ('Most similar image', 'flips under the most similar image of the same class', 'flips', 'hard_swap_same', '%'),
-    ('Most similar image', 'excess flips of the opposite class', 'excess_flips', 'hard_swap', '%'),
-    ('Where image and text disagree', 'the answer sides with the text', 'text_following', '', '%'),
-    ('Where image and text disagree', 'chance level: the same answers whatever is shown', 'text_following_chance', '', '%'),
-    ('Where image and text disagree', 'both swapped: the answer follows the donor', 'donor_following', 'both_swap', '%'),
+    (_SHOWN, 'flips when the image is swapped, report shown', 'flips', 'image_swap', '%'),
+    (_SHOWN, 'flips when the image is swapped, no report', 'flips', 'image_only_swap', '%'),
+    (_SHOWN, 'difference: what the report silences', 'silencing', '', '%'),
+    (_SHOWN, 'flips under an image of the same class, no report', 'flips', 'image_only_swap_same', '%'),
+    (_SHOWN, 'excess flips of the opposite class, no report', 'excess_flips', 'image_only_swap', '%'),
+    (_SAME, 'flips under an image of the same class', 'flips', 'image_swap_same', '%'),
+    (_SAME, 'excess flips of the opposite class, image', 'excess_flips', 'image_swap', '%'),
+    (_SAME, 'flips under a text of the same class', 'flips', 'text_swap_same', '%'),
+    (_SAME, 'excess flips of the opposite class, text', 'excess_flips', 'text_swap', '%'),
+    (_NEAR, 'flips under the most similar image of another class', 'flips', 'hard_swap', '%'),
+    (_NEAR, 'flips under the most similar image of the same class', 'flips', 'hard_swap_same', '%'),
+    (_NEAR, 'excess flips of the opposite class', 'excess_flips', 'hard_swap', '%'),
+    (_APART, 'the answer sides with the text', 'text_following', '', '%'),
+    (_APART, 'chance level: the same answers whatever is shown', 'text_following_chance', '', '%'),
+    (_APART, 'both swapped: the answer follows the donor', 'donor_following', 'both_swap', '%'),
     ('Region', 'flips when the marked region is greyed', 'flips', 'occlude_finding', '%'),
     ('Region', 'flips when an equal region elsewhere is greyed', 'flips', 'occlude_elsewhere', '%'),
     ('Region', 'difference: region dependence', 'region_dependence', '', '%'),
     ('Noise floor', 'log-odds moved when the same is asked again', 'noise_floor', 'identity', ''),
 )
 
-# %% ../../nbs/51a_report.sections.ipynb #90085a91
+# %% ../../nbs/51a_report.sections.ipynb #e4ec8ef5
 def contrast_table(
     results, # `Results` of a run
 )->Html:
@@ -412,8 +443,8 @@ def contrast_table(
         new = not rows or rows[-1]['_'] != group
         rows.append({'contrast': group if new else '', '_': group, 'what': what,
                      **{column(m): told.get(m, DASH) for m in models}})
-    return html_table(pd.DataFrame(rows).drop(columns='_', errors='ignore'), 'Contrasts with 95 % intervals',
-                      numbers=[column(m) for m in models])
+    table = pd.DataFrame(rows).drop(columns='_', errors='ignore')
+    return html_table(table, 'Contrasts with 95 % intervals', numbers=[column(m) for m in models])
 
 # %% ../../nbs/51a_report.sections.ipynb #2fa9c317
 def answer_table_html(
@@ -442,7 +473,7 @@ def example_html(
     quotes = {f"Its own {words['text']}": texts[example.sample_id], **({f"Shown instead ({example.finding}: {example.donor_label})": texts[example.text_id]} if example.text_id not in ('', example.sample_id) else {})}
     cut = lambda t, most=1500: t if len(t) <= most else f'{t[:most]} … ({len(t) - most:,} characters more)'
     head = markup('<h3>{}. {}, {}: {} changes its answer from {} to {}</h3>', number, example.arm, example.finding, example.model, example.before, example.after)
-    answers = example_answers(results, example.sample_id, example.arm).rename(columns=dict(before='answer, original', p_before='P(label), original', after=f'answer, {example.arm}', p_after=f'P(label), {example.arm}'))
+    answers = example_answers(results, example.sample_id, example.arm, (example.image_id, example.text_id)).rename(columns=dict(before='answer, original', p_before='P(label), original', after=f'answer, {example.arm}', p_after=f'P(label), {example.arm}'))
     return markup('<section class="example">{}{}<div class="quotes">{}</div>{}</section>', head, picture, join(markup('<div><strong>{}</strong><blockquote>{}</blockquote></div>', k, cut(v)) for k, v in quotes.items()),
                   html_table(answers, f'Answers about sample {example.sample_id}', digits=2))
 
@@ -503,13 +534,13 @@ def probe_section(
                   'Where the answer “unmatched” was allowed, its share is the detection rate in the arms that contradict the {}, and the false alarms under original.</p>', wording(results.plan.attrs['tasks'])['image'])
     return join([head, figure_html(figure, name='probes', run=results.path if keep else None), details('Numbers: altered reports', flips, noticed)])
 
-# %% ../../nbs/51a_report.sections.ipynb #2f9b441e
-_SECTIONS = (('verdicts', 'verdicts'), ('firmness', 'how firm'), ('delivery', 'delivery'), ('donors', 'donors'),
-             ('accuracy', 'accuracy'), ('flips', 'flips'), ('plane', 'modality plane'),
-             ('calibration', 'calibration'), ('subgroups', 'subgroups'), ('examples', 'examples'),
-             ('contrasts', 'contrasts'), ('wordings', 'other words'), ('probes', 'altered reports'),
-             ('answers', 'missing answers'), ('files', 'files'), ('funnel', 'exclusions'), ('method', 'method'),
-             ('provenance', 'provenance')) # anchor, what it is called
+# %% ../../nbs/51a_report.sections.ipynb #10102059
+_SECTIONS = { # anchor -> what it is called
+    'verdicts': 'verdicts', 'firmness': 'how firm', 'delivery': 'delivery', 'donors': 'donors',
+    'accuracy': 'accuracy', 'flips': 'flips', 'plane': 'modality plane', 'calibration': 'calibration',
+    'subgroups': 'subgroups', 'examples': 'examples', 'contrasts': 'contrasts',
+    'wordings': 'other words', 'probes': 'altered reports', 'answers': 'missing answers',
+    'files': 'files', 'funnel': 'exclusions', 'method': 'method', 'provenance': 'provenance'}
 
 def contents(
     results, # `Results` of a run
@@ -518,5 +549,7 @@ def contents(
     plan = results.plan
     probed = any(a.probe and (plan.arm == a.name).any() for a in ARMS.values())
     there = dict(wordings='inverted' in plan, probes=probed or 'unmatched' in set(plan.variant))
-    links = [markup('<a href="#{}">{}</a>', anchor, name) for anchor, name in _SECTIONS if there.get(anchor, True)]
-    return markup('<nav class="contents" aria-label="Contents">Contents: {}</nav>', join(links, ' · '))
+    links = [markup('<a href="#{}">{}</a>', anchor, name)
+             for anchor, name in _SECTIONS.items() if there.get(anchor, True)]
+    return markup('<nav class="contents" aria-label="Contents">Contents: {}</nav>',
+                  join(links, ' · '))
