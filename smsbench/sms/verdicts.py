@@ -182,6 +182,7 @@ def give_verdicts(
     found = {}
     for members in _families(keys, family): found |= holm_verdicts(ask, members)
     found = {k: _with_firmness(v, parts[k[0]][k[1:3]], k[3], plan.attrs, v.pop('strict')) for k, v in found.items()}
+    if plan.attrs.get('access') != 'open': found = {k: _without_small_counts(v) for k, v in found.items()}
     models = {m: _model_record(m, parts[m], found, silent[m]) | {f'{s}_arms': state(m, s) for s in ('void', 'unproven')} for m in parts}
     sizes = {kind: sum(k[1] == kind for k in keys) for kind in dict.fromkeys(k[1] for k in keys)}
     return dict(models=models, margin=margin, margin_reason=margin_reason or DEFAULT_MARGIN,
@@ -212,3 +213,9 @@ def _add_pooled(findings):
         values, halves = pool_partially([r['value'] for r in rows], [(r['ci_high'] - r['ci_low']) / 3.92 for r in rows])
         for r, v, h in zip(rows, values, halves):
             r.update(pooled=float(v), pooled_low=float(v - h), pooled_high=float(v + h))
+
+def _without_small_counts(record):
+    "Counts of fewer patients than a verdict needs stay home unless the data are open."
+    hide = lambda r: r | dict(n=0, n_patients=0) if 0 < r['n_patients'] < FEWEST else r
+    firm = {k: [hide(r) for r in rows] for k, rows in record['firmness'].items()}
+    return hide(record) | dict(firmness=firm)
