@@ -15,7 +15,7 @@ from .calibration import bin_sums, brier, ece
 from .core import InputError
 from .resampling import together
 
-# %% ../nbs/02a_recalibration.ipynb #69a4d11c
+# %% ../nbs/02a_recalibration.ipynb #d4de85e5
 def correlated_outcomes(
     prob:np.ndarray, # (n,) probability of each outcome, 0..1
     clusters,        # (n,) patient of each row
@@ -24,7 +24,8 @@ def correlated_outcomes(
     rng,             # `numpy.random.Generator`
 )->np.ndarray:       # (draws, n) bool
     "Outcomes of a perfectly calibrated model, with patients kept together."
-    if not 0 <= icc <= 1: raise InputError(f'the correlation within patients is {icc}: must lie in 0..1')
+    if not 0 <= icc <= 1:
+        raise InputError(f'the correlation within patients is {icc}: must lie in 0..1')
     who = pd.factorize(np.asarray(clusters))[0]
     shape = (draws, len(who))
     common = rng.random((draws, who.max() + 1))[:, who]
@@ -32,14 +33,14 @@ def correlated_outcomes(
     u = np.where(rng.random(shape) < np.sqrt(icc), common, own)
     return u < np.asarray(prob, float)
 
-# %% ../nbs/02a_recalibration.ipynb #7ffa5457
+# %% ../nbs/02a_recalibration.ipynb #11cbf484
 def residual_icc(
     prob,          # (n,) probabilities in 0..1
     y,             # (n,) true/false or 1/0
     clusters,      # (n,) patient of each row
     n_bins:int=10, # bins of equal width
 )->float:          # 0..1; 0 where no patient has two rows
-    "Correlation of the outcomes within patients around the frequency of their probability bin (moment estimate)."
+    "Correlation of outcomes within patients around the frequency of their bin (moment estimate)."
     sums, unfold, _ = bin_sums(prob, y, n_bins)
     inside = unfold(sums)
     size, _, events = inside.sum(0).T
@@ -60,7 +61,7 @@ class Floor(NamedTuple):
     icc: float  # correlation within patients that was assumed
     level: float # of the quantile
 
-# %% ../nbs/02a_recalibration.ipynb #a03c526f
+# %% ../nbs/02a_recalibration.ipynb #0f41bc5d
 def ece_floor(
     prob,             # (n,) probabilities in 0..1
     y,                # (n,) true/false or 1/0; only their correlation within patients counts
@@ -71,7 +72,7 @@ def ece_floor(
     seed:int=0,       # of the simulation
     icc:float|None=None, # correlation within patients; None estimates it with `residual_icc`
 )->Floor:
-    "Expected calibration error of a perfectly calibrated model: outcomes are drawn from the probabilities."
+    "Expected calibration error of a perfectly calibrated model, by simulated outcomes."
     sums, unfold, _ = bin_sums(prob, y, n_bins)
     place = unfold(sums)[..., 0]
     p, rng = np.asarray(prob, float), np.random.default_rng(seed)
@@ -91,7 +92,7 @@ def _log_odds(prob):
     from scipy.special import logit
     return logit(np.clip(np.asarray(prob, float), EDGE, 1 - EDGE))
 
-# %% ../nbs/02a_recalibration.ipynb #300a00c4
+# %% ../nbs/02a_recalibration.ipynb #d3166c13
 def best_temperature(
     prob, # (n,) probabilities in 0..1
     y,    # (n,) true/false or 1/0
@@ -100,23 +101,27 @@ def best_temperature(
     from scipy.optimize import minimize_scalar
     z, sign = _log_odds(prob), 2 * np.asarray(y, float) - 1
     loss = lambda log_t: np.logaddexp(0, -sign * z * np.exp(-log_t)).mean()
-    return float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method='bounded', options=dict(xatol=1e-9)).x))
+    best = minimize_scalar(loss, bounds=(-5, 5), method='bounded', options=dict(xatol=1e-9))
+    return float(np.exp(best.x))
 
-# %% ../nbs/02a_recalibration.ipynb #2ac60028
+# %% ../nbs/02a_recalibration.ipynb #eeba4e03
 def fit_map(
     prob,       # (n,) probabilities in 0..1
     y,          # (n,) true/false or 1/0
     method:str, # from `METHODS`
 ):              # function (m,) probabilities -> (m,) probabilities
-    "Fit a map from stated to recalibrated probabilities; `InputError` where only one outcome occurs."
-    if method not in METHODS: raise InputError(f"no recalibration {method!r}; choose from {', '.join(METHODS)}")
+    "Fit a map from stated to recalibrated probabilities; `InputError` without both outcomes."
+    if method not in METHODS:
+        raise InputError(f"no recalibration {method!r}; choose from {', '.join(METHODS)}")
     p, y = np.asarray(prob, float), np.asarray(y, float)
-    if len(set(y)) < 2: raise InputError('recalibration needs both outcomes: here every outcome is the same')
-    if method == 'temperature': return _temperature_map(best_temperature(p, y))
-    return _platt_map(p, y) if method == 'platt' else _isotonic_map(p, y)
+    if len(set(y)) < 2:
+        raise InputError('recalibration needs both outcomes: here every outcome is the same')
+    kinds = dict(platt=_platt_map, isotonic=_isotonic_map, temperature=_temperature_map)
+    return kinds[method](p, y)
 
-def _temperature_map(t):
+def _temperature_map(p, y):
     from scipy.special import expit
+    t = best_temperature(p, y)
     return lambda q: expit(_log_odds(q) / t)
 
 def _isotonic_map(p, y):
@@ -124,7 +129,7 @@ def _isotonic_map(p, y):
     return IsotonicRegression(y_min=0, y_max=1, out_of_bounds='clip').fit(p, y).predict
 
 def _platt_map(p, y):
-    "Logistic regression on the log-odds with Platt's smoothed targets, as weights of either outcome."
+    "Logistic regression on the log-odds; Platt's smoothed targets are weights of either outcome."
     from sklearn.linear_model import LogisticRegression
     events, others = y.sum(), (1 - y).sum()
     target = np.where(y == 1, (events + 1) / (events + 2), 1 / (others + 2))
@@ -133,7 +138,7 @@ def _platt_map(p, y):
     model.fit(np.vstack([z, z]), np.repeat([1, 0], len(p)), sample_weight=np.r_[target, 1 - target])
     return lambda q: model.predict_proba(_log_odds(q)[:, None])[:, 1]
 
-# %% ../nbs/02a_recalibration.ipynb #08858df6
+# %% ../nbs/02a_recalibration.ipynb #1daa053a
 def cross_fit(
     prob,         # (n,) probabilities in 0..1
     y,            # (n,) true/false or 1/0
@@ -141,18 +146,19 @@ def cross_fit(
     method:str,   # from `METHODS`
     folds:int=5,  # folds of patients, at least 2
 )->np.ndarray:    # (n,) recalibrated probabilities
-    "Recalibrate each row with a map that was fitted on other patients; `InputError` for too few patients or one outcome."
+    "Recalibrate each row with a map fitted on other patients; `InputError` for too few of them."
     from sklearn.model_selection import GroupKFold
     bin_sums(prob, y, 1)        # checks the input
     p, y = np.asarray(prob, float), np.asarray(y, float)
     who = np.unique(np.asarray(clusters).astype(str), return_inverse=True)[1]
-    if len(set(who)) < folds: raise InputError(f'{folds} folds need at least {folds} patients; here are {len(set(who))}')
+    if len(set(who)) < folds:
+        raise InputError(f'{folds} folds need at least {folds} patients; here are {len(set(who))}')
     out = np.full(len(p), np.nan)
     for train, test in GroupKFold(folds).split(p, groups=who):
         out[test] = fit_map(p[train], y[train], method)(p[test])
     return out
 
-# %% ../nbs/02a_recalibration.ipynb #d4a979f2
+# %% ../nbs/02a_recalibration.ipynb #ae7bdab6
 def recalibration_table(
     prob,              # (n,) probabilities in 0..1
     y,                 # (n,) true/false or 1/0
@@ -160,12 +166,16 @@ def recalibration_table(
     methods=METHODS,   # maps to try
     folds:int=5,       # folds of patients
     **how,             # n_boot, level, seed of `Statistic.bootstrap`
-)->pd.DataFrame:       # method ('' as stated), metric (ece, brier, ece_change, brier_change), value, ci_low, ci_high, n, n_clusters
-    "Calibration error and Brier score before and after cross-fitted recalibration, with intervals over patients."
-    mapped = {'': np.asarray(prob, float), **{m: cross_fit(prob, y, clusters, m, folds) for m in methods}}
-    scores = {m: dict(ece=ece(p, y), brier=brier(p, y)) for m, p in mapped.items()}
-    cells = [(m, k, s) for m, of in scores.items() for k, s in of.items()]
-    cells += [(m, f'{k}_change', s - scores[''][k]) for m, of in scores.items() if m for k, s in of.items()]
-    found = together(*(s for _, _, s in cells)).bootstrap(clusters, **how)
-    return pd.DataFrame([dict(method=m, metric=k, value=i.value, ci_low=i.low, ci_high=i.high, n=i.n, n_clusters=i.n_clusters)
-                         for (m, k, _), i in zip(cells, found)])
+)->pd.DataFrame:       # method ('' as stated), metric, value, ci_low, ci_high, n, n_clusters
+    "ECE and Brier score before and after cross-fitted recalibration, and their paired change."
+    mapped = {'': np.asarray(prob, float)}
+    mapped |= {m: cross_fit(prob, y, clusters, m, folds) for m in methods}
+    scores = {}
+    for m, p in mapped.items():
+        scores |= {(m, 'ece'): ece(p, y), (m, 'brier'): brier(p, y)}
+    for m in methods:
+        scores |= {(m, f'{k}_change'): scores[m, k] - scores['', k] for k in ('ece', 'brier')}
+    found = together(*scores.values()).bootstrap(clusters, **how)
+    columns = ['value', 'ci_low', 'ci_high', 'n', 'n_clusters']
+    rows = [(*name, i.value, i.low, i.high, i.n, i.n_clusters) for name, i in zip(scores, found)]
+    return pd.DataFrame(rows, columns=['method', 'metric', *columns])
