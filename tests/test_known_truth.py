@@ -30,7 +30,7 @@ def cohort(): return phantom_cohort(160, size=64, seed=4)
 def results(cohort, tmp_path_factory):
     models = sorted(set(HABITS) | {f'planted:mixture:{w}' for w in WEIGHTS}) + ['planted:miscalibrated:2', *ONE_ANSWER, 'planted:contradiction']
     arms = ('image_swap', 'text_swap', 'text_only', 'image_only', 'neither', 'identity', 'image_only_swap', 'occlude_finding')
-    return load_results(run_audit(tmp_path_factory.mktemp('truth')/'run', cohort, models, AuditSettings(arms=arms, n_boot=400), batch_size=64).path)
+    return load_results(run_audit(tmp_path_factory.mktemp('truth')/'run', cohort, models, AuditSettings(arms=arms, n_boot=400, family='model'), batch_size=64).path)
 
 
 def number(results, model, metric, arm=''):
