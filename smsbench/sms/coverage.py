@@ -226,8 +226,8 @@ def coverage_rows(
     rows:pd.DataFrame, # rows of all audits of a setting, see `FIELDS`
     true:dict,         # (metric, arm) -> true value
     patients:int=30,   # patients from which coverage is judged
-)->list[dict]:         # per interval: coverage, misses on either side, mean ends and width
-    "How often each interval covers its true value."
+)->list[dict]:         # per interval: coverage, misses on either side, mean ends, width, ideal width
+    "How often each interval covers its true value, and how wide it is."
     out, near = [], 1e-9
     whole = rows[['value', 'low', 'high']].notna().all(axis=1) & rows.kind.isin(['metric', 'part'])
     for key, g in rows[whole].groupby(['name', 'arm'], sort=False):
@@ -238,6 +238,7 @@ def coverage_rows(
         mean = {f'mean_{k}': float(g[k].mean()) for k in ('value', 'low', 'high', 'patients')}
         out.append(dict(metric=key[0], arm=key[1], true=float(t), **mean,
                         width=mean['mean_high'] - mean['mean_low'], below=below, above=above,
+                        ideal=float(2 * 1.96 * g.value.std()),
                         **counted(len(g) - below - above, len(g))))
     return out
 
@@ -437,7 +438,7 @@ def run_grid(
 def coverage_table(
     found:dict,          # what `run_grid` returned or wrote
     every:bool=False,    # all intervals, not only those that an entry shows?
-)->pd.DataFrame:         # setting, interval, true, coverage, error, mean low and high, patients, studies
+)->pd.DataFrame:         # setting, interval, true, coverage, error, mean ends, width, ideal, studies
     "Coverage of the intervals."
     rows = []
     for name, s in found['settings'].items():
@@ -447,7 +448,7 @@ def coverage_table(
             if not (every or r is least or {title, r['metric']} & set(s['shows'])): continue
             rows.append(dict(setting=name, interval=title, true=r['true'], coverage=r['rate'],
                              error=r['error'], low=r['mean_low'], high=r['mean_high'],
-                             patients=r['mean_patients'], studies=r['n']))
+                             width=r['width'], ideal=r['ideal'], studies=r['n']))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/37a_sms.coverage.ipynb #c2af2f27

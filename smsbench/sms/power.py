@@ -59,7 +59,7 @@ def planned_setting(
     goal = dict(unknown=share, quantity=quantity, value=q.effect)
     given = dict(films=q.films, icc=q.icc, findings=q.findings, correlation=.3 if q.findings > 1 else 0,
                  prevalence=q.prevalence, margin=q.margin, donors=q.donors, model=weights,
-                 arms=[f'{q.modality}_swap'])
+                 arms=['image_swap', 'text_swap'])
     aim = {share: 0.} if q.effect == 0 else dict(solve=goal)
     return solve(make_setting({**given, **aim}), n)
 
