@@ -311,7 +311,7 @@ def make_plan(
     strata = [c for c in attrs.get('strata', []) if c not in plan]      # a stratum 'variant' of a cohort of wordings is what the plan's own column says
     plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
     plan.attrs = {**{a: attrs[a] for a in ('manifest', 'version', 'access', 'tasks', 'label_source') if a in attrs}, 'strata': strata, 'seed': seed, 'match': list(match), 'variants': list(variants),
-                  'arms': [a.name for a in chosen], **({'donors': k} if k > 1 else {}), **asking.about, 'cohort_hash': whole, 'plan_hash': table_hash(plan)}
+                  'arms': [a.name for a in chosen], 'donors': k, **asking.about, 'cohort_hash': whole, 'plan_hash': table_hash(plan)}
     return validate(plan, 'plan'), out.reset_index(drop=True)
 
 def _has_baseline(plan, asked):
