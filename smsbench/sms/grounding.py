@@ -7,14 +7,15 @@ __all__ = ['STATES', 'SWAPS', 'COLUMNS', 'COVERAGES', 'LOSSES', 'consistent_samp
            'with_confidence', 'sample_states', 'state_examples', 'losses', 'mean_row', 'confidence_rows',
            'coverage_curves', 'stated_events', 'probability_rows', 'state_rows', 'measure_grounding']
 
-# %% ../../nbs/33d_sms.grounding.ipynb #a3bc53dc
+# %% ../../nbs/33d_sms.grounding.ipynb #cdb78be2
 import numpy as np, pandas as pd
 
 from ..core import InputError
 from ..inference import Mean, area_of, interval_of, mean_of
-from ..recalibration import METHODS, ece_floor, recalibration_table
+from ..recalibration import METHODS, cross_fit_all, ece_floor, recalibration_table
 from ..risk_coverage import aurc, aurc_of, risk_at_of, risk_coverage
-from .metrics import Cells, Term, answer_table, flipped, metrics_table, term_rows
+from .metrics import (Cells, Term, answer_table, arm_terms, curve_rows, flipped,
+    metrics_table, term_rows)
 from .prompts import Task, opposite, variant_choices
 
 # %% ../../nbs/33d_sms.grounding.ipynb #3f91d0cf
@@ -243,7 +244,7 @@ def stated_events(
     on = once & ~np.isnan(prob.astype(float))
     return prob[on].astype(float), happened[on], cells.patients[on]
 
-# %% ../../nbs/33d_sms.grounding.ipynb #caaa20ed
+# %% ../../nbs/33d_sms.grounding.ipynb #85750a4f
 def probability_rows(
     cells:Cells,         # one model's answers to variant 0, with confidence
     recalibrate=METHODS, # maps to try; () for none
@@ -262,7 +263,7 @@ def probability_rows(
     sizes |= dict(ci_low=np.nan, ci_high=np.nan)
     rows = [dict(metric='ece_expected', value=floor.mean, note=note, **sizes),
             dict(metric='ece_expected_high', value=floor.high, note=note, **sizes)]
-    how = dict(n_boot=n_boot, level=level, seed=seed)
+    how = dict(n_boot=n_boot, level=level, seed=seed, minimum=minimum)
     return rows + _recalibrated(prob, happened, who, recalibrate, how, sizes)
 
 def _recalibrated(prob, happened, who, methods, how, sizes):
@@ -270,13 +271,31 @@ def _recalibrated(prob, happened, who, methods, how, sizes):
     if not methods:
         return []
     try:
-        table = recalibration_table(prob, happened, who, methods, **how)
+        mapped = cross_fit_all(prob, happened, who, methods)
     except InputError as e:
         empty = dict(value=np.nan, note=f'undefined: {e}', **sizes)
         return [dict(metric=f'ece[{m}]', **empty) for m in methods]
-    table = table[table.method != ''].assign(arm='original', note='')
-    names = table.metric + '[' + table.method + ']'
-    return table.assign(metric=names).drop(columns='method').to_dict('records')
+    out = [r for m in methods for r in _score_rows(mapped[m], happened, who, m, how)]
+    how.pop('minimum')
+    changes = recalibration_table(mapped, happened, who, **how)
+    changes = changes[changes.metric.str.endswith('_change')]
+    names = changes.metric + '[' + changes.method + ']'
+    changes = changes.assign(metric=names, arm='original', note='').drop(columns='method')
+    return out + changes.to_dict('records')
+
+def _score_rows(prob, happened, who, method, how):
+    "ECE and Brier score of probabilities, with the intervals that those of the model itself have."
+    ids = np.arange(len(prob)).astype(str)
+    rows = pd.DataFrame(dict(sample_id=ids, patient_id=who, p=prob, first='event', finding=''))
+    rows['label'] = np.where(happened, 'event', 'none')
+    rest = dict(arm='original', variant='plain', tried=True, parsed=True, correct=True)
+    rest |= dict(said='', donor='', answer_mass=np.nan, margin=np.nan)
+    cells = Cells(rows.assign(**rest))
+    limits = {k: how[k] for k in ('level', 'minimum')}
+    off = [t for t in arm_terms(cells, 'original') if t.metric == 'brier']
+    found = term_rows(off, cells.dyads, **limits) + curve_rows(cells, seed=how['seed'], **limits)
+    wanted = [r for r in found if r['metric'] in ('ece', 'brier')]
+    return [dict(r, metric=f"{r['metric']}[{method}]") for r in wanted]
 
 # %% ../../nbs/33d_sms.grounding.ipynb #f2c645fd
 def state_rows(
