@@ -180,21 +180,24 @@ def average_of(
     made = Mean(value, influence, held, n, max(dyads.covariance(influence, influence), 0.), all(m.share for m in means), means[0].bounds)
     return _corrected(made)
 
-# %% ../nbs/01a_inference.ipynb #d1d7c36f
+# %% ../nbs/01a_inference.ipynb #991e7b90
 def sample_size(
     mean:Mean,
     level:float=.95, # confidence level
 )->float:            # at most the effective number of patients
     "Effective sample size of a share (Korn and Graubard 1998)."
     low, high = mean.bounds
-    p, most = (mean.value - low) / (high - low), mean.n_effective
-    variance = mean.variance / (high - low)**2
-    if not 0 < p < 1 or variance == 0 or most <= 1: return most
-    tail = (1 - level) / 2
-    few = stdtrit(max(mean.n_patients - 1, 1), tail) / stdtrit(max(most - 1, .1), tail)
-    return min(most, few**2 * p * (1 - p) / variance)
+    if not low < mean.value < high or mean.variance == 0 or mean.n_effective <= 1: return mean.n_effective
+    return min(mean.n_effective, _binomial_size(mean, level))
 
-# %% ../nbs/01a_inference.ipynb #f110abfb
+def _binomial_size(mean, level):
+    "Size of the binomial sample with this mean and variance, less for the few donors it is estimated from."
+    low, high = mean.bounds
+    p, tail = (mean.value - low) / (high - low), (1 - level) / 2
+    few = stdtrit(max(mean.n_patients - 1, 1), tail) / stdtrit(max(mean.n_effective - 1, .1), tail)
+    return few**2 * p * (1 - p) * (high - low)**2 / mean.variance
+
+# %% ../nbs/01a_inference.ipynb #91aff9e9
 def interval_of(
     mean:Mean,
     level:float=.95, # confidence level
@@ -217,7 +220,15 @@ def _t_interval(mean, level):
     unseen = 1 - tail**(1 / effective)
     below = unseen * (mean.value - low) if np.isfinite(low) else 0.
     above = unseen * (high - mean.value) if np.isfinite(high) else 0.
-    return float(max(mean.value - max(half, below), low)), float(min(mean.value + max(half, above), high))
+    a, b = _skewed(mean, level)
+    return float(max(min(mean.value - max(half, below), a), low)), float(min(max(mean.value + max(half, above), b), high))
+
+def _skewed(mean, level):
+    "Bounds of a share with the mean's variance: what a mean near the end of its range owes to skewness."
+    low, high = mean.bounds
+    if not np.isfinite(mean.bounds).all() or mean.variance == 0 or not low < mean.value < high: return np.inf, -np.inf
+    a, b = exact_bounds((mean.value - low) / (high - low), _binomial_size(mean, level), level)
+    return low + a * (high - low), low + b * (high - low)
 
 # %% ../nbs/01a_inference.ipynb #2c35ac86
 def difference_of(
@@ -240,7 +251,7 @@ def joined(a, b, r, level=.95):
 
 def _length(x, y, r): return float(np.sqrt(max(x * x + y * y - 2 * r * x * y, 0.)))
 
-# %% ../nbs/01a_inference.ipynb #80b29694
+# %% ../nbs/01a_inference.ipynb #05e29510
 def correlation(
     dyads:Dyads,
     a:Mean,
@@ -248,9 +259,9 @@ def correlation(
 )->float: # -1..1; 0 where either does not vary
     "Correlation of two estimates."
     if a.variance == 0 or b.variance == 0: return 0.
-    spread = np.sqrt(dyads.covariance(a.influence, a.influence) * dyads.covariance(b.influence, b.influence))
-    if not spread > 0: return 0.
-    return float(np.clip(dyads.covariance(a.influence, b.influence) / spread, -1, 1))
+    own = [dyads.covariance(m.influence, m.influence) for m in (a, b)]
+    if min(own) <= 0: return 0.                     # a sum over pairs can come out negative where the truth is near 0
+    return float(np.clip(dyads.covariance(a.influence, b.influence) / np.sqrt(own[0] * own[1]), -1, 1))
 
 # %% ../nbs/01a_inference.ipynb #ea3ac2ca
 def area_of(

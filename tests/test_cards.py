@@ -58,3 +58,45 @@ def test_every_block_that_the_template_keeps_in_comments_is_understood(tmp_path)
 
 def test_wrong_folder_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r'^csv_images: table samples\.csv: no such file below the data root$'): build_cohort('csv_images', tmp_path)
+
+
+SOURCES = {'report', 'radiologist', 'pathology', 'other'}
+TEMPLATES = {'csv_images', 'class_folders', 'vqa_paraphrases', 'vqa_variants'}   # only their user knows
+UNTOLD = {'fairvlmed'}                                                           # its publication does not say
+
+
+def test_every_card_states_where_its_labels_come_from():
+    for path in sorted(manifest_path('csv_images').parent.glob('*.yaml')):
+        said = yaml.safe_load(path.read_text())
+        assert 'label_source' in said, f'{path.name} does not say where its labels come from'
+        known = said['label_source'] in SOURCES
+        assert known != (path.stem in TEMPLATES | UNTOLD), f"{path.name}: {said['label_source']!r}"
+        if not known: assert said['label_source'] == ''
+        if path.stem in TEMPLATES: assert re.search(r'^label_source: ""\s+# CHANGE', path.read_text(), re.M)
+
+
+def test_the_source_of_labels_reaches_the_plan_and_changes_no_hash(tmp_path):
+    from smsbench.sms.shifts import cohort_hash, make_plan
+    save_phantom(phantom_cohort(12, seed=3, findings=('effusion',)), tmp_path)
+    card = yaml.safe_load(manifest_path('phantom').read_text())
+    card['tasks'] = {'effusion': card['tasks']['effusion']}
+    made = {}
+    for source in ('other', 'report', ''):
+        (tmp_path/'card.yaml').write_text(yaml.safe_dump(card | dict(label_source=source)))
+        cohort, _ = build_cohort(tmp_path/'card.yaml', tmp_path)
+        plan, _ = make_plan(cohort, ('image_swap',))
+        assert cohort.attrs['label_source'] == plan.attrs['label_source'] == source
+        made[source] = cohort_hash(cohort), plan.attrs['plan_hash'], cohort.attrs['manifest_hash']
+    assert len({v[:2] for v in made.values()}) == 1    # the same samples, the same trials
+    assert len({v[2] for v in made.values()}) == 3     # of cards that say different things
+
+
+def test_an_unknown_source_of_labels_is_refused(tmp_path):
+    card = manifest_path('csv_images').read_text().replace('label_source: ""', 'label_source: reports')
+    (tmp_path/'card.yaml').write_text(card)
+    with pytest.raises(InputError, match='label_source: .*report, radiologist, pathology, other'): read_manifest(tmp_path/'card.yaml')
+
+
+def test_a_report_that_was_mined_says_so_in_the_phantom():
+    made = {f: phantom_cohort(4, label_from=f).attrs['label_source'] for f in ('film', 'text')}
+    assert made == dict(film='other', text='report')

@@ -1,12 +1,13 @@
 """The published result files: every printed number is reproduced, the known faults are found, the table meets its schema."""
-import json, os
+import json, os, re
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 
 from smsbench.core import read_json, read_table
+from smsbench.report.published_figures import published_dots, published_heatmap, side_by_side
 from smsbench.sms.faults import void_arms
-from smsbench.sms.published import as_published, published
+from smsbench.sms.published import as_published, findings, published
 from smsbench.sms.results import ARMS, read_results
 
 DATA = Path(os.environ.get('SMSBENCH_DATA', ''))/'published_sms'
@@ -88,7 +89,7 @@ def test_table_meets_its_schema(run):
     assert ((shown.ci_low <= shown.corrected) & (shown.corrected <= shown.ci_high)).mean() > .99 and shown.corrected.between(0, 1).all()
 
 
-def test_void_arms_have_no_corrected_figure(run):
+def test_void_arms_have_no_recomputed_figure(run):
     table, faults, _ = run
     void = void_arms(faults)
     is_void = pd.Series(list(zip(table.model, table.dataset, table.arm))).isin(list(void))
@@ -96,8 +97,47 @@ def test_void_arms_have_no_corrected_figure(run):
     assert (table[is_void.to_numpy() & (table.metric == 'accuracy')].as_published > 0).all()
 
 
-def test_corrected_uses_the_same_samples_in_every_arm(run):
-    t = run[0][(run[0].metric == 'accuracy') & (run[0].n > 0)]
-    assert (t.n == 2000).all() and run[0].loc[run[0].n == 0, 'note'].eq('arm not in the file').all()
-    llama = t[(t.model == 'llama3_10b') & (t.dataset == 'medeval') & (t.arm == 'No')].iloc[0]   # 251 answers like '**Answer:** yes' come back
-    assert f'{llama.as_published:.4f}' == '0.6609' and f'{llama.corrected:.4f}' == '0.6445' and 'published on 1749' in llama.note
+def accuracy_of(table, model, arm, dataset='medeval'):
+    (row,) = table[(table.metric == 'accuracy') & (table.model == model) & (table.arm == arm) & (table.dataset == dataset)].itertuples()
+    return row
+
+
+def test_a_figure_is_recomputed_as_the_quantity_that_was_published(run):
+    table = run[0]
+    llama = accuracy_of(table, 'llama3_10b', 'No')            # 251 answers like '**Answer:** yes' come back
+    assert f'{llama.as_published:.4f}' == '0.6609' and f'{llama.corrected:.4f}' == '0.6445'
+    assert llama.n == 2000 and 'published on 1749' in llama.note
+    few = accuracy_of(table, 'biomedgpt', 'Only_text')        # another quantity stands in the note alone
+    assert f'{few.as_published:.4f}' == f'{few.corrected:.4f}' == '0.6047' and few.n == 129
+    assert few.note.startswith('on 129 of 2,000 answers that say yes or no; with the others counted as not right it would be 0.0390')
+    assert few.ci_low < few.corrected < few.ci_high and few.ci_high - few.ci_low > .1     # 129 answers, not 2,000
+    silent = accuracy_of(table, 'qwen2_vl_7b', 'Only_image', 'medeval_unmatched')
+    assert np.isnan(silent.corrected) and silent.n == 0 and silent.note == 'none of 2,000 answers says yes or no'
+
+
+def test_every_sample_counts_in_every_arm_and_n_counts_answers(run):
+    t = run[0][(run[0].metric == 'accuracy') & run[0].corrected.notna()]
+    whole = t.note.str.extract(r'^on [\d,]+ of ([\d,]+) answers')[0].str.replace(',', '').astype(float)
+    assert (t.n[whole.isna()] == 2000).all() and (whole.dropna() == 2000).all() and (t.n[whole.notna()] < 2000).all()
+    absent = run[0][run[0].note == 'arm not in the file']
+    assert set(absent.arm) == {'Only_text'} and (absent.n == 0).all()
+
+
+def test_sentences_name_the_quantity_and_call_nothing_corrected(run):
+    told = findings(run[0], run[1])
+    assert 'Accuracies that rest on fewer than half of the answers: biomedgpt, medeval, Only_text: 0.6047 on 129 of 2,000.' in told
+    assert told[-1].startswith('The accuracy that changes most when it is recomputed is llama3_10b, medeval, No: published 0.6609, recomputed 0.6445')
+    assert not any(re.search('correct|0.0390', line) for line in told)
+
+
+def test_no_page_calls_another_quantity_a_correction(run):
+    for text in (side_by_side(run[0], 'accuracy').to_csv(), published_dots(run[0]).alt, published_heatmap(run[0]).alt):
+        assert 'correct' not in text.lower()
+    only_text = side_by_side(run[0], 'accuracy').set_index('model').loc['biomedgpt', 'Only text']
+    assert only_text.startswith('0.6047 | 0.6047 [') and only_text.endswith('] on 129 of 2,000')
+
+
+def test_readme_says_which_data_set_and_praises_nobody():
+    text = (Path(__file__).parent.parent/'nbs'/'index.ipynb').read_text()
+    assert 'FairVLMed' in text and 'MIMIC-CXR files' in text
+    assert not re.search('much-cited|corrected|0.0390', text)

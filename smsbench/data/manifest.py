@@ -220,7 +220,7 @@ def _funnel(m, funnel, exclusions, n, rows):
 
 def _about(m, asked):
     tasks = {f: t.model_dump(include={'question', 'choices', 'noun', 'text_noun'}) for f, t in m.tasks.items() if f in asked}
-    return dict(manifest=m.name, title=m.title, version=m.version, manifest_hash=m.hash, access=m.access, licence=m.licence, citation=m.citation, source=m.source, strata=list(m.strata), tasks=tasks)
+    return dict(manifest=m.name, title=m.title, version=m.version, manifest_hash=m.hash, access=m.access, licence=m.licence, citation=m.citation, source=m.source, strata=list(m.strata), tasks=tasks, label_source=m.label_source)
 
 def _refuse(m, cohort, exclusions, every):
     "Raise where a cohort may not be used."

@@ -145,7 +145,7 @@ def phantom_cohort(
     for f in itertools.islice(_films(seed), n):
         rows += _samples(f, findings, size, splits, shortcut, uncertain, label_from, *_truth(f, findings, agreement, prevalence, others))
     df = pd.DataFrame(rows)
-    df.attrs = dict(manifest='phantom', title='Synthetic chest films with known truth', version='1', source='smsbench.data.phantom', access='open', licence='Apache-2.0', citation='smsbench, the phantom cohort', root='',
+    df.attrs = dict(manifest='phantom', title='Synthetic chest films with known truth', version='1', source='smsbench.data.phantom', access='open', licence='Apache-2.0', citation='smsbench, the phantom cohort', root='', label_source='report' if label_from == 'text' else 'other',
                     strata=['age_band', 'sex', 'view'], phantom=dict(n=n, size=size, seed=seed, label_from=label_from, **rates),
                     tasks={g: dict(question=QUESTIONS[g], choices=['yes', 'no'], noun='chest film', text_noun='report') for g in findings})
     return validate(df, 'cohort')

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FIELDS', 'PARTS', 'ENGINE', 'TOLERANCE', 'Limits', 'Entry', 'Grid', 'make_entries', 'grid_file', 'read_grid',
            'audit_once', 'run_chunk', 'judge', 'counted', 'coverage_rows', 'regions', 'verdict_rows', 'summarise',
-           'all_rates', 'pooled_errors', 'judge_all', 'engine_hash', 'run_grid', 'coverage_table', 'verdict_table',
-           'grid_lines']
+           'all_rates', 'pooled_errors', 'judge_all', 'engine_hash', 'parallel', 'run_grid', 'coverage_table',
+           'verdict_table', 'grid_lines']
 
 # %% ../../nbs/37a_sms.coverage.ipynb #7e026b1a
 import itertools, os, time
@@ -370,8 +370,12 @@ def _chunk(entry, solved, seeds, engine):
     "Name of an entry and what `run_chunk` makes of some of its audits."
     return entry.name, len(seeds), run_chunk(solved, seeds, entry.asks, engine)
 
-def _parallel(workers, jobs):
-    "Results of delayed calls as they come."
+# %% ../../nbs/37a_sms.coverage.ipynb #3b9af206
+def parallel(
+    workers:int, # processes; 1 runs in this one
+    jobs,        # delayed calls
+):               # iterator over results, in the order in which they come
+    "Run calls in several processes, each with one thread."
     from joblib import Parallel
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     return Parallel(n_jobs=workers, return_as='generator_unordered', batch_size=1)(jobs)
@@ -402,7 +406,7 @@ def _audit_all(ready, todo, workers, engine, size):
     rows, spent, of = {n: [] for n in left}, dict.fromkeys(left, 0.), {e.name: e for e in todo}
     calls = [delayed(_chunk)(e, ready[e.name][0], s, engine) for e, s in jobs]
     with progress(None, 'audits', sum(left.values()), 'audit') as bar:
-        for name, n, (got, seconds) in _parallel(workers, calls) if calls else ():
+        for name, n, (got, seconds) in parallel(workers, calls) if calls else ():
             rows[name] += got
             spent[name] += seconds
             left[name] -= n
@@ -422,7 +426,7 @@ def run_grid(
     workers, code = workers or cpu_count(), engine_hash()
     done = _kept(out, grid, code)
     todo = [e for e in grid.entries if e.name not in done]
-    drawn = _parallel(workers, [delayed(_prepare)(e) for e in todo]) if todo else ()
+    drawn = parallel(workers, [delayed(_prepare)(e) for e in todo]) if todo else ()
     ready = dict(progress(drawn, 'truth', len(todo), 'setting'))
     for entry, rows, seconds in _audit_all(ready, todo, workers, engine, size):
         done[entry.name] = summarise(entry, *ready[entry.name], rows, seconds, grid.limits.patients)
@@ -437,15 +441,14 @@ def coverage_table(
     "Coverage of the intervals."
     rows = []
     for name, s in found['settings'].items():
-        least = min((r['rate'] for r in s['coverage']), default=None)
+        least = min(s['coverage'], key=lambda r: r['rate'], default=None) if 'intervals' in s['asks'] else None
         for r in s['coverage']:
             title = f"{r['metric']} {r['arm']}".strip()
-            shown = {title, r['metric']} & set(s['shows']) or (r['rate'] == least and 'intervals' in s['asks'])
-            if not (every or shown): continue
+            if not (every or r is least or {title, r['metric']} & set(s['shows'])): continue
             rows.append(dict(setting=name, interval=title, true=r['true'], coverage=r['rate'],
                              error=r['error'], low=r['mean_low'], high=r['mean_high'],
                              patients=r['mean_patients'], studies=r['n']))
-    return pd.DataFrame(rows).drop_duplicates(['setting', 'coverage', 'true']) if rows else pd.DataFrame()
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/37a_sms.coverage.ipynb #c2af2f27
 def verdict_table(

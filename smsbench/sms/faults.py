@@ -133,7 +133,7 @@ def answer_faults(
             add('unequal_samples', len(odd), f"Published figures rest on {len(scored[a])} of {len(g)} {a} rows and on {len(scored['No'])} of {len(base)} No rows; {len(odd)} samples count in one arm only "
                 f"({len(odd.intersection(present))} because a row is missing, the others because the parser dropped one).", checked=len(g.index.union(base.index)))
             ids = g.index.intersection(base.index); differ = int((g.truth[ids] != base.truth[ids]).sum())
-            add('label_differs', differ, f'{differ} of {len(ids)} {a} rows have another ground truth than the No row of the same sample; corrected figures use that of the No row.', checked=len(ids))
+            add('label_differs', differ, f'{differ} of {len(ids)} {a} rows have another ground truth than the No row of the same sample; recomputed figures use that of the No row.', checked=len(ids))
         lost, wrong = (g.published == '') & g.answer.isin(said), (g.published != '') & (g.published != g.answer)
         add('unparsed_recoverable', lost.sum(), f'The published parser leaves out {lost.sum()} of {len(g)} {a} answers that say yes or no, such as {_quote(g.prediction[lost])}.')
         add('misread', wrong.sum(), f'The published parser reads {wrong.sum()} of {len(g)} {a} answers as something they do not say, such as {_quote(g.prediction[wrong])}.')

@@ -174,7 +174,7 @@ def read_file(
         cells = ['sample_id', 'arm', 'truth', 'prediction', *LOGITS]
         same = df[df.arm == arm].duplicated(cells).sum()
         faults.append(fault(*where, arm, 'duplicate_rows', len(g), (df.arm == arm).sum(),
-                            f'{len(g)} {arm} rows repeat a sample ({same} of them word for word); published figures count them, corrected figures use the first.'))
+                            f'{len(g)} {arm} rows repeat a sample ({same} of them word for word); published figures count them, recomputed figures use the first.'))
     unmatched = dataset.endswith('_unmatched')
     choices = ('yes', 'no', 'unmatched') if unmatched else ('yes', 'no')
     df['published'] = _each(df.prediction, lambda t: published_label(t, unmatched))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'OutOption', 'JsonOption', 'RootOption', 'RemoteOption', 'SeedOption', 'ArmsOption', 'MatchOption',
-           'VariantsOption', 'MarginOption', 'BootOption', 'split_list', 'say', 'read_parameters']
+           'VariantsOption', 'MarginOption', 'DonorsOption', 'FamilyOption', 'PrimaryOption', 'ReasonOption',
+           'RegistrationOption', 'BootOption', 'split_list', 'parse_donors', 'audit_settings', 'say', 'read_parameters']
 
 # %% ../../nbs/59_verbs.app.ipynb #8f5b7413
 import json
@@ -29,6 +30,11 @@ ArmsOption = Annotated[str, typer.Option(help='Arms, comma-separated; the arms t
 MatchOption = Annotated[str, typer.Option(help='Columns in which donor and sample must agree, comma-separated, e.g. sex,view.')]
 VariantsOption = Annotated[str, typer.Option(help='Prompt variants, comma-separated: plain, unmatched.')]
 MarginOption = Annotated[float, typer.Option(help='Smallest movement of the answer that matters for a verdict, 0..1. State it before the run.')]
+DonorsOption = Annotated[str, typer.Option(help='Donors per sample: a number, or auto (as many as the verdicts need, within the budget of trials).')]
+FamilyOption = Annotated[str, typer.Option(help='Verdicts over which the stated error rates hold together: run (all of them), model (those of one model), none (each by itself).')]
+PrimaryOption = Annotated[str, typer.Option(help='The question that the study is about: image or text. Every other verdict is secondary.')]
+ReasonOption = Annotated[str, typer.Option(help='Why the margin is that wide, in one sentence; it stands in the registration and in the report.')]
+RegistrationOption = Annotated[Path | None, typer.Option(help='Registration, as smsbench plan writes it: what it says and you do not is taken from it, what deviates from it is refused.')]
 BootOption = Annotated[int, typer.Option(help='Bootstrap resamples of patients.')]
 
 # %% ../../nbs/59_verbs.app.ipynb #b17e1a85
@@ -37,6 +43,30 @@ def split_list(
 )->tuple[str, ...]:
     "Parts of a comma-separated option, without blanks."
     return tuple(p.strip() for p in text.split(',') if p.strip())
+
+# %% ../../nbs/59_verbs.app.ipynb #a2f56413
+def parse_donors(
+    text, # what stands behind --donors
+)->int|str:
+    "A number of donors, or 'auto'; `InputError` where it is neither."
+    if str(text) == 'auto': return 'auto'
+    if str(text).isdecimal() and int(text): return int(text)
+    raise InputError(f'--donors {text}: give a number from 1, or auto')
+
+# %% ../../nbs/59_verbs.app.ipynb #9289130a
+def audit_settings(
+    arms:str='', seed:int=0, match:str='', variants:str='plain', margin:float=.05, n_boot:int=2000,
+    donors='auto', family:str='run', primary:str='image', margin_reason:str='', **more):
+    "`AuditSettings` from options of the command line; `InputError` that names the option."
+    from smsbench.sms.registration import FAMILIES, PRIMARIES
+    from smsbench.sms.score import AuditSettings
+    if n_boot < 100: raise InputError(f'--n-boot {n_boot}: at least 100 resamples are needed for an interval')
+    if not 0 < margin < 1: raise InputError(f'--margin {margin}: must lie between 0 and 1')
+    for option, value, known in (('family', family, FAMILIES), ('primary', primary, PRIMARIES)):
+        if value not in known: raise InputError(f"--{option} {value}: choose from {', '.join(known)}")
+    return AuditSettings(arms=split_list(arms), seed=seed, match=split_list(match), variants=split_list(variants),
+                         margin=margin, n_boot=n_boot, donors=parse_donors(donors), family=family, primary=primary,
+                         margin_reason=' '.join(margin_reason.split()), **more)
 
 # %% ../../nbs/59_verbs.app.ipynb #fd5e903c
 def say(
