@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'pick', 'void_arms', 'is_void', 'missing', 'draw_dots', 'legend', 'listed', 'dots_figure', 'accuracy_figure',
-           'nfr_heatmap', 'shapley_points', 'modality_plane', 'subgroup_figure', 'verdict_rows', 'verdict_figure']
+           'nfr_heatmap', 'shapley_points', 'modality_plane', 'subgroup_figure']
 
 # %% ../../nbs/50_report.figures.ipynb #5c849faa
 import textwrap
 
 import numpy as np, pandas as pd
 
-from .style import COLOURS, DASH, canvas, literal, looks, percent, rounded, span, styled
+from .style import DASH, canvas, literal, looks, percent, rounded, span, styled
 from ..sms.shifts import ARMS
 
 # %% ../../nbs/50_report.figures.ipynb #f1a057f5
@@ -35,8 +35,18 @@ def void_arms(
 
 # %% ../../nbs/50_report.figures.ipynb #d6de696c
 _SQUARE = {'original', 'text_only', 'image_only', 'neither'}
-_RESTS = {'phi_image': _SQUARE, 'phi_text': _SQUARE, 'interaction': _SQUARE, 'silencing': {'original', 'image_swap', 'image_only', 'image_only_swap'},
-          'region_dependence': {'original', 'occlude_finding', 'occlude_elsewhere'}} # metrics over several arms -> those arms
+_TOLD = _SQUARE - {'text_only'} | {'text_only_told'}
+_PHI = {f'{k}{s}': arms for k in ('phi_image', 'phi_text', 'interaction')
+        for s, arms in (('', _SQUARE), ('_told', _TOLD))}
+_RESTS = _PHI | { # metrics over several arms -> those arms
+    'silencing': {'original', 'image_swap', 'image_only', 'image_only_swap'},
+    'region_dependence': {'original', 'occlude_finding', 'occlude_elsewhere'},
+}
+_BOTH = dict.fromkeys(('text_following', 'text_following_chance'), {'image_swap', 'text_swap'}) # without an arm
+_EXCESS = {'excess_flips', 'excess_movement'} # metrics of an arm less its control
+_COMPARED = _EXCESS | { # metrics of an arm and the arm it is compared with
+    'nfr', 'positive_flips', 'flips', 'flips_if_missing_stay', 'movement', 'movement_if_missing_stay',
+    'total_variation', 'accuracy_change', 'noise_floor'}
 
 def is_void(
     row,    # a metrics row; one without a metric is judged by its arm alone
@@ -44,8 +54,10 @@ def is_void(
 )->bool:
     "Does the number rest on an arm that never arrived?"
     metric, arm = getattr(row, 'metric', ''), ARMS.get(row.arm)
-    rests = _RESTS.get(metric) or {row.arm} | ({arm.versus} if arm and metric in ('nfr', 'positive_flips', 'flips', 'excess_flips', 'noise_floor') else set()) | ({arm.control} if arm and metric == 'excess_flips' else set())
-    if metric == 'text_following' and not arm: rests = {a.name for a in ARMS.values() if 'none' not in (a.image, a.text) and (a.image in ('other', 'near')) != (a.text == 'other')}
+    rests = _RESTS.get(metric, {row.arm})
+    if arm and metric in _COMPARED: rests = rests | {arm.versus}
+    if arm and metric in _EXCESS: rests = rests | {arm.control}
+    if not arm: rests = _BOTH.get(metric, rests)
     return any((row.model, a) in void for a in rests)
 
 # %% ../../nbs/50_report.figures.ipynb #c8a1d166
@@ -80,11 +92,13 @@ def draw_dots(
 def legend(
     fig,         # figure
     styles:dict, # `looks` of the models
+    width:int=108, # characters that fit into a line
 ):
     "Models above the figure."
     from matplotlib.lines import Line2D
     marks = [Line2D([], [], ls='', ms=6, mec='white', mfc=s['color'], marker=s['marker']) for s in styles.values()]
-    fig.legend(marks, [literal(m) for m in styles], loc='outside upper left', ncols=max(1, min(len(styles), 108 // (8 + max(len(m[:40]) for m in styles)))))
+    fig.legend(marks, [literal(m) for m in styles], loc='outside upper left',
+               ncols=max(1, min(len(styles), width // (8 + max(len(m[:40]) for m in styles)))))
 
 # %% ../../nbs/50_report.figures.ipynb #1d49ef61
 def listed(
@@ -209,32 +223,4 @@ def subgroup_figure(
         ax.set(title=title, xlim=(-.03, 1.03), xticks=[0, .5, 1]); ax.set_xticklabels([percent(v) for v in (0, .5, 1)])
     legend(fig, styles)
     fig.alt = 'Dot plot with 95 % intervals per subgroup. ' + ' '.join(f'{t}. {listed(rows[rows.panel == t], void)}' for t in titles)
-    return fig
-
-# %% ../../nbs/50_report.figures.ipynb #a8c68790
-def verdict_rows(
-    verdicts:dict, # model -> its verdicts
-    modality:str,  # 'image' or 'text'
-)->pd.DataFrame:   # model, row ('all' or finding), value, ci_low, ci_high, verdict, arm, note
-    "Verdicts over all and per finding as rows."
-    cells = [(m, f, v.get(f'relies_on_{modality}')) for m, x in verdicts.items() for f, v in (('all', x), *x.get('findings', {}).items())]
-    number = lambda v: np.nan if v is None else v
-    return pd.DataFrame([dict(model=m, row=f, arm='', note='', verdict=v['verdict'], **{k: number(v[k]) for k in ('value', 'ci_low', 'ci_high')}) for m, f, v in cells if v])
-
-# %% ../../nbs/50_report.figures.ipynb #e4607604
-@styled
-def verdict_figure(
-    verdicts:dict, # model -> its verdicts
-):                 # Figure with `.alt`, or None where no verdict was given
-    "Excess movement per model, modality and finding, beside the margin."
-    rows = {m: verdict_rows(verdicts, m) for m in ('image', 'text')}
-    if not np.isfinite(pd.concat(rows.values()).value).any(): return None
-    styles, order = looks(sorted(verdicts)), sorted({*rows['image'].row, *rows['text'].row}, key=lambda r: (r != 'all', r))
-    margin = next(v[f'relies_on_{m}']['margin'] for v in verdicts.values() for m in rows)
-    fig, axes = canvas(9.2, 1.15 + len(order) * max(.26, .16 * len(styles)), 1, 2, sharey=True, sharex=True)
-    for ax, (modality, part) in zip(axes[0], rows.items()):
-        draw_dots(ax, part, order, styles); ax.axvspan(-margin, margin, color=COLOURS[4], alpha=.25, lw=0); ax.axvline(0, color='#777777', lw=.8)
-        ax.set(title=f'{modality} swapped', xlim=(min(-.1, part.ci_low.min() - .02), 1.02), xlabel='excess movement (points)'); ax.xaxis.set_major_formatter(lambda v, _: rounded(100 * v, 0))
-    legend(fig, styles)
-    fig.alt = f'Excess movement of the answer in points, margin {rounded(100 * margin, 0)}. ' + ' '.join(f"{modality} swapped. {listed(part, show=lambda v: rounded(100 * v))}" for modality, part in rows.items())
     return fig
