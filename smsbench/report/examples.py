@@ -57,13 +57,26 @@ def example_answers(
     results,      # `Results` of a run
     sample_id:str, # the sample
     arm:str,      # the arm shown beside `original`
+    donors=None,  # (image_id, text_id) that were shown; None takes the first draw of donors
 )->pd.DataFrame:  # model, before, p_before, after, p_after, label: P is that of the sample's own label
     "What every model said about a sample, before and after."
-    plan = results.plan[results.plan.sample_id == sample_id]; plan.attrs = results.plan.attrs
-    _, rows = next(subgroups(answer_table(plan, results.predictions[results.predictions.trial_id.isin(plan.trial_id)])))
-    own = lambda r: np.nan if not r.probs else 1 / (1 + np.exp(-r.margin)) if len(r.probs) == 2 else np.nan
-    say = {a: {r.model: (r.said or f'({r.parse_status})', own(r)) for r in rows[rows.arm == a].itertuples()} for a in ('original', arm)}
-    return pd.DataFrame([dict(model=m, before=b, p_before=p, after=say[arm][m][0], p_after=say[arm][m][1], label=rows.label.iloc[0]) for m, (b, p) in say['original'].items() if m in say[arm]])
+    plan = results.plan[(results.plan.sample_id == sample_id) & results.plan.arm.isin(['original', arm])]
+    plan.attrs = results.plan.attrs
+    mine = results.predictions[results.predictions.trial_id.isin(plan.trial_id)]
+    _, rows = next(subgroups(answer_table(plan, mine)))
+    if donors is not None:
+        rows = rows[(rows.arm == 'original') | (rows.image_id == donors[0]) & (rows.text_id == donors[1])]
+    said = {a: {r.model: (r.said or f'({r.parse_status})', _own_p(r)) for r in rows[rows.arm == a][::-1].itertuples()}
+            for a in ('original', arm)}
+    both = [m for m in sorted(said['original']) if m in said[arm]]
+    keys = ('before', 'p_before', 'after', 'p_after')
+    return pd.DataFrame([dict(model=m, **dict(zip(keys, said['original'][m] + said[arm][m])), label=rows.label.iloc[0])
+                         for m in both])
+
+def _own_p(row):
+    "Probability of the sample's own label, of two choices."
+    known = row.probs is not None and len(row.probs) == 2 and np.isfinite(row.margin)
+    return 1 / (1 + np.exp(-row.margin)) if known else np.nan
 
 # %% ../../nbs/50d_report.examples.ipynb #c71781f5
 @styled
