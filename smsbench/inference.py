@@ -251,7 +251,7 @@ def joined(a, b, r, level=.95):
 
 def _length(x, y, r): return float(np.sqrt(max(x * x + y * y - 2 * r * x * y, 0.)))
 
-# %% ../nbs/01a_inference.ipynb #80b29694
+# %% ../nbs/01a_inference.ipynb #05e29510
 def correlation(
     dyads:Dyads,
     a:Mean,
@@ -259,9 +259,9 @@ def correlation(
 )->float: # -1..1; 0 where either does not vary
     "Correlation of two estimates."
     if a.variance == 0 or b.variance == 0: return 0.
-    spread = np.sqrt(dyads.covariance(a.influence, a.influence) * dyads.covariance(b.influence, b.influence))
-    if not spread > 0: return 0.
-    return float(np.clip(dyads.covariance(a.influence, b.influence) / spread, -1, 1))
+    own = [dyads.covariance(m.influence, m.influence) for m in (a, b)]
+    if min(own) <= 0: return 0.                     # a sum over pairs can come out negative where the truth is near 0
+    return float(np.clip(dyads.covariance(a.influence, b.influence) / np.sqrt(own[0] * own[1]), -1, 1))
 
 # %% ../nbs/01a_inference.ipynb #ea3ac2ca
 def area_of(

@@ -153,13 +153,13 @@ def test_the_reader_looks_at_the_finding_and_the_follower_does_not():
     assert raw.auroc['map'] > raw.auroc['centre'] + .02 and raw.auroc['map'] > .75 and raw.mass['map'] > 1.4*raw.mass['centre'] > 1.4*raw.mass['uniform'] and raw.iou['map'] > raw.iou['centre'] + .05
     assert gradient.mass['map'] > 1.7*gradient.mass['centre'] and gradient.pointing['map'] > gradient.pointing['centre'] + .05
     for m in ('raw', 'gradient'):
-        f = _localised('reference-text-follower', m, cohort)
+        f = _localised('reference-blind-follower', m, cohort)
         assert f.mass['map'] < 1.3*f.mass['uniform'] and f.pointing['map'] < f.pointing['centre'] and f.auroc['map'] < .65 < f.auroc['centre'], m
 
 
 def test_the_reader_reads_effusions_far_from_the_middle():
     cohort = phantom_cohort(n=40, size=64, seed=503); cohort = cohort[cohort.label == 'yes']
-    reader, follower = (_localised(n, 'raw', cohort) for n in ('reference-image-reader', 'reference-text-follower'))
+    reader, follower = (_localised(n, 'raw', cohort) for n in ('reference-image-reader', 'reference-blind-follower'))
     assert reader.auroc['map'] > .8 > reader.auroc['centre'] + .1 and reader.mass['map'] > 2.5*reader.mass['uniform'] and reader.pointing['map'] > reader.pointing['centre'] + .1
     assert follower.auroc['map'] < .7 and follower.mass['map'] < 1.4*follower.mass['uniform']
 
@@ -214,4 +214,4 @@ def test_what_cannot_be_asked_is_an_error_in_one_line(vlms):
     tower = Tower(vision_modules(m))
     with on_weights(tower.modules, tower): rows_of(m, x)                                   # the tower attends in sdpa
     with pytest.raises(RunError, match='returned no attention weights'): tower.seen(m.name)
-    assert set(REFERENCE) == {'reference-text-follower', 'reference-image-reader'}
+    assert set(REFERENCE) == {'reference-blind-follower', 'reference-image-reader', 'reference-sighted-follower'}

@@ -15,7 +15,7 @@ FLAGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 def home(tmp_path_factory):
     "A folder with a finished run and a notebook that opens it."
     home = tmp_path_factory.mktemp('explorer')
-    attend(phantom_cohort(6, findings=('effusion', 'opacity'), seed=5), ['reference-image-reader', 'reference-text-follower'], home/'run', AttendSettings(n_boot=100, minimum=3, methods=('raw', 'rollout', 'gradient')), device='cpu')
+    attend(phantom_cohort(6, findings=('effusion', 'opacity'), seed=5), ['reference-image-reader', 'reference-blind-follower'], home/'run', AttendSettings(n_boot=100, minimum=3, methods=('raw', 'rollout', 'gradient')), device='cpu')
     cell = lambda kind, source: dict(cell_type=kind, id=secrets.token_hex(4), metadata={}, source=source, **(dict(execution_count=None, outputs=[]) if kind == 'code' else {}))
     nb = dict(cells=[cell('markdown', '# Explorer'), cell('code', "from smsbench.report.explorer import explore\nexplore('run')")], metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5)
     (home/'look.ipynb').write_text(json.dumps(nb))

@@ -7,12 +7,12 @@ def test_covid_notes_through_the_whole_audit(real_data, cli, tmp_path):
     assert code == 0 and json.loads(out)['samples'] > 100, err
     code, out, err = cli('plan', 'covid.parquet', '--seed', '1', '--out', 'plan.parquet')
     assert code == 0 and 'image_swap' in out, err
-    code, out, err = cli('audit', '--plan', 'plan.parquet', '--model', 'reference-image-reader', '--model', 'reference-text-follower', '--out', 'run', '--n-boot', '500', timeout=600)
+    code, out, err = cli('audit', '--plan', 'plan.parquet', '--model', 'reference-image-reader', '--model', 'reference-blind-follower', '--out', 'run', '--n-boot', '500', timeout=600)
     assert code == 0, err
     page = (tmp_path/'run/report.html').read_text()
     assert 'Not trained for this data' in page                         # said plainly
     models = json.loads((tmp_path/'run/verdicts.json').read_text())['models']
-    assert set(models) == {'reference-image-reader', 'reference-text-follower'} and all(m['void_arms'] == [] for m in models.values())
+    assert set(models) == {'reference-image-reader', 'reference-blind-follower'} and all(m['void_arms'] == [] for m in models.values())
 
 
 def test_published_results_end_to_end(real_data, cli, tmp_path):

@@ -90,7 +90,7 @@ def check_attending(
     **how,    # further options of `open_attending`
 ):
     "`InputError` for a name under which no model with attention is found; nothing is loaded."
-    if spec.startswith('planted:'): raise InputError(f'{spec}: a planted model has no attention; take reference-image-reader, reference-text-follower, a folder or a Hugging Face id')
+    if spec.startswith('planted:'): raise InputError(f'{spec}: a planted model has no attention; take reference-image-reader, reference-blind-follower, a folder or a Hugging Face id')
     check_model(spec, how.get('revision'), how.get('trust_remote_code', False))
 
 # %% ../../nbs/36c_sms.attend.ipynb #9f465f5e

@@ -27,7 +27,7 @@ from ..stats import holm, mcnemar_clustered
 def answer_table(
     plan:pd.DataFrame,        # the plan, with `tasks` in its metadata
     predictions:pd.DataFrame, # answers of one or more models
-)->pd.DataFrame:              # plan columns, then donor, alike (does the donor agree in the strata?), model, tried, parsed, said, correct, margin, p, answer_mass, probs
+)->pd.DataFrame:              # plan columns, then donor, 'same COLUMN' per stratum (does the donor agree?), model, tried, parsed, said, correct, margin, p, answer_mass, probs
     "Plan and answers joined, with what every metric is made of."
     unknown = set(predictions.trial_id) - set(plan.trial_id)
     if unknown: raise InputError(f'{len(unknown)} predictions belong to no trial of this plan')
@@ -55,9 +55,7 @@ def _every_trial(plan, predictions):
     asked = _plain_strings(pd.DataFrame(plan))
     lends = donor_samples(asked)
     asked['donor'] = _of_donor(asked, lends, 'patient_id').fillna(lends)
-    strata = plan.attrs.get('strata', [])
-    agree = [(_of_donor(asked, lends, c) == asked[c]) | (lends == '') for c in strata]
-    asked['alike'] = np.logical_and.reduce(agree) if agree else True
+    for c in plan.attrs.get('strata', []): asked[f'same {c}'] = (_of_donor(asked, lends, c) == asked[c]) | (lends == '')
     told = _plain_strings(pd.DataFrame(predictions))
     kinds = told[['trial_id', 'model']].merge(asked[['trial_id', 'arm', 'variant']], on='trial_id')
     kinds = kinds[['model', 'arm', 'variant']].drop_duplicates()
@@ -121,7 +119,7 @@ class Term:
         return mean - self.minus.value if self.minus else mean
 
 # %% ../../nbs/33_sms.metrics.ipynb #dc83d00f
-_EMPTY = dict(tried=False, parsed=False, correct=False, said='', image_label='', text_label='', donor='', alike=False, probs=None)
+_EMPTY = dict(tried=False, parsed=False, correct=False, said='', image_label='', text_label='', donor='', probs=None)
 
 class Cells:
     "One model's answers as arrays over samples (times draws): `cells(arm, column)`, 0 (or NaN for floats) where an arm lacks the sample."
@@ -151,7 +149,7 @@ class Cells:
         return self._kept[arm, column]
 
     def _laid_out(self, arm, column):
-        empty = _EMPTY.get(column, np.nan)
+        empty = False if column.startswith('same ') else _EMPTY.get(column, np.nan)
         out = np.full(self.n, empty, dtype=type(empty) if isinstance(empty, (bool, float)) else object)
         if arm not in self._at: return out
         at, rows = self._at[arm]

@@ -179,18 +179,19 @@ def keep_registration(
     check_registration(record, settings, plan.attrs['cohort_hash'], plan.attrs['plan_hash'])
     if kept.exists() and read_registration(kept).hash != record.hash:
         raise InputError(f'{run.path} was run under another registration; choose another --out')
-    if not kept.exists(): write_registration(record, kept)
+    if kept.exists(): return
+    text = registration_text(record) if source is True else Path(source).read_text(encoding='utf-8')
+    with atomic(kept) as tmp: tmp.write_text(text, encoding='utf-8')
 
 # %% ../../nbs/34b_sms.registration.ipynb #7a1a1ebe
 def mark_first_answer(
     run:Run,          # run directory
     known:bool=True,  # False where the answers were made elsewhere, nobody knows when
 ):
-    "Write down when scoring starts, before the first answer; later calls change nothing."
-    file = run/'first_answer.json'
-    if file.exists(): return
-    before = any((run/'predictions').glob('part-*.parquet'))    # answers from a time that was not kept
-    write_json(dict(time=utc_now() if known and not before else None), file)
+    "Write down when scoring starts, before the first answer; once there are answers, later calls change nothing."
+    file, answered = run/'first_answer.json', any((run/'predictions').glob('part-*.parquet'))
+    if file.exists() and answered: return
+    write_json(dict(time=utc_now() if known and not answered else None), file)
 
 # %% ../../nbs/34b_sms.registration.ipynb #be0866ea
 def first_answer(

@@ -26,7 +26,7 @@ from .metrics import measure
 from .paraphrases import read_wordings
 from .registration import check_registration, keep_registration, mark_first_answer, read_registration
 from .score import DEFAULTS, AuditSettings, _same_model, check_lines, check_model, model_name, open_model, read_checks, score_model
-from .shifts import ARMS, cohort_hash, make_plan, select_arms
+from .shifts import ARMS, attainable_lines, cohort_hash, make_plan, select_arms
 from .verdicts import give_verdicts
 
 _all_ = ['AuditSettings', 'model_name', 'open_model', 'score_model', 'read_checks', 'check_lines', '_same_model']   # what a run is made of, in one place
@@ -44,7 +44,7 @@ def freeze_plan(
                                settings.rewordings, settings.probes, source.rows, settings.donors, settings.margin)
     write_table(excluded, run/'plan_exclusions.parquet')
     write_table(plan, run/'plan.parquet', 'plan')
-    return plan
+    return read_table(run/'plan.parquet', 'plan')    # what a resumed run would read
 
 # %% ../../nbs/35_sms.run.ipynb #8576db30
 def mark_void(
@@ -160,6 +160,7 @@ def run_audit(
     if plan is not None and not (run/'plan.parquet').exists(): write_table(plan, run/'plan.parquet', 'plan')
     plan = freeze_plan(run, cohort, source, settings)
     run.log(f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of {shown(plan.sample_id.nunique(), about['access'])} samples, {shown(plan.patient_id.nunique(), about['access'])} patients, {plan.arm.nunique()} arms")
+    for line in attainable_lines(plan, settings.margin): run.log(line)
     keep_registration(run, registration, plan, settings)
     mark_first_answer(run)
     for spec in models:

@@ -21,8 +21,9 @@ from ..vlm.models import Answer
 def model_name(
     spec:str, # what the user typed
 )->str:       # what tables and reports call the model
-    "Name of a model: a folder's own name, else the spec itself."
-    return Path(spec).resolve().name if Path(spec).is_dir() else spec
+    "Name of a model: a folder's own name, today's name of a reference VLM, else the spec itself."
+    from smsbench.vlm.reference import reference_name
+    return Path(spec).resolve().name if Path(spec).is_dir() else reference_name(spec)
 
 # %% ../../nbs/34a_sms.score.ipynb #ae65066d
 def check_model(
@@ -36,7 +37,8 @@ def check_model(
         from smsbench.vlm.planted import planted
         planted(spec); return
     from smsbench.vlm.checkpoints import check_checkpoint
-    from smsbench.vlm.reference import REFERENCE
+    from smsbench.vlm.reference import REFERENCE, reference_name
+    spec = reference_name(spec)
     if spec.startswith('reference-') and spec not in REFERENCE: raise InputError(f"unknown reference model {spec!r}; choose from {', '.join(REFERENCE)}")
     if spec not in REFERENCE: check_checkpoint(spec, revision, trust_remote_code)
 
@@ -55,8 +57,9 @@ def open_model(
         from smsbench.vlm.planted import planted
         return planted(spec)
     from smsbench.vlm.models import load_model
-    from smsbench.vlm.reference import REFERENCE, reference_path
+    from smsbench.vlm.reference import REFERENCE, reference_name, reference_path
     from smsbench.vlm.scoring import fast
+    spec = reference_name(spec)
     check_model(spec, loading.get('revision'), loading.get('trust_remote_code', False))
     model = load_model(reference_path(spec) if spec in REFERENCE else spec, device=device, dtype='float32' if spec in REFERENCE else dtype, **loading)
     model.name = model_name(spec)

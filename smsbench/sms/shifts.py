@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARMS', 'PROBES', 'MOST_DRAWS', 'BUDGET', 'NEED_PICTURES', 'Arm', 'select_arms', 'image_names', 'draw_several',
            'draw_donors', 'nearest_donors', 'patients_for_absence', 'lending', 'enough_donors', 'cohort_hash',
-           'make_plan', 'attainable']
+           'make_plan', 'attainable', 'attainable_lines']
 
 # %% ../../nbs/31_sms.shifts.ipynb #36dbcbec
 import heapq, json
@@ -311,7 +311,7 @@ def make_plan(
     strata = [c for c in attrs.get('strata', []) if c not in plan]      # a stratum 'variant' of a cohort of wordings is what the plan's own column says
     plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
     plan.attrs = {**{a: attrs[a] for a in ('manifest', 'version', 'access', 'tasks', 'label_source') if a in attrs}, 'strata': strata, 'seed': seed, 'match': list(match), 'variants': list(variants),
-                  'arms': [a.name for a in chosen], **({'donors': k} if k > 1 else {}), **asking.about, 'cohort_hash': whole, 'plan_hash': table_hash(plan)}
+                  'arms': [a.name for a in chosen], 'donors': k, **asking.about, 'cohort_hash': whole, 'plan_hash': table_hash(plan)}
     return validate(plan, 'plan'), out.reset_index(drop=True)
 
 def _has_baseline(plan, asked):
@@ -375,8 +375,25 @@ def attainable(
     rows = [_donor_row('all', 'all', swaps, margin)]
     for f, g in swaps.groupby('finding', sort=True):
         rows.append(_donor_row(f, 'all', g, margin))
-        rows += [_donor_row(f, label, h, margin) for label, h in g.groupby('label', sort=True)]
+        by_class = [_donor_row(f, label, h, margin) for label, h in g.groupby('label', sort=True)]
+        if plan.attrs.get('access') == 'open' or min(r['patients'] for r in by_class) >= 10: rows += by_class
     return pd.DataFrame(rows)
+
+def attainable_lines(
+    plan:pd.DataFrame, # a plan
+    margin:float=.05,  # smallest movement that matters
+)->list[str]:          # nothing where the plan has no swaps
+    "What can be shown with this plan, in words: per finding, and a warning where a verdict is out of reach."
+    table = attainable(plan, margin)
+    if not table.samples[0]: return []
+    lines = []
+    for r in table[table.label == 'all'].itertuples():
+        what = 'all questions' if r.finding == 'all' else r.finding
+        missing = [v for v in ('relies', 'ignores') if v not in r.verdicts]
+        need = f' ("ignores" needs {patients_for_absence(margin)})' if 'ignores' in missing else ''
+        out = f"; out of reach: {', '.join(missing)}{need}" if missing else ''
+        lines.append(f'{what}: {r.effective_donors:.0f} effective patients and donors{out}')
+    return lines
 
 def _donor_row(finding, label, swaps, margin):
     "One row: the arm with the fewest effective patients decides."

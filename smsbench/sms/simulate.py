@@ -10,7 +10,7 @@ __all__ = ['SimulatedModel', 'Solve', 'Setting', 'make_setting', 'set_value', 'l
 # %% ../../nbs/37_sms.simulate.ipynb #ffd62646
 import importlib
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np, pandas as pd

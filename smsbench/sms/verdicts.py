@@ -13,7 +13,7 @@ from ..core import InputError
 from ..inference import correlation
 from .answering import answering
 from .metrics import Cells, _mean_of_term, answer_table, excess, subgroups
-from .reliance import bounds_of, decide, nothing, record, word_for
+from .reliance import FEWEST, bounds_of, decide, nothing, record, word_for
 
 _all_ = ['decide'] # what a user of verdicts needs in one place
 
@@ -58,18 +58,23 @@ def firmness(
     cells:Cells,     # one model's answers
     modality:str,    # key of `NEEDS`
     margin:float,    # smallest movement that matters
-    strict:float=1., # by how much the stated error rates are divided
     strata=(),       # recorded strata
     matched=(),      # strata in which the plan matched already
-)->dict:             # draws and matched: lists of verdicts
-    "The same verdict from each draw of donors, and from donors that agree in the strata."
-    verdict = lambda keep: record(*evidence(cells, modality, keep=keep), margin, strict)
+)->dict:             # draws and matched: lists of verdicts with their excess
+    "The same verdict from each draw of donors, and from donors that agree in a stratum; each at its own error rate."
     draw = np.arange(cells.n) % cells.k
-    draws = [dict(draw=d, verdict=verdict(lambda arm, d=d: draw == d)['verdict']) for d in range(cells.k)] if cells.k > 1 else []
-    open_strata = [s for s in strata if s not in matched]
-    if not open_strata: return dict(draws=draws, matched=[])
-    alike = verdict(lambda arm: cells(arm, 'alike'))
-    return dict(draws=draws, matched=[dict(columns=list(strata), verdict=alike['verdict'], n=alike['n'])])
+    draws = [dict(draw=d, **_alone(cells, modality, margin, lambda arm, d=d: draw == d)) for d in range(cells.k)]
+    by = [dict(columns=[c], **_alone(cells, modality, margin, lambda arm, c=c: cells(arm, f'same {c}')))
+          for c in strata if c not in matched]
+    return dict(draws=draws if cells.k > 1 else [], matched=by)
+
+def _alone(cells, modality, margin, keep):
+    "The verdict from some of the trials."
+    other, same, r = evidence(cells, modality, keep=keep)
+    counts = dict(n=other.n, n_patients=other.n_patients)
+    if other.n_patients < FEWEST: return dict(verdict='undecided', value=np.nan, ci_low=np.nan, ci_high=np.nan, **counts)
+    b = bounds_of(other, same, r)
+    return dict(verdict=word_for(b, margin)[0], value=b.excess, ci_low=b.excess_low, ci_high=b.excess_high, **counts)
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #d2565c37
 def missing_answers(
@@ -131,7 +136,7 @@ def _with_firmness(found, cells, modality, about, strict):
                  firmness=dict(draws=[], matched=[]), label_error=[])
     if found['state'] != 'ok': return found | empty
     margin = found['margin']
-    firm = firmness(cells, modality, margin, strict, about.get('strata', []), about.get('match', []))
+    firm = firmness(cells, modality, margin, about.get('strata', []), about.get('match', []))
     noisy = about.get('label_source') == 'report' and modality == 'image'
     errors = label_error(*evidence(cells, modality), margin, strict) if noisy else []
     return found | missing_answers(cells, modality) | dict(firmness=firm, label_error=errors)
@@ -177,6 +182,7 @@ def give_verdicts(
     found = {}
     for members in _families(keys, family): found |= holm_verdicts(ask, members)
     found = {k: _with_firmness(v, parts[k[0]][k[1:3]], k[3], plan.attrs, v.pop('strict')) for k, v in found.items()}
+    if plan.attrs.get('access') != 'open': found = {k: _without_small_counts(v) for k, v in found.items()}
     models = {m: _model_record(m, parts[m], found, silent[m]) | {f'{s}_arms': state(m, s) for s in ('void', 'unproven')} for m in parts}
     sizes = {kind: sum(k[1] == kind for k in keys) for kind in dict.fromkeys(k[1] for k in keys)}
     return dict(models=models, margin=margin, margin_reason=margin_reason or DEFAULT_MARGIN,
@@ -207,3 +213,9 @@ def _add_pooled(findings):
         values, halves = pool_partially([r['value'] for r in rows], [(r['ci_high'] - r['ci_low']) / 3.92 for r in rows])
         for r, v, h in zip(rows, values, halves):
             r.update(pooled=float(v), pooled_low=float(v - h), pooled_high=float(v + h))
+
+def _without_small_counts(record):
+    "Counts of fewer patients than a verdict needs stay home unless the data are open."
+    hide = lambda r: r | dict(n=0, n_patients=0) if 0 < r['n_patients'] < FEWEST else r
+    firm = {k: [hide(r) for r in rows] for k, rows in record['firmness'].items()}
+    return hide(record) | dict(firmness=firm)

@@ -182,7 +182,7 @@ def plan(
                               probes=parse_probes(probes), **parse_rewordings(paraphrases))
     table = read_table(cohort_file, 'cohort')
     source = Source(table, root or '', remote=allow_remote)
-    frozen, excluded = make_plan(table, settings.arms, seed, settings.match, settings.variants, source.image, settings.rewordings, settings.probes, source.rows, settings.donors)
+    frozen, excluded = make_plan(table, settings.arms, seed, settings.match, settings.variants, source.image, settings.rewordings, settings.probes, source.rows, settings.donors, settings.margin)
     write_table(frozen, out, 'plan', cohort_file=str(cohort_file.resolve()))
     write_table(excluded, out.with_name(out.stem + '_exclusions.parquet'))
     record, file = register(frozen, settings), out.with_name(out.stem + '_registration.yaml')
@@ -195,15 +195,19 @@ def _left_out(excluded):
 
 def _plan_json(frozen, excluded, out, record, file):
     "What a script reads about a plan."
-    return dict(plan=str(out), plan_hash=frozen.attrs['plan_hash'], trials=frozen.arm.value_counts(sort=False).to_dict(),
+    from smsbench.sms.shifts import attainable
+    return dict(plan=str(out), attainable=attainable(frozen, record.margin).to_dict('records'), plan_hash=frozen.attrs['plan_hash'], trials=frozen.arm.value_counts(sort=False).to_dict(),
                 excluded=[dict(arm=a, reason=r, samples=n) for a, r, n in _left_out(excluded)],
                 registration=str(file), registered=record.model_dump(mode='json') | dict(hash=record.hash))
 
 def _plan_text(frozen, excluded, out, record, file):
     "What a person reads about a plan."
+    from smsbench.sms.shifts import attainable
     trials = frozen.arm.value_counts(sort=False).rename('trials').to_string()
+    able = f'\nDonors, and the verdicts that are attainable at a margin of {100 * record.margin:g} points:\n'
+    able += attainable(frozen, record.margin).to_string(index=False)
     lost = [f'excluded from {a}: {n} samples, {r}' for a, r, n in _left_out(excluded)]
     made = f"\nplan {frozen.attrs['plan_hash']}: {len(frozen)} trials -> {out}"
     why = record.margin_reason or 'no reason given; add --margin-reason'
     told = f'registered: primary question {record.primary}, margin {100 * record.margin:g} points ({why}), family {record.family} -> {file}'
-    return '\n'.join([trials, *lost, made, told])
+    return '\n'.join([trials, *lost, able, made, told])
