@@ -22,7 +22,7 @@ from .style import DASH, percent, rounded, span
 from .html import Html, details, figure_html, html_table, join, markup
 from .paraphrase_figures import answer_grid_figure, margin_figure, margin_moves, probe_figure, wording_figure
 from .verdict_figures import deciding_row, donor_figure, donor_use, region_figure, verdict_figure
-from .words import family_note, instead, margin_points, points, reading_note, sentence, wording
+from .words import family_note, instead, points, reading_note, sentence, wording
 from ..sms.shifts import ARMS, attainable
 
 # %% ../../nbs/51a_report.sections.ipynb #89d0369f

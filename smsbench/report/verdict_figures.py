@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 
 from ..core import InputError
 from .figures import legend
-from .style import COLOURS, canvas, literal, looks, rounded, span, styled
+from .style import canvas, literal, looks, rounded, span, styled
 from .words import by_interval, limit, margin_points, points
 from ..sms.shifts import ARMS
 from ..stats import effective_number
