@@ -79,7 +79,7 @@ class Dyads:
         "Dyadic cluster-robust covariance; rows that share both patients count once."
         return float((a * b) @ self.sign)
 
-# %% ../nbs/01a_inference.ipynb #a53bd2a2
+# %% ../nbs/01a_inference.ipynb #87fd9392
 @dataclass(frozen=True, eq=False)
 class Mean:
     "A mean over dyads with what its interval needs."
@@ -90,6 +90,7 @@ class Mean:
     variance: float         # dyadic cluster-robust, with the small-sample factor
     share: bool = True      # does each row lie at 0 or 1, or is it to be bounded as if it did?
     bounds: tuple = (0, 1)  # range of the mean
+    spread: float = np.nan  # variance of single rows; NaN where it is not known
 
     @property
     def n_patients(self)->int:
@@ -116,14 +117,14 @@ def small_sample(
     if effective <= 1 or n <= 1: return np.inf
     return effective / (effective - 1) * (n - 1) / n
 
-# %% ../nbs/01a_inference.ipynb #4aa51ada
+# %% ../nbs/01a_inference.ipynb #7afbe072
 def mean_of(
     dyads:Dyads,
     influence:np.ndarray, # (n,) influence value of each row; they sum to 0
     value:float,          # the estimate
     weights:list,         # (n,) arrays of row weights, >= 0, one per denominator of the estimate
     arm:str='',           # whose donors take part
-    **how,                # share, bounds of `Mean`
+    **how,                # share, bounds, spread of `Mean`
 )->Mean:
     "A mean, or anything else with influence values, as a `Mean`."
     totals = dyads.totals(influence, arm)
@@ -140,7 +141,7 @@ def _corrected(mean):
     if mean.variance == 0: return mean
     return replace(mean, variance=mean.variance * small_sample(mean.n_effective, mean.n_patients))
 
-# %% ../nbs/01a_inference.ipynb #b207e84d
+# %% ../nbs/01a_inference.ipynb #e83ad74c
 def ratio_of(
     dyads:Dyads,
     num:np.ndarray, # (n,) numerators
@@ -155,7 +156,9 @@ def ratio_of(
     value = num.sum() / total if total else np.nan
     influence = (num - value * den) / total if total else np.zeros(len(num))
     if share is None: share = _at_ends(num, den, bounds)
-    return mean_of(dyads, influence, value, [den], arm, share=share, bounds=bounds)
+    on = den > 0
+    spread = float((den[on] * (num[on] / den[on] - value)**2).sum() / total) if total else np.nan
+    return mean_of(dyads, influence, value, [den], arm, share=share, bounds=bounds, spread=spread)
 
 def _at_ends(num, den, bounds):
     if not np.isfinite(bounds).all(): return False
@@ -197,7 +200,7 @@ def _binomial_size(mean, level):
     few = stdtrit(max(mean.n_patients - 1, 1), tail) / stdtrit(max(mean.n_effective - 1, .1), tail)
     return few**2 * p * (1 - p) * (high - low)**2 / mean.variance
 
-# %% ../nbs/01a_inference.ipynb #91aff9e9
+# %% ../nbs/01a_inference.ipynb #3baeeecf
 def interval_of(
     mean:Mean,
     level:float=.95, # confidence level
@@ -227,7 +230,9 @@ def _skewed(mean, level):
     "Bounds of a share with the mean's variance: what a mean near the end of its range owes to skewness."
     low, high = mean.bounds
     if not np.isfinite(mean.bounds).all() or mean.variance == 0 or not low < mean.value < high: return np.inf, -np.inf
-    a, b = exact_bounds((mean.value - low) / (high - low), _binomial_size(mean, level), level)
+    p = (mean.value - low) / (high - low)
+    binary = p * (1 - p) * (high - low)**2 / mean.spread       # 1 where rows lie at the ends: then patients are the most
+    a, b = exact_bounds(p, min(_binomial_size(mean, level), binary * mean.n_effective), level)
     return low + a * (high - low), low + b * (high - low)
 
 # %% ../nbs/01a_inference.ipynb #2c35ac86
