@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'EDGE', 'correlated_outcomes', 'residual_icc', 'Floor', 'ece_floor', 'best_temperature', 'fit_map',
-           'cross_fit', 'recalibration_table']
+           'cross_fit', 'cross_fit_all', 'recalibration_table']
 
 # %% ../nbs/02a_recalibration.ipynb #4bfdbb30
 from typing import NamedTuple
@@ -158,23 +158,32 @@ def cross_fit(
         out[test] = fit_map(p[train], y[train], method)(p[test])
     return out
 
-# %% ../nbs/02a_recalibration.ipynb #ae7bdab6
+# %% ../nbs/02a_recalibration.ipynb #b15644a9
+def cross_fit_all(
+    prob,            # (n,) probabilities in 0..1
+    y,               # (n,) true/false or 1/0
+    clusters,        # (n,) patient of each row
+    methods=METHODS, # maps to try
+    folds:int=5,     # folds of patients
+)->dict:             # method -> (n,) probabilities; '' as stated
+    "Probabilities as stated and after each cross-fitted map."
+    stated = np.asarray(prob, float)
+    return {'': stated, **{m: cross_fit(stated, y, clusters, m, folds) for m in methods}}
+
+# %% ../nbs/02a_recalibration.ipynb #3b8db343
 def recalibration_table(
-    prob,              # (n,) probabilities in 0..1
-    y,                 # (n,) true/false or 1/0
-    clusters,          # (n,) patient of each row
-    methods=METHODS,   # maps to try
-    folds:int=5,       # folds of patients
-    **how,             # n_boot, level, seed of `Statistic.bootstrap`
-)->pd.DataFrame:       # method ('' as stated), metric, value, ci_low, ci_high, n, n_clusters
-    "ECE and Brier score before and after cross-fitted recalibration, and their paired change."
-    mapped = {'': np.asarray(prob, float)}
-    mapped |= {m: cross_fit(prob, y, clusters, m, folds) for m in methods}
+    mapped:dict, # from `cross_fit_all`
+    y,           # (n,) true/false or 1/0
+    clusters,    # (n,) patient of each row
+    **how,       # n_boot, level, seed of `Statistic.bootstrap`
+)->pd.DataFrame: # method ('' as stated), metric, value, ci_low, ci_high, n, n_clusters
+    "ECE and Brier score before and after recalibration, and their paired change."
     scores = {}
     for m, p in mapped.items():
         scores |= {(m, 'ece'): ece(p, y), (m, 'brier'): brier(p, y)}
-    for m in methods:
-        scores |= {(m, f'{k}_change'): scores[m, k] - scores['', k] for k in ('ece', 'brier')}
+    for m in mapped:
+        more = {(m, f'{k}_change'): scores[m, k] - scores['', k] for k in ('ece', 'brier')}
+        scores |= more if m else {}
     found = together(*scores.values()).bootstrap(clusters, **how)
     columns = ['value', 'ci_low', 'ci_high', 'n', 'n_clusters']
     rows = [(*name, i.value, i.low, i.high, i.n, i.n_clusters) for name, i in zip(scores, found)]

@@ -54,7 +54,7 @@ def aurc(
     harmonic = digamma(v.before + v.mass + 1) - digamma(v.before + 1)
     return float((v.loss * v.mass + (v.lost - v.loss * v.before) * harmonic).sum() / v.mass.sum())
 
-# %% ../nbs/02b_risk_coverage.ipynb #c0a1e347
+# %% ../nbs/02b_risk_coverage.ipynb #812d2200
 def aurc_of(
     dyads:Dyads, # who is asked and who lends
     confidence,  # (n,) the larger, the surer
@@ -64,7 +64,8 @@ def aurc_of(
 )->Mean:         # see `interval_of`
     "Area under the risk-coverage curve with its influence values."
     w = np.asarray(weight, float)
-    if not w.any(): return mean_of(dyads, np.zeros(len(w)), np.nan, [w], arm, share=False)
+    if not w.any():
+        return mean_of(dyads, np.zeros(len(w)), np.nan, [w], arm, share=False)
     v = levels(confidence, loss, w)
     slope = np.where(w > 0, _area_slope(v, np.where(w > 0, loss, 0)), 0)
     influence = w * (slope - (w * slope).sum() / w.sum()) / w.sum()
@@ -81,7 +82,7 @@ def _area_slope(v, loss):
     common = v.loss * inside + off / after - later(v.loss * ratio) + later(off * step)
     return loss * (1 - inside + later(ratio))[v.row] + common[v.row]
 
-# %% ../nbs/02b_risk_coverage.ipynb #d878dbc5
+# %% ../nbs/02b_risk_coverage.ipynb #2aad0253
 def risk_at_of(
     dyads:Dyads,    # who is asked and who lends
     confidence,     # (n,) the larger, the surer
@@ -94,7 +95,8 @@ def risk_at_of(
     if not 0 < coverage <= 1:
         raise InputError(f'coverage {coverage}: must lie above 0 and not above 1')
     w = np.asarray(weight, float)
-    if not w.any(): return mean_of(dyads, np.zeros(len(w)), np.nan, [w], arm)
+    if not w.any():
+        return mean_of(dyads, np.zeros(len(w)), np.nan, [w], arm)
     v = levels(confidence, loss, w)
     taken = np.clip((coverage * w.sum() - v.before) / v.mass, 0, 1)
     edge = int(np.flatnonzero(taken > 0)[-1])

@@ -90,10 +90,11 @@ def add_caveats(
     "Put the caveats beside the verdicts."
     asked = read_json(run/'config.json') if (run/'config.json').exists() else {}
     files = read_audit(run/'files') if (run/'files'/'findings.parquet').exists() else None
+    columns = list(read_table(run/'cohort.parquet').columns) if (run/'cohort.parquet').exists() else []
     about, known = asked.get('config', {}).get('cohort', {}), predictions.attrs.get('models', {})
     for model, verdict in verdicts['models'].items():
         verdict['caveats'] = gather_caveats(model, verdict, delivery.get(model, {}), files, known.get(model, {}),
-                                            about, dict(asked, plan=plan.attrs))
+                                            about, dict(asked, plan=plan.attrs, columns=columns))
 
 # %% ../../nbs/35_sms.run.ipynb #b70dd473
 def void_lines(
