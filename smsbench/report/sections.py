@@ -565,7 +565,8 @@ _SECTIONS = { # anchor -> what it is called
     'verdicts': 'verdicts', 'firmness': 'how firm', 'delivery': 'delivery', 'donors': 'donors',
     'accuracy': 'accuracy', 'flips': 'flips', 'plane': 'modality plane', 'calibration': 'calibration',
     'subgroups': 'subgroups', 'examples': 'examples', 'contrasts': 'contrasts',
-    'wordings': 'other words', 'probes': 'altered reports', 'answers': 'missing answers',
+    'wordings': 'other words', 'probes': 'altered reports', 'grounding': 'consistent or looking',
+    'confidence': 'doubt', 'answers': 'missing answers',
     'files': 'files', 'funnel': 'exclusions', 'method': 'method', 'provenance': 'provenance'}
 
 def contents(
@@ -574,7 +575,9 @@ def contents(
     "Links to the sections that this report has."
     plan = results.plan
     probed = any(a.probe and (plan.arm == a.name).any() for a in ARMS.values())
-    there = dict(wordings='inverted' in plan, probes=probed or 'unmatched' in set(plan.variant))
+    swapped = {'original', 'image_swap'} <= set(plan.arm)
+    there = dict(wordings='inverted' in plan, probes=probed or 'unmatched' in set(plan.variant),
+                 grounding=swapped, confidence=swapped)
     links = [markup('<a href="#{}">{}</a>', anchor, name)
              for anchor, name in _SECTIONS.items() if there.get(anchor, True)]
     return markup('<nav class="contents" aria-label="Contents">Contents: {}</nav>',
