@@ -10,7 +10,7 @@ __all__ = ['SIZES', 'Question', 'make_question', 'planned_setting', 'probability
 from typing import Literal
 
 import numpy as np, pandas as pd
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from scipy.optimize import minimize
 from scipy.special import log_ndtr, ndtr, ndtri
 
@@ -32,6 +32,15 @@ class Question(Card):
     findings: int = Field(1, ge=1, le=100)            # questions per image
     donors: int | Literal['auto'] = 'auto'            # donors per sample
 
+    @model_validator(mode='after')
+    def _is_true(self):
+        "The wanted verdict must be the true one."
+        relies = self.verdict == 'relies'
+        if (self.effect > self.margin) if relies else (self.effect < self.margin): return self
+        side = 'above' if relies else 'below'
+        true = f"'{self.verdict}' is true only {side} the margin of {self.margin}"
+        raise ValueError(f'effect {self.effect}: {true}')
+
 # %% ../../nbs/37b_sms.power.ipynb #b30ff256
 def make_question(
     **given, # fields of `Question`
@@ -40,20 +49,16 @@ def make_question(
     try: return Question(**given)
     except ValidationError as e:
         fault = e.errors(include_url=False)[0]
-        raise InputError(f"{'.'.join(map(str, fault['loc'][:1]))}: {fault['msg']}") from None
+        where = ''.join(f'{k}: ' for k in fault['loc'][:1])
+        raise InputError(where + fault['msg'].removeprefix('Value error, ')) from None
 
 # %% ../../nbs/37b_sms.power.ipynb #cf4b2a8a
 def planned_setting(
     question:Question, # what is planned for
     n:int=40_000,      # samples with which the effect is set
 )->Setting:            # a study whose patients are still to be set
-    "The simulated study behind a question; `InputError` where its truth is not the wanted verdict."
+    "The simulated study behind a question."
     q, image = question, question.modality == 'image'
-    if q.verdict == 'relies' and q.effect <= q.margin:
-        raise InputError(f"effect {q.effect}: 'relies' is true only above the margin of {q.margin}")
-    if q.verdict == 'ignores' and q.effect >= q.margin:
-        why = f"'ignores' is true only below the margin of {q.margin}"
-        raise InputError(f'effect {q.effect}: {why}')
     share = 'visible' if image else 'stated'
     weights = dict(image_weight=2 if image else 1, text_weight=1 if image else 2)
     quantity = f"{'excess' if q.verdict == 'relies' else 'moved'}_{q.modality}"

@@ -127,8 +127,8 @@ WorkersOption = _option(int | None, 'Processes; default: one per core.', min=1)
 FigureOption = _option(Path | None, 'PNG file to draw the result into.')
 AccuracyOption = _option(bool, 'Plan a paired difference in accuracy instead, by formula '
                          '(exact McNemar test).', '--accuracy')
-DesignOption = _option(float, 'With --accuracy: so many clustered samples are worth one independent.')
-DiscordantOption = _option(float | None, 'With --accuracy: share of samples that change either way; '
+DesignOption = _option(float, 'With --accuracy: clustered samples that are worth one independent.')
+DiscordantOption = _option(float | None, 'With --accuracy: share that changes either way; '
                            'default: as if answers were independent.')
 
 # %% ../../nbs/59ab_verbs.planning.ipynb #cb83d8f4
