@@ -63,10 +63,14 @@ def gap_ends(
     tail:float,      # probability left out on each side
 )->np.ndarray:       # (2, 1) lower and upper end, lower end >= 0
     "Ends of an interval for Σ f(gap)."
-    noise = boot - at
-    far = np.where(abs(at) <= 3 * noise.std(0), 0, at)
-    value, most = f(at).sum(), (f(far + noise) - f(far)).sum(1)
-    return np.array([[max(0, value - np.quantile(most, 1 - tail))], [value - np.quantile((slope(at) * noise).sum(1), tail)]])
+    noise, value = boot - at, f(at).sum()
+    spread = noise.std(0)
+    far = np.where(abs(at) <= 3 * spread, 0, at)
+    most = (f(far + noise) - f(far)).sum(1)
+    def above(side):
+        reach = np.where(at == 0, side, np.sign(at)) * np.maximum(abs(at), spread)
+        return value - np.quantile((slope(reach) * noise).sum(1), tail)
+    return np.array([[max(0, value - np.quantile(most, 1 - tail))], [max(above(1), above(-1))]])
 
 # %% ../nbs/02_calibration.ipynb #db27ff56
 def ece(
@@ -78,7 +82,7 @@ def ece(
     "Expected calibration error (Naeini et al. 2015): mean |mean probability - frequency| over the rows' bins."
     sums, unfold, _ = bin_sums(prob, y, n_bins, scheme)
     def gaps(t): b = unfold(t); return (b[..., 1] - b[..., 2]) / b[..., 0].sum(-1, keepdims=True)
-    ends = lambda boot, at, tail: np.minimum(1, gap_ends(gaps(boot), gaps(at), np.abs, np.sign, tail))
+    ends = lambda boot, at, tail: np.minimum(1, gap_ends(gaps(boot), gaps(at), np.abs, np.sign, tail[0]))
     return Statistic(sums, lambda t: abs(gaps(t)).sum(-1, keepdims=True), ('ece',), (0, 1), ends=ends)
 
 # %% ../nbs/02_calibration.ipynb #8a03ecf3
@@ -98,7 +102,7 @@ def max_calibration_error(
     def of(t): return np.fmax.reduce(abs(gaps(t)), axis=-1, keepdims=True, initial=np.nan)
     def ends(boot, at, tail):
         from scipy.special import ndtri
-        g, noise = abs(gaps(at)), gaps(boot) - gaps(at)
+        g, noise, tail = abs(gaps(at)), gaps(boot) - gaps(at), tail[0]
         if not keep.any(): return np.full((2, 1), np.nan)
         se = np.maximum(np.nanstd(noise, 0), np.sqrt(p * (1 - p) / size[keep]))
         at_once = np.quantile(np.nan_to_num(abs(noise) / se).max(1), 1 - tail)
@@ -134,9 +138,9 @@ def brier_decomposition(
         return np.stack([score, (off**2).sum(-1), (spread**2).sum(-1), uncertainty, within], -1)
     def ends(boot, at, tail):
         out = percentile_ends(of(boot), tail)
-        for k, cap in ((1, 1), (2, .25)): out[:, [k]] = np.minimum(cap, gap_ends(parts(boot)[k], parts(at)[k], np.square, lambda g: 2 * g, tail))
+        for k, cap in ((1, 1), (2, .25)): out[:, [k]] = np.minimum(cap, gap_ends(parts(boot)[k], parts(at)[k], np.square, lambda g: 2 * g, tail[k]))
         return out
-    return Statistic(sums, of, ('brier', 'reliability', 'resolution', 'uncertainty', 'within'), [(0, 1), (0, 1), (0, .25), (0, .25), (-1, 1)], ends=ends)
+    return Statistic(sums, of, ('brier', 'reliability', 'resolution', 'uncertainty', 'within'), [(0, 1), (0, 1), (0, .25), (0, .25), (-1, 1)], ends=ends, own=(False, True, True, False, False))
 
 # %% ../nbs/02_calibration.ipynb #ca07b81f
 def reliability_curve(

@@ -139,7 +139,7 @@ def _as_registered(settings, registration, ctx, plan_file):
 @app.command()
 def demo(
     out: OutOption = Path('reports/demo'),
-    patients: Annotated[int, typer.Option(min=20, help='Patients of the phantom cohort, one film each, two questions about each film.')] = 70,
+    patients: Annotated[int, typer.Option(min=20, help='Patients of the phantom cohort, one film each, two questions about each film.')] = 110,
     seed: SeedOption = 0, n_boot: BootOption = 1000, as_json: JsonOption = False,
 ):
     """The main job on built-in data: a phantom cohort, two reference models of opposite habits, the full audit, the report.
@@ -150,12 +150,12 @@ def demo(
     from smsbench.data.manifest import build_all
     from smsbench.data.phantom import phantom_cohort, save_phantom
     from smsbench.sms.run import run_audit
-    from smsbench.vlm.reference import LEARNED, REFERENCE
+    from smsbench.vlm.reference import DEMO_MODELS, LEARNED
     data, films = Run(out)/'data', phantom_cohort(3 * patients, findings=LEARNED[:2], seed=seed, splits=dict(test=1.))
     films = films.drop_duplicates(['patient_id', 'finding'])
     save_phantom(films[films.patient_id.isin(films.patient_id.unique()[:patients])], data)
     settings = audit_settings(seed=seed, n_boot=n_boot, margin_reason='an answer in twenty, for teaching')
-    run_audit(out, build_all('phantom', data), list(REFERENCE), settings, registration=True, device='cpu', dtype='float32', batch_size=32)
+    run_audit(out, build_all('phantom', data), list(DEMO_MODELS), settings, registration=True, device='cpu', dtype='float32', batch_size=32)
     finish(out, as_json)
 
 # %% ../nbs/60_cli.ipynb #72458e03

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['Interval', 'plain', 'exact_bounds', 'effective_number', 'cluster_totals', 'resample_counts', 'resample_totals',
-           'percentile_ends', 'Statistic', 'together', 'bootstrap_sums', 'bootstrap_rows']
+           'percentile_ends', 'expanded_tail', 'bounded_ends', 'Counts', 'counts_of', 'sided', 'by_owner', 'widest',
+           'influences', 'Statistic', 'together', 'rows_used', 'bootstrap_sums', 'bootstrap_rows']
 
 # %% ../nbs/00a_resampling.ipynb #12bf9d0d
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np, pandas as pd
 
@@ -25,12 +27,14 @@ class Interval:
     n_clusters: int|np.ndarray  # independent units (patients) among them
     level: float = .95          # confidence level of [low, high]
     note: str|np.ndarray = ''   # what a reader must know about this number
+    n_effective: float|np.ndarray = np.nan # clusters of equal weight that bound the interval; of several groups that are all needed, the smallest
 
     def __len__(self): return np.size(self.value)
 
     def __getitem__(self, k):
         if not -len(self) <= k < len(self): raise IndexError(k)
-        one = {f: np.broadcast_to(getattr(self, f), len(self))[k].item() for f in ('value', 'low', 'high', 'n', 'n_clusters', 'note')}
+        names = ('value', 'low', 'high', 'n', 'n_clusters', 'note', 'n_effective')
+        one = {f: np.broadcast_to(getattr(self, f), len(self))[k].item() for f in names}
         return replace(self, **one)
 
     def __str__(self):
@@ -143,10 +147,23 @@ def _quantiles(boot, probs):
 # %% ../nbs/00a_resampling.ipynb #6850bb28
 def percentile_ends(
     boot:np.ndarray, # (B, K) resampled values
-    tail:float,      # probability left out on each side
+    tail,            # probability left out on each side: a number, or (K,) one per column
 )->np.ndarray:       # (2, K) lower and upper ends
     "Quantiles of the resampled values; NaN among them are ignored, a column of nothing but NaN gives NaN."
-    return _quantiles(boot, np.broadcast_to([[tail], [1 - tail]], (2, boot.shape[1])))
+    tail = np.broadcast_to(tail, boot.shape[1])
+    return _quantiles(boot, np.stack([tail, 1 - tail]))
+
+# %% ../nbs/00a_resampling.ipynb #71eb0501
+def expanded_tail(
+    tail, # probability left out on each side, 0..0.5: number or array
+    n,    # effective number of clusters that count: number or array
+):        # the smaller probability of the expanded percentile interval; 0 where n is 1 or less
+    "Tail at which a percentile interval is as wide as a t interval. Source: Hesterberg, The American Statistician 2015."
+    from scipy.special import ndtr, stdtrit
+    n = np.asarray(n, float)
+    many = np.where(n > 1.01, n, 2.)
+    t = stdtrit(many - 1, tail)
+    return plain(np.where(n > 1.01, ndtr(np.sqrt(many / (many - 1)) * t), 0.))
 
 # %% ../nbs/00a_resampling.ipynb #917ead04
 def _bca(boot, value, left_out, tail):
@@ -162,16 +179,106 @@ def _bca(boot, value, left_out, tail):
         return _quantiles(boot, ndtr(z0 + z / (1 - a * z)))
 
 # %% ../nbs/00a_resampling.ipynb #6194ad79
-def _still(value, ends, boot, bounds, n_clusters, tail):
+def bounded_ends(
+    value,       # (K,) statistics
+    influence,   # (C, K) change of each statistic per unit of weight of each cluster; sums to 0
+    n_effective, # (K,) effective number of clusters that count
+    bounds,      # (K, 2) range of each statistic
+    tail:float,  # probability left out on each side
+)->np.ndarray:   # (2, K) lower and upper ends; NaN where the range has no end or the value is not known
+    "Exact bounds on the number of independent units that a bounded statistic is worth. Source: Clopper and Pearson 1934; Korn and Graubard, Survey Methodology 1998."
+    low, width = bounds[:, 0], np.where(np.isfinite(bounds).all(1), bounds[:, 1] - bounds[:, 0], np.nan)
+    share = np.clip((value - low) / width, 0, 1)
+    n, varies = _worth(share, influence / width, np.maximum(n_effective, 1), tail)
+    unseen = 1 - tail**(1 / np.maximum(n_effective, 1))
+    below, above = exact_bounds(share, n, 1 - 2 * tail)
+    below = np.where(varies, below, share - unseen * share)
+    above = np.where(varies, above, share + unseen * (1 - share))
+    return np.stack([low + below * width, low + above * width])
+
+def _worth(share, influence, n_effective, tail):
+    "Independent units that shares with these influences are worth, and whether they vary."
+    from scipy.special import ndtri, stdtrit
+    square, fourth = (influence**2).sum(0), (influence**4).sum(0)
+    most = share * (1 - share)
+    varies = (square > 1e-20) & (most > 1e-12)
+    counts = np.maximum((abs(influence) > 1e-12).sum(0), 1)
+    with np.errstate(invalid='ignore', divide='ignore'):
+        n = most / square
+        freedom = 2 / np.maximum(fourth / square**2 - 1 / counts, 1e-9)
+        freedom = np.fmax(np.fmin(freedom, n_effective - 1), .5)
+        known = (ndtri(tail) / stdtrit(freedom, tail))**2
+    return np.where(varies, np.maximum(np.minimum(n_effective, n), n * known), n_effective), varies
+
+# %% ../nbs/00a_resampling.ipynb #d6f27246
+class Counts(NamedTuple):
+    "Who counts for K statistics."
+    n: np.ndarray           # (K,) rows
+    n_clusters: np.ndarray  # (K,) clusters
+    n_effective: np.ndarray # (K,) clusters of equal weight, in the smallest of the groups that are needed
+
+def counts_of(
+    used,     # (n,), (n, K) or (n, K, S) bool: rows that count, in each of S groups that a statistic needs
+    owner,    # (n,) cluster of each row, 0..C-1, in ascending order
+    K:int=1,  # statistics
+)->Counts:
+    "Rows, clusters and effective clusters behind each statistic."
+    used = sided(used, len(owner), K)
+    S = used.shape[2]
+    sides = by_owner(used.reshape(len(owner), -1), owner)
+    anywhere = by_owner(used.any(2), owner) if S > 1 else sides
+    smallest = np.reshape(effective_number(sides), (K, S)).min(1)
+    return Counts(anywhere.sum(0).astype(int), (anywhere > 0).sum(0), smallest)
+
+def sided(used, n, K):
+    "Rows that count as (n, K, S); None: all."
+    used = np.ones((n, 1, 1), bool) if used is None else np.asarray(used, bool)
+    used = used.reshape(*used.shape, *(1,) * (3 - used.ndim))
+    if len(used) != n or used.shape[1] not in (1, K):
+        raise InputError(f'rows that count have shape {used.shape[:2]}; there are {n} rows and {K} statistics')
+    return np.broadcast_to(used, (n, K, used.shape[2]))
+
+def by_owner(
+    x,     # (n, ...) numbers of each row
+    owner, # (n,) cluster of each row, 0..C-1, in ascending order
+)->np.ndarray: # (C, ...) sums
+    "Sum rows that stand cluster by cluster."
+    return np.add.reduceat(np.asarray(x, float), np.r_[0, np.flatnonzero(np.diff(owner)) + 1], axis=0)
+
+# %% ../nbs/00a_resampling.ipynb #69c661b6
+def widest(
+    *ends, # (2, K) arrays of lower and upper ends; NaN are passed over
+)->np.ndarray: # (2, K): the lowest lower and the highest upper end
+    "Never narrower than any of several intervals."
+    return np.stack([np.fmin.reduce([e[0] for e in ends]), np.fmax.reduce([e[1] for e in ends])])
+
+def _still(value, ends, boot, bounds, n_clusters, n_effective, tail):
     "Ends (2, K) with the exact bound where no resample varies, and a note (K,) that says so."
     apart = np.fmax.reduce(abs(boot - value), axis=0)                                   # NaN only where every resample is
     still, ranged = apart <= 1e-12 * np.maximum(1, abs(value)), np.isfinite(bounds).all(1)
-    moved = 1 - tail**(1 / np.maximum(n_clusters, 1))
+    moved = 1 - tail**(1 / np.maximum(n_effective, 1))
     exact = np.stack([value - moved * (value - np.where(ranged, bounds[:, 0], 0)), value + moved * (np.where(ranged, bounds[:, 1], 0) - value)])
     unknown, lone = np.isnan(value), still & ~ranged & (n_clusters < 2)
     ends = np.where(lone | unknown, np.nan, np.where(still & ranged, exact, ends))
     notes = {'not defined on these rows': unknown, 'one cluster: no interval': lone, 'no resample differs: exact bound': still & ranged, 'no resample differs': still}
     return ends, np.select(list(notes.values()), list(notes), '')
+
+# %% ../nbs/00a_resampling.ipynb #76420d12
+def influences(
+    of:Callable,            # totals (..., J) -> values (..., K)
+    per_cluster:np.ndarray, # (C, J) sums of each cluster
+    step:float=1e-4,        # change of weight
+    rows:int=2**20,         # numbers held at once
+)->np.ndarray:              # (C, K), sums to 0; 0 where it is not defined
+    "Empirical influence of each cluster, by central differences (infinitesimal jackknife, Jaeckel 1972)."
+    at, chunk = per_cluster.sum(0), max(1, rows // per_cluster.shape[1])
+    out = []
+    for start in range(0, len(per_cluster), chunk):
+        change = step * per_cluster[start:start + chunk]
+        out.append((of(at + change) - of(at - change)) / (2 * step))
+    out = np.nan_to_num(np.concatenate(out), posinf=0, neginf=0)
+    drift = out.mean(0)
+    return out - np.where(abs(drift) > 1e-7 * abs(out).max(0), drift, 0)
 
 # %% ../nbs/00a_resampling.ipynb #f3672302
 @dataclass(frozen=True, eq=False)
@@ -181,8 +288,9 @@ class Statistic:
     of: Callable                     # totals (..., J) -> values (..., K)
     names: tuple = ('',)             # K names
     bounds: tuple|np.ndarray = (-np.inf, np.inf) # range of the statistic: (low, high) or (K, 2)
-    used: np.ndarray|None = None     # (n,) or (n, K) rows that count as its n; None: all
-    ends: Callable|None = None       # (totals (B, J), totals (J,), tail) -> ends (2, K), where quantiles of resampled values mislead
+    used: np.ndarray|None = None     # (n,) or (n, K) rows that count as its n; (n, K, S): S groups of which it needs each; None: all
+    ends: Callable|None = None       # (totals (B, J), totals (J,), tails (K,)) -> ends (2, K), where quantiles of resampled values mislead
+    own: tuple|None = None           # (K,) bool: which numbers the ends were made for, so that they stand as they are; None: all, where there are `ends`
 
     @property
     def value(self): return plain(self.of(self.sums.sum(0)))
@@ -191,23 +299,26 @@ class Statistic:
         "One of the statistics by its name."
         if name not in self.names: raise InputError(f"no statistic {name!r}; there is {', '.join(self.names)}")
         k = self.names.index(name)
-        ends = self.ends and (lambda boot, at, tail: self.ends(boot, at, tail)[:, [k]])
-        return Statistic(self.sums, lambda t: self.of(t)[..., [k]], (name,), self._bounds[[k]], self._used[:, [k]], ends)
+        ends = self.ends and (lambda boot, at, tail: self.ends(boot, at, np.repeat(tail, len(self.names)))[:, [k]])
+        return Statistic(self.sums, lambda t: self.of(t)[..., [k]], (name,), self._bounds[[k]], self._used[:, [k]], ends, (bool(self._own[k]),))
 
     def __sub__(self, other):
         "Paired difference, number by number; its ends are quantiles of the resampled differences."
         both, K = together(self, other), len(self.names)
         names = tuple(f'{a} - {b}' for a, b in zip(self.names, other.names))
         bounds = self._bounds - other._bounds[:, ::-1]
-        return Statistic(both.sums, lambda t: both.of(t)[..., :K] - both.of(t)[..., K:], names, bounds, self._used | other._used)
+        one, two = self._used, other._used
+        used = one if np.array_equal(one, two) else np.concatenate([one, two], 2)          # it needs the rows of both
+        return Statistic(both.sums, lambda t: both.of(t)[..., :K] - both.of(t)[..., K:], names, bounds, used)
 
     @property
     def _bounds(self): return np.broadcast_to(np.asarray(self.bounds, float), (len(self.names), 2))
 
     @property
-    def _used(self):
-        used = np.ones(len(self.sums), bool) if self.used is None else np.asarray(self.used, bool)
-        return np.broadcast_to(used.reshape(len(self.sums), -1), (len(self.sums), len(self.names)))
+    def _own(self): return np.broadcast_to(self.ends is not None if self.own is None else self.own, len(self.names))
+
+    @property
+    def _used(self): return sided(self.used, len(self.sums), len(self.names))
 
     def bootstrap(self,
         clusters,            # (n,) patient of each row
@@ -219,14 +330,29 @@ class Statistic:
         "Intervals from resampled clusters; `InputError` on unusable input."
         tail = _tail(n_boot, level, method)
         if self.ends and method == 'bca': raise InputError(f"{', '.join(self.names)}: has an interval of its own; use method='percentile'")
-        J = self.sums.shape[1]
-        per = cluster_totals(np.hstack([self.sums, self._used]), clusters)
-        per, used = np.ascontiguousarray(per[:, :J]), per[:, J:]
+        per, counts = self._per_cluster(clusters)
         at = per.sum(0)
         totals = resample_totals(per, n_boot, seed)
-        value, boot = self.of(at), self.of(totals)
-        ends = self.ends(totals, at, tail) if self.ends else percentile_ends(boot, tail) if method == 'percentile' else _bca(boot, value, self.of(at - per), tail)
-        return _interval(value, ends, boot, self._bounds, used.sum(0).astype(int), (used > 0).sum(0), level)
+        value, boot, tails = self.of(at), self.of(totals), expanded_tail(tail, counts.n_effective)
+        tails = np.atleast_1d(tails)
+        if self.ends: ends = self.ends(totals, at, tails)
+        elif method == 'percentile': ends = percentile_ends(boot, tails)
+        else: ends = _bca(boot, value, self.of(at - per), tail)
+        if np.isfinite(self._bounds).all(1).any():
+            floor = bounded_ends(value, influences(self.of, per), counts.n_effective, self._bounds, tail)
+            inside = (value > self._bounds[:, 0]) & (value < self._bounds[:, 1])
+            ends = widest(ends, np.where(self._own & inside, np.nan, floor))
+        return _interval(value, ends, boot, self._bounds, counts, level)
+
+    def _per_cluster(self, clusters):
+        "Sums of each cluster (C, J), and who counts."
+        J, used = self.sums.shape[1], self._used
+        n, K, S = used.shape
+        groups = [used.any(2)] + ([used.reshape(n, -1)] if S > 1 else [])
+        per = cluster_totals(np.hstack([self.sums, *groups]), clusters)
+        anywhere, sides = per[:, J:J + K], per[:, J + (K if S > 1 else 0):]
+        smallest = np.reshape(effective_number(sides), (K, S)).min(1)
+        return np.ascontiguousarray(per[:, :J]), Counts(anywhere.sum(0).astype(int), (anywhere > 0).sum(0), smallest)
 
 def _tail(n_boot, level, method):
     if method not in ('percentile', 'bca'): raise InputError(f"bootstrap method {method!r}; use 'percentile' or 'bca'")
@@ -234,9 +360,9 @@ def _tail(n_boot, level, method):
     if n_boot < 1: raise InputError(f'n_boot {n_boot}: at least one resample is needed')
     return (1 - level) / 2
 
-def _interval(value, ends, boot, bounds, n, n_clusters, level):
-    ends, note = _still(value, ends, boot, bounds, n_clusters, (1 - level) / 2)
-    return Interval(*map(plain, (value, ends[0], ends[1], n, n_clusters)), level, plain(note))
+def _interval(value, ends, boot, bounds, counts, level):
+    ends, note = _still(value, ends, boot, bounds, counts.n_clusters, counts.n_effective, (1 - level) / 2)
+    return Interval(*map(plain, (value, ends[0], ends[1], counts.n, counts.n_clusters)), level, plain(note), plain(counts.n_effective))
 
 # %% ../nbs/00a_resampling.ipynb #563ba4dc
 def together(
@@ -246,10 +372,29 @@ def together(
     if len({len(s.sums) for s in stats}) != 1: raise InputError(f'statistics of different rows cannot be resampled together: {[len(s.sums) for s in stats]}')
     cuts = np.cumsum([s.sums.shape[1] for s in stats])[:-1]
     parts = lambda t: zip(stats, np.split(t, cuts, -1))
+    places = np.cumsum([len(s.names) for s in stats])[:-1]
     def ends(boot, at, tail):
-        return np.hstack([s.ends(b, a, tail) if s.ends else percentile_ends(s.of(b), tail) for (s, b), a in zip(parts(boot), np.split(at, cuts))])
+        each = zip(parts(boot), np.split(at, cuts), np.split(np.broadcast_to(tail, sum(len(s.names) for s in stats)), places))
+        return np.hstack([s.ends(b, a, k) if s.ends else percentile_ends(s.of(b), k) for (s, b), a, k in each])
+    sides = max(s._used.shape[2] for s in stats)
+    used = np.concatenate([s._used[..., np.minimum(np.arange(sides), s._used.shape[2] - 1)] for s in stats], 1)
     return Statistic(np.hstack([s.sums for s in stats]), lambda t: np.concatenate([s.of(u) for s, u in parts(t)], -1), sum((s.names for s in stats), ()),
-                     np.concatenate([s._bounds for s in stats]), np.hstack([s._used for s in stats]), ends if any(s.ends for s in stats) else None)
+                     np.concatenate([s._bounds for s in stats]), used, *((ends, tuple(np.concatenate([s._own for s in stats]).tolist())) if any(s.ends for s in stats) else ()))
+
+# %% ../nbs/00a_resampling.ipynb #fe1aaa74
+def rows_used(
+    sums:np.ndarray,    # (n, J) per-row numbers
+    statistic:Callable, # totals (..., J) -> values (..., K)
+)->np.ndarray:          # (n, K) bool
+    "Rows that count for each statistic: those with a number in a column that it depends on."
+    sums = np.asarray(sums, float)
+    size = np.maximum(abs(sums).mean(0), 1e-9)
+    at, depends = sums.sum(0), False
+    for base in (at, at + size * (1 + np.arange(len(size)) / len(size))):
+        with np.errstate(all='ignore'):
+            before, after = statistic(base), statistic(base + np.diag(size))
+        depends = depends | ((before != after) & ~(np.isnan(before) & np.isnan(after)))   # (J, K)
+    return (sums != 0) @ depends
 
 # %% ../nbs/00a_resampling.ipynb #adc3c5d8
 def bootstrap_sums(
@@ -260,13 +405,15 @@ def bootstrap_sums(
     level:float=.95,    # confidence level, 0..1
     method:str='percentile', # or 'bca'
     seed:int=0,         # same seed, same interval
-    bounds=(-np.inf, np.inf), # range of the statistic, (low, high) or (K, 2): gives an exact bound where no resample varies
+    bounds=(-np.inf, np.inf), # range of the statistic, (low, high) or (K, 2): gives exact bounds for rare events
+    used=None,          # (n,), (n, K) or (n, K, S) rows that count, as in `Statistic`; None finds them (see `rows_used`)
 )->Interval:            # floats where K is 1, else (K,) arrays
     "Clustered bootstrap of a function of sums; independent of row order and of cluster names."
     sums = np.asarray(sums, float)
     if sums.ndim != 2: raise InputError(f'sums must be a table (rows, numbers); got shape {sums.shape}')
     names = tuple(map(str, range(np.shape(statistic(sums.sum(0)))[-1])))
-    return Statistic(sums, statistic, names, bounds).bootstrap(clusters, n_boot, level, method, seed)
+    used = rows_used(sums, statistic) if used is None else used
+    return Statistic(sums, statistic, names, bounds, used).bootstrap(clusters, n_boot, level, method, seed)
 
 # %% ../nbs/00a_resampling.ipynb #e7c80ebc
 def bootstrap_rows(
@@ -277,12 +424,14 @@ def bootstrap_rows(
     level:float=.95,    # confidence level, 0..1
     method:str='percentile', # or 'bca', which needs one more evaluation per cluster
     seed:int=0,         # same seed, same interval
-    bounds=(-np.inf, np.inf), # range of the statistic
+    bounds=(-np.inf, np.inf), # range of the statistic, (low, high) or (K, 2)
     batched:bool=False, # the statistic takes many sets of weights at once
+    used=None,          # (n,), (n, K) or (n, K, S) bool: rows that count, in each of S groups that it needs; None: all
+    floor:Callable|None=None, # (*arrays, owner (n,), tail) -> ends (2, K) than which the interval is never narrower
 )->Interval:            # floats where K is 1, else (K,) arrays
     "Clustered bootstrap of any statistic that takes integer row weights; independent of row order and of cluster names."
     tail = _tail(n_boot, level, method)
-    arrays, owner = _by_cluster([np.asarray(a) for a in arrays], clusters)
+    arrays, owner, order = _by_cluster([np.asarray(a) for a in arrays], clusters)
     n, C = len(owner), owner[-1] + 1
     def values(counts): # (b, C) -> (b, K)
         w = counts[:, owner]
@@ -291,14 +440,17 @@ def bootstrap_rows(
     every = lambda chunks: np.concatenate([values(c) for c in chunks])
     cells = max(1, 2**20 * C // n)                                                      # 2^20 row weights at once
     value, boot = values(np.ones((1, C), int))[0], every(resample_counts(C, n_boot, seed, cells))
-    step = max(1, 2**20 // n)
+    K, step = len(value), max(1, 2**20 // n)
+    counts = counts_of(None if used is None else np.asarray(used)[order], owner, K)
     def left_out(): return every(1 - (np.arange(s, min(s + step, C))[:, None] == np.arange(C)) for s in range(0, C, step))
-    ends = percentile_ends(boot, tail) if method == 'percentile' else _bca(boot, value, left_out(), tail)
-    return _interval(value, ends, boot, np.broadcast_to(np.asarray(bounds, float), (len(value), 2)), np.full(len(value), n), np.full(len(value), C), level)
+    tails = np.atleast_1d(expanded_tail(tail, counts.n_effective))
+    ends = percentile_ends(boot, tails) if method == 'percentile' else _bca(boot, value, left_out(), tail)
+    if floor is not None: ends = widest(ends, np.reshape(floor(*arrays, owner, tail), (2, K)))
+    return _interval(value, ends, boot, np.broadcast_to(np.asarray(bounds, float), (K, 2)), counts, level)
 
 def _by_cluster(arrays, clusters):
-    "The arrays in canonical order, and the number of the cluster that owns each row (n,)."
+    "The arrays in canonical order, the number of the cluster that owns each row (n,), and the order (n,)."
     if {len(a) for a in arrays} != {len(clusters)} or not len(clusters): raise InputError(f'arrays of {[len(a) for a in arrays]} rows, {len(clusters)} cluster labels')
     columns = [c for a in arrays for c in a.reshape(len(a), -1).T]
     order, starts = _canonical(np.column_stack([pd.factorize(c, sort=True)[0] for c in columns]), clusters)
-    return [a[order] for a in arrays], np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(order)]))
+    return [a[order] for a in arrays], np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(order)])), order

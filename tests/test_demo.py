@@ -20,7 +20,7 @@ def test_verdicts_are_right(demo):
     out, printed, seconds = demo
     models = json.loads((out/'verdicts.json').read_text())['models']
     word = lambda m, k: models[m][f'relies_on_{k}']['verdict']
-    assert {m: (word(m, 'image'), word(m, 'text')) for m in models} == {'reference-blind-follower': ('ignores', 'relies'), 'reference-image-reader': ('relies', 'ignores')}
+    assert {m: (word(m, 'image'), word(m, 'text')) for m in models} == {'reference-sighted-follower': ('ignores', 'relies'), 'reference-image-reader': ('relies', 'ignores')}
     for m in models.values():
         for k in ('relies_on_image', 'relies_on_text'):
             v = m[k]
@@ -45,4 +45,4 @@ def test_readme_says_what_the_demo_prints(demo):
 
 def test_a_finished_run_is_rendered_again_without_a_model(demo, cli):
     code, out, err = cli('report', demo[0], '--json')
-    assert code == 0 and set(json.loads(out)['models']) == {'reference-blind-follower', 'reference-image-reader'}, err
+    assert code == 0 and set(json.loads(out)['models']) == {'reference-sighted-follower', 'reference-image-reader'}, err

@@ -1,9 +1,10 @@
 "A report in a real browser: nothing is fetched, nothing runs, every picture is there and described, and hostile data stay text."
-import os, shutil, tempfile
+import json, os, shutil, tempfile
 from pathlib import Path
 
 import pytest
 
+from smsbench.core import InputError
 from smsbench.data.phantom import phantom_cohort
 from smsbench.report.html import render, render_run
 from smsbench.sms import run as sms_run, score as sms_score
@@ -79,15 +80,27 @@ def smoke(tmp_path_factory):
 
 def test_the_default_run_opens_with_the_planted_verdicts(browser, smoke):
     page = opened(browser, smoke)
-    assert first_screen(page, 'planted:text-only ignores the image: another patient’s chest film of the opposite class moves its answer by 0.0 points more than one of the same class (95 % CI')
-    assert first_screen(page, 'planted:image-only relies on the image: another patient’s chest film of the opposite class moves its answer by 100.0 points more')
+    swap = 'another patient’s chest film with the opposite finding changes its answer by'
+    assert first_screen(page, f'planted:text-only ignores the image: {swap} 0.0 points, at most by')
+    assert first_screen(page, f'planted:image-only relies on the image: {swap} 100.0 points more than one with the same finding, at least by')
+    assert first_screen(page, 'Less than 5 points, the margin, counts as no change that matters')
     holds_for_any_report(page, smoke)
     order = page.evaluate("[...document.querySelectorAll('h2[id]')].map(h => h.id)")
-    assert order == 'verdicts delivery accuracy flips plane calibration subgroups examples contrasts answers files funnel method provenance'.split()
+    assert order == 'verdicts firmness delivery donors accuracy flips plane calibration subgroups examples contrasts answers files funnel method provenance'.split()
+    assert page.evaluate("[...document.querySelectorAll('.contents a')].map(a => a.getAttribute('href').slice(1))") == order
     text = page.inner_text('body')
     assert 'Not trained for this data' not in text and 'VOID' not in text and str(smoke.parent) not in page.content()
-    assert {'accuracy.png', 'nfr.png', 'modality_plane.png', 'reliability.png', 'subgroups.png', 'verdicts.png', 'example_1.png'} <= {p.name for p in (smoke.parent/'figures').iterdir()}
+    assert {'accuracy.png', 'nfr.png', 'modality_plane.png', 'reliability.png', 'subgroups.png', 'verdicts.png', 'regions.png', 'donors.png', 'example_1.png'} <= {p.name for p in (smoke.parent/'figures').iterdir()}
     page.close()
+
+
+def test_a_run_of_an_earlier_version_says_what_to_do(smoke, tmp_path):
+    run = shutil.copytree(smoke.parent, tmp_path/'run')
+    v = dict(verdict='relies', value=.9, ci_low=.8, ci_high=1., margin=.05, n=300)
+    old = {m: dict(relies_on_image=v, relies_on_text=v, void_arms=[], unproven_arms=[], findings={}) for m in ('planted:text-only', 'planted:image-only')}
+    (run/'verdicts.json').write_text(json.dumps(dict(models=old)))
+    with pytest.raises(InputError, match='earlier version .*run the audit again with a new --out'):
+        render_run(run)
 
 
 def test_on_paper_everything_is_open_and_fits(browser, smoke):
@@ -130,7 +143,7 @@ def test_hostile_data_stay_text(browser, hostile):
 def test_a_void_model_gets_a_warning_and_no_verdict(browser, hostile):
     page = opened(browser, hostile)
     card = page.locator('.verdict', has=page.get_by_text('planted:loses-image', exact=True))
-    assert card.count() == 1 and 'Void: ' in card.locator('.warning').first.inner_text()
+    assert card.count() == 1 and 'did not reach it' in card.locator('.warning').first.inner_text() and 'pixels must differ' in card.locator('.warning').nth(1).inner_text()
     assert all(word not in card.inner_text() for word in ('relies', 'ignores', 'unstable', 'undecided')) and card.locator('.chip.void').count() == 2
     assert page.locator('.bad', has_text='VOID').count() >= 1
     assert page.get_by_text('Not trained for this data').count() == 3

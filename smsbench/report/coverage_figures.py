@@ -16,7 +16,8 @@ def coverage_points(
     found:dict,     # what `run_grid` returned or wrote
 )->pd.DataFrame:    # family, rate, low, high, studies
     "Coverage of every judged interval."
-    rows = [dict(family=name.split(':')[0], rate=r['rate'], low=r['low'], high=r['high'], studies=r['n'])
+    kept = ('rate', 'low', 'high')
+    rows = [dict(family=name.split(':')[0], **{k: r[k] for k in kept}, studies=r['n'])
             for name, s in found['settings'].items() for r in s['coverage']]
     return pd.DataFrame(rows, columns=['family', 'rate', 'low', 'high', 'studies'])
 
@@ -32,7 +33,8 @@ def error_points(
                 rows.append(dict(family=name.split(':')[0], verdict=verdict, studies=v['n'],
                                  **{k: v['false'][verdict][k] for k in ('rate', 'low', 'high')},
                                  undecided=v['shares'].get('undecided', 0.)))
-    return pd.DataFrame(rows, columns=['family', 'verdict', 'rate', 'low', 'high', 'studies', 'undecided'])
+    columns = ['family', 'verdict', 'rate', 'low', 'high', 'studies', 'undecided']
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/50n_report.coverage_figures.ipynb #f2a0a6a4
 def _rows(ax, names):
@@ -54,8 +56,8 @@ def _draw_coverage(ax, points, limit):
     least = min(.85, points.rate.min())
     for i, name in enumerate(names):
         g = points[points.family == name].sort_values('rate')
-        low = g.rate < limit
-        ax.scatter(g.rate, i + _spread(len(g)), s=9, c=np.where(low, COLOURS[1], COLOURS[0]), alpha=.6, lw=0)
+        colour = np.where(g.rate < limit, COLOURS[1], COLOURS[0])
+        ax.scatter(g.rate, i + _spread(len(g)), s=9, c=colour, alpha=.6, lw=0)
     ax.axvline(.95, color='#555555', lw=.9)
     ax.axvline(limit, color=COLOURS[1], lw=.9, ls=(0, (4, 3)))
     ax.set(xlim=(least - .02, 1.005), xlabel='coverage of 95 % intervals')
@@ -68,9 +70,11 @@ def _draw_errors(ax, points, limits):
             g = points[(points.family == name) & (points.verdict == verdict)]
             y = i + shift + _spread(len(g), .3)
             ax.hlines(y, g.low, g.high, color=colour, lw=.8, alpha=.5)
-            ax.scatter(g.rate, y, s=12, color=colour, lw=0, label=f"false '{verdict}'" if not i else None)
+            label = None if i else f"false '{verdict}'"
+            ax.scatter(g.rate, y, s=12, color=colour, lw=0, label=label)
         ax.axvline(limits[verdict], color=colour, lw=.9, ls=(0, (4, 3)))
-    ax.set(xlim=(-.005, max(.12, points.high.max() * 1.02)), xlabel='share of false verdicts at the margin')
+    widest = max(.12, points.high.max() * 1.02)
+    ax.set(xlim=(-.005, widest), xlabel='share of false verdicts at the margin')
     ax.legend(loc='lower right', fontsize=8)
 
 # %% ../../nbs/50n_report.coverage_figures.ipynb #8863be24
@@ -87,9 +91,10 @@ def coverage_figure(
         if 'verdict' in p: _draw_errors(ax, p, found['limits'])
         else: _draw_coverage(ax, p, found['limits']['coverage'])
     s = found['summary']
-    margin = [f"false '{k}' at the margin {percent(e['rate'], 1)} of {e['n']}" for k, e in s['at_the_margin'].items() if e['n']]
-    least = [f"lowest coverage {percent(s['lowest_coverage'], 1)}"] if s['lowest_coverage'] is not None else []
-    fig.alt = f"Dot plots of {s['audits']} simulated audits: " + ', '.join([*least, *margin]) + '.'
+    told = [f"lowest coverage {percent(s['lowest_coverage'], 1)}"]
+    for k, e in s['at_the_margin'].items():
+        if e['n']: told.append(f"false '{k}' at the margin {percent(e['rate'], 1)} of {e['n']}")
+    fig.alt = f"Dot plots of {s['audits']} simulated audits: {', '.join(told)}."
     return fig
 
 # %% ../../nbs/50n_report.coverage_figures.ipynb #fb680b4e
@@ -99,8 +104,12 @@ def plan_name(
 )->str:
     "What distinguishes a plan."
     q = plan['question']
-    show = lambda v: '-'.join(map(str, v)) if isinstance(v, (list, tuple)) else f'{v:g}' if isinstance(v, float) else str(v)
-    return ', '.join(f'{k} {show(v)}' for k, v in q.items() if k not in shared) or q['verdict']
+    parts = [f'{k} {_value(v)}' for k, v in q.items() if k not in shared]
+    return ', '.join(parts) or q['verdict']
+
+def _value(v):
+    if isinstance(v, (list, tuple)): return '-'.join(map(str, v))
+    return f'{v:g}' if isinstance(v, float) else str(v)
 
 # %% ../../nbs/50n_report.coverage_figures.ipynb #9042cbd5
 @styled
@@ -109,7 +118,8 @@ def power_figure(
 ):                    # Figure with `.alt`
     "Probability of a verdict against the number of patients."
     questions = [p['question'] for p in plans]
-    shared = [k for k in questions[0] if len(plans) > 1 and all(q[k] == questions[0][k] for q in questions)]
+    same = lambda k: all(q[k] == questions[0][k] for q in questions)
+    shared = [k for k in questions[0] if len(plans) > 1 and same(k)]
     fig, axes = canvas(7.4, 4.2)
     ax, told = axes[0, 0], []
     for i, p in enumerate(plans):
@@ -120,11 +130,12 @@ def power_figure(
         if p['patients'] is not None: ax.axvline(p['patients'], color=colour, lw=.8, ls=(0, (2, 2)))
         told.append(f"{name}: {p['patients'] or 'more than ' + str(max(x))} patients")
     ax.axhline(plans[0]['wanted'], color='#555555', lw=.9, ls=(0, (4, 3)))
-    ax.set(xscale='log', ylim=(-.02, 1.02), xlabel='patients', ylabel=f"probability of '{questions[0]['verdict']}'")
+    about = f"probability of '{questions[0]['verdict']}'"
+    ax.set(xscale='log', ylim=(-.02, 1.02), xlabel='patients', ylabel=about)
     ticks = sorted({r['patients'] for p in plans for r in p['points']})
     ax.set_xticks(ticks, [str(t) for t in ticks], fontsize=7)
     ax.minorticks_off()
     ax.grid(color='#d9dbdd', lw=.6)
     if len(plans) > 1: ax.legend(loc='lower right', fontsize=7.5)
-    fig.alt = f"Curves of the probability of a verdict against the number of patients. {'; '.join(told)}."
+    fig.alt = f"Probability of a verdict against the number of patients. {'; '.join(told)}."
     return fig

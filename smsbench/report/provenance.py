@@ -66,7 +66,7 @@ def funnel(
                  html_table(left_out, 'Samples an arm could not show', numbers=['samples']) if len(left_out) else markup('<p>No sample was excluded from any arm.</p>')])
 
 # %% ../../nbs/51b_report.provenance.ipynb #124a0bb4
-_IMAGE = {'own': 'its own', 'other': 'of another patient and class', 'same': 'of another patient, same class', 'near': 'the most similar one of another class', 'grey': 'uniform grey', 'occlude': 'its own, marked region greyed',
+_IMAGE = {'own': 'its own', 'other': 'of another patient and class', 'same': 'of another patient, same class', 'near': 'the most similar one of another class', 'near_same': 'the most similar one of the same class', 'grey': 'uniform grey', 'occlude': 'its own, marked region greyed',
           'elsewhere': 'its own, an equal region elsewhere greyed', 'shuffle': 'its own, patches permuted', 'none': 'none'}
 _TEXT = {'foil': 'its own, what it says about the question turned round', 'foil_other': 'its own, another statement turned round or its side swapped', 'removed': 'its own, without what it says about the question', 'removed_other': 'its own, without another statement',
          'history': 'its own, after one of another patient and class as an earlier one', 'history_same': 'its own, after one of another patient, same class, as an earlier one'}
@@ -96,11 +96,11 @@ def commands(
     "Shell lines that make the numbers again, and the report."
     c, info = results.config, results.predictions.attrs.get('models', {})
     flag = lambda name, v: [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None) else []
-    again = loading_flags(results, ('dtype', 'revision', 'quantization', 'attn_implementation')) + flag('seed', c['seed']) + flag('margin', c['margin']) + flag('n-boot', c['n_boot']) + flag('system', c.get('system')) + flag('extra', c.get('extra')) + ['--out NEW']
+    again = loading_flags(results, ('dtype', 'revision', 'quantization', 'attn_implementation')) + flag('seed', c['seed']) + flag('margin', c['margin']) + flag('margin-reason', c.get('margin_reason')) + flag('family', c.get('family')) + flag('primary', c.get('primary')) + flag('n-boot', c['n_boot']) + flag('system', c.get('system')) + flag('extra', c.get('extra')) + ['--out NEW']
     imported = [m for m in model_names(results) if 'imported' in info.get(m, {})]
     data = ['--cohort RUN/cohort.parquet'] if results.open else flag('manifest', c['cohort'].get('manifest')) + ['--root DATA']
     lists = flag('arms', ','.join(c['arms'])) + flag('match', ','.join(c['match'])) + flag('variants', '' if list(c['variants']) == ['plain'] else ','.join(c['variants'])) + flag('probes', ','.join(c.get('probes', [])))
-    lists += flag('paraphrases', c.get('paraphrases'))
+    lists += flag('donors', c.get('donors')) + flag('paraphrases', c.get('paraphrases'))
     if c.get('wordings'): data, lists = ['--plan RUN/plan.parquet --cohort RUN/cohort.parquet'] + ([] if results.open else ['--root DATA']), []   # the plan holds the user's own words
     lines = [['smsbench predictions ANSWERS.jsonl', '--plan RUN/plan.parquet', '--cohort RUN/cohort.parquet', *flag('name', m), *again] for m in imported] or [['smsbench audit', *data, *(f for m in c['models'] for f in flag('model', m)), *lists, *again]]
     return [(' ' if sum(map(len, l)) < 100 else ' \\\n    ').join(l) for l in lines] + ['smsbench report RUN']
@@ -108,19 +108,53 @@ def commands(
 # %% ../../nbs/51b_report.provenance.ipynb #af2565e5
 def provenance(
     results, # `Results` of a run
+    registration:str='', # was the analysis registered before the first answer? a sentence
 )->Html:
-    "Hashes, settings, models, packages and the commands."
+    "Registration, hashes, settings, models, packages and the commands."
+    told = markup('<p>{}</p>', registration) if registration else Html()
+    facts = {k: _told(v) for k, v in _facts(results).items()}
+    rows = [dict(what=k, value=v) for k, v in facts.items() if v != DASH]
+    again = markup('<p>The same numbers again (RUN is this run’s directory, NEW another, DATA the '
+                   'folder of the data):</p><pre>{}</pre>', '\n'.join(commands(results)))
+    table = html_table(pd.DataFrame(rows, dtype=object), 'Run')
+    return join([told, table, _models(results), again])
+
+def _told(v):
+    "A setting as text."
+    if v in (None, '', [], ()): return DASH
+    if isinstance(v, (list, tuple)): return ', '.join(map(str, v))
+    return f'{v:g}' if isinstance(v, float) else v
+
+def _facts(results):
+    "What was computed, on what and with what."
     c, env, about = results.config, results.environment, results.config['cohort']
-    say = lambda v: DASH if v in (None, '', [], ()) else ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else v
     log = Path(results.path)/'log.txt'
-    finished = log.read_text(encoding='utf-8').splitlines()[-1].split(' ')[0] if log.exists() else None
-    facts = {'config hash': results.config_hash, 'plan hash': results.plan.attrs.get('plan_hash'), 'cohort hash': c.get('cohort_hash'), 'data': f"{about.get('manifest')}, version {about.get('version')}", 'access': about.get('access'),
-             'licence': about.get('licence'), 'citation': about.get('citation'), 'manifest hash': about.get('manifest_hash'), 'seed': c['seed'], 'matched on': c['match'], 'prompt variants': c['variants'], 'margin': c['margin'],
-             'resamples of patients': c['n_boot'], 'smallest cell that is shown': c['minimum'], 'finished': finished, 'code': env.get('code'), 'python': env.get('python'), 'platform': env.get('platform'),
-             'packages': [f'{k} {v}' for k, v in env.get('packages', {}).items() if v]}
-    keys = ('id', 'revision', 'family', 'dtype', 'attn_implementation', 'device', 'n_parameters', 'trained_on', 'notes')
-    info = results.predictions.attrs.get('models', {})
-    models = [{'what': k.replace('_', ' '), **{column(m): say(info.get(m, {}).get(k)) if k != 'notes' else ' '.join(info.get(m, {}).get(k) or [DASH]) for m in model_names(results)}} for k in keys if any(info.get(m, {}).get(k) for m in model_names(results))]
-    return join([html_table(pd.DataFrame([dict(what=k, value=f'{v:g}' if isinstance(v, float) else say(v)) for k, v in facts.items() if say(v) != DASH], dtype=object), 'Run'),
-                 html_table(pd.DataFrame(models, columns=['what', *map(column, model_names(results))], dtype=object), 'Models'),
-                 markup('<p>The same numbers again (RUN is this run’s directory, NEW another, DATA the folder of the data):</p><pre>{}</pre>', '\n'.join(commands(results)))])
+    last = log.read_text(encoding='utf-8').splitlines()[-1].split(' ')[0] if log.exists() else None
+    return {
+        'config hash': results.config_hash, 'plan hash': results.plan.attrs.get('plan_hash'),
+        'cohort hash': c.get('cohort_hash'),
+        'data': f"{about.get('manifest')}, version {about.get('version')}",
+        'access': about.get('access'), 'licence': about.get('licence'),
+        'citation': about.get('citation'),
+        'labels come from': about.get('label_source'), 'manifest hash': about.get('manifest_hash'),
+        'seed': c['seed'], 'matched on': c['match'],
+        'donors per sample': results.plan.attrs.get('donors'), 'prompt variants': c['variants'],
+        'margin': c['margin'], 'why this margin': c.get('margin_reason'),
+        'error rates hold over': c.get('family'), 'primary question': c.get('primary'),
+        'resamples of patients': c['n_boot'], 'smallest cell that is shown': c['minimum'],
+        'finished': last,
+        'code': env.get('code'), 'python': env.get('python'), 'platform': env.get('platform'),
+        'packages': [f'{k} {v}' for k, v in env.get('packages', {}).items() if v]}
+
+def _models(results):
+    "What is known of each model."
+    keys = ('id', 'revision', 'family', 'dtype', 'attn_implementation', 'device', 'n_parameters',
+            'trained_on', 'notes')
+    info, names = results.predictions.attrs.get('models', {}), model_names(results)
+    def about(m, k):
+        held = info.get(m, {}).get(k)
+        return ' '.join(held or [DASH]) if k == 'notes' else _told(held)
+    rows = [{'what': k.replace('_', ' '), **{column(m): about(m, k) for m in names}}
+            for k in keys if any(info.get(m, {}).get(k) for m in names)]
+    table = pd.DataFrame(rows, columns=['what', *map(column, names)], dtype=object)
+    return html_table(table, 'Models')

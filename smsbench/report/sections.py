@@ -21,8 +21,8 @@ from .figures import is_void, missing, pick, void_arms
 from .style import DASH, percent, rounded, span
 from .html import Html, details, figure_html, html_table, join, markup
 from .paraphrase_figures import answer_grid_figure, margin_figure, margin_moves, probe_figure, wording_figure
-from .verdict_figures import donor_figure, donor_use, region_figure, verdict_figure
-from .words import family_note, instead, margin_points, points, reading_note, sentence, wording
+from .verdict_figures import deciding_row, donor_figure, donor_use, region_figure, verdict_figure
+from .words import family_note, instead, points, reading_note, sentence, wording
 from ..sms.shifts import ARMS, attainable
 
 # %% ../../nbs/51a_report.sections.ipynb #89d0369f
@@ -42,6 +42,7 @@ def column(
 # %% ../../nbs/51a_report.sections.ipynb #0bf78e5e
 _SIGNS = dict(relies='●', ignores='○', weak='◐', unstable='≈', reversed='⇄', undecided='?')
 _LONG = dict(weak='relies less than the margin', reversed='moves the wrong way')
+_SHORT = dict(reversed='wrong way')
 _LACKS = {'void': 'no verdict', 'does not answer': 'does not answer', 'not asked': 'not asked',
           'too few': 'too few patients'}
 
@@ -49,27 +50,28 @@ def chip(
     word,            # a verdict, None where there is none
     modality:str='', # 'image', 'text' or ''
     state:str='void', # where there is none: why
+    short:bool=False, # in a table, where there is little room?
 )->Html:
     "A verdict as a label; colour only repeats what the word says."
     kind = word or ('undecided' if state in ('not asked', 'too few') else 'void')
-    said = _LONG.get(word, word) or _LACKS[state]
+    said = (_SHORT if short else _LONG).get(word, word) or _LACKS[state]
     sign = _SIGNS.get(word, '✕' if kind == 'void' else DASH)
     about = f'{modality}: ' if modality else ''
     return markup('<span class="chip {}">{} {}{}</span>', kind, sign, about, said)
 
-# %% ../../nbs/51a_report.sections.ipynb #0c971c3d
-def _chip(v, modality=''):
+# %% ../../nbs/51a_report.sections.ipynb #73623670
+def _chip(v, modality='', short=False):
     "The label of one verdict."
-    return chip(v['verdict'] if v['state'] == 'ok' else None, modality, v['state'])
+    return chip(v['verdict'] if v['state'] == 'ok' else None, modality, v['state'], short)
 
-# %% ../../nbs/51a_report.sections.ipynb #9be41a43
+# %% ../../nbs/51a_report.sections.ipynb #821c47d4
 def caveat_html(
     caveat:dict, # kind, text, command
 )->Html:
     "One caveat, with the command that checks it."
-    command = markup('<pre>{}</pre>', caveat['command']) if caveat['command'] else Html()
-    lead = 'To check it: ' if caveat['command'] else ''
-    return markup('<div class="warning">{} {}{}</div>', caveat['text'], lead, command)
+    if not caveat['command']: return markup('<div class="warning">{}</div>', caveat['text'])
+    return markup('<div class="warning">{} (RUN: this run’s directory, DATA: the folder of the data)'
+                  '<pre>{}</pre></div>', caveat['text'], caveat['command'])
 
 # %% ../../nbs/51a_report.sections.ipynb #8c6592ea
 def commonest(
@@ -119,6 +121,7 @@ def verdict_card(
 def opening(
     results,     # `Results` of a run
     record:dict, # what verdicts.json holds
+    registration:str='', # was the analysis registered before the first answer? in a few words
 )->Html:
     "What was audited in one line, how to read the numbers, then the verdicts of each model."
     about, plan = results.config['cohort'], results.plan
@@ -132,9 +135,10 @@ def opening(
               many(len(results.verdicts), 'model')]
     closed = 'Credentialed data: no picture, no text and no small count is shown.'
     title = f"{about.get('title') or about.get('manifest')}{version}"
-    return markup('<p class="lead">{}: {}. {}</p><p class="lead">{}</p>{}',
+    told = f'The analysis was {registration}.' if registration else ''
+    return markup('<p class="lead">{}: {}. {}</p><p class="lead">{} {}</p>{}',
                   title, ', '.join(counts), '' if results.open else closed,
-                  reading_note(record, wording(plan.attrs['tasks'])),
+                  reading_note(record, wording(plan.attrs['tasks'])), told,
                   join(verdict_card(results, record, m) for m in model_names(results)))
 
 # %% ../../nbs/51a_report.sections.ipynb #f4752efc
@@ -147,19 +151,18 @@ def estimate(
     if points(value) == DASH: return DASH
     return points(value) if span(low, high) == DASH else f'{points(value)} ({span(low, high)})'
 
-# %% ../../nbs/51a_report.sections.ipynb #8e0de982
-def _cells(v, is_open):
+# %% ../../nbs/51a_report.sections.ipynb #5ecc6d0f
+def _cells(v, modality, is_open):
     "What every table of verdicts shows of one."
     count = lambda n: DASH if n is None else shown(int(n), 'open' if is_open else 'credentialed')
-    ends = lambda k: estimate(*(v[f'{k}{end}'] for end in ('', '_low', '_high')))
-    return {'verdict': _chip(v),
-            'excess, points (95 % CI)': estimate(v['value'], v['ci_low'], v['ci_high']),
-            'change, points (90 % CI)': ends('moved_other'),
-            'patients': count(v['n_patients']), 'effective': count(v['n_effective'])}
+    said = deciding_row(v)['said'] if v['state'] == 'ok' else DASH
+    return {'verdict': _chip(v, modality, True), 'what decides': said,
+            'excess': estimate(v['value'], v['ci_low'], v['ci_high']),
+            'patients (effective)': f"{count(v['n_patients'])} ({count(v['n_effective'])})"}
 
-# %% ../../nbs/51a_report.sections.ipynb #156008d0
-_NUMBERS = ['excess, points (95 % CI)', 'change, points (90 % CI)', 'partially pooled',
-            'patients', 'effective']
+# %% ../../nbs/51a_report.sections.ipynb #60611128
+_NUMBERS = ['what decides', 'excess', 'partially pooled', 'patients (effective)']
+_POINTS = 'excess in points with 95 % intervals'
 
 def finding_table(
     results,     # `Results` of a run
@@ -173,7 +176,7 @@ def finding_table(
             for k in ('image', 'text'):
                 v = part[f'relies_on_{k}']
                 pooled = estimate(*(v.get(f'pooled{end}') for end in ('', '_low', '_high')))
-                row = dict(model=model, finding=finding, exchanged=k) | _cells(v, results.open)
+                row = dict(model=model, finding=finding) | _cells(v, k, results.open)
                 rows.append(row | {'partially pooled': pooled})
     table = pd.DataFrame(rows)
     if table.finding.nunique() < 2: return Html()
@@ -182,8 +185,16 @@ def finding_table(
     pooled = ('A partially pooled estimate leans on the other findings, the more so the fewer '
               'its own patients.') if 'partially pooled' in order else ''
     told = markup('<p class="note">{} {}</p>', family_note(record['family']), pooled)
-    caption = 'Verdict per finding and exchanged modality'
-    return join([html_table(table[order], caption, numbers=_NUMBERS), told])
+    caption = f'Verdict per finding, with the bound that decides; {_POINTS}'
+    return join([html_table(_once(table[order], 'model', 'finding'), caption, numbers=_NUMBERS), told])
+
+def _once(table, *columns):
+    "The table with what repeats the row above left blank."
+    out = table.copy()
+    for i, c in enumerate(columns):
+        again = (table[list(columns[:i + 1])] == table[list(columns[:i + 1])].shift()).all(axis=1)
+        out[c] = table[c].mask(again, '')
+    return out
 
 # %% ../../nbs/51a_report.sections.ipynb #cc93b565
 def verdict_figures(
@@ -197,26 +208,40 @@ def verdict_figures(
              figure_html(region_figure(record), name='regions', **how)]
     return markup('<div class="pair">{}</div>', join(drawn))
 
-# %% ../../nbs/51a_report.sections.ipynb #d61888d1
+# %% ../../nbs/51a_report.sections.ipynb #87412fd2
 def subgroup_table(
     results,     # `Results` of a run
     record:dict, # what verdicts.json holds
 )->Html:
     "Verdicts per subgroup."
-    rows, hidden = [], set()
-    for model in model_names(results):
-        for group, part in record['models'][model]['subgroups'].items():
-            for k in ('image', 'text'):
-                v = part[f'relies_on_{k}']
-                if not results.open and (v['n_patients'] or 0) < 10: hidden.add(group); continue
-                row = dict(model=model, subgroup=group, exchanged=k)
-                rows.append(row | _cells(v, results.open))
-    left = markup('<p class="note">Small subgroups left out: {}.</p>', len(hidden))
-    told = left if hidden else Html()
-    if not rows: return join([markup('<p class="absent">No verdict per subgroup.</p>'), told])
-    return join([html_table(pd.DataFrame(rows), 'Verdict per subgroup', numbers=_NUMBERS), told])
+    held = [(model, group, k, part[f'relies_on_{k}']) for model in model_names(results)
+            for group, part in record['models'][model]['subgroups'].items()
+            for k in ('image', 'text')]
+    few = {g for _, g, _, v in held if not results.open and (v['n_patients'] or 0) < 10}
+    held = [h for h in held if h[1] not in few]
+    left = markup('<p class="note">Small subgroups left out: {}.</p>', len(few)) if few else Html()
+    if not held: return join([markup('<p class="absent">No verdict per subgroup.</p>'), left])
+    rows = [dict(model=m, subgroup=g) | _cells(v, k, results.open) for m, g, k, v in held]
+    table = _once(pd.DataFrame(rows), 'model', 'subgroup')
+    caption = f'Verdict per subgroup, with the bound that decides; {_POINTS}'
+    shown_table = html_table(table, caption, numbers=_NUMBERS)
+    return join([_tally(held), left, details('Verdicts per subgroup', shown_table)])
 
-# %% ../../nbs/51a_report.sections.ipynb #df46d3b0
+def _tally(held):
+    "How many subgroups have which verdict, per model and modality."
+    counts = {}
+    for model, _, k, v in held: counts.setdefault((model, k), Counter())[_said(v)] += 1
+    lines = []
+    for (model, k), c in counts.items():
+        told = ', '.join(f'{word} in {n} of {sum(c.values())}' for word, n in c.most_common())
+        lines.append(markup('<li>{}, {}: {}</li>', model, k, told))
+    return markup('<ul>{}</ul>', join(lines))
+
+def _said(v):
+    "The word of a verdict, or why there is none."
+    return v['verdict'] if v['state'] == 'ok' else _LACKS[v['state']]
+
+# %% ../../nbs/51a_report.sections.ipynb #f0ecfd36
 def firmness_table(
     results,     # `Results` of a run
     record:dict, # what verdicts.json holds
@@ -224,13 +249,14 @@ def firmness_table(
     "Margins, donor draws and matching under which each verdict stands."
     held = [(model, k, record['models'][model][f'relies_on_{k}'])
             for model in model_names(results) for k in ('image', 'text')]
-    rows = [{'model': model, 'exchanged': k, 'verdict': _chip(v),
+    rows = [{'model': model, 'verdict': _chip(v, k, True),
              'stands for margins of': _stands(v),
              '“ignores” from a margin of': points(v['ignores_from']),
              'each draw of donors alone': _draws(v['firmness']['draws']),
              'donors matched on': _matched(v['firmness']['matched'], results.open)}
             for model, k, v in held]
-    return html_table(pd.DataFrame(rows), 'How firm each verdict is; margins in points')
+    table = _once(pd.DataFrame(rows), 'model')
+    return html_table(table, 'How firm each verdict is; margins in points')
 
 def _stands(v):
     "Margins over which a verdict stands."
@@ -250,7 +276,7 @@ def _matched(runs, is_open):
         return f"{r['verdict'] or 'no verdict'} ({count(r['n'])} samples)"
     return '; '.join(f"{', '.join(r['columns'])}: {said(r)}" for r in runs) or DASH
 
-# %% ../../nbs/51a_report.sections.ipynb #ca6f1143
+# %% ../../nbs/51a_report.sections.ipynb #fee64b13
 def label_error_table(
     results,     # `Results` of a run
     record:dict, # what verdicts.json holds
@@ -266,8 +292,8 @@ def label_error_table(
             rows.append(row | _both_ends('image', e) | _both_ends('text', t))
     if not rows: return Html()
     told = markup('<p>{}</p>', 'The labels of these data were taken from the reports. If some of '
-                  'them are wrong about the image, the excess under another image is larger than it '
-                  'looks; the excess under another text is not.')
+                  'them are wrong about the image, the excess under another image is larger than '
+                  'it looks; the excess under another text is not.')
     numbers = ['wrong labels', *(c for c in rows[0] if 'points' in c)]
     caption = 'Verdicts if a share of the labels is wrong'
     return join([told, html_table(pd.DataFrame(rows), caption, numbers=numbers)])
@@ -275,9 +301,9 @@ def label_error_table(
 def _both_ends(name, v):
     "Verdict and excess of one modality as two cells."
     said = estimate(v['value'], v['ci_low'], v['ci_high'])
-    return {name: chip(v['verdict']), f'{name}: excess, points (95 % CI)': said}
+    return {name: chip(v['verdict'], short=True), f'{name}: excess, points (95 % CI)': said}
 
-# %% ../../nbs/51a_report.sections.ipynb #dc8b9d61
+# %% ../../nbs/51a_report.sections.ipynb #9b496755
 def missing_table(
     results,     # `Results` of a run
     record:dict, # what verdicts.json holds
@@ -288,7 +314,7 @@ def missing_table(
     if not any(v['missing_share'] for _, _, v in held):
         return markup('<p>No answer is missing from the verdicts.</p>')
     stay = [f'{s}_if_missing_stay' for s in ('value', 'ci_low', 'ci_high')]
-    rows = [{'model': model, 'exchanged': k, 'missing': percent(v['missing_share'], 1),
+    rows = [{'model': model, 'swapped': k, 'missing': percent(v['missing_share'], 1),
              'excess if missing moved': estimate(v['value'], v['ci_low'], v['ci_high']),
              'excess if missing stayed': estimate(*(v[s] for s in stay))} for model, k, v in held]
     caption = 'Missing answers; excess in points (95 % CI)'
@@ -539,7 +565,8 @@ _SECTIONS = { # anchor -> what it is called
     'verdicts': 'verdicts', 'firmness': 'how firm', 'delivery': 'delivery', 'donors': 'donors',
     'accuracy': 'accuracy', 'flips': 'flips', 'plane': 'modality plane', 'calibration': 'calibration',
     'subgroups': 'subgroups', 'examples': 'examples', 'contrasts': 'contrasts',
-    'wordings': 'other words', 'probes': 'altered reports', 'answers': 'missing answers',
+    'wordings': 'other words', 'probes': 'altered reports', 'grounding': 'consistent or looking',
+    'confidence': 'doubt', 'answers': 'missing answers',
     'files': 'files', 'funnel': 'exclusions', 'method': 'method', 'provenance': 'provenance'}
 
 def contents(
@@ -548,7 +575,9 @@ def contents(
     "Links to the sections that this report has."
     plan = results.plan
     probed = any(a.probe and (plan.arm == a.name).any() for a in ARMS.values())
-    there = dict(wordings='inverted' in plan, probes=probed or 'unmatched' in set(plan.variant))
+    swapped = {'original', 'image_swap'} <= set(plan.arm)
+    there = dict(wordings='inverted' in plan, probes=probed or 'unmatched' in set(plan.variant),
+                 grounding=swapped, confidence=swapped)
     links = [markup('<a href="#{}">{}</a>', anchor, name)
              for anchor, name in _SECTIONS.items() if there.get(anchor, True)]
     return markup('<nav class="contents" aria-label="Contents">Contents: {}</nav>',

@@ -6,18 +6,20 @@
 __all__ = ['deciding_row', 'verdict_rows', 'root_scale', 'draw_deciding', 'verdict_figure', 'regions', 'draw_regions',
            'movement_rows', 'region_figure', 'lent', 'donor_use', 'donor_figure']
 
-# %% ../../nbs/50ca_report.verdict_figures.ipynb #255f6a7d
+# %% ../../nbs/50ca_report.verdict_figures.ipynb #ad4d90cc
+import textwrap
+
 import numpy as np, pandas as pd
 
 from ..core import InputError
 from .figures import legend
-from .style import COLOURS, canvas, literal, looks, rounded, span, styled
+from .style import canvas, literal, looks, rounded, span, styled
 from .words import by_interval, limit, margin_points, points
 from ..sms.shifts import ARMS
 from ..stats import effective_number
 
-# %% ../../nbs/50ca_report.verdict_figures.ipynb #a02c0120
-_SAID = dict(excess='excess', moved_other='change', moved_same='change, same')
+# %% ../../nbs/50ca_report.verdict_figures.ipynb #42d9278d
+_SAID = dict(excess='excess', moved_other='change', moved_same='same')
 _NONE = {'void': 'no verdict: void', 'does not answer': 'does not answer', 'not asked': 'not asked',
          'too few': 'too few patients'}
 
@@ -67,7 +69,7 @@ def root_scale(
     getattr(ax, f'set_{axis}ticks')(ticks, names)
     getattr(ax, f'set_{axis}ticks')([], minor=True)
 
-# %% ../../nbs/50ca_report.verdict_figures.ipynb #3f199e17
+# %% ../../nbs/50ca_report.verdict_figures.ipynb #45e4c86d
 def draw_deciding(
     ax,                # axes, on the scale of `root_scale`
     rows:pd.DataFrame, # of `verdict_rows`, one modality
@@ -81,7 +83,7 @@ def draw_deciding(
     for r in rows.itertuples():
         y = place[r.row] + step * (names.index(r.model) - (len(names) - 1) / 2)
         c, aside = styles[r.model]['color'], ax.get_yaxis_transform()
-        ax.text(1.02, y, r.said, transform=aside, va='center', fontsize=7.5, color=c)
+        ax.text(1.02, y, r.said, transform=aside, va='center', fontsize=8, color=c)
         if not r.what: continue
         ax.plot([r.low, r.high], [y, y], color=c, lw=1.4, solid_capstyle='butt')
         ends = [x for x in (r.low, r.high) if x != r.value]
@@ -90,10 +92,10 @@ def draw_deciding(
         face, edge = ('white', c) if hollow else (c, 'white')
         ax.plot(r.value, y, ls='', ms=5.5, mfc=face, mec=edge, mew=.9, **styles[r.model])
     ax.set(yticks=range(len(order)), ylim=(len(order) - .5, -.5))
-    ax.set_yticklabels([literal(o, 18) for o in order])
+    ax.set_yticklabels([textwrap.fill(literal(o), 18) for o in order])
     ax.tick_params(axis='y', length=0)
 
-# %% ../../nbs/50ca_report.verdict_figures.ipynb #75a7d00f
+# %% ../../nbs/50ca_report.verdict_figures.ipynb #ec848d22
 @styled
 def verdict_figure(
     record:dict, # what verdicts.json holds
@@ -104,14 +106,14 @@ def verdict_figure(
     styles = looks(sorted(record['models']))
     order = sorted(set(rows.row), key=lambda r: (r != 'all', r))
     panel = .42 + len(order) * max(.27, .17 * len(styles))
-    fig, axes = canvas(4.7, .8 + 2 * panel, 2, 1, sharex=True)
+    fig, axes = canvas(4.4, .8 + 2 * panel, 2, 1, sharex=True)
     low = min(-1.5 * margin, rows.low.min() - .02)
     for ax, modality in zip(axes[:, 0], ('image', 'text')):
         root_scale(ax, margin, low=low)
         ax.axvspan(-margin, margin, color='#dfe7ec', lw=0, zorder=.5)
         ax.axvline(0, color='#777777', lw=.8)
         draw_deciding(ax, rows[rows.modality == modality], order, styles)
-        ax.set(title=f'{modality} exchanged')
+        ax.set(title=f'{modality} swapped')
     axes[1, 0].set(xlabel='points, square-root scale (band: the margin)\n'
                           'filled: excess, hollow: whole change')
     legend(fig, styles, 52)
@@ -124,7 +126,7 @@ def _told(rows, margin):
     parts = [f'The number that decides each verdict, in points; the margin is {d}.']
     for (modality, model), g in rows.groupby(['modality', 'model'], sort=True):
         each = [f"{r.row} {r.verdict or 'no verdict'} ({r.said})" for r in g.itertuples()]
-        parts.append(f"{modality} exchanged, {model}: {', '.join(each)}.")
+        parts.append(f"{modality} swapped, {model}: {', '.join(each)}.")
     return ' '.join(parts)
 
 # %% ../../nbs/50ca_report.verdict_figures.ipynb #b5f86e4e
@@ -180,7 +182,7 @@ def movement_rows(
             for m, k, v in found if v['state'] == 'ok']
     return pd.DataFrame(rows, columns=['model', 'modality', 'verdict', *keys])
 
-# %% ../../nbs/50ca_report.verdict_figures.ipynb #fda2171c
+# %% ../../nbs/50ca_report.verdict_figures.ipynb #3b7c29b4
 @styled
 def region_figure(
     record:dict, # what verdicts.json holds
@@ -189,7 +191,7 @@ def region_figure(
     rows, margin = movement_rows(record['models']), record['margin']
     if rows.empty: return None
     styles = looks(sorted(record['models']))
-    fig, ax = canvas(4.7, 5.1)
+    fig, ax = canvas(4.4, 5.1)
     ax = ax[0, 0]
     for axis in 'xy': root_scale(ax, margin, axis)
     draw_regions(ax, margin)
@@ -201,7 +203,7 @@ def region_figure(
                 mec=c if hollow else 'white', mew=1.2, clip_on=False, zorder=4, **styles[r.model])
     ax.set(aspect='equal', xlabel='change under another finding, points',
            ylabel='change under the same finding, points')
-    ax.set_title('filled: image exchanged, hollow: text exchanged', fontsize=8)
+    ax.set_title('filled: image swapped, hollow: text swapped', fontsize=8)
     legend(fig, {m: styles[m] for m in styles if m in set(rows.model)}, 52)
     fig.alt = _placed(rows, margin)
     return fig
@@ -262,7 +264,7 @@ def _uses(loans):
     return dict(samples=loans.sample_id.nunique(), donors=len(use),
                 effective=effective_number(use.to_numpy()), most_used=float(use.max() / use.sum()))
 
-# %% ../../nbs/50ca_report.verdict_figures.ipynb #2aa7d72a
+# %% ../../nbs/50ca_report.verdict_figures.ipynb #67a24d3a
 @styled
 def donor_figure(
     use:pd.DataFrame, # of `donor_use`
@@ -275,7 +277,7 @@ def donor_figure(
     lines = (use.finding + ': ' + use.donor_class).drop_duplicates().tolist()
     arms = list(dict.fromkeys(use.arm))
     styles, step = looks(arms), .8 / len(arms)
-    fig, ax = canvas(4.7, 1. + len(lines) * max(.3, .13 * len(arms)))
+    fig, ax = canvas(4.4, 1. + len(lines) * max(.3, .13 * len(arms)))
     ax = ax[0, 0]
     for r in shown.itertuples():
         c, shift = styles[r.arm]['color'], step * (arms.index(r.arm) - (len(arms) - 1) / 2)
@@ -285,7 +287,7 @@ def donor_figure(
         ax.plot(r.effective, y, ls='', ms=5, mec='white', mew=.7, **styles[r.arm])
     ax.set(xscale='log', xlabel='donor patients (mark: effective, bar: all)',
            yticks=range(len(lines)), ylim=(len(lines) - .5, -.5))
-    ax.set_yticklabels([literal(l, 22) for l in lines])
+    ax.set_yticklabels([textwrap.fill(literal(l, 60), 20) for l in lines])
     ax.set_xlim(shown.effective.min() / 1.4, shown.donors.max() * 1.4)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(lambda v, _: f'{v:g}')

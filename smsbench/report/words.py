@@ -237,7 +237,7 @@ def sentence(
             f'{decided(v, words)} ({sure}; {people(v, is_open)}).')
     return f'{said} {needed(v)}' if word == 'undecided' else said
 
-# %% ../../nbs/50c_report.words.ipynb #1798a49e
+# %% ../../nbs/50c_report.words.ipynb #970c6e17
 def no_verdict(
     subject:str,      # the model, or 'It'
     modality:str,     # 'image' or 'text'
@@ -249,12 +249,12 @@ def no_verdict(
     why = {
         'void': 'the change did not reach the model',
         'does not answer': 'the model does not answer the question',
-        'not asked': f'it was not exchanged in this run; ask for it with --arms {modality}_swap',
+        'not asked': f'it was not swapped in this run; ask for it with --arms {modality}_swap',
         'too few': f'only {few} patients could be compared; more patients are needed',
     }
     return f"{subject}: no verdict on the {modality}, because {why[v['state']]}."
 
-# %% ../../nbs/50c_report.words.ipynb #29557f80
+# %% ../../nbs/50c_report.words.ipynb #6178c1aa
 def instead(
     model:str,   # model name
     record:dict, # the model, as verdicts.json holds it
@@ -266,23 +266,22 @@ def instead(
         check = a['check'][:1].upper() + a['check'][1:].rstrip('.')
         return f'{model} does not answer the question, so it has no verdict: {why}. {check}.'
     if not record['void_arms']: return ''
-    return (f"{model} has no verdict: what was changed did not reach it under "
-            f"{', '.join(record['void_arms'])}. Check that its prompt holds image and text and "
-            'that both are passed on; see the table of delivery.')
+    return (f'{model} has no verdict, because what was changed did not reach it. Check that its '
+            'prompt holds image and text and that both are passed on; the table of delivery says '
+            'which arms failed, and how.')
 
-# %% ../../nbs/50c_report.words.ipynb #3824fa09
+# %% ../../nbs/50c_report.words.ipynb #242e9652
 def reading_note(
     record:dict, # what verdicts.json holds
     words:dict,  # from `wording`
 )->str:
     "What points, margin and donor mean, in two sentences."
-    reason = str(record['margin_reason'] or '').strip().rstrip('.')
-    why = f'Why this margin: {reason}.' if reason else 'No reason for this margin was given.'
+    reason = str(record['margin_reason'] or '').strip().rstrip('.') or 'no reason was given'
     d = margin_points(record['margin'])
-    return (f"How to read it: the {words['image']} or the {words['text']} was exchanged for one of "
+    return (f"How to read it: the {words['image']} or the {words['text']} was swapped for one of "
             'another patient, the donor. 0 points: no answer changed; 100 points: every answer '
             f'flipped. Less than {d} points, the margin, counts as no change that matters; it was '
-            f'chosen before the run. {why}')
+            f'chosen before the run ({reason}).')
 
 # %% ../../nbs/50c_report.words.ipynb #985d3a9c
 _WHOSE = dict(run='of all models of this run', model='of each model')

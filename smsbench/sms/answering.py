@@ -20,12 +20,12 @@ CHECK = 'check the prompt, the chat template, and the spellings of the choices t
 
 def answering(
     cells:Cells,     # one model's answers
-    relies:bool=False, # does it rely on image or text? Then it answers
+    relies:bool=False, # is it shown to rely on image or text? Then it does not give one answer to all
 )->dict:             # state ('answers' or 'does not answer'), reasons, check
     "Whether a model answers the question, and why not."
     if 'original' not in cells.arms: return dict(state='answers', reasons=[], check='')
-    reasons = [r for r in (_unread(cells), _little_mass(cells), _one_answer(cells)) if r]
-    if not reasons and not relies: reasons = [r for r in [_no_better(cells)] if r]
+    reasons = [r for r in (_unread(cells), _little_mass(cells)) if r]
+    if not relies: reasons += [r for r in (_one_answer(cells) or _no_better(cells),) if r]
     return dict(state='does not answer' if reasons else 'answers', reasons=reasons, check=CHECK if reasons else '')
 
 def _unread(cells):

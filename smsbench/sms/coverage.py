@@ -41,7 +41,7 @@ class Entry(Card):
     shows: tuple[str, ...] = ()          # intervals that a table prints: METRIC or 'METRIC ARM'
     audits: int = Field(400, ge=2)       # studies to simulate
     small: bool = False                  # part of the small suite?
-    least_patients: int | None = None    # patients from which coverage is judged, if not the limit's
+    least_patients: int | None = None    # patients from which coverage is judged; None: the limit's
     setting: Setting                     # the study
 
     @property
@@ -64,7 +64,8 @@ def _crossed(each):
     for names, values in each.items():
         keys = [n.strip() for n in names.split(',')]
         lists.append([dict(zip(keys, v if len(keys) > 1 else [v])) for v in values])
-    return [{k: v for part in parts for k, v in part.items()} for parts in itertools.product(*lists)]
+    joined = lambda parts: {k: v for part in parts for k, v in part.items()}
+    return [joined(parts) for parts in itertools.product(*lists)]
 
 def _with(given, changes):
     "Settings with some changed; 'model.noise' is a key within `model`."
@@ -95,7 +96,8 @@ def make_entries(
         try: out.append(Entry(name=full, setting=make_setting(_with(line, changes)), **own))
         except ValidationError as e:
             fault = e.errors(include_url=False)[0]
-            raise InputError(f"{full}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+            where = '.'.join(map(str, fault['loc']))
+            raise InputError(f"{full}: {where}: {fault['msg']}") from None
         except InputError as e: raise InputError(f'{full}: {e}') from None
     return out
 
@@ -128,7 +130,8 @@ def read_grid(
     path = Path(path) if path is not None else grid_file()
     given = _read_yaml(path)
     try:
-        entries = [e for l in given['settings'] for e in make_entries(l, given.get('defaults') or {})]
+        usual = given.get('defaults') or {}
+        entries = [e for line in given['settings'] for e in make_entries(line, usual)]
         limits = Limits(**(given.get('limits') or {}))
     except (ValidationError, TypeError, AttributeError) as e:
         raise InputError(f"{path}: {' '.join(str(e).split())[:200]}") from None
@@ -219,15 +222,16 @@ def counted(
     "A rate with its Monte Carlo error."
     if not n: return dict(rate=float('nan'), error=float('nan'), low=0., high=1., n=0, count=0)
     p, (low, high) = count / n, exact_bounds(count / n, n)
-    return dict(rate=p, error=float(np.sqrt(p * (1 - p) / n)), low=low, high=high, n=int(n), count=int(count))
+    error = float(np.sqrt(p * (1 - p) / n))
+    return dict(rate=p, error=error, low=low, high=high, n=int(n), count=int(count))
 
 # %% ../../nbs/37a_sms.coverage.ipynb #6a53eafb
 def coverage_rows(
     rows:pd.DataFrame, # rows of all audits of a setting, see `FIELDS`
     true:dict,         # (metric, arm) -> true value
     patients:int=30,   # patients from which coverage is judged
-)->list[dict]:         # per interval: coverage, misses on either side, mean ends and width
-    "How often each interval covers its true value."
+)->list[dict]:         # per interval: coverage, misses on either side, mean ends, width, ideal
+    "How often each interval covers its true value, and how wide it is."
     out, near = [], 1e-9
     whole = rows[['value', 'low', 'high']].notna().all(axis=1) & rows.kind.isin(['metric', 'part'])
     for key, g in rows[whole].groupby(['name', 'arm'], sort=False):
@@ -238,6 +242,7 @@ def coverage_rows(
         mean = {f'mean_{k}': float(g[k].mean()) for k in ('value', 'low', 'high', 'patients')}
         out.append(dict(metric=key[0], arm=key[1], true=float(t), **mean,
                         width=mean['mean_high'] - mean['mean_low'], below=below, above=above,
+                        ideal=float(2 * 1.96 * g.value.std()),
                         **counted(len(g) - below - above, len(g))))
     return out
 
@@ -269,17 +274,18 @@ def verdict_rows(
         e, o, s = (true.get((f'{k}_{modality}', '')) for k in PARTS)
         if e is None: continue
         right, counts = regions(e, o, s, margin), g.verdict.value_counts()
-        false = {k: counted(counts.get(k, 0), len(g)) for k, is_true in right.items() if not is_true}
+        wrong = [k for k, is_true in right.items() if not is_true]
+        false = {k: counted(counts.get(k, 0), len(g)) for k in wrong}
         out.append(dict(modality=modality, excess=e, moved=o, moved_same=s, margin=margin,
                         true=[k for k, v in right.items() if v], n=len(g),
                         shares={k: float(c / len(g)) for k, c in counts.items()},
-                        false=false, any_finding=_any_finding(rows, modality, right)))
+                        false=false, any_finding=_any_finding(rows, modality, wrong)))
     return out
 
-def _any_finding(rows, modality, right):
+def _any_finding(rows, modality, wrong):
     "How often any finding of an audit has a false verdict, where several share one truth."
     g = rows[(rows.kind == 'finding') & (rows.name == modality)]
-    hits = {k: g.verdict.eq(k).groupby(g.seed).any() for k, is_true in right.items() if not is_true}
+    hits = {k: g.verdict.eq(k).groupby(g.seed).any() for k in wrong}
     return {k: counted(int(h.sum()), len(h)) for k, h in hits.items() if len(h)}
 
 # %% ../../nbs/37a_sms.coverage.ipynb #eeae2777
@@ -311,14 +317,16 @@ def all_rates(
     out = []
     for name, s in settings.items():
         def put(what, r, limit, least=False, name=name):
-            out.append(dict(setting=name, what=what, count=r['count'], n=r['n'], limit=limit, least=least))
+            out.append(dict(setting=name, what=what, count=r['count'], n=r['n'], limit=limit,
+                            least=least))
         for r in s['coverage']:
             put(f"coverage of {r['metric']} {r['arm']}".strip(), r, limits.coverage, True)
         for v in s['verdicts']:
             for k in [k for k in ('relies', 'ignores') if k in v['false']]:
-                put(f"false '{k}' ({v['modality']})", v['false'][k], getattr(limits, k))
-                if k in v['any_finding']:
-                    put(f"any finding falsely '{k}' ({v['modality']})", v['any_finding'][k], getattr(limits, k))
+                limit, about = getattr(limits, k), f"'{k}' ({v['modality']})"
+                put(f'false {about}', v['false'][k], limit)
+                if k not in v['any_finding']: continue
+                put(f'any finding falsely {about}', v['any_finding'][k], limit)
     return out
 
 # %% ../../nbs/37a_sms.coverage.ipynb #717caa3e
@@ -328,8 +336,9 @@ def pooled_errors(
 )->dict:           # rate with its error, settings, worst setting, share undecided
     "False verdicts over all settings whose truth lies on the margin."
     at = dict(relies='excess', ignores='moved')[verdict]
-    null = [v for s in settings.values() for v in s['verdicts'] if abs(v[at] - v['margin']) <= TOLERANCE]
-    if not null: return dict(**counted(0, 0), settings=0, worst=float('nan'), undecided=float('nan'))
+    given = [v for s in settings.values() for v in s['verdicts']]
+    null = [v for v in given if abs(v[at] - v['margin']) <= TOLERANCE]
+    if not null: return dict(**counted(0, 0), settings=0, worst=np.nan, undecided=np.nan)
     n = sum(v['n'] for v in null)
     return dict(**counted(sum(v['false'][verdict]['count'] for v in null), n), settings=len(null),
                 worst=max(v['false'][verdict]['rate'] for v in null),
@@ -339,7 +348,7 @@ def pooled_errors(
 def judge_all(
     settings:dict,      # name -> what `summarise` made
     limits:Limits|None=None, # accepted rates; None takes the usual ones
-)->dict:                # audits, counts of outcomes, lowest coverage, pooled errors, rates beyond their limit
+)->dict:                # audits, outcomes, lowest coverage, pooled errors, rates beyond a limit
     "The suite in a few numbers."
     rates = all_rates(settings, limits or Limits())
     for r in rates:
@@ -437,32 +446,35 @@ def run_grid(
 def coverage_table(
     found:dict,          # what `run_grid` returned or wrote
     every:bool=False,    # all intervals, not only those that an entry shows?
-)->pd.DataFrame:         # setting, interval, true, coverage, error, mean low and high, patients, studies
+)->pd.DataFrame:         # setting, interval, true, coverage, error, ends, width, ideal, studies
     "Coverage of the intervals."
     rows = []
     for name, s in found['settings'].items():
-        least = min(s['coverage'], key=lambda r: r['rate'], default=None) if 'intervals' in s['asks'] else None
+        wanted = s['coverage'] if 'intervals' in s['asks'] else []
+        least = min(wanted, key=lambda r: r['rate'], default=None)
         for r in s['coverage']:
             title = f"{r['metric']} {r['arm']}".strip()
             if not (every or r is least or {title, r['metric']} & set(s['shows'])): continue
             rows.append(dict(setting=name, interval=title, true=r['true'], coverage=r['rate'],
                              error=r['error'], low=r['mean_low'], high=r['mean_high'],
-                             patients=r['mean_patients'], studies=r['n']))
+                             width=r['width'], ideal=r['ideal'], studies=r['n']))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/37a_sms.coverage.ipynb #c2af2f27
 def verdict_table(
     found:dict,      # what `run_grid` returned or wrote
-)->pd.DataFrame:     # setting, modality, true excess and movement, shares of verdicts and of false ones
+)->pd.DataFrame:     # setting, modality, truth, shares of the verdicts and of the false ones
     "Shares of the verdicts."
     rows = []
     for name, s in found['settings'].items():
         for v in s['verdicts']:
-            false = {f'false {k}': v['false'].get(k, {}).get('rate', float('nan')) for k in ('relies', 'ignores')}
+            rate = lambda k, v=v: v['false'].get(k, {}).get('rate', np.nan)
+            false = {f'false {k}': rate(k) for k in ('relies', 'ignores')}
             shares = {k: v['shares'].get(k, 0.) for k in ('relies', 'ignores', 'undecided')}
-            error = max((r['error'] for r in v['false'].values()), default=float('nan'))
-            rows.append(dict(setting=name, modality=v['modality'], excess=v['excess'], moved=v['moved'],
-                             **shares, **false, error=error, studies=v['n']))
+            error = max((r['error'] for r in v['false'].values()), default=np.nan)
+            truth_of = {k: v[k] for k in ('modality', 'excess', 'moved')}
+            rows.append(dict(setting=name, **truth_of, **shares, **false, error=error,
+                             studies=v['n']))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/37a_sms.coverage.ipynb #1c1ae94f
@@ -473,11 +485,13 @@ def grid_lines(
     "What a person reads about a suite."
     s, lines = found['summary'], []
     for table in (coverage_table(found, every), verdict_table(found)):
-        text = table.to_string(index=False, float_format='{:.3f}'.format, na_rep='-', justify='left')
+        how = dict(index=False, na_rep='-', justify='left')
+        text = table.to_string(float_format='{:.3f}'.format, **how)
         lines += [text, ''] if len(table) else []
     for k, p in s['at_the_margin'].items():
         if p['settings']:
-            lines.append(f"at the margin ({p['settings']} settings, {p['n']} verdicts): false '{k}' "
+            lines.append(f"at the margin ({p['settings']} settings, {p['n']} verdicts): "
+                         f"false '{k}' "
                          f"{p['rate']:.4f} ± {p['error']:.4f}, worst setting {p['worst']:.3f}, "
                          f"undecided {p['undecided']:.2f}")
     lines += [f"{r['outcome']}: {r['setting']}, {r['what']} {r['rate']:.3f} in {r['n']} studies "

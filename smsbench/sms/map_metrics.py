@@ -226,9 +226,10 @@ def attention_metrics(
 )->pd.DataFrame:                    # metrics table
     "Answers and maps in one metrics table; counts below ten are hidden where data are credentialed."
     rows = map_rows(full, **boot) + between_rows(full, pairs, **boot) + agreement_rows(plan, predictions, **boot) + change_rows(changes, **boot)
-    table = pd.DataFrame(rows)[list(measured.columns)]
+    table = pd.DataFrame(rows).reindex(columns=list(measured.columns))
+    table = table.fillna(dict(n_donors=0, n_effective=table.n_clusters)).astype(dict(n_donors=int))
     if plan.attrs.get('access') == 'credentialed':
         few = table.n_clusters < boot.get('minimum', 10)
-        table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan; table.loc[few, ['n', 'n_clusters']] = 0; table.loc[few, 'note'] = f"suppressed: fewer than {boot.get('minimum', 10)} patients"
+        table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan; table.loc[few, ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0; table.loc[few, 'note'] = f"suppressed: fewer than {boot.get('minimum', 10)} patients"
     out = pd.concat([measured, table], ignore_index=True); out.attrs = measured.attrs
     return validate(out, 'metrics')

@@ -247,7 +247,7 @@ def pair_terms(
     known = base * ~np.isnan(apart)
     terms = [Term('nfr', arm, base * (was & ~now), base), Term('positive_flips', arm, base * (~was & now), base),
              Term('flips', arm, base * flipped(cells, arm, a.versus), base),
-             Term('movement', arm, base * movement(cells, arm, a.versus), base, share=True),
+             Term('movement', arm, base * movement(cells, arm, a.versus), base),
              Term('total_variation', arm, known * np.nan_to_num(apart), known)]
     terms += _if_missing_stay(cells, arm) + [_accuracy_change(cells, arm)]
     if a.control in cells.arms: terms += [excess(cells, arm, 'excess_flips'), excess(cells, arm, 'excess_movement')]
@@ -261,7 +261,7 @@ def _if_missing_stay(cells, arm):
     if not (base * ~came).any(): return []
     flips, moves = flipped(cells, arm, versus), movement(cells, arm, versus)
     return [Term('flips_if_missing_stay', arm, base * came * flips, base),
-            Term('movement_if_missing_stay', arm, base * came * moves, base, share=True)]
+            Term('movement_if_missing_stay', arm, base * came * moves, base)]
 
 def _accuracy_change(cells, arm):
     "Accuracy less that of the arm compared with, on the same samples; an answer that cannot be read is not right."
@@ -325,7 +325,7 @@ def excess(
         both = np.bincount(cells.sample, weight(other))[cells.sample] > 0
         base = weight(one) * cells(a.versus, 'parsed') * both
         moved = measure_of(cells, one, a.versus) * (cells(one, 'parsed') if stay else 1)
-        return Term(metric, one, base * moved, base, share=True)
+        return Term(metric, one, base * moved, base)
     made = part(arm, a.control)
     made.minus = part(a.control, arm)
     return made

@@ -24,10 +24,10 @@ class Question(Card):
     "A verdict to plan for, and the study that shall reach it."
     verdict: Literal['relies', 'ignores'] = 'relies'  # what shall be concluded
     modality: Literal['image', 'text'] = 'image'      # about what
-    effect: float = Field(.2, ge=0, le=1)             # true excess (relies) or movement (ignores), 0..1
+    effect: float = Field(.2, ge=0, le=1)             # true excess (relies) or movement (ignores)
     margin: float = Field(.05, gt=0, lt=1)            # smallest movement that matters
     prevalence: float = Field(.5, gt=0, lt=1)         # share of the rarer answer
-    films: int | tuple[int, int] = 1                  # images per patient: a number, or fewest and most
+    films: int | tuple[int, int] = 1                  # images per patient, or fewest and most
     icc: float = Field(0., ge=0, lt=1)                # correlation within a patient, latent
     findings: int = Field(1, ge=1, le=100)            # questions per image
     donors: int | Literal['auto'] = 'auto'            # donors per sample
@@ -52,14 +52,16 @@ def planned_setting(
     if q.verdict == 'relies' and q.effect <= q.margin:
         raise InputError(f"effect {q.effect}: 'relies' is true only above the margin of {q.margin}")
     if q.verdict == 'ignores' and q.effect >= q.margin:
-        raise InputError(f"effect {q.effect}: 'ignores' is true only below the margin of {q.margin}")
+        why = f"'ignores' is true only below the margin of {q.margin}"
+        raise InputError(f'effect {q.effect}: {why}')
     share = 'visible' if image else 'stated'
     weights = dict(image_weight=2 if image else 1, text_weight=1 if image else 2)
     quantity = f"{'excess' if q.verdict == 'relies' else 'moved'}_{q.modality}"
     goal = dict(unknown=share, quantity=quantity, value=q.effect)
-    given = dict(films=q.films, icc=q.icc, findings=q.findings, correlation=.3 if q.findings > 1 else 0,
-                 prevalence=q.prevalence, margin=q.margin, donors=q.donors, model=weights,
-                 arms=[f'{q.modality}_swap'])
+    given = dict(films=q.films, icc=q.icc, findings=q.findings,
+                 correlation=.3 if q.findings > 1 else 0, prevalence=q.prevalence,
+                 margin=q.margin, donors=q.donors, model=weights,
+                 arms=['image_swap', 'text_swap'])
     aim = {share: 0.} if q.effect == 0 else dict(solve=goal)
     return solve(make_setting({**given, **aim}), n)
 
@@ -77,7 +79,8 @@ def probability(
     verdicts, per_finding, batch = [], [], max(10, 5 * workers)
     while len(verdicts) < studies:
         seeds = np.arange(len(verdicts), min(len(verdicts) + batch, studies))
-        jobs = [delayed(run_chunk)(setting, s, ('verdicts',)) for s in np.array_split(seeds, workers) if len(s)]
+        parts = [s for s in np.array_split(seeds, workers) if len(s)]
+        jobs = [delayed(run_chunk)(setting, s, ('verdicts',)) for s in parts]
         rows = [r for got, _ in parallel(workers, jobs) for r in got]
         mine = [(kind, word) for _, kind, name, *_, word in rows if name == question.modality]
         verdicts += [w == question.verdict for kind, w in mine if kind == 'verdict']
@@ -85,7 +88,8 @@ def probability(
         if bar is not None: bar.update(len(seeds))
         found = counted(sum(verdicts), len(verdicts))
         if not found['low'] <= wanted <= found['high']: break
-    return dict(patients=setting.patients, **found, per_finding=float(np.mean(per_finding)) if per_finding else None)
+    share = float(np.mean(per_finding)) if per_finding else None
+    return dict(patients=setting.patients, **found, per_finding=share)
 
 # %% ../../nbs/37b_sms.power.ipynb #689aeec7
 def patients_needed(
@@ -118,7 +122,7 @@ def _probit_covariance(x, n, start, slope):
     return np.linalg.pinv(design.T @ (weight[:, None] * design))
 
 # %% ../../nbs/37b_sms.power.ipynb #20a203c7
-SIZES = (20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960, 1280, 1920, 2560) # patients tried first
+SIZES = (20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960, 1280, 1920) # patients tried first
 
 class _Search:
     "Sizes that were tried for a question."
@@ -141,7 +145,7 @@ class _Search:
         return (sizes[low] if low >= 0 else None), (sizes[high] if high < len(sizes) else None)
 
     def clear(self, patients):
-        "Does the Monte Carlo error leave no doubt on which side of the wanted probability a size lies?"
+        "Is it beyond Monte Carlo error on which side of the wanted probability a size lies?"
         p = self.tried[patients]
         return not p['low'] <= self.wanted <= p['high']
 
@@ -160,17 +164,19 @@ def plan_verdict(
     most:int=1920,     # largest number of patients tried
     workers:int=1,     # processes
     bar=None,          # progress bar to move
-)->dict:               # question, patients (None where `most` are too few) with low and high, points
+)->dict:               # question, patients (None where `most` are too few), low, high, points
     "The number of patients with which a verdict is reached with the wanted probability."
     search = _Search(question, wanted, studies=studies, workers=workers, bar=bar)
     low, high = search.bracket([s for s in SIZES if s < most] + [most])
     if low and high: low, high = search.narrow(low, high)
     points = [search.tried[n] for n in sorted(search.tried)]
-    out = dict(question=question.model_dump(), wanted=wanted, points=points, patients=high, low=None, high=None)
-    if not (low and high): return out                       # beyond the largest, or the smallest is enough
+    out = dict(question=question.model_dump(), wanted=wanted, points=points, patients=high)
+    if not (low and high):                # even the largest is too small, or the smallest is enough
+        return {**out, 'low': None, 'high': None}
     n, *error = patients_needed(points, wanted)
     n = int(np.ceil(min(max(n, low + 1), high)))
-    return {**out, 'patients': n, 'low': min(n, int(error[0])), 'high': max(n, int(np.ceil(error[1])))}
+    ends = min(n, int(error[0])), max(n, int(np.ceil(error[1])))
+    return {**out, 'patients': n, 'low': ends[0], 'high': ends[1]}
 
 # %% ../../nbs/37b_sms.power.ipynb #d62b4107
 def plan_table(
@@ -183,7 +189,8 @@ def plan_table(
         films = q['films'] if isinstance(q['films'], int) else '-'.join(map(str, q['films']))
         largest = max(x['patients'] for x in p['points'])
         number = f'> {largest}' if p['patients'] is None else str(p['patients'])
-        error = f"{p['low']} to {p['high']}" if p['low'] else '' if p['patients'] is None else 'at most'
+        at_end = '' if p['patients'] is None else 'at most'
+        error = f"{p['low']} to {p['high']}" if p['low'] else at_end
         shown = {k: q[k] for k in ('verdict', 'modality', 'effect', 'margin', 'prevalence')}
         rows.append({**shown, 'films': films, **{k: q[k] for k in ('icc', 'findings', 'donors')},
                      'patients': number, 'Monte Carlo 95 %': error})

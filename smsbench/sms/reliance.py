@@ -138,7 +138,7 @@ def decide(
     donors = {a: np.asarray(d, object)[keep].astype(str).astype(object) for a, d in lends.items() if d is not None}
     dyads = Dyads(np.asarray(patients)[keep], donors)
     one = np.ones(keep.sum())
-    means = [ratio_of(dyads, x[keep], one, a, share=True) for a, x in (('other', other), ('same', same))]
+    means = [ratio_of(dyads, x[keep], one, a) for a, x in (('other', other), ('same', same))]
     return record(*means, correlation(dyads, *means), margin, strict)
 
 # %% ../../nbs/33ba_sms.reliance.ipynb #5e373f50

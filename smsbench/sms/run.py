@@ -22,6 +22,7 @@ from .audit import Source, prove_delivery, read_predictions
 from .caveats import gather_caveats
 from .consistency import measure_wordings
 from .exchange import import_predictions
+from .grounding import measure_grounding
 from .metrics import measure
 from .paraphrases import read_wordings
 from .registration import check_registration, keep_registration, mark_first_answer, read_registration
@@ -68,16 +69,21 @@ def conclude(
     plan, predictions = read_table(run/'plan.parquet', 'plan'), read_predictions(run)
     delivery = prove_delivery(plan, predictions)
     write_json(delivery, run/'delivery.json')
-    metrics = measure(plan, predictions, settings.n_boot, seed=settings.seed, minimum=settings.minimum)
-    wordings = measure_wordings(plan, predictions, settings.n_boot, seed=settings.seed, minimum=settings.minimum)
-    about, metrics = metrics.attrs, pd.concat([metrics, wordings], ignore_index=True) if len(wordings) else metrics
-    metrics.attrs = about
+    metrics = _all_metrics(plan, predictions, settings)
     write_table(mark_void(metrics, delivery), run/'metrics.parquet', 'metrics')
     verdicts = give_verdicts(plan, predictions, delivery, settings.margin, family=settings.family, margin_reason=settings.margin_reason)
     add_caveats(run, verdicts, delivery, plan, predictions)
     write_json(verdicts, run/'verdicts.json')
     for line in void_lines(delivery): run.log(line)
     return verdicts
+
+def _all_metrics(plan, predictions, settings):
+    "What is measured of arms, of rewordings, and of confidence and grounding, in one table."
+    how = dict(n_boot=settings.n_boot, seed=settings.seed, minimum=settings.minimum)
+    tables = [f(plan, predictions, **how) for f in (measure, measure_wordings, measure_grounding)]
+    out = pd.concat([t for t in tables if len(t)], ignore_index=True)
+    out.attrs = tables[0].attrs
+    return out
 
 # %% ../../nbs/35_sms.run.ipynb #52a0d281
 def add_caveats(
@@ -90,10 +96,11 @@ def add_caveats(
     "Put the caveats beside the verdicts."
     asked = read_json(run/'config.json') if (run/'config.json').exists() else {}
     files = read_audit(run/'files') if (run/'files'/'findings.parquet').exists() else None
+    columns = list(read_table(run/'cohort.parquet').columns) if (run/'cohort.parquet').exists() else []
     about, known = asked.get('config', {}).get('cohort', {}), predictions.attrs.get('models', {})
     for model, verdict in verdicts['models'].items():
         verdict['caveats'] = gather_caveats(model, verdict, delivery.get(model, {}), files, known.get(model, {}),
-                                            about, dict(asked, plan=plan.attrs))
+                                            about, dict(asked, plan=plan.attrs, columns=columns))
 
 # %% ../../nbs/35_sms.run.ipynb #b70dd473
 def void_lines(

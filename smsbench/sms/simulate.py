@@ -32,7 +32,7 @@ class SimulatedModel(Card):
 class Solve(Card):
     "A setting to be found, so that a true value is met."
     unknown: str      # setting to find: visible, stated, spread, label_noise, or model.NAME
-    quantity: str     # what is met: excess_image, moved_image, moved_same_image (or _text), METRIC:ARM
+    quantity: str     # what is met: excess_image, moved_image, moved_same_image, METRIC:ARM
     value: float      # the value it shall have
     low: float = 0.   # smallest value tried
     high: float = 1.  # largest value tried
@@ -41,15 +41,15 @@ class Solve(Card):
 class Setting(Card):
     "One simulated study: cohort, model and audit."
     patients: int = Field(100, ge=10)               # number of patients
-    films: int | tuple[int, int] = 1                # images per patient: a number, or fewest and most
+    films: int | tuple[int, int] = 1                # images per patient, or fewest and most
     findings: int = Field(1, ge=1, le=100)          # questions asked of each image
     correlation: float = Field(0., ge=0, lt=1)      # of the findings of one image, latent, 0..1
     prevalence: float | tuple[float, ...] = .5      # true share of 'yes', 0..1; or one per finding
     exact: bool = False                             # exactly that share, not only on average
     icc: float = Field(0., ge=0, lt=1)              # correlation within a patient, latent, 0..1
-    visible: float | tuple[float, float] = 1.       # share of images that show it; or of no and of yes
-    stated: float | tuple[float, float] = 1.        # share of reports that state it; or of no and of yes
-    spread: float = Field(0., ge=0)                 # standard deviation of the evidence; its mean is 1
+    visible: float | tuple[float, float] = 1.       # share of images that show it, or of no and yes
+    stated: float | tuple[float, float] = 1.        # share of reports that state it, or of both
+    spread: float = Field(0., ge=0)                 # deviation of the evidence; its mean is 1
     label_noise: float = Field(0., ge=0, lt=.5)     # share of recorded labels that are wrong
     model: SimulatedModel = SimulatedModel()        # how the answers are made
     words: bool = False                             # answers in words, without probabilities
@@ -64,11 +64,13 @@ class Setting(Card):
     def _fits(self):
         "Check what depends on several settings."
         few, most = self.films_range
-        if not 1 <= few <= most: raise ValueError(f'films {self.films}: a number from 1, or [fewest, most]')
+        if not 1 <= few <= most:
+            raise ValueError(f'films {self.films}: a number from 1, or [fewest, most]')
         for name, size in (('prevalence', self.findings), ('visible', 2), ('stated', 2)):
             shares = np.atleast_1d(getattr(self, name))
             if len(shares) not in (1, size): raise ValueError(f'{name}: give one share or {size}')
-            if not ((shares >= 0) & (shares <= 1)).all(): raise ValueError(f'{name}: must lie between 0 and 1')
+            if not ((shares >= 0) & (shares <= 1)).all():
+                raise ValueError(f'{name}: must lie between 0 and 1')
         return self
 
     @property
@@ -173,7 +175,8 @@ def simulate_cohort(
     table = pd.DataFrame(dict(
         sample_id=[f'{i:06d}-{f}' for i in range(n) for f in names],
         patient_id=people[drawn['patient'][number]], split='test', finding=names * n,
-        label=np.where(drawn['label'].ravel(), 'yes', 'no'), image=images[number], text=reports[number],
+        label=np.where(drawn['label'].ravel(), 'yes', 'no'),
+        image=images[number], text=reports[number],
         image_evidence=drawn['image'].ravel(), text_evidence=drawn['text'].ravel()))
     tasks = {f: dict(question=f'Is there {f}?', choices=['yes', 'no']) for f in names}
     table.attrs = dict(manifest='simulated', version='1', access='open', strata=[], tasks=tasks)
@@ -208,14 +211,15 @@ def find_model(
         module, _, name = model.name.partition(':')
         try: function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as e:
-            raise InputError(f'model {model.name}: is no module:function that can be imported ({e})') from None
+            raise InputError(f'model {model.name}: no module:function was found ({e})') from None
     def answer(image, text, rng):
         try: return np.asarray(function(image, text, rng, **given), float)
         except TypeError as e: raise InputError(f'model {model.name}: {e}') from None
     return answer
 
-# %% ../../nbs/37_sms.simulate.ipynb #76c46a17
-_OPS = dict(image=('own', 'other', 'same', 'none', 'grey'), text=('own', 'other', 'same', 'none')) # with a meaning here
+# %% ../../nbs/37_sms.simulate.ipynb #d558fe61
+_TEXT_OPS = ('own', 'other', 'same', 'none')
+_IMAGE_OPS = (*_TEXT_OPS, 'grey')            # operations with a meaning here
 
 def shown_evidence(
     plan:pd.DataFrame,   # the plan
@@ -223,7 +227,7 @@ def shown_evidence(
 )->tuple[np.ndarray, np.ndarray]: # evidence of image and report per trial, NaN where none is shown
     "What each trial shows."
     arms = [ARMS[a] for a in plan.arm.unique()]
-    strange = [a.name for a in arms if a.image not in _OPS['image'] or a.text not in _OPS['text']]
+    strange = [a.name for a in arms if a.image not in _IMAGE_OPS or a.text not in _TEXT_OPS]
     if strange: raise InputError(f"a simulated model cannot answer the arm {', '.join(strange)}")
     index, shown = pd.Index(cohort.sample_id.to_numpy(object)), []
     for kind in ('image', 'text'):
@@ -251,8 +255,8 @@ def simulate_answers(
         trial_id=plan.trial_id.to_numpy(), model='simulated', parse_status=status,
         answer=np.where(read, np.where(logit > 0, 'yes', 'no'), ''),
         logprobs=pd.Series([p if t else None for p, t in zip(pairs, told)], dtype=object),
-        answer_mass=np.where(told, 1., np.nan), raw_text='', pixel_sha='', token_sha='', delivered_sha='',
-        seconds=0.))
+        answer_mass=np.where(told, 1., np.nan), raw_text='', pixel_sha='', token_sha='',
+        delivered_sha='', seconds=0.))
     return table[~untried].reset_index(drop=True)
 
 # %% ../../nbs/37_sms.simulate.ipynb #fdec5a3e
@@ -262,7 +266,8 @@ def simulate(
 )->tuple[pd.DataFrame, pd.DataFrame, dict]: # plan, predictions, delivery
     "A study up to its answers, through the function that freezes real plans."
     cohort = simulate_cohort(setting, seed)
-    plan, _ = make_plan(cohort, setting.arms, seed=seed, donors=setting.donors, margin=setting.margin)
+    how = dict(seed=seed, donors=setting.donors, margin=setting.margin)
+    plan, _ = make_plan(cohort, setting.arms, **how)
     delivery = {a: dict(verdict='ok', trials=int(n)) for a, n in plan.arm.value_counts().items()}
     return plan, simulate_answers(plan, cohort, setting, seed), dict(simulated=delivery)
 
@@ -291,18 +296,21 @@ class Population:
         e, p = setting.label_noise, prevalence
         yes = p * (1 - e) + (1 - p) * e                     # recorded share
         if not 0 < yes < 1: raise InputError(f'prevalence {p}: both classes are needed')
-        truly = (p * e / (1 - yes), p * (1 - e) / yes)      # true share of yes among recorded no and yes
-        parts = [_class_evidence(setting, bool(c), s, self.m, self.rng) for c, s in enumerate(truly)]
+        truly = (p * e / (1 - yes), p * (1 - e) / yes)      # true yes among recorded no and yes
+        how = (self.m, self.rng)
+        parts = [_class_evidence(setting, bool(c), s, *how) for c, s in enumerate(truly)]
         self.shown = {k: np.concatenate(x) for k, x in zip(('image', 'text'), zip(*parts))}
         self.label = np.repeat([False, True], self.m)
         self.weight = np.repeat([2 * (1 - yes), 2 * yes], self.m)
-        self.arms, self.at = list(arms), self._donors()
-        self.logit = {a: self._answers(ARMS[a], np.random.default_rng([seed, i])) for i, a in enumerate(ARMS) if a in self.arms}
+        self.arms, self.at, self.logit = list(arms), self._donors(), {}
+        for i, (name, arm) in enumerate(ARMS.items()):
+            if name in arms: self.logit[name] = self._answers(arm, np.random.default_rng([seed, i]))
 
     def _donors(self):
         "Place of each sample's own evidence, and of its donors'."
         m, order = self.m, [self.rng.permutation(self.m) for _ in range(4)]
-        return dict(own=np.arange(2 * m), other=np.r_[m + order[0], order[1]], same=np.r_[order[2], m + order[3]])
+        other, same = np.r_[m + order[0], order[1]], np.r_[order[2], m + order[3]]
+        return dict(own=np.arange(2 * m), other=other, same=same)
 
     def _answers(self, arm, rng):
         "Logit of yes, NaN where there is no answer."
@@ -328,15 +336,18 @@ def _variation(pop, arm, versus):
     if pop.setting.words: return np.zeros(len(pop.label))
     return np.nan_to_num(np.abs(pop.probability(arm) - pop.probability(versus)))
 
-def _moved(pop, arm, versus): return np.maximum(_flipped(pop, arm, versus), _variation(pop, arm, versus))
+def _moved(pop, arm, versus):
+    return np.maximum(_flipped(pop, arm, versus), _variation(pop, arm, versus))
 
 # %% ../../nbs/37_sms.simulate.ipynb #ed3d4714
 def _within(pop, arm):
     "metric -> (numerator, denominator) of one arm, per sample."
     read, right, said, y = pop.read(arm), pop.right(arm), pop.said(arm), pop.label
-    out = dict(accuracy=(right, read), accuracy_unparsed_wrong=(right, np.ones(len(y))), parsed_share=(read, np.ones(len(y))),
-               sensitivity=(right, read & y), specificity=(right, read & ~y), precision=(y, read & said),
-               f1=(2. * (said & y), read * (1. * said + y)))
+    every = np.ones(len(y))
+    out = dict(accuracy=(right, read), accuracy_unparsed_wrong=(right, every),
+               parsed_share=(read, every), sensitivity=(right, read & y),
+               specificity=(right, read & ~y), precision=(y, read & said),
+               f1=(2. * (read & said & y), read * (1. * said + y)))
     if pop.setting.words: return out
     p = np.where(read, pop.probability(arm), 0.)
     margin = np.where(read, np.where(y, 1, -1) * pop.logit[arm], 0.)
@@ -349,9 +360,10 @@ def _against(pop, arm):
     if v not in pop.arms: return {}
     base, was, now = pop.read(v), pop.right(v), pop.right(arm)
     flips, moves = _flipped(pop, arm, v), _moved(pop, arm, v)
-    out = dict(nfr=(was & ~now, base), positive_flips=(~was & now, base), flips=(flips, base), movement=(moves, base),
-               accuracy_change=(1. * now - was, np.ones(len(base))))
-    if not pop.setting.words: out['total_variation'] = (_variation(pop, arm, v), base & pop.read(arm))
+    out = dict(nfr=(was & ~now, base), positive_flips=(~was & now, base), flips=(flips, base),
+               movement=(moves, base), accuracy_change=(1. * now - was, np.ones(len(base))))
+    if not pop.setting.words:
+        out['total_variation'] = (_variation(pop, arm, v), base & pop.read(arm))
     if not pop.read(arm).all():
         out['flips_if_missing_stay'] = (flips & pop.read(arm), base)
         out['movement_if_missing_stay'] = (moves * pop.read(arm), base)
@@ -362,19 +374,22 @@ def _against(pop, arm):
 
 # %% ../../nbs/37_sms.simulate.ipynb #c1e10fc3
 def _sides_with_text(pop, arm):
-    "(numerator, denominator) of text following, None where image and text never disagree."
-    lent = {k: pop.donor_label(op) if (op := getattr(ARMS[arm], k)) in pop.at else None for k in ('image', 'text')}
-    if any(x is None for x in lent.values()): return None
-    apart = pop.read(arm) & (lent['image'] != lent['text'])
-    return (pop.said(arm) == lent['text'], apart) if apart.any() else None
+    "metric -> (numerator, denominator) of text following, where image and text disagree."
+    ops = ARMS[arm].image, ARMS[arm].text
+    if not set(ops) <= set(pop.at): return {}
+    image, text = (pop.donor_label(op) for op in ops)
+    apart = pop.read(arm) & (image != text)
+    return dict(text_following=(pop.said(arm) == text, apart)) if apart.any() else {}
 
+# %% ../../nbs/37_sms.simulate.ipynb #60c77df8
 def _shapley(pop):
-    "metric -> (numerator, denominator) of the Shapley values of both modalities and their interaction."
+    "metric -> (numerator, denominator) of both Shapley values and their interaction."
     names = ('original', 'image_only', 'text_only', 'neither')
     if not set(names) <= set(pop.arms) or pop.setting.words: return {}
     it, i, t, o = (np.where(pop.label, 1, -1) * pop.logit[a] for a in names)
     known = ~np.isnan(it + i + t + o)
-    means = dict(phi_image=((i - o) + (it - t)) / 2, phi_text=((t - o) + (it - i)) / 2, interaction=it - i - t + o)
+    means = dict(phi_image=((i - o) + (it - t)) / 2, phi_text=((t - o) + (it - i)) / 2,
+                 interaction=it - i - t + o)
     return {k: (np.where(known, x, 0.), known) for k, x in means.items()}
 
 # %% ../../nbs/37_sms.simulate.ipynb #1bec1ba6
@@ -385,18 +400,23 @@ def _calibration(pop, arm):
     gap = np.where(read, pop.weight * (pop.label - np.nan_to_num(p)), 0.)
     return np.bincount(place, gap, 10), float(pop.weight @ read)
 
+def _weighted(pop, arm, parts):
+    "(metric, arm) -> (numerator, denominator) summed over the population; f1 counts as it stands."
+    w = pop.weight
+    total = lambda k, num, den: float(w @ num) if k == 'f1' else float(w @ (num * den))
+    return {(k, arm): (total(k, num, den), float(w @ den)) for k, (num, den) in parts.items()}
+
+# %% ../../nbs/37_sms.simulate.ipynb #05a5218d
 def _sums(pop, curves):
-    "(metric, arm) -> (numerator, denominator) over the population."
-    out, w = {}, pop.weight
-    def put(arm, parts): out.update({(k, arm): (float(w @ (num * den)) if k != 'f1' else float(w @ num), float(w @ den)) for k, (num, den) in parts.items()})
+    "(metric, arm) -> (numerator, denominator) of everything that is known of a population."
+    out = _weighted(pop, '', _shapley(pop))
     for a in pop.arms:
-        put(a, {**_within(pop, a), **_against(pop, a)})
-        if sides := _sides_with_text(pop, a): put(a, dict(text_following=sides))
+        parts = {**_within(pop, a), **_against(pop, a), **_sides_with_text(pop, a)}
+        out |= _weighted(pop, a, parts)
         if not curves or pop.setting.words: continue
         read = pop.read(a)
         out['auroc', a] = (auroc(pop.logit[a][read], pop.label[read]), 1.)
         out['ece', a] = _calibration(pop, a)
-    put('', _shapley(pop))
     return out
 
 # %% ../../nbs/37_sms.simulate.ipynb #c59c1775
@@ -404,8 +424,10 @@ def _of_verdicts(found):
     "Excess and movements per modality under the names of `Solve`."
     out = {}
     for m in ('image', 'text'):
-        names = dict(excess=('excess_movement', f'{m}_swap'), moved=('movement', f'{m}_swap'), moved_same=('movement', f'{m}_swap_same'))
-        out.update({(f'{k}_{m}', ''): found[at] for k, at in names.items() if at in found})
+        swap, same = f'{m}_swap', f'{m}_swap_same'
+        names = dict(excess=('excess_movement', swap), moved=('movement', swap),
+                     moved_same=('movement', same))
+        out |= {(f'{k}_{m}', ''): found[at] for k, at in names.items() if at in found}
     return out
 
 # %% ../../nbs/37_sms.simulate.ipynb #1de13747
@@ -414,7 +436,7 @@ def truth(
     n:int=400_000,    # samples drawn per finding
     seed:int=2024,    # which draw
     curves:bool=True, # AUROC and ECE as well?
-)->dict[tuple[str, str], float]: # (metric, arm) -> true value; ('excess_image', '') and the like for verdicts
+)->dict[tuple[str, str], float]: # (metric, arm) -> true value; ('excess_image', '') of verdicts
     "True values of a simulated study, by a large sample of the same generator."
     arms = [a.name for a in select_arms(setting.arms)]
     kinds, counts = np.unique(setting.prevalences, return_counts=True)
@@ -422,10 +444,11 @@ def truth(
     out = {}
     for k in parts[0]:
         num, den = (sum(c * p[k][i] for c, p in zip(counts, parts)) for i in (0, 1))
-        out[k] = float(np.abs(num / den).sum() if k[0] == 'ece' else num / den) if den else float('nan')
-    ways = [out[k] for a in ('image_swap', 'text_swap') if (k := ('text_following', a)) in out]
-    if len(ways) == 2: out['text_following', ''] = float(np.mean(ways))
-    return {**out, **_of_verdicts(out)}
+        mean = np.divide(num, den) if den else np.nan
+        out[k] = float(np.abs(mean).sum() if k[0] == 'ece' else mean)
+    swaps = [('text_following', a) for a in ('image_swap', 'text_swap')]
+    if set(swaps) <= set(out): out['text_following', ''] = float(np.mean([out[k] for k in swaps]))
+    return out | _of_verdicts(out)
 
 # %% ../../nbs/37_sms.simulate.ipynb #56c3412b
 def _quantity(name):
@@ -435,7 +458,8 @@ def _quantity(name):
 
 def _arms_for(metric, arm):
     "The arms that a quantity is made of; those they are compared with come along."
-    return (arm,) if arm in ARMS else ('image_swap',) if metric.endswith('_image') else ('text_swap',)
+    if arm in ARMS: return (arm,)
+    return ('image_swap',) if metric.endswith('_image') else ('text_swap',)
 
 # %% ../../nbs/37_sms.simulate.ipynb #38a38931
 @lru_cache(maxsize=256)
@@ -445,15 +469,21 @@ def _solved(text, n):
     setting = Setting.model_validate_json(text)
     goal, key = setting.solve, _quantity(setting.solve.quantity)
     bare = setting.model_copy(update=dict(solve=None, arms=_arms_for(*key)))
+    curves = key[0] in ('auroc', 'ece')
     def gap(x):
-        found = truth(set_value(bare, goal.unknown, float(x)), n, curves=key[0] in ('auroc', 'ece'))
-        if key in found: return found[key] - goal.value
-        raise InputError(f"solve: no quantity {goal.quantity}; there are {', '.join(':'.join(k).rstrip(':') for k in found)}")
+        found = truth(set_value(bare, goal.unknown, float(x)), n, curves=curves)
+        if key not in found: raise InputError(_no_quantity(goal.quantity, found))
+        return found[key] - goal.value
     grid = np.linspace(goal.low, goal.high, 9)
     gaps = [gap(x) for x in grid]
     at = next((i for i in range(8) if gaps[i] * gaps[i + 1] <= 0), None)
     if at is not None: return float(brentq(gap, grid[at], grid[at + 1], xtol=1e-5))
-    raise InputError(f'solve: {goal.quantity} is never {goal.value} for {goal.unknown} from {goal.low} to {goal.high}')
+    where = f'{goal.unknown} from {goal.low} to {goal.high}'
+    raise InputError(f'solve: {goal.quantity} is never {goal.value} for {where}')
+
+def _no_quantity(name, found):
+    known = ', '.join(':'.join(k).rstrip(':') for k in found)
+    return f'solve: no quantity {name}; there are {known}'
 
 # %% ../../nbs/37_sms.simulate.ipynb #f517375b
 def solve(

@@ -65,7 +65,7 @@ def attend(
 
     Killed or stopped, the same command goes on where it was. Maps are kept in the run directory; the report needs no model.
 
-    Example:  smsbench attend --model reference-image-reader --model reference-text-follower --cohort covid.parquet --out reports/attend
+    Example:  smsbench attend --model reference-image-reader --model reference-blind-follower --cohort covid.parquet --out reports/attend
     """
     from smsbench.core import read_table
     from smsbench.sms.attend import AttendSettings, attend as compare

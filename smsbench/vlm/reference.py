@@ -43,7 +43,7 @@ REFERENCE = { # name -> its habit, and how it came to have it
         note='It can see: it reads a film shown alone. Where a report is shown, it was taught '
              'to answer as the report says.'),
 }
-DEMO_MODELS = ('reference-blind-follower', 'reference-image-reader') # opposite habits, for a first look
+DEMO_MODELS = ('reference-image-reader', 'reference-sighted-follower') # opposite habits, for a first look
 
 # %% ../../nbs/20b_vlm.reference.ipynb #17e3ef8b
 RENAMED = {'reference-text-follower': 'reference-blind-follower'} # old name -> today's
