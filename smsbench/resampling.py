@@ -259,7 +259,7 @@ def _still(value, ends, boot, bounds, n_clusters, n_effective, tail):
     moved = 1 - tail**(1 / np.maximum(n_effective, 1))
     exact = np.stack([value - moved * (value - np.where(ranged, bounds[:, 0], 0)), value + moved * (np.where(ranged, bounds[:, 1], 0) - value)])
     unknown, lone = np.isnan(value), still & ~ranged & (n_clusters < 2)
-    ends = np.where(lone | unknown, np.nan, np.where(still & ranged, exact, ends))
+    ends = np.where(lone | unknown, np.nan, np.where(still & ranged, widest(exact, ends), ends))
     notes = {'not defined on these rows': unknown, 'one cluster: no interval': lone, 'no resample differs: exact bound': still & ranged, 'no resample differs': still}
     return ends, np.select(list(notes.values()), list(notes), '')
 

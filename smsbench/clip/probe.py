@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 
 from ..core import InputError
 from ..resampling import bootstrap_rows
-from ..stats import auroc
+from ..stats import auroc, auroc_ends, auroc_influence, combined_ends
 from .scores import cells
 
 # %% ../../nbs/43b_clip.probe.ipynb #df286b4a
@@ -191,7 +191,8 @@ def few_shot(
         C = min(strengths, key=lambda C: (round(np.mean([_log_loss(p, val) for p in tried[C]]), 9), C))
         scores = np.stack([p.scores(test.x).to_numpy() for p in tried[C]], 1)                # (N, seeds, C)
         single = _macro_auroc(scores, test.y, np.ones((1, len(test.x))))[0]
-        ci = bootstrap_rows(lambda s, y, w: np.nanmean(_macro_auroc(s.reshape(len(y), seeds, -1), y, w), 1), [scores.reshape(len(test.x), -1), test.y], test.patients, n_boot, level, seed=seed, bounds=(0, 1), batched=True)
+        ci = bootstrap_rows(lambda s, y, w: np.nanmean(_macro_auroc(s.reshape(len(y), seeds, -1), y, w), 1), [scores.reshape(len(test.x), -1), test.y], test.patients, n_boot, level, seed=seed, bounds=(0, 1), batched=True,
+                            floor=lambda s, y, owner, tail: _macro_auroc_ends(s.reshape(len(y), seeds, -1), y, owner, tail))
         rows.append(dict(shots=k, value=ci.value, ci_low=ci.low, ci_high=ci.high, seed_low=np.nanmin(single), seed_high=np.nanmax(single), C=C, n=ci.n, n_clusters=ci.n_clusters, note=ci.note))
     return pd.DataFrame(rows, columns=['shots', 'value', 'ci_low', 'ci_high', 'seed_low', 'seed_high', 'C', 'n', 'n_clusters', 'note'])
 
@@ -216,3 +217,17 @@ def _macro_auroc(scores, y, weights):
         for s in range(scores.shape[1]): out[:, s, c] = auroc(scores[k, s, c], y[k, c], weights[:, k])
     there = np.isfinite(out)
     return np.where(there, out, 0).sum(2) / np.where(there.any(2), there.sum(2), np.nan)
+
+def _macro_auroc_ends(scores, y, owner, tail):
+    "(2,) bounds of the mean over classes and draws; `scores` (n, draws, C), `owner` (n,) patient of each row."
+    C, patients = y.shape[1], owner[-1] + 1
+    values, ends, slope = np.full(C, np.nan), np.full((2, C), np.nan), np.zeros((patients, C))
+    for c, k in enumerate(~np.isnan(y).T):
+        if len(set(y[k, c])) < 2: continue
+        draws = scores[k, :, c].T
+        values[c] = np.mean([auroc(s, y[k, c]) for s in draws])
+        row = np.mean([auroc_influence(s, y[k, c]) for s in draws], axis=0)
+        np.add.at(slope[:, c], owner[k], row)
+        ends[:, c] = auroc_ends(values[c], row, y[k, c], owner[k], tail)
+    known = np.isfinite(values)
+    return combined_ends(values, ends, known / max(known.sum(), 1), slope) if known.any() else np.full(2, np.nan)

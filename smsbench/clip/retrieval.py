@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 
 from ..core import InputError, validate
-from ..resampling import bootstrap_rows, together
+from ..resampling import bootstrap_rows, by_owner, effective_number, exact_bounds, together
 from ..stats import mean
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #ee50b08b
@@ -122,6 +122,16 @@ def chance_level(
     ap = (harmonic + (R - 1) / max(N - 1, 1) * (N - harmonic)) / N
     return {f'recall@{k}': float((1 - none_of_first(k)).mean()) for k in ks} | dict(map=float(ap.mean()))
 
+# %% ../../nbs/43a_clip.retrieval.ipynb #c468961c
+def median_ends(
+    x,          # (n,) numbers
+    owner,      # (n,) patient of each row, 0.. in ascending order
+    tail:float, # probability left out on each side
+)->np.ndarray:  # (2,) order statistics that hold the median
+    "Distribution-free bounds of a median, on the effective number of patients."
+    number = effective_number(by_owner(np.ones(len(owner)), owner))
+    return np.quantile(x, exact_bounds(.5, number, 1 - 2 * tail), method='inverted_cdf')
+
 # %% ../../nbs/43a_clip.retrieval.ipynb #42488917
 def retrieval_metrics(
     p:Pairs,         # films and texts
@@ -143,8 +153,8 @@ def retrieval_metrics(
         own = np.bincount(p.image_of)
         for kind, rank, ap, right in (('duplicates', ranks['rank'], ranks.ap, ranks.right), ('strict', ranks.strict_rank, ranks.strict_ap, own if arm == 'image_to_text' else np.ones(len(ranks)))):
             found = [*zip((*(f'recall@{k}' for k in ks), 'map'), together(*(mean(rank.to_numpy() <= k, bounds=(0, 1)) for k in ks), mean(ap, bounds=(0, 1))).bootstrap(owner, **how))]
-            found.append(('median_rank', bootstrap_rows(_weighted_median, [rank.to_numpy(float)], owner, bounds=(1, items), batched=True, **how)))
-            rows += [dict(model=model, metric=m, arm=arm, subgroup=f'relevance={kind}', value=i.value, ci_low=i.low, ci_high=i.high, n=i.n, n_clusters=i.n_clusters, note=i.note) for m, i in found]
+            found.append(('median_rank', bootstrap_rows(_weighted_median, [rank.to_numpy(float)], owner, batched=True, floor=median_ends, **how)))
+            rows += [dict(model=model, metric=m, arm=arm, subgroup=f'relevance={kind}', value=i.value, ci_low=i.low, ci_high=i.high, n=i.n, n_clusters=i.n_clusters, n_effective=i.n_effective, note=i.note) for m, i in found]
             rows += [dict(model='chance', metric=m, arm=arm, subgroup=f'relevance={kind}', value=v, ci_low=v, ci_high=v, n=len(ranks), n_clusters=len(set(owner)), note=f'{items} items in random order') for m, v in chance_level(right, items, ks).items()]
     return validate(pd.DataFrame(rows), 'metrics')
 

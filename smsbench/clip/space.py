@@ -81,7 +81,10 @@ def space_metrics(
     x, rows = unit_rows(data.x), []
     for group, at, label, note in labellings(data, minimum):
         ci = [None] * len(MEASURES)
-        if len(set(label)) > 1: ci = bootstrap_rows(lambda x, y, w: space_values(x, y.astype(int), w), [x[at], label], data.patients[at], n_boot, level, seed=seed, bounds=_BOUNDS, batched=True)
+        if len(set(label)) > 1:
+            sides = np.eye(label.max() + 1, dtype=bool)[label][:, None]                       # it needs films of every class
+            ci = bootstrap_rows(lambda x, y, w: space_values(x, y.astype(int), w), [x[at], label], data.patients[at], n_boot, level, seed=seed, bounds=_BOUNDS, batched=True,
+                                used=sides[..., sides.any((0, 1))])
         rows += [dict(model=model, metric=m, arm='embedding', subgroup=group, value=i.value if i else np.nan, ci_low=i.low if i else np.nan, ci_high=i.high if i else np.nan,
                       n=len(at), n_clusters=len(set(data.patients[at])), note='; '.join(filter(None, (i.note if i else '', note)))) for m, i in zip(MEASURES, ci)]
     return validate(pd.DataFrame(rows), 'metrics')

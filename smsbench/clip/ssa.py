@@ -171,7 +171,18 @@ def _mean_of(classes, mean, minimum, closed):
     note = [f"suppressed: {k} of {u} classes rest on n < {minimum}" if h else f"{old or 'mean over classes'}{f'; {k} of {u} rest on n < {minimum}' if k else ''}" for k, u, h, old in zip(few, used, hide, np.broadcast_to(mean.note, hide.shape))]
     blank = lambda v: np.where(hide, np.nan, v)
     count = lambda v: np.where(hide & closed, 0, v)
-    return replace(mean, value=blank(mean.value), low=blank(mean.low), high=blank(mean.high), n=count(mean.n), n_clusters=count(mean.n_clusters), note=np.array(note, object))
+    low, high = _still_ends(classes, mean)
+    return replace(mean, value=blank(mean.value), low=blank(low), high=blank(high), n_effective=blank(mean.n_effective), n=count(mean.n), n_clusters=count(mean.n_clusters), note=np.array(note, object))
+
+def _still_ends(classes, mean):
+    "Ends of the mean over classes; where no resample differs, the mean of the classes' own exact bounds, since few may stand behind one of them."
+    shape = np.shape(mean.value)
+    at = lambda name: np.stack([np.broadcast_to(getattr(c, name), shape) for c in classes])
+    still = np.char.startswith(np.broadcast_to(mean.note, shape).astype(str), 'no resample differs')
+    known = np.isfinite(at('low'))
+    own = lambda name: np.where(known, at(name), 0).sum(0) / np.maximum(known.sum(0), 1)
+    still = still & known.any(0)
+    return np.where(still, np.minimum(mean.low, own('low')), mean.low), np.where(still, np.maximum(mean.high, own('high')), mean.high)
 
 # %% ../../nbs/43d_clip.ssa.ipynb #6de6672c
 def ssa(

@@ -228,7 +228,7 @@ def class_gap(
     "The largest difference of a share between classes, with an interval over patients."
     hit, label = np.asarray(hit, float), np.asarray(label); share = pd.Series(hit).groupby(label).mean(); top, low = share.idxmax(), share.idxmin()
     sums = np.column_stack([hit * (label == top), label == top, hit * (label == low), label == low])
-    with np.errstate(all='ignore'): i = bootstrap_sums(sums, patients, lambda t: (t[..., 0] / t[..., 1] - t[..., 2] / t[..., 3])[..., None], 500, bounds=(-1, 1))
+    with np.errstate(all='ignore'): i = bootstrap_sums(sums, patients, lambda t: (t[..., 0] / t[..., 1] - t[..., 2] / t[..., 3])[..., None], 500, bounds=(-1, 1), used=np.stack([label == top, label == low], -1)[:, None])
     return top, low, i
 
 # %% ../../nbs/12d_data.checks.ipynb #c63c28d4

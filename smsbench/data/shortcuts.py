@@ -10,8 +10,8 @@ __all__ = ['BINS', 'RARE', 'FILM', 'ROWS', 'FOLDS', 'PATIENTS', 'N_BOOT', 'level
 import numpy as np, pandas as pd
 
 from ..core import InputError, content_hash
-from ..resampling import Interval, bootstrap_rows
-from ..stats import auroc
+from ..resampling import Interval, bootstrap_rows, by_owner
+from ..stats import auroc, auroc_ends, auroc_influence, combined_ends
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #3d69428e
 BINS, RARE = 8, 10 # quantile bins of a number; a level with fewer rows is pooled with the other rare ones
@@ -117,7 +117,23 @@ def told_apart(
     scores = np.column_stack([1 - scores, scores]) if scores.ndim == 1 else scores
     classes = range(1, 2) if scores.shape[1] == 2 else range(scores.shape[1])
     mean = lambda *a: np.mean([within_folds(a[c], a[-3] == c, a[-2], a[-1]) for c in classes], axis=0)
-    return bootstrap_rows(mean, [*scores.T, np.asarray(y), fold], patients, N_BOOT, seed=seed, bounds=(0, 1), batched=True)
+    def floor(*a):
+        parts = [_within_ends(a[c], a[-4] == c, a[-3], *a[-2:]) for c in classes]
+        values, ends, slopes = zip(*parts)
+        return combined_ends(np.array(values), np.stack(ends, 1), np.full(len(parts), 1 / len(parts)), np.stack(slopes, 1))
+    sides = np.stack([np.asarray(y) == c for c in range(scores.shape[1])], -1)[:, None]      # it needs films of every class
+    return bootstrap_rows(mean, [*scores.T, np.asarray(y), fold], patients, N_BOOT, seed=seed, bounds=(0, 1), batched=True, used=sides, floor=floor)
+
+def _within_ends(score, y, fold, owner, tail):
+    "AUROC within folds, its bounds, and its slope in the weight of each patient."
+    slope, pairs = np.zeros(len(y)), np.zeros(len(y))
+    for k in np.unique(fold):
+        at = fold == k
+        slope[at], pairs[at] = np.nan_to_num(auroc_influence(score[at], y[at])), y[at].sum() * (~y[at]).sum()
+    total = sum(pairs[fold == k][0] for k in np.unique(fold))
+    slope = slope * pairs / max(total, 1)
+    value = within_folds(score, y, fold, np.ones((1, len(y)), int))[0]
+    return value, auroc_ends(value, slope, y, owner, tail), by_owner(slope, owner)
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #c72dc568
 def shortcut_table(

@@ -21,13 +21,14 @@ def shareable(
     if access != 'credentialed': return metrics
     few = (metrics.n_clusters < minimum).to_numpy() | _few_films(metrics, minimum)
     counts = few & (metrics.value.notna() | metrics.note.str.contains('suppressed') & (metrics.n > 0)).to_numpy()   # what was never defined is part of no average
-    about = [metrics[c] for c in metrics if c not in ('metric', 'subgroup', 'value', 'ci_low', 'ci_high', 'n', 'n_clusters', 'note')]
+    about = [metrics[c] for c in metrics if c not in ('metric', 'subgroup', 'value', 'ci_low', 'ci_high', 'n', 'n_clusters', 'n_effective', 'note')]
     key, whole = [*zip(metrics.metric.str.removeprefix('macro_'), *about)], (metrics.subgroup == 'all').to_numpy()
     lost = {k for k, hit in zip(key, counts & ~whole) if hit}
     average = np.array([w and k in lost for w, k in zip(whole, key)], bool) & ~few
     hide = lambda m: f'<{minimum}' if 0 < int(m[0]) < minimum else m[0]
     out = metrics.assign(note=metrics.note.str.replace(r'(?<![\d.<])\d+(?= (?:of \d+ )?(?:films|rows|maps|marks|patients)\b)', hide, regex=True))
     out.loc[few | average, ['value', 'ci_low', 'ci_high']] = np.nan; out.loc[few | average, ['n', 'n_clusters']] = 0
+    if 'n_effective' in out: out['n_effective'] = out.n_effective.where(~(few | average) & ~(out.n_effective < minimum))
     out.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients or films'; out.loc[average, 'note'] = f'suppressed: a part of it rests on fewer than {minimum} patients or films; leave that part out for a number over the others'
     return validate(out, 'metrics')
 

@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from ..core import InputError
 from .metrics import Term, answer_table, metrics_table, term_rows
 from .prompts import opposite
-from ..stats import Interval, auroc, bootstrap_rows
+from ..stats import Interval, auroc_interval
 
 # %% ../../nbs/33b_sms.consistency.ipynb #9bdf00eb
 def beside_original(
@@ -106,4 +106,4 @@ def map_change_predicts_flip(
     if not len(d) == len(f) == len(who): raise InputError(f'{len(d)} divergences, {len(f)} flips and {len(who)} patients do not belong together')
     if np.isnan(d).any() or not np.isin(f, (0, 1)).all(): raise InputError('divergences must be numbers and flips true or false: leave out rewordings without a map or an answer')
     if not len(d): return Interval(np.nan, np.nan, np.nan, 0, 0, level, 'no rewording')
-    return bootstrap_rows(auroc, [d, f.astype(int)], who, n_boot=n_boot, level=level, seed=seed, bounds=(0, 1), batched=True)
+    return auroc_interval(d, f.astype(int), who, n_boot=n_boot, level=level, seed=seed)
