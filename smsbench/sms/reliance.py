@@ -113,7 +113,7 @@ def patients_needed(
 def _times(mean, times):
     "The same mean from `times` as many patients."
     return SimpleNamespace(value=mean.value, variance=mean.variance / times, n_effective=mean.n_effective * times,
-                           n_patients=mean.n_patients * times, share=mean.share, bounds=mean.bounds)
+                           n_patients=mean.n_patients * times, share=mean.share, bounds=mean.bounds, spread=mean.spread)
 
 def _two_digits(n):
     "Rounded up to two significant digits."
