@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np, pandas as pd
 
 from ..core import InputError, validate
-from ..resampling import bootstrap_rows
+from ..resampling import bootstrap_rows, bounded_ends, widest
 from ..stats import combined_ends, holm, mcnemar_clustered, paired_difference, suppress
 from .evaluate import NAMES, class_floors, class_grid, grid_sides, macro_number
 from .scores import cells
@@ -20,21 +20,26 @@ from .scores import cells
 def difference_floors(
     one,           # `Floors` of the first model
     other,         # of the second, on the same films
+    tail:float,    # probability left out on each side
 )->np.ndarray:     # (2, M, C + 1) bounds of first − second for each class, and in the last place for the mean over classes
     "Bounds of paired differences."
     M, C = one.values.shape
-    out = np.full((2, M, C + 1), np.nan)
+    out, value, slope = np.full((2, M, C + 1), np.nan), one.values - other.values, one.influence - other.influence
+    number = np.minimum(one.n_effective, other.n_effective)
     for m in range(M):
-        values = np.stack([one.values[m], other.values[m]])
-        ends = np.stack([one.ends[:, m], other.ends[:, m]], 1)                                # (2, model, C)
-        slope = np.stack([one.influence[:, m], other.influence[:, m]], 1)                     # (patients, model, C)
-        known = np.isfinite(values).all(0)
-        for i in np.flatnonzero(known): out[:, m, i] = combined_ends(values[:, i], ends[:, :, i], [1, -1], slope[:, :, i])
-        if known.any():
-            share = np.outer([1, -1], known / known.sum()).ravel()
-            flat = lambda x: x.reshape(*x.shape[:-2], -1)
-            out[:, m, C] = combined_ends(np.where(known, values, np.nan).ravel(), flat(ends), share, flat(slope))
+        ends = bounded_ends(value[m], slope[:, m], number[m], np.tile([-1, 1], (C, 1)), tail)
+        if m == NAMES.index('auroc'): ends = widest(ends, _apart(one, other, m))
+        out[:, m, :C] = ends
+        known = np.isfinite(value[m])
+        if known.any(): out[:, m, C] = combined_ends(value[m], ends, known / known.sum(), slope[:, m])
     return out
+
+def _apart(one, other, m):
+    "Bounds of the differences of one number, from the bounds of its two sides."
+    ends, slope = np.stack([one.ends[:, m], other.ends[:, m]], 1), np.stack([one.influence[:, m], other.influence[:, m]], 1)
+    pairs = zip(one.values[m], other.values[m], ends.T.swapaxes(1, 2), slope.transpose(2, 0, 1))
+    each = [combined_ends([a, b], e, [1, -1], s) if np.isfinite(a + b) else (np.nan, np.nan) for a, b, e, s in pairs]
+    return np.array(each).T
 
 # %% ../../nbs/43e_clip.compare.ipynb #dcad8e81
 def compare(
@@ -73,7 +78,7 @@ def _per_class(both, said, how):
     def of(*held):
         a, b = (class_grid(*p, held[-1])[:, 1:] for p in parts(held))
         return (a - b).reshape(len(a), -1)
-    def floor(*held): return difference_floors(*(class_floors(*p, *held[-2:]) for p in parts(held)))[:, 1:].reshape(2, -1)
+    def floor(*held): return difference_floors(*(class_floors(*p, *held[-2:]) for p in parts(held)), held[-1])[:, 1:].reshape(2, -1)
     used = np.concatenate([grid_sides(c.truth, s)[:, 1:] for s in said], -1)                  # a difference needs the films of both
     ci = bootstrap_rows(of, [both[0].scores, both[1].scores, c.truth, *(said if decided else [])], c.patients, bounds=(-1, 1), batched=True,
                         used=used.reshape(len(used), -1, 4), floor=floor, **how)

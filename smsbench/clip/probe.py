@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 
 from ..core import InputError
-from ..resampling import bootstrap_rows
-from ..stats import auroc, auroc_ends, auroc_influence, combined_ends
+from ..resampling import bootstrap_rows, bounded_ends, by_owner, effective_number
+from ..stats import auroc, auroc_influence, combined_ends
 from .scores import cells
 
 # %% ../../nbs/43b_clip.probe.ipynb #df286b4a
@@ -219,7 +219,7 @@ def _macro_auroc(scores, y, weights):
     return np.where(there, out, 0).sum(2) / np.where(there.any(2), there.sum(2), np.nan)
 
 def _macro_auroc_ends(scores, y, owner, tail):
-    "(2,) bounds of the mean over classes and draws; `scores` (n, draws, C), `owner` (n,) patient of each row."
+    "(2,) bounds of the mean over classes and draws, which varies less than one AUROC; `scores` (n, draws, C), `owner` (n,) patient of each row."
     C, patients = y.shape[1], owner[-1] + 1
     values, ends, slope = np.full(C, np.nan), np.full((2, C), np.nan), np.zeros((patients, C))
     for c, k in enumerate(~np.isnan(y).T):
@@ -228,6 +228,7 @@ def _macro_auroc_ends(scores, y, owner, tail):
         values[c] = np.mean([auroc(s, y[k, c]) for s in draws])
         row = np.mean([auroc_influence(s, y[k, c]) for s in draws], axis=0)
         np.add.at(slope[:, c], owner[k], row)
-        ends[:, c] = auroc_ends(values[c], row, y[k, c], owner[k], tail)
+        sides = [effective_number(by_owner(y[k, c] == s, owner[k])) for s in (0, 1)]
+        ends[:, c] = bounded_ends(values[[c]], slope[:, [c]], np.array([min(sides)]), np.array([[0, 1]]), tail)[:, 0]
     known = np.isfinite(values)
     return combined_ends(values, ends, known / max(known.sum(), 1), slope) if known.any() else np.full(2, np.nan)
