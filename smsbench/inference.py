@@ -10,7 +10,7 @@ __all__ = ['Dyads', 'Mean', 'small_sample', 'mean_of', 'ratio_of', 'average_of',
 from dataclasses import dataclass, field
 
 import numpy as np, pandas as pd
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 from .core import InputError
 from .stats import effective_number, exact_bounds
@@ -18,18 +18,26 @@ from .stats import effective_number, exact_bounds
 # %% ../nbs/01a_inference.ipynb #eb83788c
 class Dyads:
     "Rows of trials with the patient who is asked and, per arm, the patient who lends."
-    def __init__(self,
-        patients,     # (n,) patient who is asked
+
+    def __init__(
+        self,
+        patients,  # (n,) patient who is asked
         donors=None,  # arm -> (n,) patient who lends; '' or None where nobody does
-        samples=None, # (n,) sample of each row; None: every row is a sample of its own
+        samples=None,  # (n,) sample of each row; None: every row is a sample of its own
     ):
         donors = {a: np.asarray(d, object) for a, d in (donors or {}).items()}
-        lends = {a: np.array([isinstance(x, str) and x != '' for x in d]) for a, d in donors.items()}
+        lends = {
+            a: np.array([isinstance(x, str) and x != '' for x in d]) for a, d in donors.items()
+        }
         donors = {a: d for a, d in donors.items() if lends[a].any()}
         asked = np.asarray(patients).astype(str)
-        everyone = np.unique(np.concatenate([asked, *(d[lends[a]].astype(str) for a, d in donors.items())]))
+        everyone = np.unique(
+            np.concatenate([asked, *(d[lends[a]].astype(str) for a, d in donors.items())])
+        )
         self.names, self.asked = everyone, np.searchsorted(everyone, asked)
-        self.samples = np.arange(len(asked)) if samples is None else pd.factorize(np.asarray(samples))[0]
+        self.samples = (
+            np.arange(len(asked)) if samples is None else pd.factorize(np.asarray(samples))[0]
+        )
         self.lends = {a: lends[a] for a in donors}
         self.lender = {a: self._place(d, lends[a]) for a, d in donors.items()}
         codes = {a: self._code(d) for a, d in self.lender.items()}
@@ -48,10 +56,11 @@ class Dyads:
         low, high = np.minimum(self.asked, lender), np.maximum(self.asked, lender)
         return low * len(self.names) + high
 
-    def totals(self,
-        x:np.ndarray, # (n,) one number per row
-        arm:str='',   # whose donors take part
-    )->np.ndarray:    # (patients + pairs,) sums over the rows of each patient, then of each pair
+    def totals(
+        self,
+        x: np.ndarray,  # (n,) one number per row
+        arm: str = '',  # whose donors take part
+    ) -> np.ndarray:  # (patients + pairs,) sums over the rows of each patient, then of each pair
         "Sums per member and per pair of members."
         people, out = len(self.names), np.zeros(len(self.sign))
         out[:people] = np.bincount(self.asked, x, people)
@@ -61,10 +70,11 @@ class Dyads:
             out[people:] = np.bincount(self.pair[arm][on], x[on], len(out) - people)
         return out
 
-    def weights(self,
-        w:np.ndarray, # (n,) weight of each row, >= 0
-        arm:str='',   # whose donors take part
-    )->tuple[np.ndarray, np.ndarray]: # (patients,) weight as recipient, (patients,) as donor
+    def weights(
+        self,
+        w: np.ndarray,  # (n,) weight of each row, >= 0
+        arm: str = '',  # whose donors take part
+    ) -> tuple[np.ndarray, np.ndarray]:  # (patients,) weight as recipient, (patients,) as donor
         "How much each patient counts in either role."
         on = self.lends.get(arm, np.zeros(len(w), bool))
         lender = self.lender.get(arm, self.asked)
@@ -72,10 +82,11 @@ class Dyads:
         asked = np.bincount(self.asked, w, people)
         return asked, np.bincount(lender[on], w[on], people)
 
-    def covariance(self,
-        a:np.ndarray, # (patients + pairs,) `totals` of the influence values of one mean
-        b:np.ndarray, # of another
-    )->float:         # sum of a's times b's influence over all pairs of rows that share a patient
+    def covariance(
+        self,
+        a: np.ndarray,  # (patients + pairs,) `totals` of the influence values of one mean
+        b: np.ndarray,  # of another
+    ) -> float:  # sum of a's times b's influence over all pairs of rows that share a patient
         "Dyadic cluster-robust covariance; rows that share both patients count once."
         return float((a * b) @ self.sign)
 
@@ -83,49 +94,51 @@ class Dyads:
 @dataclass(frozen=True, eq=False)
 class Mean:
     "A mean over dyads with what its interval needs."
-    value: float            # NaN where no row counts
-    influence: np.ndarray   # (patients + pairs,) totals of the influence values
-    weights: tuple          # pairs (as recipient, as donor) of (patients,) weights; the scarcest decides
-    n: int                  # samples that count
-    variance: float         # dyadic cluster-robust, with the small-sample factor
-    share: bool = True      # does each row lie at 0 or 1, or is it to be bounded as if it did?
+
+    value: float  # NaN where no row counts
+    influence: np.ndarray  # (patients + pairs,) totals of the influence values
+    weights: tuple  # pairs (as recipient, as donor) of (patients,) weights; the scarcest decides
+    n: int  # samples that count
+    variance: float  # dyadic cluster-robust, with the small-sample factor
+    share: bool = True  # does each row lie at 0 or 1, or is it to be bounded as if it did?
     bounds: tuple = (0, 1)  # range of the mean
     spread: float = np.nan  # variance of single rows; NaN where it is not known
 
     @property
-    def n_patients(self)->int:
+    def n_patients(self) -> int:
         "Patients who are asked."
         return int((sum(asked for asked, _ in self.weights) > 0).sum())
 
     @property
-    def n_donors(self)->int:
+    def n_donors(self) -> int:
         "Patients who lend; 0 where nobody does."
         return int((sum(lent for _, lent in self.weights) > 0).sum())
 
     @property
-    def n_effective(self)->float:
+    def n_effective(self) -> float:
         "Kish's effective number of recipients or of donors, whichever is smaller."
         roles = [w for pair in self.weights for w in pair if w.any()]
-        return min((effective_number(w) for w in roles), default=0.)
+        return min((effective_number(w) for w in roles), default=0.0)
 
 # %% ../nbs/01a_inference.ipynb #cb391167
 def small_sample(
-    effective:float, # effective number of recipients or donors
-    n:int,           # patients who are asked
-)->float:            # factor of the variance, 1 where every patient counts alike and nobody lends
+    effective: float,  # effective number of recipients or donors
+    n: int,  # patients who are asked
+) -> float:  # factor of the variance, 1 where every patient counts alike and nobody lends
     "Correct a variance for the few donors, or the unequal patients, it was estimated from."
-    if effective <= 1 or n <= 1: return np.inf
+    if effective <= 1 or n <= 1:
+        return np.inf
     return effective / (effective - 1) * (n - 1) / n
 
 # %% ../nbs/01a_inference.ipynb #7afbe072
 def mean_of(
-    dyads:Dyads,
-    influence:np.ndarray, # (n,) influence value of each row; they sum to 0
-    value:float,          # the estimate
-    weights:list,         # (n,) arrays of row weights, >= 0, one per denominator of the estimate
-    arm:str='',           # whose donors take part
-    **how,                # share, bounds, spread of `Mean`
-)->Mean:
+    dyads: Dyads,
+    influence: np.ndarray,  # (n,) influence value of each row; they sum to 0
+    value: float,  # the estimate
+    weights: list,  # (n,) arrays of row weights, >= 0, one per denominator of the estimate
+    arm: str = '',  # whose donors take part
+    **how,  # share, bounds, spread of `Mean`
+) -> Mean:
     "A mean, or anything else with influence values, as a `Mean`."
     totals = dyads.totals(influence, arm)
     asked_only = np.bincount(dyads.asked, influence, len(dyads.names))
@@ -136,154 +149,199 @@ def mean_of(
     made = Mean(value, totals, held, n, max(dyads.covariance(totals, totals), least), **how)
     return _corrected(made)
 
+
 def _corrected(mean):
     from dataclasses import replace
-    if mean.variance == 0: return mean
+
+    if mean.variance == 0:
+        return mean
     return replace(mean, variance=mean.variance * small_sample(mean.n_effective, mean.n_patients))
 
 # %% ../nbs/01a_inference.ipynb #e83ad74c
 def ratio_of(
-    dyads:Dyads,
-    num:np.ndarray, # (n,) numerators
-    den:np.ndarray, # (n,) denominators, >= 0; 0 where the row does not count
-    arm:str='',     # whose donors take part
+    dyads: Dyads,
+    num: np.ndarray,  # (n,) numerators
+    den: np.ndarray,  # (n,) denominators, >= 0; 0 where the row does not count
+    arm: str = '',  # whose donors take part
     bounds=(0, 1),  # range of the ratio
-    share=None,     # bound it like a share? None: where every row lies at one of two finite bounds
-)->Mean:
+    share=None,  # bound it like a share? None: where every row lies at one of two finite bounds
+) -> Mean:
     "Ratio of two sums (a weighted mean) over dyads; the influence values are its linearisation."
     num, den = np.asarray(num, float), np.asarray(den, float)
     total = den.sum()
     value = num.sum() / total if total else np.nan
     influence = (num - value * den) / total if total else np.zeros(len(num))
-    if share is None: share = _at_ends(num, den, bounds)
+    if share is None:
+        share = _at_ends(num, den, bounds)
     on = den > 0
-    spread = float((den[on] * (num[on] / den[on] - value)**2).sum() / total) if total else np.nan
+    spread = float((den[on] * (num[on] / den[on] - value) ** 2).sum() / total) if total else np.nan
     return mean_of(dyads, influence, value, [den], arm, share=share, bounds=bounds, spread=spread)
 
+
 def _at_ends(num, den, bounds):
-    if not np.isfinite(bounds).all(): return False
+    if not np.isfinite(bounds).all():
+        return False
     on, (low, high) = den > 0, bounds
     return bool((np.isclose(num[on], low * den[on]) | np.isclose(num[on], high * den[on])).all())
 
 # %% ../nbs/01a_inference.ipynb #cb2e8480
 def average_of(
-    dyads:Dyads,
-    means:list, # `Mean`s of the same range
-    weights,    # (k,) weight of each, they sum to 1
-)->Mean:
+    dyads: Dyads,
+    means: list,  # `Mean`s of the same range
+    weights,  # (k,) weight of each, they sum to 1
+) -> Mean:
     "Weighted average of means, e.g. over findings or over two modalities."
     influence = sum(w * m.influence for w, m in zip(weights, means))
-    people = len(dyads.names)
-    scaled = [[(w * a / a.sum(), w * d / max(d.sum(), 1e-300)) for a, d in m.weights] for w, m in zip(weights, means)]
+    scaled = [
+        [(w * a / a.sum(), w * d / max(d.sum(), 1e-300)) for a, d in m.weights]
+        for w, m in zip(weights, means)
+    ]
     most = max(len(m.weights) for m in means)
-    held = tuple((sum(s[min(k, len(s) - 1)][0] for s in scaled), sum(s[min(k, len(s) - 1)][1] for s in scaled)) for k in range(most))
-    least = float(sum(w * np.sqrt(m.variance) for w, m in zip(weights, means))**2)
+    held = tuple(
+        (
+            sum(s[min(k, len(s) - 1)][0] for s in scaled),
+            sum(s[min(k, len(s) - 1)][1] for s in scaled),
+        )
+        for k in range(most)
+    )
     value = float(sum(w * m.value for w, m in zip(weights, means)))
     n = max(m.n for m in means)
-    made = Mean(value, influence, held, n, max(dyads.covariance(influence, influence), 0.), all(m.share for m in means), means[0].bounds)
+    made = Mean(
+        value,
+        influence,
+        held,
+        n,
+        max(dyads.covariance(influence, influence), 0.0),
+        all(m.share for m in means),
+        means[0].bounds,
+    )
     return _corrected(made)
 
 # %% ../nbs/01a_inference.ipynb #991e7b90
 def sample_size(
-    mean:Mean,
-    level:float=.95, # confidence level
-)->float:            # at most the effective number of patients
+    mean: Mean,
+    level: float = 0.95,  # confidence level
+) -> float:  # at most the effective number of patients
     "Effective sample size of a share (Korn and Graubard 1998)."
     low, high = mean.bounds
-    if not low < mean.value < high or mean.variance == 0 or mean.n_effective <= 1: return mean.n_effective
+    if not low < mean.value < high or mean.variance == 0 or mean.n_effective <= 1:
+        return mean.n_effective
     return min(mean.n_effective, _binomial_size(mean, level))
+
 
 def _binomial_size(mean, level):
     "Size of the binomial sample with this mean and variance, less for the few donors it is estimated from."
     low, high = mean.bounds
     p, tail = (mean.value - low) / (high - low), (1 - level) / 2
-    few = stdtrit(max(mean.n_patients - 1, 1), tail) / stdtrit(max(mean.n_effective - 1, .1), tail)
-    return few**2 * p * (1 - p) * (high - low)**2 / mean.variance
+    few = stdtrit(max(mean.n_patients - 1, 1), tail) / stdtrit(max(mean.n_effective - 1, 0.1), tail)
+    return few**2 * p * (1 - p) * (high - low) ** 2 / mean.variance
 
 # %% ../nbs/01a_inference.ipynb #3baeeecf
 def interval_of(
-    mean:Mean,
-    level:float=.95, # confidence level
-)->tuple[float, float]: # (low, high), inside the bounds of the mean
+    mean: Mean,
+    level: float = 0.95,  # confidence level
+) -> tuple[float, float]:  # (low, high), inside the bounds of the mean
     "Confidence interval of a mean over dyads."
-    if np.isnan(mean.value): return np.nan, np.nan
+    if np.isnan(mean.value):
+        return np.nan, np.nan
     low, high = mean.bounds
     if mean.share:
         a, b = exact_bounds((mean.value - low) / (high - low), sample_size(mean, level), level)
         return float(low + a * (high - low)), float(low + b * (high - low))
     return _t_interval(mean, level)
 
+
 def _t_interval(mean, level):
     "Student t interval; one effective patient gives none. Where nothing varies, the next patient may lie at a bound."
     effective, tail = mean.n_effective, (1 - level) / 2
     low, high = mean.bounds
-    if effective <= 1: return (low, high) if np.isfinite(mean.bounds).all() else (np.nan, np.nan)
+    if effective <= 1:
+        return (low, high) if np.isfinite(mean.bounds).all() else (np.nan, np.nan)
     unbiased = mean.variance * mean.n_patients / max(mean.n_patients - 1, 1)
     half = -stdtrit(effective - 1, tail) * np.sqrt(unbiased)
-    unseen = 1 - tail**(1 / effective)
-    below = unseen * (mean.value - low) if np.isfinite(low) else 0.
-    above = unseen * (high - mean.value) if np.isfinite(high) else 0.
+    unseen = 1 - tail ** (1 / effective)
+    below = unseen * (mean.value - low) if np.isfinite(low) else 0.0
+    above = unseen * (high - mean.value) if np.isfinite(high) else 0.0
     a, b = _skewed(mean, level)
-    return float(max(min(mean.value - max(half, below), a), low)), float(min(max(mean.value + max(half, above), b), high))
+    return float(max(min(mean.value - max(half, below), a), low)), float(
+        min(max(mean.value + max(half, above), b), high)
+    )
+
 
 def _skewed(mean, level):
-    "Bounds of a share with the mean's variance: what a mean near the end of its range owes to skewness."
+    "Bounds of a share with the mean's variance: what skewness adds near the end of a range."
     low, high = mean.bounds
-    if not np.isfinite(mean.bounds).all() or mean.variance == 0 or not low < mean.value < high: return np.inf, -np.inf
+    within = low < mean.value < high
+    if not within or not np.isfinite(mean.bounds).all() or mean.variance == 0:
+        return np.inf, -np.inf
     p = (mean.value - low) / (high - low)
-    binary = p * (1 - p) * (high - low)**2 / mean.spread       # 1 where rows lie at the ends: then patients are the most
-    a, b = exact_bounds(p, min(_binomial_size(mean, level), binary * mean.n_effective), level)
+    size = _binomial_size(mean, level)
+    if not np.isnan(mean.spread):  # rows at the ends of the range are worth no more than patients
+        size = min(size, mean.n_effective * p * (1 - p) * (high - low) ** 2 / mean.spread)
+    a, b = exact_bounds(p, size, level)
     return low + a * (high - low), low + b * (high - low)
 
 # %% ../nbs/01a_inference.ipynb #2c35ac86
 def difference_of(
-    dyads:Dyads,
-    a:Mean,
-    b:Mean,          # over the same samples
-    level:float=.95, # confidence level
-)->tuple[float, float, float]: # (a - b, low, high)
+    dyads: Dyads,
+    a: Mean,
+    b: Mean,  # over the same samples
+    level: float = 0.95,  # confidence level
+) -> tuple[float, float, float]:  # (a - b, low, high)
     "Difference of two means with its confidence interval (MOVER; Newcombe 1998, Zou and Donner 2008)."
-    if np.isnan(a.value) or np.isnan(b.value): return np.nan, np.nan, np.nan
+    if np.isnan(a.value) or np.isnan(b.value):
+        return np.nan, np.nan, np.nan
     return joined(a, b, correlation(dyads, a, b), level)
 
-def joined(a, b, r, level=.95):
-    "`difference_of` for a known correlation."
-    e = a.value - b.value
-    (a_low, a_high), (b_low, b_high) = interval_of(a, level), interval_of(b, level)
-    below = _length(a.value - a_low, b_high - b.value, r)
-    above = _length(a_high - a.value, b.value - b_low, r)
+
+def joined(a, b, r, level=0.95, ends=None):
+    "`difference_of` for a known correlation and, where they are at hand, the bounds of both."
+    (a_low, a_high), (b_low, b_high) = ends or (interval_of(a, level), interval_of(b, level))
+    e, z = a.value - b.value, -ndtri((1 - level) / 2)
+    sampling = z * np.sqrt(a.variance), z * np.sqrt(b.variance)
+    below = _length(a.value - a_low, b_high - b.value, r, sampling)
+    above = _length(a_high - a.value, b.value - b_low, r, sampling)
     return e, e - below, e + above
 
-def _length(x, y, r): return float(np.sqrt(max(x * x + y * y - 2 * r * x * y, 0.)))
+
+def _length(x, y, r, sampling):
+    "Two distances combined; only what is sampling error goes together, not what was never seen."
+    shared = 2 * r * min(x, sampling[0]) * min(y, sampling[1])
+    return float(np.sqrt(max(x * x + y * y - shared, 0.0)))
 
 # %% ../nbs/01a_inference.ipynb #05e29510
 def correlation(
-    dyads:Dyads,
-    a:Mean,
-    b:Mean,
-)->float: # -1..1; 0 where either does not vary
+    dyads: Dyads,
+    a: Mean,
+    b: Mean,
+) -> float:  # -1..1; 0 where either does not vary
     "Correlation of two estimates."
-    if a.variance == 0 or b.variance == 0: return 0.
+    if a.variance == 0 or b.variance == 0:
+        return 0.0
     own = [dyads.covariance(m.influence, m.influence) for m in (a, b)]
-    if min(own) <= 0: return 0.                     # a sum over pairs can come out negative where the truth is near 0
-    return float(np.clip(dyads.covariance(a.influence, b.influence) / np.sqrt(own[0] * own[1]), -1, 1))
+    if min(own) <= 0:
+        return 0.0  # a sum over pairs can come out negative where the truth is near 0
+    return float(
+        np.clip(dyads.covariance(a.influence, b.influence) / np.sqrt(own[0] * own[1]), -1, 1)
+    )
 
 # %% ../nbs/01a_inference.ipynb #ea3ac2ca
 def area_of(
-    dyads:Dyads,
-    score:np.ndarray,    # (n,) higher means more positive
-    positive:np.ndarray, # (n,) bool
-    weight:np.ndarray,   # (n,) weight of each row, 0 where it does not count
-    arm:str='',          # whose donors take part
-)->Mean:                 # value NaN where one class is absent
+    dyads: Dyads,
+    score: np.ndarray,  # (n,) higher means more positive
+    positive: np.ndarray,  # (n,) bool
+    weight: np.ndarray,  # (n,) weight of each row, 0 where it does not count
+    arm: str = '',  # whose donors take part
+) -> Mean:  # value NaN where one class is absent
     "Area under the ROC curve, ties counted half (DeLong et al. 1988, Obuchowski 1997)."
-    pos, neg = np.where(positive, weight, 0.), np.where(positive, 0., weight)
+    pos, neg = np.where(positive, weight, 0.0), np.where(positive, 0.0, weight)
     if not (pos.any() and neg.any()):
         return mean_of(dyads, np.zeros(len(score)), np.nan, [pos, neg], arm)
     place = _placements(score, pos, neg)
     value = float(pos @ place / pos.sum())
     influence = pos * (place - value) / pos.sum() + neg * (place - value) / neg.sum()
     return mean_of(dyads, influence, value, [pos, neg], arm)
+
 
 def _placements(score, pos, neg):
     "For a positive the share of negatives below it, for a negative the share of positives above it."

@@ -12,40 +12,59 @@ from ..inference import area_of, interval_of, ratio_of
 from .metrics import Cells
 
 # %% ../../nbs/33bb_sms.answering.ipynb #4ba4c456
-LITTLE_MASS = .10   # median probability on the allowed answers below which a model does not answer
-FEW_READ = .50      # share of answers that can be read, likewise
-ONE_ANSWER = .99    # share of the commonest answer, likewise
-NEAR_CHANCE = .10   # distance of the AUROC from .5 that counts as chance
-CHECK = 'check the prompt, the chat template, and the spellings of the choices that the model uses' # what to do
+LITTLE_MASS = 0.10  # median probability on the allowed answers below which a model does not answer
+FEW_READ = 0.50  # share of answers that can be read, likewise
+ONE_ANSWER = 0.99  # share of the commonest answer, likewise
+NEAR_CHANCE = 0.10  # distance of the AUROC from .5 that counts as chance
+CHECK = 'check the prompt, the chat template, and the spellings of the choices that the model uses'  # what to do
+
 
 def answering(
-    cells:Cells,     # one model's answers
-    relies:bool=False, # is it shown to rely on image or text? Then it does not give one answer to all
-)->dict:             # state ('answers' or 'does not answer'), reasons, check
+    cells: Cells,  # one model's answers
+    relies: bool = False,  # is it shown to rely on image or text? Then it does not give one answer to all
+) -> dict:  # state ('answers' or 'does not answer'), reasons, check
     "Whether a model answers the question, and why not."
-    if 'original' not in cells.arms: return dict(state='answers', reasons=[], check='')
+    if 'original' not in cells.arms:
+        return dict(state='answers', reasons=[], check='')
     reasons = [r for r in (_unread(cells), _little_mass(cells)) if r]
-    if not relies: reasons += [r for r in (_one_answer(cells) or _no_better(cells),) if r]
-    return dict(state='does not answer' if reasons else 'answers', reasons=reasons, check=CHECK if reasons else '')
+    if not relies:
+        reasons += [r for r in (_one_answer(cells) or _no_better(cells),) if r]
+    return dict(
+        state='does not answer' if reasons else 'answers',
+        reasons=reasons,
+        check=CHECK if reasons else '',
+    )
+
 
 def _unread(cells):
     w = cells.weight('original')
     share = (w * cells('original', 'parsed')).sum() / w.sum()
     return f'only {share:.0%} of its answers can be read' if share < FEW_READ else ''
 
+
 def _little_mass(cells):
     mass = cells('original', 'answer_mass')
     known = mass[~np.isnan(mass)]
-    if not len(known) or np.median(known) >= LITTLE_MASS: return ''
+    if not len(known) or np.median(known) >= LITTLE_MASS:
+        return ''
     return f'it puts only {np.median(known):.1%} of its probability on the allowed answers'
+
 
 def _one_answer(cells):
     "One answer to every question of a finding, for all findings."
     read = cells('original', 'parsed')
-    if read.sum() < 10: return ''
-    asked = pd.DataFrame(dict(finding=cells.samples.finding, label=cells.samples.label, said=cells('original', 'said')))[read]
-    commonest = asked.groupby('finding').said.agg(lambda s: s.value_counts().iloc[0]).sum() / len(asked)
-    if commonest < ONE_ANSWER or asked.groupby('finding').label.nunique().max() < 2: return ''
+    if read.sum() < 10:
+        return ''
+    asked = pd.DataFrame(
+        dict(
+            finding=cells.samples.finding, label=cells.samples.label, said=cells('original', 'said')
+        )
+    )[read]
+    commonest = asked.groupby('finding').said.agg(lambda s: s.value_counts().iloc[0]).sum() / len(
+        asked
+    )
+    if commonest < ONE_ANSWER or asked.groupby('finding').label.nunique().max() < 2:
+        return ''
     said = ' and '.join(sorted(set(asked.groupby('finding').said.agg(lambda s: s.mode()[0]))))
     return f'it gives one answer ({said}) to {commonest:.0%} of the {len(asked)} questions'
 
@@ -55,28 +74,41 @@ def _no_better(cells):
     areas = _areas(cells)
     if areas:
         highest = max(interval_of(a)[1] for a in areas)
-        if highest > .5 + NEAR_CHANCE: return ''
+        if highest > 0.5 + NEAR_CHANCE:
+            return ''
         value = np.mean([a.value for a in areas])
         return f'its answers are no better than the commonest answer (AUROC {value:.2f}, at most {highest:.2f})'
     gain = _informedness(cells)
-    if gain is None or gain[1] > 2 * NEAR_CHANCE: return ''
+    if gain is None or gain[1] > 2 * NEAR_CHANCE:
+        return ''
     return f'its answers are no better than the commonest answer (sensitivity plus specificity less one {gain[0]:.2f}, at most {gain[1]:.2f})'
+
 
 def _areas(cells):
     "AUROC of each finding that has both classes and probabilities."
     p, first = cells('original', 'p'), cells.samples['first'].to_numpy()
     label = cells.samples.label.to_numpy()
-    if len(set(label)) > 2 or np.isnan(p).all(): return []
+    if len(set(label)) > 2 or np.isnan(p).all():
+        return []
     w, codes = cells.weight('original') * ~np.isnan(p), pd.factorize(cells.samples.finding)[0]
-    areas = [area_of(cells.dyads, p, label == first, w * (codes == c), 'original') for c in np.unique(codes)]
+    areas = [
+        area_of(cells.dyads, p, label == first, w * (codes == c), 'original')
+        for c in np.unique(codes)
+    ]
     return [a for a in areas if not np.isnan(a.value)]
+
 
 def _informedness(cells):
     "(value, upper bound) of sensitivity plus specificity less one, from the answers."
     w, said = cells.weight('original') * cells('original', 'parsed'), cells('original', 'said')
     label, first = cells.samples.label.to_numpy(), cells.samples['first'].to_numpy()
-    if len(set(label)) != 2: return None
-    hit, false = (ratio_of(cells.dyads, w * (at & (said == first)), w * at) for at in (label == first, label != first))
-    if np.isnan(hit.value) or np.isnan(false.value): return None
+    if len(set(label)) != 2:
+        return None
+    hit, false = (
+        ratio_of(cells.dyads, w * (at & (said == first)), w * at)
+        for at in (label == first, label != first)
+    )
+    if np.isnan(hit.value) or np.isnan(false.value):
+        return None
     above, below = interval_of(hit)[1] - hit.value, false.value - interval_of(false)[0]
     return hit.value - false.value, hit.value - false.value + float(np.hypot(above, below))

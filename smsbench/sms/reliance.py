@@ -15,57 +15,73 @@ import numpy as np, pandas as pd
 from ..inference import Dyads, correlation, interval_of, joined, ratio_of
 
 # %% ../../nbs/33ba_sms.reliance.ipynb #0c642ef9
-STATED = {'relies': .025, 'reversed': .025, 'ignores': .05, 'unstable': .05, 'weak': .05} # one-sided error rate of each verdict
+STATED = {
+    'relies': 0.025,
+    'reversed': 0.025,
+    'ignores': 0.05,
+    'unstable': 0.05,
+    'weak': 0.05,
+}  # one-sided error rate of each verdict
+
 
 @dataclass(frozen=True)
 class Bounds:
     "Everything that decides a verdict; movements in 0..1."
-    other: float            # movement under another class
-    same: float             # movement under the same class
-    excess: float           # other - same
-    excess_low: float       # one-sided 2.5 %
+
+    other: float  # movement under another class
+    same: float  # movement under the same class
+    excess: float  # other - same
+    excess_low: float  # one-sided 2.5 %
     excess_high: float
-    excess_low_90: float    # one-sided 5 %
+    excess_low_90: float  # one-sided 5 %
     excess_high_90: float
-    other_low: float        # one-sided 5 %
+    other_low: float  # one-sided 5 %
     other_high: float
-    same_low: float         # one-sided 2.5 %
-    same_high: float        # one-sided 5 %
+    same_low: float  # one-sided 2.5 %
+    same_high: float  # one-sided 5 %
 
 # %% ../../nbs/33ba_sms.reliance.ipynb #04fdcc65
 def bounds_of(
-    other,           # `Mean` of the movement under another class
-    same,            # `Mean` of the movement under the same class
-    r:float,         # correlation of the two
-    strict:float=1., # by how much the stated error rates are divided, >= 1
-)->Bounds:
+    other,  # `Mean` of the movement under another class
+    same,  # `Mean` of the movement under the same class
+    r: float,  # correlation of the two
+    strict: float = 1.0,  # by how much the stated error rates are divided, >= 1
+) -> Bounds:
     "The bounds that decide a verdict."
-    wide, narrow = 1 - .05 / strict, 1 - .10 / strict
-    e, low, high = joined(other, same, r, wide)
-    _, low_90, high_90 = joined(other, same, r, narrow)
-    o, s = interval_of(other, narrow), interval_of(same, narrow)
-    return Bounds(other.value, same.value, e, low, high, low_90, high_90, *o, interval_of(same, wide)[0], s[1])
+    wide, narrow = 1 - 0.05 / strict, 1 - 0.10 / strict
+    ends = [[interval_of(m, level) for m in (other, same)] for level in (wide, narrow)]
+    e, low, high = joined(other, same, r, wide, ends[0])
+    _, low_90, high_90 = joined(other, same, r, narrow, ends[1])
+    (_, (same_low, _)), (o, (_, same_high)) = ends
+    return Bounds(
+        other.value, same.value, e, low, high, low_90, high_90, *o, same_low, same_high
+    )
 
 # %% ../../nbs/33ba_sms.reliance.ipynb #d885f3aa
 def word_for(
-    b:Bounds,
-    margin:float, # smallest movement that matters, 0..1
-)->tuple[str, str]: # (verdict, the bound that decides: a field of `Bounds`)
+    b: Bounds,
+    margin: float,  # smallest movement that matters, 0..1
+) -> tuple[str, str]:  # (verdict, the bound that decides: a field of `Bounds`)
     "The verdict that the bounds allow."
     small = -margin < b.excess_low_90 and b.excess_high_90 < margin
-    if b.excess_low > margin: return 'relies', 'excess_low'
-    if b.excess_high < -margin: return 'reversed', 'excess_high'
-    if b.other_high < margin: return 'ignores', 'other_high'
-    if small and b.same_low > margin: return 'unstable', 'same_low'
-    if small and b.other_low > margin and b.same_high < margin: return 'weak', 'excess_high_90'
+    if b.excess_low > margin:
+        return 'relies', 'excess_low'
+    if b.excess_high < -margin:
+        return 'reversed', 'excess_high'
+    if b.other_high < margin:
+        return 'ignores', 'other_high'
+    if small and b.same_low > margin:
+        return 'unstable', 'same_low'
+    if small and b.other_low > margin and b.same_high < margin:
+        return 'weak', 'excess_high_90'
     return 'undecided', 'excess_low' if b.excess > margin else 'other_high'
 
 # %% ../../nbs/33ba_sms.reliance.ipynb #300a553f
 def region(
-    other:float,  # movement under another class, 0..1
-    same:float,   # movement under the same class, 0..1
-    margin:float, # smallest movement that matters, 0..1
-)->str:
+    other: float,  # movement under another class, 0..1
+    same: float,  # movement under the same class, 0..1
+    margin: float,  # smallest movement that matters, 0..1
+) -> str:
     "The verdict of a point that is known exactly."
     e = other - same
     point = Bounds(other, same, e, e, e, e, e, other, other, same, same)
@@ -73,116 +89,182 @@ def region(
 
 # %% ../../nbs/33ba_sms.reliance.ipynb #3c550611
 def stands(
-    b:Bounds,
-    margin:float, # the margin that was fixed
-    step:float=.001, # of the search
-)->tuple[float, float]: # lowest and highest margin with the same verdict, on the grid
+    b: Bounds,
+    margin: float,  # the margin that was fixed
+    step: float = 0.001,  # of the search
+) -> tuple[float, float]:  # lowest and highest margin with the same verdict, on the grid
     "The range of margins over which a verdict stands."
     grid = np.arange(step, 1, step)
     word = word_for(b, margin)[0]
     same = np.array([word_for(b, m)[0] == word for m in grid])
     at = int(np.abs(grid - margin).argmin())
-    if not same[at]: return margin, margin
-    low = at - int(np.argmin(same[at::-1])) if not same[:at + 1].all() else -1
+    if not same[at]:
+        return margin, margin
+    low = at - int(np.argmin(same[at::-1])) if not same[: at + 1].all() else -1
     high = at + int(np.argmin(same[at:])) if not same[at:].all() else len(grid)
     return float(grid[low + 1]), float(grid[high - 1])
 
 # %% ../../nbs/33ba_sms.reliance.ipynb #40b3860d
-MOST_PATIENTS = 1_000_000 # beyond this, more patients are said not to help
+MOST_PATIENTS = 1_000_000  # beyond this, more patients are said not to help
+
 
 def patients_needed(
-    other,           # `Mean` of the movement under another class
-    same,            # `Mean` of the movement under the same class
-    r:float,         # correlation of the two
-    margin:float,    # smallest movement that matters
-    strict:float=1., # as in `bounds_of`
-)->int|None:         # None where a million would not decide
+    other,  # `Mean` of the movement under another class
+    same,  # `Mean` of the movement under the same class
+    r: float,  # correlation of the two
+    margin: float,  # smallest movement that matters
+    strict: float = 1.0,  # as in `bounds_of`
+) -> int | None:  # None where a million would not decide
     "Patients of this composition that would decide, to about 5 %."
+
     def decided(times):
         bigger = (_times(m, times) for m in (other, same))
         return word_for(bounds_of(*bigger, r, strict), margin)[0] != 'undecided'
-    low, high, most = 1., 2., MOST_PATIENTS / max(other.n_patients, 1)
+
+    low, high, most = 1.0, 2.0, MOST_PATIENTS / max(other.n_patients, 1)
     while not decided(high):
         low, high = high, 2 * high
-        if high > most: return None
+        if high > most:
+            return None
     while high / low > 1.05:
-        middle = (low * high)**.5
+        middle = (low * high) ** 0.5
         low, high = (low, middle) if decided(middle) else (middle, high)
     return _two_digits(high * other.n_patients)
 
+
 def _times(mean, times):
     "The same mean from `times` as many patients."
-    return SimpleNamespace(value=mean.value, variance=mean.variance / times, n_effective=mean.n_effective * times,
-                           n_patients=mean.n_patients * times, share=mean.share, bounds=mean.bounds, spread=mean.spread)
+    return SimpleNamespace(
+        value=mean.value,
+        variance=mean.variance / times,
+        n_effective=mean.n_effective * times,
+        n_patients=mean.n_patients * times,
+        share=mean.share,
+        bounds=mean.bounds,
+        spread=mean.spread,
+    )
+
 
 def _two_digits(n):
     "Rounded up to two significant digits."
-    unit = 10**max(int(np.floor(np.log10(n))) - 1, 0)
+    unit = 10 ** max(int(np.floor(np.log10(n))) - 1, 0)
     return int(np.ceil(n / unit) * unit)
 
 # %% ../../nbs/33ba_sms.reliance.ipynb #c154eaae
 def decide(
-    other,            # (n,) movement under a donor of another class, 0..1; NaN where there is none
-    same,             # (n,) movement under a donor of the same class
-    patients,         # (n,) patient who is asked
-    margin:float=.05, # smallest movement that matters, fixed before the run
-    lends_other=None, # (n,) patient who lent for `other`; None: nobody to be counted
+    other,  # (n,) movement under a donor of another class, 0..1; NaN where there is none
+    same,  # (n,) movement under a donor of the same class
+    patients,  # (n,) patient who is asked
+    margin: float = 0.05,  # smallest movement that matters, fixed before the run
+    lends_other=None,  # (n,) patient who lent for `other`; None: nobody to be counted
     lends_same=None,  # (n,) patient who lent for `same`
-    strict:float=1.,  # by how much the stated error rates are divided
-    **_,              # n_boot, seed: what callers that resample pass along
-)->dict:              # a verdict record, see `record`
+    strict: float = 1.0,  # by how much the stated error rates are divided
+    **_,  # n_boot, seed: what callers that resample pass along
+) -> dict:  # a verdict record, see `record`
     "One verdict from two paired movements."
     other, same = np.asarray(other, float), np.asarray(same, float)
     keep = ~(np.isnan(other) | np.isnan(same))
     lends = {'other': lends_other, 'same': lends_same}
-    donors = {a: np.asarray(d, object)[keep].astype(str).astype(object) for a, d in lends.items() if d is not None}
+    donors = {
+        a: np.asarray(d, object)[keep].astype(str).astype(object)
+        for a, d in lends.items()
+        if d is not None
+    }
     dyads = Dyads(np.asarray(patients)[keep], donors)
     one = np.ones(keep.sum())
     means = [ratio_of(dyads, x[keep], one, a) for a, x in (('other', other), ('same', same))]
     return record(*means, correlation(dyads, *means), margin, strict)
 
 # %% ../../nbs/33ba_sms.reliance.ipynb #5e373f50
-FEWEST = 10 # patients below which no verdict is tried
+FEWEST = 10  # patients below which no verdict is tried
+
 
 def nothing(
-    state:str,    # why there is no verdict: void, does not answer, not asked, too few
-    margin:float, # smallest movement that matters
-    note:str='',  # the reason in words
-    verdict=None, # None; 'undecided' where there are too few patients
-)->dict:          # a verdict record
+    state: str,  # why there is no verdict: void, does not answer, not asked, too few
+    margin: float,  # smallest movement that matters
+    note: str = '',  # the reason in words
+    verdict=None,  # None; 'undecided' where there are too few patients
+) -> dict:  # a verdict record
     "The record of a question without an answer."
-    names = ('value', 'ci_low', 'ci_high', 'moved_other', 'moved_other_low', 'moved_other_high', 'moved_same',
-             'moved_same_low', 'moved_same_high', 'stands_from', 'stands_to', 'ignores_from')
-    counts = dict(n=0, n_patients=0, n_donors=0, n_effective=0.)
-    return dict(verdict=verdict, state=state, **dict.fromkeys(names, np.nan), margin=margin, **counts, bound=None,
-                patients_needed=None, note=note)
+    names = (
+        'value',
+        'ci_low',
+        'ci_high',
+        'moved_other',
+        'moved_other_low',
+        'moved_other_high',
+        'moved_same',
+        'moved_same_low',
+        'moved_same_high',
+        'stands_from',
+        'stands_to',
+        'ignores_from',
+    )
+    counts = dict(n=0, n_patients=0, n_donors=0, n_effective=0.0)
+    return dict(
+        verdict=verdict,
+        state=state,
+        **dict.fromkeys(names, np.nan),
+        margin=margin,
+        **counts,
+        bound=None,
+        patients_needed=None,
+        note=note,
+    )
 
 # %% ../../nbs/33ba_sms.reliance.ipynb #12d88dea
 def record(
-    other,            # `Mean` of the movement under another class
-    same,             # `Mean` of the movement under the same class, over the same samples
-    r:float,          # correlation of the two
-    margin:float,     # smallest movement that matters
-    strict:float=1.,  # by how much the stated error rates are divided
-)->dict:              # verdict, state, value with 95 % interval, movements with theirs, the bound that decides, where it stands
+    other,  # `Mean` of the movement under another class
+    same,  # `Mean` of the movement under the same class, over the same samples
+    r: float,  # correlation of the two
+    margin: float,  # smallest movement that matters
+    strict: float = 1.0,  # by how much the stated error rates are divided
+) -> dict:  # verdict, state, value with 95 % interval, movements with theirs, the bound that decides, where it stands
     "A verdict with everything it rests on."
     if other.n_patients < FEWEST:
-        return nothing('too few', margin, f'fewer than {FEWEST} patients', 'undecided') | dict(n=other.n, n_patients=other.n_patients)
+        return nothing('too few', margin, f'fewer than {FEWEST} patients', 'undecided') | dict(
+            n=other.n, n_patients=other.n_patients
+        )
     b, plain = bounds_of(other, same, r, strict), bounds_of(other, same, r)
     verdict, name = word_for(b, margin)
     low, high = stands(b, margin)
     needed = patients_needed(other, same, r, margin, strict) if verdict == 'undecided' else None
-    return dict(verdict=verdict, state='ok', value=b.excess, ci_low=plain.excess_low, ci_high=plain.excess_high,
-                margin=margin, n=other.n, n_patients=other.n_patients, n_donors=max(other.n_donors, same.n_donors),
-                n_effective=min(other.n_effective, same.n_effective), moved_other=b.other, moved_other_low=plain.other_low,
-                moved_other_high=plain.other_high, moved_same=b.same, moved_same_low=plain.same_low,
-                moved_same_high=plain.same_high, bound=_deciding(b, name, verdict, strict), stands_from=low,
-                stands_to=high, ignores_from=b.other_high, patients_needed=needed, note='')
+    return dict(
+        verdict=verdict,
+        state='ok',
+        value=b.excess,
+        ci_low=plain.excess_low,
+        ci_high=plain.excess_high,
+        margin=margin,
+        n=other.n,
+        n_patients=other.n_patients,
+        n_donors=max(other.n_donors, same.n_donors),
+        n_effective=min(other.n_effective, same.n_effective),
+        moved_other=b.other,
+        moved_other_low=plain.other_low,
+        moved_other_high=plain.other_high,
+        moved_same=b.same,
+        moved_same_low=plain.same_low,
+        moved_same_high=plain.same_high,
+        bound=_deciding(b, name, verdict, strict),
+        stands_from=low,
+        stands_to=high,
+        ignores_from=b.other_high,
+        patients_needed=needed,
+        note='',
+    )
 
-_NAMES = dict(excess_low='excess_low', excess_high='excess_high', excess_high_90='excess_high', other_high='moved_other_high',
-              same_low='moved_same_low')
+
+_NAMES = dict(
+    excess_low='excess_low',
+    excess_high='excess_high',
+    excess_high_90='excess_high',
+    other_high='moved_other_high',
+    same_low='moved_same_low',
+)
+
 
 def _deciding(b, name, verdict, strict):
     "The number that decides, under its public name, with the one-sided error rate it was taken at."
-    rate = STATED.get(verdict, .025 if name == 'excess_low' else .05)
+    rate = STATED.get(verdict, 0.025 if name == 'excess_low' else 0.05)
     return dict(name=_NAMES[name], value=getattr(b, name), level=rate / strict)

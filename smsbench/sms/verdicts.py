@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'LABEL_ERRORS', 'FAMILIES', 'DEFAULT_MARGIN', 'evidence', 'label_error', 'firmness', 'missing_answers',
-           'holm_verdicts', 'pool_partially', 'give_verdicts', 'decide']
+           'holm_factors', 'pool_partially', 'give_verdicts', 'decide']
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #c4a2829f
 import numpy as np, pandas as pd
@@ -15,126 +15,196 @@ from .answering import answering
 from .metrics import Cells, _mean_of_term, answer_table, excess, subgroups
 from .reliance import FEWEST, bounds_of, decide, nothing, record, word_for
 
-_all_ = ['decide'] # what a user of verdicts needs in one place
+_all_ = ['decide']  # what a user of verdicts needs in one place
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #ffd6b9b6
-NEEDS = {'image': ('image_swap', 'image_swap_same'), 'text': ('text_swap', 'text_swap_same')} # modality -> (other class, same class)
+NEEDS = {
+    'image': ('image_swap', 'image_swap_same'),
+    'text': ('text_swap', 'text_swap_same'),
+}  # modality -> (other class, same class)
+
 
 def evidence(
-    cells:Cells,   # one model's answers
-    modality:str,  # key of `NEEDS`
-    **how,         # keep, stay: see `smsbench.sms.metrics.excess`
-)->tuple:          # (mean under another class, mean under the same class, their correlation)
+    cells: Cells,  # one model's answers
+    modality: str,  # key of `NEEDS`
+    **how,  # keep, stay: see `smsbench.sms.metrics.excess`
+) -> tuple:  # (mean under another class, mean under the same class, their correlation)
     "The two movements that a verdict compares."
     term = excess(cells, NEEDS[modality][0], 'excess_movement', **how)
     other, same = _mean_of_term(term, cells.dyads), _mean_of_term(term.minus, cells.dyads)
     return other, same, correlation(cells.dyads, other, same)
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #c7bc6a99
-LABEL_ERRORS = (0., .05, .10, .15, .20) # shares of wrong labels for which the verdict on the image is shown
+LABEL_ERRORS = (
+    0.0,
+    0.05,
+    0.10,
+    0.15,
+    0.20,
+)  # shares of wrong labels for which the verdict on the image is shown
+
 
 def label_error(
-    other,         # `Mean` of the movement under another class
-    same,          # `Mean` of the movement under the same class
-    r:float,       # correlation of the two
-    margin:float,  # smallest movement that matters
-    strict:float=1., # by how much the stated error rates are divided
-)->list[dict]:     # error, value, ci_low, ci_high, verdict
+    other,  # `Mean` of the movement under another class
+    same,  # `Mean` of the movement under the same class
+    r: float,  # correlation of the two
+    margin: float,  # smallest movement that matters
+    strict: float = 1.0,  # by how much the stated error rates are divided
+) -> list[dict]:  # error, value, ci_low, ci_high, verdict
     "The verdict on the image if a share of the labels were wrong (two balanced classes, error independent of the image)."
     from dataclasses import replace
+
     out = []
     for error in LABEL_ERRORS:
-        grow = 1 / (1 - 2 * error)**2
+        grow = 1 / (1 - 2 * error) ** 2
+
         def shifted(b):
-            more = {k: float(np.clip(getattr(b, k) * grow, -1, 1)) for k in ('excess', 'excess_low', 'excess_high', 'excess_low_90', 'excess_high_90')}
+            more = {
+                k: float(np.clip(getattr(b, k) * grow, -1, 1))
+                for k in ('excess', 'excess_low', 'excess_high', 'excess_low_90', 'excess_high_90')
+            }
             up = (grow - 1) * max(b.excess_high_90, 0)
-            return replace(b, **more, other=min(b.other + (grow - 1) * max(b.excess, 0), 1.), other_high=min(b.other_high + up, 1.))
-        b, plain = (shifted(bounds_of(other, same, r, s)) for s in (strict, 1.))
-        out.append(dict(error=error, value=b.excess, ci_low=plain.excess_low, ci_high=plain.excess_high, verdict=word_for(b, margin)[0]))
+            return replace(
+                b,
+                **more,
+                other=min(b.other + (grow - 1) * max(b.excess, 0), 1.0),
+                other_high=min(b.other_high + up, 1.0),
+            )
+
+        b, plain = (shifted(bounds_of(other, same, r, s)) for s in (strict, 1.0))
+        out.append(
+            dict(
+                error=error,
+                value=b.excess,
+                ci_low=plain.excess_low,
+                ci_high=plain.excess_high,
+                verdict=word_for(b, margin)[0],
+            )
+        )
     return out
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #7294a086
 def firmness(
-    cells:Cells,     # one model's answers
-    modality:str,    # key of `NEEDS`
-    margin:float,    # smallest movement that matters
-    strata=(),       # recorded strata
-    matched=(),      # strata in which the plan matched already
-)->dict:             # draws and matched: lists of verdicts with their excess
+    cells: Cells,  # one model's answers
+    modality: str,  # key of `NEEDS`
+    margin: float,  # smallest movement that matters
+    strata=(),  # recorded strata
+    matched=(),  # strata in which the plan matched already
+) -> dict:  # draws and matched: lists of verdicts with their excess
     "The same verdict from each draw of donors, and from donors that agree in a stratum; each at its own error rate."
     draw = np.arange(cells.n) % cells.k
-    draws = [dict(draw=d, **_alone(cells, modality, margin, lambda arm, d=d: draw == d)) for d in range(cells.k)]
-    by = [dict(columns=[c], **_alone(cells, modality, margin, lambda arm, c=c: cells(arm, f'same {c}')))
-          for c in strata if c not in matched]
+    draws = [
+        dict(draw=d, **_alone(cells, modality, margin, lambda arm, d=d: draw == d))
+        for d in range(cells.k)
+    ]
+    by = [
+        dict(
+            columns=[c], **_alone(cells, modality, margin, lambda arm, c=c: cells(arm, f'same {c}'))
+        )
+        for c in strata
+        if c not in matched
+    ]
     return dict(draws=draws if cells.k > 1 else [], matched=by)
+
 
 def _alone(cells, modality, margin, keep):
     "The verdict from some of the trials."
     other, same, r = evidence(cells, modality, keep=keep)
     counts = dict(n=other.n, n_patients=other.n_patients)
-    if other.n_patients < FEWEST: return dict(verdict='undecided', value=np.nan, ci_low=np.nan, ci_high=np.nan, **counts)
+    if other.n_patients < FEWEST:
+        return dict(verdict='undecided', value=np.nan, ci_low=np.nan, ci_high=np.nan, **counts)
     b = bounds_of(other, same, r)
-    return dict(verdict=word_for(b, margin)[0], value=b.excess, ci_low=b.excess_low, ci_high=b.excess_high, **counts)
+    return dict(
+        verdict=word_for(b, margin)[0],
+        value=b.excess,
+        ci_low=b.excess_low,
+        ci_high=b.excess_high,
+        **counts,
+    )
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #d2565c37
 def missing_answers(
-    cells:Cells,     # one model's answers
-    modality:str,    # key of `NEEDS`
-)->dict:             # missing_share, and the excess with missing answers counted as no movement
+    cells: Cells,  # one model's answers
+    modality: str,  # key of `NEEDS`
+) -> dict:  # missing_share, and the excess with missing answers counted as no movement
     "The share of movements that are missing answers, and what would be left without them."
     arms = NEEDS[modality]
     planned = [cells.weight(a) * cells('original', 'parsed') for a in arms]
-    share = max(float((w * ~cells(a, 'parsed')).sum() / max(w.sum(), 1e-300)) for w, a in zip(planned, arms))
-    if share == 0: return dict(missing_share=0., value_if_missing_stay=np.nan, ci_low_if_missing_stay=np.nan, ci_high_if_missing_stay=np.nan)
+    share = max(
+        float((w * ~cells(a, 'parsed')).sum() / max(w.sum(), 1e-300)) for w, a in zip(planned, arms)
+    )
+    if share == 0:
+        return dict(
+            missing_share=0.0,
+            value_if_missing_stay=np.nan,
+            ci_low_if_missing_stay=np.nan,
+            ci_high_if_missing_stay=np.nan,
+        )
     b = bounds_of(*evidence(cells, modality, stay=True))
-    return dict(missing_share=share, value_if_missing_stay=b.excess, ci_low_if_missing_stay=b.excess_low, ci_high_if_missing_stay=b.excess_high)
+    return dict(
+        missing_share=share,
+        value_if_missing_stay=b.excess,
+        ci_low_if_missing_stay=b.excess_low,
+        ci_high_if_missing_stay=b.excess_high,
+    )
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #406396da
 FAMILIES = ('run', 'model', 'none')
 
-def holm_verdicts(
-    ask,      # function (member, strict) -> verdict record
+
+def holm_factors(
+    decided,  # function (member, factor) -> is there a verdict at the rates divided by the factor?
     members,  # what the family is made of
-)->dict:      # member -> verdict record
-    "Verdicts of a family at its stated error rates (Holm 1979)."
+) -> dict:  # member -> the factor its rates are divided by
+    "Holm's (1979) step-down over the verdicts of a family."
     left, out = list(members), {}
     while left:
-        found = {m: ask(m, float(len(left))) for m in left}
-        sure = [m for m in left if found[m]['verdict'] not in ('undecided', None)]
-        out |= {m: found[m] for m in (sure or left)}
+        factor = float(len(left))
+        sure = [m for m in left if decided(m, factor)]
+        out |= dict.fromkeys(sure or left, factor)
         left = [m for m in left if m not in out]
     return out
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #435a15aa
 def pool_partially(
-    values,   # (k,) excess of each finding
-    errors,   # (k,) standard error of each
-):            # (k,) pooled values, (k,) half-widths of their 95 % intervals
+    values,  # (k,) excess of each finding
+    errors,  # (k,) standard error of each
+):  # (k,) pooled values, (k,) half-widths of their 95 % intervals
     "Shrink each value towards the common mean by its own uncertainty."
-    y, v = np.asarray(values, float), np.maximum(np.asarray(errors, float)**2, 1e-12)
+    y, v = np.asarray(values, float), np.maximum(np.asarray(errors, float) ** 2, 1e-12)
     w = 1 / v
     mean = (w * y).sum() / w.sum()
-    spread = ((w * (y - mean)**2).sum() - (len(y) - 1)) / (w.sum() - (w**2).sum() / w.sum())
-    between = max(spread, 0.)
+    spread = ((w * (y - mean) ** 2).sum() - (len(y) - 1)) / (w.sum() - (w**2).sum() / w.sum())
+    between = max(spread, 0.0)
     w = 1 / (v + between)
     mean, trust = (w * y).sum() / w.sum(), between / (between + v)
-    variance = trust * v + (1 - trust)**2 / w.sum()
+    variance = trust * v + (1 - trust) ** 2 / w.sum()
     return trust * y + (1 - trust) * mean, 1.96 * np.sqrt(variance)
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #ad8666d4
-def _record_of(cells, modality, void, silent, margin, strict):
-    "Verdict on one modality, or why there is none."
-    if silent['state'] != 'answers': return nothing('does not answer', margin, '; '.join(silent['reasons']))
-    if void: return nothing('void', margin, f"no verdict: void arm {', '.join(void)}")
-    if not set(NEEDS[modality]) <= set(cells.arms):
-        return nothing('not asked', margin, f"the plan lacks {' or '.join(NEEDS[modality])}")
-    return record(*evidence(cells, modality), margin, strict)
+def _no_record(cells, modality, void, silent, margin):
+    "Why there is no verdict on a modality; None where there may be one."
+    if silent['state'] != 'answers':
+        return nothing('does not answer', margin, '; '.join(silent['reasons']))
+    if void:
+        return nothing('void', margin, f"no verdict: void arm {', '.join(void)}")
+    missing = [a for a in NEEDS[modality] if a not in cells.arms]
+    if missing:
+        return nothing('not asked', margin, f"the plan lacks {' and '.join(missing)}")
+
 
 def _with_firmness(found, cells, modality, about, strict):
     "The record of a verdict with missing answers, firmness and label error."
-    empty = dict(missing_share=0., value_if_missing_stay=np.nan, ci_low_if_missing_stay=np.nan, ci_high_if_missing_stay=np.nan,
-                 firmness=dict(draws=[], matched=[]), label_error=[])
-    if found['state'] != 'ok': return found | empty
+    empty = dict(
+        missing_share=0.0,
+        value_if_missing_stay=np.nan,
+        ci_low_if_missing_stay=np.nan,
+        ci_high_if_missing_stay=np.nan,
+        firmness=dict(draws=[], matched=[]),
+        label_error=[],
+    )
+    if found['state'] != 'ok':
+        return found | empty
     margin = found['margin']
     firm = firmness(cells, modality, margin, about.get('strata', []), about.get('match', []))
     noisy = about.get('label_source') == 'report' and modality == 'image'
@@ -146,49 +216,78 @@ def _parts(rows, strata):
     "(kind, name) -> `Cells`: ('all', ''), ('finding', name), ('subgroup', 'column=value')."
     out = {}
     for name, part in subgroups(rows, strata):
-        if name.startswith('variant='): continue
+        if name.startswith('variant='):
+            continue
         kind = 'all' if name == 'all' else 'finding' if name.startswith('finding=') else 'subgroup'
         out[kind, name.split('=', 1)[1] if kind == 'finding' else name] = Cells(part)
     return out
 
+
 def _families(keys, family):
     "Lists of (model, kind, name, modality) whose error rates are kept together."
-    if family == 'none': return [[k] for k in keys]
+    if family == 'none':
+        return [[k] for k in keys]
     group = lambda k: (k[1], k[0] if family == 'model' else '')
     return [[k for k in keys if group(k) == g] for g in dict.fromkeys(map(group, keys))]
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #ee2c9fb3
 def give_verdicts(
-    plan:pd.DataFrame,        # the plan
-    predictions:pd.DataFrame, # answers of one or more models
-    delivery:dict,            # what `prove_delivery` found
-    margin:float=.05,         # the smallest movement that matters
-    n_boot:int=2000,          # not used any more: the bounds need no resampling
-    seed:int=0,               # not used any more
-    family:str='run',         # over which verdicts the error rates hold, see `FAMILIES`
-    margin_reason:str='',     # why the margin is what it is
-)->dict:                      # {'models': {name: {relies_on_image, relies_on_text, answers, findings, subgroups, ...}}, 'family', 'margin'}
+    plan: pd.DataFrame,  # the plan
+    predictions: pd.DataFrame,  # answers of one or more models
+    delivery: dict,  # what `prove_delivery` found
+    margin: float = 0.05,  # the smallest movement that matters
+    n_boot: int = 2000,  # not used any more: the bounds need no resampling
+    seed: int = 0,  # not used any more
+    family: str = 'run',  # over which verdicts the error rates hold, see `FAMILIES`
+    margin_reason: str = '',  # why the margin is what it is
+) -> dict:  # {'models': {name: {relies_on_image, relies_on_text, answers, findings, subgroups, ...}}, 'family', 'margin'}
     "A verdict per model and modality, over all, per finding and per subgroup."
-    if not 0 < margin < 1: raise InputError(f'margin {margin}: must lie between 0 and 1')
-    if family not in FAMILIES: raise InputError(f"family {family!r}: choose from {', '.join(FAMILIES)}")
+    if not 0 < margin < 1:
+        raise InputError(f'margin {margin}: must lie between 0 and 1')
+    if family not in FAMILIES:
+        raise InputError(f"family {family!r}: choose from {', '.join(FAMILIES)}")
     strata = plan.attrs.get('strata', [])
-    parts = {m: _parts(rows, strata) for m, rows in answer_table(plan, predictions).groupby('model', sort=True)}
+    parts = {
+        m: _parts(rows, strata)
+        for m, rows in answer_table(plan, predictions).groupby('model', sort=True)
+    }
     state = lambda m, s: [a for a, v in delivery.get(m, {}).items() if v['verdict'] == s]
     silent = {m: _silence(p['all', 'all'], margin) for m, p in parts.items()}
     keys = [(m, *part, modality) for m, p in parts.items() for part in p for modality in NEEDS]
-    def ask(key, strict):
-        m, kind, name, modality = key
-        return _record_of(parts[m][kind, name], modality, state(m, 'void'), silent[m], margin, strict) | dict(strict=strict)
-    found = {}
-    for members in _families(keys, family): found |= holm_verdicts(ask, members)
-    found = {k: _with_firmness(v, parts[k[0]][k[1:3]], k[3], plan.attrs, v.pop('strict')) for k, v in found.items()}
-    if plan.attrs.get('access') != 'open': found = {k: _without_small_counts(v) for k, v in found.items()}
-    models = {m: _model_record(m, parts[m], found, silent[m]) | {f'{s}_arms': state(m, s) for s in ('void', 'unproven')} for m in parts}
-    sizes = {kind: sum(k[1] == kind for k in keys) for kind in dict.fromkeys(k[1] for k in keys)}
-    return dict(models=models, margin=margin, margin_reason=margin_reason or DEFAULT_MARGIN,
-                family=dict(name=family, sizes=sizes, method='Holm 1979', relies=.025, ignores=.05))
+    cells = {k: parts[k[0]][k[1:3]] for k in keys}
+    none = {k: _no_record(cells[k], k[3], state(k[0], 'void'), silent[k[0]], margin) for k in keys}
+    seen = {k: evidence(cells[k], k[3]) for k in keys if none[k] is None}
 
-DEFAULT_MARGIN = 'the default of this tool: a twentieth of all answers, or of the probability, may move without being called reliance' # where the user gives no reason
+    def decided(key, factor):
+        enough = seen[key][0].n_patients >= FEWEST
+        return enough and word_for(bounds_of(*seen[key], factor), margin)[0] != 'undecided'
+
+    factor = {}
+    for members in _families(seen, family):
+        factor |= holm_factors(decided, members)
+    found = {k: none[k] or record(*seen[k], margin, factor[k]) for k in keys}
+    found = {
+        k: _with_firmness(v, cells[k], k[3], plan.attrs, factor.get(k, 1.0))
+        for k, v in found.items()
+    }
+    if plan.attrs.get('access') != 'open':
+        found = {k: _without_small_counts(v) for k, v in found.items()}
+    models = {
+        m: _model_record(m, parts[m], found, silent[m])
+        | {f'{s}_arms': state(m, s) for s in ('void', 'unproven')}
+        for m in parts
+    }
+    sizes = {kind: sum(k[1] == kind for k in seen) for kind in dict.fromkeys(k[1] for k in keys)}
+    return dict(
+        models=models,
+        margin=margin,
+        margin_reason=margin_reason or DEFAULT_MARGIN,
+        family=dict(name=family, sizes=sizes, method='Holm 1979', relies=0.025, ignores=0.05),
+    )
+
+
+DEFAULT_MARGIN = 'the default of this tool: a twentieth of all answers, or of the probability, may move without being called reliance'  # where the user gives no reason
+
 
 def _silence(cells, margin):
     "Whether a model answers; one whose answers follow image or text does."
@@ -196,23 +295,31 @@ def _silence(cells, margin):
     words = [word_for(bounds_of(*evidence(cells, m)), margin)[0] for m in asked]
     return answering(cells, any(w in ('relies', 'reversed') for w in words))
 
+
 def _model_record(model, parts, found, silent):
     "The verdicts of one model, nested as verdicts.json holds them."
     of = lambda kind, name: {f'relies_on_{m}': found[model, kind, name, m] for m in NEEDS}
     findings = {name: of(kind, name) for kind, name in parts if kind == 'finding'}
     subgroup = {name: of(kind, name) for kind, name in parts if kind == 'subgroup'}
     _add_pooled(findings)
-    return dict(**of('all', 'all'), answers=silent, findings=findings, subgroups=subgroup, caveats=[])
+    return dict(
+        **of('all', 'all'), answers=silent, findings=findings, subgroups=subgroup, caveats=[]
+    )
+
 
 def _add_pooled(findings):
     "Partially pooled estimates beside the raw ones, where at least three findings have a value."
     for m in NEEDS:
         known = [f for f, v in findings.items() if v[f'relies_on_{m}']['state'] == 'ok']
-        if len(known) < 3: continue
+        if len(known) < 3:
+            continue
         rows = [findings[f][f'relies_on_{m}'] for f in known]
-        values, halves = pool_partially([r['value'] for r in rows], [(r['ci_high'] - r['ci_low']) / 3.92 for r in rows])
+        values, halves = pool_partially(
+            [r['value'] for r in rows], [(r['ci_high'] - r['ci_low']) / 3.92 for r in rows]
+        )
         for r, v, h in zip(rows, values, halves):
             r.update(pooled=float(v), pooled_low=float(v - h), pooled_high=float(v + h))
+
 
 def _without_small_counts(record):
     "Counts of fewer patients than a verdict needs stay home unless the data are open."
