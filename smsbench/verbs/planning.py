@@ -190,6 +190,8 @@ def coverage(
     workers: WorkersOption = None,
     figure: FigureOption = None,
     every: _option(bool, 'Print all intervals, and all rates beyond a limit.', '--every') = False,
+    show: _option(Path | None, 'Print what a finished run found, from its JSON file; nothing is '
+                  'simulated.') = None,
     show_grid: _option(bool, 'Print the grid of smsbench, to change it.', '--show-grid') = False,
     as_json: JsonOption = False,
 ):
@@ -204,8 +206,10 @@ def coverage(
 
     and then:  smsbench coverage --grid my_grid.yaml --out mine.json --figure mine.png
     """
+    from smsbench.core import read_json
     from smsbench.sms.coverage import grid_file, grid_lines, read_grid, run_grid
     if show_grid: return print(grid_file().read_text(encoding='utf-8'), end='')
+    if show is not None: return print('\n'.join(grid_lines(read_json(show), every)))
     if out is None: raise InputError('give --out, the JSON file to write')
     found = run_grid(read_grid(grid, small, audits), out, workers)
     if figure is not None: save_figure('coverage', found, figure)
