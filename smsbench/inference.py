@@ -7,12 +7,11 @@ __all__ = ['Dyads', 'Mean', 'small_sample', 'mean_of', 'ratio_of', 'average_of',
            'joined', 'correlation', 'area_of']
 
 # %% ../nbs/01a_inference.ipynb #da7c4c91
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np, pandas as pd
 from scipy.special import ndtri, stdtrit
 
-from .core import InputError
 from .stats import effective_number, exact_bounds
 
 # %% ../nbs/01a_inference.ipynb #eb83788c
@@ -151,8 +150,6 @@ def mean_of(
 
 
 def _corrected(mean):
-    from dataclasses import replace
-
     if mean.variance == 0:
         return mean
     return replace(mean, variance=mean.variance * small_sample(mean.n_effective, mean.n_patients))

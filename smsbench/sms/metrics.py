@@ -591,8 +591,7 @@ def _difference_p(term, cells, arm):
     "Two-sided p of a paired difference."
     on, dyads = term.den > 0, cells.dyads
     if arm not in dyads.lends:
-        first = ~np.diff(cells.sample, prepend=-1).astype(bool) == False
-        keep = on & first
+        keep = on & np.r_[True, np.diff(cells.sample) > 0]      # one row a sample, however many draws
         return mcnemar_clustered(term.num[keep] > 0, term.minus.num[keep] > 0, cells.patients[keep])
     change = ratio_of(dyads, term.num - term.minus.num, term.den, arm, ANY)
     if change.variance == 0 or change.n_effective <= 1: return 1.

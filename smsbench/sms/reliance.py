@@ -10,7 +10,7 @@ __all__ = ['STATED', 'MOST_PATIENTS', 'FEWEST', 'Bounds', 'bounds_of', 'word_for
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import numpy as np, pandas as pd
+import numpy as np
 
 from ..inference import Dyads, correlation, interval_of, joined, ratio_of
 

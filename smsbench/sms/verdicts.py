@@ -7,6 +7,8 @@ __all__ = ['NEEDS', 'LABEL_ERRORS', 'FAMILIES', 'DEFAULT_MARGIN', 'evidence', 'l
            'holm_factors', 'pool_partially', 'give_verdicts', 'decide']
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #c4a2829f
+from dataclasses import replace
+
 import numpy as np, pandas as pd
 
 from ..core import InputError
@@ -52,36 +54,23 @@ def label_error(
     strict: float = 1.0,  # by how much the stated error rates are divided
 ) -> list[dict]:  # error, value, ci_low, ci_high, verdict
     "The verdict on the image if a share of the labels were wrong (two balanced classes, error independent of the image)."
-    from dataclasses import replace
-
     out = []
     for error in LABEL_ERRORS:
         grow = 1 / (1 - 2 * error) ** 2
-
-        def shifted(b):
-            more = {
-                k: float(np.clip(getattr(b, k) * grow, -1, 1))
-                for k in ('excess', 'excess_low', 'excess_high', 'excess_low_90', 'excess_high_90')
-            }
-            up = (grow - 1) * max(b.excess_high_90, 0)
-            return replace(
-                b,
-                **more,
-                other=min(b.other + (grow - 1) * max(b.excess, 0), 1.0),
-                other_high=min(b.other_high + up, 1.0),
-            )
-
-        b, plain = (shifted(bounds_of(other, same, r, s)) for s in (strict, 1.0))
-        out.append(
-            dict(
-                error=error,
-                value=b.excess,
-                ci_low=plain.excess_low,
-                ci_high=plain.excess_high,
-                verdict=word_for(b, margin)[0],
-            )
-        )
+        b, plain = (_without_error(bounds_of(other, same, r, s), grow) for s in (strict, 1.0))
+        ends = dict(value=b.excess, ci_low=plain.excess_low, ci_high=plain.excess_high)
+        out.append(dict(error=error, **ends, verdict=word_for(b, margin)[0]))
     return out
+
+
+_EXCESS = ('excess', 'excess_low', 'excess_high', 'excess_low_90', 'excess_high_90')
+
+
+def _without_error(b, grow):
+    "Bounds with the excess grown, and the movement under another class by what the excess grew."
+    grown = {k: float(np.clip(getattr(b, k) * grow, -1, 1)) for k in _EXCESS}
+    more = {k: (grow - 1) * max(getattr(b, e), 0) for k, e in (('other', 'excess'), ('other_high', 'excess_high_90'))}
+    return replace(b, **grown, **{k: min(getattr(b, k) + x, 1.0) for k, x in more.items()})
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #7294a086
 def firmness(
