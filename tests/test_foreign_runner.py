@@ -10,7 +10,7 @@ RUNNER = Path(__file__).resolve().parent.parent/'colab'/'foreign_runner.py'
 def test_foreign_runner_end_to_end(cli, tmp_path):
     from smsbench.core import write_table
     from smsbench.data.phantom import phantom_cohort
-    write_table(phantom_cohort(120, size=64, seed=3), tmp_path/'c.parquet', 'cohort')
+    write_table(phantom_cohort(200, size=64, seed=3), tmp_path/'c.parquet', 'cohort')
     code, out, err = cli('plan', 'c.parquet', '--arms', 'image_swap,text_swap,image_only,text_only', '--seed', '1', '--out', 'p.parquet')
     assert code == 0, err
     assert cli('trials', 'p.parquet', '--cohort', 'c.parquet', '--out', 't.jsonl')[0] == 0

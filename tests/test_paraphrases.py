@@ -112,7 +112,7 @@ def test_verdicts_do_not_move_when_questions_are_reworded_too(cohort, tmp_path):
     arms = ('image_swap', 'text_swap')
     bare, worded = (audited(tmp_path/str(n), cohort, ['planted:mixture:0.5'], arms=arms, paraphrases=n) for n in (0, 3))
     assert json.dumps(bare.verdicts) == json.dumps(worded.verdicts) and set(bare.plan.trial_id) < set(worded.plan.trial_id)
-    plain = lambda r: r.metrics[~r.metrics.subgroup.str.startswith(('variant=', 'strategy=', 'wordings=')) & ~r.metrics.metric.str.startswith('wording')].reset_index(drop=True)
+    plain = lambda r: r.metrics[~r.metrics.subgroup.str.startswith(('variant=', 'strategy=', 'wordings=')) & ~r.metrics.metric.str.startswith(('wording', 'state_', 'consistent_'))].reset_index(drop=True)
     pd.testing.assert_frame_equal(plain(bare), plain(worded))
 
 
