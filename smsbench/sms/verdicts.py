@@ -66,7 +66,7 @@ def firmness(
     draws = [dict(draw=d, **_alone(cells, modality, margin, lambda arm, d=d: draw == d)) for d in range(cells.k)]
     by = [dict(columns=[c], **_alone(cells, modality, margin, lambda arm, c=c: cells(arm, f'same {c}')))
           for c in strata if c not in matched]
-    return dict(draws=draws if cells.k > 1 else [], matched=by)
+    return dict(draws=[d for d in draws if d['n']] if cells.k > 1 else [], matched=by)
 
 def _alone(cells, modality, margin, keep):
     "The verdict from some of the trials."
