@@ -241,7 +241,7 @@ def pair_terms(
 )->list[Term]:   # nfr, flips, movement and their relatives, with their excess over the control
     "What changed against the arm it is compared with."
     a = ARMS[arm]
-    base = cells.weight(arm) * cells(a.versus, 'parsed')
+    base = cells.weight(arm) * cells(arm, 'tried') * cells(a.versus, 'parsed')
     was, now = cells(a.versus, 'correct'), cells(arm, 'parsed') & cells(arm, 'correct')
     apart = total_variation(cells, arm, a.versus)
     known = base * ~np.isnan(apart)
@@ -256,7 +256,7 @@ def pair_terms(
 def _if_missing_stay(cells, arm):
     "The same with missing answers counted as no movement; nothing where none is missing."
     versus = ARMS[arm].versus
-    base = cells.weight(arm) * cells(versus, 'parsed')
+    base = cells.weight(arm) * cells(arm, 'tried') * cells(versus, 'parsed')
     came = cells(arm, 'parsed')
     if not (base * ~came).any(): return []
     flips, moves = flipped(cells, arm, versus), movement(cells, arm, versus)
@@ -322,8 +322,8 @@ def excess(
     a, measure_of = ARMS[arm], _MOVED[metric]
     weight = lambda one: cells.weight(one) if keep is None else _again_whole(cells, cells.weight(one) * keep(one))
     def part(one, other):
-        both = np.bincount(cells.sample, weight(other))[cells.sample] > 0
-        base = weight(one) * cells(a.versus, 'parsed') * both
+        both = np.bincount(cells.sample, weight(other) * cells(other, 'tried'))[cells.sample] > 0
+        base = weight(one) * cells(one, 'tried') * cells(a.versus, 'parsed') * both
         moved = measure_of(cells, one, a.versus) * (cells(one, 'parsed') if stay else 1)
         return Term(metric, one, base * moved, base)
     made = part(arm, a.control)
@@ -615,6 +615,7 @@ def metrics_table(
     if about.get('access') == 'credentialed':                    # few patients stay few, however many questions each is asked; n is 0 where it may not be told
         few = table.n_clusters < minimum
         table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan; table.loc[few, ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0; table.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
+        for c in ('n_donors', 'n_effective'): table.loc[table[c] < minimum, c] = 0     # who lends is a small count too
     table.attrs = dict(plan_hash=about.get('plan_hash', ''), minimum=minimum, **boot)
     return validate(table, 'metrics') if len(table) else table
 

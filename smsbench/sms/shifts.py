@@ -377,7 +377,10 @@ def attainable(
         rows.append(_donor_row(f, 'all', g, margin))
         by_class = [_donor_row(f, label, h, margin) for label, h in g.groupby('label', sort=True)]
         if plan.attrs.get('access') == 'open' or min(r['patients'] for r in by_class) >= 10: rows += by_class
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    if plan.attrs.get('access') != 'open':
+        for c in ('samples', 'patients', 'donors', 'effective_donors'): table.loc[table[c] < 10, c] = 0
+    return table
 
 def attainable_lines(
     plan:pd.DataFrame, # a plan
@@ -385,7 +388,7 @@ def attainable_lines(
 )->list[str]:          # nothing where the plan has no swaps
     "What can be shown with this plan, in words: per finding, and a warning where a verdict is out of reach."
     table = attainable(plan, margin)
-    if not table.samples[0]: return []
+    if not table.samples[0] or not table.effective_donors[0]: return []
     lines = []
     for r in table[table.label == 'all'].itertuples():
         what = 'all questions' if r.finding == 'all' else r.finding

@@ -118,7 +118,7 @@ def missing_answers(
 ) -> dict:  # missing_share, and the excess with missing answers counted as no movement
     "The share of movements that are missing answers, and what would be left without them."
     arms = NEEDS[modality]
-    planned = [cells.weight(a) * cells('original', 'parsed') for a in arms]
+    planned = [cells.weight(a) * cells(a, 'tried') * cells('original', 'parsed') for a in arms]
     share = max(
         float((w * ~cells(a, 'parsed')).sum() / max(w.sum(), 1e-300)) for w, a in zip(planned, arms)
     )
@@ -312,6 +312,11 @@ def _add_pooled(findings):
 
 def _without_small_counts(record):
     "Counts of fewer patients than a verdict needs stay home unless the data are open."
-    hide = lambda r: r | dict(n=0, n_patients=0) if 0 < r['n_patients'] < FEWEST else r
+    counts = ('n', 'n_patients', 'n_donors', 'n_effective')
+
+    def hide(r):
+        few = 0 < r['n_patients'] < FEWEST
+        return r | {c: 0 for c in counts if c in r and (few or r[c] < FEWEST)}
+
     firm = {k: [hide(r) for r in rows] for k, rows in record['firmness'].items()}
     return hide(record) | dict(firmness=firm)
