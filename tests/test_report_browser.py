@@ -86,7 +86,7 @@ def test_the_default_run_opens_with_the_planted_verdicts(browser, smoke):
     assert first_screen(page, 'Less than 5 points, the margin, counts as no change that matters')
     holds_for_any_report(page, smoke)
     order = page.evaluate("[...document.querySelectorAll('h2[id]')].map(h => h.id)")
-    assert order == 'verdicts firmness delivery donors accuracy flips plane calibration subgroups examples contrasts answers files funnel method provenance'.split()
+    assert order == 'verdicts firmness delivery donors accuracy flips plane calibration subgroups examples contrasts grounding confidence answers files funnel method provenance'.split()
     assert page.evaluate("[...document.querySelectorAll('.contents a')].map(a => a.getAttribute('href').slice(1))") == order
     text = page.inner_text('body')
     assert 'Not trained for this data' not in text and 'VOID' not in text and str(smoke.parent) not in page.content()
