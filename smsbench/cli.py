@@ -139,7 +139,7 @@ def _as_registered(settings, registration, ctx, plan_file):
 @app.command()
 def demo(
     out: OutOption = Path('reports/demo'),
-    patients: Annotated[int, typer.Option(min=20, help='Patients of the phantom cohort, one film each, two questions about each film.')] = 110,
+    patients: Annotated[int, typer.Option(min=20, help='Patients of the phantom cohort, one film each, two questions about each film.')] = 130,
     seed: SeedOption = 0, n_boot: BootOption = 1000, as_json: JsonOption = False,
 ):
     """The main job on built-in data: a phantom cohort, two reference models of opposite habits, the full audit, the report.

@@ -37,14 +37,14 @@ def funnel_rows(
     rows = [('rows in the table of the data set', about['rows'], None)] if about.get('rows') else []
     rows += [(f'left out by the filter: {k}', n, None) for k, n in about.get('filtered', {}).items()]
     excluded = results.exclusions['cohort'].reason.value_counts() if 'cohort' in results.exclusions else about.get('excluded', {})   # the cohort knows its counts where the table is not there
-    rows += [(f'excluded: {k}', int(n), None) for k, n in excluded.items()]
+    rows += [(f'excluded: {k}', n, None) for k, n in excluded.items()]
     rows.append(('samples in the cohort (one question about one image)', len(cohort), cohort.patient_id.nunique()))
     if n := limited(results): rows.append(('left out by --limit', n, None))
     rows.append(('samples in the plan', plan.sample_id.nunique(), plan.patient_id.nunique()))
     for model in model_names(results):
         p = results.predictions[results.predictions.model == model]
         rows += [(f'trials answered by {model}', int((p.parse_status != 'error').sum()), None), (f'trials that failed for {model}', int((p.parse_status == 'error').sum()), None)]
-    count = lambda n: '' if n is None else shown(int(n), access) if n < 1000 else f'{n:,}'
+    count = lambda n: '' if n is None else n if isinstance(n, str) else shown(int(n), access) if n < 1000 else f'{n:,}'   # a sealed cohort states small counts as words
     return pd.DataFrame([dict(step=s, count=count(n), patients=count(k)) for s, n, k in rows])
 
 # %% ../../nbs/51b_report.provenance.ipynb #cb811cbd

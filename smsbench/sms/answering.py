@@ -66,7 +66,7 @@ def _one_answer(cells):
     if commonest < ONE_ANSWER or asked.groupby('finding').label.nunique().max() < 2:
         return ''
     said = ' and '.join(sorted(set(asked.groupby('finding').said.agg(lambda s: s.mode()[0]))))
-    return f'it gives one answer ({said}) to {commonest:.0%} of the {len(asked)} questions'
+    return f'it gives one answer ({said}) to {commonest:.0%} of the {len(np.unique(cells.sample[read]))} questions'
 
 # %% ../../nbs/33bb_sms.answering.ipynb #3c881be2
 def _no_better(cells):

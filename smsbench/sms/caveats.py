@@ -28,13 +28,15 @@ def _interval(low, high):
     return f'95 % CI {_points(low)} to {_points(high)}'
 
 # %% ../../nbs/34c_sms.caveats.ipynb #5194e102
+def _sentence(text): return text[:1].upper() + text[1:] + '.' * (text[-1] not in '.!?')
+
 def answer_caveats(
     verdict:dict, # a model's verdicts
 )->list:          # one caveat, or none
     "That a model does not answer, why that is thought, and what to check."
     answers = verdict.get('answers') or {}
     if answers.get('state', 'answers') == 'answers': return []
-    told = ' '.join([*answers.get('reasons', []), answers.get('check', '')])
+    told = ' '.join(_sentence(s) for s in (*answers.get('reasons', []), answers.get('check', '')) if s)
     return [_caveat('does_not_answer', f'This model does not answer, so there is no verdict. {told}')]
 
 # %% ../../nbs/34c_sms.caveats.ipynb #8ce387aa

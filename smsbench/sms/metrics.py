@@ -320,7 +320,7 @@ def excess(
 )->Term:
     "Movement under an arm less that under its control, on the samples shown under both."
     a, measure_of = ARMS[arm], _MOVED[metric]
-    weight = lambda one: cells.weight(one) * (1 if keep is None else keep(one))
+    weight = lambda one: cells.weight(one) if keep is None else _again_whole(cells, cells.weight(one) * keep(one))
     def part(one, other):
         both = np.bincount(cells.sample, weight(other))[cells.sample] > 0
         base = weight(one) * cells(a.versus, 'parsed') * both
@@ -329,6 +329,11 @@ def excess(
     made = part(arm, a.control)
     made.minus = part(a.control, arm)
     return made
+
+def _again_whole(cells, weight):
+    "Weights of some draws, with as much of every sample as of the others."
+    of_sample = np.bincount(cells.sample, weight)[cells.sample]
+    return np.divide(weight, of_sample, out=np.zeros(cells.n), where=of_sample > 0)
 
 # %% ../../nbs/33_sms.metrics.ipynb #34f8f99d
 def following_terms(
@@ -479,7 +484,7 @@ def _area_row(cells, arm, w, level):
     if not areas: return _row('auroc', arm, np.nan, np.nan, np.nan, 0, note='undefined: no finding has both classes')
     mean = average_of(cells.dyads, areas, np.full(len(areas), 1 / len(areas))) if len(areas) > 1 else areas[0]
     note = f'mean of {len(areas)} findings' if len(areas) > 1 else ''
-    n = len(np.unique(cells.sample[w > 0]))
+    n = sum(a.n for a in areas)
     return _row('auroc', arm, mean.value, *interval_of(mean, level), n, mean.n_patients, mean.n_donors, mean.n_effective, note)
 
 def _pooled_row(cells, arm, w, level):

@@ -93,7 +93,7 @@ def firmness(
         for c in strata
         if c not in matched
     ]
-    return dict(draws=draws if cells.k > 1 else [], matched=by)
+    return dict(draws=[d for d in draws if d['n']] if cells.k > 1 else [], matched=by)
 
 
 def _alone(cells, modality, margin, keep):
