@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ratio', 'mean', 'proportion', 'nfr', 'classification', 'design_effect', 'auroc', 'auroc_influence', 'newcombe_auroc',
-           'auroc_ends', 'auroc_interval', 'combined_ends', 'mcnemar', 'mcnemar_clustered', 'paired_difference', 'holm',
-           'Equivalence', 'equivalence', 'power_paired', 'samples_needed', 'minimum_effect', 'suppress', 'Interval',
-           'Statistic', 'bootstrap_rows', 'bootstrap_sums', 'cluster_totals', 'effective_number', 'exact_bounds',
-           'resample_totals', 'together']
+           'tied_share', 'auroc_ends', 'auroc_interval', 'combined_ends', 'mcnemar', 'mcnemar_clustered',
+           'paired_difference', 'holm', 'Equivalence', 'equivalence', 'power_paired', 'samples_needed',
+           'minimum_effect', 'suppress', 'Interval', 'Statistic', 'bootstrap_rows', 'bootstrap_sums', 'cluster_totals',
+           'effective_number', 'exact_bounds', 'resample_totals', 'together']
 
 # %% ../nbs/01_stats.ipynb #fed47b67
 from dataclasses import replace
@@ -171,12 +171,24 @@ def newcombe_auroc(
     return plain(end(0)), plain(end(1))
 
 # %% ../nbs/01_stats.ipynb #2b0c9c3e
+def tied_share(
+    score,  # (n,) scores
+    y,      # (n,) true/false or 1/0
+)->float:   # 0..1; NaN where one class is absent
+    "Share of the pairs of a positive and a negative row that have the same score."
+    place = np.unique(np.asarray(score, float), return_inverse=True)[1]
+    positive = np.asarray(y) == 1
+    m, n = np.bincount(place, positive), np.bincount(place, ~positive)
+    pairs = m.sum() * n.sum()
+    return float(m @ n / pairs) if pairs else np.nan
+
 def auroc_ends(
     value,       # AUROC, 0..1: number; NaN where one class is absent
     influence,   # (n,) of each row, from `auroc_influence`
     y,           # (n,) true/false or 1/0
     owner,       # (n,) patient of each row, 0..C-1, in ascending order
     tail:float,  # probability left out on each side
+    tied:float=0., # share of the pairs that have the same score, from `tied_share`
 )->np.ndarray:   # (2,) ends than which an interval of the AUROC should not be narrower
     "Bounds of an AUROC by its influences and by its height, whichever are wider."
     if np.isnan(value): return np.full(2, np.nan)
@@ -186,8 +198,11 @@ def auroc_ends(
     varied, alone = (by_owner(influence, owner)**2).sum(), (influence**2).sum()
     alike = varied / alone if alone > 1e-20 else np.inf                                  # design effect
     units = np.maximum(patients, films / max(alike, 1))
-    ends = bounded_ends(np.array([value]), by_owner(influence, owner)[:, None], patients.min(keepdims=True), np.array([[0, 1]]), tail)
-    return widest(ends, np.reshape(newcombe_auroc(value, *units, tail), (2, 1)))[:, 0]
+    ends = bounded_ends(np.array([value]), by_owner(influence, owner)[:, None], patients.min(keepdims=True), np.array([[0, 1]]), tail)[:, 0]
+    if tied > 1 - 1e-9: return ends
+    decided = np.clip((value - tied / 2) / (1 - tied), 0, 1)                              # among the pairs that differ
+    height = tied / 2 + (1 - tied) * np.array(newcombe_auroc(decided, *units, tail))
+    return widest(ends[:, None], height[:, None])[:, 0]
 
 # %% ../nbs/01_stats.ipynb #e44bb5be
 def auroc_interval(
@@ -198,7 +213,7 @@ def auroc_interval(
 )->Interval:  # n_effective: of positive or of negative patients, whichever are fewer
     "AUROC with an interval over patients that counts the rarer side."
     y = np.asarray(y)
-    def floor(s, y, owner, tail): return auroc_ends(auroc(s, y), auroc_influence(s, y), y, owner, tail)
+    def floor(s, y, owner, tail): return auroc_ends(auroc(s, y), auroc_influence(s, y), y, owner, tail, tied_share(s, y))
     sides = np.stack([y == 1, y == 0], -1)[:, None]
     return bootstrap_rows(auroc, (score, y), clusters, bounds=(0, 1), batched=True, used=sides, floor=floor, **how)
 

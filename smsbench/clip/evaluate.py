@@ -17,7 +17,7 @@ import numpy as np, pandas as pd
 from ..core import Run, validate, write_json, write_table
 from ..calibration import brier, ece
 from ..resampling import bootstrap_rows, bounded_ends, by_owner, effective_number, together
-from ..stats import auroc, auroc_ends, auroc_influence, combined_ends, mean, suppress
+from ..stats import auroc, auroc_ends, auroc_influence, combined_ends, mean, suppress, tied_share
 from .prompts import prompts_for
 from .scores import Cells, Thresholds, cells, choose_thresholds, zero_shot, zero_shot_scores
 
@@ -188,7 +188,7 @@ def class_floors(
         sides = by_owner(class_sides(truth[k, i], own).reshape(k.sum(), -1), owner[k])
         number = np.reshape(effective_number(sides), (m, 2)).min(1)
         ends = bounded_ends(one, per, number, np.tile([0, 1], (m, 1)), tail)
-        ends[:, 1] = auroc_ends(one[1], slope[:, 1], truth[k, i], owner[k], tail)
+        ends[:, 1] = auroc_ends(one[1], slope[:, 1], truth[k, i], owner[k], tail, tied_share(scores[k, i], truth[k, i]))
         for held, new in zip(out, (one, ends, per, number)): held[..., :m, i] = new
     return out
 

@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 
 from ..core import InputError, content_hash
 from ..resampling import Interval, bootstrap_rows, by_owner
-from ..stats import auroc, auroc_ends, auroc_influence, combined_ends
+from ..stats import auroc, auroc_ends, auroc_influence, combined_ends, tied_share
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #3d69428e
 BINS, RARE = 8, 10 # quantile bins of a number; a level with fewer rows is pooled with the other rare ones
@@ -126,14 +126,15 @@ def told_apart(
 
 def _within_ends(score, y, fold, owner, tail):
     "AUROC within folds, its bounds, and its slope in the weight of each patient."
-    slope, pairs = np.zeros(len(y)), np.zeros(len(y))
+    slope, pairs, tied = np.zeros(len(y)), np.zeros(len(y)), 0.
     for k in np.unique(fold):
         at = fold == k
         slope[at], pairs[at] = np.nan_to_num(auroc_influence(score[at], y[at])), y[at].sum() * (~y[at]).sum()
+        tied += np.nan_to_num(tied_share(score[at], y[at])) * pairs[at][0]
     total = sum(pairs[fold == k][0] for k in np.unique(fold))
     slope = slope * pairs / max(total, 1)
     value = within_folds(score, y, fold, np.ones((1, len(y)), int))[0]
-    return value, auroc_ends(value, slope, y, owner, tail), by_owner(slope, owner)
+    return value, auroc_ends(value, slope, y, owner, tail, tied / max(total, 1)), by_owner(slope, owner)
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #c72dc568
 def shortcut_table(

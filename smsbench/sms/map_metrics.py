@@ -28,7 +28,7 @@ def mean_rows(
     columns,              # column names
     bounds=None,          # column -> (lowest, highest); None takes `COLUMNS`
     n_boot:int=2000, level:float=.95, seed:int=0, minimum:int=10, # resamples; confidence level; of the resampling; rows below which a number is suppressed
-)->list[dict]:            # metric, value, ci_low, ci_high, n, n_clusters, note
+)->list[dict]:            # metric, value, ci_low, ci_high, n, n_clusters, n_effective, note
     "Mean of each column over the rows that have it."
     bounds, columns = COLUMNS if bounds is None else bounds, [c for c in columns if c in table and table[c].notna().any()]
     if not columns: return []
@@ -36,7 +36,7 @@ def mean_rows(
     got, out = together(*[mean(x[c], ~np.isnan(x[c]), bounds.get(c, (-np.inf, np.inf)), c) for c in columns]).bootstrap(table.patient_id.to_numpy(), n_boot, level, seed=seed), []
     for k, c in enumerate(columns):
         one = got[k] if len(columns) > 1 else got
-        row = dict(metric=c, value=float(one.value), ci_low=float(one.low), ci_high=float(one.high), n=int(one.n), n_clusters=int(one.n_clusters), note=str(one.note))
+        row = dict(metric=c, value=float(one.value), ci_low=float(one.low), ci_high=float(one.high), n=int(one.n), n_clusters=int(one.n_clusters), n_effective=float(one.n_effective), note=str(one.note))
         if row['n'] < minimum: row |= dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, note=f'suppressed: fewer than {minimum} maps')
         out.append(row)
     return out
@@ -202,7 +202,7 @@ def _flips_told(g, minimum, how):
     if len(g) < minimum: return row | dict(note='suppressed: fewer maps than are reported')
     if g.flipped.nunique() < 2: return row | dict(note='undefined: every answer flipped' if g.flipped.any() else 'undefined: no answer flipped')
     got = map_change_predicts_flip(g.js, g.flipped, g.patient_id, **how)
-    return row | dict(value=float(got.value), ci_low=float(got.low), ci_high=float(got.high), note=str(got.note))
+    return row | dict(value=float(got.value), ci_low=float(got.low), ci_high=float(got.high), n_effective=float(got.n_effective), note=str(got.note))
 
 def change_rows(
     changes:pd.DataFrame, # from `change_table`
@@ -230,6 +230,7 @@ def attention_metrics(
     table = table.fillna(dict(n_donors=0, n_effective=table.n_clusters)).astype(dict(n_donors=int))
     if plan.attrs.get('access') == 'credentialed':
         few = table.n_clusters < boot.get('minimum', 10)
+        table['n_effective'] = table.n_effective.where(table.n_effective >= boot.get('minimum', 10), 0)
         table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan; table.loc[few, ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0; table.loc[few, 'note'] = f"suppressed: fewer than {boot.get('minimum', 10)} patients"
     out = pd.concat([measured, table], ignore_index=True); out.attrs = measured.attrs
     return validate(out, 'metrics')
