@@ -38,13 +38,13 @@ def _side_of(states, what, names):
 def _outright(said, what, names):
     choice, layer = explicit(said, names)
     if layer != 'first' or not (names.sides and (what.named or what.base)): return choice, layer
-    sentence = re.split(r'(?<=[.!?])\s+|\n', plainly(said))[0]
+    sentence = re.split(r'(?<=[.!?])\s+|\n', plainly(said))[0].partition(' ')[2]
     states = {said_of(what, c) for c in clauses(sentence) if share(what, c) == 1}
     return ('?' if _side_of(states, what, names) - {choice} else choice), layer
 
 def _keyed(said, what, names):
     "The choice behind 'finding: no'; a line about something else says nothing."
-    lines = [m for l in said.split('\n') if (m := re.match(r'[\s•-]*([^:=]{1,80}?)\s*[:=](.+)', l))]
+    lines = [m for l in said.split('\n') if (m := re.match(r'[\s•-]*(.{1,80})\s*[:=](.+)', l))]
     found = {m[1].lower(): names.of.get(m[2].strip(' ."\'!,').lower()) for m in lines}
     told = {c for k, c in found.items() if c and (share(what, k) >= .8 or not what.keys)}
     if not told or not names.sides or not what.keys and '\n' in said: return ''
@@ -92,12 +92,12 @@ def _word(said, names):
     return '?' if len(found) > 1 else ''.join(names.sides[w] for w in found)
 
 # %% ../../nbs/30ed_sms.answers.ipynb #891a2b81
-def _layers(said, what, names, language):
-    "Pairs (choice, layer), in the order in which they decide."
+def _layers(said, what, also, names, language):
+    "Pairs (choice, layer), in the order in which they decide; `also` is asked in other words."
     yield _outright(said, what, names)
     yield _keyed(said, what, names), 'keyed'
     yield lettered(said, names), 'letter'
-    yield _statement(said, what, names), 'statement'
+    yield _statement(said, what, names) or _statement(said, also, names), 'statement'
     if _declined(said): yield '!', 'refusal'
     if names.sides and 'unsure' in stated(said, what): yield '?', 'hedge'
     if not names.sides or names.finding: yield named(said, names), 'named'
@@ -114,7 +114,9 @@ def _read(text, choices, finding, question, prompt, inverted, options):
     said, language = to_english(said)
     names = names_of(choices, options)
     what = asked(names.finding) if names.finding else asked(finding, question, inverted)
-    for choice, layer in _layers(said, what, names, language):
+    told = names.finding or share(what, plainly(question)) >= .8   # the question names the finding
+    also = asked() if told else asked('', question, inverted)
+    for choice, layer in _layers(said, what, also, names, language):
         if choice in ('?', '!'): return Reading('', dict(zip('?!', ('ambiguous', 'refused')))[choice], layer)
         if choice: return Reading(choice, 'ok', layer)
     return Reading('', 'unparsed', '')

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from .languages import SENSE
-from .statements import HEDGE, NEGATION, clauses
+from .statements import HEDGE, NEGATION, THAN, clauses
 
 # %% ../../nbs/30ec_sms.choices.ipynb #c3f75a19
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def opening(
     "The choice with which a text begins; '?' for several, '' for none."
     name, rest = _leading(text.lstrip(' "\'-:>'), names, marked)
     if not name: return ''
+    if name in SENSE and re.match(r'\s+(?:yes|no)\b', rest, re.I): return '?'
     more = _AND.match(rest)
     second, end = _leading(rest[more.end():], names, False) if more else ('', '')
     both = second and names.of[second] != names.of[name] and _BARE.match(end)
@@ -134,14 +135,12 @@ def explicit(
     text = _SURELY.sub('', text.strip(), count=1)
     whole = text.strip(' ."\'!()\n').lower()
     if whole in names.of: return names.of[whole], 'whole'
-    if whole == 'not' and names.sides: return names.sides['no'], 'first'
+    if re.fullmatch('not(?: really| at all| exactly)?', whole) and names.sides: return names.sides['no'], 'first'
     first, last = '' if _MARK.match(text) else opening(text, names), final(text, names)
     if first and last and first != last: return '?', 'final'
     return (last, 'final') if last else (first, 'first' if first else '')
 
 # %% ../../nbs/30ec_sms.choices.ipynb #3a143e44
-_THAN = re.compile(r'\b(?:than|compared (?:to|with)|in comparison (?:to|with)|rather than|instead of'
-                   r'|versus|as opposed to|relative to|unlike|in contrast to)\b.*')
 _VAGUELY = r'\s+(?:(?:an?|the|more|most|likely|probably|clearly|to be|of|consistent with)\s+)*$'
 _IS = re.compile(r'\b(?:is|are|be|was|were|has|have|shows?|suggests?)' + _VAGUELY)
 _AT = re.compile(r'\b(?:as|in|on|from|of)' + _VAGUELY)
@@ -168,7 +167,7 @@ def named(
     names:Names, # from `names_of`
 )->str:
     "The choice that a text asserts in a sentence; '?' for several, '' for none."
-    parts = [_THAN.sub('', c) for c in clauses(text)]
+    parts = [THAN.sub('', c) for c in clauses(text)]
     found = [_named_in(c, names) for c in parts if not HEDGE.search(c)]
     if names.by_letter: found = [(asserted, asserted) for _, asserted in found]
     every = {c for some, _ in found for c in some}

@@ -58,12 +58,12 @@ WORDS = { # language -> English word -> regular expression of the words that say
 }
 MARKS = { # language -> frequent words that tell it from the others
     'en': 'the a is are of in and there to an this it has',
-    'de': 'der die das ist eine ein und im auf des keine kein nicht kann es',
-    'fr': "le la les est dans une des du de il n' y a pas sur",
-    'es': 'el la los las es en una un del se hay de no',
-    'pt': 'o a os as é em uma um do da se há não de',
-    'it': 'il la lo gli è nel una un della di ci sono non',
-    'nl': 'de het een is er van geen op niet en',
+    'de': 'der die das ist eine ein und im auf des es kann kein keine keinen nicht ohne',
+    'fr': "le la les est dans une des du de il n' y a pas sur aucun aucune sans",
+    'es': 'el la los las es en una un del se hay de no sin ninguna',
+    'pt': 'o a os as é em uma um do da se há não de sem nenhuma',
+    'it': 'il la lo gli è nel una un della di ci sono non senza nessuna',
+    'nl': 'de het een is er van geen op niet en zonder',
 }
 
 # %% ../../nbs/30e_sms.languages.ipynb #07f50eb5
