@@ -153,6 +153,8 @@ def read_answer(
                    inverted=inverted, options=options)[:2]
 
 # %% ../../nbs/30ed_sms.answers.ipynb #638369fa
+_AFFIRMS = re.compile(r'\b(?:there (?:is|are)|shows?|seen|visible|present|consistent with|suggests?)\b')
+
 def apparent_side(
     text:str,              # what a model said
     choices=('yes', 'no'), # allowed answers
@@ -161,7 +163,7 @@ def apparent_side(
     names, said = names_of(tuple(choices)), plainly(to_english(flat(text))[0])
     if names.sides:
         no = bool(NEGATION.search(said) or re.search(r'\bnormal\b', said))
-        yes = bool(re.search(r'\byes\b', said) or not no and said.strip())
+        yes = bool(re.search(r'\byes\b', said) or not no and _AFFIRMS.search(said))
         found = {names.sides[s] for s, there in (('yes', yes), ('no', no)) if there}
     else: found = {names.of[n] for n in names.words if re.search(rf'\b{re.escape(n)}\b', said)}
     return 'several' if len(found) > 1 else (found or {'neither'}).pop()
