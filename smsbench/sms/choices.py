@@ -19,7 +19,7 @@ class Names:
     "What stands for which choice; made by `names_of`."
     of:dict = field(default_factory=dict)    # name in lower case -> choice
     sides:dict = field(default_factory=dict) # 'yes' and 'no' -> choice, where the choices are sides
-    finding:str = ''                         # the choice that is a finding, beside one for its absence
+    finding:str = ''                         # the choice that is a finding, if one is its absence
     words:tuple[str, ...] = ()               # names longer than a letter, longest first
     letters:frozenset = frozenset()          # names of one letter, in capitals
 
@@ -85,7 +85,8 @@ def _answers(name, rest, marked):
     if SENSE.get(name) == 'no':
         counts = re.match(r'\W{0,2}\s*\d', rest)
         return not counts and bool(_ENDED.match(rest) or _GOES_ON.match(rest))
-    return bool(SENSE.get(name) == 'yes' or marked or _ENDED.match(rest)) and not re.match(r'-\w', rest)
+    ended = SENSE.get(name) == 'yes' or marked or _ENDED.match(rest)
+    return bool(ended) and not re.match(r'-\w', rest)
 
 # %% ../../nbs/30ec_sms.choices.ipynb #13a7fdfe
 _AND, _BARE = re.compile(r'\s*(?:,?\s*(?:and|or|/|&)|,)\s*'), re.compile(r'\s*(?:$|[.,!)\n])')
@@ -98,7 +99,8 @@ def opening(
     "The choice with which a text begins; '?' for several, '' for none."
     name, rest = _leading(text.lstrip(' "\'-:>'), names, marked)
     if not name: return ''
-    if name in SENSE and re.match(r'\s+(?:yes|no)\b', rest, re.I): return '?'
+    other = re.match(r'\s+(yes|no)\b', rest, re.I)
+    if other and SENSE.get(name) not in (None, other[1].lower()): return '?'
     more = _AND.match(rest)
     second, end = _leading(rest[more.end():], names, False) if more else ('', '')
     both = second and names.of[second] != names.of[name] and _BARE.match(end)
@@ -106,11 +108,13 @@ def opening(
 
 # %% ../../nbs/30ec_sms.choices.ipynb #41500557
 _MARK = re.compile(
-    r"\b(?:answer|choice|option|diagnosis|conclusion|prediction|response|verdict|label|output|result"
-    r"|classification)\b['\"]?\s*(?:(?:is|are|would be|should be|must be|will be|[:=-]|->|→)\s*)+"
-    r'(?:(?:that|option|choice|most likely|likely|probably|definitely|clearly|thus|therefore|:)\s*)*'
+    r'\b(?:answer|choice|option|diagnosis|conclusion|prediction|response|verdict|label|output'
+    r'|result|classification|impression|assessment|decision)'
+    r"\b['\"]?\s*(?:(?:is|are|(?:would|should|must|will) be|[:=-]|->|→)\s*)+"
+    r'(?:(?:that|option|choice|(?:most )?likely|probably|definitely|clearly|thus|therefore|:)\s*)*'
     r'|(?:정답|答案|答え)\s*:\s*', re.I)
-_THUS = re.compile(r'(?:therefore|thus|so|hence|in conclusion|in summary|overall|finally),?\s*', re.I)
+_THUS = re.compile(r'(?:therefore|thus|so|hence|in conclusion|in summary|overall|finally|it is)'
+                   r',?\s*', re.I)
 _SURELY = re.compile(
     r"(?:absolutely|definitely|certainly|clearly|probably|(?:most |very )?likely|of course|surely"
     r"|i would say|i'd say|i think|i believe|it is|it's)(?: a)?,? (?=(?:yes|no|not)\b)", re.I)
@@ -135,7 +139,8 @@ def explicit(
     text = _SURELY.sub('', text.strip(), count=1)
     whole = text.strip(' ."\'!()\n').lower()
     if whole in names.of: return names.of[whole], 'whole'
-    if re.fullmatch('not(?: really| at all| exactly)?', whole) and names.sides: return names.sides['no'], 'first'
+    if names.sides and re.fullmatch('not(?: really| at all| exactly)?', whole):
+        return names.sides['no'], 'first'
     first, last = '' if _MARK.match(text) else opening(text, names), final(text, names)
     if first and last and first != last: return '?', 'final'
     return (last, 'final') if last else (first, 'first' if first else '')
@@ -145,6 +150,9 @@ _VAGUELY = r'\s+(?:(?:an?|the|more|most|likely|probably|clearly|to be|of|consist
 _IS = re.compile(r'\b(?:is|are|be|was|were|has|have|shows?|suggests?)' + _VAGUELY)
 _AT = re.compile(r'\b(?:as|in|on|from|of)' + _VAGUELY)
 _ANEW = re.compile(r'\b(?:is|are|it|shows?)\b')
+_COMPARES = re.compile(
+    r'\b(?:than|compared|comparison|most|more|(?:bigg|larg|small|great|dark|bright|high|low|thick'
+    r'|thinn|wid|long|short|dens|heavi)(?:er|est))\b')
 
 def _named_in(clause, names):
     "Choices that a clause names and does not deny, and those of them that it asserts."
@@ -167,12 +175,15 @@ def named(
     names:Names, # from `names_of`
 )->str:
     "The choice that a text asserts in a sentence; '?' for several, '' for none."
-    parts = [THAN.sub('', c) for c in clauses(text)]
-    found = [_named_in(c, names) for c in parts if not HEDGE.search(c)]
-    if names.by_letter: found = [(asserted, asserted) for _, asserted in found]
+    found = []
+    for clause in clauses(text):
+        some, asserted = _named_in(THAN.sub('', clause), names)
+        if names.by_letter: some = asserted
+        if some and not HEDGE.search(THAN.sub('', clause)):
+            found.append((some, some if _COMPARES.search(clause) and not asserted else asserted))
     every = {c for some, _ in found for c in some}
     if len(every) < 2: return ''.join(every)
-    first = next(set(asserted) or set(some) for some, asserted in found if some)
+    first = set(found[0][1])
     return first.pop() if len(first) == 1 else '?'
 
 # %% ../../nbs/30ec_sms.choices.ipynb #70748e08

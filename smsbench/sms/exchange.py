@@ -80,12 +80,14 @@ def _line(text, number, trials):
         raise InputError(f'{where}: needs logprobs or raw_text')
     return r
 
-# %% ../../nbs/32a_sms.exchange.ipynb #7ff4a04e
+# %% ../../nbs/32a_sms.exchange.ipynb #6834c456
 def _logprobs(given, choices, number):
     "Log-probabilities in the order of the choices; `InputError` where they cannot be such."
     lp = [given.get(c) for c in choices] if isinstance(given, dict) else given
-    if not isinstance(lp, list) or len(lp) != len(choices) or not all(_finite(v) and v <= 1e-6 for v in lp):
-        raise InputError(f'line {number}: logprobs must give one finite number, at most 0, per choice {list(choices)}')
+    fits = isinstance(lp, list) and len(lp) == len(choices)
+    if not fits or not all(_finite(v) and v <= 1e-6 for v in lp):
+        raise InputError(f'line {number}: logprobs must give one finite number, at most 0, '
+                         f'per choice {list(choices)}')
     total = float(np.exp(lp).sum())
     if total > 1.001:
         raise InputError(f'line {number}: the probabilities of the choices add up to {total:.2f}; '
@@ -110,12 +112,13 @@ def _imported_row(
     return dict(trial_id=trial.trial_id, answer=read.choice, parse_status=read.status, logprobs=[],
                 answer_mass=np.nan, raw_text=text, **hashes, seconds=seconds, error=''), read.choice
 
-# %% ../../nbs/32a_sms.exchange.ipynb #8fa61d0f
+# %% ../../nbs/32a_sms.exchange.ipynb #ce1e0536
 def _still_asks(text, told):
     "Whether the question stands in an answer after everything that is known of its prompt is gone."
     bare = strip_answer(text, told['prompt'], told['question'], told['choices'])
-    question = ' '.join(words(told['question'].lower()))
-    return bool(question) and question in ' '.join(words(bare.lower()))
+    question = words(told['question'].lower())
+    long = len(question) > 3                              # a word or two may stand in any answer
+    return long and ' '.join(question) in ' '.join(words(bare.lower()))
 
 def _check_texts(
     rows:list,   # predictions rows whose answer was read from text
@@ -128,8 +131,8 @@ def _check_texts(
     asks = [_still_asks(r['raw_text'], told[r['trial_id']]) for r in rows]
     if 2*sum(asks) > len(rows):
         example = f', such as {shown[asks.index(True)]!r}' if quote else ''
-        raise InputError(f'the question still stands in {sum(asks)} of {len(rows)} answers{example}; '
-                         'give only what the model wrote, without the prompt')
+        raise InputError(f'the question still stands in {sum(asks)} of {len(rows)} answers'
+                         f'{example}; give only what the model wrote, without the prompt')
     if any(r['answer'] for r in rows): return
     kinds = ', '.join(f'{n} {k}' for k, n in Counter(r['parse_status'] for r in rows).most_common())
     example = f', such as {shown[0]!r}' if quote else ''
@@ -168,19 +171,11 @@ def _lines(path):
     if not path.is_file(): raise InputError(f'{path}: no such file')
     try: text = path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError: raise InputError(f'{path}: not UTF-8 text') from None
-    return [(i, l) for i, l in enumerate(text.split('\n'), 1) if l.strip()]  # JSON may hold other separators
+    lines = enumerate(text.split('\n'), 1)            # JSON may hold other separators
+    return [(i, line) for i, line in lines if line.strip()]
 
-def import_predictions(
-    path,               # JSON-lines file of answers
-    plan:pd.DataFrame,  # the plan they answer
-    run:Run,            # run directory
-    name:str='',        # what to call the model; '' takes the file's name
-    max_missing:float=.05, # share of the plan that may lack an answer
-    source=None,        # a `Source` of the cohort, where its samples have questions of their own
-)->pd.DataFrame:        # predictions, in the order of the plan
-    "Read answers made elsewhere; what is missing is an error row. `InputError` names the first line that cannot be used."
-    path = Path(path)
-    name, open_ = name or path.stem, plan.attrs.get('access') != 'credentialed'
+def _read_file(path, plan, source, max_missing):
+    "Predictions rows, what their texts say, and what the reader was told, of every line."
     trials = {t.trial_id: t for t in plan.itertuples(index=False)}
     tasks = {f: Task(**t) for f, t in plan.attrs['tasks'].items()}
     rows, texts, told = [], [], {}
@@ -189,16 +184,42 @@ def import_predictions(
         trial = trials[r['trial_id']]
         told[trial.trial_id] = _asked_in(trial, tasks, source)
         row, text = _imported_row(r, trial, told[trial.trial_id], number)
-        rows.append({**row, 'raw_text': row['raw_text'].encode('utf-8', 'replace').decode()})
+        whole = row['raw_text'].encode('utf-8', 'replace').decode()  # no half surrogate pairs
+        rows.append({**row, 'raw_text': whole})
         texts.append(text)
-    if len(told) < len(rows): raise InputError(f'{path}: {len(rows) - len(told)} trial ids occur twice')
-    if len(trials) - len(told) > max_missing*len(trials): raise InputError(f'{path}: answers for {len(told)} of {len(trials)} trials; at least {1 - max_missing:.0%} are needed')
-    try: _check_texts([r for r in rows if not r['logprobs']], told, open_)
+    if len(told) < len(rows):
+        raise InputError(f'{path}: {len(rows) - len(told)} trial ids occur twice')
+    if len(trials) - len(told) > max_missing*len(trials):
+        raise InputError(f'{path}: answers for {len(told)} of {len(trials)} trials; '
+                         f'at least {1 - max_missing:.0%} are needed')
+    return rows, texts, told
+
+# %% ../../nbs/32a_sms.exchange.ipynb #4c3a4a96
+def import_predictions(
+    path,               # JSON-lines file of answers
+    plan:pd.DataFrame,  # the plan they answer
+    run:Run,            # run directory
+    name:str='',        # what to call the model; '' takes the file's name
+    max_missing:float=.05, # share of the plan that may lack an answer
+    source=None,        # a `Source` of the cohort, where its samples have questions of their own
+)->pd.DataFrame:        # predictions, in the order of the plan
+    """Read answers made elsewhere; what is missing is an error row.
+
+    `InputError` names the first line that cannot be used.
+    """
+    path = Path(path)
+    name, sealed = name or path.stem, plan.attrs.get('access') == 'credentialed'
+    rows, texts, told = _read_file(path, plan, source, max_missing)
+    try: _check_texts([r for r in rows if not r['logprobs']], told, quote=not sealed)
     except InputError as e: raise InputError(f'{path}: {e}') from None
-    counts = _read_from(rows, texts, next(iter(told.values()))['choices'])
+    counts = _read_from(rows, texts, next(iter(told.values()), {}).get('choices', ('yes', 'no')))
     for sentence in _read_sentences(counts): run.log(f'{name}: {sentence}')
-    if not open_: rows = [{**r, 'raw_text': ''} for r in rows]   # what a model wrote may quote what it read
+    if sealed: rows = [{**r, 'raw_text': ''} for r in rows]      # it may quote what the model read
     got = {r['trial_id']: r for r in rows}
-    out = pd.DataFrame([dict(model=name, **(got.get(i) or _error_row(t, InputError('no answer was imported')))) for i, t in trials.items()])
-    write_table(out, part_path(run, name, 0), 'predictions', plan_hash=plan.attrs['plan_hash'], model=dict(id=name, imported=path.name, reading=counts))
-    return read_table(part_path(run, name, 0), 'predictions')
+    lacking = InputError('no answer was imported')
+    out = [got.get(t.trial_id) or _error_row(t, lacking) for t in plan.itertuples(index=False)]
+    table = pd.DataFrame([dict(model=name, **r) for r in out])
+    about = dict(id=name, imported=path.name, reading=counts)
+    part = part_path(run, name, 0)
+    write_table(table, part, 'predictions', plan_hash=plan.attrs['plan_hash'], model=about)
+    return read_table(part, 'predictions')

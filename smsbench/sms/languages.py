@@ -60,7 +60,7 @@ MARKS = { # language -> frequent words that tell it from the others
     'en': 'the a is are of in and there to an this it has',
     'de': 'der die das ist eine ein und im auf des es kann kein keine keinen nicht ohne',
     'fr': "le la les est dans une des du de il n' y a pas sur aucun aucune sans",
-    'es': 'el la los las es en una un del se hay de no sin ninguna',
+    'es': 'el la los las es en una un del se hay de sin ninguna',
     'pt': 'o a os as é em uma um do da se há não de sem nenhuma',
     'it': 'il la lo gli è nel una un della di ci sono non senza nessuna',
     'nl': 'de het een is er van geen op niet en zonder',
@@ -79,7 +79,8 @@ for _table in WORDS.values():
 # %% ../../nbs/30e_sms.languages.ipynb #85f89c2d
 _KANA, _ASIAN = re.compile(r'[\u3040-\u30ff]'), re.compile(r'[\u3040-\u30ff\u4e00-\u9fff]')
 _MARKS = {language: set(words.split()) for language, words in MARKS.items()}
-_ANSWERS = {k: set(f"{WORDS[k]['yes']}|{WORDS[k]['no']}".split('|')) - {'no'} for k in MARKS if k != 'en'}
+_ANSWERS = {k: {w for side in ('yes', 'no') for w in WORDS[k][side].split('|')} - {'no'}
+            for k in MARKS if k != 'en'}
 
 def language_of(
     text:str, # what a model said

@@ -14,35 +14,38 @@ from functools import lru_cache
 # %% ../../nbs/30eb_sms.statements.ipynb #f3829856
 def _any(*words): return re.compile(r'\b(?:' + '|'.join(words) + r')\b' + r"|(?!)")
 
-NEGATION = _any('no|not|none|without|neither|nor|never|cannot|absent|absence|negative|free (?:of|from)|fails?',
-                'lacks?|lacking|denies|unlikely|rule[sd]? out|ruling out|exclude[sd]?|excluding',
+NEGATION = _any('no|not|none|without|neither|nor|never|cannot|absent|absence|negative',
+                'free (?:of|from)|fails?|lacks?|lacking|denies|unlikely',
+                'rule[sd]? out|ruling out|exclude[sd]?|excluding',
                 r"\w+n't")
 IDIOM = _any('not (?:only|just|merely|limited to|uncommon)', 'no doubt',
              'without (?:a )?doubt', 'not? changed?')        # negations that deny nothing
 HEDGE = _any('possibl[ey]|possibility|maybe|perhaps|may|might|could|uncertain|unclear|equivocal',
-             'questionable|suspect(?:ed|s)?|suspici(?:on|ous)|would|whether|if|vs|versus|differential|indeterminate',
-             'inconclusive|(?:difficult|hard) to|either',
+             'questionable|suspect(?:ed|s)?|suspici(?:on|ous)|would|whether|if|vs|versus',
+             'differential|indeterminate|inconclusive|(?:difficult|hard) to|either',
              r"(?:not|cannot|can't|couldn't)(?: \w+){0,2} (?:exclude|rule)d?",
              r'not (?:\w+ly )?(?:certain|clear|sure|possible)')
 UNSTATED = _any(
-    r'(?:assess|evaluat|look|check|test|screen|search|monitor|examin|inspect|watch|concern|treat)\w*'
-    r'(?: \w+){0,3} (?:for|of|about)',                       # evaluate the film for pneumonia
+    r'(?:assess|evaluat|look|check|test|screen|search|monitor|examin|inspect|watch|concern'
+    r'|treat)\w*(?: \w+){0,3} (?:for|of|about)',            # evaluate the film for pneumonia
     r'to (?:\w+ )?(?:diagnos|assess|determin|evaluat|rule out|exclude|confirm|identif|detect|look'
     r' (?:for|at)|see|check|find|answer|know|tell|say|judge|decide)\w*', # to confirm pneumonia
     r"(?:cannot|can't|not|never|unable to) (?:\w+ )?(?:provide|give|offer|make|answer|confirm"
     r'|determine|diagnose|assess|say|tell|evaluate|identify|conclude)',
     r"i (?:do not|don't) (?:have|know)|insufficient|inadequate|poor|unable|mention\w*",
-    r'can (?:also )?(?:be|cause|present|lead|show|occur|result|appear|help|indicate|suggest)',
-    r'occurs?|happens?|typically|usually|generally|commonly|often|refers? to|known as|defined|such as|used (?:to|for)|let',
+    r'can (?:also )?(?:be(?! seen| identified| visual| appreciated| detected| noted)|cause'
+    r'|present|lead|show|occur|result|appear|help|indicate|suggest)',
+    r'occurs?|happens?|typically|usually|generally|commonly|often|refers? to|known as|defined',
+    r'such as|used (?:to|for)|let|compared|considered$',
     r'history of|risk|recommend\w*|should|consult|needed|required?|necessary|question|asked?|asks',
-    r'compared|(?:specific|typical|characteristic|diagnostic) (?:finding|feature|sign)s? (?:for|of)',
-    'considered$')
+    r'(?:specific|typical|characteristic|diagnostic) (?:finding|feature|sign)s? (?:for|of)')
 
 # %% ../../nbs/30eb_sms.statements.ipynb #44bd4af8
 _ONE = {re.compile(p): w for p, w in {
     r'\babnormal(?:ity|ities|ly)\b|\bpatholog(?:y|ies|ic|ical)\b|\bunhealthy\b': 'abnormal',
     r'\b(?:healthy|unremarkable|within normal limits|normally|normal-\w+)\b': 'normal',
-    r'\b(?:equals?|identical)\b|(?<=\s)=(?=\s)': 'same', r'\b(?:unequal|differing|differ)\b': 'different',
+    r'\b(?:equals?|identical)\b|(?<=\s)=(?=\s)': 'same',
+    r'\b(?:unequal|differing|differ)\b': 'different',
     r'\bnon-(?=\w)': 'not '}.items()}
 OPPOSITES = {'abnormal': 'normal', 'different': 'same', 'asymmetric': 'symmetric',
              'malignant': 'benign', 'irregular': 'regular', 'heterogeneous': 'homogeneous'}
@@ -143,19 +146,21 @@ def share(
 
 # %% ../../nbs/30eb_sms.statements.ipynb #8d37556d
 _AFTER = re.compile(
-    r'^[^,]{0,60}?\b(?:is|are|was|were|be|been|has|have|do|does|did|can|could)(?: (?!with|and)\w+){0,2}'
-    r" (?:not|never|absent|unlikely|excluded|ruled out|negative|resolved)\b|^[^,]{0,60}?n't\b"
-    r'|^[^,]{0,60}?\bcannot\b|^\s*(?:[:=(-]+\s*(?:no|none|not|false)|[:=(-]*\s*(?:absent|negative'
+    r'^[^,]{0,60}?\b(?:is|are|was|were|be|been|has|have|do|does|did|can|could)'
+    r'(?: (?!with|and)\w+){0,2} (?:not|never|absent|unlikely|excluded|ruled out|negative|resolved'
+    r"|removed)\b|^[^,]{0,60}?(?:n't|\bcannot)\b"
+    r'|^\s*(?:[:=(-]+\s*(?:no|none|not|false)|[:=(-]*\s*(?:absent|negative'
     r'|excluded|unlikely))\b')
 _ENDS = re.compile(r'\b(?:in|on|at|within|to|from|as|such|according|for|that|which)\b|[,:]')
 
 _ANEW = re.compile(r'\w (?:shows|reveals|demonstrates|displays)\b')
-THAN = re.compile(r'\b(?:than|compared (?:to|with)|in comparison (?:to|with)|instead of|versus|unlike'
-                  r'|as opposed to|relative to|in contrast to)\b.*') # what something is compared with
+THAN = re.compile(                                            # what something is compared with
+    r'\b(?:than|compared (?:to|with)|in comparison (?:to|with)|instead of|versus|unlike'
+    r'|as opposed to|relative to|in contrast to)\b.*')
 
-_DEFINES = re.compile(r'\S* ?(?:is|are) (?:an? |the )?(?:\w+ ){0,3}(?:condition|disease|disorder|infection'
-                      r'|inflammation|type|form|tumor|term|process|complication|accumulation'
-                      r'|collection|growth)s?\b')               # pneumonia is a disease
+_DEFINES = re.compile(                                        # pneumonia is a disease
+    r'\S* ?(?:is|are) (?:an? |the )?(?:\w+ ){0,3}(?:condition|disease|disorder|infection'
+    r'|inflammation|type|form|tumor|term|process|complication|accumulation|collection|growth)s?\b')
 
 def _place(what, clause):
     "Where the last telling word stands in a clause; None where none does."
@@ -212,7 +217,8 @@ def _said_of_base(what, clause, denied, held):
     flipped = any(OPPOSITES.get(w) == what.base for w in words(clause))
     other = denied != flipped
     if not any(_partner(w, what.base) == what.base for w in words(clause)): return ''
-    if what.keys == ('normal',) and not other and not denied and not _WHOLE.search(clause): return ''
+    only = what.keys == ('normal',) and not other and not denied
+    if only and not _WHOLE.search(clause): return ''
     if held < .8 and not denied: return ''
     return 'present' if other == what.flip else 'absent'
 
@@ -229,4 +235,5 @@ def stated(
     said = {said_of(what, c) for c in parts} - {''}
     if said or not what.keys or what.base: return said
     whole = [m[0] for c in parts if (m := _WHOLE.search(c)) and not UNSTATED.search(c)]
-    return {'absent'} if any(not NEGATION.search(w) and not HEDGE.search(w) for w in whole) else said
+    firm = any(not NEGATION.search(w) and not HEDGE.search(w) for w in whole)
+    return {'absent'} if firm else said

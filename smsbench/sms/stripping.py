@@ -109,6 +109,7 @@ _TEX = re.compile(r'\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}')
 _BOXED = re.compile(r'\\?\bboxed\s*\{([^{}]*)\}')
 _ANSWERED = re.compile(r'<answer>(.*?)(?:</answer>|$)', re.S | re.I)
 _LISTED = re.compile(r'(?m)^[ \t>*-]*\(?([A-J])[).:][ \t]+\S.*$')
+_IN_LINE = re.compile(r'\(?A[).:] [^\n]{1,80}? \(?B[).:] [^\n]{1,80}? \(?C[).:] [^\n]*')
 _ASKED = re.compile(r'^\s*question\s*:[^\n?]*\??', re.I)
 
 def undressed(
@@ -127,13 +128,14 @@ def undressed(
 @lru_cache(maxsize=4096)
 def _listings(choices):
     "Patterns of how a prompt lists the choices."
-    names = [re.escape(c) for c in choices]
-    if len(names) < 2: return ()
+    if len(choices) < 2: return ()
+    one = f"(?:{'|'.join(re.escape(c) for c in sorted(choices, key=len, reverse=True))})"
+    every = rf'{one}(?:(?:,|/| or|, or) ?{one}){{{len(choices) - 1}}}'   # in any order
     lead = r'\b(?:please )?(?:answer|respond|reply|choose|select|say)\b'
     lead += r'(?:[^.\n:?!]{0,60}?|[^.\n:?!]{0,40}\bof: *)'
-    spoken = ',? '.join(names[:-1]) + r',? or ' + names[-1]
-    either = f"(?:{spoken}|{'/'.join(names)})" + r'\b[^.\n:]{0,40}[.:]?'
-    return (re.compile(lead + either, re.I),)
+    spoken = lead + every + r'\b[^.\n:]{0,40}[.:]?'
+    bracketed = r'(?:options?:? )?[\[(]' + every + r'[\])]'
+    return re.compile(spoken, re.I), re.compile(bracketed, re.I)
 
 def without_listings(
     text:str,            # the turn of a model
@@ -141,6 +143,7 @@ def without_listings(
 )->str:
     "A turn without the options or choices that it repeats from its prompt."
     if len({m[1] for m in _LISTED.finditer(text)}) > 1: text = _LISTED.sub('', text)
+    text = _IN_LINE.sub(' ', text)
     for listing in _listings(tuple(choices)): text = listing.sub(' ', text)
     return text
 
