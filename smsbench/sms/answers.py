@@ -103,11 +103,10 @@ def _layers(said, what, also, names, language):
     yield lettered(said, names), 'letter'
     yield _statement(said, what, names) or _statement(said, also, names), 'statement'
     if _declined(said): yield '!', 'refusal'
+    if names.sides and not names.finding: yield _word(said, names), 'word'
     if names.sides and 'unsure' in stated(said, what): yield '?', 'hedge'
     if not names.sides or names.finding: yield named(said, names), 'named'
-    else:
-        yield _denial(said, what, names, language), 'denial'
-        yield _word(said, names), 'word'
+    else: yield _denial(said, what, names, language), 'denial'
 
 _SILENT = re.compile(r'\W*(?:(?:answer|response|output)\W*)?', re.I)
 
@@ -241,4 +240,5 @@ def misreading(
         shares[kind] = f'{n/of:.1%} (95 % interval {ends[0]:.1%} to {ends[1]:.1%})'
     return (f"On labelled answers of real models the reader gave the opposite choice in "
             f"{shares['opposite']}, left {shares['lost']} unread, and made a choice of "
-            f"{shares['invented']} of those that have none.")
+            f"{shares['invented']} of those that have none. Its rules were written with these "
+            "answers in sight; expect more errors on other forms.")

@@ -112,7 +112,7 @@ _MARK = re.compile(
     r'|result|classification|impression|assessment|decision)'
     r"\b['\"]?\s*(?:(?:is|are|(?:would|should|must|will) be|[:=-]|->|→)\s*)+"
     r'(?:(?:that|option|choice|(?:most )?likely|probably|definitely|clearly|thus|therefore|:)\s*)*'
-    r'|(?:정답|答案|答え)\s*:\s*', re.I)
+    r'|(?:정답|答案|答え)\s*:\s*|\b(?:choose|select|pick)\s+', re.I)
 _THUS = re.compile(r'(?:therefore|thus|so|hence|in conclusion|in summary|overall|finally|it is)'
                    r',?\s*', re.I)
 _SURELY = re.compile(

@@ -17,11 +17,11 @@ def _any(*words): return re.compile(r'\b(?:' + '|'.join(words) + r')\b' + r"|(?!
 NEGATION = _any('no|not|none|without|neither|nor|never|cannot|absent|absence|negative',
                 'free (?:of|from)|fails?|lacks?|lacking|denies|unlikely',
                 'rule[sd]? out|ruling out|exclude[sd]?|excluding',
-                r"\w+n't")
+                r"\w+n't|(?<![\d.:] )(?:0|zero)(?= [a-z])")
 IDIOM = _any('not (?:only|just|merely|limited to|uncommon)', 'no doubt',
              'without (?:a )?doubt', 'not? changed?')        # negations that deny nothing
 HEDGE = _any('possibl[ey]|possibility|maybe|perhaps|may|might|could|uncertain|unclear|equivocal',
-             'questionable|suspect(?:ed|s)?|suspici(?:on|ous)|would|whether|if|vs|versus',
+             'questionable|suspect(?:ed|s)?|suspici(?:on|ous (?:for|of))|would|whether|if|vs|versus',
              'differential|indeterminate|inconclusive|(?:difficult|hard) to|either',
              r"(?:not|cannot|can't|couldn't)(?: \w+){0,2} (?:exclude|rule)d?",
              r'not (?:\w+ly )?(?:certain|clear|sure|possible)')
@@ -30,8 +30,8 @@ UNSTATED = _any(
     r'|treat)\w*(?: \w+){0,3} (?:for|of|about)',            # evaluate the film for pneumonia
     r'to (?:\w+ )?(?:diagnos|assess|determin|evaluat|rule out|exclude|confirm|identif|detect|look'
     r' (?:for|at)|see|check|find|answer|know|tell|say|judge|decide)\w*', # to confirm pneumonia
-    r"(?:cannot|can't|not|never|unable to) (?:\w+ )?(?:provide|give|offer|make|answer|confirm"
-    r'|determine|diagnose|assess|say|tell|evaluate|identify|conclude)',
+    r"(?:cannot|can't|not|never|unable to) (?:\w+ )?(?:provid|giv|offer|answer|confirm"
+    r'|determin|diagnos|assess|say|tell|evaluat|conclud|allow|permit)\w*',
     r"i (?:do not|don't) (?:have|know)|insufficient|inadequate|poor|unable|mention\w*",
     r'can (?:also )?(?:be(?! seen| identified| visual| appreciated| detected| noted)|cause'
     r'|present|lead|show|occur|result|appear|help|indicate|suggest)',
@@ -149,8 +149,8 @@ _AFTER = re.compile(
     r'^[^,]{0,60}?\b(?:is|are|was|were|be|been|has|have|do|does|did|can|could)'
     r'(?: (?!with|and)\w+){0,2} (?:not|never|absent|unlikely|excluded|ruled out|negative|resolved'
     r"|removed)\b|^[^,]{0,60}?(?:n't|\bcannot)\b"
-    r'|^\s*(?:[:=(-]+\s*(?:no|none|not|false)|[:=(-]*\s*(?:absent|negative'
-    r'|excluded|unlikely))\b')
+    r'|^\s*(?:[:=(-]+\s*(?:no|none|false)|[:=(-]*\s*(?:not|never|absent|negative|excluded'
+    r'|ruled out|resolved|unlikely))\b')
 _ENDS = re.compile(r'\b(?:in|on|at|within|to|from|as|such|according|for|that|which)\b|[,:]')
 
 _ANEW = re.compile(r'\w (?:shows|reveals|demonstrates|displays)\b')
@@ -158,15 +158,26 @@ THAN = re.compile(                                            # what something i
     r'\b(?:than|compared (?:to|with)|in comparison (?:to|with)|instead of|versus|unlike'
     r'|as opposed to|relative to|in contrast to)\b.*')
 
-_DEFINES = re.compile(                                        # pneumonia is a disease
-    r'\S* ?(?:is|are) (?:an? |the )?(?:\w+ ){0,3}(?:condition|disease|disorder|infection'
-    r'|inflammation|type|form|tumor|term|process|complication|accumulation|collection|growth)s?\b')
+_IS = re.compile(r'\s*(?:\([^)]*\)\s*)?(?:is|are)\b')
+_IS_THERE = re.compile(
+    r'\s*(?:is|are) (?:\w+ ){0,2}?(?:present|seen|visible|visuali[sz]ed|noted|evident|apparent|found'
+    r'|identified|detected|observed|demonstrated|shown|confirmed|likely|suggested|indicated|there|in'
+    r'|on|at|mild|moderate|severe|small|large|bilateral|stable|unchanged)\b')
 
 def _place(what, clause):
     "Where the last telling word stands in a clause; None where none does."
     found = [m.span() for m in re.finditer(r"[^\W_]+(?:'[a-z]+)?", clause)
              if any(same_word(k, _partner(m[0], what.base)) for k in what.keys)]
     return found[-1] if found else None
+
+def _defined(what, clause):
+    "Whether a clause tells what a finding is ('pneumonia is an infection'), not that it is there."
+    place = _place(what, clause)
+    if not place or not what.named: return False
+    rest = clause[place[1]:]
+    short = len(clause[:place[0]].split()) < 4
+    return bool(short and _IS.match(rest) and not _IS_THERE.match(rest)
+                or re.match(r'\s*[:=]\s*[\d.]', rest))
 
 def _denied(what, clause):
     "Whether what is asked is denied: before it in its clause, or right behind it."
@@ -205,12 +216,11 @@ def said_of(
     denied_only = bool(denies) and all(any(same_word(k, w) for k in what.keys) for w in denies)
     if held < .6 and not denied_only or not what.keys: return ''
     if UNSTATED.search(clause): return 'unsure' if 'whether' in words(clause) else ''
-    place = _place(what, clause)
-    if place and what.named and _DEFINES.match(clause[place[1]:]): return ''
     if HEDGE.search(clause) or clause.endswith('?'): return 'unsure' if held >= .8 else ''
     denied = denied_only or _denied(what, clause) or _equal(what, clause)
     if what.base: return _said_of_base(what, clause, denied, held)
-    return 'absent' if denied else 'present' if held >= .8 else ''
+    if denied: return 'absent'
+    return 'present' if held >= .8 and not _defined(what, clause) else ''
 
 def _said_of_base(what, clause, denied, held):
     "The same where the question is whether something is normal, equal, benign."
