@@ -7,15 +7,20 @@ __all__ = ['export_trials', 'import_predictions']
 
 # %% ../../nbs/32a_sms.exchange.ipynb #a10d6e30
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd
 
 from ..core import InputError, Run, atomic, content_hash, progress, read_table, write_table
+from .answers import reading, unread_by_side
 from .asked import check_rules
 from .audit import _answer_row, _error_row, part_path
-from .prompts import Task, parse_answer, variant_choices
+from .prompts import Task, render, variant_choices
 from .shifts import ARMS
+from .statements import words
+from .stripping import flat, strip_answer
 from ..vlm.models import Answer
 
 # %% ../../nbs/32a_sms.exchange.ipynb #5fa06602
@@ -44,45 +49,177 @@ def _finite(v):
     try: return isinstance(v, (int, float)) and not isinstance(v, bool) and bool(np.isfinite(float(v)))
     except OverflowError: return False
 
-# %% ../../nbs/32a_sms.exchange.ipynb #c176dc36
-def _imported_row(line, number, trials, choices):
-    "The predictions row of one imported line."
+# %% ../../nbs/32a_sms.exchange.ipynb #47a5fed9
+def _asked_in(
+    trial,       # a row of the plan
+    tasks:dict,  # finding -> `Task`
+    source=None, # a `Source`, where the questions are those of the samples
+)->dict:         # choices, finding, question, prompt, inverted, as `reading` takes them
+    "What the reader is told of a trial."
+    task = source.task(trial) if source else tasks[trial.finding]
+    own = '' if source else getattr(trial, 'question', '')
+    if own: task = replace(task, question=own)
+    return dict(choices=variant_choices(task, trial.variant), finding=trial.finding,
+                question=task.question, prompt=render(task, 'none', variant=trial.variant),
+                inverted=bool(getattr(trial, 'inverted', False)))
+
+# %% ../../nbs/32a_sms.exchange.ipynb #b8924904
+def _line(text, number, trials):
+    "One line of an import as an object whose trial is in the plan."
     where = f'line {number}'
-    try: r = json.loads(line)
-    except (ValueError, RecursionError) as e: raise InputError(f"{where}: not valid JSON ({getattr(e, 'msg', type(e).__name__)})") from None
+    try: r = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        why = getattr(e, 'msg', type(e).__name__)
+        raise InputError(f'{where}: not valid JSON ({why})') from None
     trial_id = r.get('trial_id') if isinstance(r, dict) else None
-    if not isinstance(trial_id, str) or trial_id not in trials: raise InputError(f'{where}: trial_id {trial_id!r} is not in the plan')
-    if not _finite(r.get('seconds', 0.)): raise InputError(f"{where}: seconds must be a number, not {r['seconds']!r}")
-    t = trials[trial_id]; allowed = choices(t); lp = r.get('logprobs')
+    if not isinstance(trial_id, str) or trial_id not in trials:
+        raise InputError(f'{where}: trial_id {trial_id!r} is not in the plan')
+    if not _finite(r.get('seconds', 0.)):
+        raise InputError(f"{where}: seconds must be a number, not {r['seconds']!r}")
+    if r.get('logprobs') is None and 'raw_text' not in r:
+        raise InputError(f'{where}: needs logprobs or raw_text')
+    return r
+
+# %% ../../nbs/32a_sms.exchange.ipynb #6834c456
+def _logprobs(given, choices, number):
+    "Log-probabilities in the order of the choices; `InputError` where they cannot be such."
+    lp = [given.get(c) for c in choices] if isinstance(given, dict) else given
+    fits = isinstance(lp, list) and len(lp) == len(choices)
+    if not fits or not all(_finite(v) and v <= 1e-6 for v in lp):
+        raise InputError(f'line {number}: logprobs must give one finite number, at most 0, '
+                         f'per choice {list(choices)}')
+    total = float(np.exp(lp).sum())
+    if total > 1.001:
+        raise InputError(f'line {number}: the probabilities of the choices add up to {total:.2f}; '
+                         'give log-probabilities (log-softmax over the vocabulary), not raw scores')
+    return tuple(lp)
+
+# %% ../../nbs/32a_sms.exchange.ipynb #c176dc36
+def _imported_row(
+    r:dict,      # one line
+    trial,       # its row of the plan
+    told:dict,   # from `_asked_in`
+    number:int,  # of the line
+)->tuple:        # (row of the predictions, what its text says: choice or '')
+    "The predictions row of one imported line."
     hashes = {k: str(r.get(k) or '') for k in ('pixel_sha', 'token_sha', 'delivered_sha')}
-    if lp is not None:
-        if isinstance(lp, dict): lp = [lp.get(c) for c in allowed]
-        if not isinstance(lp, list) or len(lp) != len(allowed) or not all(_finite(v) and v <= 1e-6 for v in lp): raise InputError(f'{where}: logprobs must give one finite number, at most 0, per choice {list(allowed)}')
-        return _answer_row(t, Answer(tuple(lp), float(np.exp(lp).sum()), raw_text=str(r.get('raw_text', '')), **hashes), allowed, r.get('seconds', np.nan))
-    if 'raw_text' not in r: raise InputError(f'{where}: needs logprobs or raw_text')
-    said, status = parse_answer(r['raw_text'], allowed, t.finding, bool(getattr(t, 'inverted', False)))
-    return dict(trial_id=t.trial_id, answer=said, parse_status=status, logprobs=[], answer_mass=np.nan, raw_text=str(r['raw_text']), **hashes, seconds=r.get('seconds', np.nan), error='')
+    seconds, text = r.get('seconds', np.nan), flat(r.get('raw_text', ''))
+    read = reading(r.get('raw_text', ''), **told)
+    if r.get('logprobs') is not None:
+        lp = _logprobs(r['logprobs'], told['choices'], number)
+        answer = Answer(lp, min(float(np.exp(lp).sum()), 1.), raw_text=text, **hashes)
+        return _answer_row(trial, answer, told['choices'], seconds), read.choice
+    return dict(trial_id=trial.trial_id, answer=read.choice, parse_status=read.status, logprobs=[],
+                answer_mass=np.nan, raw_text=text, **hashes, seconds=seconds, error=''), read.choice
+
+# %% ../../nbs/32a_sms.exchange.ipynb #ce1e0536
+def _still_asks(text, told):
+    "Whether the question stands in an answer after everything that is known of its prompt is gone."
+    bare = strip_answer(text, told['prompt'], told['question'], told['choices'])
+    question = words(told['question'].lower())
+    long = len(question) > 3                              # a word or two may stand in any answer
+    return long and ' '.join(question) in ' '.join(words(bare.lower()))
+
+def _check_texts(
+    rows:list,   # predictions rows whose answer was read from text
+    told:dict,   # trial_id -> what the reader was told
+    quote:bool,  # whether the message may show an answer
+):
+    "`InputError` where the texts are no answers."
+    if not rows: return
+    shown = [' '.join(r['raw_text'].split())[:60] for r in rows]
+    asks = [_still_asks(r['raw_text'], told[r['trial_id']]) for r in rows]
+    if 2*sum(asks) > len(rows):
+        example = f', such as {shown[asks.index(True)]!r}' if quote else ''
+        raise InputError(f'the question still stands in {sum(asks)} of {len(rows)} answers'
+                         f'{example}; give only what the model wrote, without the prompt')
+    if any(r['answer'] for r in rows): return
+    kinds = ', '.join(f'{n} {k}' for k, n in Counter(r['parse_status'] for r in rows).most_common())
+    example = f', such as {shown[0]!r}' if quote else ''
+    raise InputError(f'none of {len(rows)} answers could be read as one of the choices ({kinds})'
+                     f'{example}; check raw_text, or give logprobs')
+
+# %% ../../nbs/32a_sms.exchange.ipynb #7a157d4d
+def _read_from(
+    rows:list,    # predictions rows
+    texts:list,   # what each text says: choice or ''
+    choices:tuple, # allowed answers
+)->dict:          # counts: from_text, unread, unread_by_side, both, disagree
+    "How the answers of an import were read."
+    by_text = [r for r in rows if not r['logprobs']]
+    both = [(r, t) for r, t in zip(rows, texts) if r['logprobs'] and t and r['answer']]
+    sides = unread_by_side(pd.DataFrame(by_text, columns=['raw_text', 'answer']), choices)
+    return dict(from_text=len(by_text), unread=sum(not r['answer'] for r in by_text),
+                unread_by_side={s: int(n) for s, n in zip(sides.side, sides.unread) if n},
+                both=len(both), disagree=sum(r['answer'] != t for r, t in both))
+
+def _read_sentences(counts):
+    "The counts of `_read_from` in words."
+    out = []
+    if counts['from_text']:
+        looks = ', '.join(f'{n} look like {s}' for s, n in counts['unread_by_side'].items())
+        out.append(f"{counts['from_text']} answers were read from text, {counts['unread']} of them "
+                   f"could not be read{f' ({looks})' if looks else ''}")
+    if counts['both']:
+        out.append(f"where log-probabilities and text are given, the log-probabilities decide; the "
+                   f"text says another choice in {counts['disagree']} of {counts['both']} answers")
+    return out
 
 # %% ../../nbs/32a_sms.exchange.ipynb #022b0954
+def _lines(path):
+    "The lines of a file that say something, with their numbers."
+    if not path.is_file(): raise InputError(f'{path}: no such file')
+    try: text = path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError: raise InputError(f'{path}: not UTF-8 text') from None
+    lines = enumerate(text.split('\n'), 1)            # JSON may hold other separators
+    return [(i, line) for i, line in lines if line.strip()]
+
+def _read_file(path, plan, source, max_missing):
+    "Predictions rows, what their texts say, and what the reader was told, of every line."
+    trials = {t.trial_id: t for t in plan.itertuples(index=False)}
+    tasks = {f: Task(**t) for f, t in plan.attrs['tasks'].items()}
+    rows, texts, told = [], [], {}
+    for number, line in _lines(path):
+        r = _line(line, number, trials)
+        trial = trials[r['trial_id']]
+        told[trial.trial_id] = _asked_in(trial, tasks, source)
+        row, text = _imported_row(r, trial, told[trial.trial_id], number)
+        whole = row['raw_text'].encode('utf-8', 'replace').decode()  # no half surrogate pairs
+        rows.append({**row, 'raw_text': whole})
+        texts.append(text)
+    if len(told) < len(rows):
+        raise InputError(f'{path}: {len(rows) - len(told)} trial ids occur twice')
+    if len(trials) - len(told) > max_missing*len(trials):
+        raise InputError(f'{path}: answers for {len(told)} of {len(trials)} trials; '
+                         f'at least {1 - max_missing:.0%} are needed')
+    return rows, texts, told
+
+# %% ../../nbs/32a_sms.exchange.ipynb #4c3a4a96
 def import_predictions(
     path,               # JSON-lines file of answers
     plan:pd.DataFrame,  # the plan they answer
     run:Run,            # run directory
     name:str='',        # what to call the model; '' takes the file's name
     max_missing:float=.05, # share of the plan that may lack an answer
+    source=None,        # a `Source` of the cohort, where its samples have questions of their own
 )->pd.DataFrame:        # predictions, in the order of the plan
-    "Read answers made elsewhere; what is missing is an error row. `InputError` names the first line that cannot be used."
-    path = Path(path); name = name or path.stem
-    if not path.is_file(): raise InputError(f'{path}: no such file')
-    trials, tasks = {t.trial_id: t for t in plan.itertuples(index=False)}, {f: Task(**t) for f, t in plan.attrs['tasks'].items()}
-    try: lines = path.read_text(encoding='utf-8-sig').split('\n')    # a line ends here and nowhere else: JSON may hold other separators
-    except UnicodeDecodeError: raise InputError(f'{path}: not UTF-8 text') from None
-    rows = [_imported_row(l, i, trials, lambda t: variant_choices(tasks[t.finding], t.variant)) for i, l in enumerate(lines, 1) if l.strip()]
-    rows = [{**r, 'raw_text': r['raw_text'].encode('utf-8', 'replace').decode()} for r in rows]     # half a surrogate pair cannot be written
-    if plan.attrs.get('access') == 'credentialed': rows = [{**r, 'raw_text': ''} for r in rows]   # what a model wrote may quote what it read
+    """Read answers made elsewhere; what is missing is an error row.
+
+    `InputError` names the first line that cannot be used.
+    """
+    path = Path(path)
+    name, sealed = name or path.stem, plan.attrs.get('access') == 'credentialed'
+    rows, texts, told = _read_file(path, plan, source, max_missing)
+    try: _check_texts([r for r in rows if not r['logprobs']], told, quote=not sealed)
+    except InputError as e: raise InputError(f'{path}: {e}') from None
+    counts = _read_from(rows, texts, next(iter(told.values()), {}).get('choices', ('yes', 'no')))
+    for sentence in _read_sentences(counts): run.log(f'{name}: {sentence}')
+    if sealed: rows = [{**r, 'raw_text': ''} for r in rows]      # it may quote what the model read
     got = {r['trial_id']: r for r in rows}
-    if len(got) < len(rows): raise InputError(f"{path}: {len(rows) - len(got)} trial ids occur twice")
-    if len(trials) - len(got) > max_missing * len(trials): raise InputError(f'{path}: answers for {len(got)} of {len(trials)} trials; at least {1 - max_missing:.0%} are needed')
-    out = pd.DataFrame([dict(model=name, **(got.get(i) or _error_row(t, InputError('no answer was imported')))) for i, t in trials.items()])
-    write_table(out, part_path(run, name, 0), 'predictions', plan_hash=plan.attrs['plan_hash'], model=dict(id=name, imported=path.name))
-    return read_table(part_path(run, name, 0), 'predictions')
+    lacking = InputError('no answer was imported')
+    out = [got.get(t.trial_id) or _error_row(t, lacking) for t in plan.itertuples(index=False)]
+    table = pd.DataFrame([dict(model=name, **r) for r in out])
+    about = dict(id=name, imported=path.name, reading=counts)
+    part = part_path(run, name, 0)
+    write_table(table, part, 'predictions', plan_hash=plan.attrs['plan_hash'], model=about)
+    return read_table(part, 'predictions')

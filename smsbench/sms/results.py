@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ..core import InputError
-from .prompts import parse_answer
+from .answers import read_answer, reading
+from .statements import asked, stated
 
 # %% ../../nbs/33e_sms.results.ipynb #b4831579
 ARMS = {'No': 'original', 'Image': 'image_swap', 'Text': 'text_swap', 'Only_text': 'text_only', 'Only_image': 'image_only'} # published name -> our arm
@@ -58,20 +59,23 @@ def published_label(
     return 'yes' if s.startswith(('yes ', 'yes,')) else ''
 
 # %% ../../nbs/33e_sms.results.ipynb #bd03d1f9
-_NORMAL = re.compile(r'\b(is|are|be|appears?|looks?|seems?) (to be )?(entirely |completely )?(normal|healthy|unremarkable)\b')
+_OUTRIGHT = ('whole', 'first', 'final', 'keyed', 'letter')
 
 @lru_cache(maxsize=65536)
 def robust_label(
     text:str,                 # what the model wrote
     choices:tuple=('yes', 'no'), # allowed answers
-)->tuple[str, str]:           # (choice or '', status as in `parse_answer`)
+)->tuple[str, str]:           # (choice or '', status as in `read_answer`)
     "Read an answer properly; a statement about a known disease word counts, a guess does not."
-    answer, status = parse_answer(text, choices)
-    if status in ('ok', 'empty', 'refused') or not {'yes', 'no'} <= set(choices): return answer, status
-    about = [parse_answer(text, choices, w) for w in DISEASE_WORDS + ('pleural effusion',) if re.search(rf'\b{w}\b', text.lower())]
-    if any(a == 'yes' for a, _ in about): return 'yes', 'ok'
-    if about: return ('no', 'ok') if all(a == 'no' for a, _ in about) else ('', 'ambiguous')
-    return ('no', 'ok') if status == 'unparsed' and _NORMAL.search(text.lower()) else (answer, status)
+    outright = reading(text, choices)
+    if outright.layer in _OUTRIGHT or outright.status == 'empty': return outright[:2]
+    named = [w for w in (*DISEASE_WORDS, 'pleural effusion') if re.search(rf'\b{w}', text.lower())]
+    about = [read_answer(text, choices, finding=w) for w in named]
+    if any(choice == 'yes' for choice, _ in about): return 'yes', 'ok'
+    if about and all(choice == 'no' for choice, _ in about): return 'no', 'ok'
+    if about: return '', 'refused' if outright.status == 'refused' else 'ambiguous'
+    normal = stated(text, asked('disease')) == {'absent'}
+    return ('no', 'ok') if normal and not outright.choice else outright[:2]
 
 # %% ../../nbs/33e_sms.results.ipynb #c7170f1c
 def find_results(
