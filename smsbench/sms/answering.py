@@ -8,7 +8,7 @@ __all__ = ['LITTLE_MASS', 'FEW_READ', 'ONE_ANSWER', 'NEAR_CHANCE', 'CHECK', 'ans
 # %% ../../nbs/33bb_sms.answering.ipynb #f96cf2ff
 import numpy as np, pandas as pd
 
-from ..inference import area_of, interval_of, ratio_of
+from ..inference import area_of, average_of, interval_of, ratio_of
 from .metrics import Cells
 
 # %% ../../nbs/33bb_sms.answering.ipynb #4ba4c456
@@ -21,14 +21,15 @@ CHECK = 'check the prompt, the chat template, and the spellings of the choices t
 
 def answering(
     cells: Cells,  # one model's answers
-    relies: bool = False,  # is it shown to rely on image or text? Then it does not give one answer to all
+    words=(),  # the verdicts that its movements would have, see `smsbench.sms.reliance.word_for`
 ) -> dict:  # state ('answers' or 'does not answer'), reasons, check
     "Whether a model answers the question, and why not."
     if 'original' not in cells.arms:
         return dict(state='answers', reasons=[], check='')
     reasons = [r for r in (_unread(cells), _little_mass(cells)) if r]
-    if not relies:
-        reasons += [r for r in (_one_answer(cells) or _no_better(cells),) if r]
+    if not {'relies', 'reversed'} & set(words):
+        still = bool({'ignores', 'unstable', 'weak'} & set(words))
+        reasons += [r for r in (_one_answer(cells) or _no_better(cells, still),) if r]
     return dict(
         state='does not answer' if reasons else 'answers',
         reasons=reasons,
@@ -69,19 +70,21 @@ def _one_answer(cells):
     return f'it gives one answer ({said}) to {commonest:.0%} of the {len(np.unique(cells.sample[read]))} questions'
 
 # %% ../../nbs/33bb_sms.answering.ipynb #3c881be2
-def _no_better(cells):
-    "Shown to be near chance."
-    areas = _areas(cells)
-    if areas:
-        highest = max(interval_of(a)[1] for a in areas)
-        if highest > 0.5 + NEAR_CHANCE:
-            return ''
-        value = np.mean([a.value for a in areas])
-        return f'its answers are no better than the commonest answer (AUROC {value:.2f}, at most {highest:.2f})'
-    gain = _informedness(cells)
-    if gain is None or gain[1] > 2 * NEAR_CHANCE:
+def _no_better(cells, still):
+    "Shown to be near chance; where nothing moves (`still`), not shown to be above it."
+    means, chance, near, name = _areas(cells), 0.5, 0.5 + NEAR_CHANCE, 'AUROC'
+    if not means:
+        means, chance, near, name = _recall(cells, NEAR_CHANCE)
+    if not means:
         return ''
-    return f'its answers are no better than the commonest answer (sensitivity plus specificity less one {gain[0]:.2f}, at most {gain[1]:.2f})'
+    value = np.mean([m.value for m in means])
+    highest = max(interval_of(m)[1] for m in means)
+    lowest = max(interval_of(m, 1 - 0.05 / len(means))[0] for m in means)  # Bonferroni
+    if highest <= near:
+        return f'its answers are no better than the commonest answer ({name} {value:.2f}, at most {highest:.2f})'
+    if still and lowest <= chance:
+        return f'its answers are not shown to be better than a guess ({name} {value:.2f}, at least {lowest:.2f}; a guess has {chance:.2f})'
+    return ''
 
 
 def _areas(cells):
@@ -98,17 +101,14 @@ def _areas(cells):
     return [a for a in areas if not np.isnan(a.value)]
 
 
-def _informedness(cells):
-    "(value, upper bound) of sensitivity plus specificity less one, from the answers."
+def _recall(cells, near):
+    "(the mean recall over the classes as a list, its chance level, what is near chance, its name)."
     w, said = cells.weight('original') * cells('original', 'parsed'), cells('original', 'said')
-    label, first = cells.samples.label.to_numpy(), cells.samples['first'].to_numpy()
-    if len(set(label)) != 2:
-        return None
-    hit, false = (
-        ratio_of(cells.dyads, w * (at & (said == first)), w * at)
-        for at in (label == first, label != first)
-    )
-    if np.isnan(hit.value) or np.isnan(false.value):
-        return None
-    above, below = interval_of(hit)[1] - hit.value, false.value - interval_of(false)[0]
-    return hit.value - false.value, hit.value - false.value + float(np.hypot(above, below))
+    label = cells.samples.label.to_numpy()
+    known = [c for c in sorted(set(label)) if w[label == c].any()]
+    if len(known) < 2:
+        return [], 0.0, 0.0, ''
+    k, at = len(known), [w * (label == c) for c in known]
+    means = [ratio_of(cells.dyads, x * (said == c), x) for x, c in zip(at, known)]
+    mean = average_of(cells.dyads, means, np.full(k, 1 / k))
+    return [mean], 1 / k, 1 / k + 2 * near * (1 - 1 / k), 'mean recall'

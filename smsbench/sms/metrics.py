@@ -9,7 +9,7 @@ __all__ = ['ANY', 'DRAWS', 'answer_table', 'donor_samples', 'Term', 'Cells', 'ar
            'measure']
 
 # %% ../../nbs/33_sms.metrics.ipynb #437b1748
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np, pandas as pd
@@ -20,7 +20,7 @@ from ..core import InputError, validate
 from smsbench.inference import (Dyads, area_of, average_of, difference_of, exact_bounds, interval_of,
     mean_of, ratio_of)
 from .prompts import Task, variant_choices
-from .shifts import ARMS
+from .shifts import ARMS, UNKNOWN
 from ..stats import holm, mcnemar_clustered
 
 # %% ../../nbs/33_sms.metrics.ipynb #d7e3dd4a
@@ -55,7 +55,9 @@ def _every_trial(plan, predictions):
     asked = _plain_strings(pd.DataFrame(plan))
     lends = donor_samples(asked)
     asked['donor'] = _of_donor(asked, lends, 'patient_id').fillna(lends)
-    for c in plan.attrs.get('strata', []): asked[f'same {c}'] = (_of_donor(asked, lends, c) == asked[c]) | (lends == '')
+    for c in plan.attrs.get('strata', []):
+        agree = (_of_donor(asked, lends, c) == asked[c]) & ~asked[c].isin(UNKNOWN)
+        asked[f'same {c}'] = agree | (lends == '')
     told = _plain_strings(pd.DataFrame(predictions))
     kinds = told[['trial_id', 'model']].merge(asked[['trial_id', 'arm', 'variant']], on='trial_id')
     kinds = kinds[['model', 'arm', 'variant']].drop_duplicates()
@@ -206,7 +208,8 @@ def arm_terms(
     ok, right, said = w * cells(arm, 'parsed'), cells(arm, 'correct'), cells(arm, 'said')
     terms = [Term('accuracy', arm, ok * right, ok), Term('accuracy_unparsed_wrong', arm, ok * right, w),
              Term('parsed_share', arm, ok, w)]
-    terms += [_known_mean(cells, m, arm, cells(arm, m)) for m in ('answer_mass', 'margin')]
+    terms.append(_known_mean(cells, 'answer_mass', arm, cells(arm, 'answer_mass'), (0, 1)))
+    terms.append(_known_mean(cells, 'margin', arm, cells(arm, 'margin')))
     if 'unmatched' in set(cells.samples.variant):
         terms.append(Term('unmatched_share', arm, ok * (said == 'unmatched'), ok))
     if _binary(cells):
@@ -439,7 +442,9 @@ def term_row(term, dyads, level=.95):
 def _mean_of_term(term, dyads):
     parts = [ratio_of(dyads, t.num, t.den, t.lends or t.arm or term.lends, t.bounds, t.share) for t in (term, *term.also)]
     if len(parts) == 1: return parts[0]
-    return average_of(dyads, parts, np.full(len(parts), 1 / len(parts)))
+    counts = np.any([t.den > 0 for t in (term, *term.also)], axis=0)
+    mean = average_of(dyads, parts, np.full(len(parts), 1 / len(parts)))
+    return replace(mean, n=len(np.unique(dyads.samples[counts])))
 
 def _two_parts(term, dyads):
     "A difference as the two shares it is made of."
@@ -470,8 +475,9 @@ def curve_rows(
     for arm in cells.arms:
         w = cells.weight(arm) * ~np.isnan(cells(arm, 'p'))
         n = len(np.unique(cells.sample[w > 0]))
-        if n < minimum or cells.samples.label[w > 0].nunique() != 2: continue
-        rows += [_area_row(cells, arm, w, level)] + ([_pooled_row(cells, arm, w, level)] if pooled else [])
+        classes = cells.samples.label[w > 0].nunique()
+        if n < minimum or classes < 2: continue
+        if classes == 2: rows += [_area_row(cells, arm, w, level)] + ([_pooled_row(cells, arm, w, level)] if pooled else [])
         rows.append(_ece_row(cells, arm, w, level, seed))
     return rows
 
@@ -499,8 +505,8 @@ DRAWS = 2000 # of the gaps of the calibration bins
 def _ece_row(cells, arm, w, level, seed):
     "Expected calibration error (Naeini et al. 2015) with its interval."
     on = w > 0
-    y = (cells.samples.label == cells.samples['first']).to_numpy()
-    prob = np.where(on, cells(arm, 'p'), 0.)
+    prob, y = _stated(cells, arm)
+    prob = np.where(on, prob, 0.)
     sums, unfold, _ = bin_sums(prob, y, 10)
     inside = unfold(sums)
     gaps = w[:, None] * (inside[..., 1] - inside[..., 2])
@@ -514,6 +520,11 @@ def _ece_row(cells, arm, w, level, seed):
     most = exact_bounds(value, base.n_effective, level)[1]
     return _row('ece', arm, value, float(low), float(max(min(high, 1), most)), base.n, base.n_patients, base.n_donors,
                 base.n_effective)
+
+def _stated(cells, arm):
+    "(probability, did it happen?): of the first of two choices, of the given answer where there are more (Guo et al. 2017)."
+    if _binary(cells): return cells(arm, 'p'), (cells.samples.label == cells.samples['first']).to_numpy()
+    return cells.probabilities(arm).max(1), cells(arm, 'correct')
 
 def _correlated(dyads, influence, arm, effective, seed):
     "Draws (DRAWS, bins) with the dyadic covariance of the columns, and the tails of few patients."
@@ -563,7 +574,7 @@ def subgroups(
     plain = rows[rows.variant == base]
     yield 'all', plain
     for column in [*(['finding'] if plain.finding.nunique() > 1 else []), *strata]:
-        for value, g in plain[plain[column].astype(str) != ''].groupby(column): yield f'{column}={value}', g
+        for value, g in plain[~plain[column].astype(str).isin(UNKNOWN)].groupby(column): yield f'{column}={value}', g
     for variant, g in rows[rows.variant != base].groupby('variant'): yield f'variant={variant}', g
 
 # %% ../../nbs/33_sms.metrics.ipynb #166606ba
@@ -584,8 +595,10 @@ def compare_models(
             out.append(dict(row, model=f'{a} − {b}', subgroup='all'))
             ps.append(_difference_p(term, one, arm))
     for r, p in zip(out, holm(ps) if ps else []):
-        r['note'] = '; '.join(x for x in (f'p (Holm) = {p:.3g}', r['note']) if x)
+        r['note'] = '; '.join(x for x in (f'p (Holm) {_p_text(p)}', r['note']) if x)
     return out
+
+def _p_text(p): return f'= {p:.3g}' if p >= 1e-4 else '< 0.0001'
 
 def _difference(one, two, arm):
     w = one.weight(arm)
@@ -603,6 +616,11 @@ def _difference_p(term, cells, arm):
     return float(2 * student.sf(abs(change.value) / np.sqrt(change.variance), change.n_effective - 1))
 
 # %% ../../nbs/33_sms.metrics.ipynb #7ac01eee
+def _tells_of_few(table, few):
+    "Rows from whose count, taken off that of all samples, a suppressed count would follow."
+    beside = table.groupby(['model', 'arm', 'subgroup']).n_clusters
+    return few.groupby([table.model, table.arm, table.subgroup]).transform('any') & (table.n_clusters < beside.transform('max'))
+
 def metrics_table(
     rows:list[dict],  # metrics rows
     about:dict,       # metadata of the plan: access, plan_hash
@@ -614,7 +632,9 @@ def metrics_table(
     table = table.fillna(dict(n_donors=0, n_effective=table.n_clusters)).astype(dict(n_donors=int, n_effective=float))
     if about.get('access') == 'credentialed':                    # few patients stay few, however many questions each is asked; n is 0 where it may not be told
         few = table.n_clusters < minimum
-        table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan; table.loc[few, ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0; table.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
+        table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan
+        table.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
+        table.loc[few | _tells_of_few(table, few), ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0
         for c in ('n_donors', 'n_effective'): table.loc[table[c] < minimum, c] = 0     # who lends is a small count too
     table.attrs = dict(plan_hash=about.get('plan_hash', ''), minimum=minimum, **boot)
     return validate(table, 'metrics') if len(table) else table

@@ -15,7 +15,8 @@ from ..core import InputError
 from ..inference import correlation
 from .answering import answering
 from .metrics import Cells, _mean_of_term, answer_table, excess, subgroups
-from .reliance import FEWEST, bounds_of, decide, nothing, record, word_for
+from .reliance import bounds_of, decide, nothing, record, word_for
+from .shifts import FEWEST, UNKNOWN
 
 _all_ = ['decide']  # what a user of verdicts needs in one place
 
@@ -171,7 +172,7 @@ def pool_partially(
     return trust * y + (1 - trust) * mean, 1.96 * np.sqrt(variance)
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #ad8666d4
-def _no_record(cells, modality, void, silent, margin):
+def _no_record(cells, modality, void, silent, margin, planned):
     "Why there is no verdict on a modality; None where there may be one."
     if silent['state'] != 'answers':
         return nothing('does not answer', margin, '; '.join(silent['reasons']))
@@ -179,7 +180,8 @@ def _no_record(cells, modality, void, silent, margin):
         return nothing('void', margin, f"no verdict: void arm {', '.join(void)}")
     missing = [a for a in NEEDS[modality] if a not in cells.arms]
     if missing:
-        return nothing('not asked', margin, f"the plan lacks {' and '.join(missing)}")
+        lacks = 'no answers under' if set(missing) <= planned else 'the plan lacks'
+        return nothing('not asked', margin, f"{lacks} {' and '.join(missing)}")
 
 
 def _with_firmness(found, cells, modality, about, strict):
@@ -204,7 +206,8 @@ def _with_firmness(found, cells, modality, about, strict):
 def _parts(rows, strata):
     "(kind, name) -> `Cells`: ('all', ''), ('finding', name), ('subgroup', 'column=value')."
     out = {}
-    for name, part in subgroups(rows, strata):
+    split = [c for c in strata if len(set(rows[c]) - set(UNKNOWN)) > 1]  # one level is all of them
+    for name, part in subgroups(rows, split):
         if name.startswith('variant='):
             continue
         kind = 'all' if name == 'all' else 'finding' if name.startswith('finding=') else 'subgroup'
@@ -241,20 +244,20 @@ def give_verdicts(
         for m, rows in answer_table(plan, predictions).groupby('model', sort=True)
     }
     state = lambda m, s: [a for a, v in delivery.get(m, {}).items() if v['verdict'] == s]
-    silent = {m: _silence(p['all', 'all'], margin) for m, p in parts.items()}
+    silent = {m: _silences(p, margin) for m, p in parts.items()}
     keys = [(m, *part, modality) for m, p in parts.items() for part in p for modality in NEEDS]
     cells = {k: parts[k[0]][k[1:3]] for k in keys}
-    none = {k: _no_record(cells[k], k[3], state(k[0], 'void'), silent[k[0]], margin) for k in keys}
+    about = lambda k: (state(k[0], 'void'), silent[k[0]].get(k[1:3], silent[k[0]]['all', 'all']))
+    planned = set(plan.arm)
+    none = {k: _no_record(cells[k], k[3], *about(k), margin, planned) for k in keys}
     seen = {k: evidence(cells[k], k[3]) for k in keys if none[k] is None}
-
-    def decided(key, factor):
-        enough = seen[key][0].n_patients >= FEWEST
-        return enough and word_for(bounds_of(*seen[key], factor), margin)[0] != 'undecided'
+    tried = [k for k, (other, *_) in seen.items() if other.n_patients >= FEWEST]
+    decided = lambda k, factor: word_for(bounds_of(*seen[k], factor), margin)[0] != 'undecided'
 
     factor = {}
-    for members in _families(seen, family):
+    for members in _families(tried, family):
         factor |= holm_factors(decided, members)
-    found = {k: none[k] or record(*seen[k], margin, factor[k]) for k in keys}
+    found = {k: none[k] or record(*seen[k], margin, factor.get(k, 1.0)) for k in keys}
     found = {
         k: _with_firmness(v, cells[k], k[3], plan.attrs, factor.get(k, 1.0))
         for k, v in found.items()
@@ -262,11 +265,11 @@ def give_verdicts(
     if plan.attrs.get('access') != 'open':
         found = {k: _without_small_counts(v) for k, v in found.items()}
     models = {
-        m: _model_record(m, parts[m], found, silent[m])
+        m: _model_record(m, parts[m], found, silent[m]['all', 'all'])
         | {f'{s}_arms': state(m, s) for s in ('void', 'unproven')}
         for m in parts
     }
-    sizes = {kind: sum(k[1] == kind for k in seen) for kind in dict.fromkeys(k[1] for k in keys)}
+    sizes = {kind: sum(k[1] == kind for k in tried) for kind in dict.fromkeys(k[1] for k in keys)}
     return dict(
         models=models,
         margin=margin,
@@ -278,11 +281,18 @@ def give_verdicts(
 DEFAULT_MARGIN = 'the default of this tool: a twentieth of all answers, or of the probability, may move without being called reliance'  # where the user gives no reason
 
 
+def _silences(parts, margin):
+    "Whether a model answers, over all and per finding; where it answers nothing, it answers no finding."
+    whole = _silence(parts['all', 'all'], margin)
+    each = {k: _silence(p, margin) for k, p in parts.items() if k[0] == 'finding'}
+    return {k: whole if whole['reasons'] else v for k, v in each.items()} | {('all', 'all'): whole}
+
+
 def _silence(cells, margin):
     "Whether a model answers; one whose answers follow image or text does."
     asked = [m for m, arms in NEEDS.items() if set(arms) <= set(cells.arms)]
     words = [word_for(bounds_of(*evidence(cells, m)), margin)[0] for m in asked]
-    return answering(cells, any(w in ('relies', 'reversed') for w in words))
+    return answering(cells, words)
 
 
 def _model_record(model, parts, found, silent):
