@@ -15,38 +15,48 @@ from .stats import mean, proportion, suppress
 
 # %% ../nbs/02_calibration.ipynb #114d4f61
 def bin_edges(
-    prob,       # (n,) probabilities; only equal_mass looks at them
-    n_bins:int=10, # m, bins wanted
-    scheme:str='equal_width', # or 'equal_mass'
-)->np.ndarray:  # (m + 1,) ascending, from 0 to 1; fewer under equal_mass where ties merge bins
+    prob,  # (n,) probabilities; only equal_mass looks at them
+    n_bins: int = 10,  # m, bins wanted
+    scheme: str = 'equal_width',  # or 'equal_mass'
+) -> np.ndarray:  # (m + 1,) ascending, from 0 to 1; fewer under equal_mass where ties merge bins
     "Edges of the bins [low, high), the last one closed."
-    if n_bins < 1: raise InputError(f'calibration: {n_bins} bins; at least one is needed')
-    if scheme == 'equal_width': return np.arange(n_bins + 1) / n_bins
-    if scheme != 'equal_mass': raise InputError(f"calibration: bins are 'equal_width' or 'equal_mass', not {scheme!r}")
+    if n_bins < 1:
+        raise InputError(f'calibration: {n_bins} bins; at least one is needed')
+    if scheme == 'equal_width':
+        return np.arange(n_bins + 1) / n_bins
+    if scheme != 'equal_mass':
+        raise InputError(f"calibration: bins are 'equal_width' or 'equal_mass', not {scheme!r}")
     inner = np.unique(np.quantile(prob, np.arange(1, n_bins) / n_bins))
-    return np.r_[0., inner[inner > 0], 1.]          # a quantile at 1 leaves [1, 1] as last bin: the saturated answers
+    return np.r_[
+        0.0, inner[inner > 0], 1.0
+    ]  # a quantile at 1 leaves [1, 1] as last bin: the saturated answers
 
 # %% ../nbs/02_calibration.ipynb #e6f3a775
 def bin_index(
     prob,  # (n,) probabilities in 0..1
-    edges, # (m + 1,) from `bin_edges`
-)->np.ndarray: # (n,) bin of each, 0..m-1
+    edges,  # (m + 1,) from `bin_edges`
+) -> np.ndarray:  # (n,) bin of each, 0..m-1
     "Which bin [low, high) each probability falls into; 1 falls into the last."
     return np.minimum(np.searchsorted(edges, prob, side='right') - 1, len(edges) - 2)
 
 # %% ../nbs/02_calibration.ipynb #b401411b
 def bin_sums(
-    prob,         # (n,) probabilities in 0..1
-    y,            # (n,) true/false or 1/0
-    n_bins:int=10, # bins wanted
-    scheme:str='equal_width', # or 'equal_mass'
-    of=lambda p, y: (p, y), # what to add up in each bin besides the number of rows
-):                # sums (n, m * (1 + extras)), a function totals -> (..., m, 1 + extras), edges (m + 1,)
+    prob,  # (n,) probabilities in 0..1
+    y,  # (n,) true/false or 1/0
+    n_bins: int = 10,  # bins wanted
+    scheme: str = 'equal_width',  # or 'equal_mass'
+    of=lambda p, y: (p, y),  # what to add up in each bin besides the number of rows
+):  # sums (n, m * (1 + extras)), a function totals -> (..., m, 1 + extras), edges (m + 1,)
     "Rows as per-bin sums; `InputError` on probabilities outside 0..1 or labels other than 0/1."
     p, y = np.asarray(prob, float), np.asarray(y)
-    if p.ndim != 1 or p.shape != y.shape or not len(p): raise InputError(f'calibration: probabilities {p.shape} and outcomes {y.shape} must be two lists of equal length')
-    if not ((p >= 0) & (p <= 1)).all(): raise InputError('calibration: probabilities must lie in 0..1 and not be NaN')
-    if not np.isin(y, (0, 1)).all(): raise InputError('calibration: outcomes must be true/false or 1/0')
+    if p.ndim != 1 or p.shape != y.shape or not len(p):
+        raise InputError(
+            f'calibration: probabilities {p.shape} and outcomes {y.shape} must be two lists of equal length'
+        )
+    if not ((p >= 0) & (p <= 1)).all():
+        raise InputError('calibration: probabilities must lie in 0..1 and not be NaN')
+    if not np.isin(y, (0, 1)).all():
+        raise InputError('calibration: outcomes must be true/false or 1/0')
     edges = bin_edges(p, n_bins, scheme)
     extras = of(p, y.astype(float))
     sums = np.zeros((len(p), len(edges) - 1, 1 + len(extras)))
@@ -56,107 +66,174 @@ def bin_sums(
 
 # %% ../nbs/02_calibration.ipynb #72342b51
 def gap_ends(
-    boot:np.ndarray, # (B, m) resampled gaps
-    at:np.ndarray,   # (m,) gaps of the data
-    f,               # convex, 0 at 0: `np.abs` or `np.square`
-    slope,           # its derivative: `np.sign` or `lambda g: 2 * g`
-    tail:float,      # probability left out on each side
-)->np.ndarray:       # (2, 1) lower and upper end, lower end >= 0
+    boot: np.ndarray,  # (B, m) resampled gaps
+    at: np.ndarray,  # (m,) gaps of the data
+    f,  # convex, 0 at 0: `np.abs` or `np.square`
+    slope,  # its derivative: `np.sign` or `lambda g: 2 * g`
+    tail: float,  # probability left out on each side
+) -> np.ndarray:  # (2, 1) lower and upper end, lower end >= 0
     "Ends of an interval for Σ f(gap)."
     noise, value = boot - at, f(at).sum()
     spread = noise.std(0)
     far = np.where(abs(at) <= 3 * spread, 0, at)
     most = (f(far + noise) - f(far)).sum(1)
+
     def above(side):
         reach = np.where(at == 0, side, np.sign(at)) * np.maximum(abs(at), spread)
         return value - np.quantile((slope(reach) * noise).sum(1), tail)
+
     return np.array([[max(0, value - np.quantile(most, 1 - tail))], [max(above(1), above(-1))]])
 
 # %% ../nbs/02_calibration.ipynb #db27ff56
 def ece(
-    prob,          # (n,) probabilities in 0..1
-    y,             # (n,) true/false or 1/0
-    n_bins:int=10, # bins
-    scheme:str='equal_width', # or 'equal_mass'
-)->Statistic:      # one number in 0..1
+    prob,  # (n,) probabilities in 0..1
+    y,  # (n,) true/false or 1/0
+    n_bins: int = 10,  # bins
+    scheme: str = 'equal_width',  # or 'equal_mass'
+) -> Statistic:  # one number in 0..1
     "Expected calibration error (Naeini et al. 2015): mean |mean probability - frequency| over the rows' bins."
     sums, unfold, _ = bin_sums(prob, y, n_bins, scheme)
-    def gaps(t): b = unfold(t); return (b[..., 1] - b[..., 2]) / b[..., 0].sum(-1, keepdims=True)
-    ends = lambda boot, at, tail: np.minimum(1, gap_ends(gaps(boot), gaps(at), np.abs, np.sign, tail[0]))
-    return Statistic(sums, lambda t: abs(gaps(t)).sum(-1, keepdims=True), ('ece',), (0, 1), ends=ends)
+
+    def gaps(t):
+        b = unfold(t)
+        return (b[..., 1] - b[..., 2]) / b[..., 0].sum(-1, keepdims=True)
+
+    ends = lambda boot, at, tail: np.minimum(
+        1, gap_ends(gaps(boot), gaps(at), np.abs, np.sign, tail[0])
+    )
+    return Statistic(
+        sums, lambda t: abs(gaps(t)).sum(-1, keepdims=True), ('ece',), (0, 1), ends=ends
+    )
 
 # %% ../nbs/02_calibration.ipynb #8a03ecf3
 def max_calibration_error(
-    prob,          # (n,) probabilities in 0..1
-    y,             # (n,) true/false or 1/0
-    n_bins:int=10, # bins
-    scheme:str='equal_width', # or 'equal_mass'
-    minimum:int=10, # rows a bin must have to be looked at
-)->Statistic:      # one number in 0..1; NaN where no bin has `minimum` rows
+    prob,  # (n,) probabilities in 0..1
+    y,  # (n,) true/false or 1/0
+    n_bins: int = 10,  # bins
+    scheme: str = 'equal_width',  # or 'equal_mass'
+    minimum: int = 10,  # rows a bin must have to be looked at
+) -> Statistic:  # one number in 0..1; NaN where no bin has `minimum` rows
     "Maximum calibration error over bins that are large enough."
     sums, unfold, _ = bin_sums(prob, y, n_bins, scheme)
     size, total, _ = unfold(sums.sum(0)).T
     keep = size >= minimum
-    p = (total[keep] + .5) / (size[keep] + 1)                                            # pulled off 0 and 1, where a model seems to have no noise
-    def gaps(t): b = unfold(t)[..., keep, :]; return np.divide(b[..., 1] - b[..., 2], b[..., 0], out=np.full(b.shape[:-1], np.nan), where=b[..., 0] > 0)
-    def of(t): return np.fmax.reduce(abs(gaps(t)), axis=-1, keepdims=True, initial=np.nan)
+    p = (total[keep] + 0.5) / (
+        size[keep] + 1
+    )  # pulled off 0 and 1, where a model seems to have no noise
+
+    def gaps(t):
+        b = unfold(t)[..., keep, :]
+        return np.divide(
+            b[..., 1] - b[..., 2], b[..., 0], out=np.full(b.shape[:-1], np.nan), where=b[..., 0] > 0
+        )
+
+    def of(t):
+        return np.fmax.reduce(abs(gaps(t)), axis=-1, keepdims=True, initial=np.nan)
+
     def ends(boot, at, tail):
         from scipy.special import ndtri
+
         g, noise, tail = abs(gaps(at)), gaps(boot) - gaps(at), tail[0]
-        if not keep.any(): return np.full((2, 1), np.nan)
+        if not keep.any():
+            return np.full((2, 1), np.nan)
         se = np.maximum(np.nanstd(noise, 0), np.sqrt(p * (1 - p) / size[keep]))
         at_once = np.quantile(np.nan_to_num(abs(noise) / se).max(1), 1 - tail)
-        return np.array([[max(0, (g - at_once * se).max())], [min(1, (g - ndtri(tail) * se).max())]])
-    return Statistic(sums, of, ('max_calibration_error',), (0, 1), unfold(sums)[:, keep, 0].any(1), ends)
+        return np.array(
+            [[max(0, (g - at_once * se).max())], [min(1, (g - ndtri(tail) * se).max())]]
+        )
+
+    return Statistic(
+        sums, of, ('max_calibration_error',), (0, 1), unfold(sums)[:, keep, 0].any(1), ends
+    )
 
 # %% ../nbs/02_calibration.ipynb #d4c94abe
 def brier(
-    prob, # (n,) probabilities in 0..1
-    y,    # (n,) true/false or 1/0
-)->Statistic: # one number in 0..1
+    prob,  # (n,) probabilities in 0..1
+    y,  # (n,) true/false or 1/0
+) -> Statistic:  # one number in 0..1
     "Mean squared difference of probability and outcome."
-    bin_sums(prob, y, 1)        # checks the input
-    return mean((np.asarray(prob, float) - np.asarray(y, float))**2, bounds=(0, 1), name='brier')
+    bin_sums(prob, y, 1)  # checks the input
+    return mean((np.asarray(prob, float) - np.asarray(y, float)) ** 2, bounds=(0, 1), name='brier')
 
 # %% ../nbs/02_calibration.ipynb #5e5eafd8
 def brier_decomposition(
-    prob,          # (n,) probabilities in 0..1
-    y,             # (n,) true/false or 1/0
-    n_bins:int=10, # bins
-    scheme:str='equal_width', # or 'equal_mass'
-)->Statistic:      # five numbers: brier, reliability, resolution, uncertainty, within
+    prob,  # (n,) probabilities in 0..1
+    y,  # (n,) true/false or 1/0
+    n_bins: int = 10,  # bins
+    scheme: str = 'equal_width',  # or 'equal_mass'
+) -> Statistic:  # five numbers: brier, reliability, resolution, uncertainty, within
     "Murphy's parts of the Brier score: brier = reliability - resolution + uncertainty + within."
     sums, unfold, _ = bin_sums(prob, y, n_bins, scheme, lambda p, y: (p, y, p * p, p * y))
+
     def parts(t):
-        n, p, e, pp, pe = np.moveaxis(unfold(t), -1, 0)                                  # each (..., m); e: events
-        N, rate, full = n.sum(-1, keepdims=True), e.sum(-1, keepdims=True) / n.sum(-1, keepdims=True), np.maximum(n, 1)
+        n, p, e, pp, pe = np.moveaxis(unfold(t), -1, 0)  # each (..., m); e: events
+        N, rate, full = (
+            n.sum(-1, keepdims=True),
+            e.sum(-1, keepdims=True) / n.sum(-1, keepdims=True),
+            np.maximum(n, 1),
+        )
         within = (pp - p * p / full - 2 * (pe - p * e / full)).sum(-1) / N[..., 0]
         score = (pp - 2 * pe + e).sum(-1) / N[..., 0]
-        return score, (p - e) / np.sqrt(N * full), (e / full - rate) * np.sqrt(n / N), (rate * (1 - rate))[..., 0], within
+        return (
+            score,
+            (p - e) / np.sqrt(N * full),
+            (e / full - rate) * np.sqrt(n / N),
+            (rate * (1 - rate))[..., 0],
+            within,
+        )
+
     def of(t):
         score, off, spread, uncertainty, within = parts(t)
         return np.stack([score, (off**2).sum(-1), (spread**2).sum(-1), uncertainty, within], -1)
+
     def ends(boot, at, tail):
         out = percentile_ends(of(boot), tail)
-        for k, cap in ((1, 1), (2, .25)): out[:, [k]] = np.minimum(cap, gap_ends(parts(boot)[k], parts(at)[k], np.square, lambda g: 2 * g, tail[k]))
+        for k, cap in ((1, 1), (2, 0.25)):
+            out[:, [k]] = np.minimum(
+                cap, gap_ends(parts(boot)[k], parts(at)[k], np.square, lambda g: 2 * g, tail[k])
+            )
         return out
-    return Statistic(sums, of, ('brier', 'reliability', 'resolution', 'uncertainty', 'within'), [(0, 1), (0, 1), (0, .25), (0, .25), (-1, 1)], ends=ends, own=(False, True, True, False, False))
+
+    return Statistic(
+        sums,
+        of,
+        ('brier', 'reliability', 'resolution', 'uncertainty', 'within'),
+        [(0, 1), (0, 1), (0, 0.25), (0, 0.25), (-1, 1)],
+        ends=ends,
+        own=(False, True, True, False, False),
+    )
 
 # %% ../nbs/02_calibration.ipynb #ca07b81f
 def reliability_curve(
-    prob,          # (n,) probabilities in 0..1
-    y,             # (n,) true/false or 1/0
-    clusters,      # (n,) patient of each row
-    n_bins:int=10, # bins
-    scheme:str='equal_width', # or 'equal_mass'
-    minimum:int=10, # smallest bin that is reported
-    **how,         # n_boot, level, seed of `Statistic.bootstrap`
-)->pd.DataFrame:   # one row per bin: bin_low, bin_high, prob, frequency, ci_low, ci_high, n, n_clusters, note
+    prob,  # (n,) probabilities in 0..1
+    y,  # (n,) true/false or 1/0
+    clusters,  # (n,) patient of each row
+    n_bins: int = 10,  # bins
+    scheme: str = 'equal_width',  # or 'equal_mass'
+    minimum: int = 10,  # smallest bin that is reported
+    **how,  # n_boot, level, seed of `Statistic.bootstrap`
+) -> (
+    pd.DataFrame
+):  # one row per bin: bin_low, bin_high, prob, frequency, ci_low, ci_high, n, n_clusters, note
     "Mean probability and frequency per bin, with intervals of the frequency."
     sums, unfold, edges = bin_sums(prob, y, n_bins, scheme)
-    where = unfold(sums)[..., 0] == 1                                                    # (n, m)
-    ci = together(*(proportion(y, w, f'bin {k}') for k, w in enumerate(where.T))).bootstrap(clusters, **how)
+    where = unfold(sums)[..., 0] == 1  # (n, m)
+    ci = together(*(proportion(y, w, f'bin {k}') for k, w in enumerate(where.T))).bootstrap(
+        clusters, **how
+    )
     n, total, _ = unfold(sums.sum(0)).T
-    rows = [dict(prob=suppress(t / max(k, 1), k, minimum), frequency=i.value, ci_low=i.low, ci_high=i.high, n=i.n, n_clusters=i.n_clusters, note=i.note)
-            for i, t, k in zip((suppress(i, minimum=minimum) for i in ci), total, n)]
-    return pd.DataFrame(rows).assign(bin_low=edges[:-1], bin_high=edges[1:])[['bin_low', 'bin_high', *rows[0]]]
+    rows = [
+        dict(
+            prob=suppress(t / max(k, 1), k, minimum),
+            frequency=i.value,
+            ci_low=i.low,
+            ci_high=i.high,
+            n=i.n,
+            n_clusters=i.n_clusters,
+            note=i.note,
+        )
+        for i, t, k in zip((suppress(i, minimum=minimum) for i in ci), total, n)
+    ]
+    return pd.DataFrame(rows).assign(bin_low=edges[:-1], bin_high=edges[1:])[
+        ['bin_low', 'bin_high', *rows[0]]
+    ]

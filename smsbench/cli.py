@@ -15,44 +15,95 @@ import typer
 
 from . import __version__
 from .core import InputError, RunError
-from .verbs import attend as attend_verbs, clip as clip_verbs, data as data_verbs, explain as explain_verbs, models as model_verbs, planning as planning_verbs
-from .verbs.app import (ArmsOption, BootOption, DonorsOption, FamilyOption, JsonOption, MarginOption, MatchOption, OutOption, PrimaryOption, ReasonOption,
-                                RegistrationOption, RemoteOption, RootOption, SeedOption, VariantsOption, app, audit_settings, read_parameters, say)
+from smsbench.verbs import (
+    attend as attend_verbs,
+    clip as clip_verbs,
+    data as data_verbs,
+    explain as explain_verbs,
+    models as model_verbs,
+    planning as planning_verbs,
+)
+from smsbench.verbs.app import (
+    ArmsOption,
+    BootOption,
+    DonorsOption,
+    FamilyOption,
+    JsonOption,
+    MarginOption,
+    MatchOption,
+    OutOption,
+    PrimaryOption,
+    ReasonOption,
+    RegistrationOption,
+    RemoteOption,
+    RootOption,
+    SeedOption,
+    VariantsOption,
+    app,
+    audit_settings,
+    read_parameters,
+    say,
+)
 from .verbs.data import ParaphrasesOption, ProbesOption, parse_probes, parse_rewordings
 
 # %% ../nbs/60_cli.ipynb #8ea74eba
-VERBS = (data_verbs, planning_verbs, model_verbs, attend_verbs, clip_verbs, explain_verbs) # importing them has registered their verbs
+VERBS = (
+    data_verbs,
+    planning_verbs,
+    model_verbs,
+    attend_verbs,
+    clip_verbs,
+    explain_verbs,
+)  # importing them has registered their verbs
 
 # %% ../nbs/60_cli.ipynb #cb6b5b1a
 def verdict_lines(
-    out,         # run directory
-    models:dict, # model -> its verdicts with their caveats
-)->list[str]:
+    out,  # run directory
+    models: dict,  # model -> its verdicts with their caveats
+) -> list[str]:
     "Per model the verdicts, the numbers that decide them, and what limits them, in that order."
     from smsbench.core import read_json
     from smsbench.sms.caveats import caveat_lines, deciding_line
-    loose, lines = read_json(out/'config.json')['loose'], []
+
+    loose, lines = read_json(out / 'config.json')['loose'], []
     for name, v in models.items():
         word = {m: v[f'relies_on_{m}']['verdict'] or 'no verdict' for m in ('image', 'text')}
         told = [deciding_line(m, v[f'relies_on_{m}']) for m in word]
         limits = caveat_lines({name: v}, out, loose.get('root', ''), loose.get('specs'))
-        lines += [f"{name}: image {word['image']}, text {word['text']}", *(f'  {line}' for line in (*told, *limits) if line)]
+        lines += [
+            f"{name}: image {word['image']}, text {word['text']}",
+            *(f'  {line}' for line in (*told, *limits) if line),
+        ]
     return lines
 
+
 def finish(
-    out:Path,       # run directory, audited
-    as_json:bool=False, # print the verdicts as JSON?
+    out: Path,  # run directory, audited
+    as_json: bool = False,  # print the verdicts as JSON?
 ):
     "Render the report, print verdicts, what limits them, and the report's path; `RunError` where a model's arms were void."
     from smsbench.core import Run, read_json
     from smsbench.report.html import render_run
     from smsbench.sms.registration import registration_note
     from smsbench.sms.run import check_lines, read_checks, void_lines
+
     report, run = render_run(out), Run(out)
-    models, checks, registered = read_json(run/'verdicts.json')['models'], read_checks(run), registration_note(run)
-    lines = [printable_line(line) for line in verdict_lines(run.path, models)] + [registered['short']]
-    say(dict(report=str(report), models=models, registration=registered, checks=checks), as_json, '\n'.join([*lines, str(report)]))
-    if lines := void_lines(read_json(run/'delivery.json')) + check_lines(checks): raise RunError('; '.join(lines))
+    models, checks, registered = (
+        read_json(run / 'verdicts.json')['models'],
+        read_checks(run),
+        registration_note(run),
+    )
+    lines = [printable_line(line) for line in verdict_lines(run.path, models)] + [
+        registered['short']
+    ]
+    say(
+        dict(report=str(report), models=models, registration=registered, checks=checks),
+        as_json,
+        '\n'.join([*lines, str(report)]),
+    )
+    if lines := void_lines(read_json(run / 'delivery.json')) + check_lines(checks):
+        raise RunError('; '.join(lines))
+
 
 def printable_line(line):
     "A line as it may be printed; what is quoted in it stays as it is."
@@ -63,45 +114,118 @@ def _cohort_for(manifest, root, cohort_file, plan_file, remote=False):
     "(cohort or `Built`, its exclusions, plan, measures of its files) from the three ways to name the data; what is not there is None."
     from smsbench.core import read_table
     from smsbench.sms.shifts import cohort_hash
-    if sum(x is not None for x in (manifest, plan_file or cohort_file)) != 1: raise InputError('name the data in one way: --manifest with --root, --cohort, or --plan')
+
+    if sum(x is not None for x in (manifest, plan_file or cohort_file)) != 1:
+        raise InputError('name the data in one way: --manifest with --root, --cohort, or --plan')
     if manifest is not None:
         from smsbench.data.manifest import build_all
-        if root is None: raise InputError("--manifest needs --root, the folder of the dataset's files")
+
+        if root is None:
+            raise InputError("--manifest needs --root, the folder of the dataset's files")
         return build_all(manifest, root, remote=remote), None, None, None
     frozen = read_table(plan_file, 'plan') if plan_file else None
-    file = cohort_file or next((p for p in (Path(frozen.attrs.get('cohort_file', 'unknown')), plan_file.with_name('cohort.parquet')) if p.is_file()), None)
-    if file is None: raise InputError(f'{plan_file}: the cohort it was made from is not where it was; name it with --cohort')
+    file = cohort_file or next(
+        (
+            p
+            for p in (
+                Path(frozen.attrs.get('cohort_file', 'unknown')),
+                plan_file.with_name('cohort.parquet'),
+            )
+            if p.is_file()
+        ),
+        None,
+    )
+    if file is None:
+        raise InputError(
+            f'{plan_file}: the cohort it was made from is not where it was; name it with --cohort'
+        )
     table = read_table(file, 'cohort')
-    if frozen is not None and cohort_hash(table) != frozen.attrs.get('cohort_hash'): raise InputError(f'{plan_file} was made from another cohort than {file}')
-    left_out, files = file.with_name(file.stem + '_exclusions.parquet'), file.with_name(file.stem + '_files')/'files.parquet'   # `smsbench cohort` puts them there
-    return table, read_table(left_out) if left_out.exists() else None, frozen, read_table(files).set_index('image') if files.exists() else None
+    if frozen is not None and cohort_hash(table) != frozen.attrs.get('cohort_hash'):
+        raise InputError(f'{plan_file} was made from another cohort than {file}')
+    left_out, files = (
+        file.with_name(file.stem + '_exclusions.parquet'),
+        file.with_name(file.stem + '_files') / 'files.parquet',
+    )  # `smsbench cohort` puts them there
+    return (
+        table,
+        read_table(left_out) if left_out.exists() else None,
+        frozen,
+        read_table(files).set_index('image') if files.exists() else None,
+    )
 
 # %% ../nbs/60_cli.ipynb #72458e4b
 @app.command()
 def audit(
     ctx: typer.Context,
-    model: Annotated[list[str], typer.Option(help='Hugging Face id, folder, reference-… or planted:…; repeat for several models.')],
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help='Hugging Face id, folder, reference-… or planted:…; repeat for several models.'
+        ),
+    ],
     out: OutOption,
-    manifest: Annotated[str | None, typer.Option(help='Name or path of a dataset card; needs --root.')] = None,
+    manifest: Annotated[
+        str | None, typer.Option(help='Name or path of a dataset card; needs --root.')
+    ] = None,
     root: RootOption = None,
-    cohort_file: Annotated[Path | None, typer.Option('--cohort', help='Cohort file, as `smsbench cohort` writes it.')] = None,
-    plan_file: Annotated[Path | None, typer.Option('--plan', help='Plan file, as `smsbench plan` writes it.')] = None,
-    arms: ArmsOption = '', seed: SeedOption = 0, match: MatchOption = '', variants: VariantsOption = 'plain', paraphrases: ParaphrasesOption = '', probes: ProbesOption = '',
-    donors: DonorsOption = 'auto', margin: MarginOption = .05, margin_reason: ReasonOption = '', primary: PrimaryOption = 'image', family: FamilyOption = 'run',
-    registration: RegistrationOption = None, n_boot: BootOption = 2000,
+    cohort_file: Annotated[
+        Path | None, typer.Option('--cohort', help='Cohort file, as `smsbench cohort` writes it.')
+    ] = None,
+    plan_file: Annotated[
+        Path | None, typer.Option('--plan', help='Plan file, as `smsbench plan` writes it.')
+    ] = None,
+    arms: ArmsOption = '',
+    seed: SeedOption = 0,
+    match: MatchOption = '',
+    variants: VariantsOption = 'plain',
+    paraphrases: ParaphrasesOption = '',
+    probes: ProbesOption = '',
+    donors: DonorsOption = 'auto',
+    margin: MarginOption = 0.05,
+    margin_reason: ReasonOption = '',
+    primary: PrimaryOption = 'image',
+    family: FamilyOption = 'run',
+    registration: RegistrationOption = None,
+    n_boot: BootOption = 2000,
     device: Annotated[str, typer.Option(help='cpu, cuda, cuda:1 or auto.')] = 'auto',
-    dtype: Annotated[str, typer.Option(help='float32, bfloat16, float16 or auto (as the checkpoint says).')] = 'auto',
+    dtype: Annotated[
+        str, typer.Option(help='float32, bfloat16, float16 or auto (as the checkpoint says).')
+    ] = 'auto',
     batch_size: Annotated[int, typer.Option(min=1, help='Trials per forward pass, at most.')] = 16,
-    level: Annotated[str, typer.Option(help='How much work trials share: auto (the most that changes no answer), 0 (nothing), 1 (batches, image features), 2 (prefixes too).')] = 'auto',
-    check: Annotated[int, typer.Option(min=0, help='Trials per model that are scored again at level 0.')] = 16,
-    budget_gib: Annotated[float | None, typer.Option(help='Memory for what trials share, GiB.')] = None,
-    system: Annotated[str, typer.Option(help='System prompt; empty leaves it to the chat template.')] = '',
+    level: Annotated[
+        str,
+        typer.Option(
+            help='How much work trials share: auto (the most that changes no answer), 0 (nothing), 1 (batches, image features), 2 (prefixes too).'
+        ),
+    ] = 'auto',
+    check: Annotated[
+        int, typer.Option(min=0, help='Trials per model that are scored again at level 0.')
+    ] = 16,
+    budget_gib: Annotated[
+        float | None, typer.Option(help='Memory for what trials share, GiB.')
+    ] = None,
+    system: Annotated[
+        str, typer.Option(help='System prompt; empty leaves it to the chat template.')
+    ] = '',
     extra: Annotated[str, typer.Option(help='Sentence behind every question.')] = '',
-    revision: Annotated[str | None, typer.Option(help='Hub revision: branch, tag or commit.')] = None,
-    quantization: Annotated[str | None, typer.Option(help='4bit or 8bit, with bitsandbytes on a GPU.')] = None,
-    attn_implementation: Annotated[str | None, typer.Option(help='eager, sdpa or flash_attention_2.')] = None,
-    trust_remote_code: Annotated[bool, typer.Option('--trust-remote-code', help="Let the repository's own code run; only with --revision naming a commit.")] = False,
-    allow_remote: RemoteOption = False, as_json: JsonOption = False,
+    revision: Annotated[
+        str | None, typer.Option(help='Hub revision: branch, tag or commit.')
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help='4bit or 8bit, with bitsandbytes on a GPU.')
+    ] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help='eager, sdpa or flash_attention_2.')
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            '--trust-remote-code',
+            help="Let the repository's own code run; only with --revision naming a commit.",
+        ),
+    ] = False,
+    allow_remote: RemoteOption = False,
+    as_json: JsonOption = False,
 ):
     """Audit one or more models: plan if needed, score, prove delivery, measure, give verdicts, write the report.
 
@@ -116,22 +240,66 @@ def audit(
     Example, does the answer survive other words and an altered report:  smsbench audit --cohort covid.parquet --model MODEL --arms original --paraphrases 6 --probes foil,history --out reports/wording
     """
     from smsbench.sms.run import run_audit
-    if plan_file is not None and (arms or match or paraphrases or probes or variants != 'plain'): raise InputError('--plan is frozen: it has its own arms, matching and variants; leave out --arms, --match, --variants, --paraphrases and --probes, or make another plan')
-    settings = audit_settings(arms, seed, match, variants, margin, n_boot, donors, family, primary, margin_reason, system=system, extra=extra, check=check,
-                              probes=parse_probes(probes), **parse_rewordings(paraphrases))
+
+    if plan_file is not None and (arms or match or paraphrases or probes or variants != 'plain'):
+        raise InputError(
+            '--plan is frozen: it has its own arms, matching and variants; leave out --arms, --match, --variants, --paraphrases and --probes, or make another plan'
+        )
+    settings = audit_settings(
+        arms,
+        seed,
+        match,
+        variants,
+        margin,
+        n_boot,
+        donors,
+        family,
+        primary,
+        margin_reason,
+        system=system,
+        extra=extra,
+        check=check,
+        probes=parse_probes(probes),
+        **parse_rewordings(paraphrases),
+    )
     settings = _as_registered(settings, registration, ctx, plan_file)
-    table, excluded, frozen, files = _cohort_for(manifest, root, cohort_file, plan_file, allow_remote)
-    run_audit(out, table, model, settings, frozen, root or '', excluded, files, allow_remote, registration or '', device=device, dtype=dtype, batch_size=batch_size,
-              level=int(level) if level in ('0', '1', '2') else level, budget_gib=budget_gib, revision=revision, quantization=quantization, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    table, excluded, frozen, files = _cohort_for(
+        manifest, root, cohort_file, plan_file, allow_remote
+    )
+    run_audit(
+        out,
+        table,
+        model,
+        settings,
+        frozen,
+        root or '',
+        excluded,
+        files,
+        allow_remote,
+        registration or '',
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        level=int(level) if level in ('0', '1', '2') else level,
+        budget_gib=budget_gib,
+        revision=revision,
+        quantization=quantization,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
     finish(out, as_json)
+
 
 def _as_registered(settings, registration, ctx, plan_file):
     "Settings with what the registration says where neither the command line nor a frozen plan says something."
     from dataclasses import fields
     from smsbench.sms.registration import follow_registration, read_registration
-    if registration is None: return settings
+
+    if registration is None:
+        return settings
     asked = [p for p in ctx.params if ctx.get_parameter_source(p).name != 'DEFAULT']
-    if plan_file is not None: asked += ['arms', 'match', 'variants', 'donors']
+    if plan_file is not None:
+        asked += ['arms', 'match', 'variants', 'donors']
     given = {f.name: getattr(settings, f.name) for f in fields(settings)}
     return type(settings)(**follow_registration(given, read_registration(registration), asked))
 
@@ -139,8 +307,16 @@ def _as_registered(settings, registration, ctx, plan_file):
 @app.command()
 def demo(
     out: OutOption = Path('reports/demo'),
-    patients: Annotated[int, typer.Option(min=20, help='Patients of the phantom cohort, one film each, two questions about each film.')] = 130,
-    seed: SeedOption = 0, n_boot: BootOption = 1000, as_json: JsonOption = False,
+    patients: Annotated[
+        int,
+        typer.Option(
+            min=20,
+            help='Patients of the phantom cohort, one film each, two questions about each film.',
+        ),
+    ] = 130,
+    seed: SeedOption = 0,
+    n_boot: BootOption = 1000,
+    as_json: JsonOption = False,
 ):
     """The main job on built-in data: a phantom cohort, two reference models of opposite habits, the full audit, the report.
 
@@ -151,22 +327,46 @@ def demo(
     from smsbench.data.phantom import phantom_cohort, save_phantom
     from smsbench.sms.run import run_audit
     from smsbench.vlm.reference import DEMO_MODELS, LEARNED
-    data, films = Run(out)/'data', phantom_cohort(3 * patients, findings=LEARNED[:2], seed=seed, splits=dict(test=1.))
+
+    data, films = (
+        Run(out) / 'data',
+        phantom_cohort(3 * patients, findings=LEARNED[:2], seed=seed, splits=dict(test=1.0)),
+    )
     films = films.drop_duplicates(['patient_id', 'finding'])
     save_phantom(films[films.patient_id.isin(films.patient_id.unique()[:patients])], data)
-    settings = audit_settings(seed=seed, n_boot=n_boot, margin_reason='an answer in twenty, for teaching')
-    run_audit(out, build_all('phantom', data), list(DEMO_MODELS), settings, registration=True, device='cpu', dtype='float32', batch_size=32)
+    settings = audit_settings(
+        seed=seed, n_boot=n_boot, margin_reason='an answer in twenty, for teaching'
+    )
+    run_audit(
+        out,
+        build_all('phantom', data),
+        list(DEMO_MODELS),
+        settings,
+        registration=True,
+        device='cpu',
+        dtype='float32',
+        batch_size=32,
+    )
     finish(out, as_json)
 
 # %% ../nbs/60_cli.ipynb #72458e03
 @app.command()
 def trials(
     plan_file: Annotated[Path, typer.Argument(metavar='PLAN', help='Plan file.')],
-    out: Annotated[Path, typer.Option(help='JSON-lines file to write; pictures go into a folder beside it.')],
-    cohort_file: Annotated[Path | None, typer.Option('--cohort', help='Cohort file the plan was made from.')] = None,
+    out: Annotated[
+        Path, typer.Option(help='JSON-lines file to write; pictures go into a folder beside it.')
+    ],
+    cohort_file: Annotated[
+        Path | None, typer.Option('--cohort', help='Cohort file the plan was made from.')
+    ] = None,
     root: RootOption = None,
     allow_remote: RemoteOption = False,
-    allow_credentialed: Annotated[str, typer.Option(help='Name of the credentialed dataset whose texts and pictures may be written out.')] = '',
+    allow_credentialed: Annotated[
+        str,
+        typer.Option(
+            help='Name of the credentialed dataset whose texts and pictures may be written out.'
+        ),
+    ] = '',
 ):
     """Export a plan's trials for a program elsewhere: one JSON object per line with prompt, choices and picture.
 
@@ -174,40 +374,88 @@ def trials(
     """
     from smsbench.sms.audit import Source
     from smsbench.sms.exchange import export_trials
+
     table, _, frozen, _ = _cohort_for(None, None, cohort_file, plan_file)
     name = table.attrs.get('manifest', '')
-    if table.attrs.get('access') == 'credentialed' and allow_credentialed != name: raise InputError(f'{name} is credentialed: add --allow-credentialed {name} to write its texts and pictures to {out}')
-    print(f'{export_trials(frozen, Source(table, root or "", remote=allow_remote), out)} trials -> {out}')
+    if table.attrs.get('access') == 'credentialed' and allow_credentialed != name:
+        raise InputError(
+            f'{name} is credentialed: add --allow-credentialed {name} to write its texts and pictures to {out}'
+        )
+    print(
+        f'{export_trials(frozen, Source(table, root or "", remote=allow_remote), out)} trials -> {out}'
+    )
 
 # %% ../nbs/60_cli.ipynb #72458e04
 @app.command()
 def predictions(
     ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(help='JSON-lines file: trial_id, and logprobs or raw_text; pixel_sha, token_sha, delivered_sha prove delivery.')],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help='JSON-lines file: trial_id, and logprobs or raw_text; pixel_sha, token_sha, delivered_sha prove delivery.'
+        ),
+    ],
     out: OutOption,
     plan_file: Annotated[Path, typer.Option('--plan', help='Plan file that was answered.')],
-    cohort_file: Annotated[Path | None, typer.Option('--cohort', help='Cohort file, for the examples in the report.')] = None,
-    name: Annotated[str, typer.Option(help="What to call the model; default: the file's name.")] = '',
-    margin: MarginOption = .05, margin_reason: ReasonOption = '', primary: PrimaryOption = 'image', family: FamilyOption = 'run', registration: RegistrationOption = None,
-    n_boot: BootOption = 2000, seed: SeedOption = 0, as_json: JsonOption = False,
+    cohort_file: Annotated[
+        Path | None, typer.Option('--cohort', help='Cohort file, for the examples in the report.')
+    ] = None,
+    name: Annotated[
+        str, typer.Option(help="What to call the model; default: the file's name.")
+    ] = '',
+    margin: MarginOption = 0.05,
+    margin_reason: ReasonOption = '',
+    primary: PrimaryOption = 'image',
+    family: FamilyOption = 'run',
+    registration: RegistrationOption = None,
+    n_boot: BootOption = 2000,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ):
     """Import answers that were made elsewhere and go on as after `smsbench audit`.
 
     Example:  smsbench predictions answers.jsonl --plan plan.parquet --name my-model --out reports/mine
     """
     from smsbench.sms.run import run_import
+
     table, excluded, frozen, _ = _cohort_for(None, None, cohort_file, plan_file)
-    settings = audit_settings(seed=seed, margin=margin, n_boot=n_boot, family=family, primary=primary, margin_reason=margin_reason)
-    run_import(out, file, frozen, table, name, _as_registered(settings, registration, ctx, plan_file), excluded, registration or '')
+    settings = audit_settings(
+        seed=seed,
+        margin=margin,
+        n_boot=n_boot,
+        family=family,
+        primary=primary,
+        margin_reason=margin_reason,
+    )
+    run_import(
+        out,
+        file,
+        frozen,
+        table,
+        name,
+        _as_registered(settings, registration, ctx, plan_file),
+        excluded,
+        registration or '',
+    )
     finish(out, as_json)
 
 # %% ../nbs/60_cli.ipynb #72458e05
 @app.command()
 def published(
-    results: Annotated[Path, typer.Argument(metavar='RESULTS_DIR', help='Folder of result files: <model>/<dataset>_base_shifted.csv.')],
+    results: Annotated[
+        Path,
+        typer.Argument(
+            metavar='RESULTS_DIR',
+            help='Folder of result files: <model>/<dataset>_base_shifted.csv.',
+        ),
+    ],
     out: OutOption,
-    dataset: Annotated[str, typer.Option(help='Dataset name in the file names; empty: all that are there.')] = '',
-    n_boot: BootOption = 2000, seed: SeedOption = 0, as_json: JsonOption = False,
+    dataset: Annotated[
+        str, typer.Option(help='Dataset name in the file names; empty: all that are there.')
+    ] = '',
+    n_boot: BootOption = 2000,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ):
     """Re-analyse published SMS result files: their numbers reproduced, faults found, each number recomputed on the answers that can be read.
 
@@ -215,9 +463,21 @@ def published(
     """
     from smsbench.report.html import render
     from smsbench.sms.published import findings, published as analyse
+
     table, faults = analyse(results, dataset, out, n_boot=n_boot, seed=seed)
-    page, found = render('sms_published', out, dict(out=str(out), results=str(results), dataset=dataset, n_boot=n_boot, seed=seed)), findings(table, faults)
-    say(dict(report=str(page), rows=len(table), found=found, faults=faults), as_json, '\n'.join([*found, str(page)]))
+    page, found = (
+        render(
+            'sms_published',
+            out,
+            dict(out=str(out), results=str(results), dataset=dataset, n_boot=n_boot, seed=seed),
+        ),
+        findings(table, faults),
+    )
+    say(
+        dict(report=str(page), rows=len(table), found=found, faults=faults),
+        as_json,
+        '\n'.join([*found, str(page)]),
+    )
 
 # %% ../nbs/60_cli.ipynb #72458e06
 @app.command()
@@ -230,16 +490,32 @@ def report(
     Example:  smsbench report reports/demo
     """
     from smsbench.sms.run import load_results
+
     load_results(directory)
     finish(directory, as_json)
 
 # %% ../nbs/60_cli.ipynb #72458e07
 @app.command()
 def run(
-    notebook: Annotated[str, typer.Argument(help='Run notebook: a path, or one that comes with the package: sms_audit, sms_published, cohort_audit, attention_compare, clip_benchmark, ssa_orbital.')],
+    notebook: Annotated[
+        str,
+        typer.Argument(
+            help='Run notebook: a path, or one that comes with the package: sms_audit, sms_published, cohort_audit, attention_compare, clip_benchmark, ssa_orbital.'
+        ),
+    ],
     out: OutOption,
-    file: Annotated[Path | None, typer.Option('-f', '--file', help='YAML file with parameters.')] = None,
-    parameter: Annotated[list[str] | None, typer.Option('-p', '--parameter', metavar='NAME VALUE', help='One parameter; repeat for several. Wins over --file.')] = None,
+    file: Annotated[
+        Path | None, typer.Option('-f', '--file', help='YAML file with parameters.')
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            '-p',
+            '--parameter',
+            metavar='NAME VALUE',
+            help='One parameter; repeat for several. Wins over --file.',
+        ),
+    ] = None,
 ):
     """Run a notebook with papermill and render it as one HTML file.
 
@@ -249,18 +525,28 @@ def run(
     """
     import nbformat, yaml
     from smsbench.report.html import declared, find_notebook, render
+
     given = read_parameters(file)
     for p in parameter or []:
-        if '=' not in p: raise InputError(f'-p {p}: needs a name and a value')
-        try: given[p.split('=', 1)[0]] = yaml.safe_load(p.split('=', 1)[1]) if p.split('=', 1)[1] else ''
-        except yaml.YAMLError: raise InputError(f'-p {p}: its value is no plain value; put it into quotes') from None
-    default = {'out': str(out)} if 'out' in declared(nbformat.read(find_notebook(notebook), as_version=4), notebook) else {}
+        if '=' not in p:
+            raise InputError(f'-p {p}: needs a name and a value')
+        try:
+            given[p.split('=', 1)[0]] = (
+                yaml.safe_load(p.split('=', 1)[1]) if p.split('=', 1)[1] else ''
+            )
+        except yaml.YAMLError:
+            raise InputError(f'-p {p}: its value is no plain value; put it into quotes') from None
+    default = (
+        {'out': str(out)}
+        if 'out' in declared(nbformat.read(find_notebook(notebook), as_version=4), notebook)
+        else {}
+    )
     print(render(notebook, out, {**default, **given}))
 
 # %% ../nbs/60_cli.ipynb #af3abb87
 def join_parameters(
-    args:list[str], # a command line
-)->list[str]:       # the same, with `-p NAME VALUE` as `-p NAME=VALUE`
+    args: list[str],  # a command line
+) -> list[str]:  # the same, with `-p NAME VALUE` as `-p NAME=VALUE`
     "Write each parameter as one word."
     out, i = [], 0
     while i < len(args):
@@ -270,34 +556,62 @@ def join_parameters(
     return out
 
 # %% ../nbs/60_cli.ipynb #e09b2a71
-_UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 'ClickException') # typer brings its own click, older ones import it
+_UsageError = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == 'ClickException'
+)  # typer brings its own click, older ones import it
 
 # %% ../nbs/60_cli.ipynb #e1bf29bf
 def printable(
-    said, # a message
-)->str:   # one line without control characters
+    said,  # a message
+) -> str:  # one line without control characters
     "What may be printed: names in it can come from anybody's files."
     return ''.join(c if c.isprintable() else ' ' for c in ' '.join(str(said).split()))
 
 # %% ../nbs/60_cli.ipynb #15cbd270
 def main(
-    args:list[str]|None=None, # command line; None takes `sys.argv`
-)->int:                       # the exit code, when called with `args`
+    args: list[str] | None = None,  # command line; None takes `sys.argv`
+) -> int:  # the exit code, when called with `args`
     "Run the command line; ends the process with its exit code when called without `args`."
     words = join_parameters(sys.argv[1:] if args is None else args) or ['--help']
-    try: code = app(args=words, standalone_mode=False, prog_name='smsbench') or 0
-    except _UsageError as e: code = 2; print(f"smsbench: {' '.join(e.format_message().split())} (see smsbench {words[0] + ' ' if words[0].isalpha() else ''}--help)", file=sys.stderr)
-    except InputError as e: code = 2; print(f'smsbench: {printable(e)}', file=sys.stderr)
-    except RunError as e: code = 1; print(f'smsbench: {printable(e)}', file=sys.stderr)
-    except OSError as e: code = 2 if e.filename else 1; print(f"smsbench: {e.filename or 'this machine'}: {e.strerror or e}", file=sys.stderr)   # no such folder, not allowed, disk full
-    except Exception as e:                         # a fault of ours, or a library that stumbled: one line, and the whole story for whoever asks
-        if os.environ.get('SMSBENCH_TRACEBACK'): raise
-        code = 1; print(f"smsbench: {type(e).__name__}: {' '.join(str(e).split())[:300]} (please report this; SMSBENCH_TRACEBACK=1 shows where)", file=sys.stderr)
-    except (KeyboardInterrupt, typer.Abort): code = 130; print('smsbench: stopped; the same command goes on from here', file=sys.stderr)
-    if args is None: sys.exit(code)
+    try:
+        code = app(args=words, standalone_mode=False, prog_name='smsbench') or 0
+    except _UsageError as e:
+        code = 2
+        print(
+            f"smsbench: {' '.join(e.format_message().split())} (see smsbench {words[0] + ' ' if words[0].isalpha() else ''}--help)",
+            file=sys.stderr,
+        )
+    except InputError as e:
+        code = 2
+        print(f'smsbench: {printable(e)}', file=sys.stderr)
+    except RunError as e:
+        code = 1
+        print(f'smsbench: {printable(e)}', file=sys.stderr)
+    except OSError as e:
+        code = 2 if e.filename else 1
+        print(
+            f"smsbench: {e.filename or 'this machine'}: {e.strerror or e}", file=sys.stderr
+        )  # no such folder, not allowed, disk full
+    except Exception as e:  # a fault of ours, or a library that stumbled: one line, and the whole story for whoever asks
+        if os.environ.get('SMSBENCH_TRACEBACK'):
+            raise
+        code = 1
+        print(
+            f"smsbench: {type(e).__name__}: {' '.join(str(e).split())[:300]} (please report this; SMSBENCH_TRACEBACK=1 shows where)",
+            file=sys.stderr,
+        )
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+        print('smsbench: stopped; the same command goes on from here', file=sys.stderr)
+    if args is None:
+        sys.exit(code)
     return code
 
 # %% ../nbs/60_cli.ipynb #9a0ffd76
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option('--version', help='Print the version.')] = False):
-    if version: print(__version__); raise typer.Exit()
+def _version(
+    version: Annotated[bool, typer.Option('--version', help='Print the version.')] = False,
+):
+    if version:
+        print(__version__)
+        raise typer.Exit()

@@ -22,19 +22,22 @@ class RunError(RuntimeError):
     "The input was fine, but the run may not count; the message is one line that says why."
 
 # %% ../nbs/00_core.ipynb #ba2497ae
-_encode = json.JSONEncoder(ensure_ascii=False).encode # made once: a new encoder per row would take most of the time
+_encode = json.JSONEncoder(
+    ensure_ascii=False
+).encode  # made once: a new encoder per row would take most of the time
+
 
 def content_hash(
-    *parts, # anything with a stable `str`: strings, numbers, None
-)->str:     # 16 hexadecimal digits
+    *parts,  # anything with a stable `str`: strings, numbers, None
+) -> str:  # 16 hexadecimal digits
     "Name of the content `parts`, the same on any machine."
     joined = _encode([str(p) for p in parts])
     return hashlib.blake2b(joined.encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/00_core.ipynb #2eb3decf
 def array_hash(
-    a:np.ndarray, # any shape and dtype
-)->str:           # 16 hexadecimal digits
+    a: np.ndarray,  # any shape and dtype
+) -> str:  # 16 hexadecimal digits
     "Hash of values, shape and dtype: two arrays agree only if they are the same array."
     a = np.ascontiguousarray(a)
     h = hashlib.blake2b(f'{a.dtype.str}{a.shape}'.encode(), digest_size=8)
@@ -43,13 +46,14 @@ def array_hash(
 
 # %% ../nbs/00_core.ipynb #40a1782b
 def table_hash(
-    df:pd.DataFrame, # any table whose cells have a stable `str`
-)->str:              # 16 hexadecimal digits
+    df: pd.DataFrame,  # any table whose cells have a stable `str`
+) -> str:  # 16 hexadecimal digits
     "Hash of a table's content; row and column order do not matter."
     cols = sorted(df.columns)
     columns = [[_stable(v) for v in df[c].tolist()] for c in cols]
     rows = sorted(_encode(list(r)) for r in zip(*columns))
     return content_hash(*cols, *rows)
+
 
 def _stable(v):
     "Text of a cell; `str` of an array would round and shorten it."
@@ -58,212 +62,386 @@ def _stable(v):
 # %% ../nbs/00_core.ipynb #2c2f4e6a
 @contextlib.contextmanager
 def atomic(
-    path, # file to appear; its folder is made where missing
-):        # yields the temporary `Path` to write to
+    path,  # file to appear; its folder is made where missing
+):  # yields the temporary `Path` to write to
     "Write a file that appears under its name only when it is complete."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         yield tmp
-        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
+        with open(tmp, 'rb+') as f:
+            os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #8b62c42e
 def write_json(
     obj,  # anything JSON can hold; NaN becomes null
-    path, # file to write
+    path,  # file to write
 ):
     "Write `obj` as indented JSON, atomically."
-    with atomic(path) as tmp: tmp.write_text(json.dumps(_jsonable(obj), indent=1, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8')
+    with atomic(path) as tmp:
+        tmp.write_text(
+            json.dumps(_jsonable(obj), indent=1, ensure_ascii=False, allow_nan=False) + '\n',
+            encoding='utf-8',
+        )
+
 
 def _jsonable(o):
-    if isinstance(o, dict): return {str(k): _jsonable(v) for k, v in o.items()}
-    if isinstance(o, (list, tuple, set, np.ndarray)): return [_jsonable(v) for v in (sorted(o) if isinstance(o, set) else o)]
-    if isinstance(o, np.generic): o = o.item()
-    if isinstance(o, float) and not np.isfinite(o): return None   # JSON has no NaN; null is what readers expect
+    if isinstance(o, dict):
+        return {str(k): _jsonable(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple, set, np.ndarray)):
+        return [_jsonable(v) for v in (sorted(o) if isinstance(o, set) else o)]
+    if isinstance(o, np.generic):
+        o = o.item()
+    if isinstance(o, float) and not np.isfinite(o):
+        return None  # JSON has no NaN; null is what readers expect
     return o if isinstance(o, (str, int, float, bool, type(None))) else str(o)
 
 # %% ../nbs/00_core.ipynb #c058546f
 def read_json(
-    path, # file to read
-):        # the object
+    path,  # file to read
+):  # the object
     "Read a JSON file; `InputError` where it is missing or broken."
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError: raise InputError(f'{path}: no such file') from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise InputError(f'{path}: not valid JSON ({e})') from None
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise InputError(f'{path}: no such file') from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f'{path}: not valid JSON ({e})') from None
 
 # %% ../nbs/00_core.ipynb #3f7d0401
 _TEXT, _FLOAT = 'text', 'float'
-SCHEMAS = { # table -> column -> (type, extra rule)
-    'cohort': dict(sample_id=(_TEXT, 'unique'), patient_id=(_TEXT, 'filled'), split=(_TEXT, ''), finding=(_TEXT, 'filled'), label=(_TEXT, 'filled'),
-                   image=(_TEXT, ''), text=(_TEXT, '')),
-    'plan': dict(trial_id=(_TEXT, 'unique'), sample_id=(_TEXT, 'filled'), patient_id=(_TEXT, 'filled'), arm=(_TEXT, 'filled'), image_id=(_TEXT, ''),
-                 text_id=(_TEXT, ''), label=(_TEXT, 'filled'), image_label=(_TEXT, ''), text_label=(_TEXT, ''), variant=(_TEXT, 'filled')),
-    'predictions': dict(trial_id=(_TEXT, 'filled'), model=(_TEXT, 'filled'), answer=(_TEXT, ''), parse_status=(_TEXT, 'filled'), logprobs=('list', ''),
-                        answer_mass=(_FLOAT, 'share'), raw_text=(_TEXT, ''), pixel_sha=(_TEXT, ''), token_sha=(_TEXT, ''), delivered_sha=(_TEXT, ''),
-                        seconds=(_FLOAT, '')),
-    'metrics': dict(model=(_TEXT, 'filled'), metric=(_TEXT, 'filled'), arm=(_TEXT, ''), subgroup=(_TEXT, 'filled'), value=(_FLOAT, ''), ci_low=(_FLOAT, ''),
-                    ci_high=(_FLOAT, ''), n=('int', ''), n_clusters=('int', ''), note=(_TEXT, '')),
-    'published': dict(model=(_TEXT, 'filled'), dataset=(_TEXT, 'filled'), arm=(_TEXT, 'filled'), metric=(_TEXT, 'filled'), tokens=(_TEXT, ''),
-                      as_published=(_FLOAT, ''), corrected=(_FLOAT, ''), ci_low=(_FLOAT, ''), ci_high=(_FLOAT, ''), n=('int', ''), note=(_TEXT, '')),
+SCHEMAS = {  # table -> column -> (type, extra rule)
+    'cohort': dict(
+        sample_id=(_TEXT, 'unique'),
+        patient_id=(_TEXT, 'filled'),
+        split=(_TEXT, ''),
+        finding=(_TEXT, 'filled'),
+        label=(_TEXT, 'filled'),
+        image=(_TEXT, ''),
+        text=(_TEXT, ''),
+    ),
+    'plan': dict(
+        trial_id=(_TEXT, 'unique'),
+        sample_id=(_TEXT, 'filled'),
+        patient_id=(_TEXT, 'filled'),
+        arm=(_TEXT, 'filled'),
+        image_id=(_TEXT, ''),
+        text_id=(_TEXT, ''),
+        label=(_TEXT, 'filled'),
+        image_label=(_TEXT, ''),
+        text_label=(_TEXT, ''),
+        variant=(_TEXT, 'filled'),
+    ),
+    'predictions': dict(
+        trial_id=(_TEXT, 'filled'),
+        model=(_TEXT, 'filled'),
+        answer=(_TEXT, ''),
+        parse_status=(_TEXT, 'filled'),
+        logprobs=('list', ''),
+        answer_mass=(_FLOAT, 'share'),
+        raw_text=(_TEXT, ''),
+        pixel_sha=(_TEXT, ''),
+        token_sha=(_TEXT, ''),
+        delivered_sha=(_TEXT, ''),
+        seconds=(_FLOAT, ''),
+    ),
+    'metrics': dict(
+        model=(_TEXT, 'filled'),
+        metric=(_TEXT, 'filled'),
+        arm=(_TEXT, ''),
+        subgroup=(_TEXT, 'filled'),
+        value=(_FLOAT, ''),
+        ci_low=(_FLOAT, ''),
+        ci_high=(_FLOAT, ''),
+        n=('int', ''),
+        n_clusters=('int', ''),
+        note=(_TEXT, ''),
+    ),
+    'published': dict(
+        model=(_TEXT, 'filled'),
+        dataset=(_TEXT, 'filled'),
+        arm=(_TEXT, 'filled'),
+        metric=(_TEXT, 'filled'),
+        tokens=(_TEXT, ''),
+        as_published=(_FLOAT, ''),
+        corrected=(_FLOAT, ''),
+        ci_low=(_FLOAT, ''),
+        ci_high=(_FLOAT, ''),
+        n=('int', ''),
+        note=(_TEXT, ''),
+    ),
 }
 
 # %% ../nbs/00_core.ipynb #a137f758
 @functools.cache
 def schema(
-    kind:str, # 'cohort', 'plan', 'predictions', 'metrics' or 'published'
-):            # a pandera `DataFrameSchema`
+    kind: str,  # 'cohort', 'plan', 'predictions', 'metrics' or 'published'
+):  # a pandera `DataFrameSchema`
     "The pandera schema of a table."
     import pandera.pandas as pa
-    rules = {'': [], 'unique': [], 'filled': [pa.Check(lambda s: s.str.len() > 0, error='is empty')],
-             'share': [pa.Check(lambda s: s.isna() | s.between(0, 1 + 1e-6), error='lies outside 0..1')]}
+
+    rules = {
+        '': [],
+        'unique': [],
+        'filled': [pa.Check(lambda s: s.str.len() > 0, error='is empty')],
+        'share': [pa.Check(lambda s: s.isna() | s.between(0, 1 + 1e-6), error='lies outside 0..1')],
+    }
+
     def column(kind, rule):
         dtype = {_TEXT: str, _FLOAT: float, 'int': int, 'list': None}[kind]
-        return pa.Column(dtype, rules[rule], unique=rule == 'unique', nullable=kind in (_FLOAT, 'list'), coerce=dtype in (float, int))
-    return pa.DataFrameSchema({c: column(*r) for c, r in SCHEMAS[kind].items()}, strict=False, name=kind)
+        return pa.Column(
+            dtype,
+            rules[rule],
+            unique=rule == 'unique',
+            nullable=kind in (_FLOAT, 'list'),
+            coerce=dtype in (float, int),
+        )
+
+    return pa.DataFrameSchema(
+        {c: column(*r) for c, r in SCHEMAS[kind].items()}, strict=False, name=kind
+    )
 
 # %% ../nbs/00_core.ipynb #2729f914
 def validate(
-    df:pd.DataFrame, # the table
-    kind:str,        # which schema it must meet
-)->pd.DataFrame:     # the table, numbers coerced
+    df: pd.DataFrame,  # the table
+    kind: str,  # which schema it must meet
+) -> pd.DataFrame:  # the table, numbers coerced
     "The table itself if it meets its schema; else `InputError` naming the table, the column and what is wrong."
     import pandera.errors as pe
+
     missing = [c for c in SCHEMAS[kind] if c not in df.columns]
-    if missing: raise InputError(f"{kind} table lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}")
-    if all(_plainly_valid(df[c], *rule) for c, rule in SCHEMAS[kind].items()): return df
+    if missing:
+        raise InputError(
+            f"{kind} table lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        )
+    if all(_plainly_valid(df[c], *rule) for c, rule in SCHEMAS[kind].items()):
+        return df
     bare = df.copy(deep=False)
-    bare.attrs = {}                      # pandas copies them deeply at every step
-    try: out = schema(kind).validate(bare)
+    bare.attrs = {}  # pandas copies them deeply at every step
+    try:
+        out = schema(kind).validate(bare)
     except pe.SchemaError as e:
         column = getattr(e.schema, 'name', '?')
         lost = np.flatnonzero(df[column].isna()) if column in df else []
-        what = 'has duplicates' if 'duplicate' in str(e) else f'empty in {len(lost)} of {len(df)} rows, the first is row {lost[0] + 1}' if 'null values' in str(e) and len(lost) else getattr(e.check, 'error', None) or str(e).split('\n')[0][:160]
+        what = (
+            'has duplicates'
+            if 'duplicate' in str(e)
+            else f'empty in {len(lost)} of {len(df)} rows, the first is row {lost[0] + 1}'
+            if 'null values' in str(e) and len(lost)
+            else getattr(e.check, 'error', None) or str(e).split('\n')[0][:160]
+        )
         raise InputError(f'{kind} table, column {column}: {what}') from None
     out.attrs = df.attrs
     return out
 
+
 def _plainly_valid(cells, kind, rule):
     "Does a column meet its rule as it is? The common case, without pandera, which then words what is wrong."
-    if kind == 'list': return True
+    if kind == 'list':
+        return True
     if kind != _TEXT:
         dtype = 'f' if kind == _FLOAT else 'i'
-        return cells.dtype.kind == dtype and (rule != 'share' or bool((cells.isna() | cells.between(0, 1 + 1e-6)).all()))
-    if not (pd.api.types.infer_dtype(cells, skipna=False) == 'string' or not len(cells)): return False
-    if rule == 'unique': return cells.is_unique
+        return cells.dtype.kind == dtype and (
+            rule != 'share' or bool((cells.isna() | cells.between(0, 1 + 1e-6)).all())
+        )
+    if not (pd.api.types.infer_dtype(cells, skipna=False) == 'string' or not len(cells)):
+        return False
+    if rule == 'unique':
+        return cells.is_unique
     return rule != 'filled' or not (cells == '').any()
 
 # %% ../nbs/00_core.ipynb #9564464b
 def write_table(
-    df:pd.DataFrame, # the table
-    path,            # parquet file to write
-    kind:str='',     # schema to check before writing; '' checks nothing
-    **meta,          # kept in the file, beside what `df.attrs` holds
+    df: pd.DataFrame,  # the table
+    path,  # parquet file to write
+    kind: str = '',  # schema to check before writing; '' checks nothing
+    **meta,  # kept in the file, beside what `df.attrs` holds
 ):
     "Write a table and its metadata, atomically."
     import pyarrow as pa, pyarrow.parquet as pq
-    if kind: df = validate(df, kind)
-    bare = df.reset_index(drop=True).copy(); bare.attrs = {}
+
+    if kind:
+        df = validate(df, kind)
+    bare = df.reset_index(drop=True).copy()
+    bare.attrs = {}
     table = pa.Table.from_pandas(bare, preserve_index=False)
     about = json.dumps(_jsonable({**df.attrs, **meta}), ensure_ascii=False)
-    with atomic(path) as tmp: pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), b'smsbench': about.encode()}), tmp)
+    with atomic(path) as tmp:
+        pq.write_table(
+            table.replace_schema_metadata(
+                {**(table.schema.metadata or {}), b'smsbench': about.encode()}
+            ),
+            tmp,
+        )
 
 # %% ../nbs/00_core.ipynb #2e8405d8
 def read_table(
-    path,        # parquet file
-    kind:str='', # schema it must meet; '' checks nothing
-)->pd.DataFrame: # the table, its metadata in `.attrs`
+    path,  # parquet file
+    kind: str = '',  # schema it must meet; '' checks nothing
+) -> pd.DataFrame:  # the table, its metadata in `.attrs`
     "Read a table; `InputError` where the file is missing, is no parquet, breaks its schema, or is a cohort that does not say whether it is open or credentialed."
     import pyarrow as pa, pyarrow.parquet as pq
-    try: table = pq.ParquetFile(path).read()
-    except FileNotFoundError: raise InputError(f'{path}: no such file') from None
-    except (pa.ArrowInvalid, OSError) as e: raise InputError(f"{path}: not a readable parquet file ({str(e).splitlines()[0]})") from None
-    try: df, about = table.to_pandas(), json.loads((table.schema.metadata or {}).get(b'smsbench', b'{}'))
-    except ValueError: about = None                          # a comment or key that another program wrote into the file
-    if not isinstance(about, dict): raise InputError(f'{path}: its metadata are not those of a table that smsbench wrote; make it again')
+
+    try:
+        table = pq.ParquetFile(path).read()
+    except FileNotFoundError:
+        raise InputError(f'{path}: no such file') from None
+    except (pa.ArrowInvalid, OSError) as e:
+        raise InputError(
+            f"{path}: not a readable parquet file ({str(e).splitlines()[0]})"
+        ) from None
+    try:
+        df, about = (
+            table.to_pandas(),
+            json.loads((table.schema.metadata or {}).get(b'smsbench', b'{}')),
+        )
+    except ValueError:
+        about = None  # a comment or key that another program wrote into the file
+    if not isinstance(about, dict):
+        raise InputError(
+            f'{path}: its metadata are not those of a table that smsbench wrote; make it again'
+        )
     df.attrs = about
-    if kind: df = validate(df, kind)
-    if kind == 'cohort' and about.get('access') not in ('open', 'credentialed'): raise InputError(f'{path}: its metadata do not say whether the data are open or credentialed (access); make it with smsbench cohort')
+    if kind:
+        df = validate(df, kind)
+    if kind == 'cohort' and about.get('access') not in ('open', 'credentialed'):
+        raise InputError(
+            f'{path}: its metadata do not say whether the data are open or credentialed (access); make it with smsbench cohort'
+        )
     return df
 
 # %% ../nbs/00_core.ipynb #b3384594
 def environment(
-    device:str='', # device the models were asked to run on ('' when no model ran)
-    **hashes,      # names of what was computed on: manifest, cohort, plan
-)->dict:           # JSON-ready
+    device: str = '',  # device the models were asked to run on ('' when no model ran)
+    **hashes,  # names of what was computed on: manifest, cohort, plan
+) -> dict:  # JSON-ready
     "Packages, interpreter, platform, torch build, code revision and hashes of a run; no user name, host or path."
     names = 'smsbench torch torchvision transformers open_clip_torch numpy pandas pyarrow scipy scikit-learn matplotlib pillow papermill nbconvert'.split()
-    return dict(python=platform.python_version(), platform=f'{platform.system()} {platform.machine()}', cpus=os.cpu_count(), device=device,
-                packages={n: _version(n) for n in names}, torch_build=_torch_build(), code=_revision(), hashes=hashes)
+    return dict(
+        python=platform.python_version(),
+        platform=f'{platform.system()} {platform.machine()}',
+        cpus=os.cpu_count(),
+        device=device,
+        packages={n: _version(n) for n in names},
+        torch_build=_torch_build(),
+        code=_revision(),
+        hashes=hashes,
+    )
+
 
 def _version(name):
-    try: return metadata.version(name)
-    except metadata.PackageNotFoundError: return None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
 
 def _torch_build():
     "What the torch in use was built for; None where this process has not imported it."
     torch = sys.modules.get('torch')
-    return torch and dict(version=torch.__version__, cuda=torch.version.cuda, gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+    return torch and dict(
+        version=torch.__version__,
+        cuda=torch.version.cuda,
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    )
+
 
 def _revision():
     "Git revision of the checkout this module stands in, with '+changes' when files differ; None for an installed wheel."
     here = Path(__file__).resolve().parent.parent
-    if not (here/'.git').exists(): return None
+    if not (here / '.git').exists():
+        return None
     git = lambda *a: subprocess.run(['git', '-C', here, *a], capture_output=True, text=True)
-    try: head, dirty = git('rev-parse', '--short=12', 'HEAD'), git('status', '--porcelain', '--untracked-files=no')
-    except OSError: return None   # git itself is not installed
-    return None if head.returncode else head.stdout.strip() + ('+changes' if dirty.stdout.strip() else '')
+    try:
+        head, dirty = (
+            git('rev-parse', '--short=12', 'HEAD'),
+            git('status', '--porcelain', '--untracked-files=no'),
+        )
+    except OSError:
+        return None  # git itself is not installed
+    return (
+        None
+        if head.returncode
+        else head.stdout.strip() + ('+changes' if dirty.stdout.strip() else '')
+    )
 
 # %% ../nbs/00_core.ipynb #0cc0806b
 def set_seed(
-    seed:int, # any integer
+    seed: int,  # any integer
 ):
     "Seed `random`, numpy's old global generator and, where it is already imported, torch."
-    random.seed(seed); np.random.seed(seed % 2**32)
-    if 'torch' in sys.modules: sys.modules['torch'].manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    if 'torch' in sys.modules:
+        sys.modules['torch'].manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #e144dbe6
 def progress(
-    items,           # what to go through
-    desc:str='',     # what is being done
-    total:int|None=None, # how many, where `items` cannot tell
-    unit:str='it',   # what one item is
-):                   # an iterator over `items`
+    items,  # what to go through
+    desc: str = '',  # what is being done
+    total: int | None = None,  # how many, where `items` cannot tell
+    unit: str = 'it',  # what one item is
+):  # an iterator over `items`
     "Plain-text tqdm on stderr; slow to redraw where stderr is no terminal."
     from tqdm import tqdm
-    return tqdm(items, desc=desc, total=total, unit=unit, ascii=True, file=sys.stderr, dynamic_ncols=True, mininterval=.2 if sys.stderr.isatty() else 10)
+
+    return tqdm(
+        items,
+        desc=desc,
+        total=total,
+        unit=unit,
+        ascii=True,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+    )
 
 # %% ../nbs/00_core.ipynb #b6d70640
 class Run:
     "A run directory: `run/'plan.parquet'` is a path in it, `run.freeze(config)` fixes what it computes, `run.log(line)` keeps its story."
-    def __init__(self,
-        path, # the directory; made where missing
+
+    def __init__(
+        self,
+        path,  # the directory; made where missing
     ):
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir(): raise InputError(f'{path}: is a file; --out must be a directory')
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f'{path}: is a file; --out must be a directory')
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def __truediv__(self, name): return self.path/name
+    def __truediv__(self, name):
+        return self.path / name
 
-    def freeze(self,
-        config:dict, # what the run computes: decides the config hash
-        **loose,     # how it is computed or where its data lies: recorded, may differ on resume
-    )->str:          # the config hash
+    def freeze(
+        self,
+        config: dict,  # what the run computes: decides the config hash
+        **loose,  # how it is computed or where its data lies: recorded, may differ on resume
+    ) -> str:  # the config hash
         "Write config.json, or check that the run in this directory had the same `config` (else `InputError`)."
         config = json.loads(json.dumps(_jsonable(config)))
-        old = read_json(self/'config.json')['config'] if (self/'config.json').exists() else config
+        old = (
+            read_json(self / 'config.json')['config'] if (self / 'config.json').exists() else config
+        )
         changed = sorted(k for k in old.keys() | config.keys() if old.get(k) != config.get(k))
-        if changed: raise InputError(f"{self.path} holds a run with another {', '.join(changed)}; choose another --out or the same settings")
+        if changed:
+            raise InputError(
+                f"{self.path} holds a run with another {', '.join(changed)}; choose another --out or the same settings"
+            )
         name = content_hash(json.dumps(config, sort_keys=True))
-        write_json(dict(config=config, config_hash=name, loose=loose), self/'config.json')
+        write_json(dict(config=config, config_hash=name, loose=loose), self / 'config.json')
         return name
 
-    def log(self,
-        line:str, # one event, without patient data
-        echo:bool=True, # also say it on stderr, where progress goes
+    def log(
+        self,
+        line: str,  # one event, without patient data
+        echo: bool = True,  # also say it on stderr, where progress goes
     ):
         "Append a time-stamped line to log.txt."
-        with open(self/'log.txt', 'a', encoding='utf-8') as f: f.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}\n")
-        if echo: print(line, file=sys.stderr, flush=True)
+        with open(self / 'log.txt', 'a', encoding='utf-8') as f:
+            f.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}\n")
+        if echo:
+            print(line, file=sys.stderr, flush=True)

@@ -17,12 +17,12 @@ from .resampling import together
 
 # %% ../nbs/02a_recalibration.ipynb #d4de85e5
 def correlated_outcomes(
-    prob:np.ndarray, # (n,) probability of each outcome, 0..1
-    clusters,        # (n,) patient of each row
-    icc:float,       # correlation of two equally probable outcomes of a patient, 0..1
-    draws:int,       # how many times
-    rng,             # `numpy.random.Generator`
-)->np.ndarray:       # (draws, n) bool
+    prob: np.ndarray,  # (n,) probability of each outcome, 0..1
+    clusters,  # (n,) patient of each row
+    icc: float,  # correlation of two equally probable outcomes of a patient, 0..1
+    draws: int,  # how many times
+    rng,  # `numpy.random.Generator`
+) -> np.ndarray:  # (draws, n) bool
     "Outcomes of a perfectly calibrated model, with patients kept together."
     if not 0 <= icc <= 1:
         raise InputError(f'the correlation within patients is {icc}: must lie in 0..1')
@@ -35,11 +35,11 @@ def correlated_outcomes(
 
 # %% ../nbs/02a_recalibration.ipynb #11cbf484
 def residual_icc(
-    prob,          # (n,) probabilities in 0..1
-    y,             # (n,) true/false or 1/0
-    clusters,      # (n,) patient of each row
-    n_bins:int=10, # bins of equal width
-)->float:          # 0..1; 0 where no patient has two rows
+    prob,  # (n,) probabilities in 0..1
+    y,  # (n,) true/false or 1/0
+    clusters,  # (n,) patient of each row
+    n_bins: int = 10,  # bins of equal width
+) -> float:  # 0..1; 0 where no patient has two rows
     "Correlation of outcomes within patients around the frequency of their bin (moment estimate)."
     sums, unfold, _ = bin_sums(prob, y, n_bins)
     inside = unfold(sums)
@@ -49,29 +49,30 @@ def residual_icc(
     residual = np.asarray(y, float) - expected
     most = np.sqrt(expected * (1 - expected))
     who = pd.factorize(np.asarray(clusters))[0]
-    products = lambda x: (np.bincount(who, x)**2).sum() - (x**2).sum()
+    products = lambda x: (np.bincount(who, x) ** 2).sum() - (x**2).sum()
     whole = products(most)
-    return float(np.clip(products(residual) / whole, 0, 1)) if whole > 0 else 0.
+    return float(np.clip(products(residual) / whole, 0, 1)) if whole > 0 else 0.0
 
 # %% ../nbs/02a_recalibration.ipynb #d2cfe5cb
 class Floor(NamedTuple):
     "What a perfectly calibrated model of this size would show."
-    mean: float # mean expected calibration error, 0..1
-    high: float # its upper quantile: a larger error is more than chance
+
+    mean: float  # mean expected calibration error, 0..1
+    high: float  # its upper quantile: a larger error is more than chance
     icc: float  # correlation within patients that was assumed
-    level: float # of the quantile
+    level: float  # of the quantile
 
 # %% ../nbs/02a_recalibration.ipynb #0f41bc5d
 def ece_floor(
-    prob,             # (n,) probabilities in 0..1
-    y,                # (n,) true/false or 1/0; only their correlation within patients counts
-    clusters,         # (n,) patient of each row
-    n_bins:int=10,    # bins of equal width
-    draws:int=1000,   # simulated studies
-    level:float=.95,  # quantile
-    seed:int=0,       # of the simulation
-    icc:float|None=None, # correlation within patients; None estimates it with `residual_icc`
-)->Floor:
+    prob,  # (n,) probabilities in 0..1
+    y,  # (n,) true/false or 1/0; only their correlation within patients counts
+    clusters,  # (n,) patient of each row
+    n_bins: int = 10,  # bins of equal width
+    draws: int = 1000,  # simulated studies
+    level: float = 0.95,  # quantile
+    seed: int = 0,  # of the simulation
+    icc: float | None = None,  # correlation within patients; None estimates it with `residual_icc`
+) -> Floor:
     "Expected calibration error of a perfectly calibrated model, by simulated outcomes."
     sums, unfold, _ = bin_sums(prob, y, n_bins)
     place = unfold(sums)[..., 0]
@@ -85,20 +86,23 @@ def ece_floor(
     return Floor(float(errors.mean()), float(np.quantile(errors, level)), icc, level)
 
 # %% ../nbs/02a_recalibration.ipynb #d73aa868
-METHODS = ('platt', 'isotonic', 'temperature') # maps of `fit_map`
-EDGE = 1e-6 # the closest to 0 or 1 that a probability comes before its log-odds are taken
+METHODS = ('platt', 'isotonic', 'temperature')  # maps of `fit_map`
+EDGE = 1e-6  # the closest to 0 or 1 that a probability comes before its log-odds are taken
+
 
 def _log_odds(prob):
     from scipy.special import logit
+
     return logit(np.clip(np.asarray(prob, float), EDGE, 1 - EDGE))
 
 # %% ../nbs/02a_recalibration.ipynb #d3166c13
 def best_temperature(
-    prob, # (n,) probabilities in 0..1
-    y,    # (n,) true/false or 1/0
-)->float: # about 0.0067..148; above 1: overconfident
+    prob,  # (n,) probabilities in 0..1
+    y,  # (n,) true/false or 1/0
+) -> float:  # about 0.0067..148; above 1: overconfident
     "The temperature with the smallest log loss (Guo et al. 2017)."
     from scipy.optimize import minimize_scalar
+
     z, sign = _log_odds(prob), 2 * np.asarray(y, float) - 1
     loss = lambda log_t: np.logaddexp(0, -sign * z * np.exp(-log_t)).mean()
     best = minimize_scalar(loss, bounds=(-5, 5), method='bounded', options=dict(xatol=1e-9))
@@ -106,10 +110,10 @@ def best_temperature(
 
 # %% ../nbs/02a_recalibration.ipynb #eeba4e03
 def fit_map(
-    prob,       # (n,) probabilities in 0..1
-    y,          # (n,) true/false or 1/0
-    method:str, # from `METHODS`
-):              # function (m,) probabilities -> (m,) probabilities
+    prob,  # (n,) probabilities in 0..1
+    y,  # (n,) true/false or 1/0
+    method: str,  # from `METHODS`
+):  # function (m,) probabilities -> (m,) probabilities
     "Fit a map from stated to recalibrated probabilities; `InputError` without both outcomes."
     if method not in METHODS:
         raise InputError(f"no recalibration {method!r}; choose from {', '.join(METHODS)}")
@@ -119,18 +123,24 @@ def fit_map(
     kinds = dict(platt=_platt_map, isotonic=_isotonic_map, temperature=_temperature_map)
     return kinds[method](p, y)
 
+
 def _temperature_map(p, y):
     from scipy.special import expit
+
     t = best_temperature(p, y)
     return lambda q: expit(_log_odds(q) / t)
 
+
 def _isotonic_map(p, y):
     from sklearn.isotonic import IsotonicRegression
+
     return IsotonicRegression(y_min=0, y_max=1, out_of_bounds='clip').fit(p, y).predict
+
 
 def _platt_map(p, y):
     "Logistic regression on the log-odds; Platt's smoothed targets are weights of either outcome."
     from sklearn.linear_model import LogisticRegression
+
     events, others = y.sum(), (1 - y).sum()
     target = np.where(y == 1, (events + 1) / (events + 2), 1 / (others + 2))
     z = _log_odds(p)[:, None]
@@ -140,15 +150,16 @@ def _platt_map(p, y):
 
 # %% ../nbs/02a_recalibration.ipynb #1daa053a
 def cross_fit(
-    prob,         # (n,) probabilities in 0..1
-    y,            # (n,) true/false or 1/0
-    clusters,     # (n,) patient of each row
-    method:str,   # from `METHODS`
-    folds:int=5,  # folds of patients, at least 2
-)->np.ndarray:    # (n,) recalibrated probabilities
+    prob,  # (n,) probabilities in 0..1
+    y,  # (n,) true/false or 1/0
+    clusters,  # (n,) patient of each row
+    method: str,  # from `METHODS`
+    folds: int = 5,  # folds of patients, at least 2
+) -> np.ndarray:  # (n,) recalibrated probabilities
     "Recalibrate each row with a map fitted on other patients; `InputError` for too few of them."
     from sklearn.model_selection import GroupKFold
-    bin_sums(prob, y, 1)        # checks the input
+
+    bin_sums(prob, y, 1)  # checks the input
     p, y = np.asarray(prob, float), np.asarray(y, float)
     who = np.unique(np.asarray(clusters).astype(str), return_inverse=True)[1]
     if len(set(who)) < folds:
@@ -160,23 +171,23 @@ def cross_fit(
 
 # %% ../nbs/02a_recalibration.ipynb #b15644a9
 def cross_fit_all(
-    prob,            # (n,) probabilities in 0..1
-    y,               # (n,) true/false or 1/0
-    clusters,        # (n,) patient of each row
-    methods=METHODS, # maps to try
-    folds:int=5,     # folds of patients
-)->dict:             # method -> (n,) probabilities; '' as stated
+    prob,  # (n,) probabilities in 0..1
+    y,  # (n,) true/false or 1/0
+    clusters,  # (n,) patient of each row
+    methods=METHODS,  # maps to try
+    folds: int = 5,  # folds of patients
+) -> dict:  # method -> (n,) probabilities; '' as stated
     "Probabilities as stated and after each cross-fitted map."
     stated = np.asarray(prob, float)
     return {'': stated, **{m: cross_fit(stated, y, clusters, m, folds) for m in methods}}
 
 # %% ../nbs/02a_recalibration.ipynb #3b8db343
 def recalibration_table(
-    mapped:dict, # from `cross_fit_all`
-    y,           # (n,) true/false or 1/0
-    clusters,    # (n,) patient of each row
-    **how,       # n_boot, level, seed of `Statistic.bootstrap`
-)->pd.DataFrame: # method ('' as stated), metric, value, ci_low, ci_high, n, n_clusters
+    mapped: dict,  # from `cross_fit_all`
+    y,  # (n,) true/false or 1/0
+    clusters,  # (n,) patient of each row
+    **how,  # n_boot, level, seed of `Statistic.bootstrap`
+) -> pd.DataFrame:  # method ('' as stated), metric, value, ci_low, ci_high, n, n_clusters
     "ECE and Brier score before and after recalibration, and their paired change."
     scores = {}
     for m, p in mapped.items():

@@ -20,43 +20,54 @@ from .core import InputError
 @dataclass(frozen=True, eq=False)
 class Interval:
     "A statistic with its confidence interval. Holds one number, or K side by side as (K,) arrays; `interval[k]` and iteration give them one at a time."
-    value: float|np.ndarray     # the statistic on the data, NaN where it is not defined (an empty denominator) or suppressed
-    low: float|np.ndarray       # lower end
-    high: float|np.ndarray      # upper end
-    n: int|np.ndarray           # rows that count
-    n_clusters: int|np.ndarray  # independent units (patients) among them
-    level: float = .95          # confidence level of [low, high]
-    note: str|np.ndarray = ''   # what a reader must know about this number
-    n_effective: float|np.ndarray = np.nan # clusters of equal weight that bound the interval; of several groups that are all needed, the smallest
 
-    def __len__(self): return np.size(self.value)
+    value: (
+        float | np.ndarray
+    )  # the statistic on the data, NaN where it is not defined (an empty denominator) or suppressed
+    low: float | np.ndarray  # lower end
+    high: float | np.ndarray  # upper end
+    n: int | np.ndarray  # rows that count
+    n_clusters: int | np.ndarray  # independent units (patients) among them
+    level: float = 0.95  # confidence level of [low, high]
+    note: str | np.ndarray = ''  # what a reader must know about this number
+    n_effective: float | np.ndarray = (
+        np.nan
+    )  # clusters of equal weight that bound the interval; of several groups that are all needed, the smallest
+
+    def __len__(self):
+        return np.size(self.value)
 
     def __getitem__(self, k):
-        if not -len(self) <= k < len(self): raise IndexError(k)
+        if not -len(self) <= k < len(self):
+            raise IndexError(k)
         names = ('value', 'low', 'high', 'n', 'n_clusters', 'note', 'n_effective')
         one = {f: np.broadcast_to(getattr(self, f), len(self))[k].item() for f in names}
         return replace(self, **one)
 
     def __str__(self):
-        if len(self) > 1: return '\n'.join(map(str, self))
+        if len(self) > 1:
+            return '\n'.join(map(str, self))
         i = self[0]
-        return f'{i.value:.3f} [{i.low:.3f}, {i.high:.3f}] (n={i.n}, clusters={i.n_clusters})' + (f' {i.note}' if i.note else '')
+        return f'{i.value:.3f} [{i.low:.3f}, {i.high:.3f}] (n={i.n}, clusters={i.n_clusters})' + (
+            f' {i.note}' if i.note else ''
+        )
 
 # %% ../nbs/00a_resampling.ipynb #4905e092
 def plain(
-    a, # array or number
-):     # the number, where there is only one; else the array
+    a,  # array or number
+):  # the number, where there is only one; else the array
     "An array of one element as a Python number."
     return a.item() if np.size(a) == 1 and hasattr(a, 'item') else a
 
 # %% ../nbs/00a_resampling.ipynb #8add6754
 def exact_bounds(
-    share,           # observed share, 0..1: number or array; NaN gives NaN
-    n,               # independent units (patients) behind it, >= 0, may be fractional: number or array
-    level:float=.95, # two-sided confidence level, 0..1
-):                   # low, high: floats, or arrays of the common shape; 0 and 1 where n is 0
+    share,  # observed share, 0..1: number or array; NaN gives NaN
+    n,  # independent units (patients) behind it, >= 0, may be fractional: number or array
+    level: float = 0.95,  # two-sided confidence level, 0..1
+):  # low, high: floats, or arrays of the common shape; 0 and 1 where n is 0
     "Clopper-Pearson bounds of a share, also for fractional counts. Source: Clopper and Pearson, Biometrika 1934."
     from scipy.special import betaincinv
+
     share, n = np.broadcast_arrays(np.asarray(share, float), np.asarray(n, float))
     if not 0 < level < 1:
         raise InputError(f'confidence level {level}: must lie between 0 and 1')
@@ -73,39 +84,52 @@ def exact_bounds(
 
 # %% ../nbs/00a_resampling.ipynb #53bdf0c0
 def effective_number(
-    weights, # (C,) rows of each cluster, >= 0; or (C, K) for K denominators
-):           # float, or (K,): 0..C, C where all weights are equal; 0 where they are all 0
+    weights,  # (C,) rows of each cluster, >= 0; or (C, K) for K denominators
+):  # float, or (K,): 0..C, C where all weights are equal; 0 where they are all 0
     "Clusters of equal weight that C clusters of unequal weight are worth: (sum w)^2 / sum w^2. Source: Kish, Survey Sampling, 1965."
     w = np.asarray(weights, float)
     if not (w >= 0).all():
         raise InputError('effective_number: weights are 0 or more and not NaN')
     square = (w**2).sum(0)
-    return plain(np.divide(w.sum(0)**2, square, out=np.zeros(np.shape(square)), where=square > 0))
+    return plain(np.divide(w.sum(0) ** 2, square, out=np.zeros(np.shape(square)), where=square > 0))
 
 # %% ../nbs/00a_resampling.ipynb #1371e5d7
 def cluster_totals(
-    sums:np.ndarray, # (n, J) per-row numbers, finite
-    clusters,        # (n,) which patient a row belongs to: text or numbers, none missing
-)->np.ndarray:       # (C, J) per-cluster sums, in an order that ignores row order and cluster names
+    sums: np.ndarray,  # (n, J) per-row numbers, finite
+    clusters,  # (n,) which patient a row belongs to: text or numbers, none missing
+) -> np.ndarray:  # (C, J) per-cluster sums, in an order that ignores row order and cluster names
     "Sum the rows of each cluster; `InputError` on NaN, infinity, missing clusters or another number of rows."
     sums = np.asarray(sums, float)
-    if sums.ndim != 2 or 0 in sums.shape: raise InputError(f'sums must be a table of at least one row and one column; got shape {sums.shape}')
-    if not np.isfinite(sums).all(): raise InputError(f'NaN or infinite numbers in {int((~np.isfinite(sums)).any(1).sum())} of {len(sums)} rows: leave those rows out')
+    if sums.ndim != 2 or 0 in sums.shape:
+        raise InputError(
+            f'sums must be a table of at least one row and one column; got shape {sums.shape}'
+        )
+    if not np.isfinite(sums).all():
+        raise InputError(
+            f'NaN or infinite numbers in {int((~np.isfinite(sums)).any(1).sum())} of {len(sums)} rows: leave those rows out'
+        )
     order, starts = _canonical(sums, clusters)
     return np.add.reduceat(sums[order], starts, axis=0)
+
 
 def _canonical(rows, clusters):
     "An order of the rows (n,) that keeps clusters together, and where each cluster starts (C,); it depends on values alone."
     name = pd.Series(clusters).factorize()[0]
-    if len(name) != len(rows): raise InputError(f'{len(rows)} rows but {len(name)} cluster labels')
-    if (name < 0).any(): raise InputError(f'no cluster (patient) label in {int((name < 0).sum())} of {len(name)} rows')
-    key = np.ascontiguousarray(rows + 0.).view(f'V{8 * rows.shape[1]}').ravel()         # + 0. makes -0. and 0. the same bytes
+    if len(name) != len(rows):
+        raise InputError(f'{len(rows)} rows but {len(name)} cluster labels')
+    if (name < 0).any():
+        raise InputError(
+            f'no cluster (patient) label in {int((name < 0).sum())} of {len(name)} rows'
+        )
+    key = (
+        np.ascontiguousarray(rows + 0.0).view(f'V{8 * rows.shape[1]}').ravel()
+    )  # + 0. makes -0. and 0. the same bytes
     by_value = np.argsort(key, kind='stable')
-    code = np.empty(len(rows), np.int64)                                                # equal rows share a code
+    code = np.empty(len(rows), np.int64)  # equal rows share a code
     code[by_value] = np.cumsum(np.r_[0, key[by_value][1:] != key[by_value][:-1]])
     order = np.lexsort((code, name))
     cuts = np.flatnonzero(np.diff(name[order])) + 1
-    held = [c.tobytes() for c in np.split(code[order], cuts)]                           # what each cluster holds
+    held = [c.tobytes() for c in np.split(code[order], cuts)]  # what each cluster holds
     place = np.empty(len(held), np.int64)
     place[sorted(range(len(held)), key=held.__getitem__)] = np.arange(len(held))
     order = np.lexsort((code, place[name]))
@@ -113,11 +137,11 @@ def _canonical(rows, clusters):
 
 # %% ../nbs/00a_resampling.ipynb #f3f00bd6
 def resample_counts(
-    n_clusters:int, # C, clusters to draw from
-    n_boot:int,     # B, resamples
-    seed:int,       # same seed and C: same counts
-    cells:int=2**21, # counts held at once (8 bytes each); does not change the result
-):                  # yields (b, C) integer chunks, B rows in all, each row summing to C
+    n_clusters: int,  # C, clusters to draw from
+    n_boot: int,  # B, resamples
+    seed: int,  # same seed and C: same counts
+    cells: int = 2**21,  # counts held at once (8 bytes each); does not change the result
+):  # yields (b, C) integer chunks, B rows in all, each row summing to C
     "How often each cluster occurs in each resample."
     rng, chunk = np.random.default_rng(seed), max(1, cells // n_clusters)
     for start in range(0, n_boot, chunk):
@@ -128,12 +152,17 @@ def resample_counts(
 
 # %% ../nbs/00a_resampling.ipynb #e3752d37
 def resample_totals(
-    per_cluster:np.ndarray, # (C, J) per-cluster sums
-    n_boot:int=2000,        # B, resamples
-    seed:int=0,             # same seed and C: same resamples
-)->np.ndarray:              # (B, J) totals of each resample
+    per_cluster: np.ndarray,  # (C, J) per-cluster sums
+    n_boot: int = 2000,  # B, resamples
+    seed: int = 0,  # same seed and C: same resamples
+) -> np.ndarray:  # (B, J) totals of each resample
     "Totals over B resamples of whole clusters."
-    return np.concatenate([counts.astype(float) @ per_cluster for counts in resample_counts(len(per_cluster), n_boot, seed)])
+    return np.concatenate(
+        [
+            counts.astype(float) @ per_cluster
+            for counts in resample_counts(len(per_cluster), n_boot, seed)
+        ]
+    )
 
 # %% ../nbs/00a_resampling.ipynb #be8bedb0
 def _quantiles(boot, probs):
@@ -141,64 +170,74 @@ def _quantiles(boot, probs):
     out = np.full(probs.shape, np.nan)
     for k, column in enumerate(boot.T):
         column = column[~np.isnan(column)]
-        if column.size and not np.isnan(probs[:, k]).any(): out[:, k] = np.quantile(column, probs[:, k])
+        if column.size and not np.isnan(probs[:, k]).any():
+            out[:, k] = np.quantile(column, probs[:, k])
     return out
 
 # %% ../nbs/00a_resampling.ipynb #6850bb28
 def percentile_ends(
-    boot:np.ndarray, # (B, K) resampled values
-    tail,            # probability left out on each side: a number, or (K,) one per column
-)->np.ndarray:       # (2, K) lower and upper ends
+    boot: np.ndarray,  # (B, K) resampled values
+    tail,  # probability left out on each side: a number, or (K,) one per column
+) -> np.ndarray:  # (2, K) lower and upper ends
     "Quantiles of the resampled values; NaN among them are ignored, a column of nothing but NaN gives NaN."
     tail = np.broadcast_to(tail, boot.shape[1])
     return _quantiles(boot, np.stack([tail, 1 - tail]))
 
 # %% ../nbs/00a_resampling.ipynb #71eb0501
 def expanded_tail(
-    tail, # probability left out on each side, 0..0.5: number or array
-    n,    # effective number of clusters that count: number or array
-):        # the smaller probability of the expanded percentile interval; 0 where n is 1 or less
+    tail,  # probability left out on each side, 0..0.5: number or array
+    n,  # effective number of clusters that count: number or array
+):  # the smaller probability of the expanded percentile interval; 0 where n is 1 or less
     "Tail at which a percentile interval is as wide as a t interval. Source: Hesterberg, The American Statistician 2015."
     from scipy.special import ndtr, stdtrit
+
     n = np.asarray(n, float)
-    many = np.where(n > 1.01, n, 2.)
+    many = np.where(n > 1.01, n, 2.0)
     t = stdtrit(many - 1, tail)
-    return plain(np.where(n > 1.01, ndtr(np.sqrt(many / (many - 1)) * t), 0.))
+    return plain(np.where(n > 1.01, ndtr(np.sqrt(many / (many - 1)) * t), 0.0))
 
 # %% ../nbs/00a_resampling.ipynb #917ead04
 def _bca(boot, value, left_out, tail):
     "Bias-corrected and accelerated ends (2, K); `left_out` (C, K) is the statistic without each cluster in turn."
     from scipy.special import ndtr, ndtri
+
     with np.errstate(all='ignore'):
         z0 = ndtri(((boot < value).sum(0) + (boot == value).sum(0) / 2) / (~np.isnan(boot)).sum(0))
         known = ~np.isnan(left_out)
         d = np.where(known, np.where(known, left_out, 0).sum(0) / known.sum(0) - left_out, 0)
-        spread = (d**2).sum(0)**1.5
+        spread = (d**2).sum(0) ** 1.5
         a = np.where(spread > 0, (d**3).sum(0) / (6 * spread), 0)
         z = z0 + ndtri([[tail], [1 - tail]])
         return _quantiles(boot, ndtr(z0 + z / (1 - a * z)))
 
 # %% ../nbs/00a_resampling.ipynb #6194ad79
 def bounded_ends(
-    value,       # (K,) statistics
-    influence,   # (C, K) change of each statistic per unit of weight of each cluster; sums to 0
-    n_effective, # (K,) effective number of clusters that count
-    bounds,      # (K, 2) range of each statistic
-    tail:float,  # probability left out on each side
-)->np.ndarray:   # (2, K) lower and upper ends; NaN where the range has no end or the value is not known
+    value,  # (K,) statistics
+    influence,  # (C, K) change of each statistic per unit of weight of each cluster; sums to 0
+    n_effective,  # (K,) effective number of clusters that count
+    bounds,  # (K, 2) range of each statistic
+    tail: float,  # probability left out on each side
+) -> (
+    np.ndarray
+):  # (2, K) lower and upper ends; NaN where the range has no end or the value is not known
     "Exact bounds on the number of independent units that a bounded statistic is worth. Source: Clopper and Pearson 1934; Korn and Graubard, Survey Methodology 1998."
-    low, width = bounds[:, 0], np.where(np.isfinite(bounds).all(1), bounds[:, 1] - bounds[:, 0], np.nan)
+    low, width = (
+        bounds[:, 0],
+        np.where(np.isfinite(bounds).all(1), bounds[:, 1] - bounds[:, 0], np.nan),
+    )
     share = np.clip((value - low) / width, 0, 1)
     n, varies = _worth(share, influence / width, np.maximum(n_effective, 1), tail)
-    unseen = 1 - tail**(1 / np.maximum(n_effective, 1))
+    unseen = 1 - tail ** (1 / np.maximum(n_effective, 1))
     below, above = exact_bounds(share, n, 1 - 2 * tail)
     below = np.where(varies, below, share - unseen * share)
     above = np.where(varies, above, share + unseen * (1 - share))
     return np.stack([low + below * width, low + above * width])
 
+
 def _worth(share, influence, n_effective, tail):
     "Independent units that shares with these influences are worth, and whether they vary."
     from scipy.special import ndtri, stdtrit
+
     square, fourth = (influence**2).sum(0), (influence**4).sum(0)
     most = share * (1 - share)
     varies = (square > 1e-20) & (most > 1e-12)
@@ -206,22 +245,26 @@ def _worth(share, influence, n_effective, tail):
     with np.errstate(invalid='ignore', divide='ignore'):
         n = most / square
         freedom = 2 / np.maximum(fourth / square**2 - 1 / counts, 1e-9)
-        freedom = np.fmax(np.fmin(freedom, n_effective - 1), .5)
-        known = (ndtri(tail) / stdtrit(freedom, tail))**2
+        freedom = np.fmax(np.fmin(freedom, n_effective - 1), 0.5)
+        known = (ndtri(tail) / stdtrit(freedom, tail)) ** 2
     return np.where(varies, np.maximum(np.minimum(n_effective, n), n * known), n_effective), varies
 
 # %% ../nbs/00a_resampling.ipynb #d6f27246
 class Counts(NamedTuple):
     "Who counts for K statistics."
-    n: np.ndarray           # (K,) rows
+
+    n: np.ndarray  # (K,) rows
     n_clusters: np.ndarray  # (K,) clusters
-    n_effective: np.ndarray # (K,) clusters of equal weight, in the smallest of the groups that are needed
+    n_effective: (
+        np.ndarray
+    )  # (K,) clusters of equal weight, in the smallest of the groups that are needed
+
 
 def counts_of(
-    used,     # (n,), (n, K) or (n, K, S) bool: rows that count, in each of S groups that a statistic needs
-    owner,    # (n,) cluster of each row, 0..C-1, in ascending order
-    K:int=1,  # statistics
-)->Counts:
+    used,  # (n,), (n, K) or (n, K, S) bool: rows that count, in each of S groups that a statistic needs
+    owner,  # (n,) cluster of each row, 0..C-1, in ascending order
+    K: int = 1,  # statistics
+) -> Counts:
     "Rows, clusters and effective clusters behind each statistic."
     used = sided(used, len(owner), K)
     S = used.shape[2]
@@ -230,51 +273,68 @@ def counts_of(
     smallest = np.reshape(effective_number(sides), (K, S)).min(1)
     return Counts(anywhere.sum(0).astype(int), (anywhere > 0).sum(0), smallest)
 
+
 def sided(used, n, K):
     "Rows that count as (n, K, S); None: all."
     used = np.ones((n, 1, 1), bool) if used is None else np.asarray(used, bool)
     used = used.reshape(*used.shape, *(1,) * (3 - used.ndim))
     if len(used) != n or used.shape[1] not in (1, K):
-        raise InputError(f'rows that count have shape {used.shape[:2]}; there are {n} rows and {K} statistics')
+        raise InputError(
+            f'rows that count have shape {used.shape[:2]}; there are {n} rows and {K} statistics'
+        )
     return np.broadcast_to(used, (n, K, used.shape[2]))
 
+
 def by_owner(
-    x,     # (n, ...) numbers of each row
-    owner, # (n,) cluster of each row, 0..C-1, in ascending order
-)->np.ndarray: # (C, ...) sums
+    x,  # (n, ...) numbers of each row
+    owner,  # (n,) cluster of each row, 0..C-1, in ascending order
+) -> np.ndarray:  # (C, ...) sums
     "Sum rows that stand cluster by cluster."
-    return np.add.reduceat(np.asarray(x, float), np.r_[0, np.flatnonzero(np.diff(owner)) + 1], axis=0)
+    return np.add.reduceat(
+        np.asarray(x, float), np.r_[0, np.flatnonzero(np.diff(owner)) + 1], axis=0
+    )
 
 # %% ../nbs/00a_resampling.ipynb #69c661b6
 def widest(
-    *ends, # (2, K) arrays of lower and upper ends; NaN are passed over
-)->np.ndarray: # (2, K): the lowest lower and the highest upper end
+    *ends,  # (2, K) arrays of lower and upper ends; NaN are passed over
+) -> np.ndarray:  # (2, K): the lowest lower and the highest upper end
     "Never narrower than any of several intervals."
     return np.stack([np.fmin.reduce([e[0] for e in ends]), np.fmax.reduce([e[1] for e in ends])])
 
+
 def _still(value, ends, boot, bounds, n_clusters, n_effective, tail):
     "Ends (2, K) with the exact bound where no resample varies, and a note (K,) that says so."
-    apart = np.fmax.reduce(abs(boot - value), axis=0)                                   # NaN only where every resample is
+    apart = np.fmax.reduce(abs(boot - value), axis=0)  # NaN only where every resample is
     still, ranged = apart <= 1e-12 * np.maximum(1, abs(value)), np.isfinite(bounds).all(1)
-    moved = 1 - tail**(1 / np.maximum(n_effective, 1))
-    exact = np.stack([value - moved * (value - np.where(ranged, bounds[:, 0], 0)), value + moved * (np.where(ranged, bounds[:, 1], 0) - value)])
+    moved = 1 - tail ** (1 / np.maximum(n_effective, 1))
+    exact = np.stack(
+        [
+            value - moved * (value - np.where(ranged, bounds[:, 0], 0)),
+            value + moved * (np.where(ranged, bounds[:, 1], 0) - value),
+        ]
+    )
     unknown, lone = np.isnan(value), still & ~ranged & (n_clusters < 2)
     ends = np.where(lone | unknown, np.nan, np.where(still & ranged, widest(exact, ends), ends))
-    notes = {'not defined on these rows': unknown, 'one cluster: no interval': lone, 'no resample differs: exact bound': still & ranged, 'no resample differs': still}
+    notes = {
+        'not defined on these rows': unknown,
+        'one cluster: no interval': lone,
+        'no resample differs: exact bound': still & ranged,
+        'no resample differs': still,
+    }
     return ends, np.select(list(notes.values()), list(notes), '')
 
 # %% ../nbs/00a_resampling.ipynb #76420d12
 def influences(
-    of:Callable,            # totals (..., J) -> values (..., K)
-    per_cluster:np.ndarray, # (C, J) sums of each cluster
-    step:float=1e-4,        # change of weight
-    rows:int=2**20,         # numbers held at once
-)->np.ndarray:              # (C, K), sums to 0; 0 where it is not defined
+    of: Callable,  # totals (..., J) -> values (..., K)
+    per_cluster: np.ndarray,  # (C, J) sums of each cluster
+    step: float = 1e-4,  # change of weight
+    rows: int = 2**20,  # numbers held at once
+) -> np.ndarray:  # (C, K), sums to 0; 0 where it is not defined
     "Empirical influence of each cluster, by central differences (infinitesimal jackknife, Jaeckel 1972)."
     at, chunk = per_cluster.sum(0), max(1, rows // per_cluster.shape[1])
     out = []
     for start in range(0, len(per_cluster), chunk):
-        change = step * per_cluster[start:start + chunk]
+        change = step * per_cluster[start : start + chunk]
         out.append((of(at + change) - of(at - change)) / (2 * step))
     out = np.nan_to_num(np.concatenate(out), posinf=0, neginf=0)
     drift = out.mean(0)
@@ -284,23 +344,42 @@ def influences(
 @dataclass(frozen=True, eq=False)
 class Statistic:
     "K statistics that are functions of sums over rows. `.value` is the number(s), `.bootstrap(clusters)` the `Interval`."
-    sums: np.ndarray                 # (n, J) per-row numbers, finite
-    of: Callable                     # totals (..., J) -> values (..., K)
-    names: tuple = ('',)             # K names
-    bounds: tuple|np.ndarray = (-np.inf, np.inf) # range of the statistic: (low, high) or (K, 2)
-    used: np.ndarray|None = None     # (n,) or (n, K) rows that count as its n; (n, K, S): S groups of which it needs each; None: all
-    ends: Callable|None = None       # (totals (B, J), totals (J,), tails (K,)) -> ends (2, K), where quantiles of resampled values mislead
-    own: tuple|None = None           # (K,) bool: which numbers the ends were made for, so that they stand as they are; None: all, where there are `ends`
+
+    sums: np.ndarray  # (n, J) per-row numbers, finite
+    of: Callable  # totals (..., J) -> values (..., K)
+    names: tuple = ('',)  # K names
+    bounds: tuple | np.ndarray = (-np.inf, np.inf)  # range of the statistic: (low, high) or (K, 2)
+    used: np.ndarray | None = (
+        None  # (n,) or (n, K) rows that count as its n; (n, K, S): S groups of which it needs each; None: all
+    )
+    ends: Callable | None = (
+        None  # (totals (B, J), totals (J,), tails (K,)) -> ends (2, K), where quantiles of resampled values mislead
+    )
+    own: tuple | None = (
+        None  # (K,) bool: which numbers the ends were made for, so that they stand as they are; None: all, where there are `ends`
+    )
 
     @property
-    def value(self): return plain(self.of(self.sums.sum(0)))
+    def value(self):
+        return plain(self.of(self.sums.sum(0)))
 
     def __getitem__(self, name):
         "One of the statistics by its name."
-        if name not in self.names: raise InputError(f"no statistic {name!r}; there is {', '.join(self.names)}")
+        if name not in self.names:
+            raise InputError(f"no statistic {name!r}; there is {', '.join(self.names)}")
         k = self.names.index(name)
-        ends = self.ends and (lambda boot, at, tail: self.ends(boot, at, np.repeat(tail, len(self.names)))[:, [k]])
-        return Statistic(self.sums, lambda t: self.of(t)[..., [k]], (name,), self._bounds[[k]], self._used[:, [k]], ends, (bool(self._own[k]),))
+        ends = self.ends and (
+            lambda boot, at, tail: self.ends(boot, at, np.repeat(tail, len(self.names)))[:, [k]]
+        )
+        return Statistic(
+            self.sums,
+            lambda t: self.of(t)[..., [k]],
+            (name,),
+            self._bounds[[k]],
+            self._used[:, [k]],
+            ends,
+            (bool(self._own[k]),),
+        )
 
     def __sub__(self, other):
         "Paired difference, number by number; its ends are quantiles of the resampled differences."
@@ -308,38 +387,56 @@ class Statistic:
         names = tuple(f'{a} - {b}' for a, b in zip(self.names, other.names))
         bounds = self._bounds - other._bounds[:, ::-1]
         one, two = self._used, other._used
-        used = one if np.array_equal(one, two) else np.concatenate([one, two], 2)          # it needs the rows of both
-        return Statistic(both.sums, lambda t: both.of(t)[..., :K] - both.of(t)[..., K:], names, bounds, used)
+        used = (
+            one if np.array_equal(one, two) else np.concatenate([one, two], 2)
+        )  # it needs the rows of both
+        return Statistic(
+            both.sums, lambda t: both.of(t)[..., :K] - both.of(t)[..., K:], names, bounds, used
+        )
 
     @property
-    def _bounds(self): return np.broadcast_to(np.asarray(self.bounds, float), (len(self.names), 2))
+    def _bounds(self):
+        return np.broadcast_to(np.asarray(self.bounds, float), (len(self.names), 2))
 
     @property
-    def _own(self): return np.broadcast_to(self.ends is not None if self.own is None else self.own, len(self.names))
+    def _own(self):
+        return np.broadcast_to(
+            self.ends is not None if self.own is None else self.own, len(self.names)
+        )
 
     @property
-    def _used(self): return sided(self.used, len(self.sums), len(self.names))
+    def _used(self):
+        return sided(self.used, len(self.sums), len(self.names))
 
-    def bootstrap(self,
-        clusters,            # (n,) patient of each row
-        n_boot:int=2000,     # resamples
-        level:float=.95,     # confidence level, 0..1
-        method:str='percentile', # or 'bca'
-        seed:int=0,          # same seed, same interval
-    )->Interval:
+    def bootstrap(
+        self,
+        clusters,  # (n,) patient of each row
+        n_boot: int = 2000,  # resamples
+        level: float = 0.95,  # confidence level, 0..1
+        method: str = 'percentile',  # or 'bca'
+        seed: int = 0,  # same seed, same interval
+    ) -> Interval:
         "Intervals from resampled clusters; `InputError` on unusable input."
         tail = _tail(n_boot, level, method)
-        if self.ends and method == 'bca': raise InputError(f"{', '.join(self.names)}: has an interval of its own; use method='percentile'")
+        if self.ends and method == 'bca':
+            raise InputError(
+                f"{', '.join(self.names)}: has an interval of its own; use method='percentile'"
+            )
         per, counts = self._per_cluster(clusters)
         at = per.sum(0)
         totals = resample_totals(per, n_boot, seed)
         value, boot, tails = self.of(at), self.of(totals), expanded_tail(tail, counts.n_effective)
         tails = np.atleast_1d(tails)
-        if self.ends: ends = self.ends(totals, at, tails)
-        elif method == 'percentile': ends = percentile_ends(boot, tails)
-        else: ends = _bca(boot, value, self.of(at - per), tail)
+        if self.ends:
+            ends = self.ends(totals, at, tails)
+        elif method == 'percentile':
+            ends = percentile_ends(boot, tails)
+        else:
+            ends = _bca(boot, value, self.of(at - per), tail)
         if np.isfinite(self._bounds).all(1).any():
-            floor = bounded_ends(value, influences(self.of, per), counts.n_effective, self._bounds, tail)
+            floor = bounded_ends(
+                value, influences(self.of, per), counts.n_effective, self._bounds, tail
+            )
             inside = (value > self._bounds[:, 0]) & (value < self._bounds[:, 1])
             ends = widest(ends, np.where(self._own & inside, np.nan, floor))
         return _interval(value, ends, boot, self._bounds, counts, level)
@@ -350,42 +447,79 @@ class Statistic:
         n, K, S = used.shape
         groups = [used.any(2)] + ([used.reshape(n, -1)] if S > 1 else [])
         per = cluster_totals(np.hstack([self.sums, *groups]), clusters)
-        anywhere, sides = per[:, J:J + K], per[:, J + (K if S > 1 else 0):]
+        anywhere, sides = per[:, J : J + K], per[:, J + (K if S > 1 else 0) :]
         smallest = np.reshape(effective_number(sides), (K, S)).min(1)
-        return np.ascontiguousarray(per[:, :J]), Counts(anywhere.sum(0).astype(int), (anywhere > 0).sum(0), smallest)
+        return np.ascontiguousarray(per[:, :J]), Counts(
+            anywhere.sum(0).astype(int), (anywhere > 0).sum(0), smallest
+        )
+
 
 def _tail(n_boot, level, method):
-    if method not in ('percentile', 'bca'): raise InputError(f"bootstrap method {method!r}; use 'percentile' or 'bca'")
-    if not 0 < level < 1: raise InputError(f'confidence level {level}: must lie between 0 and 1')
-    if n_boot < 1: raise InputError(f'n_boot {n_boot}: at least one resample is needed')
+    if method not in ('percentile', 'bca'):
+        raise InputError(f"bootstrap method {method!r}; use 'percentile' or 'bca'")
+    if not 0 < level < 1:
+        raise InputError(f'confidence level {level}: must lie between 0 and 1')
+    if n_boot < 1:
+        raise InputError(f'n_boot {n_boot}: at least one resample is needed')
     return (1 - level) / 2
 
+
 def _interval(value, ends, boot, bounds, counts, level):
-    ends, note = _still(value, ends, boot, bounds, counts.n_clusters, counts.n_effective, (1 - level) / 2)
-    return Interval(*map(plain, (value, ends[0], ends[1], counts.n, counts.n_clusters)), level, plain(note), plain(counts.n_effective))
+    ends, note = _still(
+        value, ends, boot, bounds, counts.n_clusters, counts.n_effective, (1 - level) / 2
+    )
+    return Interval(
+        *map(plain, (value, ends[0], ends[1], counts.n, counts.n_clusters)),
+        level,
+        plain(note),
+        plain(counts.n_effective),
+    )
 
 # %% ../nbs/00a_resampling.ipynb #563ba4dc
 def together(
-    *stats, # `Statistic`s of the same rows
-)->Statistic: # all their numbers, in order
+    *stats,  # `Statistic`s of the same rows
+) -> Statistic:  # all their numbers, in order
     "Several statistics as one, resampled once."
-    if len({len(s.sums) for s in stats}) != 1: raise InputError(f'statistics of different rows cannot be resampled together: {[len(s.sums) for s in stats]}')
+    if len({len(s.sums) for s in stats}) != 1:
+        raise InputError(
+            f'statistics of different rows cannot be resampled together: {[len(s.sums) for s in stats]}'
+        )
     cuts = np.cumsum([s.sums.shape[1] for s in stats])[:-1]
     parts = lambda t: zip(stats, np.split(t, cuts, -1))
     places = np.cumsum([len(s.names) for s in stats])[:-1]
+
     def ends(boot, at, tail):
-        each = zip(parts(boot), np.split(at, cuts), np.split(np.broadcast_to(tail, sum(len(s.names) for s in stats)), places))
-        return np.hstack([s.ends(b, a, k) if s.ends else percentile_ends(s.of(b), k) for (s, b), a, k in each])
+        each = zip(
+            parts(boot),
+            np.split(at, cuts),
+            np.split(np.broadcast_to(tail, sum(len(s.names) for s in stats)), places),
+        )
+        return np.hstack(
+            [s.ends(b, a, k) if s.ends else percentile_ends(s.of(b), k) for (s, b), a, k in each]
+        )
+
     sides = max(s._used.shape[2] for s in stats)
-    used = np.concatenate([s._used[..., np.minimum(np.arange(sides), s._used.shape[2] - 1)] for s in stats], 1)
-    return Statistic(np.hstack([s.sums for s in stats]), lambda t: np.concatenate([s.of(u) for s, u in parts(t)], -1), sum((s.names for s in stats), ()),
-                     np.concatenate([s._bounds for s in stats]), used, *((ends, tuple(np.concatenate([s._own for s in stats]).tolist())) if any(s.ends for s in stats) else ()))
+    used = np.concatenate(
+        [s._used[..., np.minimum(np.arange(sides), s._used.shape[2] - 1)] for s in stats], 1
+    )
+    return Statistic(
+        np.hstack([s.sums for s in stats]),
+        lambda t: np.concatenate([s.of(u) for s, u in parts(t)], -1),
+        sum((s.names for s in stats), ()),
+        np.concatenate([s._bounds for s in stats]),
+        used,
+        *(
+            (ends, tuple(np.concatenate([s._own for s in stats]).tolist()))
+            if any(s.ends for s in stats)
+            else ()
+        ),
+    )
 
 # %% ../nbs/00a_resampling.ipynb #fe1aaa74
 def rows_used(
-    sums:np.ndarray,    # (n, J) per-row numbers
-    statistic:Callable, # totals (..., J) -> values (..., K)
-)->np.ndarray:          # (n, K) bool
+    sums: np.ndarray,  # (n, J) per-row numbers
+    statistic: Callable,  # totals (..., J) -> values (..., K)
+) -> np.ndarray:  # (n, K) bool
     "Rows that count for each statistic: those with a number in a column that it depends on."
     sums = np.asarray(sums, float)
     size = np.maximum(abs(sums).mean(0), 1e-9)
@@ -393,64 +527,95 @@ def rows_used(
     for base in (at, at + size * (1 + np.arange(len(size)) / len(size))):
         with np.errstate(all='ignore'):
             before, after = statistic(base), statistic(base + np.diag(size))
-        depends = depends | ((before != after) & ~(np.isnan(before) & np.isnan(after)))   # (J, K)
+        depends = depends | ((before != after) & ~(np.isnan(before) & np.isnan(after)))  # (J, K)
     return (sums != 0) @ depends
 
 # %% ../nbs/00a_resampling.ipynb #adc3c5d8
 def bootstrap_sums(
-    sums:np.ndarray,    # (n, J) per-row numbers, finite
-    clusters,           # (n,) patient of each row
-    statistic,          # totals (..., J) -> values (..., K), vectorised
-    n_boot:int=2000,    # resamples
-    level:float=.95,    # confidence level, 0..1
-    method:str='percentile', # or 'bca'
-    seed:int=0,         # same seed, same interval
-    bounds=(-np.inf, np.inf), # range of the statistic, (low, high) or (K, 2): gives exact bounds for rare events
-    used=None,          # (n,), (n, K) or (n, K, S) rows that count, as in `Statistic`; None finds them (see `rows_used`)
-)->Interval:            # floats where K is 1, else (K,) arrays
+    sums: np.ndarray,  # (n, J) per-row numbers, finite
+    clusters,  # (n,) patient of each row
+    statistic,  # totals (..., J) -> values (..., K), vectorised
+    n_boot: int = 2000,  # resamples
+    level: float = 0.95,  # confidence level, 0..1
+    method: str = 'percentile',  # or 'bca'
+    seed: int = 0,  # same seed, same interval
+    bounds=(
+        -np.inf,
+        np.inf,
+    ),  # range of the statistic, (low, high) or (K, 2): gives exact bounds for rare events
+    used=None,  # (n,), (n, K) or (n, K, S) rows that count, as in `Statistic`; None finds them (see `rows_used`)
+) -> Interval:  # floats where K is 1, else (K,) arrays
     "Clustered bootstrap of a function of sums; independent of row order and of cluster names."
     sums = np.asarray(sums, float)
-    if sums.ndim != 2: raise InputError(f'sums must be a table (rows, numbers); got shape {sums.shape}')
+    if sums.ndim != 2:
+        raise InputError(f'sums must be a table (rows, numbers); got shape {sums.shape}')
     names = tuple(map(str, range(np.shape(statistic(sums.sum(0)))[-1])))
     used = rows_used(sums, statistic) if used is None else used
-    return Statistic(sums, statistic, names, bounds, used).bootstrap(clusters, n_boot, level, method, seed)
+    return Statistic(sums, statistic, names, bounds, used).bootstrap(
+        clusters, n_boot, level, method, seed
+    )
 
 # %% ../nbs/00a_resampling.ipynb #e7c80ebc
 def bootstrap_rows(
-    statistic,          # (*arrays, weights (n,)) -> number or (K,); with `batched`, weights (b, n) -> (b,) or (b, K)
-    arrays,             # what it is computed from: arrays of n rows each
-    clusters,           # (n,) patient of each row
-    n_boot:int=2000,    # resamples
-    level:float=.95,    # confidence level, 0..1
-    method:str='percentile', # or 'bca', which needs one more evaluation per cluster
-    seed:int=0,         # same seed, same interval
-    bounds=(-np.inf, np.inf), # range of the statistic, (low, high) or (K, 2)
-    batched:bool=False, # the statistic takes many sets of weights at once
-    used=None,          # (n,), (n, K) or (n, K, S) bool: rows that count, in each of S groups that it needs; None: all
-    floor:Callable|None=None, # (*arrays, owner (n,), tail) -> ends (2, K) than which the interval is never narrower
-)->Interval:            # floats where K is 1, else (K,) arrays
+    statistic,  # (*arrays, weights (n,)) -> number or (K,); with `batched`, weights (b, n) -> (b,) or (b, K)
+    arrays,  # what it is computed from: arrays of n rows each
+    clusters,  # (n,) patient of each row
+    n_boot: int = 2000,  # resamples
+    level: float = 0.95,  # confidence level, 0..1
+    method: str = 'percentile',  # or 'bca', which needs one more evaluation per cluster
+    seed: int = 0,  # same seed, same interval
+    bounds=(-np.inf, np.inf),  # range of the statistic, (low, high) or (K, 2)
+    batched: bool = False,  # the statistic takes many sets of weights at once
+    used=None,  # (n,), (n, K) or (n, K, S) bool: rows that count, in each of S groups that it needs; None: all
+    floor: Callable
+    | None = None,  # (*arrays, owner (n,), tail) -> ends (2, K) than which the interval is never narrower
+) -> Interval:  # floats where K is 1, else (K,) arrays
     "Clustered bootstrap of any statistic that takes integer row weights; independent of row order and of cluster names."
     tail = _tail(n_boot, level, method)
     arrays, owner, order = _by_cluster([np.asarray(a) for a in arrays], clusters)
     n, C = len(owner), owner[-1] + 1
-    def values(counts): # (b, C) -> (b, K)
+
+    def values(counts):  # (b, C) -> (b, K)
         w = counts[:, owner]
         out = statistic(*arrays, w) if batched else np.stack([statistic(*arrays, v) for v in w])
         return np.asarray(out, float).reshape(len(w), -1)
+
     every = lambda chunks: np.concatenate([values(c) for c in chunks])
-    cells = max(1, 2**20 * C // n)                                                      # 2^20 row weights at once
+    cells = max(1, 2**20 * C // n)  # 2^20 row weights at once
     value, boot = values(np.ones((1, C), int))[0], every(resample_counts(C, n_boot, seed, cells))
     K, step = len(value), max(1, 2**20 // n)
     counts = counts_of(None if used is None else np.asarray(used)[order], owner, K)
-    def left_out(): return every(1 - (np.arange(s, min(s + step, C))[:, None] == np.arange(C)) for s in range(0, C, step))
+
+    def left_out():
+        return every(
+            1 - (np.arange(s, min(s + step, C))[:, None] == np.arange(C)) for s in range(0, C, step)
+        )
+
     tails = np.atleast_1d(expanded_tail(tail, counts.n_effective))
-    ends = percentile_ends(boot, tails) if method == 'percentile' else _bca(boot, value, left_out(), tail)
-    if floor is not None: ends = widest(ends, np.reshape(floor(*arrays, owner, tail), (2, K)))
-    return _interval(value, ends, boot, np.broadcast_to(np.asarray(bounds, float), (K, 2)), counts, level)
+    ends = (
+        percentile_ends(boot, tails)
+        if method == 'percentile'
+        else _bca(boot, value, left_out(), tail)
+    )
+    if floor is not None:
+        ends = widest(ends, np.reshape(floor(*arrays, owner, tail), (2, K)))
+    return _interval(
+        value, ends, boot, np.broadcast_to(np.asarray(bounds, float), (K, 2)), counts, level
+    )
+
 
 def _by_cluster(arrays, clusters):
     "The arrays in canonical order, the number of the cluster that owns each row (n,), and the order (n,)."
-    if {len(a) for a in arrays} != {len(clusters)} or not len(clusters): raise InputError(f'arrays of {[len(a) for a in arrays]} rows, {len(clusters)} cluster labels')
+    if {len(a) for a in arrays} != {len(clusters)} or not len(clusters):
+        raise InputError(
+            f'arrays of {[len(a) for a in arrays]} rows, {len(clusters)} cluster labels'
+        )
     columns = [c for a in arrays for c in a.reshape(len(a), -1).T]
-    order, starts = _canonical(np.column_stack([pd.factorize(c, sort=True)[0] for c in columns]), clusters)
-    return [a[order] for a in arrays], np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(order)])), order
+    order, starts = _canonical(
+        np.column_stack([pd.factorize(c, sort=True)[0] for c in columns]), clusters
+    )
+    return (
+        [a[order] for a in arrays],
+        np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(order)])),
+        order,
+    )

@@ -16,19 +16,20 @@ from .inference import Dyads, Mean, mean_of
 # %% ../nbs/02b_risk_coverage.ipynb #608bcb30
 class Levels(NamedTuple):
     "Samples by distinct confidence, the surest first; (m,) each but the last."
-    confidence: np.ndarray # descending
-    mass: np.ndarray       # weight at this confidence
-    loss: np.ndarray       # mean loss at this confidence
-    before: np.ndarray     # weight of everything surer
-    lost: np.ndarray       # summed loss of everything surer
-    row: np.ndarray        # (n,) level of each row
+
+    confidence: np.ndarray  # descending
+    mass: np.ndarray  # weight at this confidence
+    loss: np.ndarray  # mean loss at this confidence
+    before: np.ndarray  # weight of everything surer
+    lost: np.ndarray  # summed loss of everything surer
+    row: np.ndarray  # (n,) level of each row
 
 # %% ../nbs/02b_risk_coverage.ipynb #aab1eef1
 def levels(
     confidence,  # (n,) the larger, the surer
-    loss,        # (n,) 0..1
-    weight=None, # (n,) row weights, >= 0; None: 1 each
-)->Levels:
+    loss,  # (n,) 0..1
+    weight=None,  # (n,) row weights, >= 0; None: 1 each
+) -> Levels:
     "Sort and sum up samples by confidence; `InputError` on NaN or losses outside 0..1."
     c, l = np.asarray(confidence, float), np.asarray(loss, float)
     w = np.ones(len(c)) if weight is None else np.asarray(weight, float)
@@ -45,23 +46,24 @@ def levels(
 # %% ../nbs/02b_risk_coverage.ipynb #dbd1169b
 def aurc(
     confidence,  # (n,) the larger, the surer
-    loss,        # (n,) 0..1
-    weight=None, # (n,) row weights, >= 0; None: 1 each
-)->float:        # 0..1
+    loss,  # (n,) 0..1
+    weight=None,  # (n,) row weights, >= 0; None: 1 each
+) -> float:  # 0..1
     "Area under the risk-coverage curve (Geifman and El-Yaniv 2017), ties in random order."
     from scipy.special import digamma
+
     v = levels(confidence, loss, weight)
     harmonic = digamma(v.before + v.mass + 1) - digamma(v.before + 1)
     return float((v.loss * v.mass + (v.lost - v.loss * v.before) * harmonic).sum() / v.mass.sum())
 
 # %% ../nbs/02b_risk_coverage.ipynb #812d2200
 def aurc_of(
-    dyads:Dyads, # who is asked and who lends
+    dyads: Dyads,  # who is asked and who lends
     confidence,  # (n,) the larger, the surer
-    loss,        # (n,) 0..1
-    weight,      # (n,) row weights, >= 0
-    arm:str='',  # whose donors take part
-)->Mean:         # see `interval_of`
+    loss,  # (n,) 0..1
+    weight,  # (n,) row weights, >= 0
+    arm: str = '',  # whose donors take part
+) -> Mean:  # see `interval_of`
     "Area under the risk-coverage curve with its influence values."
     w = np.asarray(weight, float)
     if not w.any():
@@ -71,10 +73,11 @@ def aurc_of(
     influence = w * (slope - (w * slope).sum() / w.sum()) / w.sum()
     return mean_of(dyads, influence, aurc(confidence, loss, w), [w], arm, share=False)
 
+
 def _area_slope(v, loss):
     "Derivative of the (not yet divided) area with respect to the weight of each row."
     after = v.before + v.mass
-    ratio = np.log(after / np.where(v.before > 0, v.before, after))     # 0 for the first level
+    ratio = np.log(after / np.where(v.before > 0, v.before, after))  # 0 for the first level
     off = v.lost - v.loss * v.before
     step = 1 / after - np.divide(1, v.before, out=np.zeros(len(after)), where=v.before > 0)
     later = lambda x: x.sum() - np.cumsum(x)
@@ -84,13 +87,13 @@ def _area_slope(v, loss):
 
 # %% ../nbs/02b_risk_coverage.ipynb #2aad0253
 def risk_at_of(
-    dyads:Dyads,    # who is asked and who lends
-    confidence,     # (n,) the larger, the surer
-    loss,           # (n,) 0..1
-    coverage:float, # share of the samples that are answered, above 0, at most 1
-    weight,         # (n,) row weights, >= 0
-    arm:str='',     # whose donors take part
-)->Mean:            # see `interval_of`
+    dyads: Dyads,  # who is asked and who lends
+    confidence,  # (n,) the larger, the surer
+    loss,  # (n,) 0..1
+    coverage: float,  # share of the samples that are answered, above 0, at most 1
+    weight,  # (n,) row weights, >= 0
+    arm: str = '',  # whose donors take part
+) -> Mean:  # see `interval_of`
     "Mean loss among the surest samples; its patients are those who are among them."
     if not 0 < coverage <= 1:
         raise InputError(f'coverage {coverage}: must lie above 0 and not above 1')
@@ -101,19 +104,19 @@ def risk_at_of(
     taken = np.clip((coverage * w.sum() - v.before) / v.mass, 0, 1)
     edge = int(np.flatnonzero(taken > 0)[-1])
     value = float((taken * v.mass * v.loss).sum() / (taken * v.mass).sum())
-    kept, l = taken[v.row], np.where(w > 0, loss, 0.)
+    kept, l = taken[v.row], np.where(w > 0, loss, 0.0)
     pull = kept * (l - v.loss[edge])
     influence = w * (pull - (w * pull).sum() / w.sum()) / (coverage * w.sum())
     return mean_of(dyads, influence, value, [w * kept], arm)
 
 # %% ../nbs/02b_risk_coverage.ipynb #8dbd5bb8
 def risk_coverage(
-    confidence,    # (n,) the larger, the surer
-    loss,          # (n,) 0..1
-    clusters,      # (n,) patient of each row
-    weight=None,   # (n,) row weights, >= 0; None: 1 each
-    step:int=1,    # patients that each step adds at least
-)->pd.DataFrame:   # coverage, risk, confidence (the smallest answered), n_clusters (of the step)
+    confidence,  # (n,) the larger, the surer
+    loss,  # (n,) 0..1
+    clusters,  # (n,) patient of each row
+    weight=None,  # (n,) row weights, >= 0; None: 1 each
+    step: int = 1,  # patients that each step adds at least
+) -> pd.DataFrame:  # coverage, risk, confidence (the smallest answered), n_clusters (of the step)
     "The risk-coverage curve at boundaries between distinct confidences."
     v = levels(confidence, loss, weight)
     counts = np.ones(len(v.row), bool) if weight is None else np.asarray(weight) > 0
@@ -125,6 +128,7 @@ def risk_coverage(
     columns |= dict(confidence=v.confidence[ends], n_clusters=[len(who) for _, who in steps])
     return pd.DataFrame(columns)
 
+
 def _merged(members, step):
     "(last level, patients) of each step; what is left over at the end joins the last step."
     steps, who = [], set()
@@ -133,5 +137,6 @@ def _merged(members, step):
         if len(who) >= step:
             steps.append((k, who))
             who = set()
-    if who and steps: steps[-1] = (members.index[-1], steps[-1][1] | who)
+    if who and steps:
+        steps[-1] = (members.index[-1], steps[-1][1] | who)
     return steps

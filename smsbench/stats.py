@@ -16,23 +16,53 @@ from typing import NamedTuple
 import numpy as np
 
 from .core import InputError
-from .resampling import (Interval, Statistic, bootstrap_rows, bootstrap_sums, bounded_ends, by_owner, cluster_totals,
-                                 effective_number, exact_bounds, plain, resample_totals, together, widest)
+from smsbench.resampling import (
+    Interval,
+    Statistic,
+    bootstrap_rows,
+    bootstrap_sums,
+    bounded_ends,
+    by_owner,
+    cluster_totals,
+    effective_number,
+    exact_bounds,
+    plain,
+    resample_totals,
+    together,
+    widest,
+)
 
-_all_ = ['Interval', 'Statistic', 'bootstrap_rows', 'bootstrap_sums', 'cluster_totals', 'effective_number',
-         'exact_bounds', 'resample_totals', 'together']   # what a user of statistics needs in one place
+_all_ = [
+    'Interval',
+    'Statistic',
+    'bootstrap_rows',
+    'bootstrap_sums',
+    'cluster_totals',
+    'effective_number',
+    'exact_bounds',
+    'resample_totals',
+    'together',
+]  # what a user of statistics needs in one place
 
 # %% ../nbs/01_stats.ipynb #c0e5e697
 def ratio(
-    num,        # (n,) numerators
-    den,        # (n,) denominators; rows with a zero do not count as n
-    bounds=(-np.inf, np.inf), # range of the ratio, where it has one
-    name:str='ratio', # what to call it
-)->Statistic:   # one number, Σ num / Σ den; NaN where Σ den is 0
+    num,  # (n,) numerators
+    den,  # (n,) denominators; rows with a zero do not count as n
+    bounds=(-np.inf, np.inf),  # range of the ratio, where it has one
+    name: str = 'ratio',  # what to call it
+) -> Statistic:  # one number, Σ num / Σ den; NaN where Σ den is 0
     "Ratio of two sums."
     num, den = np.broadcast_arrays(np.asarray(num, float), np.asarray(den, float))
-    if num.ndim != 1: raise InputError(f'{name}: one number per row is needed; got shape {num.shape}')
-    return Statistic(np.column_stack([num, den]), lambda t: _divide(t[..., :1], t[..., 1:]), (name,), bounds, den != 0)
+    if num.ndim != 1:
+        raise InputError(f'{name}: one number per row is needed; got shape {num.shape}')
+    return Statistic(
+        np.column_stack([num, den]),
+        lambda t: _divide(t[..., :1], t[..., 1:]),
+        (name,),
+        bounds,
+        den != 0,
+    )
+
 
 def _divide(a, b):
     "a / b, NaN where b is 0."
@@ -41,126 +71,165 @@ def _divide(a, b):
 
 # %% ../nbs/01_stats.ipynb #6fa1e637
 def mean(
-    x,          # (n,) numbers
-    where=None, # (n,) bool, rows that count; None: all
-    bounds=(-np.inf, np.inf), # range of x, where it has one
-    name:str='mean', # what to call it
-)->Statistic:   # one number
+    x,  # (n,) numbers
+    where=None,  # (n,) bool, rows that count; None: all
+    bounds=(-np.inf, np.inf),  # range of x, where it has one
+    name: str = 'mean',  # what to call it
+) -> Statistic:  # one number
     "Mean of x over the rows in `where`; elsewhere NaN is allowed."
     x = np.asarray(x, float)
     where = _rows(where, x.shape, name)
     return ratio(np.where(where, x, 0), where, bounds, name)
 
+
 def _rows(where, shape, name):
     "`where` as an array of bool, all rows for None."
     where = np.ones(shape, bool) if where is None else np.asarray(where, bool)
-    if where.shape != shape: raise InputError(f'{name}: rows to count have shape {where.shape}, the data {shape}')
+    if where.shape != shape:
+        raise InputError(f'{name}: rows to count have shape {where.shape}, the data {shape}')
     return where
 
 # %% ../nbs/01_stats.ipynb #03005be6
 def proportion(
-    hit,        # (n,) true/false or 1/0
-    where=None, # (n,) bool, rows that count; None: all
-    name:str='proportion', # what to call it
-)->Statistic:   # one number in 0..1
+    hit,  # (n,) true/false or 1/0
+    where=None,  # (n,) bool, rows that count; None: all
+    name: str = 'proportion',  # what to call it
+) -> Statistic:  # one number in 0..1
     "Share of hits among the rows in `where`."
     hit = np.asarray(hit)
     where = _rows(where, hit.shape, name)
-    if not np.isin(hit[where], (0, 1)).all(): raise InputError(f'{name}: a hit is true/false or 1/0')
+    if not np.isin(hit[where], (0, 1)).all():
+        raise InputError(f'{name}: a hit is true/false or 1/0')
     return mean(np.where(where, hit, 0), where, (0, 1), name)
 
 # %% ../nbs/01_stats.ipynb #e4341a18
 def nfr(
-    before, # (n,) bool: right at baseline
+    before,  # (n,) bool: right at baseline
     after,  # (n,) bool: right under the change, same rows
-    where=None, # (n,) bool, rows that count
-)->Statistic: # one number in 0..1
+    where=None,  # (n,) bool, rows that count
+) -> Statistic:  # one number in 0..1
     "Negative flip rate: the share of all pairs that were right before and are wrong after."
     before, after = np.asarray(before), np.asarray(after)
-    if before.shape != after.shape: raise InputError(f'nfr: {before.shape} and {after.shape} rows are no pairs')
+    if before.shape != after.shape:
+        raise InputError(f'nfr: {before.shape} and {after.shape} rows are no pairs')
     return proportion(before.astype(bool) & ~after.astype(bool), where, 'nfr')
 
 # %% ../nbs/01_stats.ipynb #a445c3ba
 def classification(
     predicted,  # (n,) bool or 1/0: answered positive
-    actual,     # (n,) bool or 1/0: is positive
-    where=None, # (n,) bool, rows that count; None: all
-)->Statistic:   # five numbers: accuracy, sensitivity, specificity, precision, f1
+    actual,  # (n,) bool or 1/0: is positive
+    where=None,  # (n,) bool, rows that count; None: all
+) -> Statistic:  # five numbers: accuracy, sensitivity, specificity, precision, f1
     "The usual five of a yes/no question; each is NaN where its denominator is empty."
     p, a = np.asarray(predicted), np.asarray(actual)
-    if p.shape != a.shape: raise InputError(f'classification: {p.shape} answers for {a.shape} labels')
+    if p.shape != a.shape:
+        raise InputError(f'classification: {p.shape} answers for {a.shape} labels')
     w = _rows(where, p.shape, 'classification')
-    if not (np.isin(p[w], (0, 1)).all() and np.isin(a[w], (0, 1)).all()): raise InputError('classification: predicted and actual must be true/false or 1/0')
+    if not (np.isin(p[w], (0, 1)).all() and np.isin(a[w], (0, 1)).all()):
+        raise InputError('classification: predicted and actual must be true/false or 1/0')
     p, a = p == 1, a == 1
     sums = np.column_stack([p & a & w, p & ~a & w, ~p & a & w, ~p & ~a & w]).astype(float)
+
     def of(t):
         tp, fp, fn, tn = np.moveaxis(t, -1, 0)
-        return np.stack([_divide(tp + tn, tp + fp + fn + tn), _divide(tp, tp + fn), _divide(tn, tn + fp), _divide(tp, tp + fp),
-                         _divide(2 * tp, 2 * tp + fp + fn)], -1)
+        return np.stack(
+            [
+                _divide(tp + tn, tp + fp + fn + tn),
+                _divide(tp, tp + fn),
+                _divide(tn, tn + fp),
+                _divide(tp, tp + fp),
+                _divide(2 * tp, 2 * tp + fp + fn),
+            ],
+            -1,
+        )
+
     used = np.column_stack([w, a & w, ~a & w, p & w, (p | a) & w])
-    return Statistic(sums, of, ('accuracy', 'sensitivity', 'specificity', 'precision', 'f1'), (0, 1), used)
+    return Statistic(
+        sums, of, ('accuracy', 'sensitivity', 'specificity', 'precision', 'f1'), (0, 1), used
+    )
 
 # %% ../nbs/01_stats.ipynb #0d04f58e
 def design_effect(
-    x,        # (n,) numbers, e.g. right/wrong
-    clusters, # (n,) patient of each row
-)->float:     # >= 0; 1 means rows are as good as independent; NaN where x never varies or there is one cluster
+    x,  # (n,) numbers, e.g. right/wrong
+    clusters,  # (n,) patient of each row
+) -> float:  # >= 0; 1 means rows are as good as independent; NaN where x never varies or there is one cluster
     "Variance of the mean of x with clusters over its variance with independent rows (linearised ratio of sums)."
     x = np.asarray(x, float)
     per = cluster_totals(np.column_stack([x, np.ones(len(x))]), clusters)
     (total, n), C = per.sum(0), len(per)
-    if C < 2 or np.ptp(x) == 0: return float('nan')
-    clustered = C / (C - 1) * ((per[:, 0] - per[:, 1] * total / n)**2).sum() / n**2
+    if C < 2 or np.ptp(x) == 0:
+        return float('nan')
+    clustered = C / (C - 1) * ((per[:, 0] - per[:, 1] * total / n) ** 2).sum() / n**2
     return float(clustered / (x.var(ddof=1) / n))
 
 # %% ../nbs/01_stats.ipynb #bf2f84ff
 def auroc(
-    score,        # (n,) higher means more positive
-    y,            # (n,) true/false or 1/0
-    weights=None, # (n,) or (B, n) row weights, e.g. how often a row was drawn; None: 1 each
-):                # float, or (B,) for (B, n) weights; NaN where one class is absent
+    score,  # (n,) higher means more positive
+    y,  # (n,) true/false or 1/0
+    weights=None,  # (n,) or (B, n) row weights, e.g. how often a row was drawn; None: 1 each
+):  # float, or (B,) for (B, n) weights; NaN where one class is absent
     "Area under the ROC curve, ties counted half; `InputError` on NaN scores or labels other than 0/1."
     score, y = np.asarray(score, float), np.asarray(y)
-    if score.ndim != 1 or score.shape != y.shape: raise InputError(f'auroc: scores {score.shape} and labels {y.shape} must be two lists of equal length')
-    if np.isnan(score).any() or not np.isin(y, (0, 1)).all(): raise InputError('auroc: scores must not be NaN and labels must be 1/0')
+    if score.ndim != 1 or score.shape != y.shape:
+        raise InputError(
+            f'auroc: scores {score.shape} and labels {y.shape} must be two lists of equal length'
+        )
+    if np.isnan(score).any() or not np.isin(y, (0, 1)).all():
+        raise InputError('auroc: scores must not be NaN and labels must be 1/0')
     order = np.argsort(score, kind='stable')
     w = np.asarray(np.ones(len(y)) if weights is None else weights)[..., order]
     starts = np.r_[0, np.flatnonzero(np.diff(score[order])) + 1] if len(y) else []
-    if not len(starts): return float('nan')
+    if not len(starts):
+        return float('nan')
     positive = y[order] == 1
-    pos, neg = (np.add.reduceat(np.where(m, w, 0), starts, axis=-1).astype(float) for m in (positive, ~positive))       # per distinct score
+    pos, neg = (
+        np.add.reduceat(np.where(m, w, 0), starts, axis=-1).astype(float)
+        for m in (positive, ~positive)
+    )  # per distinct score
     below = np.cumsum(neg, -1) - neg / 2
     return plain(_divide((pos * below).sum(-1), pos.sum(-1) * neg.sum(-1)))
 
 # %% ../nbs/01_stats.ipynb #a563d12b
 def auroc_influence(
-    score,      # (n,) higher means more positive
-    y,          # (n,) true/false or 1/0
-)->np.ndarray:  # (n,) change of the AUROC per unit of weight of each row; sums to 0; NaN where one class is absent
+    score,  # (n,) higher means more positive
+    y,  # (n,) true/false or 1/0
+) -> np.ndarray:  # (n,) change of the AUROC per unit of weight of each row; sums to 0; NaN where one class is absent
     "Placements of each row, less the AUROC. Source: DeLong, DeLong and Clarke-Pearson, Biometrics 1988."
     score, positive = np.asarray(score, float), np.asarray(y) == 1
     m, n = positive.sum(), (~positive).sum()
-    if not m * n: return np.full(len(score), np.nan)
+    if not m * n:
+        return np.full(len(score), np.nan)
+
     def beaten(rivals, s):
         rivals = np.sort(rivals)
-        return (np.searchsorted(rivals, s, 'left') + np.searchsorted(rivals, s, 'right')) / 2 / len(rivals)
+        return (
+            (np.searchsorted(rivals, s, 'left') + np.searchsorted(rivals, s, 'right'))
+            / 2
+            / len(rivals)
+        )
+
     own = np.where(positive, beaten(score[~positive], score), 1 - beaten(score[positive], score))
     return (own - own[positive].mean()) / np.where(positive, m, n)
 
 # %% ../nbs/01_stats.ipynb #4169806f
 def newcombe_auroc(
-    value,       # observed AUROC, 0..1: number or array
-    positives,   # effective number of positives, > 0
-    negatives,   # of negatives, > 0
-    tail:float,  # probability left out on each side
-):               # low, high
+    value,  # observed AUROC, 0..1: number or array
+    positives,  # effective number of positives, > 0
+    negatives,  # of negatives, > 0
+    tail: float,  # probability left out on each side
+):  # low, high
     "Score interval of an AUROC. Source: Newcombe, Statistics in Medicine 2006, part 2, method 5."
     from scipy.special import ndtri
-    value, m, n = np.broadcast_arrays(*(np.asarray(a, float) for a in (value, positives, negatives)))
-    half, z2 = (m + n) / 2 - 1, ndtri(tail)**2
+
+    value, m, n = np.broadcast_arrays(
+        *(np.asarray(a, float) for a in (value, positives, negatives))
+    )
+    half, z2 = (m + n) / 2 - 1, ndtri(tail) ** 2
+
     def inside(a):
         spread = 1 + half * ((1 - a) / (2 - a) + a / (1 + a))
-        return (a - value)**2 <= z2 * a * (1 - a) * spread / (m * n)
+        return (a - value) ** 2 <= z2 * a * (1 - a) * spread / (m * n)
+
     def end(outer):
         near, far = value, np.full(value.shape, float(outer))
         for _ in range(50):
@@ -168,13 +237,14 @@ def newcombe_auroc(
             holds = inside(middle)
             near, far = np.where(holds, middle, near), np.where(holds, far, middle)
         return np.where(np.isnan(value), np.nan, near)
+
     return plain(end(0)), plain(end(1))
 
 # %% ../nbs/01_stats.ipynb #2b0c9c3e
 def tied_share(
     score,  # (n,) scores
-    y,      # (n,) true/false or 1/0
-)->float:   # 0..1; NaN where one class is absent
+    y,  # (n,) true/false or 1/0
+) -> float:  # 0..1; NaN where one class is absent
     "Share of the pairs of a positive and a negative row that have the same score."
     place = np.unique(np.asarray(score, float), return_inverse=True)[1]
     positive = np.asarray(y) == 1
@@ -182,121 +252,158 @@ def tied_share(
     pairs = m.sum() * n.sum()
     return float(m @ n / pairs) if pairs else np.nan
 
+
 def auroc_ends(
-    value,       # AUROC, 0..1: number; NaN where one class is absent
-    influence,   # (n,) of each row, from `auroc_influence`
-    y,           # (n,) true/false or 1/0
-    owner,       # (n,) patient of each row, 0..C-1, in ascending order
-    tail:float,  # probability left out on each side
-    tied:float=0., # share of the pairs that have the same score, from `tied_share`
-)->np.ndarray:   # (2,) ends than which an interval of the AUROC should not be narrower
+    value,  # AUROC, 0..1: number; NaN where one class is absent
+    influence,  # (n,) of each row, from `auroc_influence`
+    y,  # (n,) true/false or 1/0
+    owner,  # (n,) patient of each row, 0..C-1, in ascending order
+    tail: float,  # probability left out on each side
+    tied: float = 0.0,  # share of the pairs that have the same score, from `tied_share`
+) -> np.ndarray:  # (2,) ends than which an interval of the AUROC should not be narrower
     "Bounds of an AUROC by its influences and by its height, whichever are wider."
-    if np.isnan(value): return np.full(2, np.nan)
+    if np.isnan(value):
+        return np.full(2, np.nan)
     positive = np.asarray(y) == 1
     films = np.array([positive.sum(), (~positive).sum()])
     patients = np.array([effective_number(by_owner(p, owner)) for p in (positive, ~positive)])
-    varied, alone = (by_owner(influence, owner)**2).sum(), (influence**2).sum()
-    alike = varied / alone if alone > 1e-20 else np.inf                                  # design effect
+    varied, alone = (by_owner(influence, owner) ** 2).sum(), (influence**2).sum()
+    alike = varied / alone if alone > 1e-20 else np.inf  # design effect
     units = np.maximum(patients, films / max(alike, 1))
-    ends = bounded_ends(np.array([value]), by_owner(influence, owner)[:, None], patients.min(keepdims=True), np.array([[0, 1]]), tail)[:, 0]
-    if tied > 1 - 1e-9: return ends
-    decided = np.clip((value - tied / 2) / (1 - tied), 0, 1)                              # among the pairs that differ
+    ends = bounded_ends(
+        np.array([value]),
+        by_owner(influence, owner)[:, None],
+        patients.min(keepdims=True),
+        np.array([[0, 1]]),
+        tail,
+    )[:, 0]
+    if tied > 1 - 1e-9:
+        return ends
+    decided = np.clip((value - tied / 2) / (1 - tied), 0, 1)  # among the pairs that differ
     height = tied / 2 + (1 - tied) * np.array(newcombe_auroc(decided, *units, tail))
     return widest(ends[:, None], height[:, None])[:, 0]
 
 # %% ../nbs/01_stats.ipynb #e44bb5be
 def auroc_interval(
-    score,    # (n,) higher means more positive
-    y,        # (n,) true/false or 1/0
-    clusters, # (n,) patient of each row
-    **how,    # n_boot, level, method, seed of `bootstrap_rows`
-)->Interval:  # n_effective: of positive or of negative patients, whichever are fewer
+    score,  # (n,) higher means more positive
+    y,  # (n,) true/false or 1/0
+    clusters,  # (n,) patient of each row
+    **how,  # n_boot, level, method, seed of `bootstrap_rows`
+) -> Interval:  # n_effective: of positive or of negative patients, whichever are fewer
     "AUROC with an interval over patients that counts the rarer side."
     y = np.asarray(y)
-    def floor(s, y, owner, tail): return auroc_ends(auroc(s, y), auroc_influence(s, y), y, owner, tail, tied_share(s, y))
+
+    def floor(s, y, owner, tail):
+        return auroc_ends(auroc(s, y), auroc_influence(s, y), y, owner, tail, tied_share(s, y))
+
     sides = np.stack([y == 1, y == 0], -1)[:, None]
-    return bootstrap_rows(auroc, (score, y), clusters, bounds=(0, 1), batched=True, used=sides, floor=floor, **how)
+    return bootstrap_rows(
+        auroc, (score, y), clusters, bounds=(0, 1), batched=True, used=sides, floor=floor, **how
+    )
 
 # %% ../nbs/01_stats.ipynb #687c88b8
 def combined_ends(
-    values,     # (P,) parts; NaN parts are left out
-    ends,       # (2, P) their bounds
-    weights,    # (P,) of the parts in the sum, any sign
+    values,  # (P,) parts; NaN parts are left out
+    ends,  # (2, P) their bounds
+    weights,  # (P,) of the parts in the sum, any sign
     influence,  # (C, P) influence of each cluster on each part
-)->np.ndarray:  # (2,) bounds of the weighted sum
+) -> np.ndarray:  # (2,) bounds of the weighted sum
     "Bounds of a weighted sum from bounds of its parts. Source: Zou and Donner, Statistics in Medicine 2008 (MOVER)."
     known = ~np.isnan(values)
-    v, (low, high), w, r = (a[..., known] for a in map(np.asarray, (values, ends, weights, influence)))
+    v, (low, high), w, r = (
+        a[..., known] for a in map(np.asarray, (values, ends, weights, influence))
+    )
     length = np.sqrt((r**2).sum(0))
     unit = np.divide(r, length, out=np.zeros(r.shape), where=length > 1e-12)
     alike = unit.T @ unit
     np.fill_diagonal(alike, 1)
     down, up = w * np.where(w > 0, v - low, high - v), w * np.where(w > 0, high - v, v - low)
     down, up = abs(down) * np.sign(w), abs(up) * np.sign(w)
-    below, above = (np.sqrt(max(0., float(d @ alike @ d))) for d in (down, up))
+    below, above = (np.sqrt(max(0.0, float(d @ alike @ d))) for d in (down, up))
     return np.array([w @ v - below, w @ v + above])
 
 # %% ../nbs/01_stats.ipynb #2ccdfca1
 def mcnemar(
-    b,              # pairs that changed one way (right before, wrong after), number or array
-    c,              # pairs that changed the other way
-    mid_p:bool=False, # less conservative: half the probability of what was observed
-):                  # two-sided p, float or array
+    b,  # pairs that changed one way (right before, wrong after), number or array
+    c,  # pairs that changed the other way
+    mid_p: bool = False,  # less conservative: half the probability of what was observed
+):  # two-sided p, float or array
     "Exact McNemar test; 1 where nothing changed."
     from scipy.stats import binom
+
     b, c = np.asarray(b), np.asarray(c)
-    if (b < 0).any() or (c < 0).any() or (b != np.round(b)).any() or (c != np.round(c)).any(): raise InputError('mcnemar: b and c are counts of pairs, 0 or more')
+    if (b < 0).any() or (c < 0).any() or (b != np.round(b)).any() or (c != np.round(c)).any():
+        raise InputError('mcnemar: b and c are counts of pairs, 0 or more')
     low, n = np.minimum(b, c), b + c
-    p = np.minimum(1, 2 * binom.cdf(low, n, .5)) if not mid_p else np.minimum(1, 2 * binom.cdf(low, n, .5)) - binom.pmf(low, n, .5) / np.where(b == c, 2, 1)
-    return plain(np.where(n == 0, 1., p))
+    p = (
+        np.minimum(1, 2 * binom.cdf(low, n, 0.5))
+        if not mid_p
+        else np.minimum(1, 2 * binom.cdf(low, n, 0.5))
+        - binom.pmf(low, n, 0.5) / np.where(b == c, 2, 1)
+    )
+    return plain(np.where(n == 0, 1.0, p))
 
 # %% ../nbs/01_stats.ipynb #b020d54e
 def mcnemar_clustered(
-    first,      # (n,) bool: right in the first condition
-    second,     # (n,) bool: right in the second condition, same rows
-    clusters,   # (n,) patient of each row
-    exact:bool=True, # sign flips of patients; False: Obuchowski's chi-square
-)->float:       # two-sided p; 1 where no patient changed on balance
+    first,  # (n,) bool: right in the first condition
+    second,  # (n,) bool: right in the second condition, same rows
+    clusters,  # (n,) patient of each row
+    exact: bool = True,  # sign flips of patients; False: Obuchowski's chi-square
+) -> float:  # two-sided p; 1 where no patient changed on balance
     "McNemar's test for several rows per patient."
     first, second = np.asarray(first), np.asarray(second)
-    if first.shape != second.shape or not (np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()): raise InputError('mcnemar: two equally long lists of true/false are needed')
+    if first.shape != second.shape or not (
+        np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()
+    ):
+        raise InputError('mcnemar: two equally long lists of true/false are needed')
     change = first.astype(int) - second.astype(int)
     d = cluster_totals(change[:, None], clusters)[:, 0].round().astype(int)
-    if not d.any(): return 1.
+    if not d.any():
+        return 1.0
     if not exact:
         from scipy.stats import chi2
-        return float(chi2.sf((len(d) - 1) / len(d) * d.sum()**2 / (d**2).sum(), 1))
+
+        return float(chi2.sf((len(d) - 1) / len(d) * d.sum() ** 2 / (d**2).sum(), 1))
     from scipy.stats import binom
-    pmf = np.ones(1)                                                                    # of Σ size·(patients with a plus), over all sizes
+
+    pmf = np.ones(1)  # of Σ size·(patients with a plus), over all sizes
     for size, k in zip(*np.unique(abs(d[d != 0]), return_counts=True)):
         step = np.zeros(size * k + 1)
-        step[::size] = binom.pmf(np.arange(k + 1), k, .5)
+        step[::size] = binom.pmf(np.arange(k + 1), k, 0.5)
         pmf = np.convolve(pmf, step)
     reached = abs(2 * np.arange(len(pmf)) - abs(d).sum()) >= abs(d.sum())
     return float(min(1, pmf[reached].sum()))
 
 # %% ../nbs/01_stats.ipynb #bad97898
 def paired_difference(
-    first,      # (n,) numbers or bool of the first condition
-    second,     # (n,) of the second, same rows
-    clusters,   # (n,) patient of each row
-    where=None, # (n,) bool, rows that count
-    **how,      # n_boot, level, method, seed of `Statistic.bootstrap`
-)->Interval:    # of mean(first) - mean(second)
+    first,  # (n,) numbers or bool of the first condition
+    second,  # (n,) of the second, same rows
+    clusters,  # (n,) patient of each row
+    where=None,  # (n,) bool, rows that count
+    **how,  # n_boot, level, method, seed of `Statistic.bootstrap`
+) -> Interval:  # of mean(first) - mean(second)
     "Mean paired difference; its range is known, and used, where both are true/false."
     first, second = np.asarray(first), np.asarray(second)
-    if first.shape != second.shape: raise InputError(f'paired_difference: {first.shape} and {second.shape} rows are no pairs')
-    bounds = (-1, 1) if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all() else (-np.inf, np.inf)
-    return mean(first.astype(float) - second.astype(float), where, bounds, 'paired difference').bootstrap(clusters, **how)
+    if first.shape != second.shape:
+        raise InputError(f'paired_difference: {first.shape} and {second.shape} rows are no pairs')
+    bounds = (
+        (-1, 1)
+        if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()
+        else (-np.inf, np.inf)
+    )
+    return mean(
+        first.astype(float) - second.astype(float), where, bounds, 'paired difference'
+    ).bootstrap(clusters, **how)
 
 # %% ../nbs/01_stats.ipynb #c0ab6042
 def holm(
-    p,             # (m,) p-values; NaN (a test that could not be made) is passed through and not counted
-)->np.ndarray:     # (m,) adjusted p-values, in the same order
+    p,  # (m,) p-values; NaN (a test that could not be made) is passed through and not counted
+) -> np.ndarray:  # (m,) adjusted p-values, in the same order
     "Holm-adjusted p-values (Holm 1979)."
     p = np.asarray(p, float)
     known = np.flatnonzero(~np.isnan(p))
-    if ((p[known] < 0) | (p[known] > 1)).any(): raise InputError('holm: p-values lie in 0..1')
+    if ((p[known] < 0) | (p[known] > 1)).any():
+        raise InputError('holm: p-values lie in 0..1')
     order = known[np.argsort(p[known], kind='stable')]
     out = np.full(p.shape, np.nan)
     out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
@@ -305,70 +412,103 @@ def holm(
 # %% ../nbs/01_stats.ipynb #628b0f1d
 class Equivalence(NamedTuple):
     "Verdict of two one-sided tests."
-    equivalent: bool|np.ndarray # the interval lies strictly inside the margins; False where there is no interval
-    low: float|np.ndarray       # ends of the interval that decided
-    high: float|np.ndarray
-    margin: tuple               # (lowest, highest) effect that counts as none
-    alpha: float                # level of each one-sided test
+
+    equivalent: (
+        bool | np.ndarray
+    )  # the interval lies strictly inside the margins; False where there is no interval
+    low: float | np.ndarray  # ends of the interval that decided
+    high: float | np.ndarray
+    margin: tuple  # (lowest, highest) effect that counts as none
+    alpha: float  # level of each one-sided test
 
 # %% ../nbs/01_stats.ipynb #4ebc9ca8
 def equivalence(
-    interval:Interval, # of the effect, at level 1 - 2 alpha: .90 for tests at 5 %
-    margin,            # largest effect that counts as none, > 0; or (lowest, highest)
-)->Equivalence:
+    interval: Interval,  # of the effect, at level 1 - 2 alpha: .90 for tests at 5 %
+    margin,  # largest effect that counts as none, > 0; or (lowest, highest)
+) -> Equivalence:
     "Is the effect shown to be smaller than `margin`?"
     lowest, highest = margin if np.ndim(margin) else (-margin, margin)
-    if not lowest < highest: raise InputError(f'equivalence margin {margin}: state the largest effect that counts as none, above 0')
+    if not lowest < highest:
+        raise InputError(
+            f'equivalence margin {margin}: state the largest effect that counts as none, above 0'
+        )
     inside = (np.asarray(interval.low) > lowest) & (np.asarray(interval.high) < highest)
-    return Equivalence(plain(inside), interval.low, interval.high, (float(lowest), float(highest)), round((1 - interval.level) / 2, 12))
+    return Equivalence(
+        plain(inside),
+        interval.low,
+        interval.high,
+        (float(lowest), float(highest)),
+        round((1 - interval.level) / 2, 12),
+    )
 
 # %% ../nbs/01_stats.ipynb #41ad56dd
 def power_paired(
-    n:int,              # samples, each answered before and after
-    baseline:float,     # accuracy before, 0..1
-    effect:float,       # drop in accuracy, 0..baseline
-    discordant:float|None=None, # share of samples whose correctness changes either way; None: independent answers
-    alpha:float=.05,    # level of the two-sided test
-    design_effect:float=1., # n / design_effect samples are independent
-)->float:               # probability that the exact McNemar test finds the effect
+    n: int,  # samples, each answered before and after
+    baseline: float,  # accuracy before, 0..1
+    effect: float,  # drop in accuracy, 0..baseline
+    discordant: float
+    | None = None,  # share of samples whose correctness changes either way; None: independent answers
+    alpha: float = 0.05,  # level of the two-sided test
+    design_effect: float = 1.0,  # n / design_effect samples are independent
+) -> float:  # probability that the exact McNemar test finds the effect
     "Power of the exact McNemar test."
     from scipy.stats import binom
-    if n < 0 or design_effect <= 0 or not 0 < alpha < 1: raise InputError(f'power: n {n}, design effect {design_effect}, alpha {alpha}: n >= 0, design effect > 0, 0 < alpha < 1')
+
+    if n < 0 or design_effect <= 0 or not 0 < alpha < 1:
+        raise InputError(
+            f'power: n {n}, design effect {design_effect}, alpha {alpha}: n >= 0, design effect > 0, 0 < alpha < 1'
+        )
     worse, better = _change_rates(baseline, effect, discordant)
     n, changing = int(n / design_effect + 1e-9), worse + better
-    if n < 1 or changing == 0: return 0.
-    D = np.arange(binom.ppf(1e-12, n, changing), binom.isf(1e-12, n, changing) + 1)     # how many pairs change
-    k = binom.ppf(alpha / 2, D, .5)
-    k = np.where(binom.cdf(k, D, .5) <= alpha / 2, k, k - 1)                            # at most k of D on the rarer side rejects
+    if n < 1 or changing == 0:
+        return 0.0
+    D = np.arange(
+        binom.ppf(1e-12, n, changing), binom.isf(1e-12, n, changing) + 1
+    )  # how many pairs change
+    k = binom.ppf(alpha / 2, D, 0.5)
+    k = np.where(
+        binom.cdf(k, D, 0.5) <= alpha / 2, k, k - 1
+    )  # at most k of D on the rarer side rejects
     reject = binom.cdf(k, D, worse / changing) + binom.sf(D - k - 1, D, worse / changing)
     return float((binom.pmf(D, n, changing) * reject).sum())
 
+
 def _change_rates(baseline, effect, discordant):
     "Shares of samples that turn wrong and that turn right."
-    if not 0 <= effect <= baseline <= 1: raise InputError(f'power: a drop of {effect} from an accuracy of {baseline} is not possible; 0 <= effect <= baseline <= 1')
-    if discordant is None: return baseline * (1 - baseline + effect), (1 - baseline) * (baseline - effect)
+    if not 0 <= effect <= baseline <= 1:
+        raise InputError(
+            f'power: a drop of {effect} from an accuracy of {baseline} is not possible; 0 <= effect <= baseline <= 1'
+        )
+    if discordant is None:
+        return baseline * (1 - baseline + effect), (1 - baseline) * (baseline - effect)
     worse, better = (discordant + effect) / 2, (discordant - effect) / 2
     if better < -1e-12 or worse > baseline + 1e-12 or better > 1 - baseline + 1e-12:
-        raise InputError(f'power: {discordant} changed pairs do not fit an accuracy of {baseline} that drops by {effect}; give a value from {effect:g} to {min(2 * baseline - effect, 2 * (1 - baseline) + effect):g}')
-    return worse, max(better, 0.)
+        raise InputError(
+            f'power: {discordant} changed pairs do not fit an accuracy of {baseline} that drops by {effect}; give a value from {effect:g} to {min(2 * baseline - effect, 2 * (1 - baseline) + effect):g}'
+        )
+    return worse, max(better, 0.0)
 
 # %% ../nbs/01_stats.ipynb #513a19bc
 def samples_needed(
-    baseline:float,     # accuracy before, 0..1
-    effect:float,       # drop in accuracy to be found, > 0
-    power:float=.8,     # wanted probability of finding it
-    discordant:float|None=None, # share of samples that change either way; None: independent answers
-    alpha:float=.05,    # level of the two-sided test
-    design_effect:float=1., # how many clustered samples are worth one independent sample
-)->int:                 # samples, at which the power crosses `power`
+    baseline: float,  # accuracy before, 0..1
+    effect: float,  # drop in accuracy to be found, > 0
+    power: float = 0.8,  # wanted probability of finding it
+    discordant: float
+    | None = None,  # share of samples that change either way; None: independent answers
+    alpha: float = 0.05,  # level of the two-sided test
+    design_effect: float = 1.0,  # how many clustered samples are worth one independent sample
+) -> int:  # samples, at which the power crosses `power`
     "Samples that `power_paired` needs."
     if not (effect > 0 and 0 < power < 1 and design_effect > 0):
-        raise InputError(f'power: effect {effect}, power {power}, design effect {design_effect}: effect > 0, 0 < power < 1, design effect > 0')
+        raise InputError(
+            f'power: effect {effect}, power {power}, design effect {design_effect}: effect > 0, 0 < power < 1, design effect > 0'
+        )
     enough = lambda n: power_paired(n, baseline, effect, discordant, alpha) >= power
     low, high = 0, 16
     while not enough(high):
         low, high = high, 2 * high
-        if high > 10**8: raise InputError(f'power: an effect of {effect} needs more than {low:,} samples')
+        if high > 10**8:
+            raise InputError(f'power: an effect of {effect} needs more than {low:,} samples')
     while high - low > 1:
         mid = (low + high) // 2
         low, high = (low, mid) if enough(mid) else (mid, high)
@@ -376,21 +516,28 @@ def samples_needed(
 
 # %% ../nbs/01_stats.ipynb #51d8ce52
 def minimum_effect(
-    n:int,              # samples
-    baseline:float,     # accuracy before, 0..1
-    power:float=.8,     # wanted probability of finding it
-    discordant:float|None=None, # share of samples that change either way; None: independent answers
-    alpha:float=.05,    # level of the two-sided test
-    design_effect:float=1., # n / design_effect samples are independent
-)->float:               # smallest drop in accuracy the samples can show, to 1e-4; NaN where they can show none
+    n: int,  # samples
+    baseline: float,  # accuracy before, 0..1
+    power: float = 0.8,  # wanted probability of finding it
+    discordant: float
+    | None = None,  # share of samples that change either way; None: independent answers
+    alpha: float = 0.05,  # level of the two-sided test
+    design_effect: float = 1.0,  # n / design_effect samples are independent
+) -> float:  # smallest drop in accuracy the samples can show, to 1e-4; NaN where they can show none
     "Minimum detectable drop in accuracy."
-    if not 0 <= baseline <= 1 or not 0 < power < 1: raise InputError(f'power: accuracy {baseline} and power {power} lie in 0..1')
-    low = 0. if discordant is None else max(0., discordant - 2 * (1 - baseline))        # so many changes cannot all be of the other kind
+    if not 0 <= baseline <= 1 or not 0 < power < 1:
+        raise InputError(f'power: accuracy {baseline} and power {power} lie in 0..1')
+    low = (
+        0.0 if discordant is None else max(0.0, discordant - 2 * (1 - baseline))
+    )  # so many changes cannot all be of the other kind
     high = baseline if discordant is None else min(baseline, discordant, 2 * baseline - discordant)
-    if low > high: raise InputError(f'power: {discordant} changed pairs do not fit an accuracy of {baseline}')
+    if low > high:
+        raise InputError(f'power: {discordant} changed pairs do not fit an accuracy of {baseline}')
     enough = lambda e: power_paired(n, baseline, e, discordant, alpha, design_effect) >= power
-    if not enough(high): return float('nan')
-    if enough(low): return float(low)
+    if not enough(high):
+        return float('nan')
+    if enough(low):
+        return float(low)
     while high - low > 1e-4:
         mid = (low + high) / 2
         low, high = (low, mid) if enough(mid) else (mid, high)
@@ -398,13 +545,21 @@ def minimum_effect(
 
 # %% ../nbs/01_stats.ipynb #78a6f258
 def suppress(
-    x,              # an `Interval`, or numbers
-    n=None,         # rows behind each number; None: the interval's own n
-    minimum:int=10, # smallest cell that is reported
-):                  # the same, NaN (and a note, for an interval) where n < minimum
+    x,  # an `Interval`, or numbers
+    n=None,  # rows behind each number; None: the interval's own n
+    minimum: int = 10,  # smallest cell that is reported
+):  # the same, NaN (and a note, for an interval) where n < minimum
     "Blank what rests on too few rows."
-    if n is None and not isinstance(x, Interval): raise InputError('suppress: say how many rows (n) are behind the numbers')
+    if n is None and not isinstance(x, Interval):
+        raise InputError('suppress: say how many rows (n) are behind the numbers')
     small = np.asarray(x.n if n is None else n) < minimum
     blank = lambda v: plain(np.where(small, np.nan, v))
-    if not isinstance(x, Interval): return blank(x)
-    return replace(x, value=blank(x.value), low=blank(x.low), high=blank(x.high), note=plain(np.where(small, f'suppressed: n < {minimum}', x.note)))
+    if not isinstance(x, Interval):
+        return blank(x)
+    return replace(
+        x,
+        value=blank(x.value),
+        low=blank(x.low),
+        high=blank(x.high),
+        note=plain(np.where(small, f'suppressed: n < {minimum}', x.note)),
+    )

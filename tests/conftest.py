@@ -1,4 +1,5 @@
 "What several tests share."
+
 import os, subprocess, sys
 from pathlib import Path
 
@@ -10,9 +11,18 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def cli(tmp_path):
     "Run `smsbench …` as a person would; returns (exit code, stdout, stderr)."
+
     def run(*args, cwd=tmp_path, timeout=300):
-        p = subprocess.run([Path(sys.executable).parent/'smsbench', *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        p = subprocess.run(
+            [Path(sys.executable).parent / 'smsbench', *map(str, args)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        )
         return p.returncode, p.stdout, p.stderr
+
     return run
 
 
@@ -20,9 +30,12 @@ def cli(tmp_path):
 def here(tmp_path, monkeypatch, capfd):
     "`smsbench …` in this process: the same words and exit code, without the seconds of a start."
     from smsbench.cli import main
+
     def run(*args):
-        monkeypatch.chdir(tmp_path); capfd.readouterr()
+        monkeypatch.chdir(tmp_path)
+        capfd.readouterr()
         return (main([*map(str, args)]), *capfd.readouterr())
+
     return run
 
 
@@ -30,6 +43,8 @@ def here(tmp_path, monkeypatch, capfd):
 def real_data():
     "The folder of real data named by SMSBENCH_DATA; the test is skipped where there is none."
     folder = os.environ.get('SMSBENCH_DATA', '')
-    if not folder: pytest.skip('SMSBENCH_DATA does not name a folder of real data')
-    if not Path(folder).is_absolute(): pytest.fail('SMSBENCH_DATA must be an absolute path')
+    if not folder:
+        pytest.skip('SMSBENCH_DATA does not name a folder of real data')
+    if not Path(folder).is_absolute():
+        pytest.fail('SMSBENCH_DATA must be an absolute path')
     return Path(folder)

@@ -1,27 +1,70 @@
 "A model that smsbench cannot load answers the same plan: trials out, a foreign script, answers in."
+
 import json, subprocess, sys
 from pathlib import Path
 
 import pandas as pd
 
-RUNNER = Path(__file__).resolve().parent.parent/'colab'/'foreign_runner.py'
+RUNNER = Path(__file__).resolve().parent.parent / 'colab' / 'foreign_runner.py'
 
 
 def test_foreign_runner_end_to_end(cli, tmp_path):
     from smsbench.core import write_table
     from smsbench.data.phantom import phantom_cohort
-    write_table(phantom_cohort(200, size=64, seed=3), tmp_path/'c.parquet', 'cohort')
-    code, out, err = cli('plan', 'c.parquet', '--arms', 'image_swap,text_swap,image_only,text_only', '--seed', '1', '--out', 'p.parquet')
+
+    write_table(phantom_cohort(200, size=64, seed=3), tmp_path / 'c.parquet', 'cohort')
+    code, out, err = cli(
+        'plan',
+        'c.parquet',
+        '--arms',
+        'image_swap,text_swap,image_only,text_only',
+        '--seed',
+        '1',
+        '--out',
+        'p.parquet',
+    )
     assert code == 0, err
     assert cli('trials', 'p.parquet', '--cohort', 'c.parquet', '--out', 't.jsonl')[0] == 0
-    done = subprocess.run([sys.executable, '-I', RUNNER, 't.jsonl', 'a.jsonl'], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-I', RUNNER, 't.jsonl', 'a.jsonl'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    answers = [json.loads(l) for l in (tmp_path/'a.jsonl').read_text().splitlines()]
-    assert {a['trial_id'] for a in answers} == set(pd.read_parquet(tmp_path/'p.parquet').trial_id) and {a['raw_text'] for a in answers} == {'yes', 'no'}
-    code, out, err = cli('predictions', 'a.jsonl', '--plan', 'p.parquet', '--name', 'foreign', '--out', 'run', '--n-boot', '200', '--json')
+    answers = [json.loads(l) for l in (tmp_path / 'a.jsonl').read_text().splitlines()]
+    assert {a['trial_id'] for a in answers} == set(
+        pd.read_parquet(tmp_path / 'p.parquet').trial_id
+    ) and {a['raw_text'] for a in answers} == {'yes', 'no'}
+    code, out, err = cli(
+        'predictions',
+        'a.jsonl',
+        '--plan',
+        'p.parquet',
+        '--name',
+        'foreign',
+        '--out',
+        'run',
+        '--n-boot',
+        '200',
+        '--json',
+    )
     assert code == 0, err
-    verdict = json.loads((tmp_path/'run'/'verdicts.json').read_text())['models']['foreign']
-    assert not verdict['void_arms'] and not json.loads(out)['models']['foreign']['unproven_arms']   # its hashes prove that every change was delivered
-    assert verdict['relies_on_text']['verdict'] == 'ignores'                                         # which is what a model that does not read deserves
-    assert len([l for l in RUNNER.read_text().split('"""')[2].splitlines() if l.strip() and not l.startswith(('import', 'from'))]) <= 10   # ten lines
-    assert (tmp_path/'run'/'report.html').is_file()
+    verdict = json.loads((tmp_path / 'run' / 'verdicts.json').read_text())['models']['foreign']
+    assert (
+        not verdict['void_arms'] and not json.loads(out)['models']['foreign']['unproven_arms']
+    )  # its hashes prove that every change was delivered
+    assert (
+        verdict['relies_on_text']['verdict'] == 'ignores'
+    )  # which is what a model that does not read deserves
+    assert (
+        len(
+            [
+                l
+                for l in RUNNER.read_text().split('"""')[2].splitlines()
+                if l.strip() and not l.startswith(('import', 'from'))
+            ]
+        )
+        <= 10
+    )  # ten lines
+    assert (tmp_path / 'run' / 'report.html').is_file()

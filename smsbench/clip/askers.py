@@ -20,18 +20,27 @@ from ..sms.prompts import Task, render
 
 # %% ../../nbs/43cb_clip.askers.ipynb #93eb7cc8
 def readable_samples(
-    samples,              # `Films`, or a cohort table, sealed or not
-    root='',              # data root of a cohort table; '' takes its own
-    max_broken:float=.05, # see `check_films`
-)->tuple:                 # the same without what cannot be read; film_id, split, reason of what was left out
+    samples,  # `Films`, or a cohort table, sealed or not
+    root='',  # data root of a cohort table; '' takes its own
+    max_broken: float = 0.05,  # see `check_films`
+) -> tuple:  # the same without what cannot be read; film_id, split, reason of what was left out
     "What can be shown to a model. `InputError` where too much cannot be read."
-    if hasattr(samples, 'targets'): return check_films(samples, max_broken=max_broken)
+    if hasattr(samples, 'targets'):
+        return check_films(samples, max_broken=max_broken)
     rows = hold(samples, root).opened.reset_index(drop=True)
     once = rows[rows.image != ''].drop_duplicates('image').reset_index(drop=True)
     sha = once.image_sha.fillna('') if 'image_sha' in once else ''
-    pictures = Films(once.assign(film_id=once.sample_id, image_sha=sha), pd.DataFrame(index=once.index), [], '', {**samples.attrs, 'root': str(root or samples.attrs.get('root', '.'))})
+    pictures = Films(
+        once.assign(film_id=once.sample_id, image_sha=sha),
+        pd.DataFrame(index=once.index),
+        [],
+        '',
+        {**samples.attrs, 'root': str(root or samples.attrs.get('root', '.'))},
+    )
     _, left = check_films(pictures, max_broken=max_broken)
-    good = samples[~rows.image.isin(once.image[once.sample_id.isin(left.film_id)]).to_numpy()].reset_index(drop=True)
+    good = samples[
+        ~rows.image.isin(once.image[once.sample_id.isin(left.film_id)]).to_numpy()
+    ].reset_index(drop=True)
     good.attrs = samples.attrs
     return good, left
 
@@ -39,120 +48,196 @@ def readable_samples(
 @dataclass(eq=False)
 class ClipAsker:
     "Asks a CLIP model about films whose patients are partly known; made by `clip_asker`."
-    clip: object          # `Clip`
-    films: object         # `Films` that are asked
-    prompts: dict         # of the classes
-    val: object = None    # `Films` that choose the thresholds
-    say: object = described # facts -> words
-    rule: str = 'f1'      # what a threshold maximises
-    seen: dict = field(default_factory=dict) # id of films -> embeddings
+
+    clip: object  # `Clip`
+    films: object  # `Films` that are asked
+    prompts: dict  # of the classes
+    val: object = None  # `Films` that choose the thresholds
+    say: object = described  # facts -> words
+    rule: str = 'f1'  # what a threshold maximises
+    seen: dict = field(default_factory=dict)  # id of films -> embeddings
 
     @property
-    def name(self)->str: return self.clip.name
+    def name(self) -> str:
+        return self.clip.name
 
-    def images(self,
-        films, # `films` or `val`
-    )->np.ndarray: # (N, D)
+    def images(
+        self,
+        films,  # `films` or `val`
+    ) -> np.ndarray:  # (N, D)
         "Their embeddings, made once."
         from smsbench.clip.data import read_films
         from smsbench.clip.models import image_embeddings
-        if id(films) not in self.seen: self.seen[id(films)] = image_embeddings(self.clip, read_films(films))
+
+        if id(films) not in self.seen:
+            self.seen[id(films)] = image_embeddings(self.clip, read_films(films))
         return self.seen[id(films)]
 
-    def scores(self,
-        films,   # `films` or `val`
-        known,   # columns that are told
-    )->np.ndarray: # (N, C) probabilities, as in `zero_shot`
+    def scores(
+        self,
+        films,  # `films` or `val`
+        known,  # columns that are told
+    ) -> np.ndarray:  # (N, C) probabilities, as in `zero_shot`
         "Zero-shot probabilities with prompts that know the patients; `InputError` where a prompt does not fit the context."
         noun = next((t.get('noun') or '' for t in films.attrs.get('tasks', {}).values()), '')
         patients = np.array([self.say(f) for f in facts_of(films.table, known)], object)
-        asked = {p: {c: {side: tuple(with_patient(s, p, noun) for s in said) for side, said in sides.items()} for c, sides in self.prompts.items()} for p in dict.fromkeys(patients)}
-        encoded = self.encoded([s for prompts in asked.values() for sides in prompts.values() for said in sides.values() for s in said])
+        asked = {
+            p: {
+                c: {
+                    side: tuple(with_patient(s, p, noun) for s in said)
+                    for side, said in sides.items()
+                }
+                for c, sides in self.prompts.items()
+            }
+            for p in dict.fromkeys(patients)
+        }
+        encoded = self.encoded(
+            [
+                s
+                for prompts in asked.values()
+                for sides in prompts.values()
+                for said in sides.values()
+                for s in said
+            ]
+        )
         out = np.empty((len(films), len(films.classes)))
         for p, prompts in asked.items():
             mine = patients == p
-            out[mine] = zero_shot_scores(self.images(films)[mine], ensemble_vectors(prompts, lambda texts: np.stack([encoded[t] for t in texts])), self.clip.scale)
+            out[mine] = zero_shot_scores(
+                self.images(films)[mine],
+                ensemble_vectors(prompts, lambda texts: np.stack([encoded[t] for t in texts])),
+                self.clip.scale,
+            )
         return out
 
-    def encoded(self,
-        texts, # sentences
-    )->dict:   # sentence -> its embedding
+    def encoded(
+        self,
+        texts,  # sentences
+    ) -> dict:  # sentence -> its embedding
         "Each sentence once; `InputError` where one is longer than the context."
         from smsbench.clip.models import cut_texts, text_embeddings
+
         texts = list(dict.fromkeys(texts))
-        if (cut := cut_texts(self.clip, texts)).any(): raise InputError(f"{self.clip.name}: {int(cut.sum())} of {len(texts)} prompts are longer than its {self.clip.info['context']} tokens, so that facts would be lost; use shorter prompts or fewer inputs")
+        if (cut := cut_texts(self.clip, texts)).any():
+            raise InputError(
+                f"{self.clip.name}: {int(cut.sum())} of {len(texts)} prompts are longer than its {self.clip.info['context']} tokens, so that facts would be lost; use shorter prompts or fewer inputs"
+            )
         return dict(zip(texts, text_embeddings(self.clip, texts)))
 
     def __call__(self, table, known):
-        films = self.films if len(table) == len(self.films) and (table.film_id.to_numpy() == self.films.table.film_id.to_numpy()).all() else None
-        if films is None: raise InputError('the asker was made for other films; make one with clip_asker for these')
+        films = (
+            self.films
+            if len(table) == len(self.films)
+            and (table.film_id.to_numpy() == self.films.table.film_id.to_numpy()).all()
+            else None
+        )
+        if films is None:
+            raise InputError(
+                'the asker was made for other films; make one with clip_asker for these'
+            )
         scores = pd.DataFrame(self.scores(films, known), columns=films.classes)
         held = cells(scores, films.targets, films.table.patient_id, films.kind)
-        if films.kind == 'multiclass': return held.said()
-        chosen = choose_thresholds(pd.DataFrame(self.scores(self.val, known), columns=films.classes), self.val.targets, self.val.table.patient_id, self.rule)
+        if films.kind == 'multiclass':
+            return held.said()
+        chosen = choose_thresholds(
+            pd.DataFrame(self.scores(self.val, known), columns=films.classes),
+            self.val.targets,
+            self.val.table.patient_id,
+            self.rule,
+        )
         chosen.check(films.table.patient_id)
         return held.said(chosen)
 
 # %% ../../nbs/43cb_clip.askers.ipynb #807e4ee4
 def clip_asker(
-    clip,         # `Clip` of clip.models
-    films,        # `Films` that are asked
-    prompts=None, # from `prompts_for` or `read_prompts`; `{patient}` in a sentence is where the patient goes; None takes the default ones
-    val=None,     # `Films` of other patients that choose the thresholds; needed for findings that are present or absent
-    say=described, # facts of one patient (dict) -> words; `in_order` where they are to follow the order of adding
-    rule:str='f1', # what thresholds maximise: 'f1' or 'youden'
-)->ClipAsker:     # for `ssa`
+    clip,  # `Clip` of clip.models
+    films,  # `Films` that are asked
+    prompts=None,  # from `prompts_for` or `read_prompts`; `{patient}` in a sentence is where the patient goes; None takes the default ones
+    val=None,  # `Films` of other patients that choose the thresholds; needed for findings that are present or absent
+    say=described,  # facts of one patient (dict) -> words; `in_order` where they are to follow the order of adding
+    rule: str = 'f1',  # what thresholds maximise: 'f1' or 'youden'
+) -> ClipAsker:  # for `ssa`
     "An asker of a CLIP model through its prompts."
-    prompts = check_prompts(prompts_for(films) if prompts is None else prompts, films.classes, films.kind)
-    if films.kind == 'multilabel' and val is None: raise InputError('findings that are present or absent need thresholds: give validation films of other patients as val')
-    if val is not None and list(val.classes) != list(films.classes): raise InputError(f"validation films are of {', '.join(val.classes)}; the films asked of {', '.join(films.classes)}")
+    prompts = check_prompts(
+        prompts_for(films) if prompts is None else prompts, films.classes, films.kind
+    )
+    if films.kind == 'multilabel' and val is None:
+        raise InputError(
+            'findings that are present or absent need thresholds: give validation films of other patients as val'
+        )
+    if val is not None and list(val.classes) != list(films.classes):
+        raise InputError(
+            f"validation films are of {', '.join(val.classes)}; the films asked of {', '.join(films.classes)}"
+        )
     return ClipAsker(clip, films, prompts, val, say, rule)
 
 # %% ../../nbs/43cb_clip.askers.ipynb #eb36d4f9
-_INFORMATION = 'clinical information' # what the prompt calls the facts
+_INFORMATION = 'clinical information'  # what the prompt calls the facts
+
 
 @dataclass(eq=False)
 class VlmAsker:
     "Asks a vision-language model about the rows of a cohort; made by `vlm_asker`."
-    model: object        # `smsbench.vlm.models.Model`
-    source: object       # `smsbench.sms.audit.Source` of the cohort
-    say: object = listed # facts -> words
-    batch_size: int = 16 # questions at once
+
+    model: object  # `smsbench.vlm.models.Model`
+    source: object  # `smsbench.sms.audit.Source` of the cohort
+    say: object = listed  # facts -> words
+    batch_size: int = 16  # questions at once
 
     @property
-    def name(self)->str: return self.model.name
+    def name(self) -> str:
+        return self.model.name
 
-    def inputs(self,
-        table, # rows of the cohort
-        known, # columns that are told
-    )->list:   # `Inputs`, one per row
+    def inputs(
+        self,
+        table,  # rows of the cohort
+        known,  # columns that are told
+    ) -> list:  # `Inputs`, one per row
         "What the model is shown."
         from smsbench.vlm.models import Inputs
+
         out = []
         for r, f in zip(table.itertuples(index=False), facts_of(table, known)):
             own, said = getattr(r, 'question', ''), self.say(f)
             task = self.source.tasks[r.finding]
-            task = Task(own if isinstance(own, str) and own else task.question, task.choices, task.noun, _INFORMATION)
-            out.append(Inputs(self.source.image(r.sample_id), render(task, 'both', said) if said else render(task, 'image'), task.choices))
+            task = Task(
+                own if isinstance(own, str) and own else task.question,
+                task.choices,
+                task.noun,
+                _INFORMATION,
+            )
+            out.append(
+                Inputs(
+                    self.source.image(r.sample_id),
+                    render(task, 'both', said) if said else render(task, 'image'),
+                    task.choices,
+                )
+            )
         return out
 
     def __call__(self, table, known):
         asked, said = self.inputs(table, known), []
         for i in range(0, len(asked), self.batch_size):
-            for x, a in zip(asked[i:i + self.batch_size], self.model.score(asked[i:i + self.batch_size])):
+            for x, a in zip(
+                asked[i : i + self.batch_size], self.model.score(asked[i : i + self.batch_size])
+            ):
                 lp = np.asarray(a.logprobs, float)
-                if lp.shape != (len(x.choices),) or np.isnan(lp).any(): raise RunError(f'{self.name}: log-probabilities {a.logprobs} for the choices {list(x.choices)}')
+                if lp.shape != (len(x.choices),) or np.isnan(lp).any():
+                    raise RunError(
+                        f'{self.name}: log-probabilities {a.logprobs} for the choices {list(x.choices)}'
+                    )
                 said.append(x.choices[int(lp.argmax())] if (lp == lp.max()).sum() == 1 else '')
         return said
 
 # %% ../../nbs/43cb_clip.askers.ipynb #2c85cebd
 def vlm_asker(
-    model,            # a model of the audit (`load_model`, `fast`, `planted`)
-    cohort,           # the cohort that is asked, sealed or not, or its `Holding`
-    say=listed,       # facts of one patient (dict) -> words
-    batch_size:int=16, # questions at once
-    root:str='',      # data root; '' takes the cohort's own
-)->VlmAsker:          # for `ssa`
+    model,  # a model of the audit (`load_model`, `fast`, `planted`)
+    cohort,  # the cohort that is asked, sealed or not, or its `Holding`
+    say=listed,  # facts of one patient (dict) -> words
+    batch_size: int = 16,  # questions at once
+    root: str = '',  # data root; '' takes the cohort's own
+) -> VlmAsker:  # for `ssa`
     "An asker of a vision-language model through its question."
     from smsbench.sms.audit import Source
+
     return VlmAsker(model, Source(cohort, root), say, batch_size)

@@ -17,111 +17,254 @@ from ..vlm.bench import Meter
 
 # %% ../../nbs/41ba_clip.bench.ipynb #cff965e3
 def bench_clip(
-    name:str='tiny',  # 'tiny', or a name of `open_clip.list_models()`: that shape
-    device:str='cpu', # where it is made
-):                    # open_clip model with random weights, in training mode
+    name: str = 'tiny',  # 'tiny', or a name of `open_clip.list_models()`: that shape
+    device: str = 'cpu',  # where it is made
+):  # open_clip model with random weights, in training mode
     "A model of a published shape without its weights; `InputError` for an unknown one."
     import open_clip, torch
-    if name != 'tiny' and name not in open_clip.list_models(): raise InputError(f'open_clip has no model {name!r}; see open_clip.list_models(), e.g. ViT-B-32')
+
+    if name != 'tiny' and name not in open_clip.list_models():
+        raise InputError(
+            f'open_clip has no model {name!r}; see open_clip.list_models(), e.g. ViT-B-32'
+        )
     torch.manual_seed(0)
     if name == 'tiny':
-        image, text = dict(image_size=64, patch_size=16, width=128, layers=4, head_width=32), dict(context_length=24, vocab_size=1000, width=64, heads=2, layers=2)
+        image, text = (
+            dict(image_size=64, patch_size=16, width=128, layers=4, head_width=32),
+            dict(context_length=24, vocab_size=1000, width=64, heads=2, layers=2),
+        )
         model = open_clip.CLIP(64, image, text, output_dict=True)
-    else: model = open_clip.create_model(name, load_weights=False, pretrained_image=False, pretrained_text=False, output_dict=True)
+    else:
+        model = open_clip.create_model(
+            name,
+            load_weights=False,
+            pretrained_image=False,
+            pretrained_text=False,
+            output_dict=True,
+        )
     return model.to(device).train()
 
 # %% ../../nbs/41ba_clip.bench.ipynb #c5b3217b
 def bench_batch(
-    model,        # open_clip model
-    n:int,        # pairs
-    seed:int=0,   # of the noise
-)->dict:          # 'pixels' (n,3,S,S) and 'text' (n,T) on the model's device
+    model,  # open_clip model
+    n: int,  # pairs
+    seed: int = 0,  # of the noise
+) -> dict:  # 'pixels' (n,3,S,S) and 'text' (n,T) on the model's device
     "Noise and random token ids in the shapes that the model takes."
     import torch
-    size, draw = np.broadcast_to(model.visual.image_size, 2).tolist(), torch.Generator().manual_seed(seed)
+
+    size, draw = (
+        np.broadcast_to(model.visual.image_size, 2).tolist(),
+        torch.Generator().manual_seed(seed),
+    )
     ids = torch.randint(1, model.vocab_size - 1, (n, model.context_length), generator=draw)
-    ids[:, -1] = model.vocab_size - 1                                                    # the end of the text is the largest id
-    return {k: v.to(model.logit_scale.device) for k, v in dict(pixels=torch.randn(n, 3, *size, generator=draw), text=ids).items()}
+    ids[:, -1] = model.vocab_size - 1  # the end of the text is the largest id
+    return {
+        k: v.to(model.logit_scale.device)
+        for k, v in dict(pixels=torch.randn(n, 3, *size, generator=draw), text=ids).items()
+    }
 
 # %% ../../nbs/41ba_clip.bench.ipynb #b205d94f
 class _Ours:
     "`train_step`, with everything it needs."
+
     fused = True
+
     def __init__(self, model, precision, chunks, clip_norm):
         import torch
-        self.model, self.precision, self.chunks, self.clip_norm = model, precision, chunks, clip_norm
-        self.optimizer = adamw(model.parameters()) if self.fused else torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0., betas=(.9, .98), eps=1e-6)
-        self.scaler = torch.amp.GradScaler(model.logit_scale.device.type) if precision == 'fp16' else None
+
+        self.model, self.precision, self.chunks, self.clip_norm = (
+            model,
+            precision,
+            chunks,
+            clip_norm,
+        )
+        self.optimizer = (
+            adamw(model.parameters())
+            if self.fused
+            else torch.optim.AdamW(
+                model.parameters(), lr=1e-4, weight_decay=0.0, betas=(0.9, 0.98), eps=1e-6
+            )
+        )
+        self.scaler = (
+            torch.amp.GradScaler(model.logit_scale.device.type) if precision == 'fp16' else None
+        )
 
     def run(self, batches):
-        for b in batches: train_step(self.model, b, self.optimizer, chunks=self.chunks, precision=self.precision, scaler=self.scaler, clip_norm=self.clip_norm)
+        for b in batches:
+            train_step(
+                self.model,
+                b,
+                self.optimizer,
+                chunks=self.chunks,
+                precision=self.precision,
+                scaler=self.scaler,
+                clip_norm=self.clip_norm,
+            )
+
 
 class _SameOptimizer(_Ours):
     "`train_step` with the optimizer of open_clip."
+
     fused = False
+
 
 class _OpenClip(_SameOptimizer):
     "open_clip's loop over one epoch: these batches."
+
     def run(self, batches):
         from open_clip import ClipLoss
-        try: from open_clip_train.train import train_one_epoch
-        except ImportError as e: raise RunError(f'open_clip came without its training loop ({e}); install open_clip_torch 3.3 or later') from e
-        pieces = [p for b in batches for p in zip(b['pixels'].tensor_split(self.chunks), b['text'].tensor_split(self.chunks))]
+
+        try:
+            from open_clip_train.train import train_one_epoch
+        except ImportError as e:
+            raise RunError(
+                f'open_clip came without its training loop ({e}); install open_clip_torch 3.3 or later'
+            ) from e
+        pieces = [
+            p
+            for b in batches
+            for p in zip(b['pixels'].tensor_split(self.chunks), b['text'].tensor_split(self.chunks))
+        ]
         loader, size = _Loader(pieces), len(pieces[0][0])
         loader.num_batches, loader.num_samples = len(pieces), len(pieces) * size
         data = SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)
-        args = SimpleNamespace(device=str(self.model.logit_scale.device), precision=dict(fp32='fp32', bf16='amp_bf16', fp16='amp')[self.precision], accum_freq=self.chunks, distill=False, skip_scheduler=True,
-                               horovod=False, grad_clip_norm=self.clip_norm, rank=1, log_local=False, world_size=1, batch_size=size, log_every_n_steps=10**9, wandb=False)   # rank 1 does not log
-        train_one_epoch(self.model, dict(train=data), ClipLoss(), 0, self.optimizer, self.scaler, None, None, args)
+        args = SimpleNamespace(
+            device=str(self.model.logit_scale.device),
+            precision=dict(fp32='fp32', bf16='amp_bf16', fp16='amp')[self.precision],
+            accum_freq=self.chunks,
+            distill=False,
+            skip_scheduler=True,
+            horovod=False,
+            grad_clip_norm=self.clip_norm,
+            rank=1,
+            log_local=False,
+            world_size=1,
+            batch_size=size,
+            log_every_n_steps=10**9,
+            wandb=False,
+        )  # rank 1 does not log
+        train_one_epoch(
+            self.model,
+            dict(train=data),
+            ClipLoss(),
+            0,
+            self.optimizer,
+            self.scaler,
+            None,
+            None,
+            args,
+        )
 
-class _Loader(list): "A list that can carry what the loop asks a loader for."
 
-WAYS = {'open_clip': _OpenClip, 'smsbench': _Ours, 'smsbench, same optimizer': _SameOptimizer} # name -> how it steps
+class _Loader(list):
+    "A list that can carry what the loop asks a loader for."
+
+
+WAYS = {
+    'open_clip': _OpenClip,
+    'smsbench': _Ours,
+    'smsbench, same optimizer': _SameOptimizer,
+}  # name -> how it steps
 
 # %% ../../nbs/41ba_clip.bench.ipynb #7db926e5
 def step_benchmark(
-    model:str='tiny',     # as for `bench_clip`
-    batch:int=16,         # pairs
-    chunks:tuple=(1, 4),  # numbers of chunks to compare
-    rounds:int=5,         # over which medians are taken
-    steps:int=2,          # per round and way
-    device:str='cpu',     # 'cpu', 'cuda', 'cuda:0' ...
-    precision:str='fp32', # a key of `PRECISIONS`
-    clip_norm:float|None=None, # longest gradient allowed
-)->pd.DataFrame:          # model, device, precision, batch, chunks, way, ms_per_step, pairs_per_second, ratio (of time to open_clip's, median over rounds), cpu_ratio (of processor time), peak_mib (on cards), foreign, note
+    model: str = 'tiny',  # as for `bench_clip`
+    batch: int = 16,  # pairs
+    chunks: tuple = (1, 4),  # numbers of chunks to compare
+    rounds: int = 5,  # over which medians are taken
+    steps: int = 2,  # per round and way
+    device: str = 'cpu',  # 'cpu', 'cuda', 'cuda:0' ...
+    precision: str = 'fp32',  # a key of `PRECISIONS`
+    clip_norm: float | None = None,  # longest gradient allowed
+) -> pd.DataFrame:  # model, device, precision, batch, chunks, way, ms_per_step, pairs_per_second, ratio (of time to open_clip's, median over rounds), cpu_ratio (of processor time), peak_mib (on cards), foreign, note
     "Time a step in both ways; `InputError` for a device there is not and for numbers below one."
     import torch
+
     _checked(batch, chunks, rounds, steps, device, precision)
     first, rows = bench_clip(model, device), []
     for k in chunks:
-        ways = {name: way(copy.deepcopy(first), precision, k, clip_norm) for name, way in WAYS.items()}
+        ways = {
+            name: way(copy.deepcopy(first), precision, k, clip_norm) for name, way in WAYS.items()
+        }
         work = [bench_batch(first, batch, s) for s in range(steps)]
-        for w in ways.values(): w.run(work[:1])                                           # warm up
-        runs = [{name: _timed(ways[name], work, device) for name in sorted(ways, reverse=bool(r % 2))} for r in range(rounds)]
-        rows += [dict(model=model, device=device, precision=precision, batch=batch, chunks=k, **_row(runs, name, batch * steps, steps)) for name in ways]
+        for w in ways.values():
+            w.run(work[:1])  # warm up
+        runs = [
+            {name: _timed(ways[name], work, device) for name in sorted(ways, reverse=bool(r % 2))}
+            for r in range(rounds)
+        ]
+        rows += [
+            dict(
+                model=model,
+                device=device,
+                precision=precision,
+                batch=batch,
+                chunks=k,
+                **_row(runs, name, batch * steps, steps),
+            )
+            for name in ways
+        ]
     out = pd.DataFrame(rows)
-    out.attrs = dict(rounds=rounds, steps=steps, threads=torch.get_num_threads(), cpus=os.cpu_count(), card=torch.cuda.get_device_name(device) if device.startswith('cuda') else '')
+    out.attrs = dict(
+        rounds=rounds,
+        steps=steps,
+        threads=torch.get_num_threads(),
+        cpus=os.cpu_count(),
+        card=torch.cuda.get_device_name(device) if device.startswith('cuda') else '',
+    )
     return out
+
 
 def _row(runs, name, pairs, steps):
     "One way over the rounds."
     middle = {what: float(np.median([r[name][what] for r in runs])) for what in runs[0][name]}
-    beside = {what: float(np.median([r[name][what] / max(r['open_clip'][what], 1e-9) for r in runs])) for what in ('seconds', 'cpu_seconds')}
-    return dict(way=name, ms_per_step=1000 * middle['seconds'] / steps, pairs_per_second=pairs / middle['seconds'], ratio=beside['seconds'], cpu_ratio=beside['cpu_seconds'], peak_mib=middle['peak'] / 2**20,
-                foreign=middle['foreign'], note=f"others used {middle['foreign']:.0%} of the machine" if middle['foreign'] > .1 else '')
+    beside = {
+        what: float(np.median([r[name][what] / max(r['open_clip'][what], 1e-9) for r in runs]))
+        for what in ('seconds', 'cpu_seconds')
+    }
+    return dict(
+        way=name,
+        ms_per_step=1000 * middle['seconds'] / steps,
+        pairs_per_second=pairs / middle['seconds'],
+        ratio=beside['seconds'],
+        cpu_ratio=beside['cpu_seconds'],
+        peak_mib=middle['peak'] / 2**20,
+        foreign=middle['foreign'],
+        note=f"others used {middle['foreign']:.0%} of the machine"
+        if middle['foreign'] > 0.1
+        else '',
+    )
+
 
 def _timed(way, work, device):
     import torch
+
     card = device.startswith('cuda')
-    if card: torch.cuda.reset_peak_memory_stats(device)
+    if card:
+        torch.cuda.reset_peak_memory_stats(device)
     with Meter(device) as m:
         way.run(work)
-        if card: torch.cuda.synchronize(device)
+        if card:
+            torch.cuda.synchronize(device)
     return dict(m.read, peak=torch.cuda.max_memory_allocated(device) if card else 0)
+
 
 def _checked(batch, chunks, rounds, steps, device, precision):
     import torch
-    if min(batch, rounds, steps, *chunks) < 1 or not chunks: raise InputError(f'batch {batch}, chunks {chunks}, rounds {rounds}, steps {steps}; each must be 1 at least')
-    if any(batch % k for k in chunks): raise InputError(f'a batch of {batch} does not fall into {chunks} equal chunks; open_clip takes equal ones only')
-    if precision not in PRECISIONS: raise InputError(f"no precision {precision!r}; choose from {', '.join(PRECISIONS)}")
-    if device != 'cpu' and not (device.startswith('cuda') and torch.cuda.is_available()): raise InputError(f'no device {device!r} here; choose cpu' + (' or cuda' if torch.cuda.is_available() else ''))
+
+    if min(batch, rounds, steps, *chunks) < 1 or not chunks:
+        raise InputError(
+            f'batch {batch}, chunks {chunks}, rounds {rounds}, steps {steps}; each must be 1 at least'
+        )
+    if any(batch % k for k in chunks):
+        raise InputError(
+            f'a batch of {batch} does not fall into {chunks} equal chunks; open_clip takes equal ones only'
+        )
+    if precision not in PRECISIONS:
+        raise InputError(f"no precision {precision!r}; choose from {', '.join(PRECISIONS)}")
+    if device != 'cpu' and not (device.startswith('cuda') and torch.cuda.is_available()):
+        raise InputError(
+            f'no device {device!r} here; choose cpu'
+            + (' or cuda' if torch.cuda.is_available() else '')
+        )

@@ -14,10 +14,11 @@ from ..vlm.checkpoints import folder_hash
 
 # %% ../../nbs/39a_clip.checkpoints.ipynb #fbaac0f4
 def weights_sha(
-    model, # a torch module
-)->str:    # 16 hexadecimal digits
+    model,  # a torch module
+) -> str:  # 16 hexadecimal digits
     "Name of a module's weights and persistent buffers."
     import torch
+
     h = hashlib.blake2b(digest_size=8)
     for k, v in sorted(model.state_dict().items()):
         h.update(f'{k}:{v.dtype}{tuple(v.shape)};'.encode())
@@ -27,30 +28,51 @@ def weights_sha(
 # %% ../../nbs/39a_clip.checkpoints.ipynb #423e9bf6
 @contextlib.contextmanager
 def as_one_line(
-    what, # what is being loaded
+    what,  # what is being loaded
 ):
     "What the libraries say about something they cannot load, as one line; open_clip's warnings are not printed."
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
-    try: yield
-    except (InputError, MemoryError): raise
-    except pickle.UnpicklingError: raise InputError(f'{what.split(":")[0]}: no state dict, or a pickle that holds more than tensors, which could run code; save model.state_dict() alone, or convert it to safetensors') from None
-    except Exception as e: raise InputError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:280]})") from e   # a foreign file can make a library stumble anywhere
-    finally: logging.disable(before)
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except pickle.UnpicklingError:
+        raise InputError(
+            f'{what.split(":")[0]}: no state dict, or a pickle that holds more than tensors, which could run code; save model.state_dict() alone, or convert it to safetensors'
+        ) from None
+    except Exception as e:
+        raise InputError(
+            f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:280]})"
+        ) from e  # a foreign file can make a library stumble anywhere
+    finally:
+        logging.disable(before)
 
 # %% ../../nbs/39a_clip.checkpoints.ipynb #f1465702
 def _from_hub(name, revision):
     "The folder of a hub repository's files; only safetensors where it has them."
     from huggingface_hub import snapshot_download
+
     with as_one_line(f'{name}: its files cannot be fetched; without network, name a local folder'):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=['*.json', '*.txt', '*.model', 'open_clip_*.safetensors']))
-        if not list(folder.glob('open_clip_*.safetensors')): folder = Path(snapshot_download(name, revision=revision, allow_patterns=['open_clip_*.bin']))
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=['*.json', '*.txt', '*.model', 'open_clip_*.safetensors'],
+            )
+        )
+        if not list(folder.glob('open_clip_*.safetensors')):
+            folder = Path(
+                snapshot_download(name, revision=revision, allow_patterns=['open_clip_*.bin'])
+            )
     return folder
 
+
 def find_clip(
-    name:str,               # folder, 'local-dir:' and a folder, 'hf-hub:' and an id, or a name of `open_clip.list_models()`
-    revision:str|None=None, # of a hub id: branch, tag or commit; of a folder: 'files:' and its hash
-)->tuple[Path|None,str]:    # the folder, None for a name of open_clip; the revision found
+    name: str,  # folder, 'local-dir:' and a folder, 'hf-hub:' and an id, or a name of `open_clip.list_models()`
+    revision: str
+    | None = None,  # of a hub id: branch, tag or commit; of a folder: 'files:' and its hash
+) -> tuple[Path | None, str]:  # the folder, None for a name of open_clip; the revision found
     "Where a CLIP model is; `InputError` where there is none or another revision."
     if name.startswith('hf-hub:'):
         folder = _from_hub(name.removeprefix('hf-hub:'), revision)
@@ -58,64 +80,112 @@ def find_clip(
     folder = Path(name.removeprefix('local-dir:')).expanduser()
     if folder.is_dir():
         found = f'files:{folder_hash(folder)}'
-        if revision not in (None, '', found): raise InputError(f'{name}: its files are {found}, not the revision {revision!r} that was asked for')
+        if revision not in (None, '', found):
+            raise InputError(
+                f'{name}: its files are {found}, not the revision {revision!r} that was asked for'
+            )
         return folder, found
     import open_clip
+
     if name.replace('/', '-') not in (known := open_clip.list_models()):
-        near = difflib.get_close_matches(name, known, 3, .5)
-        raise InputError(f"{name}: no such folder, and open_clip has no model of that name{'; near it: ' + ', '.join(near) if near else ''}")
-    if revision: raise InputError(f'{name}: a revision belongs to a folder or a hub id; a model of open_clip is named by its pretrained tag')
+        near = difflib.get_close_matches(name, known, 3, 0.5)
+        raise InputError(
+            f"{name}: no such folder, and open_clip has no model of that name{'; near it: ' + ', '.join(near) if near else ''}"
+        )
+    if revision:
+        raise InputError(
+            f'{name}: a revision belongs to a folder or a hub id; a model of open_clip is named by its pretrained tag'
+        )
     return None, ''
 
 # %% ../../nbs/39a_clip.checkpoints.ipynb #1570c184
 def clip_config(
-    folder, # of a checkpoint
-)->dict:    # model_cfg and preprocess_cfg
+    folder,  # of a checkpoint
+) -> dict:  # model_cfg and preprocess_cfg
     "open_clip's configuration of a folder; `InputError` where it is missing, no CLIP's, or asks for code to be run."
-    raw = read_json(Path(folder)/'open_clip_config.json')
+    raw = read_json(Path(folder) / 'open_clip_config.json')
     model = raw.get('model_cfg') if isinstance(raw, dict) else None
-    if not isinstance(model, dict) or not all(isinstance(model.get(k), dict) for k in ('vision_cfg', 'text_cfg')) or 'embed_dim' not in model:
-        raise InputError(f'{Path(folder).name}: open_clip_config.json needs a model_cfg with embed_dim, vision_cfg and text_cfg')
-    if (model['text_cfg'].get('tokenizer_kwargs') or {}).get('trust_remote_code'): raise InputError(f'{Path(folder).name}: its tokenizer asks to run code of its repository (trust_remote_code); that is refused')
+    if (
+        not isinstance(model, dict)
+        or not all(isinstance(model.get(k), dict) for k in ('vision_cfg', 'text_cfg'))
+        or 'embed_dim' not in model
+    ):
+        raise InputError(
+            f'{Path(folder).name}: open_clip_config.json needs a model_cfg with embed_dim, vision_cfg and text_cfg'
+        )
+    if (model['text_cfg'].get('tokenizer_kwargs') or {}).get('trust_remote_code'):
+        raise InputError(
+            f'{Path(folder).name}: its tokenizer asks to run code of its repository (trust_remote_code); that is refused'
+        )
     for f in ('config.json', 'tokenizer_config.json'):
-        if (Path(folder)/f).is_file() and 'auto_map' in read_json(Path(folder)/f): raise InputError(f'{Path(folder).name}: {f} maps its classes to code of its own (auto_map); that is refused')
+        if (Path(folder) / f).is_file() and 'auto_map' in read_json(Path(folder) / f):
+            raise InputError(
+                f'{Path(folder).name}: {f} maps its classes to code of its own (auto_map); that is refused'
+            )
     return dict(model_cfg=model, preprocess_cfg=raw.get('preprocess_cfg') or {})
 
 # %% ../../nbs/39a_clip.checkpoints.ipynb #0a348bbf
 def own_tower(
-    folder:Path, # of a checkpoint
-    config:dict, # from `clip_config`
-)->dict:         # text_cfg for `open_clip.create_model`, in place of the file's; empty for open_clip's own text tower
+    folder: Path,  # of a checkpoint
+    config: dict,  # from `clip_config`
+) -> dict:  # text_cfg for `open_clip.create_model`, in place of the file's; empty for open_clip's own text tower
     "What the folder itself brings goes before what its configuration names: the text tower's config.json."
     from open_clip.hf_configs import arch_dict
+
     text = config['model_cfg']['text_cfg']
-    if 'hf_model_name' not in text: return {}
-    own = (folder/'config.json').is_file() and read_json(folder/'config.json').get('model_type') in arch_dict
-    return dict(text_cfg=text | dict(hf_model_pretrained=False, hf_model_name=str(folder) if own else text['hf_model_name']))
+    if 'hf_model_name' not in text:
+        return {}
+    own = (folder / 'config.json').is_file() and read_json(folder / 'config.json').get(
+        'model_type'
+    ) in arch_dict
+    return dict(
+        text_cfg=text
+        | dict(
+            hf_model_pretrained=False, hf_model_name=str(folder) if own else text['hf_model_name']
+        )
+    )
 
 # %% ../../nbs/39a_clip.checkpoints.ipynb #b686a725
-_FILES = ('open_clip_model.safetensors', 'open_clip_pytorch_model.safetensors', 'open_clip_model.pt', 'open_clip_pytorch_model.bin')
+_FILES = (
+    'open_clip_model.safetensors',
+    'open_clip_pytorch_model.safetensors',
+    'open_clip_model.pt',
+    'open_clip_pytorch_model.bin',
+)
+
 
 def weights_file(
-    folder, # of a checkpoint
-)->Path:    # the file with its weights
+    folder,  # of a checkpoint
+) -> Path:  # the file with its weights
     "The weights of a folder: open_clip's usual names first, else the only file that can hold weights; `InputError` where there is none or a choice."
     folder = Path(folder)
-    found = [folder/f for f in _FILES if (folder/f).is_file()] or sorted(p for p in folder.iterdir() if p.suffix in ('.safetensors', '.pt', '.pth', '.bin'))
-    if not found: raise InputError(f'{folder.name}: holds no weights (open_clip_model.safetensors)')
-    if len(found) > 1 and found[0].name not in _FILES: raise InputError(f"{folder.name}: holds several weights ({', '.join(p.name for p in found[:4])}); name one of them as pretrained")
+    found = [folder / f for f in _FILES if (folder / f).is_file()] or sorted(
+        p for p in folder.iterdir() if p.suffix in ('.safetensors', '.pt', '.pth', '.bin')
+    )
+    if not found:
+        raise InputError(f'{folder.name}: holds no weights (open_clip_model.safetensors)')
+    if len(found) > 1 and found[0].name not in _FILES:
+        raise InputError(
+            f"{folder.name}: holds several weights ({', '.join(p.name for p in found[:4])}); name one of them as pretrained"
+        )
     return found[0]
 
 # %% ../../nbs/39a_clip.checkpoints.ipynb #ef8526c3
 def read_weights(
-    model, # an open_clip module, changed in place
+    model,  # an open_clip module, changed in place
     file,  # .safetensors, .pt, .pth or .bin with its state dict, or a training checkpoint that holds one under 'state_dict'
 ):
     "Fill a model; `InputError` where a key is missing or left over, or the file is no plain state dict."
     from open_clip.factory import load_checkpoint, load_state_dict
+
     file = Path(file)
-    if not file.is_file(): raise InputError(f'{file}: no such file')
-    if file.suffix not in ('.safetensors', '.pt', '.pth', '.bin'): raise InputError(f'{file.name}: weights are read from .safetensors, .pt, .pth or .bin')
+    if not file.is_file():
+        raise InputError(f'{file}: no such file')
+    if file.suffix not in ('.safetensors', '.pt', '.pth', '.bin'):
+        raise InputError(f'{file.name}: weights are read from .safetensors, .pt, .pth or .bin')
     with as_one_line(f'{file.name}: does not fit the model'):
-        if getattr(model, 'logit_bias', None) is not None and 'logit_bias' not in load_state_dict(str(file)): raise InputError(f'{file.name}: holds no logit_bias, which the model needs')
+        if getattr(model, 'logit_bias', None) is not None and 'logit_bias' not in load_state_dict(
+            str(file)
+        ):
+            raise InputError(f'{file.name}: holds no logit_bias, which the model needs')
         load_checkpoint(model, str(file), strict=True, weights_only=True)

@@ -18,87 +18,167 @@ from .scores import cells
 
 # %% ../../nbs/43e_clip.compare.ipynb #a70bb88c
 def difference_floors(
-    one,           # `Floors` of the first model
-    other,         # of the second, on the same films
-    tail:float,    # probability left out on each side
-)->np.ndarray:     # (2, M, C + 1) bounds of first − second for each class, and in the last place for the mean over classes
+    one,  # `Floors` of the first model
+    other,  # of the second, on the same films
+    tail: float,  # probability left out on each side
+) -> np.ndarray:  # (2, M, C + 1) bounds of first − second for each class, and in the last place for the mean over classes
     "Bounds of paired differences."
     M, C = one.values.shape
-    out, value, slope = np.full((2, M, C + 1), np.nan), one.values - other.values, one.influence - other.influence
+    out, value, slope = (
+        np.full((2, M, C + 1), np.nan),
+        one.values - other.values,
+        one.influence - other.influence,
+    )
     number = np.minimum(one.n_effective, other.n_effective)
     for m in range(M):
         ends = bounded_ends(value[m], slope[:, m], number[m], np.tile([-1, 1], (C, 1)), tail)
-        if m == NAMES.index('auroc'): ends = widest(ends, _apart(one, other, m))
+        if m == NAMES.index('auroc'):
+            ends = widest(ends, _apart(one, other, m))
         out[:, m, :C] = ends
         known = np.isfinite(value[m])
-        if known.any(): out[:, m, C] = combined_ends(value[m], ends, known / known.sum(), slope[:, m])
+        if known.any():
+            out[:, m, C] = combined_ends(value[m], ends, known / known.sum(), slope[:, m])
     return out
+
 
 def _apart(one, other, m):
     "Bounds of the differences of one number, from the bounds of its two sides."
-    ends, slope = np.stack([one.ends[:, m], other.ends[:, m]], 1), np.stack([one.influence[:, m], other.influence[:, m]], 1)
+    ends, slope = (
+        np.stack([one.ends[:, m], other.ends[:, m]], 1),
+        np.stack([one.influence[:, m], other.influence[:, m]], 1),
+    )
     pairs = zip(one.values[m], other.values[m], ends.T.swapaxes(1, 2), slope.transpose(2, 0, 1))
-    each = [combined_ends([a, b], e, [1, -1], s) if np.isfinite(a + b) else (np.nan, np.nan) for a, b, e, s in pairs]
+    each = [
+        combined_ends([a, b], e, [1, -1], s) if np.isfinite(a + b) else (np.nan, np.nan)
+        for a, b, e, s in pairs
+    ]
     return np.array(each).T
 
 # %% ../../nbs/43e_clip.compare.ipynb #dcad8e81
 def compare(
-    first,            # (N, C) DataFrame of probabilities of one model
-    second,           # (N, C) of the other, the same films in the same order
-    targets,          # (N, C) 1, 0, NaN: not asked
-    clusters,         # (N,) patient of each film
-    thresholds=(None, None), # `Thresholds` of each; both or none (multilabel)
-    names=('first', 'second'), # of the models
-    arm:str='zero_shot', # how the scores were made
-    kind:str='',      # 'multilabel' or 'multiclass'; '' takes that of the scores
-    minimum:int=10,   # fewest films that a number may rest on
-    n_boot:int=1000,  # resamples of patients
-    level:float=.95,  # confidence level
-    seed:int=0,       # of the resampling
-)->pd.DataFrame:      # metrics table of model 'first − second': every metric of `classification_metrics` that is per class, as *_difference, and accuracy_difference
+    first,  # (N, C) DataFrame of probabilities of one model
+    second,  # (N, C) of the other, the same films in the same order
+    targets,  # (N, C) 1, 0, NaN: not asked
+    clusters,  # (N,) patient of each film
+    thresholds=(None, None),  # `Thresholds` of each; both or none (multilabel)
+    names=('first', 'second'),  # of the models
+    arm: str = 'zero_shot',  # how the scores were made
+    kind: str = '',  # 'multilabel' or 'multiclass'; '' takes that of the scores
+    minimum: int = 10,  # fewest films that a number may rest on
+    n_boot: int = 1000,  # resamples of patients
+    level: float = 0.95,  # confidence level
+    seed: int = 0,  # of the resampling
+) -> pd.DataFrame:  # metrics table of model 'first − second': every metric of `classification_metrics` that is per class, as *_difference, and accuracy_difference
     "Paired differences of two models; `InputError` where films or classes differ, or only one has thresholds."
-    if any(isinstance(t, pd.DataFrame) and not t.index.equals(first.index) for t in (second,)): raise InputError('compare: the two models were scored on other films, or in another order')
-    if (thresholds[0] is None) != (thresholds[1] is None): raise InputError('compare: give thresholds of both models or of none')
+    if any(isinstance(t, pd.DataFrame) and not t.index.equals(first.index) for t in (second,)):
+        raise InputError('compare: the two models were scored on other films, or in another order')
+    if (thresholds[0] is None) != (thresholds[1] is None):
+        raise InputError('compare: give thresholds of both models or of none')
     both = [cells(s, targets, clusters, kind) for s in (first, second)]
     for t, s in zip(thresholds, (first, second)):
-        if t is not None: t.check(both[0].patients, getattr(s, 'attrs', None))
-    said = [c.said(t) if t is not None or c.kind == 'multiclass' else None for c, t in zip(both, thresholds)]
+        if t is not None:
+            t.check(both[0].patients, getattr(s, 'attrs', None))
+    said = [
+        c.said(t) if t is not None or c.kind == 'multiclass' else None
+        for c, t in zip(both, thresholds)
+    ]
     how = dict(n_boot=n_boot, level=level, seed=seed)
     found = [*_per_class(both, said, how), *_decisions(both, said, how)]
     model = ' − '.join(names)
-    rows = [dict(model=model, metric=f'{m}_difference', arm=arm, subgroup=g, value=i.value, ci_low=i.low, ci_high=i.high, n=i.n, n_clusters=i.n_clusters, n_effective=i.n_effective, note='; '.join(filter(None, (i.note, note))))
-            for m, g, i, note in ((m, g, suppress(i, minimum=minimum), note) for m, g, i, note in found)]
+    rows = [
+        dict(
+            model=model,
+            metric=f'{m}_difference',
+            arm=arm,
+            subgroup=g,
+            value=i.value,
+            ci_low=i.low,
+            ci_high=i.high,
+            n=i.n,
+            n_clusters=i.n_clusters,
+            n_effective=i.n_effective,
+            note='; '.join(filter(None, (i.note, note))),
+        )
+        for m, g, i, note in ((m, g, suppress(i, minimum=minimum), note) for m, g, i, note in found)
+    ]
     return validate(pd.DataFrame(rows), 'metrics')
+
 
 def _per_class(both, said, how):
     "(metric, subgroup, interval, note): class by class and macro."
     c, decided = both[0], said[0] is not None
     names, K = (NAMES if decided else NAMES[:3])[1:], len(c.classes) + 1
     parts = lambda held: [(held[i], held[2], held[3 + i] if decided else None) for i in (0, 1)]
+
     def of(*held):
         a, b = (class_grid(*p, held[-1])[:, 1:] for p in parts(held))
         return (a - b).reshape(len(a), -1)
-    def floor(*held): return difference_floors(*(class_floors(*p, *held[-2:]) for p in parts(held)), held[-1])[:, 1:].reshape(2, -1)
-    used = np.concatenate([grid_sides(c.truth, s)[:, 1:] for s in said], -1)                  # a difference needs the films of both
-    ci = bootstrap_rows(of, [both[0].scores, both[1].scores, c.truth, *(said if decided else [])], c.patients, bounds=(-1, 1), batched=True,
-                        used=used.reshape(len(used), -1, 4), floor=floor, **how)
+
+    def floor(*held):
+        return difference_floors(*(class_floors(*p, *held[-2:]) for p in parts(held)), held[-1])[
+            :, 1:
+        ].reshape(2, -1)
+
+    used = np.concatenate(
+        [grid_sides(c.truth, s)[:, 1:] for s in said], -1
+    )  # a difference needs the films of both
+    ci = bootstrap_rows(
+        of,
+        [both[0].scores, both[1].scores, c.truth, *(said if decided else [])],
+        c.patients,
+        bounds=(-1, 1),
+        batched=True,
+        used=used.reshape(len(used), -1, 4),
+        floor=floor,
+        **how,
+    )
     for j, m in enumerate(names):
         per = [ci[j * K + i] for i in range(K - 1)]
-        for i, name in enumerate(c.classes): yield m, f'class={name}', replace(per[i], n=int(c.known[:, i].sum()), n_clusters=len(set(c.patients[c.known[:, i]]))), ''
-        yield f'macro_{m}', 'all', replace(ci[j * K + K - 1], n=int(c.known.any(1).sum()), n_effective=macro_number(per)), ''
+        for i, name in enumerate(c.classes):
+            yield (
+                m,
+                f'class={name}',
+                replace(
+                    per[i],
+                    n=int(c.known[:, i].sum()),
+                    n_clusters=len(set(c.patients[c.known[:, i]])),
+                ),
+                '',
+            )
+        yield (
+            f'macro_{m}',
+            'all',
+            replace(ci[j * K + K - 1], n=int(c.known.any(1).sum()), n_effective=macro_number(per)),
+            '',
+        )
+
 
 def _decisions(both, said, how):
     "Share of right decisions, with McNemar's test: per class, or over all where classes exclude each other."
     c, out = both[0], []
-    if said[0] is None: return
+    if said[0] is None:
+        return
     if c.kind == 'multiclass':
         k = c.one >= 0
         right = [(b.scores.argmax(1) == c.one)[k] for b in both]
-        yield 'accuracy', 'all', paired_difference(*right, c.patients[k], **how), f'p (McNemar) = {mcnemar_clustered(*right, c.patients[k]):.3g}'
+        yield (
+            'accuracy',
+            'all',
+            paired_difference(*right, c.patients[k], **how),
+            f'p (McNemar) = {mcnemar_clustered(*right, c.patients[k]):.3g}',
+        )
         return
     for i, name in enumerate(c.classes):
         k = c.known[:, i] & ~np.isnan(said[0][:, i]) & ~np.isnan(said[1][:, i])
-        if not k.any(): continue
+        if not k.any():
+            continue
         right = [(s[k, i] == c.truth[k, i]) for s in said]
-        out.append((name, paired_difference(*right, c.patients[k], **how), mcnemar_clustered(*right, c.patients[k])))
-    for (name, ci, _), p in zip(out, holm([p for *_, p in out]) if out else []): yield 'accuracy', f'class={name}', ci, f'p (McNemar, Holm) = {p:.3g}'
+        out.append(
+            (
+                name,
+                paired_difference(*right, c.patients[k], **how),
+                mcnemar_clustered(*right, c.patients[k]),
+            )
+        )
+    for (name, ci, _), p in zip(out, holm([p for *_, p in out]) if out else []):
+        yield 'accuracy', f'class={name}', ci, f'p (McNemar, Holm) = {p:.3g}'

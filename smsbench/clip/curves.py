@@ -14,75 +14,139 @@ from .scores import cells
 
 # %% ../../nbs/43f_clip.curves.ipynb #8b4d960e
 def confusion_matrix(
-    truth,     # (N,) names; '' or missing: not asked, left out
-    predicted, # (N,) names
-    classes,   # names, in the order wanted
-)->pd.DataFrame: # (C, C) counts, rows: truth, columns: predicted
+    truth,  # (N,) names; '' or missing: not asked, left out
+    predicted,  # (N,) names
+    classes,  # names, in the order wanted
+) -> pd.DataFrame:  # (C, C) counts, rows: truth, columns: predicted
     "How often each class was taken for each; `InputError` for a name that is no class."
     classes = list(classes)
-    t, p = (pd.Series(list(v), dtype=object).where(lambda s: s.notna(), '') for v in (truth, predicted))
-    if len(t) != len(p): raise InputError(f'confusion matrix: {len(t)} films but {len(p)} predictions')
-    if len(set(classes)) < len(classes): raise InputError('confusion matrix: a class stands twice in the order asked for')
+    t, p = (
+        pd.Series(list(v), dtype=object).where(lambda s: s.notna(), '') for v in (truth, predicted)
+    )
+    if len(t) != len(p):
+        raise InputError(f'confusion matrix: {len(t)} films but {len(p)} predictions')
+    if len(set(classes)) < len(classes):
+        raise InputError('confusion matrix: a class stands twice in the order asked for')
     asked = t != ''
-    if odd := sorted({*t[asked], *p[asked]} - set(classes), key=str): raise InputError(f"confusion matrix: {odd[0]!r} is none of the classes {', '.join(map(str, classes))}")
+    if odd := sorted({*t[asked], *p[asked]} - set(classes), key=str):
+        raise InputError(
+            f"confusion matrix: {odd[0]!r} is none of the classes {', '.join(map(str, classes))}"
+        )
     at = pd.Index(classes)
-    counts = np.zeros((len(classes),) * 2, int); np.add.at(counts, (at.get_indexer(t[asked]), at.get_indexer(p[asked])), 1)
-    return pd.DataFrame(counts, index=pd.Index(classes, name='truth'), columns=pd.Index(classes, name='predicted'))
+    counts = np.zeros((len(classes),) * 2, int)
+    np.add.at(counts, (at.get_indexer(t[asked]), at.get_indexer(p[asked])), 1)
+    return pd.DataFrame(
+        counts, index=pd.Index(classes, name='truth'), columns=pd.Index(classes, name='predicted')
+    )
 
 # %% ../../nbs/43f_clip.curves.ipynb #398ef57d
 def classification_report(
-    matrix:pd.DataFrame, # from `confusion_matrix`
-)->pd.DataFrame:         # rows: classes in their order, then accuracy, macro avg, weighted avg; precision, recall, f1, support
+    matrix: pd.DataFrame,  # from `confusion_matrix`
+) -> pd.DataFrame:  # rows: classes in their order, then accuracy, macro avg, weighted avg; precision, recall, f1, support
     "Precision, recall and F1 of exclusive classes."
-    m = matrix.to_numpy(float); hit, said, there = np.diag(m), m.sum(0), m.sum(1)
+    m = matrix.to_numpy(float)
+    hit, said, there = np.diag(m), m.sum(0), m.sum(1)
     div = lambda a, b: np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)
     occurs = there > 0
-    rows = pd.DataFrame(dict(precision=np.where(occurs, np.nan_to_num(div(hit, said)), np.nan), recall=div(hit, there), f1=np.where(occurs, div(2 * hit, said + there), np.nan), support=there.astype(int)), index=matrix.index.rename('class'))
+    rows = pd.DataFrame(
+        dict(
+            precision=np.where(occurs, np.nan_to_num(div(hit, said)), np.nan),
+            recall=div(hit, there),
+            f1=np.where(occurs, div(2 * hit, said + there), np.nan),
+            support=there.astype(int),
+        ),
+        index=matrix.index.rename('class'),
+    )
     total = int(there.sum())
-    average = lambda w: {c: np.average(rows[c][occurs], weights=w[occurs]) if total else np.nan for c in ('precision', 'recall', 'f1')} | dict(support=total)
+    average = lambda w: (
+        {
+            c: np.average(rows[c][occurs], weights=w[occurs]) if total else np.nan
+            for c in ('precision', 'recall', 'f1')
+        }
+        | dict(support=total)
+    )
     share = hit.sum() / total if total else np.nan
-    extra = pd.DataFrame([dict(precision=share, recall=share, f1=share, support=total), average(np.ones(len(m))), average(there)], index=['accuracy', 'macro avg', 'weighted avg'])
+    extra = pd.DataFrame(
+        [
+            dict(precision=share, recall=share, f1=share, support=total),
+            average(np.ones(len(m))),
+            average(there),
+        ],
+        index=['accuracy', 'macro avg', 'weighted avg'],
+    )
     return pd.concat([rows, extra]).rename_axis('class')
 
 # %% ../../nbs/43f_clip.curves.ipynb #9f20e094
 def decision_counts(
-    scores,     # (N, C) DataFrame of probabilities
-    targets,    # (N, C) 1, 0, NaN: not asked
-    thresholds, # `Thresholds`
-)->pd.DataFrame: # row per class: threshold, tp, fp, fn, tn, not_asked
+    scores,  # (N, C) DataFrame of probabilities
+    targets,  # (N, C) 1, 0, NaN: not asked
+    thresholds,  # `Thresholds`
+) -> pd.DataFrame:  # row per class: threshold, tp, fp, fn, tn, not_asked
     "Decisions per finding; counts are missing where no threshold could be chosen."
     c = cells(scores, targets, np.arange(len(scores)), 'multilabel')
     said, limits = c.said(thresholds), thresholds.of(c.classes)
-    counts = {k: ((said == p) & (c.truth == t)).sum(0).astype(float) for k, p, t in (('tp', 1, 1), ('fp', 1, 0), ('fn', 0, 1), ('tn', 0, 0))}
-    return pd.DataFrame(dict(threshold=limits, **{k: np.where(np.isnan(limits), np.nan, v) for k, v in counts.items()}, not_asked=(~c.known).sum(0)), index=pd.Index(c.classes, name='class'))
+    counts = {
+        k: ((said == p) & (c.truth == t)).sum(0).astype(float)
+        for k, p, t in (('tp', 1, 1), ('fp', 1, 0), ('fn', 0, 1), ('tn', 0, 0))
+    }
+    return pd.DataFrame(
+        dict(
+            threshold=limits,
+            **{k: np.where(np.isnan(limits), np.nan, v) for k, v in counts.items()},
+            not_asked=(~c.known).sum(0),
+        ),
+        index=pd.Index(c.classes, name='class'),
+    )
 
 # %% ../../nbs/43f_clip.curves.ipynb #20114842
 def score_curves(
     scores,  # (N, C) DataFrame of probabilities
-    targets, # (N, C) 1, 0, NaN: not asked
-    kind:str='', # '' takes that of the scores
-)->pd.DataFrame: # class, threshold (from high to low), fpr, tpr (= recall), precision; classes that show one value only are left out
+    targets,  # (N, C) 1, 0, NaN: not asked
+    kind: str = '',  # '' takes that of the scores
+) -> pd.DataFrame:  # class, threshold (from high to low), fpr, tpr (= recall), precision; classes that show one value only are left out
     "ROC and precision-recall curve of every class, one against the rest."
     c = cells(scores, targets, np.arange(len(scores)), kind)
     parts = []
     for i, (name, k) in enumerate(zip(c.classes, c.known.T)):
         x, y = c.scores[k, i], c.truth[k, i]
-        if not 0 < y.sum() < len(y): continue
-        order = np.argsort(-x, kind='stable'); last = np.flatnonzero(np.r_[np.diff(x[order]) != 0, True])
+        if not 0 < y.sum() < len(y):
+            continue
+        order = np.argsort(-x, kind='stable')
+        last = np.flatnonzero(np.r_[np.diff(x[order]) != 0, True])
         tp, seen = np.cumsum(y[order])[last], last + 1
-        parts.append(pd.DataFrame({'class': name, 'threshold': np.r_[np.inf, x[order][last]], 'fpr': np.r_[0, (seen - tp) / (len(y) - y.sum())], 'tpr': np.r_[0, tp / y.sum()], 'precision': np.r_[1, tp / seen]}))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=['class', 'threshold', 'fpr', 'tpr', 'precision'])
+        parts.append(
+            pd.DataFrame(
+                {
+                    'class': name,
+                    'threshold': np.r_[np.inf, x[order][last]],
+                    'fpr': np.r_[0, (seen - tp) / (len(y) - y.sum())],
+                    'tpr': np.r_[0, tp / y.sum()],
+                    'precision': np.r_[1, tp / seen],
+                }
+            )
+        )
+    return (
+        pd.concat(parts, ignore_index=True)
+        if parts
+        else pd.DataFrame(columns=['class', 'threshold', 'fpr', 'tpr', 'precision'])
+    )
 
 # %% ../../nbs/43f_clip.curves.ipynb #7cf85f42
 def reliability_curves(
-    scores,   # (N, C) DataFrame of probabilities
+    scores,  # (N, C) DataFrame of probabilities
     targets,  # (N, C) 1, 0, NaN: not asked
-    patients, # (N,) patient of each film
-    kind:str='', # '' takes that of the scores
-    **how,    # n_bins, scheme, minimum, n_boot, level, seed of `reliability_curve`
-)->pd.DataFrame: # class, then the columns of `reliability_curve`
+    patients,  # (N,) patient of each film
+    kind: str = '',  # '' takes that of the scores
+    **how,  # n_bins, scheme, minimum, n_boot, level, seed of `reliability_curve`
+) -> pd.DataFrame:  # class, then the columns of `reliability_curve`
     "Reliability curve of every class."
     c = cells(scores, targets, patients, kind)
-    parts = [reliability_curve(c.scores[k, i], c.truth[k, i], c.patients[k], **how).assign(**{'class': name}) for i, (name, k) in enumerate(zip(c.classes, c.known.T)) if k.any()]
+    parts = [
+        reliability_curve(c.scores[k, i], c.truth[k, i], c.patients[k], **how).assign(
+            **{'class': name}
+        )
+        for i, (name, k) in enumerate(zip(c.classes, c.known.T))
+        if k.any()
+    ]
     table = pd.concat(parts, ignore_index=True)
     return table[['class', *[c for c in table if c != 'class']]]

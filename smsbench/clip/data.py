@@ -23,287 +23,522 @@ from ..data.readers import FileError, read_image
 @dataclass(frozen=True, eq=False)
 class Films:
     "Pictures, one row each, and what is known about them. `table` of credentialed data must never be written."
-    table: pd.DataFrame   # film_id, patient_id, split, image, image_sha ('' unknown), text, study ('' unknown), strata, and what else is the same in all rows of a picture
-    targets: pd.DataFrame # (N, C) float, one column per class: 1 yes, 0 no, NaN not asked
-    classes: list         # names of the classes, in order
-    kind: str             # 'multilabel': any number of classes per film; 'multiclass': one
-    attrs: dict           # metadata of the cohort, with the `tasks` of these classes
 
-    def __len__(self): return len(self.table)
+    table: pd.DataFrame  # film_id, patient_id, split, image, image_sha ('' unknown), text, study ('' unknown), strata, and what else is the same in all rows of a picture
+    targets: pd.DataFrame  # (N, C) float, one column per class: 1 yes, 0 no, NaN not asked
+    classes: list  # names of the classes, in order
+    kind: str  # 'multilabel': any number of classes per film; 'multiclass': one
+    attrs: dict  # metadata of the cohort, with the `tasks` of these classes
 
-    def take(self,
-        index, # places or a bool mask
-    ):         # Films
+    def __len__(self):
+        return len(self.table)
+
+    def take(
+        self,
+        index,  # places or a bool mask
+    ):  # Films
         "Some of the films, in the order asked for."
-        at = np.asarray(index); at = np.flatnonzero(at) if at.dtype == bool else at.astype(int)
-        return replace(self, table=self.table.iloc[at].reset_index(drop=True), targets=self.targets.iloc[at].reset_index(drop=True))
+        at = np.asarray(index)
+        at = np.flatnonzero(at) if at.dtype == bool else at.astype(int)
+        return replace(
+            self,
+            table=self.table.iloc[at].reset_index(drop=True),
+            targets=self.targets.iloc[at].reset_index(drop=True),
+        )
 
-    def of(self,
-        *splits:str, # 'train', 'val', 'test' ...
-    ):               # Films
+    def of(
+        self,
+        *splits: str,  # 'train', 'val', 'test' ...
+    ):  # Films
         "The films of one or more splits; `InputError` where there are none."
         mine = self.table.split.isin(splits).to_numpy()
-        if not mine.any(): raise InputError(f"no film is in {' or '.join(map(repr, splits))}; the splits are {', '.join(map(repr, sorted(set(self.table.split))))}")
+        if not mine.any():
+            raise InputError(
+                f"no film is in {' or '.join(map(repr, splits))}; the splits are {', '.join(map(repr, sorted(set(self.table.split))))}"
+            )
         return self.take(mine)
 
 # %% ../../nbs/40c_clip.data.ipynb #d09869db
-WITHHELD = 'withheld' # what stands for a rare value in a sealed table (see `smsbench.data.seal`): nothing is known
-_STATES = {'yes': 1., '1': 1., '1.0': 1., 'true': 1., 'present': 1., 'no': 0., '0': 0., '0.0': 0., 'false': 0., 'absent': 0.}
+WITHHELD = 'withheld'  # what stands for a rare value in a sealed table (see `smsbench.data.seal`): nothing is known
+_STATES = {
+    'yes': 1.0,
+    '1': 1.0,
+    '1.0': 1.0,
+    'true': 1.0,
+    'present': 1.0,
+    'no': 0.0,
+    '0': 0.0,
+    '0.0': 0.0,
+    'false': 0.0,
+    'absent': 0.0,
+}
+
 
 def class_answers(
-    rows:pd.DataFrame, # a cohort, open
-    findings=None,     # tasks to take, in this order; None takes all
-    by:str='',         # column whose values are the classes, instead of the tasks
-    also=(),           # 0/1 or yes/no columns that are classes too ('' is not asked); '_' in their names is read as a blank
-)->tuple: # long table (row: place in `rows`, class, value 1/0), classes, kind, tasks
+    rows: pd.DataFrame,  # a cohort, open
+    findings=None,  # tasks to take, in this order; None takes all
+    by: str = '',  # column whose values are the classes, instead of the tasks
+    also=(),  # 0/1 or yes/no columns that are classes too ('' is not asked); '_' in their names is read as a blank
+) -> tuple:  # long table (row: place in `rows`, class, value 1/0), classes, kind, tasks
     "What each row says about which class. `InputError` where tasks of different kinds are mixed, a label is none of its choices, or a column is missing or holds other words."
-    tasks = {f: rows.attrs['tasks'][f] for f in (rows.attrs['tasks'] if findings is None else findings) if f in rows.attrs['tasks']}
-    if missing := [c for c in [*([by] if by else []), *also] if c not in rows]: raise InputError(f"the cohort has no column {missing[0]!r}; it has {', '.join(rows.columns)[:300]}")
-    if unknown := [f for f in findings or () if f not in tasks]: raise InputError(f"the cohort has no task {unknown[0]!r}; it has {', '.join(rows.attrs['tasks'])}")
-    if by: return _by_column(rows, by, tasks)
+    tasks = {
+        f: rows.attrs['tasks'][f]
+        for f in (rows.attrs['tasks'] if findings is None else findings)
+        if f in rows.attrs['tasks']
+    }
+    if missing := [c for c in [*([by] if by else []), *also] if c not in rows]:
+        raise InputError(
+            f"the cohort has no column {missing[0]!r}; it has {', '.join(rows.columns)[:300]}"
+        )
+    if unknown := [f for f in findings or () if f not in tasks]:
+        raise InputError(
+            f"the cohort has no task {unknown[0]!r}; it has {', '.join(rows.attrs['tasks'])}"
+        )
+    if by:
+        return _by_column(rows, by, tasks)
     check_labels(rows, tasks)
     binary = {f: set(map(str, t['choices'])) == {'yes', 'no'} for f, t in tasks.items()}
-    if all(binary.values()): return _yes_no(rows, tasks, also)
-    if len(tasks) > 1 or also: raise InputError(f"tasks with several choices ({', '.join(f for f in tasks if not binary[f])}) cannot stand beside others; name one task in findings, without also")
-    (finding, task), = tasks.items()
+    if all(binary.values()):
+        return _yes_no(rows, tasks, also)
+    if len(tasks) > 1 or also:
+        raise InputError(
+            f"tasks with several choices ({', '.join(f for f in tasks if not binary[f])}) cannot stand beside others; name one task in findings, without also"
+        )
+    ((finding, task),) = tasks.items()
     mine = np.flatnonzero(rows.finding == finding)
-    return _one_of(mine, rows.label.to_numpy()[mine], list(task['choices'])), list(task['choices']), 'multiclass', tasks
+    return (
+        _one_of(mine, rows.label.to_numpy()[mine], list(task['choices'])),
+        list(task['choices']),
+        'multiclass',
+        tasks,
+    )
 
 # %% ../../nbs/40c_clip.data.ipynb #10845886
 def check_labels(
-    rows:pd.DataFrame, # a cohort, open
-    tasks:dict,        # finding -> dict with its choices
+    rows: pd.DataFrame,  # a cohort, open
+    tasks: dict,  # finding -> dict with its choices
 ):
     "`InputError` where a label is none of its finding's choices; credentialed films are not named."
     for finding, task in tasks.items():
         choices = [*map(str, task['choices'])]
         odd = rows[(rows.finding == finding) & ~rows.label.astype(str).isin(choices)]
-        whose = '' if rows.attrs.get('access') == 'credentialed' or not len(odd) else f', e.g. {odd.sample_id.iat[0]},'
-        if len(odd): raise InputError(f"finding {finding!r}: the label {odd.label.iat[0]!r} of {len(odd)} row(s){whose} is none of its choices ({', '.join(choices)}); mend the labels, or make the cohort without these rows")
+        whose = (
+            ''
+            if rows.attrs.get('access') == 'credentialed' or not len(odd)
+            else f', e.g. {odd.sample_id.iat[0]},'
+        )
+        if len(odd):
+            raise InputError(
+                f"finding {finding!r}: the label {odd.label.iat[0]!r} of {len(odd)} row(s){whose} is none of its choices ({', '.join(choices)}); mend the labels, or make the cohort without these rows"
+            )
+
 
 def _one_of(at, said, classes):
     "Each of `classes` is 1 where it was said and 0 where another was."
     n, c = len(at), len(classes)
-    return pd.DataFrame(dict(row=np.repeat(at, c), cls=np.tile(np.array(classes, object), n), value=(np.repeat(np.asarray(said, object), c) == np.tile(np.array(classes, object), n)).astype(float)))
+    return pd.DataFrame(
+        dict(
+            row=np.repeat(at, c),
+            cls=np.tile(np.array(classes, object), n),
+            value=(
+                np.repeat(np.asarray(said, object), c) == np.tile(np.array(classes, object), n)
+            ).astype(float),
+        )
+    )
+
 
 def _by_column(rows, by, tasks):
-    said = rows[by].fillna('').astype(str).to_numpy(object); at = np.flatnonzero((said != '') & (said != WITHHELD))
+    said = rows[by].fillna('').astype(str).to_numpy(object)
+    at = np.flatnonzero((said != '') & (said != WITHHELD))
     classes = sorted(set(said[at]))
-    if len(classes) < 2: raise InputError(f'column {by} holds {len(classes)} value(s); classes need two')
+    if len(classes) < 2:
+        raise InputError(f'column {by} holds {len(classes)} value(s); classes need two')
     noun = next(iter(tasks.values()), {}).get('noun', 'image')
-    return _one_of(at, said[at], classes), classes, 'multiclass', {by: dict(question=f'Which {by} does this {noun} show?', choices=classes, noun=noun, text_noun='text')}
+    return (
+        _one_of(at, said[at], classes),
+        classes,
+        'multiclass',
+        {
+            by: dict(
+                question=f'Which {by} does this {noun} show?',
+                choices=classes,
+                noun=noun,
+                text_noun='text',
+            )
+        },
+    )
+
 
 def _yes_no(rows, tasks, also):
     at = np.flatnonzero(rows.finding.isin([*tasks]))
-    parts = [pd.DataFrame(dict(row=at, cls=rows.finding.to_numpy(object)[at], value=(rows.label.to_numpy()[at] == 'yes').astype(float)))]
+    parts = [
+        pd.DataFrame(
+            dict(
+                row=at,
+                cls=rows.finding.to_numpy(object)[at],
+                value=(rows.label.to_numpy()[at] == 'yes').astype(float),
+            )
+        )
+    ]
     noun, tasks = next(iter(tasks.values()))['noun'], dict(tasks)
     for c in also:
-        name, said = c.replace('_', ' ').lower(), rows[c].fillna('').astype(str).str.strip().str.lower().replace(WITHHELD, '')
-        if name in tasks: raise InputError(f'{c} is a task already; take it out of also')
-        if odd := sorted(set(said) - {*_STATES, ''}): raise InputError(f'column {c} holds {odd[0]!r}; a class needs 0/1 or yes/no')
-        tasks[name] = dict(question=f'Is there {name}?', choices=['yes', 'no'], noun=noun, text_noun='report')
+        name, said = (
+            c.replace('_', ' ').lower(),
+            rows[c].fillna('').astype(str).str.strip().str.lower().replace(WITHHELD, ''),
+        )
+        if name in tasks:
+            raise InputError(f'{c} is a task already; take it out of also')
+        if odd := sorted(set(said) - {*_STATES, ''}):
+            raise InputError(f'column {c} holds {odd[0]!r}; a class needs 0/1 or yes/no')
+        tasks[name] = dict(
+            question=f'Is there {name}?', choices=['yes', 'no'], noun=noun, text_noun='report'
+        )
         there = np.flatnonzero(said != '')
-        parts.append(pd.DataFrame(dict(row=there, cls=name, value=said.map(_STATES).to_numpy()[there])))
+        parts.append(
+            pd.DataFrame(dict(row=there, cls=name, value=said.map(_STATES).to_numpy()[there]))
+        )
     return pd.concat(parts, ignore_index=True), [*tasks], 'multilabel', tasks
 
 # %% ../../nbs/40c_clip.data.ipynb #cde372f7
 def films_of(
-    cohort,         # cohort table, sealed or not, or its `Holding`
+    cohort,  # cohort table, sealed or not, or its `Holding`
     findings=None,  # tasks to take, which is also the order of the classes; None takes all
-    by:str='',      # column whose values are the classes, instead of the tasks ('organ')
-    also=(),        # 0/1 columns of the cohort that are classes too
-    conflicts:str='error', # 'error', or 'drop': pictures whose rows contradict each other are left out, counted in `attrs['dropped']`
-    root='',        # data root; '' takes the cohort's own
-)->Films:
+    by: str = '',  # column whose values are the classes, instead of the tasks ('organ')
+    also=(),  # 0/1 columns of the cohort that are classes too
+    conflicts: str = 'error',  # 'error', or 'drop': pictures whose rows contradict each other are left out, counted in `attrs['dropped']`
+    root='',  # data root; '' takes the cohort's own
+) -> Films:
     "The pictures of a cohort. `InputError` where rows of one picture contradict each other, or one picture stands in two splits."
-    if conflicts not in ('error', 'drop'): raise InputError(f"conflicts {conflicts!r}: choose error or drop")
-    held = hold(cohort, root); rows = held.opened[held.opened.image != ''].reset_index(drop=True)
+    if conflicts not in ('error', 'drop'):
+        raise InputError(f"conflicts {conflicts!r}: choose error or drop")
+    held = hold(cohort, root)
+    rows = held.opened[held.opened.image != ''].reset_index(drop=True)
     rows.attrs = held.opened.attrs
-    if not len(rows): raise InputError('the cohort has no images')
+    if not len(rows):
+        raise InputError('the cohort has no images')
     said, classes, kind, tasks = class_answers(rows, findings, by, also)
     picture = pd.factorize(picture_keys(rows))[0]
     targets, contrary = _matrix(said, picture, classes)
     table = _one_each(rows, picture, tasks)
     bad = np.unique(contrary[0])
     if len(bad) and conflicts == 'error':
-        raise InputError(f"{len(bad)} picture(s) have rows that contradict each other, e.g. {table.film_id[bad[0]]} in {classes[contrary[1][0]]}; mend the labels, choose other classes (by, findings), or leave these pictures out (conflicts='drop')")
-    if kind == 'multiclass' and (many := int((np.nansum(targets, 1) > 1).sum())): raise InputError(f'{many} picture(s) have more than one class; mend the labels')
-    attrs = {**held.cohort.attrs, 'root': str(root or held.cohort.attrs.get('root', '.')), 'tasks': tasks, 'dropped': len(bad), 'pseudonyms': content_hash('pseudonyms', held.key) if held.key else ''} # who was told apart by which names; the key itself stays
+        raise InputError(
+            f"{len(bad)} picture(s) have rows that contradict each other, e.g. {table.film_id[bad[0]]} in {classes[contrary[1][0]]}; mend the labels, choose other classes (by, findings), or leave these pictures out (conflicts='drop')"
+        )
+    if kind == 'multiclass' and (many := int((np.nansum(targets, 1) > 1).sum())):
+        raise InputError(f'{many} picture(s) have more than one class; mend the labels')
+    attrs = {
+        **held.cohort.attrs,
+        'root': str(root or held.cohort.attrs.get('root', '.')),
+        'tasks': tasks,
+        'dropped': len(bad),
+        'pseudonyms': content_hash('pseudonyms', held.key) if held.key else '',
+    }  # who was told apart by which names; the key itself stays
     films = Films(table, pd.DataFrame(targets, columns=classes), classes, kind, attrs)
-    return _apart(films.take(np.setdiff1d(np.flatnonzero(np.isfinite(targets).any(1)), bad)))   # pictures about which these classes say nothing are not films of it
+    return _apart(
+        films.take(np.setdiff1d(np.flatnonzero(np.isfinite(targets).any(1)), bad))
+    )  # pictures about which these classes say nothing are not films of it
+
 
 def _matrix(said, picture, classes):
     "(pictures, classes) of 1, 0 and NaN; where rows of a picture say both."
-    at, c, v = picture[said.row.to_numpy()], pd.Index(classes).get_indexer(said.cls), said.value.to_numpy()
-    count = np.zeros((2, picture.max() + 1, len(classes))); np.add.at(count, (v.astype(int), at, c), 1)
+    at, c, v = (
+        picture[said.row.to_numpy()],
+        pd.Index(classes).get_indexer(said.cls),
+        said.value.to_numpy(),
+    )
+    count = np.zeros((2, picture.max() + 1, len(classes)))
+    np.add.at(count, (v.astype(int), at, c), 1)
     yes, no = count[1] > 0, count[0] > 0
-    return np.where(yes, 1., np.where(no, 0., np.nan)), np.nonzero(yes & no)
+    return np.where(yes, 1.0, np.where(no, 0.0, np.nan)), np.nonzero(yes & no)
+
 
 def _apart(films):
     "The films, if no picture stood in two splits."
     twice = films.table.splits.str.contains('\x1f', regex=False)
     if twice.any():
         at = films.table[twice].iloc[0]
-        raise InputError(f"{int(twice.sum())} picture(s) stand in more than one split, e.g. {at.film_id} in {' and '.join(at.splits.split(chr(31)))}; make the splits anew (smsbench.data.splits)")
-    if films.table.film_id.duplicated().any(): raise RunError('two pictures got one film_id; this is a fault of films_of')
+        raise InputError(
+            f"{int(twice.sum())} picture(s) stand in more than one split, e.g. {at.film_id} in {' and '.join(at.splits.split(chr(31)))}; make the splits anew (smsbench.data.splits)"
+        )
+    if films.table.film_id.duplicated().any():
+        raise RunError('two pictures got one film_id; this is a fault of films_of')
     return replace(films, table=films.table.drop(columns='splits'))
 
 # %% ../../nbs/40c_clip.data.ipynb #a42619db
 def picture_keys(
-    rows:pd.DataFrame, # of a cohort, with `image` and perhaps `image_sha`
-)->pd.Series:          # equal where the picture is the same
+    rows: pd.DataFrame,  # of a cohort, with `image` and perhaps `image_sha`
+) -> pd.Series:  # equal where the picture is the same
     "By what rows are known to show one picture: the hash of the pixels, else the reference."
-    sha = rows.image_sha.fillna('').astype(str) if 'image_sha' in rows else pd.Series('', index=rows.index)
-    same = sha.where(sha != '').groupby(rows.image).transform('first').fillna('')   # a reference whose other row knows the hash
+    sha = (
+        rows.image_sha.fillna('').astype(str)
+        if 'image_sha' in rows
+        else pd.Series('', index=rows.index)
+    )
+    same = (
+        sha.where(sha != '').groupby(rows.image).transform('first').fillna('')
+    )  # a reference whose other row knows the hash
     return same.where(same != '', 'file ' + rows.image)
+
 
 def _one_each(rows, picture, tasks):
     "One row per picture."
-    first = pd.Series(picture).drop_duplicates().index.to_numpy()        # factorize numbers pictures by first appearance
+    first = (
+        pd.Series(picture).drop_duplicates().index.to_numpy()
+    )  # factorize numbers pictures by first appearance
     out = rows.loc[first].reset_index(drop=True)
-    ids = pd.Series([s.removesuffix(f':{f}').removesuffix(f'-{f}') for s, f in zip(out.sample_id, out.finding)])
-    base = dict(film_id=ids.where(~ids.duplicated(keep=False), out.sample_id), patient_id=out.patient_id, split=out.split, image=out.image,
-                image_sha=out.image_sha if 'image_sha' in out else '', text=_first_text(rows, picture), study=_study(out),
-                splits=rows.split.groupby(picture).agg(lambda s: '\x1f'.join(dict.fromkeys(s))).to_numpy())
-    rest = [c for c in rows.columns if c not in (*base, 'study_id', 'sample_id', 'finding', 'label', 'question', 'boxes')]
+    ids = pd.Series(
+        [s.removesuffix(f':{f}').removesuffix(f'-{f}') for s, f in zip(out.sample_id, out.finding)]
+    )
+    base = dict(
+        film_id=ids.where(~ids.duplicated(keep=False), out.sample_id),
+        patient_id=out.patient_id,
+        split=out.split,
+        image=out.image,
+        image_sha=out.image_sha if 'image_sha' in out else '',
+        text=_first_text(rows, picture),
+        study=_study(out),
+        splits=rows.split.groupby(picture).agg(lambda s: '\x1f'.join(dict.fromkeys(s))).to_numpy(),
+    )
+    rest = [
+        c
+        for c in rows.columns
+        if c not in (*base, 'study_id', 'sample_id', 'finding', 'label', 'question', 'boxes')
+    ]
     same = [c for c in rest if (rows[c].astype(str).groupby(picture).nunique() <= 1).all()]
     strata = [c for c in rows.attrs.get('strata', []) if c in same]
-    table = pd.DataFrame(base).assign(**{c: out[c] for c in [*strata, *(c for c in same if c not in strata)]})
+    table = pd.DataFrame(base).assign(
+        **{c: out[c] for c in [*strata, *(c for c in same if c not in strata)]}
+    )
     return table.assign(boxes=_boxes(rows, picture)) if 'boxes' in rows else table
 
-def _first_text(rows, picture): return rows.text.where(rows.text != '').groupby(picture).first().fillna('').to_numpy(object)
 
-def _study(out): return next((out[c].fillna('').astype(str) for c in ('study', 'study_id') if c in out), pd.Series('', index=out.index))
+def _first_text(rows, picture):
+    return rows.text.where(rows.text != '').groupby(picture).first().fillna('').to_numpy(object)
+
+
+def _study(out):
+    return next(
+        (out[c].fillna('').astype(str) for c in ('study', 'study_id') if c in out),
+        pd.Series('', index=out.index),
+    )
+
 
 def _boxes(rows, picture):
     "JSON per picture: finding -> list of [x0, y0, x1, y1]."
     found = [{} for _ in range(picture.max() + 1)]
     for p, f, b in zip(picture, rows.finding, rows.boxes.fillna('')):
-        if b not in ('', '[]'): found[p][f] = json.loads(b)
+        if b not in ('', '[]'):
+            found[p][f] = json.loads(b)
     return [json.dumps(f) for f in found]
 
 # %% ../../nbs/40c_clip.data.ipynb #1743eb03
-READS_TOO = (read_phantom,) # importing this reader lets `read_image` resolve 'phantom:…' references
+READS_TOO = (
+    read_phantom,
+)  # importing this reader lets `read_image` resolve 'phantom:…' references
+
 
 def read_films(
-    films:Films, # the films
+    films: Films,  # the films
     index=None,  # places; None reads all
-):               # iterator over uint8 arrays, (H,W) or (H,W,3)
+):  # iterator over uint8 arrays, (H,W) or (H,W,3)
     "The pixels of films, one after the other; `FileError` (an `InputError`) where one cannot be read or has changed."
-    for i in range(len(films)) if index is None else np.atleast_1d(index): yield _read(films, int(i))
+    for i in range(len(films)) if index is None else np.atleast_1d(index):
+        yield _read(films, int(i))
+
 
 def _read(films, i):
     ref, sha = films.table.image.iat[i], films.table.image_sha.iat[i]
     try:
         image = read_image(films.attrs['root'], ref)
-        if sha and array_hash(image) != sha: raise FileError(f'{ref}: the picture has changed since the cohort was made; make the cohort again', 'the picture has changed since the cohort was made')
+        if sha and array_hash(image) != sha:
+            raise FileError(
+                f'{ref}: the picture has changed since the cohort was made; make the cohort again',
+                'the picture has changed since the cohort was made',
+            )
         return image
     except (FileError, RunError) as e:
-        if films.attrs.get('access') != 'credentialed': raise
+        if films.attrs.get('access') != 'credentialed':
+            raise
         what = getattr(e, 'reason', 'there is not enough memory')
-        raise FileError(f'film {films.table.film_id.iat[i]}: {what}', what) from None   # the message names the file, and its name may name the patient
+        raise FileError(
+            f'film {films.table.film_id.iat[i]}: {what}', what
+        ) from None  # the message names the file, and its name may name the patient
 
 # %% ../../nbs/40c_clip.data.ipynb #532e5a43
 def check_films(
-    films:Films,          # the films
-    out=None,             # parquet file for the list of what was left out; None writes none
-    max_broken:float=.05, # share of broken films above which it is an error; a single one is none, but for 0
-    store=None,           # folder in which the scan is kept; started again, it goes on
-)->tuple[Films, pd.DataFrame]: # films that can be read; film_id, split, reason of the others
+    films: Films,  # the films
+    out=None,  # parquet file for the list of what was left out; None writes none
+    max_broken: float = 0.05,  # share of broken films above which it is an error; a single one is none, but for 0
+    store=None,  # folder in which the scan is kept; started again, it goes on
+) -> tuple[Films, pd.DataFrame]:  # films that can be read; film_id, split, reason of the others
     "Decode every film once. `InputError` where too many are broken; written names are film ids only."
-    key = content_hash(films.attrs.get('manifest', ''), films.attrs.get('root', '')) if films.attrs.get('access') == 'credentialed' else ''
-    found = scan_files(films.attrs['root'], films.table.image, store=store, key=key).loc[films.table.image].reset_index(drop=True)
+    key = (
+        content_hash(films.attrs.get('manifest', ''), films.attrs.get('root', ''))
+        if films.attrs.get('access') == 'credentialed'
+        else ''
+    )
+    found = (
+        scan_files(films.attrs['root'], films.table.image, store=store, key=key)
+        .loc[films.table.image]
+        .reset_index(drop=True)
+    )
     known = films.table.image_sha.to_numpy()
-    reason = found.reason.where(found.reason != '', np.where((known != '') & (found.image_sha != known), 'changed since the cohort was made', ''))
+    reason = found.reason.where(
+        found.reason != '',
+        np.where(
+            (known != '') & (found.image_sha != known), 'changed since the cohort was made', ''
+        ),
+    )
     bad = (reason != '').to_numpy()
-    left = films.table.loc[bad, ['film_id', 'split']].assign(reason=reason[bad].to_numpy()).reset_index(drop=True)
-    if out is not None: write_table(left, out)
-    if bad.sum() > max(max_broken * len(films), max_broken > 0): raise InputError(f"{shown(int(bad.sum()), films.attrs.get('access', 'open'))} of {shown(len(films), films.attrs.get('access', 'open'))} films cannot be read (most often: {left.reason.mode()[0]}); check the data root, or raise max_broken of training")
+    left = (
+        films.table.loc[bad, ['film_id', 'split']]
+        .assign(reason=reason[bad].to_numpy())
+        .reset_index(drop=True)
+    )
+    if out is not None:
+        write_table(left, out)
+    if bad.sum() > max(max_broken * len(films), max_broken > 0):
+        raise InputError(
+            f"{shown(int(bad.sum()), films.attrs.get('access', 'open'))} of {shown(len(films), films.attrs.get('access', 'open'))} films cannot be read (most often: {left.reason.mode()[0]}); check the data root, or raise max_broken of training"
+        )
     return films.take(~bad), left
 
 # %% ../../nbs/40c_clip.data.ipynb #3fce5f98
 def pick_prompt(
-    row,          # (C,) targets of the film: 1, 0, NaN
-    prompts:list, # per class dict(positive=(...), negative=(...)), in the order of the classes; `negative` may be missing
-    rng,          # numpy Generator
-    weights=None, # (C, 2) how often a class is spoken of where it is absent, present; None: evenly
-    most=None,    # (C,) or a number: take only so many of a class's first sentences; None: all
-)->tuple:         # sentence; class it is about; what it says of it: 1 present, 0 absent
+    row,  # (C,) targets of the film: 1, 0, NaN
+    prompts: list,  # per class dict(positive=(...), negative=(...)), in the order of the classes; `negative` may be missing
+    rng,  # numpy Generator
+    weights=None,  # (C, 2) how often a class is spoken of where it is absent, present; None: evenly
+    most=None,  # (C,) or a number: take only so many of a class's first sentences; None: all
+) -> tuple:  # sentence; class it is about; what it says of it: 1 present, 0 absent
     "A true sentence about the film; `InputError` where the prompts say nothing true of it."
     row = np.asarray(row, float)
     has = np.array([[bool(p.get('negative')), bool(p.get('positive'))] for p in prompts])
     can = np.stack([row == 0, row == 1], 1) & has
-    w = can * (1. if weights is None else np.asarray(weights, float))
-    if not w.any(): raise InputError('no prompt says anything true of this film; give negative prompts, or leave films without a class out')
-    at = int(rng.choice(w.size, p=(w / w.sum()).ravel())); c, s = divmod(at, 2)
+    w = can * (1.0 if weights is None else np.asarray(weights, float))
+    if not w.any():
+        raise InputError(
+            'no prompt says anything true of this film; give negative prompts, or leave films without a class out'
+        )
+    at = int(rng.choice(w.size, p=(w / w.sum()).ravel()))
+    c, s = divmod(at, 2)
     said = prompts[c]['positive' if s else 'negative']
-    n = len(said) if most is None else int(np.clip(np.broadcast_to(most, len(prompts))[c], 1, len(said)))
+    n = (
+        len(said)
+        if most is None
+        else int(np.clip(np.broadcast_to(most, len(prompts))[c], 1, len(said)))
+    )
     return said[int(rng.integers(n))], c, s
 
 # %% ../../nbs/40c_clip.data.ipynb #405f4ac2
 class Pairs:
     "Pairs of picture and text for `torch.utils.data.DataLoader`; `pairs[i]` is the same whenever and wherever it is asked in an epoch."
-    def __init__(self,
-        films:Films,           # what to draw from
-        clip,                  # a `smsbench.clip.models.Clip`: its preprocess and tokenizer are used
-        texts:str='report',    # 'report', 'prompts', or 'both': one of the two by chance, for each film anew in each epoch
-        prompts:dict|None=None, # class -> dict(positive=(...), negative=(...)); needed for prompts
-        augment=None,          # (PIL image, numpy Generator) -> PIL image; None changes nothing
-        seed:int=0,            # decides prompts and augmentation
-        cache_mb:int=512,      # decoded pictures to keep, MB (per worker)
+
+    def __init__(
+        self,
+        films: Films,  # what to draw from
+        clip,  # a `smsbench.clip.models.Clip`: its preprocess and tokenizer are used
+        texts: str = 'report',  # 'report', 'prompts', or 'both': one of the two by chance, for each film anew in each epoch
+        prompts: dict
+        | None = None,  # class -> dict(positive=(...), negative=(...)); needed for prompts
+        augment=None,  # (PIL image, numpy Generator) -> PIL image; None changes nothing
+        seed: int = 0,  # decides prompts and augmentation
+        cache_mb: int = 512,  # decoded pictures to keep, MB (per worker)
     ):
-        if texts not in ('report', 'prompts', 'both'): raise InputError(f'texts {texts!r}: choose report, prompts or both')
+        if texts not in ('report', 'prompts', 'both'):
+            raise InputError(f'texts {texts!r}: choose report, prompts or both')
         empty = int((films.table.text.str.strip() == '').sum())
-        if texts != 'prompts' and empty: raise InputError(f"{empty} of {len(films)} films have no report; train with texts='prompts', or leave those films out")
-        if texts != 'report' and (lacking := [c for c in films.classes if c not in (prompts or {})]): raise InputError(f'no prompts for the class {lacking[0]!r}; give prompts for every class')
+        if texts != 'prompts' and empty:
+            raise InputError(
+                f"{empty} of {len(films)} films have no report; train with texts='prompts', or leave those films out"
+            )
+        if texts != 'report' and (
+            lacking := [c for c in films.classes if c not in (prompts or {})]
+        ):
+            raise InputError(
+                f'no prompts for the class {lacking[0]!r}; give prompts for every class'
+            )
         self.films, self.texts, self.augment, self.seed = films, texts, augment, seed
         self.preprocess, self.tokenize = clip.preprocess, clip.tokenize
         self.prompts = [prompts[c] for c in films.classes] if texts != 'report' else []
         self.targets = films.targets.to_numpy(np.float32)
-        self.epoch, self.weights, self.most, self._kept, self._room = 0, None, None, {}, cache_mb * 2**20
+        self.epoch, self.weights, self.most, self._kept, self._room = (
+            0,
+            None,
+            None,
+            {},
+            cache_mb * 2**20,
+        )
 
-    def at(self,
-        epoch:int,    # from 0
-        weights=None, # (C, 2), see `pick_prompt`
-        most=None,    # see `pick_prompt`
-    ):                # the pairs themselves
+    def at(
+        self,
+        epoch: int,  # from 0
+        weights=None,  # (C, 2), see `pick_prompt`
+        most=None,  # see `pick_prompt`
+    ):  # the pairs themselves
         "What is drawn from here on is that of this epoch."
         self.epoch, self.weights, self.most = epoch, weights, most
         return self
 
-    def __len__(self): return len(self.films)
+    def __len__(self):
+        return len(self.films)
 
-    def picture(self,
-        i:int, # place of the film
-    ):         # PIL image, RGB
+    def picture(
+        self,
+        i: int,  # place of the film
+    ):  # PIL image, RGB
         "The picture as it is, before augmentation."
         from PIL import Image
+
         if (a := self._kept.get(i)) is None:
-            try: a = next(read_films(self.films, i))
-            except FileError as e: raise RunError(f'{e}; it could be read when training began') from None
-            if (room := self._room - a.nbytes) >= 0: self._kept[i], self._room = a, room
+            try:
+                a = next(read_films(self.films, i))
+            except FileError as e:
+                raise RunError(f'{e}; it could be read when training began') from None
+            if (room := self._room - a.nbytes) >= 0:
+                self._kept[i], self._room = a, room
         return Image.fromarray(a).convert('RGB')
 
-    def words(self,
-        i:int, # place of the film
-        rng,   # numpy Generator
-    )->tuple:  # sentence; class it is about, -1 for a report; what it says of it (1 present, 0 absent), -1 for a report
+    def words(
+        self,
+        i: int,  # place of the film
+        rng,  # numpy Generator
+    ) -> tuple:  # sentence; class it is about, -1 for a report; what it says of it (1 present, 0 absent), -1 for a report
         "What is said about film `i`."
-        if self.texts == 'report' or self.texts == 'both' and rng.random() < .5: return self.films.table.text.iat[i], -1, -1
+        if self.texts == 'report' or self.texts == 'both' and rng.random() < 0.5:
+            return self.films.table.text.iat[i], -1, -1
         return pick_prompt(self.targets[i], self.prompts, rng, self.weights, self.most)
 
     def __getitem__(self, i):
-        i = int(i); rng = np.random.default_rng([self.seed, self.epoch, i])
+        i = int(i)
+        rng = np.random.default_rng([self.seed, self.epoch, i])
         text, asked, answer = self.words(i, rng)
         image = self.picture(i)
-        return dict(pixels=self.preprocess(image if self.augment is None else self.augment(image, rng)), words=text, index=i, asked=asked, answer=answer, labels=self.targets[i])
+        return dict(
+            pixels=self.preprocess(image if self.augment is None else self.augment(image, rng)),
+            words=text,
+            index=i,
+            asked=asked,
+            answer=answer,
+            labels=self.targets[i],
+        )
 
-    def collate(self,
-        items:list, # of `self[i]`
-    )->dict:        # pixels (B,3,S,S), text (B,T) token ids, words: list of B sentences, index, asked, answer (B,) long, labels (B,C) float
+    def collate(
+        self,
+        items: list,  # of `self[i]`
+    ) -> dict:  # pixels (B,3,S,S), text (B,T) token ids, words: list of B sentences, index, asked, answer (B,) long, labels (B,C) float
         "A batch; the numbers stay with it, for losses that know several positives."
         import torch
+
         whole = lambda k: torch.tensor([x[k] for x in items])
         words = [x['words'] for x in items]
-        return dict(pixels=torch.stack([x['pixels'] for x in items]), text=self.tokenize(words), words=words, index=whole('index'), asked=whole('asked'), answer=whole('answer'),
-                    labels=torch.from_numpy(np.stack([x['labels'] for x in items])))
+        return dict(
+            pixels=torch.stack([x['pixels'] for x in items]),
+            text=self.tokenize(words),
+            words=words,
+            index=whole('index'),
+            asked=whole('asked'),
+            answer=whole('answer'),
+            labels=torch.from_numpy(np.stack([x['labels'] for x in items])),
+        )

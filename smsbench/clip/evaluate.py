@@ -17,54 +17,101 @@ import numpy as np, pandas as pd
 from ..core import Run, validate, write_json, write_table
 from ..calibration import brier, ece
 from ..resampling import bootstrap_rows, bounded_ends, by_owner, effective_number, together
-from ..stats import auroc, auroc_ends, auroc_influence, combined_ends, mean, suppress, tied_share
+from smsbench.stats import (
+    auroc,
+    auroc_ends,
+    auroc_influence,
+    combined_ends,
+    mean,
+    suppress,
+    tied_share,
+)
 from .prompts import prompts_for
-from .scores import Cells, Thresholds, cells, choose_thresholds, zero_shot, zero_shot_scores
+from smsbench.clip.scores import (
+    Cells,
+    Thresholds,
+    cells,
+    choose_thresholds,
+    zero_shot,
+    zero_shot_scores,
+)
 
-_all_ = ['Thresholds', 'choose_thresholds', 'zero_shot', 'zero_shot_scores']   # what a user of the evaluation needs in one place
+_all_ = [
+    'Thresholds',
+    'choose_thresholds',
+    'zero_shot',
+    'zero_shot_scores',
+]  # what a user of the evaluation needs in one place
 
 # %% ../../nbs/43_clip.evaluate.ipynb #1082a27f
 def average_precision(
-    score,        # (n,) higher means more positive
-    y,            # (n,) 1/0
-    weights=None, # (n,) or (B, n) row weights; None: 1 each
-):                # float, or (B,); NaN where nothing is positive
+    score,  # (n,) higher means more positive
+    y,  # (n,) 1/0
+    weights=None,  # (n,) or (B, n) row weights; None: 1 each
+):  # float, or (B,); NaN where nothing is positive
     "Area under the precision-recall steps: Σ precision · Δrecall over distinct scores."
     score, y = np.asarray(score, float), np.asarray(y)
     w = np.atleast_2d(np.ones(len(y)) if weights is None else weights).astype(float)
-    if not len(y): return np.full(len(w), np.nan) if np.ndim(weights) == 2 else float('nan')
+    if not len(y):
+        return np.full(len(w), np.nan) if np.ndim(weights) == 2 else float('nan')
     order = np.argsort(-score, kind='stable')
     starts = np.r_[0, np.flatnonzero(np.diff(score[order])) + 1]
     tp = np.add.reduceat(np.where(y[order] == 1, w[:, order], 0), starts, axis=1)
     all_ = np.add.reduceat(w[:, order], starts, axis=1).cumsum(1)
     total = tp.sum(1)
-    with np.errstate(invalid='ignore', divide='ignore'): value = np.nansum(tp * np.where(all_ > 0, tp.cumsum(1) / all_, 0), 1) / np.where(total > 0, total, np.nan)
+    with np.errstate(invalid='ignore', divide='ignore'):
+        value = np.nansum(tp * np.where(all_ > 0, tp.cumsum(1) / all_, 0), 1) / np.where(
+            total > 0, total, np.nan
+        )
     return value if np.ndim(weights) == 2 else float(value[0])
 
 # %% ../../nbs/43_clip.evaluate.ipynb #3302d664
 def class_values(
-    score,    # (n,) scores of the rows that were asked
-    y,        # (n,) 1/0
-    said,     # (n,) 1/0 predictions, or None
+    score,  # (n,) scores of the rows that were asked
+    y,  # (n,) 1/0
+    said,  # (n,) 1/0 predictions, or None
     weights,  # (B, n) row weights
-)->dict:      # metric -> (B,); prevalence, auroc, auprc and, with predictions, precision, recall, specificity, f1
+) -> dict:  # metric -> (B,); prevalence, auroc, auprc and, with predictions, precision, recall, specificity, f1
     "The numbers of one class."
-    p = np.stack([weights @ m for m in ((y == 1).astype(float), (y == 0).astype(float))])      # positives, negatives
+    p = np.stack(
+        [weights @ m for m in ((y == 1).astype(float), (y == 0).astype(float))]
+    )  # positives, negatives
     div = lambda a, b: np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0)
-    out = dict(prevalence=div(p[0], p.sum(0)), auroc=np.atleast_1d(auroc(score, y, weights)), auprc=average_precision(score, y, weights))
-    if said is None: return out
-    tp, fp = weights @ ((said == 1) & (y == 1)).astype(float), weights @ ((said == 1) & (y == 0)).astype(float)
+    out = dict(
+        prevalence=div(p[0], p.sum(0)),
+        auroc=np.atleast_1d(auroc(score, y, weights)),
+        auprc=average_precision(score, y, weights),
+    )
+    if said is None:
+        return out
+    tp, fp = (
+        weights @ ((said == 1) & (y == 1)).astype(float),
+        weights @ ((said == 1) & (y == 0)).astype(float),
+    )
     there = p[0] > 0
-    return out | dict(precision=np.where(there, np.where(tp + fp > 0, div(tp, tp + fp), 0), np.nan), recall=div(tp, p[0]), specificity=div(p[1] - fp, p[1]),
-                      f1=np.where(there, div(2 * tp, tp + fp + p[0]), np.nan))
+    return out | dict(
+        precision=np.where(there, np.where(tp + fp > 0, div(tp, tp + fp), 0), np.nan),
+        recall=div(tp, p[0]),
+        specificity=div(p[1] - fp, p[1]),
+        f1=np.where(there, div(2 * tp, tp + fp + p[0]), np.nan),
+    )
 
 # %% ../../nbs/43_clip.evaluate.ipynb #c6ec0eb6
-NAMES = ('prevalence', 'auroc', 'auprc', 'precision', 'recall', 'specificity', 'f1') # the last four need a decision
+NAMES = (
+    'prevalence',
+    'auroc',
+    'auprc',
+    'precision',
+    'recall',
+    'specificity',
+    'f1',
+)  # the last four need a decision
+
 
 def class_sides(
-    y,           # (n,) 1/0
-    said=None,   # (n,) 1/0 predictions, or None
-)->np.ndarray:   # (n, M, 2) bool, in the order of `NAMES`: films that count; two groups where both are needed, else twice the same
+    y,  # (n,) 1/0
+    said=None,  # (n,) 1/0 predictions, or None
+) -> np.ndarray:  # (n, M, 2) bool, in the order of `NAMES`: films that count; two groups where both are needed, else twice the same
     "Films behind each number of a class; M = 7, or 3 without predictions."
     sick, healthy = np.asarray(y) == 1, np.asarray(y) == 0
     groups = [(sick | healthy,) * 2, (sick, healthy), (sick, sick)]
@@ -75,155 +122,249 @@ def class_sides(
 
 # %% ../../nbs/43_clip.evaluate.ipynb #f44e72ce
 def average_precision_influence(
-    score,      # (n,) higher means more positive
-    y,          # (n,) 1/0
-)->np.ndarray:  # (n,) change per unit of weight of each row; sums to 0; NaN where nothing is positive
+    score,  # (n,) higher means more positive
+    y,  # (n,) 1/0
+) -> (
+    np.ndarray
+):  # (n,) change per unit of weight of each row; sums to 0; NaN where nothing is positive
     "Slope of the average precision in the weight of each row."
     positive = np.asarray(y) == 1
     total = positive.sum()
-    if not total: return np.full(len(positive), np.nan)
-    place = np.unique(-np.asarray(score, float), return_inverse=True)[1]                   # 0: the highest score
+    if not total:
+        return np.full(len(positive), np.nan)
+    place = np.unique(-np.asarray(score, float), return_inverse=True)[1]  # 0: the highest score
     hits, rows = np.bincount(place, positive), np.bincount(place)
     above = rows.cumsum()
     precision = hits.cumsum() / above
-    def from_here_down(x): return x[::-1].cumsum()[::-1][place]
+
+    def from_here_down(x):
+        return x[::-1].cumsum()[::-1][place]
+
     gain, cost = from_here_down(hits / above), from_here_down(hits * precision / above)
     value = (hits * precision).sum() / total
     return (positive * (precision[place] - value + gain) - cost) / total
 
 # %% ../../nbs/43_clip.evaluate.ipynb #86576635
 def class_influence(
-    score,       # (n,) scores of the rows that were asked
-    y,           # (n,) 1/0
-    said=None,   # (n,) 1/0 predictions, or None
-)->np.ndarray:   # (n, M), in the order of `NAMES`; 0 where a number is not defined
+    score,  # (n,) scores of the rows that were asked
+    y,  # (n,) 1/0
+    said=None,  # (n,) 1/0 predictions, or None
+) -> np.ndarray:  # (n, M), in the order of `NAMES`; 0 where a number is not defined
     "Slope of each number of a class in the weight of each row."
     sick = np.asarray(y) == 1
-    def of_ratio(num, den): return (num - den * num.sum() / den.sum()) / den.sum() if den.any() else np.zeros(len(den))
+
+    def of_ratio(num, den):
+        return (num - den * num.sum() / den.sum()) / den.sum() if den.any() else np.zeros(len(den))
+
     every = np.ones(len(sick))
-    out = [of_ratio(sick.astype(float), every), auroc_influence(score, y), average_precision_influence(score, y)]
+    out = [
+        of_ratio(sick.astype(float), every),
+        auroc_influence(score, y),
+        average_precision_influence(score, y),
+    ]
     if said is not None:
         called = np.asarray(said) == 1
         hit, passed = (sick & called).astype(float), (~sick & ~called).astype(float)
-        out += [of_ratio(hit, called.astype(float)), of_ratio(hit, sick.astype(float)), of_ratio(passed, (~sick).astype(float)),
-                of_ratio(2 * hit, called.astype(float) + sick)]
+        out += [
+            of_ratio(hit, called.astype(float)),
+            of_ratio(hit, sick.astype(float)),
+            of_ratio(passed, (~sick).astype(float)),
+            of_ratio(2 * hit, called.astype(float) + sick),
+        ]
     return np.nan_to_num(np.stack(out, 1))
 
 # %% ../../nbs/43_clip.evaluate.ipynb #9dcca13e
 def film_values(
-    c:Cells,   # scores and truth
-    said=None, # (N, C) predictions; NaN columns are left out
-)->dict:       # metric -> (values (N,), rows that count (N,), note)
+    c: Cells,  # scores and truth
+    said=None,  # (N, C) predictions; NaN columns are left out
+) -> dict:  # metric -> (values (N,), rows that count (N,), note)
     "Numbers per film: their mean is the metric."
     if c.kind == 'multiclass':
         asked, own = c.one >= 0, c.scores[np.arange(len(c.scores)), c.one]
-        rank = (c.scores >= own[:, None]).sum(1)                                              # ties count against the model
+        rank = (c.scores >= own[:, None]).sum(1)  # ties count against the model
         out = dict(accuracy=(c.scores.argmax(1) == c.one, asked, ''))
         return out | (dict(accuracy_top5=(rank <= 5, asked, '')) if len(c.classes) >= 5 else {})
     whole = c.known.all(1)
     y = np.nan_to_num(c.truth) == 1
     lrap, cover = _ranking(c.scores, y)
     flat = int((whole & (y.all(1) | ~y.any(1))).sum())
-    left = f'{int((~whole).sum())} films not asked about every class are left out' if not whole.all() else ''
+    left = (
+        f'{int((~whole).sum())} films not asked about every class are left out'
+        if not whole.all()
+        else ''
+    )
     join = lambda *n: '; '.join(x for x in n if x)
-    out = dict(lrap=(lrap, whole, join(left, f'{flat} films with no finding, or all, count as 1' if flat else '')), coverage_error=(cover, whole, left))
-    if said is None or np.isnan(said).all(): return out
+    out = dict(
+        lrap=(
+            lrap,
+            whole,
+            join(left, f'{flat} films with no finding, or all, count as 1' if flat else ''),
+        ),
+        coverage_error=(cover, whole, left),
+    )
+    if said is None or np.isnan(said).all():
+        return out
     used = ~np.isnan(said).any(0)
     rows = c.known[:, used].all(1)
-    return dict(exact_match=((said[:, used] == y[:, used]).all(1), rows, join(f'{int((~rows).sum())} films not asked about every class are left out' if not rows.all() else '',
-                '' if used.all() else f'{int((~used).sum())} classes without a threshold are left out'))) | out
+    return (
+        dict(
+            exact_match=(
+                (said[:, used] == y[:, used]).all(1),
+                rows,
+                join(
+                    f'{int((~rows).sum())} films not asked about every class are left out'
+                    if not rows.all()
+                    else '',
+                    ''
+                    if used.all()
+                    else f'{int((~used).sum())} classes without a threshold are left out',
+                ),
+            )
+        )
+        | out
+    )
+
 
 def _ranking(scores, y):
     "LRAP and coverage per film, equal scores counted against the model."
-    at_least = scores[:, None, :] >= scores[:, :, None]                                       # [i, a, b]: b is ranked at or above a
+    at_least = scores[:, None, :] >= scores[:, :, None]  # [i, a, b]: b is ranked at or above a
     rank, hits = at_least.sum(2), (at_least & y[:, None, :]).sum(2)
     n = y.sum(1)
-    lrap = np.where((n == 0) | (n == y.shape[1]), 1., np.where(y, hits / rank, 0).sum(1) / np.maximum(n, 1))
+    lrap = np.where(
+        (n == 0) | (n == y.shape[1]), 1.0, np.where(y, hits / rank, 0).sum(1) / np.maximum(n, 1)
+    )
     return lrap, np.where(y, rank, 0).max(1).astype(float)
 
 # %% ../../nbs/43_clip.evaluate.ipynb #02cea7b2
 def class_grid(
-    scores,    # (N, C)
-    truth,     # (N, C) 1, 0, NaN
-    said,      # (N, C) 1/0 predictions, NaN in the column of a class without a threshold; or None
-    weights,   # (B, N) row weights
-)->np.ndarray: # (B, M, C + 1): every metric of every class, and in the last place its mean over the classes that occur; M = 7, or 3 without predictions
+    scores,  # (N, C)
+    truth,  # (N, C) 1, 0, NaN
+    said,  # (N, C) 1/0 predictions, NaN in the column of a class without a threshold; or None
+    weights,  # (B, N) row weights
+) -> np.ndarray:  # (B, M, C + 1): every metric of every class, and in the last place its mean over the classes that occur; M = 7, or 3 without predictions
     "The `NAMES` of all classes under every set of weights."
     names = NAMES[:3] if said is None else NAMES
     out = np.full((len(weights), len(names), truth.shape[1] + 1), np.nan)
     for i, k in enumerate(~np.isnan(truth).T):
-        if not k.any(): continue
+        if not k.any():
+            continue
         own = None if said is None or np.isnan(said[:, i]).any() else said[k, i]
-        for name, v in class_values(scores[k, i], truth[k, i], own, weights[:, k].astype(float)).items(): out[:, names.index(name), i] = v
+        for name, v in class_values(
+            scores[k, i], truth[k, i], own, weights[:, k].astype(float)
+        ).items():
+            out[:, names.index(name), i] = v
     there = np.isfinite(out[..., :-1])
-    out[..., -1] = np.where(there, out[..., :-1], 0).sum(2) / np.where(there.any(2), there.sum(2), np.nan)
+    out[..., -1] = np.where(there, out[..., :-1], 0).sum(2) / np.where(
+        there.any(2), there.sum(2), np.nan
+    )
     return out
 
 # %% ../../nbs/43_clip.evaluate.ipynb #c12e4455
 class Floors(NamedTuple):
     "Bounds of every number of every class, and what a mean or a difference of them needs."
-    values: np.ndarray      # (M, C)
-    ends: np.ndarray        # (2, M, C) lower and upper bounds; NaN where the value is not defined
-    influence: np.ndarray   # (patients, M, C)
-    n_effective: np.ndarray # (M, C) patients of equal weight, on the rarer side where both count
+
+    values: np.ndarray  # (M, C)
+    ends: np.ndarray  # (2, M, C) lower and upper bounds; NaN where the value is not defined
+    influence: np.ndarray  # (patients, M, C)
+    n_effective: np.ndarray  # (M, C) patients of equal weight, on the rarer side where both count
+
 
 def class_floors(
-    scores,     # (N, C)
-    truth,      # (N, C) 1, 0, NaN
-    said,       # (N, C) 1/0 predictions, NaN in the column of a class without a threshold; or None
-    owner,      # (N,) patient of each film, 0.. in ascending order
-    tail:float, # probability left out on each side
-)->Floors:
+    scores,  # (N, C)
+    truth,  # (N, C) 1, 0, NaN
+    said,  # (N, C) 1/0 predictions, NaN in the column of a class without a threshold; or None
+    owner,  # (N,) patient of each film, 0.. in ascending order
+    tail: float,  # probability left out on each side
+) -> Floors:
     "Bounds of the `NAMES` of all classes on the patients who count."
     M, shape, patients = 3 if said is None else 7, truth.shape[1], owner[-1] + 1
-    out = Floors(np.full((M, shape), np.nan), np.full((2, M, shape), np.nan), np.zeros((patients, M, shape)), np.zeros((M, shape)))
+    out = Floors(
+        np.full((M, shape), np.nan),
+        np.full((2, M, shape), np.nan),
+        np.zeros((patients, M, shape)),
+        np.zeros((M, shape)),
+    )
     for i, k in enumerate(~np.isnan(truth).T):
-        if not k.any(): continue
+        if not k.any():
+            continue
         own = None if said is None or np.isnan(said[:, i]).any() else said[k, i]
         m = 3 if own is None else 7
-        one = class_grid(scores[k, i][:, None], truth[k, i][:, None], None if own is None else own[:, None], np.ones((1, k.sum())))[0, :, 0]
+        one = class_grid(
+            scores[k, i][:, None],
+            truth[k, i][:, None],
+            None if own is None else own[:, None],
+            np.ones((1, k.sum())),
+        )[0, :, 0]
         slope = class_influence(scores[k, i], truth[k, i], own)
         per = np.zeros((patients, m))
         np.add.at(per, owner[k], slope)
         sides = by_owner(class_sides(truth[k, i], own).reshape(k.sum(), -1), owner[k])
         number = np.reshape(effective_number(sides), (m, 2)).min(1)
         ends = bounded_ends(one, per, number, np.tile([0, 1], (m, 1)), tail)
-        ends[:, 1] = auroc_ends(one[1], slope[:, 1], truth[k, i], owner[k], tail, tied_share(scores[k, i], truth[k, i]))
-        for held, new in zip(out, (one, ends, per, number)): held[..., :m, i] = new
+        ends[:, 1] = auroc_ends(
+            one[1], slope[:, 1], truth[k, i], owner[k], tail, tied_share(scores[k, i], truth[k, i])
+        )
+        for held, new in zip(out, (one, ends, per, number)):
+            held[..., :m, i] = new
     return out
 
+
 def mean_floors(
-    floors:Floors,
-)->np.ndarray: # (2, M) bounds of the mean over the classes for which a number is defined
+    floors: Floors,
+) -> np.ndarray:  # (2, M) bounds of the mean over the classes for which a number is defined
     "Bounds of macro averages."
+
     def of(m):
         known = np.isfinite(floors.values[m])
-        if not known.any(): return np.full(2, np.nan)
-        return combined_ends(floors.values[m], floors.ends[:, m], known / known.sum(), floors.influence[:, m])
+        if not known.any():
+            return np.full(2, np.nan)
+        return combined_ends(
+            floors.values[m], floors.ends[:, m], known / known.sum(), floors.influence[:, m]
+        )
+
     return np.stack([of(m) for m in range(len(floors.values))], 1)
 
 # %% ../../nbs/43_clip.evaluate.ipynb #62364274
 def classification_metrics(
-    scores,        # (N, C) DataFrame of probabilities
-    targets,       # (N, C) 1, 0, NaN: not asked
-    clusters,      # (N,) patient of each film
-    thresholds=None, # `Thresholds` chosen on other patients; None leaves out what needs a decision (multilabel)
-    model:str='clip', # name in the table
-    arm:str='zero_shot', # how the scores were made
-    kind:str='',   # 'multilabel' or 'multiclass'; '' takes that of the scores
-    minimum:int=10, # fewest films that a number may rest on
-    n_boot:int=1000, # resamples of patients
-    level:float=.95, # confidence level
-    seed:int=0,    # of the resampling
-)->pd.DataFrame:   # metrics table: per class (subgroup class=NAME), macro_* and film-wise numbers (subgroup all); n: films asked; n_effective: patients who bound the interval
+    scores,  # (N, C) DataFrame of probabilities
+    targets,  # (N, C) 1, 0, NaN: not asked
+    clusters,  # (N,) patient of each film
+    thresholds=None,  # `Thresholds` chosen on other patients; None leaves out what needs a decision (multilabel)
+    model: str = 'clip',  # name in the table
+    arm: str = 'zero_shot',  # how the scores were made
+    kind: str = '',  # 'multilabel' or 'multiclass'; '' takes that of the scores
+    minimum: int = 10,  # fewest films that a number may rest on
+    n_boot: int = 1000,  # resamples of patients
+    level: float = 0.95,  # confidence level
+    seed: int = 0,  # of the resampling
+) -> pd.DataFrame:  # metrics table: per class (subgroup class=NAME), macro_* and film-wise numbers (subgroup all); n: films asked; n_effective: patients who bound the interval
     "Classification metrics with intervals over patients; `InputError` where a patient of these films chose the thresholds."
     c = cells(scores, targets, clusters, kind)
-    if thresholds is not None: thresholds.check(c.patients, getattr(scores, 'attrs', None))
+    if thresholds is not None:
+        thresholds.check(c.patients, getattr(scores, 'attrs', None))
     said = c.said(thresholds) if thresholds is not None or c.kind == 'multiclass' else None
     how = dict(n_boot=n_boot, level=level, seed=seed)
-    found = [*_class_intervals(c, said, how), *_film_intervals(c, said, how), *_calibration_intervals(c, how)]
-    rows = [dict(model=model, metric=m, arm=arm, subgroup=g, value=i.value, ci_low=i.low, ci_high=i.high, n=i.n, n_clusters=i.n_clusters, n_effective=i.n_effective, note='; '.join(x for x in (i.note, note) if x))
-            for m, g, i, note in ((m, g, suppress(i, minimum=minimum), note) for m, g, i, note in found)]
+    found = [
+        *_class_intervals(c, said, how),
+        *_film_intervals(c, said, how),
+        *_calibration_intervals(c, how),
+    ]
+    rows = [
+        dict(
+            model=model,
+            metric=m,
+            arm=arm,
+            subgroup=g,
+            value=i.value,
+            ci_low=i.low,
+            ci_high=i.high,
+            n=i.n,
+            n_clusters=i.n_clusters,
+            n_effective=i.n_effective,
+            note='; '.join(x for x in (i.note, note) if x),
+        )
+        for m, g, i, note in ((m, g, suppress(i, minimum=minimum), note) for m, g, i, note in found)
+    ]
     return validate(pd.DataFrame(rows), 'metrics')
 
 # %% ../../nbs/43_clip.evaluate.ipynb #8d2467aa
@@ -233,19 +374,41 @@ def _class_intervals(c, said, how):
     held = [c.scores, c.truth, *([] if said is None else [said])]
     decided = lambda *a: (a[0], a[1], a[2] if said is not None else None)
     of = lambda *a: class_grid(*decided(*a), a[-1]).reshape(len(a[-1]), -1)
+
     def floor(*a):
         f = class_floors(*decided(*a), *a[-2:])
         return np.concatenate([f.ends, mean_floors(f)[..., None]], 2).reshape(2, -1)
+
     used = grid_sides(c.truth, said)
-    ci = bootstrap_rows(of, held, c.patients, bounds=(0, 1), batched=True, used=used.reshape(len(used), -1, 2), floor=floor, **how)
+    ci = bootstrap_rows(
+        of,
+        held,
+        c.patients,
+        bounds=(0, 1),
+        batched=True,
+        used=used.reshape(len(used), -1, 2),
+        floor=floor,
+        **how,
+    )
     n, left = c.known.sum(0), (~c.known).sum(0)
     patients = [len(set(c.patients[k])) for k in c.known.T]
     for j, m in enumerate(names):
         per = [ci[j * K + i] for i in range(K - 1)]
         for i, name in enumerate(c.classes):
-            yield m, f'class={name}', replace(per[i], n=int(n[i]), n_clusters=patients[i]), f'{left[i]} films not asked' if left[i] else ''
+            yield (
+                m,
+                f'class={name}',
+                replace(per[i], n=int(n[i]), n_clusters=patients[i]),
+                f'{left[i]} films not asked' if left[i] else '',
+            )
         there = sum(np.isfinite(p.value) for p in per)
-        yield f'macro_{m}', 'all', replace(ci[j * K + K - 1], n_effective=macro_number(per)), f'over {there} of {len(per)} classes' if there < len(per) else ''
+        yield (
+            f'macro_{m}',
+            'all',
+            replace(ci[j * K + K - 1], n_effective=macro_number(per)),
+            f'over {there} of {len(per)} classes' if there < len(per) else '',
+        )
+
 
 def grid_sides(truth, said):
     "(N, M, C + 1, 2) films that count for each number of each class, and for the mean over classes."
@@ -253,87 +416,126 @@ def grid_sides(truth, said):
     out = np.zeros((len(truth), M, truth.shape[1] + 1, 2), bool)
     for i in range(truth.shape[1]):
         own = None if said is None or np.isnan(said[:, i]).any() else said[:, i]
-        out[:, :3 if own is None else M, i] = class_sides(truth[:, i], own)
+        out[:, : 3 if own is None else M, i] = class_sides(truth[:, i], own)
     out[:, :, -1] = (~np.isnan(truth)).any(1)[:, None, None]
     return out
+
 
 def macro_number(per):
     "Effective patients behind a mean over classes: harmonic mean, as the rare classes decide."
     number = np.array([i.n_effective for i in per if np.isfinite(i.value)])
-    return float(len(number) / (1 / number).sum()) if len(number) and number.all() else 0.
+    return float(len(number) / (1 / number).sum()) if len(number) and number.all() else 0.0
+
 
 def _film_intervals(c, said, how):
     "The same for numbers per film."
     values = film_values(c, said)
-    ci = together(*(mean(v, rows, (0, len(c.classes)) if m == 'coverage_error' else (0, 1), m) for m, (v, rows, _) in values.items())).bootstrap(c.patients, **how)
-    for (m, (_, _, note)), i in zip(values.items(), ci): yield m, 'all', i, note
+    ci = together(
+        *(
+            mean(v, rows, (0, len(c.classes)) if m == 'coverage_error' else (0, 1), m)
+            for m, (v, rows, _) in values.items()
+        )
+    ).bootstrap(c.patients, **how)
+    for (m, (_, _, note)), i in zip(values.items(), ci):
+        yield m, 'all', i, note
+
 
 def _calibration_intervals(c, how):
     "Calibration error and Brier score per class and over all, where the scores are probabilities."
-    if c.scores.min() < 0 or c.scores.max() > 1: return
+    if c.scores.min() < 0 or c.scores.max() > 1:
+        return
     both = lambda p, y, patients: together(ece(p, y), brier(p, y)).bootstrap(patients, **how)
     for i, (name, k) in enumerate(zip(c.classes, c.known.T)):
         if k.any():
-            for m, ci in zip(('ece', 'brier'), both(c.scores[k, i], c.truth[k, i], c.patients[k])): yield m, f'class={name}', ci, ''
+            for m, ci in zip(('ece', 'brier'), both(c.scores[k, i], c.truth[k, i], c.patients[k])):
+                yield m, f'class={name}', ci, ''
     k = c.one >= 0 if c.kind == 'multiclass' else c.known
-    if not k.any(): return
-    p, y, note = (c.scores.max(1)[k], (c.scores.argmax(1) == c.one)[k], 'of the likeliest class') if c.kind == 'multiclass' else (c.scores[k], c.truth[k], 'all classes pooled')
+    if not k.any():
+        return
+    p, y, note = (
+        (c.scores.max(1)[k], (c.scores.argmax(1) == c.one)[k], 'of the likeliest class')
+        if c.kind == 'multiclass'
+        else (c.scores[k], c.truth[k], 'all classes pooled')
+    )
     patients = c.patients[k] if k.ndim == 1 else np.broadcast_to(c.patients[:, None], k.shape)[k]
-    for m, ci in zip(('ece', 'brier'), both(p, y, patients)): yield m, 'all', replace(ci, n=int(k.sum() if k.ndim == 1 else k.any(1).sum())), note
+    for m, ci in zip(('ece', 'brier'), both(p, y, patients)):
+        yield m, 'all', replace(ci, n=int(k.sum() if k.ndim == 1 else k.any(1).sum())), note
 
 # %% ../../nbs/43_clip.evaluate.ipynb #d69b6bd4
 class Evaluated(NamedTuple):
     "What `evaluate` found."
-    metrics: pd.DataFrame         # metrics table
-    scores: pd.DataFrame          # (N, C) probabilities of the test films
-    targets: pd.DataFrame         # (N, C) truth of the same films
-    patients: np.ndarray          # (N,)
-    thresholds: Thresholds|None   # None for exclusive classes
+
+    metrics: pd.DataFrame  # metrics table
+    scores: pd.DataFrame  # (N, C) probabilities of the test films
+    targets: pd.DataFrame  # (N, C) truth of the same films
+    patients: np.ndarray  # (N,)
+    thresholds: Thresholds | None  # None for exclusive classes
 
 # %% ../../nbs/43_clip.evaluate.ipynb #f2db89fb
 def evaluate(
-    clip,             # `Clip` of clip.models
-    films,            # `Films` of clip.data, with the splits named below
-    out=None,         # folder for scores, thresholds, prompts and metrics; None writes nothing
-    prompts=None,     # None takes the default ones
+    clip,  # `Clip` of clip.models
+    films,  # `Films` of clip.data, with the splits named below
+    out=None,  # folder for scores, thresholds, prompts and metrics; None writes nothing
+    prompts=None,  # None takes the default ones
     thresholds=None,  # `Thresholds`, where they exist already; None lets the validation films choose
-    val:str='val',    # split that chooses the thresholds
-    test:str='test',  # split that is measured
-    **how,            # model, minimum, n_boot, level, seed of `classification_metrics`
-)->Evaluated:
+    val: str = 'val',  # split that chooses the thresholds
+    test: str = 'test',  # split that is measured
+    **how,  # model, minimum, n_boot, level, seed of `classification_metrics`
+) -> Evaluated:
     "Zero-shot evaluation of a model on films."
     prompts = prompts_for(films) if prompts is None else prompts
     if thresholds is None and films.kind == 'multilabel':
         chosen = films.of(val)
-        thresholds = choose_thresholds(zero_shot(clip, chosen, prompts), chosen.targets, chosen.table.patient_id)
+        thresholds = choose_thresholds(
+            zero_shot(clip, chosen, prompts), chosen.targets, chosen.table.patient_id
+        )
     tested = films.of(test)
     scores = zero_shot(clip, tested, prompts)
-    found = Evaluated(classification_metrics(scores, tested.targets, tested.table.patient_id, thresholds, **{'model': clip.name, **how}), scores, tested.targets, tested.table.patient_id.to_numpy(), thresholds)
-    if out is not None: _save(found, prompts, out)
+    found = Evaluated(
+        classification_metrics(
+            scores,
+            tested.targets,
+            tested.table.patient_id,
+            thresholds,
+            **{'model': clip.name, **how},
+        ),
+        scores,
+        tested.targets,
+        tested.table.patient_id.to_numpy(),
+        thresholds,
+    )
+    if out is not None:
+        _save(found, prompts, out)
     return found
+
 
 def _save(found, prompts, out):
     run = Run(out)
-    write_json(prompts, run/'prompts.json')
-    if found.thresholds is not None: found.thresholds.save(run/'thresholds.json')
-    write_table(found.scores.reset_index(), run/'scores.parquet')
-    write_table(found.metrics, run/'metrics.parquet', 'metrics')
+    write_json(prompts, run / 'prompts.json')
+    if found.thresholds is not None:
+        found.thresholds.save(run / 'thresholds.json')
+    write_table(found.scores.reset_index(), run / 'scores.parquet')
+    write_table(found.metrics, run / 'metrics.parquet', 'metrics')
 
 # %% ../../nbs/43_clip.evaluate.ipynb #3ceea6cc
 def keep_thresholds(
-    folder,         # of the checkpoint, as `save_clip` left it
-    films,          # `Films` with the validation split of its training
-    prompts=None,   # None takes the default ones
-    val:str='val',  # split that chooses
-    rule:str='f1',  # or 'youden'
-    device:str='auto', # where the model runs
-)->Thresholds|None: # None for exclusive classes, which need none
+    folder,  # of the checkpoint, as `save_clip` left it
+    films,  # `Films` with the validation split of its training
+    prompts=None,  # None takes the default ones
+    val: str = 'val',  # split that chooses
+    rule: str = 'f1',  # or 'youden'
+    device: str = 'auto',  # where the model runs
+) -> Thresholds | None:  # None for exclusive classes, which need none
     "Choose thresholds on a checkpoint's validation films and leave thresholds.json and prompts.json in its folder."
     from smsbench.clip.models import load_clip
+
     clip, chosen = load_clip(str(folder), device=device), films.of(val)
     prompts = prompts_for(films) if prompts is None else prompts
-    write_json(prompts, Path(folder)/'prompts.json')
-    if films.kind == 'multiclass': return None
-    thresholds = choose_thresholds(zero_shot(clip, chosen, prompts), chosen.targets, chosen.table.patient_id, rule)
-    thresholds.save(Path(folder)/'thresholds.json')
+    write_json(prompts, Path(folder) / 'prompts.json')
+    if films.kind == 'multiclass':
+        return None
+    thresholds = choose_thresholds(
+        zero_shot(clip, chosen, prompts), chosen.targets, chosen.table.patient_id, rule
+    )
+    thresholds.save(Path(folder) / 'thresholds.json')
     return thresholds

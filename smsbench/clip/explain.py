@@ -17,136 +17,221 @@ from .towers import Tower, attention_taken, tower_of, undisturbed
 from ..vlm.geometry import View
 
 # %% ../../nbs/44_clip.explain.ipynb #8e6acf22
-METHODS = pd.DataFrame([('gradcam', 'any', True, 1, 'Selvaraju et al. 2017'), ('rollout', 'transformer', False, None, 'Abnar and Zuidema 2020'),
-                        ('chefer', 'transformer', True, None, 'Chefer, Gur and Wolf 2021'), ('legrad', 'transformer', True, 2, 'Bousselham et al. 2024')],
-                       columns=['method', 'tower', 'text', 'blocks', 'paper']).set_index('method').astype(dict(blocks='Int64')) # blocks: how many of the last ones count, <NA>: all
+METHODS = (
+    pd.DataFrame(
+        [
+            ('gradcam', 'any', True, 1, 'Selvaraju et al. 2017'),
+            ('rollout', 'transformer', False, None, 'Abnar and Zuidema 2020'),
+            ('chefer', 'transformer', True, None, 'Chefer, Gur and Wolf 2021'),
+            ('legrad', 'transformer', True, 2, 'Bousselham et al. 2024'),
+        ],
+        columns=['method', 'tower', 'text', 'blocks', 'paper'],
+    )
+    .set_index('method')
+    .astype(dict(blocks='Int64'))
+)  # blocks: how many of the last ones count, <NA>: all
 
 # %% ../../nbs/44_clip.explain.ipynb #abd31f7c
 @dataclass(frozen=True, eq=False)
 class Target:
     "What a map explains: the image's unit vector times `vector`."
-    vector:np.ndarray # (D,) float32: scale x (unit vector of the text - that of the text against it)
-    text:tuple        # sentences for it
-    against:tuple=()  # sentences against it
+
+    vector: (
+        np.ndarray
+    )  # (D,) float32: scale x (unit vector of the text - that of the text against it)
+    text: tuple  # sentences for it
+    against: tuple = ()  # sentences against it
 
 # %% ../../nbs/44_clip.explain.ipynb #7afcb3c0
 def target(
-    clip:Clip,  # a loaded model
-    text,       # a sentence, or a tuple of sentences that count as one
-    against=(), # the same, for the opposite; (): the similarity to the text alone
-)->Target:
+    clip: Clip,  # a loaded model
+    text,  # a sentence, or a tuple of sentences that count as one
+    against=(),  # the same, for the opposite; (): the similarity to the text alone
+) -> Target:
     "The logit of a text, or the difference of the logits of a text and its opposite; `InputError` for no text."
-    if isinstance(text, Target): return text
+    if isinstance(text, Target):
+        return text
     parts = [tuple(t) if isinstance(t, (tuple, list)) else (t,) for t in (text, against)]
-    if not parts[0] or not all(isinstance(t, str) and t.strip() for p in parts for t in p): raise InputError(f'a map needs a sentence to explain; got {text!r} against {against!r}')
-    def unit(sentences): v = text_embeddings(clip, list(sentences)).mean(0); return v/np.linalg.norm(v)
-    with undisturbed(clip.model): vector = unit(parts[0]) - (unit(parts[1]) if parts[1] else 0)
-    if not np.abs(vector).max() > 0: raise InputError(f'{clip.name}: {parts[0]} and {parts[1]} are the same to this model; nothing tells them apart')
-    return Target(np.float32(clip.scale*vector), *parts)
+    if not parts[0] or not all(isinstance(t, str) and t.strip() for p in parts for t in p):
+        raise InputError(f'a map needs a sentence to explain; got {text!r} against {against!r}')
+
+    def unit(sentences):
+        v = text_embeddings(clip, list(sentences)).mean(0)
+        return v / np.linalg.norm(v)
+
+    with undisturbed(clip.model):
+        vector = unit(parts[0]) - (unit(parts[1]) if parts[1] else 0)
+    if not np.abs(vector).max() > 0:
+        raise InputError(
+            f'{clip.name}: {parts[0]} and {parts[1]} are the same to this model; nothing tells them apart'
+        )
+    return Target(np.float32(clip.scale * vector), *parts)
 
 # %% ../../nbs/44_clip.explain.ipynb #abd31f02
 @dataclass(frozen=True, eq=False)
 class _Ask:
     "A batch and what is asked of it."
-    clip:Clip
-    tower:Tower
-    pixels:object     # (B,3,S,S) tensor that wants a gradient
-    vectors:object    # (B,D) tensor, from `Target.vector`
-    layer:str         # for Grad-CAM
-    blocks:int        # how many of the last blocks count
+
+    clip: Clip
+    tower: Tower
+    pixels: object  # (B,3,S,S) tensor that wants a gradient
+    vectors: object  # (B,D) tensor, from `Target.vector`
+    layer: str  # for Grad-CAM
+    blocks: int  # how many of the last blocks count
 
     def embed(self):
         import torch.nn.functional as F
+
         return F.normalize(self.clip.model.encode_image(self.pixels), dim=-1)
 
-    def scores(self): return (self.embed()*self.vectors).sum(-1)
+    def scores(self):
+        return (self.embed() * self.vectors).sum(-1)
 
-    def grids(self, patches): return patches.reshape(len(patches), *self.tower.grid)
+    def grids(self, patches):
+        return patches.reshape(len(patches), *self.tower.grid)
 
 # %% ../../nbs/44_clip.explain.ipynb #583bb9ae
 def _gradcam(ask):
     import torch
     from pytorch_grad_cam import GradCAM
+
     tower, layer = ask.tower, ask.layer or ask.tower.layer
-    embed = torch.nn.Module(); embed.model, embed.forward = ask.clip.model, lambda x: ask.embed()
+    embed = torch.nn.Module()
+    embed.model, embed.forward = ask.clip.model, lambda x: ask.embed()
     cam = GradCAM(embed, [_named(tower.visual, layer)], lambda t: _as_map(t, tower, layer))
     try:
         out = cam.activations_and_grads(ask.pixels)
-        scores = (out*ask.vectors).sum(-1); scores.sum().backward()
+        scores = (out * ask.vectors).sum(-1)
+        scores.sum().backward()
         kept = cam.activations_and_grads
-        if not kept.gradients: raise InputError(f'layer {layer} takes no part in the image embedding; choose {tower.layer}')
+        if not kept.gradients:
+            raise InputError(
+                f'layer {layer} takes no part in the image embedding; choose {tower.layer}'
+            )
         a, g = kept.activations[-1].float().numpy(), kept.gradients[-1].float().numpy()
-        if layer != tower.layer and not np.abs(g).max() > 0: raise InputError(f'layer {layer}: no gradient reaches its patches, so the map would be all zero; choose {tower.layer}')
+        if layer != tower.layer and not np.abs(g).max() > 0:
+            raise InputError(
+                f'layer {layer}: no gradient reaches its patches, so the map would be all zero; choose {tower.layer}'
+            )
         return np.maximum(cam.get_cam_image(ask.pixels, None, None, a, g), 0), scores
-    finally: cam.activations_and_grads.release()
+    finally:
+        cam.activations_and_grads.release()
+
 
 def _named(visual, layer):
-    try: return visual.get_submodule(layer)
-    except AttributeError: raise InputError(f"no layer {layer!r} in the image tower; its parts are {', '.join(n for n, _ in visual.named_children())}") from None
+    try:
+        return visual.get_submodule(layer)
+    except AttributeError:
+        raise InputError(
+            f"no layer {layer!r} in the image tower; its parts are {', '.join(n for n, _ in visual.named_children())}"
+        ) from None
+
 
 def _as_map(t, tower, layer):
     "(B,C,rows,columns) from tokens or a feature map."
-    if getattr(t, 'ndim', 0) == 4: return t.permute(0, 3, 1, 2) if getattr(getattr(tower.visual, 'trunk', None), 'output_fmt', '') == 'NHWC' else t
+    if getattr(t, 'ndim', 0) == 4:
+        return (
+            t.permute(0, 3, 1, 2)
+            if getattr(getattr(tower.visual, 'trunk', None), 'output_fmt', '') == 'NHWC'
+            else t
+        )
     rows, columns = tower.grid or (0, 0)
-    if getattr(t, 'ndim', 0) != 3 or t.shape[1] != tower.prefix + rows*columns: raise InputError(f'layer {layer} gives neither patch tokens nor a feature map; choose {tower.layer}')
-    return t[:, tower.prefix:].reshape(len(t), rows, columns, -1).permute(0, 3, 1, 2)
+    if getattr(t, 'ndim', 0) != 3 or t.shape[1] != tower.prefix + rows * columns:
+        raise InputError(
+            f'layer {layer} gives neither patch tokens nor a feature map; choose {tower.layer}'
+        )
+    return t[:, tower.prefix :].reshape(len(t), rows, columns, -1).permute(0, 3, 1, 2)
 
 # %% ../../nbs/44_clip.explain.ipynb #d4363df3
 def _attention(ask, gradients=True):
     "Attention of the blocks that count, that of the pool or None, gradients of all of these, scores."
     import torch
+
     tower = ask.tower
-    with attention_taken(tower.visual) as taken: scores = ask.scores()
-    if len(taken) != len(tower.blocks) + (tower.pool == 'attention'): raise InputError(f'{ask.clip.name}: {len(taken)} attentions in {len(tower.blocks)} blocks; use gradcam')
-    blocks, pool = taken[:len(tower.blocks)][-ask.blocks:], taken[len(tower.blocks):]
-    grads = [g.detach().float() for g in torch.autograd.grad(scores.sum(), blocks + pool)] if gradients else [None]*len(blocks + pool)
-    return list(zip((a.detach().float() for a in blocks), grads)), list(zip((a.detach().float() for a in pool), grads[len(blocks):])), scores
+    with attention_taken(tower.visual) as taken:
+        scores = ask.scores()
+    if len(taken) != len(tower.blocks) + (tower.pool == 'attention'):
+        raise InputError(
+            f'{ask.clip.name}: {len(taken)} attentions in {len(tower.blocks)} blocks; use gradcam'
+        )
+    blocks, pool = taken[: len(tower.blocks)][-ask.blocks :], taken[len(tower.blocks) :]
+    grads = (
+        [g.detach().float() for g in torch.autograd.grad(scores.sum(), blocks + pool)]
+        if gradients
+        else [None] * len(blocks + pool)
+    )
+    return (
+        list(zip((a.detach().float() for a in blocks), grads)),
+        list(zip((a.detach().float() for a in pool), grads[len(blocks) :])),
+        scores,
+    )
+
 
 def _row(tower, relevance, pool):
     "(B,patches) from (B,tokens,tokens)."
     n = tower.prefix
-    if tower.pool == 'average': return relevance[:, n:, n:].mean(1)
-    if tower.pool == 'attention': relevance = pool @ relevance[:, -pool.shape[-1]:]         # some heads do not see the class token
+    if tower.pool == 'average':
+        return relevance[:, n:, n:].mean(1)
+    if tower.pool == 'attention':
+        relevance = pool @ relevance[:, -pool.shape[-1] :]  # some heads do not see the class token
     return relevance[:, 0, n:]
+
 
 def _rollout(ask):
     import torch
+
     blocks, pool, scores = _attention(ask, gradients=False)
     seen = one = torch.eye(blocks[0][0].shape[-1], device=blocks[0][0].device)
-    for a, _ in blocks: seen = (a.mean(1) + one)/2 @ seen
+    for a, _ in blocks:
+        seen = (a.mean(1) + one) / 2 @ seen
     return ask.grids(_row(ask.tower, seen, pool and pool[0][0].mean(1))), scores
+
 
 def _chefer(ask):
     import torch
+
     blocks, pool, scores = _attention(ask)
-    positive = lambda a, g: (a*g).clamp(min=0).mean(1)
+    positive = lambda a, g: (a * g).clamp(min=0).mean(1)
     one = torch.eye(blocks[0][0].shape[-1], device=blocks[0][0].device)
     relevance = one.expand(len(ask.pixels), -1, -1)
-    for a, g in blocks: relevance = relevance + positive(a, g) @ relevance
-    if ask.tower.pool == 'average': relevance = relevance - one                             # that every patch is part of the mean says nothing
+    for a, g in blocks:
+        relevance = relevance + positive(a, g) @ relevance
+    if ask.tower.pool == 'average':
+        relevance = relevance - one  # that every patch is part of the mean says nothing
     return ask.grids(_row(ask.tower, relevance, pool and positive(*pool[0]))), scores
 
 # %% ../../nbs/44_clip.explain.ipynb #f8730586
 def _legrad(ask):
     import torch, torch.nn.functional as F
+
     tower, outs, total = ask.tower, [], 0
     hooks = [b.register_forward_hook(lambda m, i, o: outs.append(o)) for b in tower.blocks]
     try:
-        with attention_taken(tower.visual) as taken: scores = ask.scores()
+        with attention_taken(tower.visual) as taken:
+            scores = ask.scores()
     finally:
-        for h in hooks: h.remove()
-    for a, z in list(zip(taken, outs))[-ask.blocks:]:
-        with attention_taken(tower.visual) as pool: e = _project(tower, z)
-        s = (F.normalize(e, dim=-1)*ask.vectors).sum()
-        total = total + torch.autograd.grad(s, pool[-1] if pool else a, retain_graph=True)[0].float().clamp(min=0).mean((1, 2))
-    return ask.grids(total[:, -np.prod(tower.grid):]/ask.blocks), scores
+        for h in hooks:
+            h.remove()
+    for a, z in list(zip(taken, outs))[-ask.blocks :]:
+        with attention_taken(tower.visual) as pool:
+            e = _project(tower, z)
+        s = (F.normalize(e, dim=-1) * ask.vectors).sum()
+        total = total + torch.autograd.grad(s, pool[-1] if pool else a, retain_graph=True)[
+            0
+        ].float().clamp(min=0).mean((1, 2))
+    return ask.grids(total[:, -np.prod(tower.grid) :] / ask.blocks), scores
+
 
 def _project(tower, z):
     "(B,D) from the tokens (B,N,C) behind some block: their mean, or what the pooling head makes of them."
     v = tower.visual
-    if not hasattr(v, 'trunk'): z = v.ln_post(z.mean(1)); return z if v.proj is None else z @ v.proj
-    if tower.pool == 'attention': return v.head(v.trunk.forward_head(v.trunk.norm(z)))
+    if not hasattr(v, 'trunk'):
+        z = v.ln_post(z.mean(1))
+        return z if v.proj is None else z @ v.proj
+    if tower.pool == 'attention':
+        return v.head(v.trunk.forward_head(v.trunk.norm(z)))
     return v.head(v.trunk.head(v.trunk.fc_norm(v.trunk.norm(z.mean(1)))))
+
 
 _RUN = dict(gradcam=_gradcam, rollout=_rollout, chefer=_chefer, legrad=_legrad)
 
@@ -154,141 +239,229 @@ _RUN = dict(gradcam=_gradcam, rollout=_rollout, chefer=_chefer, legrad=_legrad)
 @dataclass(frozen=True, eq=False)
 class Explanation:
     "Where a score came from."
-    grid:np.ndarray      # (rows, columns) float, not negative
-    view:View            # where the grid lies on the film
-    shape:tuple[int, int] # height and width of the film, in pixels
-    method:str           # key of `METHODS`
-    layer:str            # which module or how many blocks were read
-    about:dict           # provenance: model, weights_sha, text, against, score, image_sha, ...
+
+    grid: np.ndarray  # (rows, columns) float, not negative
+    view: View  # where the grid lies on the film
+    shape: tuple[int, int]  # height and width of the film, in pixels
+    method: str  # key of `METHODS`
+    layer: str  # which module or how many blocks were read
+    about: dict  # provenance: model, weights_sha, text, against, score, image_sha, ...
 
     @property
-    def empty(self)->bool: return not self.grid.max() > 0
-    @property
-    def weights(self)->np.ndarray: return self.on_film()
+    def empty(self) -> bool:
+        return not self.grid.max() > 0
 
-    def on_film(self,
-        smooth:bool=False, # bilinear between the centres of cells
-    )->np.ndarray:         # (H,W): value of the cell of each pixel; NaN: not shown to the model
+    @property
+    def weights(self) -> np.ndarray:
+        return self.on_film()
+
+    def on_film(
+        self,
+        smooth: bool = False,  # bilinear between the centres of cells
+    ) -> np.ndarray:  # (H,W): value of the cell of each pixel; NaN: not shown to the model
         "The grid laid on the film."
         (rows, columns), (h, w) = self.grid.shape, self.shape
-        r, c = self.view.where(np.arange(w) + .5, np.arange(h) + .5)
+        r, c = self.view.where(np.arange(w) + 0.5, np.arange(h) + 0.5)
         seen = np.ix_((r >= 0) & (r < rows), (c >= 0) & (c < columns))
         r, c = r[(r >= 0) & (r < rows)], c[(c >= 0) & (c < columns)]
         out = np.full((h, w), np.nan)
-        out[seen] = _between(r, rows) @ self.grid @ _between(c, columns).T if smooth else self.grid[np.ix_(r.astype(int), c.astype(int))]
+        out[seen] = (
+            _between(r, rows) @ self.grid @ _between(c, columns).T
+            if smooth
+            else self.grid[np.ix_(r.astype(int), c.astype(int))]
+        )
         return out
+
 
 def _between(at, n):
     "(len(at), n) weights of linear interpolation between cell centres."
-    at = np.clip(at - .5, 0, n - 1)
-    low = np.minimum(at.astype(int), max(n - 2, 0)); out = np.zeros((len(at), n))
-    out[np.arange(len(at)), low] = 1 - (at - low); out[np.arange(len(at)), np.minimum(low + 1, n - 1)] += at - low
+    at = np.clip(at - 0.5, 0, n - 1)
+    low = np.minimum(at.astype(int), max(n - 2, 0))
+    out = np.zeros((len(at), n))
+    out[np.arange(len(at)), low] = 1 - (at - low)
+    out[np.arange(len(at)), np.minimum(low + 1, n - 1)] += at - low
     return out
 
 # %% ../../nbs/44_clip.explain.ipynb #2f7d898d
 def check_method(
-    clip:Clip,  # a loaded model
-    method:str, # key of `METHODS`
-    layer:str='', # Grad-CAM: name of a module in the image tower; '': the right one for the tower
-    blocks:int|None=None, # rollout, chefer, legrad: how many of the last blocks count; None: as in `METHODS`
-)->int:         # blocks that count
+    clip: Clip,  # a loaded model
+    method: str,  # key of `METHODS`
+    layer: str = '',  # Grad-CAM: name of a module in the image tower; '': the right one for the tower
+    blocks: int
+    | None = None,  # rollout, chefer, legrad: how many of the last blocks count; None: as in `METHODS`
+) -> int:  # blocks that count
     "Whether a method fits a tower, before any film is read; `InputError` where it does not."
-    if method not in METHODS.index: raise InputError(f"no method {method!r}; choose from {', '.join(METHODS.index)}")
+    if method not in METHODS.index:
+        raise InputError(f"no method {method!r}; choose from {', '.join(METHODS.index)}")
     tower = tower_of(clip)
     if method == 'gradcam':
-        if blocks is not None: raise InputError('Grad-CAM reads one layer; name it by layer, not by blocks')
-        if layer: _named(tower.visual, layer)
+        if blocks is not None:
+            raise InputError('Grad-CAM reads one layer; name it by layer, not by blocks')
+        if layer:
+            _named(tower.visual, layer)
         return 1
-    if layer: raise InputError(f'{method} reads blocks, not layer {layer!r}; say how many of the last ones by blocks')
-    if not tower.blocks: raise InputError(f'{clip.name}: {method} needs a transformer, and this image tower is convolutional; use gradcam')
-    if tower.pool not in ('token', 'average', 'attention'): raise InputError(f'{clip.name}: {method} does not know a tower that pools by {tower.pool}; use gradcam')
+    if layer:
+        raise InputError(
+            f'{method} reads blocks, not layer {layer!r}; say how many of the last ones by blocks'
+        )
+    if not tower.blocks:
+        raise InputError(
+            f'{clip.name}: {method} needs a transformer, and this image tower is convolutional; use gradcam'
+        )
+    if tower.pool not in ('token', 'average', 'attention'):
+        raise InputError(
+            f'{clip.name}: {method} does not know a tower that pools by {tower.pool}; use gradcam'
+        )
     default = METHODS.blocks[method]
-    blocks = min(len(tower.blocks), len(tower.blocks) if pd.isna(default) else default) if blocks is None else blocks
-    if not 1 <= blocks <= len(tower.blocks): raise InputError(f'{blocks} blocks: the tower has {len(tower.blocks)}')
+    blocks = (
+        min(len(tower.blocks), len(tower.blocks) if pd.isna(default) else default)
+        if blocks is None
+        else blocks
+    )
+    if not 1 <= blocks <= len(tower.blocks):
+        raise InputError(f'{blocks} blocks: the tower has {len(tower.blocks)}')
     return int(blocks)
 
 # %% ../../nbs/44_clip.explain.ipynb #11a7a1f1
 def explain_many(
-    clip:Clip,          # a loaded model
-    images,             # any iterable of (H,W) or (H,W,3) uint8 films
-    text,               # sentence, tuple of sentences or `Target`; or a list with one of these per film
-    method:str='gradcam', # key of `METHODS`
-    against=(),         # the opposite, for all films
-    layer:str='',       # Grad-CAM: name of a module in the image tower; '': the right one for the tower
-    blocks:int|None=None, # rollout, chefer, legrad: how many of the last blocks count; None: as in `METHODS`
-    batch_size:int=32,  # films at once
-    empty:str='raise',  # or 'keep': what to do with a film in which nothing speaks for the text
-    show:bool=False,    # progress bar
-)->list:                # `Explanation` per film
+    clip: Clip,  # a loaded model
+    images,  # any iterable of (H,W) or (H,W,3) uint8 films
+    text,  # sentence, tuple of sentences or `Target`; or a list with one of these per film
+    method: str = 'gradcam',  # key of `METHODS`
+    against=(),  # the opposite, for all films
+    layer: str = '',  # Grad-CAM: name of a module in the image tower; '': the right one for the tower
+    blocks: int
+    | None = None,  # rollout, chefer, legrad: how many of the last blocks count; None: as in `METHODS`
+    batch_size: int = 32,  # films at once
+    empty: str = 'raise',  # or 'keep': what to do with a film in which nothing speaks for the text
+    show: bool = False,  # progress bar
+) -> list:  # `Explanation` per film
     "Maps of many films; `InputError` for a method that does not fit the tower and a layer without a gradient, `RunError` for a map that is all zero."
     tower, blocks = tower_of(clip), check_method(clip, method, layer, blocks)
-    if empty not in ('raise', 'keep'): raise InputError(f"empty {empty!r}; choose 'raise' or 'keep'")
+    if empty not in ('raise', 'keep'):
+        raise InputError(f"empty {empty!r}; choose 'raise' or 'keep'")
     texts, known, out = iter(text) if isinstance(text, list) else itertools.repeat(text), {}, []
     films = iter(progress(images, f'{method} maps') if show else images)
     while batch := list(itertools.islice(films, batch_size)):
         asked = list(itertools.islice(texts, len(batch)))
-        if len(asked) < len(batch): raise InputError(f'{len(text)} texts for more films than that; give one text, or one per film')
+        if len(asked) < len(batch):
+            raise InputError(
+                f'{len(text)} texts for more films than that; give one text, or one per film'
+            )
         key = lambda t: t if isinstance(t, (str, tuple)) else id(t)
-        for t in asked: known.setdefault(key(t), (target(clip, t, against), t))
+        for t in asked:
+            known.setdefault(key(t), (target(clip, t, against), t))
         out += _batch(clip, tower, batch, [known[key(t)][0] for t in asked], method, layer, blocks)
-    if not out: raise InputError('no films to explain')
-    if (zero := [i for i, e in enumerate(out) if e.empty]) and empty == 'raise': raise RunError(f"{len(zero)} of {len(out)} {method} maps are all zero (the first is film {zero[0]}): nothing there speaks for the text at {out[zero[0]].layer}; explain the opposite text, choose another layer than {layer or 'this'}, or keep empty maps")
+    if not out:
+        raise InputError('no films to explain')
+    if (zero := [i for i, e in enumerate(out) if e.empty]) and empty == 'raise':
+        raise RunError(
+            f"{len(zero)} of {len(out)} {method} maps are all zero (the first is film {zero[0]}): nothing there speaks for the text at {out[zero[0]].layer}; explain the opposite text, choose another layer than {layer or 'this'}, or keep empty maps"
+        )
     return out
+
 
 def _batch(clip, tower, films, targets, method, layer, blocks):
     import torch
-    if any(0 in np.shape(f) for f in films): raise InputError('a film without pixels; leave it out')
+
+    if any(0 in np.shape(f) for f in films):
+        raise InputError('a film without pixels; leave it out')
     with undisturbed(clip.model):
         pixels = to_pixels(clip, films).detach().clone().requires_grad_()
         vectors = torch.from_numpy(np.stack([t.vector for t in targets])).to(pixels)
         grids, scores = _RUN[method](_Ask(clip, tower, pixels, vectors, layer, blocks))
-    grids, scores = (np.asarray(g.detach().float().cpu() if hasattr(g, 'detach') else g, np.float64) for g in (grids, scores))
-    if not np.isfinite(grids).all(): raise RunError(f'{clip.name}: a {method} map holds NaN or infinite numbers; run the model in fp32')
-    read = layer or tower.layer if method == 'gradcam' else f'last {blocks} of {len(tower.blocks)} blocks'
-    about = dict(model=clip.name, weights_sha=clip.info.get('weights_sha', ''), precision=clip.info.get('precision', ''), method=method, layer=read, pool=tower.pool)
-    return [_record(clip, f, g, about | dict(text=t.text, against=t.against, score=float(s), image_sha=array_hash(f))) for f, g, t, s in zip(films, grids, targets, scores)]
+    grids, scores = (
+        np.asarray(g.detach().float().cpu() if hasattr(g, 'detach') else g, np.float64)
+        for g in (grids, scores)
+    )
+    if not np.isfinite(grids).all():
+        raise RunError(
+            f'{clip.name}: a {method} map holds NaN or infinite numbers; run the model in fp32'
+        )
+    read = (
+        layer or tower.layer
+        if method == 'gradcam'
+        else f'last {blocks} of {len(tower.blocks)} blocks'
+    )
+    about = dict(
+        model=clip.name,
+        weights_sha=clip.info.get('weights_sha', ''),
+        precision=clip.info.get('precision', ''),
+        method=method,
+        layer=read,
+        pool=tower.pool,
+    )
+    return [
+        _record(
+            clip,
+            f,
+            g,
+            about | dict(text=t.text, against=t.against, score=float(s), image_sha=array_hash(f)),
+        )
+        for f, g, t, s in zip(films, grids, targets, scores)
+    ]
+
 
 def _record(clip, film, grid, about):
     h, w = film.shape[:2]
     view = View('full', 'full', np.arange(grid.size).reshape(grid.shape), view_of(clip, h, w).box)
-    return Explanation(grid, view, (h, w), about['method'], about['layer'], about | dict(grid=grid.shape))
+    return Explanation(
+        grid, view, (h, w), about['method'], about['layer'], about | dict(grid=grid.shape)
+    )
 
 # %% ../../nbs/44_clip.explain.ipynb #d8ec838e
 def explain(
-    clip:Clip,  # a loaded model
-    image:np.ndarray, # (H,W) or (H,W,3) uint8
-    text,       # sentence, tuple of sentences or `Target`
-    method:str='gradcam', # key of `METHODS`
-    against=(), # the opposite of the text
-    **how,      # layer, blocks, empty of `explain_many`
-)->Explanation:
+    clip: Clip,  # a loaded model
+    image: np.ndarray,  # (H,W) or (H,W,3) uint8
+    text,  # sentence, tuple of sentences or `Target`
+    method: str = 'gradcam',  # key of `METHODS`
+    against=(),  # the opposite of the text
+    **how,  # layer, blocks, empty of `explain_many`
+) -> Explanation:
     "The map of one film; errors as in `explain_many`."
-    if isinstance(text, list): text = tuple(text)
+    if isinstance(text, list):
+        text = tuple(text)
     return explain_many(clip, [image], text, method, against, **how)[0]
 
 # %% ../../nbs/44_clip.explain.ipynb #b5f935c7
 def bright_follower(
-    clip:Clip, # a model with open_clip's own transformer and class token
-    noise:float=0., # how much of the model's own weights stays
-)->tuple[Clip, Target]: # the same with an image tower that follows the brightest patches; the target that asks for brightness
+    clip: Clip,  # a model with open_clip's own transformer and class token
+    noise: float = 0.0,  # how much of the model's own weights stays
+) -> tuple[
+    Clip, Target
+]:  # the same with an image tower that follows the brightest patches; the target that asks for brightness
     "A copy that looks at bright patches and at nothing else; `InputError` for another tower."
     import copy, torch
     from dataclasses import replace
-    clip = replace(clip, model=copy.deepcopy(clip.model), name=f'{clip.name}, follows brightness', info=dict(clip.info, weights_sha=''))
+
+    clip = replace(
+        clip,
+        model=copy.deepcopy(clip.model),
+        name=f'{clip.name}, follows brightness',
+        info=dict(clip.info, weights_sha=''),
+    )
     v = clip.model.visual
-    if not hasattr(v, 'conv1') or tower_of(clip).pool != 'token' or not tower_of(clip).blocks: raise InputError(f"{clip.name}: needs open_clip's own transformer with a class token")
+    if not hasattr(v, 'conv1') or tower_of(clip).pool != 'token' or not tower_of(clip).blocks:
+        raise InputError(f"{clip.name}: needs open_clip's own transformer with a class token")
     with torch.no_grad():
-        for name, p in v.named_parameters(): p.mul_(noise).add_(float('.ln_' in f'.{name}' and name.endswith('weight'))*(1 - noise))
-        for k, s in ((0, 1), (1, -1)): v.conv1.weight[k] = s/v.conv1.weight[k].numel()     # channels 0 and 1: brightness
-        v.positional_embedding[1:, 2:4] = torch.tensor([1., -1.]); v.class_embedding[4:6] = torch.tensor([1., -1.])   # 2 and 3 say patch, 4 and 5 class token
-        for b in v.transformer.resblocks: _follow(b.attn)
-        v.proj[6, 0] = v.proj[4, 1] = 1.                                                          # 6: what was seen
+        for name, p in v.named_parameters():
+            p.mul_(noise).add_(
+                float('.ln_' in f'.{name}' and name.endswith('weight')) * (1 - noise)
+            )
+        for k, s in ((0, 1), (1, -1)):
+            v.conv1.weight[k] = s / v.conv1.weight[k].numel()  # channels 0 and 1: brightness
+        v.positional_embedding[1:, 2:4] = torch.tensor([1.0, -1.0])
+        v.class_embedding[4:6] = torch.tensor([1.0, -1.0])  # 2 and 3 say patch, 4 and 5 class token
+        for b in v.transformer.resblocks:
+            _follow(b.attn)
+        v.proj[6, 0] = v.proj[4, 1] = 1.0  # 6: what was seen
     return clip, Target(np.eye(1, v.proj.shape[1], dtype=np.float32)[0], ('bright',))
+
 
 def _follow(attn):
     "Every query looks for brightness; what it finds goes to channels 6 and 7."
     w, d = attn.embed_dim, attn.head_dim
     for h in range(0, w, d):
-        attn.in_proj_weight[h, 2] = attn.in_proj_weight[h, 4] = attn.in_proj_weight[w + h, 0] = .7
-        attn.in_proj_weight[2*w + h, 0] = 1.
-        attn.out_proj.weight[6, h], attn.out_proj.weight[7, h] = .1, -.1
+        attn.in_proj_weight[h, 2] = attn.in_proj_weight[h, 4] = attn.in_proj_weight[w + h, 0] = 0.7
+        attn.in_proj_weight[2 * w + h, 0] = 1.0
+        attn.out_proj.weight[6, h], attn.out_proj.weight[7, h] = 0.1, -0.1

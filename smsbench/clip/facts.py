@@ -15,71 +15,132 @@ from .data import WITHHELD
 
 # %% ../../nbs/43ca_clip.facts.ipynb #604c6daf
 def facts_of(
-    table:pd.DataFrame, # one row per film or sample
-    columns,            # names of columns, in the order in which they are to be told
-)->list:                # one dict per row: column -> text; without what is empty or withheld
+    table: pd.DataFrame,  # one row per film or sample
+    columns,  # names of columns, in the order in which they are to be told
+) -> list:  # one dict per row: column -> text; without what is empty or withheld
     "What is known of each row; `InputError` that lists the columns there are where one is missing."
-    if lost := [c for c in columns if c not in table]: raise InputError(f"no column {', '.join(map(repr, lost))}; there are {', '.join(map(str, table.columns))}")
-    plain = {c: ['' if pd.isna(v) else _number(v) if isinstance(v, float) else ' '.join(str(v).split()) for v in table[c].tolist()] for c in columns}
-    return [{c: plain[c][i] for c in columns if plain[c][i] not in ('', WITHHELD)} for i in range(len(table))]
+    if lost := [c for c in columns if c not in table]:
+        raise InputError(
+            f"no column {', '.join(map(repr, lost))}; there are {', '.join(map(str, table.columns))}"
+        )
+    plain = {
+        c: [
+            '' if pd.isna(v) else _number(v) if isinstance(v, float) else ' '.join(str(v).split())
+            for v in table[c].tolist()
+        ]
+        for c in columns
+    }
+    return [
+        {c: plain[c][i] for c in columns if plain[c][i] not in ('', WITHHELD)}
+        for i in range(len(table))
+    ]
 
-def _number(v): return str(int(v)) if v == int(v) else str(v)   # an age read as 63.0 is 63
+
+def _number(v):
+    return str(int(v)) if v == int(v) else str(v)  # an age read as 63.0 is 63
 
 # %% ../../nbs/43ca_clip.facts.ipynb #f22dfd66
-_SEXES = {'f': 'female', 'female': 'female', 'woman': 'female', 'w': 'female', 'm': 'male', 'male': 'male', 'man': 'male'}
+_SEXES = {
+    'f': 'female',
+    'female': 'female',
+    'woman': 'female',
+    'w': 'female',
+    'm': 'male',
+    'male': 'male',
+    'man': 'male',
+}
 _COMPLAINTS = ('symptom', 'symptoms', 'complaint', 'complaints', 'presentation')
 
+
 def described(
-    facts:dict, # column -> text, of one patient
-)->str:         # e.g. 'a 63-year-old woman with cough'; '' where nothing is known
+    facts: dict,  # column -> text, of one patient
+) -> str:  # e.g. 'a 63-year-old woman with cough'; '' where nothing is known
     "A patient as a noun phrase."
-    if not facts: return ''
+    if not facts:
+        return ''
     age, sex = facts.get('age', ''), _SEXES.get(facts.get('sex', '').lower(), '')
     number = re.fullmatch(r'(\d{1,3})(\.\d+)?(-year-old)?', age)
     child = number and int(number[1]) < 18
-    noun = {'female': 'girl' if child else 'woman', 'male': 'boy' if child else 'man', '': 'patient'}[sex]
-    words = [f'{number[1]}-year-old {noun}' if number else noun, *([_band(age)] if age and not number else [])]
-    told = [f'with {facts[c]}' for c in facts if c.lower() in _COMPLAINTS] + [f'with a history of {facts[c]}' for c in facts if c.lower() == 'history']
-    rest = [f"{c.replace('_', ' ')} {v}" for c, v in facts.items() if c.lower() not in (*_COMPLAINTS, 'history', 'age') and not (c == 'sex' and sex)]
-    said = ' '.join(words + [' and '.join(told)] * bool(told) + [f"({', '.join(rest)})"] * bool(rest))
+    noun = {
+        'female': 'girl' if child else 'woman',
+        'male': 'boy' if child else 'man',
+        '': 'patient',
+    }[sex]
+    words = [
+        f'{number[1]}-year-old {noun}' if number else noun,
+        *([_band(age)] if age and not number else []),
+    ]
+    told = [f'with {facts[c]}' for c in facts if c.lower() in _COMPLAINTS] + [
+        f'with a history of {facts[c]}' for c in facts if c.lower() == 'history'
+    ]
+    rest = [
+        f"{c.replace('_', ' ')} {v}"
+        for c, v in facts.items()
+        if c.lower() not in (*_COMPLAINTS, 'history', 'age') and not (c == 'sex' and sex)
+    ]
+    said = ' '.join(
+        words + [' and '.join(told)] * bool(told) + [f"({', '.join(rest)})"] * bool(rest)
+    )
     return ('an ' if re.match(r'(8\d?|11|18)-', said) else 'a ') + said
+
 
 def _band(age):
     "An age group as it is written in tables."
-    if m := re.fullmatch(r'<\s*(\d+)', age): return f'under {m[1]} years old'
-    if m := re.fullmatch(r'(\d+)\s*\+|(?:>=?|≥)\s*(\d+)', age): return f'over {m[1] or m[2]} years old'
+    if m := re.fullmatch(r'<\s*(\d+)', age):
+        return f'under {m[1]} years old'
+    if m := re.fullmatch(r'(\d+)\s*\+|(?:>=?|≥)\s*(\d+)', age):
+        return f'over {m[1] or m[2]} years old'
     return f'aged {age}'
 
 # %% ../../nbs/43ca_clip.facts.ipynb #5ddb4a0e
 def in_order(
-    facts:dict, # column -> text, of one patient
-)->str:         # e.g. 'a patient, female, 63 years old, with cough'; '' where nothing is known
+    facts: dict,  # column -> text, of one patient
+) -> str:  # e.g. 'a patient, female, 63 years old, with cough'; '' where nothing is known
     "A patient as a phrase that tells the facts in their order."
     return ', '.join(['a patient', *(_apposition(c, v) for c, v in facts.items())]) if facts else ''
+
 
 def _apposition(column, value):
     "One fact, to stand behind a noun."
     name = column.lower()
-    if name == 'age': return f'{m[1]} years old' if (m := re.fullmatch(r'(\d{1,3})(\.\d+)?(-year-old)?', value)) else _band(value)
-    if name == 'sex' and value.lower() in _SEXES: return _SEXES[value.lower()]
-    return f'with {value}' if name in _COMPLAINTS else f'with a history of {value}' if name == 'history' else f"{column.replace('_', ' ')} {value}"
+    if name == 'age':
+        return (
+            f'{m[1]} years old'
+            if (m := re.fullmatch(r'(\d{1,3})(\.\d+)?(-year-old)?', value))
+            else _band(value)
+        )
+    if name == 'sex' and value.lower() in _SEXES:
+        return _SEXES[value.lower()]
+    return (
+        f'with {value}'
+        if name in _COMPLAINTS
+        else f'with a history of {value}'
+        if name == 'history'
+        else f"{column.replace('_', ' ')} {value}"
+    )
 
 # %% ../../nbs/43ca_clip.facts.ipynb #217aee62
 def listed(
-    facts:dict, # column -> text, of one patient
-)->str:         # e.g. 'age 63; sex female; complaint cough'; '' where nothing is known
+    facts: dict,  # column -> text, of one patient
+) -> str:  # e.g. 'age 63; sex female; complaint cough'; '' where nothing is known
     "A patient as a list of facts, in their order."
-    return '; '.join(f"{c.replace('_', ' ')} {_SEXES.get(v.lower(), v) if c == 'sex' else v}" for c, v in facts.items())
+    return '; '.join(
+        f"{c.replace('_', ' ')} {_SEXES.get(v.lower(), v) if c == 'sex' else v}"
+        for c, v in facts.items()
+    )
 
 # %% ../../nbs/43ca_clip.facts.ipynb #56cd77f4
 def with_patient(
-    sentence:str, # a class prompt
-    patient:str,  # from `described`, `in_order` or `listed`; '' leaves the sentence as it is
-    noun:str='',  # what the image is called, e.g. 'chest film'
-)->str:
+    sentence: str,  # a class prompt
+    patient: str,  # from `described`, `in_order` or `listed`; '' leaves the sentence as it is
+    noun: str = '',  # what the image is called, e.g. 'chest film'
+) -> str:
     "A class prompt that knows the patient."
-    if '{patient}' in sentence: return sentence.replace('{patient}', patient or 'a patient')
-    if not patient: return sentence
-    if noun and (m := re.search(rf'\b{re.escape(noun)}\b', sentence, re.IGNORECASE)): return f'{sentence[:m.end()]} of {patient}{sentence[m.end():]}'
+    if '{patient}' in sentence:
+        return sentence.replace('{patient}', patient or 'a patient')
+    if not patient:
+        return sentence
+    if noun and (m := re.search(rf'\b{re.escape(noun)}\b', sentence, re.IGNORECASE)):
+        return f'{sentence[: m.end()]} of {patient}{sentence[m.end() :]}'
     body = sentence.rstrip('. ')
-    return f'{body} in {patient}{sentence[len(body):].rstrip()}'
+    return f'{body} in {patient}{sentence[len(body) :].rstrip()}'

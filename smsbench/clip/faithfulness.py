@@ -19,181 +19,310 @@ from ..vlm.map_stats import centre_prior, iou_curve, mass_inside, pixel_auroc, p
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #15161ceb
 def area_iou(
-    weights, # (H,W) map on the film; NaN: not shown
-    mask,    # (H,W) bool
-)->float:    # in [0,1]; where pixels tie at the edge of the area, their expected share
+    weights,  # (H,W) map on the film; NaN: not shown
+    mask,  # (H,W) bool
+) -> float:  # in [0,1]; where pixels tie at the edge of the area, their expected share
     "IoU of a region with the brightest area of its size; `InputError` where the model was shown none of it or the map is empty."
     w, mask = np.asarray(weights, float), np.asarray(mask, bool)
-    seen = ~np.isnan(w); w, inside = w[seen], mask[seen]
+    seen = ~np.isnan(w)
+    w, inside = w[seen], mask[seen]
     k = int(inside.sum())
-    if not k or not w.sum() > 0: raise InputError('no region, or an empty map, where the model was shown the film')
+    if not k or not w.sum() > 0:
+        raise InputError('no region, or an empty map, where the model was shown the film')
     edge = np.partition(w, len(w) - k)[len(w) - k]
     above, at = w > edge, w == edge
-    hit = (above & inside).sum() + (at & inside).sum()*(k - above.sum())/at.sum()
-    return float(hit/(2*k - hit))
+    hit = (above & inside).sum() + (at & inside).sum() * (k - above.sum()) / at.sum()
+    return float(hit / (2 * k - hit))
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #b9f48169
-NUMBERS = ('mass', 'pointing', 'iou', 'iou_mean', 'iou_area', 'auroc') # columns of `localise`, each in 0..1
+NUMBERS = (
+    'mass',
+    'pointing',
+    'iou',
+    'iou_mean',
+    'iou_area',
+    'auroc',
+)  # columns of `localise`, each in 0..1
+
 
 def localise(
-    maps,                # per film: `Explanation`, or (H,W) weights on the film with NaN where nothing was shown
-    masks,               # per film: (H,W) bool, the region of the finding
-    about:pd.DataFrame,  # per film: film_id, patient_id, finding, and what else is wanted in the rows
-    others:dict|None=None, # name -> further maps of the same films, e.g. dict(shuffled=...)
-    smooth:bool=False,   # interpolate between the centres of cells
-)->pd.DataFrame:         # rows: about + map ('map', 'uniform', 'centre', names of others), `NUMBERS`, size (share of the film that is region), shown; attrs: excluded
+    maps,  # per film: `Explanation`, or (H,W) weights on the film with NaN where nothing was shown
+    masks,  # per film: (H,W) bool, the region of the finding
+    about: pd.DataFrame,  # per film: film_id, patient_id, finding, and what else is wanted in the rows
+    others: dict | None = None,  # name -> further maps of the same films, e.g. dict(shuffled=...)
+    smooth: bool = False,  # interpolate between the centres of cells
+) -> pd.DataFrame:  # rows: about + map ('map', 'uniform', 'centre', names of others), `NUMBERS`, size (share of the film that is region), shown; attrs: excluded
     "How well maps lie on regions, beside baselines; `InputError` where the lists do not belong together, `RunError` where no film can be judged."
     rows, out = [], []
     for who, rivals, mask in _cases(maps, masks, about, others or {}, smooth):
-        if isinstance(rivals, str): out.append(dict(who, reason=rivals)); continue
+        if isinstance(rivals, str):
+            out.append(dict(who, reason=rivals))
+            continue
         same = dict(size=float(mask.mean()), shown=float((~np.isnan(rivals['map']))[mask].mean()))
         rows += [dict(who, map=n, **_numbers(v, mask), **same) for n, v in rivals.items()]
-    if not rows: raise RunError(f"none of {len(out)} films can be judged: {out[0]['reason'] if out else 'there are none'}")
-    table = pd.DataFrame(rows); table.attrs['excluded'] = pd.DataFrame(out, columns=[*about.columns, 'reason'])
+    if not rows:
+        raise RunError(
+            f"none of {len(out)} films can be judged: {out[0]['reason'] if out else 'there are none'}"
+        )
+    table = pd.DataFrame(rows)
+    table.attrs['excluded'] = pd.DataFrame(out, columns=[*about.columns, 'reason'])
     return table
+
 
 def _cases(maps, masks, about, others, smooth):
     "Per film: its row, the map and its rivals on the film (or why it cannot be judged), the region."
     lists = dict(maps=maps, masks=masks, about=about, **others)
-    if len({len(v) for v in lists.values()}) != 1: raise InputError(f"lists of different lengths: {', '.join(f'{k} {len(v)}' for k, v in lists.items())}")
+    if len({len(v) for v in lists.values()}) != 1:
+        raise InputError(
+            f"lists of different lengths: {', '.join(f'{k} {len(v)}' for k, v in lists.items())}"
+        )
     for i, who in enumerate(about.to_dict('records')):
         w, mask = laid(maps[i], smooth), np.asarray(masks[i], bool)
-        if w.shape != mask.shape: raise InputError(f"film {who.get('film_id', i)}: a map of {w.shape} and a region of {mask.shape}; both must be on the film")
-        shown = np.where(np.isnan(w), np.nan, 1.)
-        yield who, _unfit(w, mask) or dict(map=w, uniform=shown, centre=shown*centre_prior(w.shape), **{n: shown*laid(m[i], smooth) for n, m in others.items()}), mask
+        if w.shape != mask.shape:
+            raise InputError(
+                f"film {who.get('film_id', i)}: a map of {w.shape} and a region of {mask.shape}; both must be on the film"
+            )
+        shown = np.where(np.isnan(w), np.nan, 1.0)
+        yield (
+            who,
+            _unfit(w, mask)
+            or dict(
+                map=w,
+                uniform=shown,
+                centre=shown * centre_prior(w.shape),
+                **{n: shown * laid(m[i], smooth) for n, m in others.items()},
+            ),
+            mask,
+        )
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #0214b7a0
 def laid(
-    m,              # `Explanation` or (H,W) weights
-    smooth:bool=False, # interpolate between the centres of cells
-)->np.ndarray:      # (H,W)
+    m,  # `Explanation` or (H,W) weights
+    smooth: bool = False,  # interpolate between the centres of cells
+) -> np.ndarray:  # (H,W)
     "A map on the film."
     return m.on_film(smooth) if isinstance(m, Explanation) else np.asarray(m, float)
 
+
 def _unfit(w, mask):
     seen = ~np.isnan(w)
-    if not np.nansum(w) > 0: return 'empty map: nothing in the film speaks for the text'
-    if not mask.any(): return 'no region'
-    if not mask[seen].any(): return 'the region was cropped away before the model saw it'
+    if not np.nansum(w) > 0:
+        return 'empty map: nothing in the film speaks for the text'
+    if not mask.any():
+        return 'no region'
+    if not mask[seen].any():
+        return 'the region was cropped away before the model saw it'
     return 'the region is all that the model was shown' if mask[seen].all() else ''
 
+
 def _numbers(v, mask):
-    if not np.nansum(v) > 0: return dict.fromkeys(NUMBERS, np.nan)                        # a rival may be empty where the map is not
+    if not np.nansum(v) > 0:
+        return dict.fromkeys(NUMBERS, np.nan)  # a rival may be empty where the map is not
     curve = iou_curve(v, mask)
-    return dict(zip(NUMBERS, (mass_inside(v, mask), pointing(v, mask), float(curve.max()), float(curve.mean()), area_iou(v, mask), pixel_auroc(v, mask))))
+    return dict(
+        zip(
+            NUMBERS,
+            (
+                mass_inside(v, mask),
+                pointing(v, mask),
+                float(curve.max()),
+                float(curve.mean()),
+                area_iou(v, mask),
+                pixel_auroc(v, mask),
+            ),
+        )
+    )
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #7dfac5aa
 def iou_curves(
-    maps,                # as in `localise`
-    masks,               # "
-    about:pd.DataFrame,  # "
-    others:dict|None=None, # "
-    smooth:bool=False,   # "
-    n_boot:int=500,      # resamples of patients
-)->pd.DataFrame:         # map, threshold (fraction of the map's maximum), value (mean IoU), ci_low, ci_high, n
+    maps,  # as in `localise`
+    masks,  # "
+    about: pd.DataFrame,  # "
+    others: dict | None = None,  # "
+    smooth: bool = False,  # "
+    n_boot: int = 500,  # resamples of patients
+) -> (
+    pd.DataFrame
+):  # map, threshold (fraction of the map's maximum), value (mean IoU), ci_low, ci_high, n
     "IoU of region and brightest part as the threshold rises, with intervals over patients."
-    cases = [(w['patient_id'], r, m) for w, r, m in _cases(maps, masks, about, others or {}, smooth) if not isinstance(r, str)]
-    if not cases: raise RunError('no film can be judged; localise says why')
-    steps, rows = np.arange(0, 1.01, .1), []
+    cases = [
+        (w['patient_id'], r, m)
+        for w, r, m in _cases(maps, masks, about, others or {}, smooth)
+        if not isinstance(r, str)
+    ]
+    if not cases:
+        raise RunError('no film can be judged; localise says why')
+    steps, rows = np.arange(0, 1.01, 0.1), []
     for n in cases[0][1]:
         held = [(p, iou_curve(r[n], m, steps)) for p, r, m in cases if np.nansum(r[n]) > 0]
         for t, column in zip(steps, np.transpose([c for _, c in held]) if held else ()):
             i = mean(column, bounds=(0, 1)).bootstrap(np.array([p for p, _ in held]), n_boot)
-            rows.append(dict(map=n, threshold=round(float(t), 3), value=i.value, ci_low=i.low, ci_high=i.high, n=len(held)))
+            rows.append(
+                dict(
+                    map=n,
+                    threshold=round(float(t), 3),
+                    value=i.value,
+                    ci_low=i.low,
+                    ci_high=i.high,
+                    n=len(held),
+                )
+            )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #4994beda
 def localisation_metrics(
-    rows:pd.DataFrame, # from `localise`
-    model:str='clip',  # what the lines are called
-    by=('finding',),   # columns whose values are reported apart
-    n_boot:int=2000,   # resamples of patients
-)->pd.DataFrame:       # metrics table: metric (number, or number_over_rival), arm (map), subgroup, value, ends, n, n_clusters, note
+    rows: pd.DataFrame,  # from `localise`
+    model: str = 'clip',  # what the lines are called
+    by=('finding',),  # columns whose values are reported apart
+    n_boot: int = 2000,  # resamples of patients
+) -> pd.DataFrame:  # metrics table: metric (number, or number_over_rival), arm (map), subgroup, value, ends, n, n_clusters, note
     "Localisation with intervals over patients."
     excluded = rows.attrs.get('excluded', ())
     note = f'{len(excluded)} films excluded' if len(excluded) else ''
-    if gone := [c for c in by if c not in rows]: raise InputError(f'the rows have no column {gone[0]!r}')
+    if gone := [c for c in by if c not in rows]:
+        raise InputError(f'the rows have no column {gone[0]!r}')
     parts = [('all', rows)] + [(f'{c}={v}', g) for c in by for v, g in rows.groupby(c, sort=True)]
-    return table_of([line for name, part in parts for line in _lines(part, model, name, n_boot, note)])
+    return table_of(
+        [line for name, part in parts for line in _lines(part, model, name, n_boot, note)]
+    )
+
 
 def _lines(part, model, subgroup, n_boot, note):
     own = [c for c in part if c not in ('map', 'size', 'shown', *NUMBERS)]
     wide = {n: g.reset_index(drop=True) for n, g in part.groupby('map', sort=False)}
     base = wide['map']
     for n, g in wide.items():
-        if not g[own].equals(base[own]): raise InputError(f'the rows of {n} are not those of the map; pass the table of localise as it is')
+        if not g[own].equals(base[own]):
+            raise InputError(
+                f'the rows of {n} are not those of the map; pass the table of localise as it is'
+            )
         for k in NUMBERS:
-            yield metric_line(model, k, n, subgroup, g[k], base.patient_id, (0, 1), n_boot, note, exact=(k, n) == ('auroc', 'uniform'))   # a map without differences ranks nothing: 0.5 on every film
-            if n != 'map': yield metric_line(model, f'{k}_over_{n}', 'map', subgroup, base[k] - g[k], base.patient_id, (-1, 1), n_boot, note)
+            yield metric_line(
+                model,
+                k,
+                n,
+                subgroup,
+                g[k],
+                base.patient_id,
+                (0, 1),
+                n_boot,
+                note,
+                exact=(k, n) == ('auroc', 'uniform'),
+            )  # a map without differences ranks nothing: 0.5 on every film
+            if n != 'map':
+                yield metric_line(
+                    model,
+                    f'{k}_over_{n}',
+                    'map',
+                    subgroup,
+                    base[k] - g[k],
+                    base.patient_id,
+                    (-1, 1),
+                    n_boot,
+                    note,
+                )
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #7e684b67
 def metric_line(
-    model:str,  # "
-    metric:str, # "
-    arm:str,    # "
-    subgroup:str, # "
-    values,     # (n,) numbers; NaN do not count
-    patients,   # (n,) clusters
-    bounds=(-np.inf, np.inf), # range of the numbers
-    n_boot:int=2000, # resamples
-    note:str='', # "
-    exact:bool=False, # the number follows from how it is defined: no interval
-)->dict:        # a line of the metrics table
+    model: str,  # "
+    metric: str,  # "
+    arm: str,  # "
+    subgroup: str,  # "
+    values,  # (n,) numbers; NaN do not count
+    patients,  # (n,) clusters
+    bounds=(-np.inf, np.inf),  # range of the numbers
+    n_boot: int = 2000,  # resamples
+    note: str = '',  # "
+    exact: bool = False,  # the number follows from how it is defined: no interval
+) -> dict:  # a line of the metrics table
     "The mean of some numbers with its interval."
-    values = np.asarray(values, float); known = ~np.isnan(values)
-    i = mean(values, known, bounds, metric).bootstrap(np.asarray(patients), n_boot) if known.any() else None
-    numbers = dict(value=i.value, ci_low=i.low, ci_high=i.high, n=int(i.n), n_clusters=int(i.n_clusters)) if i else dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, n=0, n_clusters=0)
-    if exact and i: numbers |= dict(ci_low=np.nan, ci_high=np.nan)
+    values = np.asarray(values, float)
+    known = ~np.isnan(values)
+    i = (
+        mean(values, known, bounds, metric).bootstrap(np.asarray(patients), n_boot)
+        if known.any()
+        else None
+    )
+    numbers = (
+        dict(value=i.value, ci_low=i.low, ci_high=i.high, n=int(i.n), n_clusters=int(i.n_clusters))
+        if i
+        else dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, n=0, n_clusters=0)
+    )
+    if exact and i:
+        numbers |= dict(ci_low=np.nan, ci_high=np.nan)
     said = 'not defined on these rows' if i is None else 'exact by definition' if exact else i.note
-    return dict(model=model, metric=metric, arm=arm, subgroup=subgroup, **numbers, note='; '.join(x for x in (note, said) if x))
+    return dict(
+        model=model,
+        metric=metric,
+        arm=arm,
+        subgroup=subgroup,
+        **numbers,
+        note='; '.join(x for x in (note, said) if x),
+    )
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #a02ab39e
 def table_of(
-    lines, # dicts from `metric_line`
-)->pd.DataFrame:
+    lines,  # dicts from `metric_line`
+) -> pd.DataFrame:
     "A metrics table."
     return validate(pd.DataFrame(list(lines)), 'metrics')
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #2f002f9e
 def cell_order(
     weights,  # (rows, columns) not negative
-    seed:int=0, # breaks ties
-)->np.ndarray:  # (cells,) indices into the flattened grid, highest first
+    seed: int = 0,  # breaks ties
+) -> np.ndarray:  # (cells,) indices into the flattened grid, highest first
     "Cells from the brightest to the darkest."
     w = np.asarray(weights, float).ravel()
     return np.lexsort((np.random.default_rng(seed).random(len(w)), -w))
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #cb953216
 def orders_of(
-    e:Explanation, # a map
-    n_random:int=3, # random orders, and of the centre's many ties
-    seed:int=0,    # of these, and of the map's ties
-)->dict:           # 'map', 'centre', 'random' -> list of orders
+    e: Explanation,  # a map
+    n_random: int = 3,  # random orders, and of the centre's many ties
+    seed: int = 0,  # of these, and of the map's ties
+) -> dict:  # 'map', 'centre', 'random' -> list of orders
     "In which orders cells are taken away."
     middle = centre_prior(e.grid.shape)
-    return dict(map=[cell_order(e.grid, seed)], centre=[cell_order(middle, seed + i) for i in range(n_random)], random=[cell_order(np.ones(e.grid.shape), seed + 1 + i) for i in range(n_random)])
+    return dict(
+        map=[cell_order(e.grid, seed)],
+        centre=[cell_order(middle, seed + i) for i in range(n_random)],
+        random=[cell_order(np.ones(e.grid.shape), seed + 1 + i) for i in range(n_random)],
+    )
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #198cb25b
 FILLS = ('blur', 'grey')
 
+
 def filled(
-    pixels,      # (3,S,S) tensor, as it enters the tower
-    fill:str='blur', # one of `FILLS`
-):               # (3,S,S) tensor
+    pixels,  # (3,S,S) tensor, as it enters the tower
+    fill: str = 'blur',  # one of `FILLS`
+):  # (3,S,S) tensor
     "What is left of a film when everything is taken away: strongly blurred, or its mean grey."
     from torchvision.transforms.functional import gaussian_blur
-    if fill not in FILLS: raise InputError(f"fill {fill!r}; choose {' or '.join(FILLS)}")
-    if fill == 'grey': return pixels.mean((1, 2), keepdim=True).expand_as(pixels)
-    side = min(pixels.shape[1:]); sigma = side/10
-    kernel = min(2*int(2*sigma) + 1, side - 1 + side % 2)                                  # odd, and no wider than the picture can be mirrored
+
+    if fill not in FILLS:
+        raise InputError(f"fill {fill!r}; choose {' or '.join(FILLS)}")
+    if fill == 'grey':
+        return pixels.mean((1, 2), keepdim=True).expand_as(pixels)
+    side = min(pixels.shape[1:])
+    sigma = side / 10
+    kernel = min(
+        2 * int(2 * sigma) + 1, side - 1 + side % 2
+    )  # odd, and no wider than the picture can be mirrored
     return gaussian_blur(pixels.float(), [kernel, kernel], [sigma, sigma]).to(pixels.dtype)
+
 
 def _ranks(order, shape, clip):
     "(S,S) int: as which cell each pixel is taken away; pixels outside the grid never."
     rows, columns, ph, pw, _ = grid_of(clip)
     h, w = clip.info['image_size']
-    rank = np.empty(len(order), int); rank[order] = np.arange(len(order))
-    y, x = (np.arange(n)*cells//covered for n, cells, covered in ((h, shape[0], rows*ph), (w, shape[1], columns*pw)))
+    rank = np.empty(len(order), int)
+    rank[order] = np.arange(len(order))
+    y, x = (
+        np.arange(n) * cells // covered
+        for n, cells, covered in ((h, shape[0], rows * ph), (w, shape[1], columns * pw))
+    )
     out = np.full((h, w), len(order))
     inside = np.ix_(y < shape[0], x < shape[1])
     out[inside] = rank.reshape(shape)[np.ix_(y[y < shape[0]], x[x < shape[1]])]
@@ -201,119 +330,231 @@ def _ranks(order, shape, clip):
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #ee32642e
 def perturbation_curves(
-    clip:Clip,      # a loaded model
-    images,         # films, (H,W) or (H,W,3) uint8
-    maps,           # `Explanation` per film
-    text,           # sentence, tuple of sentences or `Target`; or a list with one of these per film
-    about:pd.DataFrame, # per film: film_id, patient_id, finding
-    against=(),     # the opposite, for all films: scores are then probabilities
-    steps:int=10,   # how many times cells are taken away; never more often than there are cells
-    fill:str='blur', # one of `FILLS`
-    n_random:int=3, # random orders, averaged
-    seed:int=0,     # of the random orders
-    batch_size:int=64, # pictures at once
-)->pd.DataFrame:    # rows: about + kind ('deletion', 'insertion'), order ('map', 'centre', 'random'), fraction (0..1 of the cells), score; attrs: score, fill
+    clip: Clip,  # a loaded model
+    images,  # films, (H,W) or (H,W,3) uint8
+    maps,  # `Explanation` per film
+    text,  # sentence, tuple of sentences or `Target`; or a list with one of these per film
+    about: pd.DataFrame,  # per film: film_id, patient_id, finding
+    against=(),  # the opposite, for all films: scores are then probabilities
+    steps: int = 10,  # how many times cells are taken away; never more often than there are cells
+    fill: str = 'blur',  # one of `FILLS`
+    n_random: int = 3,  # random orders, averaged
+    seed: int = 0,  # of the random orders
+    batch_size: int = 64,  # pictures at once
+) -> pd.DataFrame:  # rows: about + kind ('deletion', 'insertion'), order ('map', 'centre', 'random'), fraction (0..1 of the cells), score; attrs: score, fill
     "Scores while a film disappears and comes back; `InputError` where the lists do not belong together, `RunError` for an empty map."
-    images, texts = list(images), text if isinstance(text, list) else [text]*len(maps)
-    if not len(images) == len(maps) == len(texts) == len(about) or not len(maps): raise InputError(f'{len(images)} films, {len(maps)} maps, {len(texts)} texts, {len(about)} rows: one of each per film is needed')
-    targets, rows, steps = [target(clip, t, against) for t in texts], [], min(steps, *(m.grid.size for m in maps))
+    images, texts = list(images), text if isinstance(text, list) else [text] * len(maps)
+    if not len(images) == len(maps) == len(texts) == len(about) or not len(maps):
+        raise InputError(
+            f'{len(images)} films, {len(maps)} maps, {len(texts)} texts, {len(about)} rows: one of each per film is needed'
+        )
+    targets, rows, steps = (
+        [target(clip, t, against) for t in texts],
+        [],
+        min(steps, *(m.grid.size for m in maps)),
+    )
     for who, film, e, t in zip(about.to_dict('records'), images, maps, targets):
-        if e.empty: raise RunError(f"film {who.get('film_id', '')}: an empty map gives no order; leave this film out")
+        if e.empty:
+            raise RunError(
+                f"film {who.get('film_id', '')}: an empty map gives no order; leave this film out"
+            )
         for order, ways in orders_of(e, n_random, seed).items():
-            kept = np.mean([_curves(clip, film, e.grid.shape, o, t, steps, fill, batch_size) for o in ways], 0)       # (2, steps + 1)
-            rows += [dict(who, kind=kind, order=order, fraction=k/steps, score=s) for kind, curve in zip(('deletion', 'insertion'), kept) for k, s in enumerate(curve)]
-    table = pd.DataFrame(rows); table.attrs.update(score='probability' if all(t.against for t in targets) else 'cosine', fill=fill, steps=steps)
+            kept = np.mean(
+                [_curves(clip, film, e.grid.shape, o, t, steps, fill, batch_size) for o in ways], 0
+            )  # (2, steps + 1)
+            rows += [
+                dict(who, kind=kind, order=order, fraction=k / steps, score=s)
+                for kind, curve in zip(('deletion', 'insertion'), kept)
+                for k, s in enumerate(curve)
+            ]
+    table = pd.DataFrame(rows)
+    table.attrs.update(
+        score='probability' if all(t.against for t in targets) else 'cosine', fill=fill, steps=steps
+    )
     return table
+
 
 def _curves(clip, film, shape, order, t, steps, fill, batch_size):
     "(2, steps + 1) scores of deletion and insertion."
     import torch
+
     x = to_pixels(clip, [film])[0]
     gone, rank = filled(x, fill), torch.from_numpy(_ranks(order, shape, clip)).to(x.device)
-    taken = torch.stack([rank < round(len(order)*k/steps) for k in range(steps + 1)])[:, None]           # (K,1,S,S)
+    taken = torch.stack([rank < round(len(order) * k / steps) for k in range(steps + 1)])[
+        :, None
+    ]  # (K,1,S,S)
     both = torch.cat([torch.where(taken, gone, x), torch.where(taken, x, gone)])
-    with asking(clip): z = torch.cat([torch.nn.functional.normalize(clip.model.encode_image(b).float(), dim=-1) for b in both.split(batch_size)]).cpu().numpy()
+    with asking(clip):
+        z = (
+            torch.cat(
+                [
+                    torch.nn.functional.normalize(clip.model.encode_image(b).float(), dim=-1)
+                    for b in both.split(batch_size)
+                ]
+            )
+            .cpu()
+            .numpy()
+        )
     s = z @ t.vector
-    return (1/(1 + np.exp(-s)) if t.against else s/np.linalg.norm(t.vector)).reshape(2, -1)
+    return (1 / (1 + np.exp(-s)) if t.against else s / np.linalg.norm(t.vector)).reshape(2, -1)
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #dfe61f90
 def curve_areas(
-    curves:pd.DataFrame, # from `perturbation_curves`
-)->pd.DataFrame:         # a row per film, kind and order: area
+    curves: pd.DataFrame,  # from `perturbation_curves`
+) -> pd.DataFrame:  # a row per film, kind and order: area
     "Area under each curve."
     own = [c for c in curves if c not in ('fraction', 'score')]
-    def area(g): return float(np.trapezoid(g.score, g.fraction))
-    out = curves.groupby(own, sort=False, dropna=False)[['fraction', 'score']].apply(area).rename('area').reset_index()
+
+    def area(g):
+        return float(np.trapezoid(g.score, g.fraction))
+
+    out = (
+        curves.groupby(own, sort=False, dropna=False)[['fraction', 'score']]
+        .apply(area)
+        .rename('area')
+        .reset_index()
+    )
     out.attrs = dict(curves.attrs)
     return out
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #a2b17e1f
 def faithfulness_metrics(
-    areas:pd.DataFrame, # from `curve_areas`
-    model:str='clip',   # what the lines are called
-    by=(),              # columns whose values are reported apart
-    n_boot:int=2000,    # resamples of patients
-)->pd.DataFrame:        # metrics table: deletion_area, insertion_area per order; deletion_gain_over_random, ... of the map
+    areas: pd.DataFrame,  # from `curve_areas`
+    model: str = 'clip',  # what the lines are called
+    by=(),  # columns whose values are reported apart
+    n_boot: int = 2000,  # resamples of patients
+) -> pd.DataFrame:  # metrics table: deletion_area, insertion_area per order; deletion_gain_over_random, ... of the map
     "Areas and gains with intervals over patients."
-    bounds, note = (0, 1) if areas.attrs.get('score') == 'probability' else (-1, 1), f"{areas.attrs.get('score', '')}, {areas.attrs.get('fill', '')} fill"
+    bounds, note = (
+        (0, 1) if areas.attrs.get('score') == 'probability' else (-1, 1),
+        f"{areas.attrs.get('score', '')}, {areas.attrs.get('fill', '')} fill",
+    )
     lines = []
-    for name, part in [('all', areas)] + [(f'{c}={v}', g) for c in by for v, g in areas.groupby(c, sort=True)]:
+    for name, part in [('all', areas)] + [
+        (f'{c}={v}', g) for c in by for v, g in areas.groupby(c, sort=True)
+    ]:
         for kind, g in part.groupby('kind', sort=True):
             wide = {o: h.reset_index(drop=True) for o, h in g.groupby('order', sort=False)}
             for o, h in wide.items():
-                lines.append(metric_line(model, f'{kind}_area', o, name, h.area, h.patient_id, bounds, n_boot, note))
-                gain = (wide['map'].area - h.area)*(1 if kind == 'insertion' else -1)
-                if o != 'map': lines.append(metric_line(model, f'{kind}_gain_over_{o}', 'map', name, gain, h.patient_id, (bounds[0] - bounds[1], bounds[1] - bounds[0]), n_boot, note))
+                lines.append(
+                    metric_line(
+                        model, f'{kind}_area', o, name, h.area, h.patient_id, bounds, n_boot, note
+                    )
+                )
+                gain = (wide['map'].area - h.area) * (1 if kind == 'insertion' else -1)
+                if o != 'map':
+                    lines.append(
+                        metric_line(
+                            model,
+                            f'{kind}_gain_over_{o}',
+                            'map',
+                            name,
+                            gain,
+                            h.patient_id,
+                            (bounds[0] - bounds[1], bounds[1] - bounds[0]),
+                            n_boot,
+                            note,
+                        )
+                    )
     return table_of(lines)
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #1dbb9023
 def map_likeness(
-    a:Explanation, # a map
-    b:Explanation, # another of the same film, on the same grid
-)->dict:           # spearman (-1..1, NaN for a flat map), ssim (-1..1)
+    a: Explanation,  # a map
+    b: Explanation,  # another of the same film, on the same grid
+) -> dict:  # spearman (-1..1, NaN for a flat map), ssim (-1..1)
     "How alike two maps are."
     from scipy.stats import spearmanr
     from skimage.metrics import structural_similarity
-    if a.grid.shape != b.grid.shape: raise InputError(f'maps on grids of {a.grid.shape} and {b.grid.shape} cannot be compared cell by cell')
-    if a.empty or b.empty: return dict(spearman=np.nan, ssim=np.nan)
+
+    if a.grid.shape != b.grid.shape:
+        raise InputError(
+            f'maps on grids of {a.grid.shape} and {b.grid.shape} cannot be compared cell by cell'
+        )
+    if a.empty or b.empty:
+        return dict(spearman=np.nan, ssim=np.nan)
     flat = np.ptp(a.grid) == 0 or np.ptp(b.grid) == 0
+
     def stretched(e):
-        w = e.on_film(smooth=True); seen = ~np.isnan(w)
-        w = w[np.ix_(seen.any(1), seen.any(0))]                                              # what is shown is a rectangle
-        return (w - w.min())/max(np.ptp(w), 1e-12)
+        w = e.on_film(smooth=True)
+        seen = ~np.isnan(w)
+        w = w[np.ix_(seen.any(1), seen.any(0))]  # what is shown is a rectangle
+        return (w - w.min()) / max(np.ptp(w), 1e-12)
+
     x, y = stretched(a), stretched(b)
-    return dict(spearman=np.nan if flat else float(spearmanr(a.grid.ravel(), b.grid.ravel())[0]), ssim=float(structural_similarity(x, y, data_range=1., win_size=min(7, min(x.shape) - 1 + min(x.shape) % 2))))
+    return dict(
+        spearman=np.nan if flat else float(spearmanr(a.grid.ravel(), b.grid.ravel())[0]),
+        ssim=float(
+            structural_similarity(
+                x, y, data_range=1.0, win_size=min(7, min(x.shape) - 1 + min(x.shape) % 2)
+            )
+        ),
+    )
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #ff8c8bc8
 def cascade(
-    clip:Clip,     # a loaded model
-    images,        # films
-    maps,          # `Explanation` per film, made with this model
-    text,          # as in `explain_many`
-    about:pd.DataFrame, # per film: film_id, patient_id, finding
-    against=(),    # as in `explain_many`
-    seed:int=0,    # of the shuffles
-    **how,         # layer, blocks, batch_size of `explain_many`
-)->pd.DataFrame:   # rows: about + stage, depth (0: nothing shuffled yet), spearman, ssim, empty
+    clip: Clip,  # a loaded model
+    images,  # films
+    maps,  # `Explanation` per film, made with this model
+    text,  # as in `explain_many`
+    about: pd.DataFrame,  # per film: film_id, patient_id, finding
+    against=(),  # as in `explain_many`
+    seed: int = 0,  # of the shuffles
+    **how,  # layer, blocks, batch_size of `explain_many`
+) -> pd.DataFrame:  # rows: about + stage, depth (0: nothing shuffled yet), spearman, ssim, empty
     "How alike maps stay while the image tower forgets, from the top down."
     images, methods, rows = list(images), {m.method for m in maps}, []
-    if not len(images) == len(maps) == len(about): raise InputError(f'{len(images)} films, {len(maps)} maps, {len(about)} rows: one of each per film is needed')
-    if len(methods) != 1: raise InputError(f"maps of several methods ({', '.join(sorted(methods))}); check one at a time")
-    asked = [target(clip, t, against) for t in text] if isinstance(text, list) else target(clip, text, against)       # the text tower keeps its weights
+    if not len(images) == len(maps) == len(about):
+        raise InputError(
+            f'{len(images)} films, {len(maps)} maps, {len(about)} rows: one of each per film is needed'
+        )
+    if len(methods) != 1:
+        raise InputError(
+            f"maps of several methods ({', '.join(sorted(methods))}); check one at a time"
+        )
+    asked = (
+        [target(clip, t, against) for t in text]
+        if isinstance(text, list)
+        else target(clip, text, against)
+    )  # the text tower keeps its weights
     for depth, stage in enumerate(['trained', *stages(clip)]):
-        new = explain_many(shuffled(clip, stage, seed) if depth else clip, images, asked, maps[0].method, empty='keep', **how)
-        rows += [dict(who, stage=stage, depth=depth, **map_likeness(m, n), empty=n.empty) for who, m, n in zip(about.to_dict('records'), maps, new)]
+        new = explain_many(
+            shuffled(clip, stage, seed) if depth else clip,
+            images,
+            asked,
+            maps[0].method,
+            empty='keep',
+            **how,
+        )
+        rows += [
+            dict(who, stage=stage, depth=depth, **map_likeness(m, n), empty=n.empty)
+            for who, m, n in zip(about.to_dict('records'), maps, new)
+        ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #78f1ea3b
 def cascade_metrics(
-    rows:pd.DataFrame, # from `cascade`
-    model:str='clip',  # what the lines are called
-    n_boot:int=2000,   # resamples of patients
-)->pd.DataFrame:       # metrics table: spearman and ssim per stage (arm); films whose map is empty or flat there do not count
+    rows: pd.DataFrame,  # from `cascade`
+    model: str = 'clip',  # what the lines are called
+    n_boot: int = 2000,  # resamples of patients
+) -> pd.DataFrame:  # metrics table: spearman and ssim per stage (arm); films whose map is empty or flat there do not count
     "Likeness per stage, with intervals over patients."
     lines = []
     for stage, g in rows.groupby('stage', sort=False):
         note = f"{int(g['empty'].sum())} of {len(g)} maps empty" if g['empty'].any() else ''
-        lines += [metric_line(model, k, stage, 'all', g[k], g.patient_id, (-1, 1), n_boot, note, exact=bool((g.depth == 0).all())) for k in ('spearman', 'ssim')]   # at the start a map is compared with itself
+        lines += [
+            metric_line(
+                model,
+                k,
+                stage,
+                'all',
+                g[k],
+                g.patient_id,
+                (-1, 1),
+                n_boot,
+                note,
+                exact=bool((g.depth == 0).all()),
+            )
+            for k in ('spearman', 'ssim')
+        ]  # at the start a map is compared with itself
     return table_of(lines)

@@ -16,7 +16,14 @@ from .data import Films, Pairs, check_films
 from .models import Clip, cut_texts, image_embeddings
 from .optim import Ema, freeze, param_groups, require_mobility, training_mode
 from .processes import world
-from .sampling import augmentation, epoch_order, film_weights, sensitivity_weights, sentences_open, spoken_weights
+from smsbench.clip.sampling import (
+    augmentation,
+    epoch_order,
+    film_weights,
+    sensitivity_weights,
+    sentences_open,
+    spoken_weights,
+)
 from .settings import LOOSE, TrainSettings
 from .steps import adamw, require_whole_batches
 from .watch import batch_groups
@@ -25,157 +32,290 @@ from .watch import batch_groups
 @dataclass
 class Job:
     "All that changes while a run goes on, and what it works with."
+
     clip: Clip
     settings: TrainSettings
     run: Run
-    pairs: Pairs          # training films
-    val: Pairs            # validation films, no augmentation
+    pairs: Pairs  # training films
+    val: Pairs  # validation films, no augmentation
     prompts: dict
-    groups: np.ndarray    # (N, G) of the training films
+    groups: np.ndarray  # (N, G) of the training films
     val_groups: np.ndarray
     optimizer: object
-    scaler: object        # None but for fp16
-    ema: object           # None where not asked for
-    per_epoch: int        # steps
-    fixed: object = None  # (N, D) image embeddings, where the image tower is locked and pictures do not change
-    epoch: int = 0        # that runs or comes next
-    step: int = 0         # of this epoch, done
-    sums: dict = field(default_factory=dict) # of this epoch's steps
-    found: tuple = None   # (found, n) per class at the last validation
-    best: float = None    # best value of what is watched
+    scaler: object  # None but for fp16
+    ema: object  # None where not asked for
+    per_epoch: int  # steps
+    fixed: object = (
+        None  # (N, D) image embeddings, where the image tower is locked and pictures do not change
+    )
+    epoch: int = 0  # that runs or comes next
+    step: int = 0  # of this epoch, done
+    sums: dict = field(default_factory=dict)  # of this epoch's steps
+    found: tuple = None  # (found, n) per class at the last validation
+    best: float = None  # best value of what is watched
     best_epoch: int = -1  # 0: before training
-    waited: int = 0       # epochs since
-    history: list = field(default_factory=list) # rows
-    stopped: str = ''     # why it is over; '' while it is not
+    waited: int = 0  # epochs since
+    history: list = field(default_factory=list)  # rows
+    stopped: str = ''  # why it is over; '' while it is not
 
     @property
-    def total(self): return self.per_epoch * self.settings.epochs
+    def total(self):
+        return self.per_epoch * self.settings.epochs
+
     @property
-    def done(self): return self.epoch * self.per_epoch + self.step
+    def done(self):
+        return self.epoch * self.per_epoch + self.step
 
 # %% ../../nbs/41g_clip.job.ipynb #c8cec1b3
 def say(
-    run:Run,  # the run directory
-    line:str, # one event, without patient data
-    echo:bool=True, # also on stderr
+    run: Run,  # the run directory
+    line: str,  # one event, without patient data
+    echo: bool = True,  # also on stderr
 ):
     "A line of the log, from the first process."
-    if not world()[0]: run.log(line, echo)
+    if not world()[0]:
+        run.log(line, echo)
 
 # %% ../../nbs/41g_clip.job.ipynb #cc6aa2ef
 def usable_films(
-    films:Films,   # all of them
-    settings:TrainSettings, # splits, batch
-    run:Run,       # where the scan is kept and broken films are listed
-)->tuple[Films, Films, pd.DataFrame]: # training films, validation films, what was left out
+    films: Films,  # all of them
+    settings: TrainSettings,  # splits, batch
+    run: Run,  # where the scan is kept and broken films are listed
+) -> tuple[Films, Films, pd.DataFrame]:  # training films, validation films, what was left out
     "Films that can be read. `InputError` where a patient is in both splits or films do not fill a batch."
     both = films.of(settings.train_split, settings.val_split)
-    shared = set(both.of(settings.train_split).table.patient_id) & set(both.of(settings.val_split).table.patient_id)
-    if shared: raise InputError(f'{len(shared)} patients are in {settings.train_split} and in {settings.val_split}; make the splits anew (smsbench.data.splits)')
-    good, left = check_films(both, max_broken=settings.max_broken, store=None if films.attrs.get('access') == 'credentialed' else run/'scan')
+    shared = set(both.of(settings.train_split).table.patient_id) & set(
+        both.of(settings.val_split).table.patient_id
+    )
+    if shared:
+        raise InputError(
+            f'{len(shared)} patients are in {settings.train_split} and in {settings.val_split}; make the splits anew (smsbench.data.splits)'
+        )
+    good, left = check_films(
+        both,
+        max_broken=settings.max_broken,
+        store=None if films.attrs.get('access') == 'credentialed' else run / 'scan',
+    )
     train, val = good.of(settings.train_split), good.of(settings.val_split)
-    if len(train) < settings.batch_size: raise InputError(f'{len(train)} training films do not fill a batch of {settings.batch_size}; choose a smaller batch_size')
+    if len(train) < settings.batch_size:
+        raise InputError(
+            f'{len(train)} training films do not fill a batch of {settings.batch_size}; choose a smaller batch_size'
+        )
     return train, val, left
 
 # %% ../../nbs/41g_clip.job.ipynb #d4c15546
 def run_config(
-    settings:TrainSettings, # how to train
-    model:str,      # name of the weights at the start, from `weights_sha`
-    train:Films,    # on what
-    val:Films,      # watched on what
-    prompts:dict,   # said about them
-)->dict:            # one entry per thing that must be the same when a run is taken up again
+    settings: TrainSettings,  # how to train
+    model: str,  # name of the weights at the start, from `weights_sha`
+    train: Films,  # on what
+    val: Films,  # watched on what
+    prompts: dict,  # said about them
+) -> dict:  # one entry per thing that must be the same when a run is taken up again
     "What decides the weights of a run."
-    seen = lambda f: content_hash(table_hash(f.table[['film_id', 'patient_id', 'image_sha']].assign(text=[content_hash(t) for t in f.table.text], at=range(len(f)))), *f.classes, f.targets.to_numpy().tobytes().hex())
-    return dict(**{k: v for k, v in asdict(settings).items() if k not in LOOSE}, model=model, films=content_hash(seen(train), seen(val)), prompts=content_hash(repr(prompts)))
+    seen = lambda f: content_hash(
+        table_hash(
+            f.table[['film_id', 'patient_id', 'image_sha']].assign(
+                text=[content_hash(t) for t in f.table.text], at=range(len(f))
+            )
+        ),
+        *f.classes,
+        f.targets.to_numpy().tobytes().hex(),
+    )
+    return dict(
+        **{k: v for k, v in asdict(settings).items() if k not in LOOSE},
+        model=model,
+        films=content_hash(seen(train), seen(val)),
+        prompts=content_hash(repr(prompts)),
+    )
 
 # %% ../../nbs/41g_clip.job.ipynb #cf7c3f09
 def prepare(
-    clip:Clip,      # to be trained
-    settings:TrainSettings, # how
-    run:Run,        # where
-    train:Films,    # on what
-    val:Films,      # watched on what
-    prompts:dict,   # said about them
-)->Job:             # at its beginning
+    clip: Clip,  # to be trained
+    settings: TrainSettings,  # how
+    run: Run,  # where
+    train: Films,  # on what
+    val: Films,  # watched on what
+    prompts: dict,  # said about them
+) -> Job:  # at its beginning
     "Everything a run needs. `InputError` where these settings cannot train this model on these films."
     import torch
+
     s, device, size = settings, clip.device, world()[1]
-    pairs = Pairs(train, clip, s.texts, prompts, augmentation(train, prompts if s.texts != 'report' else None, s.augment, s.flip), s.seed, s.cache_mb)
+    pairs = Pairs(
+        train,
+        clip,
+        s.texts,
+        prompts,
+        augmentation(train, prompts if s.texts != 'report' else None, s.augment, s.flip),
+        s.seed,
+        s.cache_mb,
+    )
     quiet = Pairs(val, clip, s.texts, prompts, None, s.seed, s.cache_mb)
-    if s.batch_size % size: raise InputError(f'batch_size {s.batch_size} does not divide into {size} processes')
+    if s.batch_size % size:
+        raise InputError(f'batch_size {s.batch_size} does not divide into {size} processes')
     names, per_epoch = freeze(clip.model, s.train), len(train) // s.batch_size
-    training_mode(clip.model, s.batch_norm == 'hold'); require_whole_batches(clip.model, math.ceil(s.batch_size / size / s.chunk) if s.chunk else 1)
+    training_mode(clip.model, s.batch_norm == 'hold')
+    require_whole_batches(clip.model, math.ceil(s.batch_size / size / s.chunk) if s.chunk else 1)
     groups = param_groups(clip.model, s.lr, s.weight_decay, s.layer_decay)
-    table = require_mobility(groups, per_epoch * s.epochs, round(s.warmup * per_epoch * s.epochs), s.floor)
-    say(run, f"{len(train)} films to train on, {len(val)} to watch; {len(names)} tensors, {int(table.weights.sum()):,} weights are trained, which {per_epoch * s.epochs} steps can move by up to {100 * table.reach[np.isfinite(table.reach)].median():.0f} % of their size", echo=False)
-    if s.texts != 'prompts' and (cut := int(np.sum(cut_texts(clip, train.table.text)))): say(run, f'{cut} of {len(train)} reports are longer than the {clip.info["context"]} tokens that the model reads; their ends are not seen')
-    set_seed(s.seed + world()[0])   # each process drops out by itself
+    table = require_mobility(
+        groups, per_epoch * s.epochs, round(s.warmup * per_epoch * s.epochs), s.floor
+    )
+    say(
+        run,
+        f"{len(train)} films to train on, {len(val)} to watch; {len(names)} tensors, {int(table.weights.sum()):,} weights are trained, which {per_epoch * s.epochs} steps can move by up to {100 * table.reach[np.isfinite(table.reach)].median():.0f} % of their size",
+        echo=False,
+    )
+    if s.texts != 'prompts' and (cut := int(np.sum(cut_texts(clip, train.table.text)))):
+        say(
+            run,
+            f'{cut} of {len(train)} reports are longer than the {clip.info["context"]} tokens that the model reads; their ends are not seen',
+        )
+    set_seed(s.seed + world()[0])  # each process drops out by itself
     optimizer = adamw([{k: v for k, v in g.items() if k != 'names'} for g in groups], betas=s.betas)
-    return Job(clip, s, run, pairs, quiet, prompts, batch_groups(train, s.positives), batch_groups(val, s.positives), optimizer,
-               torch.amp.GradScaler(device.type) if s.precision == 'fp16' else None, Ema(clip.model, s.ema) if s.ema else None, per_epoch,
-               _fixed(clip, pairs) if s.train == 'locked_image' and pairs.augment is None else None)
+    return Job(
+        clip,
+        s,
+        run,
+        pairs,
+        quiet,
+        prompts,
+        batch_groups(train, s.positives),
+        batch_groups(val, s.positives),
+        optimizer,
+        torch.amp.GradScaler(device.type) if s.precision == 'fp16' else None,
+        Ema(clip.model, s.ema) if s.ema else None,
+        per_epoch,
+        _fixed(clip, pairs) if s.train == 'locked_image' and pairs.augment is None else None,
+    )
+
 
 def _fixed(clip, pairs):
     "What a locked tower makes of pictures that do not change, once for all epochs."
     import torch
-    return torch.from_numpy(image_embeddings(clip, (np.asarray(pairs.picture(i)) for i in range(len(pairs)))))
+
+    return torch.from_numpy(
+        image_embeddings(clip, (np.asarray(pairs.picture(i)) for i in range(len(pairs))))
+    )
 
 # %% ../../nbs/41g_clip.job.ipynb #d4bc249e
 def epoch_batches(
-    job:Job, # where the run stands
-):           # iterator over the batches that are left of this epoch, this process's part
+    job: Job,  # where the run stands
+):  # iterator over the batches that are left of this epoch, this process's part
     "Films drawn by weight, sentences by schedule or sensitivity."
     import torch
+
     s, films, (rank, size) = job.settings, job.pairs.films, world()
-    classes = sensitivity_weights(*job.found, s.cap) if s.speak == 'sensitivity' and job.found is not None else None
+    classes = (
+        sensitivity_weights(*job.found, s.cap)
+        if s.speak == 'sensitivity' and job.found is not None
+        else None
+    )
     single = films.kind == 'multiclass'
     weights = film_weights(films, s.balance, s.cap, s.patients, classes=classes if single else None)
-    spoken = None if single or (s.balance == 'even' and classes is None) else spoken_weights(films.targets, classes, s.cap) if s.balance != 'even' else np.repeat(classes[:, None], 2, 1)
-    most = sentences_open(job.epoch, s.epochs, [max(len(v) for v in p.values()) for p in job.pairs.prompts]) if s.speak == 'scheduled' else None
-    order = epoch_order(weights, s.seed, job.epoch)[:job.per_epoch * s.batch_size].reshape(job.per_epoch, size, -1)[job.step:, rank]
+    spoken = (
+        None
+        if single or (s.balance == 'even' and classes is None)
+        else spoken_weights(films.targets, classes, s.cap)
+        if s.balance != 'even'
+        else np.repeat(classes[:, None], 2, 1)
+    )
+    most = (
+        sentences_open(
+            job.epoch, s.epochs, [max(len(v) for v in p.values()) for p in job.pairs.prompts]
+        )
+        if s.speak == 'scheduled'
+        else None
+    )
+    order = epoch_order(weights, s.seed, job.epoch)[: job.per_epoch * s.batch_size].reshape(
+        job.per_epoch, size, -1
+    )[job.step :, rank]
     job.pairs.at(job.epoch, spoken, most)
-    loader = torch.utils.data.DataLoader(_Cheap(job), batch_sampler=order.tolist(), collate_fn=job.pairs.collate, num_workers=s.workers, generator=torch.Generator(), pin_memory=job.clip.device.type == 'cuda')   # a generator of its own: the global one belongs to the model
-    for batch in loader: yield {**batch, 'groups': torch.from_numpy(job.groups[batch['index']])}
+    loader = torch.utils.data.DataLoader(
+        _Cheap(job),
+        batch_sampler=order.tolist(),
+        collate_fn=job.pairs.collate,
+        num_workers=s.workers,
+        generator=torch.Generator(),
+        pin_memory=job.clip.device.type == 'cuda',
+    )  # a generator of its own: the global one belongs to the model
+    for batch in loader:
+        yield {**batch, 'groups': torch.from_numpy(job.groups[batch['index']])}
+
 
 class _Cheap:
     "Pairs; where the image tower is locked, with embeddings for pixels."
-    def __init__(self, job): self.pairs, self.fixed = job.pairs, job.fixed
-    def __len__(self): return len(self.pairs)
+
+    def __init__(self, job):
+        self.pairs, self.fixed = job.pairs, job.fixed
+
+    def __len__(self):
+        return len(self.pairs)
+
     def __getitem__(self, i):
-        if self.fixed is None: return self.pairs[i]
-        words, asked, answer = self.pairs.words(i, np.random.default_rng([self.pairs.seed, self.pairs.epoch, i]))
-        return dict(pixels=self.fixed[i], words=words, index=i, asked=asked, answer=answer, labels=self.pairs.targets[i])
+        if self.fixed is None:
+            return self.pairs[i]
+        words, asked, answer = self.pairs.words(
+            i, np.random.default_rng([self.pairs.seed, self.pairs.epoch, i])
+        )
+        return dict(
+            pixels=self.fixed[i],
+            words=words,
+            index=i,
+            asked=asked,
+            answer=answer,
+            labels=self.pairs.targets[i],
+        )
 
 # %% ../../nbs/41g_clip.job.ipynb #fa919389
 _KEPT = ('epoch', 'step', 'sums', 'best', 'best_epoch', 'waited', 'history', 'stopped')
 
+
 def save_job(
-    job:Job, # where the run stands
+    job: Job,  # where the run stands
 ):
     "Write checkpoints/last.pt, atomically; only the first process does."
     import torch
-    if world()[0]: return
+
+    if world()[0]:
+        return
     state = {k: getattr(job, k) for k in _KEPT} | dict(
-        model=job.clip.model.state_dict(), optimizer=job.optimizer.state_dict(), scaler=job.scaler and job.scaler.state_dict(), ema=job.ema and job.ema.state_dict(),
-        found=None if job.found is None else [[int(v) for v in a] for a in job.found], rng=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if job.clip.device.type == 'cuda' else [])
-    with atomic(job.run/'checkpoints'/'last.pt') as tmp: torch.save(state, tmp)
+        model=job.clip.model.state_dict(),
+        optimizer=job.optimizer.state_dict(),
+        scaler=job.scaler and job.scaler.state_dict(),
+        ema=job.ema and job.ema.state_dict(),
+        found=None if job.found is None else [[int(v) for v in a] for a in job.found],
+        rng=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state_all() if job.clip.device.type == 'cuda' else [],
+    )
+    with atomic(job.run / 'checkpoints' / 'last.pt') as tmp:
+        torch.save(state, tmp)
 
 # %% ../../nbs/41g_clip.job.ipynb #03befd08
 def load_job(
-    job:Job, # as `prepare` made it; changed in place
-)->bool:     # whether there was a checkpoint
+    job: Job,  # as `prepare` made it; changed in place
+) -> bool:  # whether there was a checkpoint
     "Go on where the run stopped; `InputError` where the checkpoint cannot be read."
     import torch
-    path = job.run/'checkpoints'/'last.pt'
-    if not path.exists(): return False
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise InputError(f'{path}: cannot be read ({type(e).__name__}); remove it to train from the start') from None   # a damaged file may raise anything
-    job.clip.model.load_state_dict(state['model']); job.optimizer.load_state_dict(state['optimizer'])
-    if job.scaler is not None: job.scaler.load_state_dict(state['scaler'])
-    if job.ema is not None: job.ema.load_state_dict(state['ema'])
-    for k in _KEPT: setattr(job, k, state[k])
+
+    path = job.run / 'checkpoints' / 'last.pt'
+    if not path.exists():
+        return False
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise InputError(
+            f'{path}: cannot be read ({type(e).__name__}); remove it to train from the start'
+        ) from None  # a damaged file may raise anything
+    job.clip.model.load_state_dict(state['model'])
+    job.optimizer.load_state_dict(state['optimizer'])
+    if job.scaler is not None:
+        job.scaler.load_state_dict(state['scaler'])
+    if job.ema is not None:
+        job.ema.load_state_dict(state['ema'])
+    for k in _KEPT:
+        setattr(job, k, state[k])
     job.found = None if state['found'] is None else tuple(np.array(a) for a in state['found'])
     torch.set_rng_state(state['rng'])
-    if job.clip.device.type == 'cuda' and state['cuda']: torch.cuda.set_rng_state_all(state['cuda'])
+    if job.clip.device.type == 'cuda' and state['cuda']:
+        torch.cuda.set_rng_state_all(state['cuda'])
     return True

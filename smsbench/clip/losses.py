@@ -15,8 +15,8 @@ from ..core import InputError
 
 # %% ../../nbs/41a_clip.losses.ipynb #4f7f2e65
 def group_codes(
-    values,       # (N,) group names of any kind: texts, study numbers, classes; None, NaN and '' are missing
-)->np.ndarray:    # (N,) int64 codes in order of appearance, -1 where missing
+    values,  # (N,) group names of any kind: texts, study numbers, classes; None, NaN and '' are missing
+) -> np.ndarray:  # (N,) int64 codes in order of appearance, -1 where missing
     "Integer codes of groups, to be made over a whole table."
     column = pd.Series(list(values), dtype=object)
     missing = column.isna() | (column.astype(str).str.strip() == '')
@@ -24,114 +24,168 @@ def group_codes(
 
 # %% ../../nbs/41a_clip.losses.ipynb #74c2cbfe
 def same_group(
-    *groups,      # each (B,) or (B,G): integer codes (below 0: missing) or names; numpy, list or torch
+    *groups,  # each (B,) or (B,G): integer codes (below 0: missing) or names; numpy, list or torch
     device=None,  # of the answer; None: that of the first tensor, else the CPU
-):                # (B,B) bool tensor: row = image, column = text; the diagonal is always True
+):  # (B,B) bool tensor: row = image, column = text; the diagonal is always True
     "Which samples share at least one group; `InputError` where lengths differ or nothing is given."
     import torch
-    if not groups: raise InputError('no groups; give at least one array of group codes')
+
+    if not groups:
+        raise InputError('no groups; give at least one array of group codes')
     codes = [g if isinstance(g, torch.Tensor) else np.asarray(g) for g in groups]
-    codes = [c if isinstance(c, torch.Tensor) else torch.as_tensor(c if c.dtype.kind in 'iu' else np.stack([group_codes(x) for x in np.atleast_2d(c.T)], 1)) for c in codes]
+    codes = [
+        c
+        if isinstance(c, torch.Tensor)
+        else torch.as_tensor(
+            c if c.dtype.kind in 'iu' else np.stack([group_codes(x) for x in np.atleast_2d(c.T)], 1)
+        )
+        for c in codes
+    ]
     codes = [c.reshape(len(c), -1).to(device or codes[0].device).long() for c in codes]
-    if len({len(c) for c in codes}) > 1: raise InputError(f'groups of {[len(c) for c in codes]} samples; every array of groups must name each sample once')
+    if len({len(c) for c in codes}) > 1:
+        raise InputError(
+            f'groups of {[len(c) for c in codes]} samples; every array of groups must name each sample once'
+        )
     codes = torch.cat(codes, 1)
     found = torch.eye(len(codes), dtype=torch.bool, device=codes.device)
-    for c in codes.T: found |= (c[:, None] == c) & (c >= 0)
+    for c in codes.T:
+        found |= (c[:, None] == c) & (c >= 0)
     return found
 
 # %% ../../nbs/41a_clip.losses.ipynb #0dd1c446
 def fits_prompt(
-    labels,       # (B,C) tensor of 1 (present), 0 (absent), NaN (not asked): one row per image
-    asked,        # (B,) long: which class the text of each row is about
-    answer,       # (B,) what that text says: 1 present, 0 absent
-):                # (B,B) bool tensor: row = image, column = text; the diagonal is always True
+    labels,  # (B,C) tensor of 1 (present), 0 (absent), NaN (not asked): one row per image
+    asked,  # (B,) long: which class the text of each row is about
+    answer,  # (B,) what that text says: 1 present, 0 absent
+):  # (B,B) bool tensor: row = image, column = text; the diagonal is always True
     "Which image fits which sampled prompt; a label that was not asked fits nothing but its own text."
     import torch
-    truth = torch.as_tensor(labels)[:, torch.as_tensor(asked).long()]             # (B,B): label of image i in the class of text j
-    return (truth == torch.as_tensor(answer).to(truth.dtype)) | torch.eye(len(truth), dtype=torch.bool, device=truth.device)
+
+    truth = torch.as_tensor(labels)[
+        :, torch.as_tensor(asked).long()
+    ]  # (B,B): label of image i in the class of text j
+    return (truth == torch.as_tensor(answer).to(truth.dtype)) | torch.eye(
+        len(truth), dtype=torch.bool, device=truth.device
+    )
 
 # %% ../../nbs/41a_clip.losses.ipynb #b7052065
 def soft_targets(
-    *groups,      # as for `same_group`: same class, same report text, same study
+    *groups,  # as for `same_group`: same class, same report text, same study
     device=None,  # of the answer
-):                # (B,B) float tensor, rows sum to 1: what `info_nce` takes as `targets`
+):  # (B,B) float tensor, rows sum to 1: what `info_nce` takes as `targets`
     "Equal weight on every text that belongs to the image."
     return _rows(same_group(*groups, device=device))
+
 
 def _rows(weights):
     "Rows that sum to 1."
     weights = weights if weights.is_floating_point() else weights.float()
     sums = weights.sum(1, keepdim=True)
-    if not bool((sums > 0).all()): raise InputError('an image or a text has no positive at all; every row and every column of the targets needs one')
+    if not bool((sums > 0).all()):
+        raise InputError(
+            'an image or a text has no positive at all; every row and every column of the targets needs one'
+        )
     return weights / sums
 
 # %% ../../nbs/41a_clip.losses.ipynb #755a813b
 def clamped_scale(
-    logit_scale,      # the model's parameter: natural logarithm of the scale
-    most:float|None=100., # upper bound of the scale; None: unbounded, for a model that was trained beyond it
-):                    # 0-d tensor: what multiplies the cosines
+    logit_scale,  # the model's parameter: natural logarithm of the scale
+    most: float
+    | None = 100.0,  # upper bound of the scale; None: unbounded, for a model that was trained beyond it
+):  # 0-d tensor: what multiplies the cosines
     "The scale: exponentiated and bounded, with gradient."
-    if most is None: return logit_scale.exp().reshape(())
+    if most is None:
+        return logit_scale.exp().reshape(())
     bound = logit_scale.new_tensor(math.log(most))
     return logit_scale.where(logit_scale <= bound, bound).exp().reshape(())
 
 # %% ../../nbs/41a_clip.losses.ipynb #331604c6
 def info_nce(
-    image,        # (B,D) unit vectors of images
-    text,         # (B,D) unit vectors of texts
-    scale,        # the exponentiated scale: `clamped_scale(model.logit_scale)`, or a number
-    targets=None, # (B,B) which image (row) fits which text (column): bool, or weights >= 0; None: the diagonal
-    rows=None,    # slice of the batch: these images against all texts, these texts against all images; None: all
-):                # 0-d tensor
+    image,  # (B,D) unit vectors of images
+    text,  # (B,D) unit vectors of texts
+    scale,  # the exponentiated scale: `clamped_scale(model.logit_scale)`, or a number
+    targets=None,  # (B,B) which image (row) fits which text (column): bool, or weights >= 0; None: the diagonal
+    rows=None,  # slice of the batch: these images against all texts, these texts against all images; None: all
+):  # 0-d tensor
     "Symmetric cross-entropy over the batch, in float32 or better; `InputError` for shapes that do not belong together or a raw scale."
     import torch
     from torch.nn.functional import cross_entropy
+
     mine = slice(None) if rows is None else rows
     with torch.autocast(image.device.type, enabled=False):
         image, text = _pair(image, text, scale, targets)
         per_image = scale * image[mine] @ text.T
         per_text = per_image.T if rows is None else scale * text[mine] @ image.T
-        if targets is None: image_truth = text_truth = torch.arange(len(image), device=image.device)[mine]
-        else: image_truth, text_truth = _rows(targets[mine]).to(per_image), _rows(targets[:, mine].T).to(per_image)
+        if targets is None:
+            image_truth = text_truth = torch.arange(len(image), device=image.device)[mine]
+        else:
+            image_truth, text_truth = (
+                _rows(targets[mine]).to(per_image),
+                _rows(targets[:, mine].T).to(per_image),
+            )
         return (cross_entropy(per_image, image_truth) + cross_entropy(per_text, text_truth)) / 2
+
 
 def _pair(image, text, scale, targets):
     "Both as float32 or better."
     import torch
-    if image.ndim != 2 or image.shape != text.shape: raise InputError(f'images {tuple(image.shape)} and texts {tuple(text.shape)}; both must be (batch, dimensions)')
-    if isinstance(scale, torch.nn.Parameter): raise InputError('the scale is the model\'s own parameter, which holds its logarithm; pass clamped_scale(model.logit_scale)')
-    if targets is not None and targets.shape != (len(image),) * 2: raise InputError(f'targets {tuple(targets.shape)} for {len(image)} pairs; they must be (batch, batch)')
+
+    if image.ndim != 2 or image.shape != text.shape:
+        raise InputError(
+            f'images {tuple(image.shape)} and texts {tuple(text.shape)}; both must be (batch, dimensions)'
+        )
+    if isinstance(scale, torch.nn.Parameter):
+        raise InputError(
+            'the scale is the model\'s own parameter, which holds its logarithm; pass clamped_scale(model.logit_scale)'
+        )
+    if targets is not None and targets.shape != (len(image),) * 2:
+        raise InputError(
+            f'targets {tuple(targets.shape)} for {len(image)} pairs; they must be (batch, batch)'
+        )
     return [x if x.dtype in (torch.float32, torch.float64) else x.float() for x in (image, text)]
 
 # %% ../../nbs/41a_clip.losses.ipynb #f0f0bd45
 def entropy_floor(
-    targets,      # (B,B) as for `info_nce`
-):                # 0-d tensor: the least value that `info_nce` can take with these targets
+    targets,  # (B,B) as for `info_nce`
+):  # 0-d tensor: the least value that `info_nce` can take with these targets
     "Mean entropy of the targets over both directions, in nats (Gibbs' inequality)."
     import torch
+
     return sum(torch.special.entr(t).sum(1).mean() for t in (_rows(targets), _rows(targets.T))) / 2
 
 # %% ../../nbs/41a_clip.losses.ipynb #9b27b7ca
 def siglip_loss(
-    image,          # (B,D) unit vectors of images
-    text,           # (B,D) unit vectors of texts
-    scale,          # the exponentiated scale: `clamped_scale(model.logit_scale)`, or a number
-    bias,           # the model's logit bias, or a number
-    positives=None, # (B,B) which image (row) fits which text (column): bool, or weights, positive where > 0; None: the diagonal
-    rows=None,      # slice of the batch: these images against all texts; None: all
-):                  # 0-d tensor
+    image,  # (B,D) unit vectors of images
+    text,  # (B,D) unit vectors of texts
+    scale,  # the exponentiated scale: `clamped_scale(model.logit_scale)`, or a number
+    bias,  # the model's logit bias, or a number
+    positives=None,  # (B,B) which image (row) fits which text (column): bool, or weights, positive where > 0; None: the diagonal
+    rows=None,  # slice of the batch: these images against all texts; None: all
+):  # 0-d tensor
     "Sigmoid loss over all pairs, in float32 or better; `InputError` as `info_nce`, and for a model without bias."
     import torch
-    if bias is None: raise InputError('no logit bias; the sigmoid loss needs a model that has one: create it with init_logit_bias=-10, or train with info_nce')
+
+    if bias is None:
+        raise InputError(
+            'no logit bias; the sigmoid loss needs a model that has one: create it with init_logit_bias=-10, or train with info_nce'
+        )
     mine = slice(None) if rows is None else rows
     with torch.autocast(image.device.type, enabled=False):
         image, text = _pair(image, text, scale, positives)
-        fits = torch.eye(len(image), dtype=torch.bool, device=image.device) if positives is None else positives > 0
+        fits = (
+            torch.eye(len(image), dtype=torch.bool, device=image.device)
+            if positives is None
+            else positives > 0
+        )
         logits = scale * image[mine] @ text.T + bias
-        return -torch.nn.functional.logsigmoid(torch.where(fits[mine], logits, -logits)).sum() / len(logits)
+        return -torch.nn.functional.logsigmoid(
+            torch.where(fits[mine], logits, -logits)
+        ).sum() / len(logits)
 
 # %% ../../nbs/41a_clip.losses.ipynb #c252ba4a
 LOSSES = {  # name -> f(image, text, scale, bias, positives, rows)
-    'info_nce': lambda image, text, scale, bias=None, positives=None, rows=None: info_nce(image, text, scale, positives, rows),
+    'info_nce': lambda image, text, scale, bias=None, positives=None, rows=None: info_nce(
+        image, text, scale, positives, rows
+    ),
     'siglip': siglip_loss,
 }

@@ -15,7 +15,15 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .checkpoints import as_one_line, clip_config, find_clip, own_tower, read_weights, weights_file, weights_sha
+from smsbench.clip.checkpoints import (
+    as_one_line,
+    clip_config,
+    find_clip,
+    own_tower,
+    read_weights,
+    weights_file,
+    weights_sha,
+)
 from ..core import InputError, RunError, progress, read_json, write_json
 from ..vlm.geometry import Frame, View
 from ..vlm.models import _device, few_threads
@@ -24,251 +32,472 @@ from ..vlm.models import _device, few_threads
 @dataclass(eq=False)
 class Clip:
     "A CLIP model with what belongs to it."
-    model:object    # the open_clip module, in eval mode
-    preprocess:object # open_clip's transform for evaluation: PIL image -> (3,H,W) tensor
-    tokenize:object # list of texts -> (N, context) long tensor; the model's own
-    name:str        # how tables and reports call it
-    info:dict       # JSON-ready: id, pretrained, revision, weights_sha, precision, device, image_size, embed_dim, context, image_tower, text_tower
-    config:dict=field(default_factory=dict) # open_clip's model_cfg and preprocess_cfg, from which the model was built
+
+    model: object  # the open_clip module, in eval mode
+    preprocess: object  # open_clip's transform for evaluation: PIL image -> (3,H,W) tensor
+    tokenize: object  # list of texts -> (N, context) long tensor; the model's own
+    name: str  # how tables and reports call it
+    info: dict  # JSON-ready: id, pretrained, revision, weights_sha, precision, device, image_size, embed_dim, context, image_tower, text_tower
+    config: dict = field(
+        default_factory=dict
+    )  # open_clip's model_cfg and preprocess_cfg, from which the model was built
 
     @property
-    def device(self): return next(self.model.parameters()).device
+    def device(self):
+        return next(self.model.parameters()).device
+
     @property
-    def scale(self)->float: return float(self.model.logit_scale.detach().exp().max().clamp(max=100.))
+    def scale(self) -> float:
+        return float(self.model.logit_scale.detach().exp().max().clamp(max=100.0))
+
     @property
-    def bias(self)->float: return 0. if getattr(self.model, 'logit_bias', None) is None else float(self.model.logit_bias.detach().max())
+    def bias(self) -> float:
+        return (
+            0.0
+            if getattr(self.model, 'logit_bias', None) is None
+            else float(self.model.logit_bias.detach().max())
+        )
 
 # %% ../../nbs/40_clip.models.ipynb #3ddad0e2
 def towers(
-    model,   # an open_clip module
-)->tuple[str,str]: # 'native', 'timm' or 'resnet'; 'native' or 'hf'
+    model,  # an open_clip module
+) -> tuple[str, str]:  # 'native', 'timm' or 'resnet'; 'native' or 'hf'
     "Which classes the image tower and the text tower are of."
-    image = 'timm' if hasattr(model.visual, 'trunk') else 'resnet' if hasattr(model.visual, 'attnpool') else 'native'
+    image = (
+        'timm'
+        if hasattr(model.visual, 'trunk')
+        else 'resnet'
+        if hasattr(model.visual, 'attnpool')
+        else 'native'
+    )
     return image, 'hf' if hasattr(getattr(model, 'text', None), 'config') else 'native'
 
 # %% ../../nbs/40_clip.models.ipynb #32d434af
-PRECISIONS = ('fp32', 'bf16', 'fp16', 'pure_bf16', 'pure_fp16') # open_clip's names; bf16 and fp16 keep the norms in float32
+PRECISIONS = (
+    'fp32',
+    'bf16',
+    'fp16',
+    'pure_bf16',
+    'pure_fp16',
+)  # open_clip's names; bf16 and fp16 keep the norms in float32
+
 
 def _check_tag(name, tag):
     "The file that `tag` is, or open_clip's record of it: (path or None, record)."
     import open_clip
-    if not tag: raise InputError(f"{name}: without pretrained weights it would be random; name one of its tags ({', '.join(open_clip.list_pretrained_tags_by_model(name)[:12]) or 'it has none'}), a file, or 'random'")
-    if tag == 'random' or Path(tag).expanduser().is_file() or Path(tag).suffix in ('.pt', '.pth', '.bin', '.safetensors'): return None if tag == 'random' else Path(tag).expanduser(), {}
+
+    if not tag:
+        raise InputError(
+            f"{name}: without pretrained weights it would be random; name one of its tags ({', '.join(open_clip.list_pretrained_tags_by_model(name)[:12]) or 'it has none'}), a file, or 'random'"
+        )
+    if (
+        tag == 'random'
+        or Path(tag).expanduser().is_file()
+        or Path(tag).suffix in ('.pt', '.pth', '.bin', '.safetensors')
+    ):
+        return None if tag == 'random' else Path(tag).expanduser(), {}
     record = open_clip.get_pretrained_cfg(name, tag)
-    if not record: raise InputError(f"{name}: no file and no tag {tag!r}; its tags are {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}")
-    if open_clip.get_model_config(name).get('quick_gelu') and not record.get('quick_gelu'): raise InputError(f"{name}: {tag!r} was not trained with QuickGELU; load {name.removesuffix('-quickgelu')}")
+    if not record:
+        raise InputError(
+            f"{name}: no file and no tag {tag!r}; its tags are {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}"
+        )
+    if open_clip.get_model_config(name).get('quick_gelu') and not record.get('quick_gelu'):
+        raise InputError(
+            f"{name}: {tag!r} was not trained with QuickGELU; load {name.removesuffix('-quickgelu')}"
+        )
     return None, record
+
 
 def _named(name, tag, precision):
     "A model of open_clip: module, tokenizer, model_cfg."
     import open_clip
+
     name = name.replace('/', '-')
     file, record = _check_tag(name, tag)
-    with as_one_line(f'{name}, {tag}: cannot be loaded as a CLIP model; without network, name a local folder or file'):
+    with as_one_line(
+        f'{name}, {tag}: cannot be loaded as a CLIP model; without network, name a local folder or file'
+    ):
         quick = bool(record.get('quick_gelu')) or None
-        model = open_clip.create_model(name, pretrained=tag if record else None, precision=precision, pretrained_text=False, force_quick_gelu=bool(quick), require_pretrained=bool(record), weights_only=True)
-        if file: read_weights(model, file)
-        return model, open_clip.get_tokenizer(name), open_clip.get_model_config(name) | ({'quick_gelu': True} if quick else {})
+        model = open_clip.create_model(
+            name,
+            pretrained=tag if record else None,
+            precision=precision,
+            pretrained_text=False,
+            force_quick_gelu=bool(quick),
+            require_pretrained=bool(record),
+            weights_only=True,
+        )
+        if file:
+            read_weights(model, file)
+        return (
+            model,
+            open_clip.get_tokenizer(name),
+            open_clip.get_model_config(name) | ({'quick_gelu': True} if quick else {}),
+        )
+
 
 def _foldered(folder, file, precision):
     "A model of a folder: module, tokenizer, model_cfg."
     import open_clip
+
     config = clip_config(folder)
     file = None if file == 'random' else Path(file).expanduser() if file else weights_file(folder)
     with as_one_line(f'{folder.name}: cannot be loaded as a CLIP model'):
-        model = open_clip.create_model(f'local-dir:{folder}', load_weights=False, precision=precision, pretrained_text=False, **own_tower(folder, config))
-        if file: read_weights(model, file)
+        model = open_clip.create_model(
+            f'local-dir:{folder}',
+            load_weights=False,
+            precision=precision,
+            pretrained_text=False,
+            **own_tower(folder, config),
+        )
+        if file:
+            read_weights(model, file)
         text = config['model_cfg']['text_cfg']
-        if not text.get('hf_tokenizer_name') or any((folder/f).is_file() for f in ('tokenizer.json', 'tokenizer_config.json', 'vocab.txt')): tokenize = open_clip.get_tokenizer(f'local-dir:{folder}')
-        else: tokenize = _named_tokenizer(folder, text)
+        if not text.get('hf_tokenizer_name') or any(
+            (folder / f).is_file() for f in ('tokenizer.json', 'tokenizer_config.json', 'vocab.txt')
+        ):
+            tokenize = open_clip.get_tokenizer(f'local-dir:{folder}')
+        else:
+            tokenize = _named_tokenizer(folder, text)
     return model, tokenize, config['model_cfg']
+
 
 def _named_tokenizer(folder, text):
     "The tokenizer that a folder names but does not hold."
     from open_clip.tokenizer import HFTokenizer
+
     name = text['hf_tokenizer_name']
-    try: return HFTokenizer(name, context_length=text.get('context_length', 77), tokenizer_mode=text.get('tokenizer_mode'), **text.get('tokenizer_kwargs') or {})
-    except (OSError, ValueError): raise InputError(f'{folder.name}: holds no tokenizer (tokenizer.json, tokenizer_config.json or vocab.txt), and {name!r} cannot be fetched; put its files into the folder') from None
+    try:
+        return HFTokenizer(
+            name,
+            context_length=text.get('context_length', 77),
+            tokenizer_mode=text.get('tokenizer_mode'),
+            **text.get('tokenizer_kwargs') or {},
+        )
+    except (OSError, ValueError):
+        raise InputError(
+            f'{folder.name}: holds no tokenizer (tokenizer.json, tokenizer_config.json or vocab.txt), and {name!r} cannot be fetched; put its files into the folder'
+        ) from None
 
 # %% ../../nbs/40_clip.models.ipynb #4b5d50b2
 def load_clip(
-    name:str,           # folder, 'hf-hub:' and an id, or a name of open_clip
-    pretrained:str='',  # beside a name of open_clip: its tag, a local file, or 'random'; beside a folder: a file in place of its weights, or 'random'
-    device:str='auto',  # 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', 'mps'
-    precision:str='fp32', # one of `PRECISIONS`
-    revision:str|None=None, # of a hub id: branch, tag or commit; of a folder: 'files:' and its hash
-)->Clip:
+    name: str,  # folder, 'hf-hub:' and an id, or a name of open_clip
+    pretrained: str = '',  # beside a name of open_clip: its tag, a local file, or 'random'; beside a folder: a file in place of its weights, or 'random'
+    device: str = 'auto',  # 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', 'mps'
+    precision: str = 'fp32',  # one of `PRECISIONS`
+    revision: str
+    | None = None,  # of a hub id: branch, tag or commit; of a folder: 'files:' and its hash
+) -> Clip:
     "Load a CLIP model; `InputError` in one line where it cannot be used."
     from open_clip.transform import PreprocessCfg, image_transform_v2
-    if precision not in PRECISIONS: raise InputError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
+
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
     device, (folder, found) = _device(device), find_clip(name, revision)
-    model, tokenize, config = _foldered(folder, pretrained, precision) if folder else _named(name, pretrained, precision)
-    model, prepared = model.eval().to(device), {k: tuple(v) if isinstance(v, list) else v for k, v in model.visual.preprocess_cfg.items()}
-    shown = folder.name if folder and not name.startswith('hf-hub:') else name.removeprefix('hf-hub:')
+    model, tokenize, config = (
+        _foldered(folder, pretrained, precision) if folder else _named(name, pretrained, precision)
+    )
+    model, prepared = (
+        model.eval().to(device),
+        {k: tuple(v) if isinstance(v, list) else v for k, v in model.visual.preprocess_cfg.items()},
+    )
+    shown = (
+        folder.name if folder and not name.startswith('hf-hub:') else name.removeprefix('hf-hub:')
+    )
     image, text = towers(model)
-    info = dict(id=shown, pretrained=Path(pretrained).name, revision=found, weights_sha=weights_sha(model), precision=precision, device=str(device),
-                image_size=[int(n) for n in np.broadcast_to(model.visual.image_size, 2)], embed_dim=config['embed_dim'], context=tokenize.context_length,
-                image_tower=image, text_tower=text, resize_mode=prepared['resize_mode'], n_parameters=sum(p.numel() for p in model.parameters()))
-    if folder and (folder/'smsbench.json').is_file(): info['about'] = read_json(folder/'smsbench.json')
-    return Clip(model, image_transform_v2(PreprocessCfg(**prepared), is_train=False), tokenize, shown.split('/')[-1], info, dict(model_cfg=config, preprocess_cfg=prepared))
+    info = dict(
+        id=shown,
+        pretrained=Path(pretrained).name,
+        revision=found,
+        weights_sha=weights_sha(model),
+        precision=precision,
+        device=str(device),
+        image_size=[int(n) for n in np.broadcast_to(model.visual.image_size, 2)],
+        embed_dim=config['embed_dim'],
+        context=tokenize.context_length,
+        image_tower=image,
+        text_tower=text,
+        resize_mode=prepared['resize_mode'],
+        n_parameters=sum(p.numel() for p in model.parameters()),
+    )
+    if folder and (folder / 'smsbench.json').is_file():
+        info['about'] = read_json(folder / 'smsbench.json')
+    return Clip(
+        model,
+        image_transform_v2(PreprocessCfg(**prepared), is_train=False),
+        tokenize,
+        shown.split('/')[-1],
+        info,
+        dict(model_cfg=config, preprocess_cfg=prepared),
+    )
 
 # %% ../../nbs/40_clip.models.ipynb #a33d4f81
 def save_clip(
-    clip:Clip, # what to save
-    folder,    # where to; an older checkpoint there is replaced
-    **about,   # JSON-ready; what the card says, e.g. trained_on='phantom 1', epoch=3
-)->Path:       # the folder
+    clip: Clip,  # what to save
+    folder,  # where to; an older checkpoint there is replaced
+    **about,  # JSON-ready; what the card says, e.g. trained_on='phantom 1', epoch=3
+) -> Path:  # the folder
     "Save a model so that `load_clip(folder)` gives it back to the last bit; `InputError` where the folder holds something else."
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder/'open_clip_config.json').is_file()): raise InputError(f'{folder}: holds something that is no CLIP checkpoint; choose another folder')
+    if folder.exists() and (
+        not folder.is_dir()
+        or any(folder.iterdir())
+        and not (folder / 'open_clip_config.json').is_file()
+    ):
+        raise InputError(
+            f'{folder}: holds something that is no CLIP checkpoint; choose another folder'
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.with_name(f'.{folder.name}.{os.getpid()}.{s}') for s in ('new', 'old'))
     try:
         _write(clip, new, about)
-        if folder.exists(): os.replace(folder, old)
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(new, folder)
     finally:
-        for p in (new, old): shutil.rmtree(p, ignore_errors=True)
+        for p in (new, old):
+            shutil.rmtree(p, ignore_errors=True)
     return folder
+
 
 def _write(clip, folder, about):
     from open_clip.tokenizer import SigLipTokenizer
     from safetensors.torch import save_file
-    if isinstance(clip.tokenize, SigLipTokenizer): raise InputError(f'{clip.name}: its tokenizer cannot be saved; load the model by its hf-hub: id')
+
+    if isinstance(clip.tokenize, SigLipTokenizer):
+        raise InputError(
+            f'{clip.name}: its tokenizer cannot be saved; load the model by its hf-hub: id'
+        )
     folder.mkdir()
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in clip.model.state_dict().items()}, folder/'open_clip_model.safetensors')
-    if hasattr(clip.tokenize, 'save_pretrained'): clip.tokenize.save_pretrained(str(folder))
-    if towers(clip.model)[1] == 'hf': clip.model.text.config.save_pretrained(folder)
-    write_json(clip.config, folder/'open_clip_config.json')
-    write_json(dict(id=clip.info.get('id', clip.name), weights_sha=weights_sha(clip.model), **about), folder/'smsbench.json')
+    save_file(
+        {k: v.detach().cpu().contiguous().clone() for k, v in clip.model.state_dict().items()},
+        folder / 'open_clip_model.safetensors',
+    )
+    if hasattr(clip.tokenize, 'save_pretrained'):
+        clip.tokenize.save_pretrained(str(folder))
+    if towers(clip.model)[1] == 'hf':
+        clip.model.text.config.save_pretrained(folder)
+    write_json(clip.config, folder / 'open_clip_config.json')
+    write_json(
+        dict(id=clip.info.get('id', clip.name), weights_sha=weights_sha(clip.model), **about),
+        folder / 'smsbench.json',
+    )
 
 # %% ../../nbs/40_clip.models.ipynb #f032104a
 def to_pixels(
-    clip:Clip, # a loaded model
-    images,    # sequence of (H,W) or (H,W,3) uint8 arrays
-):             # (B,3,S,S) tensor on the model's device, in the type its towers take
+    clip: Clip,  # a loaded model
+    images,  # sequence of (H,W) or (H,W,3) uint8 arrays
+):  # (B,3,S,S) tensor on the model's device, in the type its towers take
     "The model's own preprocess of a batch; `InputError` for anything but uint8 films."
     import torch
     from open_clip.model import get_input_dtype
     from PIL import Image
+
     arrays = [np.asarray(a) for a in images]
     for a in arrays:
-        if a.dtype != np.uint8 or a.ndim not in (2, 3) or a.ndim == 3 and a.shape[2] != 3: raise InputError(f'an image of shape {a.shape} and type {a.dtype}; a film is uint8 of shape (H, W) or (H, W, 3)')
-    return torch.stack([clip.preprocess(Image.fromarray(a)) for a in arrays]).to(clip.device, get_input_dtype(clip.info.get('precision', 'fp32')))
+        if a.dtype != np.uint8 or a.ndim not in (2, 3) or a.ndim == 3 and a.shape[2] != 3:
+            raise InputError(
+                f'an image of shape {a.shape} and type {a.dtype}; a film is uint8 of shape (H, W) or (H, W, 3)'
+            )
+    return torch.stack([clip.preprocess(Image.fromarray(a)) for a in arrays]).to(
+        clip.device, get_input_dtype(clip.info.get('precision', 'fp32'))
+    )
 
 # %% ../../nbs/40_clip.models.ipynb #b9aeee49
 @contextlib.contextmanager
 def asking(
-    clip:Clip, # a loaded model
+    clip: Clip,  # a loaded model
 ):
     "No gradient, eval mode (put back afterwards), and one CPU thread for a small model."
     import torch
+
     training = clip.model.training
-    small = SimpleNamespace(device=clip.device, num_parameters=lambda: sum(p.numel() for p in clip.model.parameters()))
+    small = SimpleNamespace(
+        device=clip.device, num_parameters=lambda: sum(p.numel() for p in clip.model.parameters())
+    )
     try:
-        with torch.inference_mode(), few_threads(small): clip.model.eval(); yield
-    finally: clip.model.train(training)
+        with torch.inference_mode(), few_threads(small):
+            clip.model.eval()
+            yield
+    finally:
+        clip.model.train(training)
 
 # %% ../../nbs/40_clip.models.ipynb #3f022865
 def _unit(x, clip):
     "Rows of length 1, float32, on the CPU; a number that is none is a failed run."
     import torch
+
     x = torch.nn.functional.normalize(x.float(), dim=-1).cpu().numpy()
-    if not np.isfinite(x).all(): raise RunError(f"{clip.name}: embeddings are not finite at precision {clip.info.get('precision')}; load it with precision='fp32'")
+    if not np.isfinite(x).all():
+        raise RunError(
+            f"{clip.name}: embeddings are not finite at precision {clip.info.get('precision')}; load it with precision='fp32'"
+        )
     return x
 
+
 def image_embeddings(
-    clip:Clip,         # a loaded model
-    images,            # any iterable of (H,W) or (H,W,3) uint8 arrays; read as it goes, one batch in memory
-    batch_size:int=64, # films that pass the tower together
-    show:bool=False,   # a bar on stderr
-)->np.ndarray:         # (N,D) float32, rows of length 1
+    clip: Clip,  # a loaded model
+    images,  # any iterable of (H,W) or (H,W,3) uint8 arrays; read as it goes, one batch in memory
+    batch_size: int = 64,  # films that pass the tower together
+    show: bool = False,  # a bar on stderr
+) -> np.ndarray:  # (N,D) float32, rows of length 1
     "Where the model puts films."
-    films = iter(progress(images, 'films', len(images) if hasattr(images, '__len__') else None, 'film') if show else images)
+    films = iter(
+        progress(images, 'films', len(images) if hasattr(images, '__len__') else None, 'film')
+        if show
+        else images
+    )
     out = []
     with asking(clip):
-        while batch := list(islice(films, batch_size)): out.append(_unit(clip.model.encode_image(to_pixels(clip, batch)), clip))
+        while batch := list(islice(films, batch_size)):
+            out.append(_unit(clip.model.encode_image(to_pixels(clip, batch)), clip))
     return np.concatenate(out) if out else np.zeros((0, clip.info['embed_dim']), np.float32)
 
 # %% ../../nbs/40_clip.models.ipynb #9e79db4f
 def text_embeddings(
-    clip:Clip,          # a loaded model
-    texts,              # sequence of str
-    batch_size:int=256, # texts that pass the tower together
-)->np.ndarray:          # (N,D) float32, rows of length 1
+    clip: Clip,  # a loaded model
+    texts,  # sequence of str
+    batch_size: int = 256,  # texts that pass the tower together
+) -> np.ndarray:  # (N,D) float32, rows of length 1
     "Where the model puts texts; `InputError` for a bare text or anything that is no text."
     texts = [None] if isinstance(texts, str) else list(texts)
-    if not all(isinstance(t, str) for t in texts): raise InputError('texts are given as a list of str')
+    if not all(isinstance(t, str) for t in texts):
+        raise InputError('texts are given as a list of str')
     once = list(dict.fromkeys(texts))
     with asking(clip):
-        out = [_unit(clip.model.encode_text(clip.tokenize(once[i:i + batch_size]).to(clip.device)), clip) for i in range(0, len(once), batch_size)]
+        out = [
+            _unit(
+                clip.model.encode_text(clip.tokenize(once[i : i + batch_size]).to(clip.device)),
+                clip,
+            )
+            for i in range(0, len(once), batch_size)
+        ]
     row = {t: i for i, t in enumerate(once)}
-    return np.concatenate(out)[[row[t] for t in texts]] if out else np.zeros((0, clip.info['embed_dim']), np.float32)
+    return (
+        np.concatenate(out)[[row[t] for t in texts]]
+        if out
+        else np.zeros((0, clip.info['embed_dim']), np.float32)
+    )
 
 # %% ../../nbs/40_clip.models.ipynb #44dd1382
 def cut_texts(
-    clip:Clip, # a loaded model
-    texts,     # sequence of str
-)->np.ndarray: # (N,) bool: was the end of the text lost?
+    clip: Clip,  # a loaded model
+    texts,  # sequence of str
+) -> np.ndarray:  # (N,) bool: was the end of the text lost?
     "Which texts are longer than the model's context."
     t, most = clip.tokenize, clip.info['context']
-    if hasattr(t, 'tokenizer'): return np.array([len(t.tokenizer(t.clean_fn(s) if hasattr(t, 'clean_fn') else s)['input_ids']) > most for s in texts], bool)
+    if hasattr(t, 'tokenizer'):
+        return np.array(
+            [
+                len(t.tokenizer(t.clean_fn(s) if hasattr(t, 'clean_fn') else s)['input_ids']) > most
+                for s in texts
+            ],
+            bool,
+        )
     return np.array([len(t.encode(s)) + 2 > most for s in texts], bool)
 
 # %% ../../nbs/40_clip.models.ipynb #923071dc
 def frame_of(
-    clip:Clip,  # a loaded model
-    height:int, # of the film, in pixels
-    width:int,  # the same
-)->Frame:       # the picture that enters the image tower, and what of the film it shows
+    clip: Clip,  # a loaded model
+    height: int,  # of the film, in pixels
+    width: int,  # the same
+) -> Frame:  # the picture that enters the image tower, and what of the film it shows
     "What the model's preprocess makes of a film; `InputError` for a step that is not known here."
-    f = Frame(height, width, (0., 0., float(width), float(height)))
+    f = Frame(height, width, (0.0, 0.0, float(width), float(height)))
     for step in clip.preprocess.transforms:
         name = type(step).__name__
-        if name not in _STEPS: raise InputError(f'{clip.name}: its preprocess has a step {name}, whose geometry is not known here')
+        if name not in _STEPS:
+            raise InputError(
+                f'{clip.name}: its preprocess has a step {name}, whose geometry is not known here'
+            )
         f = _STEPS[name](f, step)
     return f
 
-def _pair(size): return tuple(int(n) for n in np.broadcast_to(size, 2))
+
+def _pair(size):
+    return tuple(int(n) for n in np.broadcast_to(size, 2))
+
+
 def _resize(f, step):
-    if not isinstance(step.size, int) and len(step.size) == 2: return f.resized(*_pair(step.size))
+    if not isinstance(step.size, int) and len(step.size) == 2:
+        return f.resized(*_pair(step.size))
     short, edge = min(f.height, f.width), _pair(step.size)[0]
-    return f.resized(*(edge if n == short else int(edge*n/short) for n in (f.height, f.width)))
+    return f.resized(*(edge if n == short else int(edge * n / short) for n in (f.height, f.width)))
+
+
 def _keep_ratio(f, step):
     h, w = step.size
-    ratio = max(f.height/h, f.width/w)*step.longest + min(f.height/h, f.width/w)*(1 - step.longest)
-    return f.resized(round(f.height/ratio), round(f.width/ratio))
+    ratio = max(f.height / h, f.width / w) * step.longest + min(f.height / h, f.width / w) * (
+        1 - step.longest
+    )
+    return f.resized(round(f.height / ratio), round(f.width / ratio))
+
+
 def _middle(f, step):
     "Pad what is too small (the odd pixel right and below), then cut the middle with Python's rounding of halves, as torchvision does."
     h, w = _pair(step.size)
-    f = f.cut(-((w - f.width)//2) if w > f.width else 0, -((h - f.height)//2) if h > f.height else 0, max(w, f.width), max(h, f.height))
-    return f.cut(int(round((f.width - w)/2)), int(round((f.height - h)/2)), w, h)
-def _same(f, step): return f
-_STEPS = dict(Resize=_resize, ResizeKeepRatio=_keep_ratio, CenterCrop=_middle, CenterCropOrPad=_middle, MaybeConvertMode=_same, MaybeToTensor=_same, Normalize=_same)
+    f = f.cut(
+        -((w - f.width) // 2) if w > f.width else 0,
+        -((h - f.height) // 2) if h > f.height else 0,
+        max(w, f.width),
+        max(h, f.height),
+    )
+    return f.cut(int(round((f.width - w) / 2)), int(round((f.height - h) / 2)), w, h)
+
+
+def _same(f, step):
+    return f
+
+
+_STEPS = dict(
+    Resize=_resize,
+    ResizeKeepRatio=_keep_ratio,
+    CenterCrop=_middle,
+    CenterCropOrPad=_middle,
+    MaybeConvertMode=_same,
+    MaybeToTensor=_same,
+    Normalize=_same,
+)
 
 # %% ../../nbs/40_clip.models.ipynb #694e8d01
 def grid_of(
-    clip:Clip, # a loaded model
-)->tuple[int,int,int,int,int]: # rows, columns; height and width of a cell, in pixels of the picture; tokens before the first patch
+    clip: Clip,  # a loaded model
+) -> tuple[
+    int, int, int, int, int
+]:  # rows, columns; height and width of a cell, in pixels of the picture; tokens before the first patch
     "The grid of the image tower's patches."
     import torch
+
     v, (kind, _), (h, w) = clip.model.visual, towers(clip.model), clip.info['image_size']
-    if kind == 'native': return *v.grid_size, *_pair(v.patch_size), 1
-    if kind == 'resnet': return h//32, w//32, 32, 32, 1                                       # its pooling puts the mean before the cells
+    if kind == 'native':
+        return *v.grid_size, *_pair(v.patch_size), 1
+    if kind == 'resnet':
+        return h // 32, w // 32, 32, 32, 1  # its pooling puts the mean before the cells
     if hasattr(v.trunk, 'patch_embed') and hasattr(v.trunk, 'num_prefix_tokens'):
         ph, pw = _pair(v.trunk.patch_embed.patch_size)
-        return h//ph, w//pw, ph, pw, v.trunk.num_prefix_tokens
-    with asking(clip): shape = v.trunk.forward_features(torch.zeros(1, 3, h, w, device=clip.device, dtype=next(v.parameters()).dtype)).shape
-    if len(shape) != 4: raise InputError(f'{clip.name}: the features of its image tower, {tuple(shape)}, form no grid')
+        return h // ph, w // pw, ph, pw, v.trunk.num_prefix_tokens
+    with asking(clip):
+        shape = v.trunk.forward_features(
+            torch.zeros(1, 3, h, w, device=clip.device, dtype=next(v.parameters()).dtype)
+        ).shape
+    if len(shape) != 4:
+        raise InputError(
+            f'{clip.name}: the features of its image tower, {tuple(shape)}, form no grid'
+        )
     rows, columns = shape[1:3] if getattr(v.trunk, 'output_fmt', 'NCHW') == 'NHWC' else shape[2:]
-    return rows, columns, h//rows, w//columns, 0
+    return rows, columns, h // rows, w // columns, 0
 
 # %% ../../nbs/40_clip.models.ipynb #1e89bebc
 def view_of(
-    clip:Clip,  # a loaded model
-    height:int, # of the film, in pixels
-    width:int,  # the same
-)->View:        # one cell per patch; its positions count the tokens of the image tower
+    clip: Clip,  # a loaded model
+    height: int,  # of the film, in pixels
+    width: int,  # the same
+) -> View:  # one cell per patch; its positions count the tokens of the image tower
     "Which part of the film each patch shows."
     rows, columns, ph, pw, before = grid_of(clip)
-    return View('full', 'full', before + np.arange(rows*columns).reshape(rows, columns), frame_of(clip, height, width).cut(0, 0, columns*pw, rows*ph).box)
+    return View(
+        'full',
+        'full',
+        before + np.arange(rows * columns).reshape(rows, columns),
+        frame_of(clip, height, width).cut(0, 0, columns * pw, rows * ph).box,
+    )

@@ -15,197 +15,332 @@ from ..core import InputError
 from .steps import hold_statistics
 
 # %% ../../nbs/41d_clip.optim.ipynb #e44a1252
-_BLOCK = re.compile(r'(?:(?:stages|layers)\.\d+\.blocks|resblocks|blocks|stages|layers?|block|layer\d)\.\d+(?=\.)')
-_LAST = ('proj', 'head', 'norm', 'fc_norm', 'ln_post', 'ln_final', 'final_norm', 'final_layer_norm', 'attn_pool', 'attnpool', 'pooler', 'text_projection')
+_BLOCK = re.compile(
+    r'(?:(?:stages|layers)\.\d+\.blocks|resblocks|blocks|stages|layers?|block|layer\d)\.\d+(?=\.)'
+)
+_LAST = (
+    'proj',
+    'head',
+    'norm',
+    'fc_norm',
+    'ln_post',
+    'ln_final',
+    'final_norm',
+    'final_layer_norm',
+    'attn_pool',
+    'attnpool',
+    'pooler',
+    'text_projection',
+)
+
 
 def layer_depths(
-    model,        # an open_clip model
-)->pd.DataFrame:  # index: name of the parameter; tower ('image', 'text', 'logits'), depth, of (depth of the tower's head)
+    model,  # an open_clip model
+) -> pd.DataFrame:  # index: name of the parameter; tower ('image', 'text', 'logits'), depth, of (depth of the tower's head)
     "In which tower and how deep each parameter lies; `InputError` where a tower has no blocks that are known."
     names = pd.Series([n for n, _ in model.named_parameters()])
-    tower = names.map(lambda n: 'image' if n.startswith('visual.') else 'logits' if n.startswith('logit_') else 'text')
-    out = pd.DataFrame(dict(tower=tower, block=[m[0] if (m := _BLOCK.search(n)) else '' for n in names], depth=0, of=0)).set_axis(pd.Index(names, dtype=object))
+    tower = names.map(
+        lambda n: (
+            'image' if n.startswith('visual.') else 'logits' if n.startswith('logit_') else 'text'
+        )
+    )
+    out = pd.DataFrame(
+        dict(
+            tower=tower,
+            block=[m[0] if (m := _BLOCK.search(n)) else '' for n in names],
+            depth=0,
+            of=0,
+        )
+    ).set_axis(pd.Index(names, dtype=object))
     for t in ('image', 'text'):
-        mine = out.tower == t; blocks = [b for b in dict.fromkeys(out.block[mine]) if b]
-        if not blocks: raise InputError(f'the {t} tower has no numbered blocks that are known (resblocks, blocks, layers, stages); train with layer_decay=1')
+        mine = out.tower == t
+        blocks = [b for b in dict.fromkeys(out.block[mine]) if b]
+        if not blocks:
+            raise InputError(
+                f'the {t} tower has no numbered blocks that are known (resblocks, blocks, layers, stages); train with layer_decay=1'
+            )
         out.loc[mine, 'of'] = len(blocks) + 1
-        out.loc[mine, 'depth'] = [blocks.index(b) + 1 if b else (len(blocks) + 1) * _is_last(n) for n, b in out.block[mine].items()]
+        out.loc[mine, 'depth'] = [
+            blocks.index(b) + 1 if b else (len(blocks) + 1) * _is_last(n)
+            for n, b in out.block[mine].items()
+        ]
     return out.drop(columns='block')
+
 
 def _is_last(name):
     "Whether a parameter outside the blocks comes after them."
-    return re.sub(r'^(visual\.|text\.)?(trunk\.|transformer\.)?(encoder\.)?', '', name).split('.')[0] in _LAST
+    return (
+        re.sub(r'^(visual\.|text\.)?(trunk\.|transformer\.)?(encoder\.)?', '', name).split('.')[0]
+        in _LAST
+    )
 
 # %% ../../nbs/41d_clip.optim.ipynb #314fcaf1
-_FREE = re.compile(r'(class_embedding|cls_token|cls_emb|reg_token|dist_token|pos_embed|positional_embedding|position_embeddings?|relative_position_bias\w*|latent|logit_scale|logit_bias)(\.weight)?$')
+_FREE = re.compile(
+    r'(class_embedding|cls_token|cls_emb|reg_token|dist_token|pos_embed|positional_embedding|position_embeddings?|relative_position_bias\w*|latent|logit_scale|logit_bias)(\.weight)?$'
+)
+
 
 def undecayed(
-    model, # a torch module
-)->set:    # names of parameters
+    model,  # a torch module
+) -> set:  # names of parameters
     "Which parameters stand outside weight decay: biases, all of any norm, the logits' scale and bias, position embeddings, tokens."
-    norms = {f'{n}.{p}'.lstrip('.') for n, m in model.named_modules() if 'norm' in type(m).__name__.lower() for p, _ in m.named_parameters(recurse=False)}
+    norms = {
+        f'{n}.{p}'.lstrip('.')
+        for n, m in model.named_modules()
+        if 'norm' in type(m).__name__.lower()
+        for p, _ in m.named_parameters(recurse=False)
+    }
     return {n for n, p in model.named_parameters() if p.ndim <= 1 or n in norms or _FREE.search(n)}
 
 # %% ../../nbs/41d_clip.optim.ipynb #22d66a17
 TRAINED = ('all', 'probe', 'locked_image')
 
+
 def freeze(
-    model,          # an open_clip model; changed in place
-    what:str='all', # 'all', 'probe' (image head and the logits' scale), 'locked_image' (all but the image tower)
-)->list:            # names of the parameters that are trained
+    model,  # an open_clip model; changed in place
+    what: str = 'all',  # 'all', 'probe' (image head and the logits' scale), 'locked_image' (all but the image tower)
+) -> list:  # names of the parameters that are trained
     "Let only some parameters be trained; `InputError` for another word, or where the image tower has no head of its own."
-    if what not in TRAINED: raise InputError(f"train {what!r}: choose {', '.join(TRAINED)}")
+    if what not in TRAINED:
+        raise InputError(f"train {what!r}: choose {', '.join(TRAINED)}")
     head = _head(model) if what == 'probe' else ()
     for n, p in model.named_parameters():
-        p.requires_grad_(what == 'all' or (n in head or n.startswith('logit_') if what == 'probe' else not n.startswith('visual.')))
+        p.requires_grad_(
+            what == 'all'
+            or (
+                n in head or n.startswith('logit_')
+                if what == 'probe'
+                else not n.startswith('visual.')
+            )
+        )
     return [n for n, p in model.named_parameters() if p.requires_grad]
+
 
 def _head(model):
     names = [n for n, _ in model.named_parameters()]
-    for begin in ('visual.proj', 'visual.head.', 'visual.attnpool.c_proj.', 'visual.trunk.attn_pool.', 'visual.trunk.head.'):
-        if found := {n for n in names if n.startswith(begin)}: return found
-    raise InputError('the image tower ends without a projection; there is no head to train alone: choose train=locked_image or all')
+    for begin in (
+        'visual.proj',
+        'visual.head.',
+        'visual.attnpool.c_proj.',
+        'visual.trunk.attn_pool.',
+        'visual.trunk.head.',
+    ):
+        if found := {n for n in names if n.startswith(begin)}:
+            return found
+    raise InputError(
+        'the image tower ends without a projection; there is no head to train alone: choose train=locked_image or all'
+    )
 
 # %% ../../nbs/41d_clip.optim.ipynb #de5ef2b4
 def training_mode(
-    model,          # after `freeze`; changed in place
-    hold:bool=True, # batch normalisation uses the statistics it came with, and keeps them
+    model,  # after `freeze`; changed in place
+    hold: bool = True,  # batch normalisation uses the statistics it came with, and keeps them
 ):
     "Training mode for what is trained; modules of which nothing is trained stay in evaluation mode."
     model.train()
     for m in model.modules():
-        if any(True for _ in m.parameters()) and not any(p.requires_grad for p in m.parameters()): m.eval()
-    if hold: hold_statistics(model)
+        if any(True for _ in m.parameters()) and not any(p.requires_grad for p in m.parameters()):
+            m.eval()
+    if hold:
+        hold_statistics(model)
 
 # %% ../../nbs/41d_clip.optim.ipynb #9e34c07f
 def param_groups(
-    model,                # an open_clip model, after `freeze`
-    lr:float=1e-4,        # learning rate of the heads and of the logits' scale
-    weight_decay:float=.1, # of what decays
-    layer_decay:float=1., # 0..1: each layer further from the head learns at this share of the next one's rate; 1: all alike
-)->list:                  # dicts for torch.optim.AdamW: params, lr, base_lr, weight_decay, name, names
+    model,  # an open_clip model, after `freeze`
+    lr: float = 1e-4,  # learning rate of the heads and of the logits' scale
+    weight_decay: float = 0.1,  # of what decays
+    layer_decay: float = 1.0,  # 0..1: each layer further from the head learns at this share of the next one's rate; 1: all alike
+) -> list:  # dicts for torch.optim.AdamW: params, lr, base_lr, weight_decay, name, names
     "Parameter groups of what is trained; `InputError` where a number is out of range or nothing is trained."
-    if not (lr > 0 and math.isfinite(lr) and 0 < layer_decay <= 1 and weight_decay >= 0): raise InputError(f'lr {lr}, layer_decay {layer_decay}, weight_decay {weight_decay}: need lr above 0, layer_decay in 0..1 (not 0), weight_decay at least 0')
+    if not (lr > 0 and math.isfinite(lr) and 0 < layer_decay <= 1 and weight_decay >= 0):
+        raise InputError(
+            f'lr {lr}, layer_decay {layer_decay}, weight_decay {weight_decay}: need lr above 0, layer_decay in 0..1 (not 0), weight_decay at least 0'
+        )
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if not trained: raise InputError('no parameter is trained; call freeze first')
+    if not trained:
+        raise InputError('no parameter is trained; call freeze first')
     free, depth, groups = undecayed(model), layer_depths(model) if layer_decay < 1 else None, {}
     for n, p in trained.items():
-        tower, below = ('all', 0) if depth is None else (depth.tower[n], int(depth.of[n] - depth.depth[n]))
-        g = groups.setdefault((tower, below, n in free), dict(params=[], names=[], lr=lr * layer_decay**below, base_lr=lr * layer_decay**below, weight_decay=0. if n in free else weight_decay,
-                                                              name=f"{tower} {below} below head{' undecayed' if n in free else ''}"))
-        g['params'].append(p); g['names'].append(n)
+        tower, below = (
+            ('all', 0) if depth is None else (depth.tower[n], int(depth.of[n] - depth.depth[n]))
+        )
+        g = groups.setdefault(
+            (tower, below, n in free),
+            dict(
+                params=[],
+                names=[],
+                lr=lr * layer_decay**below,
+                base_lr=lr * layer_decay**below,
+                weight_decay=0.0 if n in free else weight_decay,
+                name=f"{tower} {below} below head{' undecayed' if n in free else ''}",
+            ),
+        )
+        g['params'].append(p)
+        g['names'].append(n)
     return list(groups.values())
 
 # %% ../../nbs/41d_clip.optim.ipynb #0f1695c3
 def lr_factor(
-    step:int,       # from 0
-    steps:int,      # planned
-    warmup:int=0,   # steps of the linear rise
-    floor:float=0., # share of the learning rate at the end
-)->float:           # 0..1
+    step: int,  # from 0
+    steps: int,  # planned
+    warmup: int = 0,  # steps of the linear rise
+    floor: float = 0.0,  # share of the learning rate at the end
+) -> float:  # 0..1
     "What the learning rates are multiplied with at a step."
-    if step < warmup: return (step + 1) / warmup
+    if step < warmup:
+        return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return floor + (1 - floor) * (1 + math.cos(math.pi * min(1., done))) / 2
+    return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 # %% ../../nbs/41d_clip.optim.ipynb #67616ffd
 def lr_total(
-    steps:int,      # planned
-    warmup:int=0,   # as for `lr_factor`
-    floor:float=0., # "
-)->float:           # sum of `lr_factor` over all steps
+    steps: int,  # planned
+    warmup: int = 0,  # as for `lr_factor`
+    floor: float = 0.0,  # "
+) -> float:  # sum of `lr_factor` over all steps
     "How far the schedule goes: the cosines of n even steps from 0 to π, the last left out, sum to 1."
     rise, n = min(warmup, steps), max(0, steps - warmup)
-    return (rise * (rise + 1) / 2 / warmup if warmup else 0.) + (floor * n + (1 - floor) * (n + 1) / 2 if n else 0.)
+    return (rise * (rise + 1) / 2 / warmup if warmup else 0.0) + (
+        floor * n + (1 - floor) * (n + 1) / 2 if n else 0.0
+    )
 
 # %% ../../nbs/41d_clip.optim.ipynb #9659b5b9
 def set_lr(
-    optimizer,    # with groups from `param_groups`; changed in place
-    factor:float, # from `lr_factor`
+    optimizer,  # with groups from `param_groups`; changed in place
+    factor: float,  # from `lr_factor`
 ):
     "Set the learning rates of a step."
-    for g in optimizer.param_groups: g['lr'] = g['base_lr'] * factor
+    for g in optimizer.param_groups:
+        g['lr'] = g['base_lr'] * factor
 
 # %% ../../nbs/41d_clip.optim.ipynb #f93c4298
-LEAST_REACH = .005 # share of the weights' size that the steps together must be able to cover
-MOST_STUCK = .5    # share of weights that rounding may hold fast
+LEAST_REACH = 0.005  # share of the weights' size that the steps together must be able to cover
+MOST_STUCK = 0.5  # share of weights that rounding may hold fast
+
 
 def mobility(
-    groups:list,    # from `param_groups`
-    steps:int,      # planned
-    warmup:int=0,   # as for `lr_factor`
-    floor:float=0., # "
-)->pd.DataFrame:    # one row per group: name, weights, lr, size (root mean square), reach (share of size), stuck (share held fast by rounding)
+    groups: list,  # from `param_groups`
+    steps: int,  # planned
+    warmup: int = 0,  # as for `lr_factor`
+    floor: float = 0.0,  # "
+) -> pd.DataFrame:  # one row per group: name, weights, lr, size (root mean square), reach (share of size), stuck (share held fast by rounding)
     "How far the weights of each group can move."
     total = lr_total(steps, warmup, floor)
     rows = []
     for g in groups:
         flat = np.concatenate([p.detach().float().cpu().numpy().ravel() for p in g['params']])
         size = float(np.sqrt(np.mean(np.square(flat, dtype=np.float64))))
-        rows.append(dict(name=g['name'], weights=len(flat), lr=g['base_lr'], size=size, reach=g['base_lr'] * total / size if size else np.inf, stuck=float(np.mean(g['base_lr'] < np.spacing(np.abs(flat)) / 2))))
+        rows.append(
+            dict(
+                name=g['name'],
+                weights=len(flat),
+                lr=g['base_lr'],
+                size=size,
+                reach=g['base_lr'] * total / size if size else np.inf,
+                stuck=float(np.mean(g['base_lr'] < np.spacing(np.abs(flat)) / 2)),
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/41d_clip.optim.ipynb #60ae36ee
 def require_mobility(
-    groups:list,    # from `param_groups`
-    steps:int,      # planned
-    warmup:int=0,   # as for `lr_factor`
-    floor:float=0., # "
-)->pd.DataFrame:    # from `mobility`
+    groups: list,  # from `param_groups`
+    steps: int,  # planned
+    warmup: int = 0,  # as for `lr_factor`
+    floor: float = 0.0,  # "
+) -> pd.DataFrame:  # from `mobility`
     "`mobility`, or `InputError` with the reason where these steps cannot move the weights."
     kinds = {str(p.dtype) for g in groups for p in g['params']}
-    if kinds != {'torch.float32'}: raise InputError(f"weights of {', '.join(sorted(kinds))[:60]} lose small steps; load the model with precision='fp32' and train under autocast")
+    if kinds != {'torch.float32'}:
+        raise InputError(
+            f"weights of {', '.join(sorted(kinds))[:60]} lose small steps; load the model with precision='fp32' and train under autocast"
+        )
     table = mobility(groups, steps, warmup, floor)
-    matrices = table[~table.name.str.endswith('undecayed')]; rows = matrices if len(matrices) else table
+    matrices = table[~table.name.str.endswith('undecayed')]
+    rows = matrices if len(matrices) else table
     w = rows.weights / rows.weights.sum()
-    stuck, reach, lr = float((w * rows.stuck).sum()), float(np.sqrt((w * np.square(rows.reach * rows['size'])).sum() / max((w * np.square(rows['size'])).sum(), 1e-300))), rows.lr.max()
-    if stuck > MOST_STUCK: raise InputError(f'a learning rate of {lr:g} cannot move these weights: {stuck:.0%} of them are float32 numbers so large that a step of that size is rounded away; raise lr')
-    if reach < LEAST_REACH: raise InputError(f'a learning rate of {lr:g} cannot move these weights: {steps} steps cover at most {reach:.2g} of their size ({LEAST_REACH:g} is needed); raise lr or the number of steps')
+    stuck, reach, lr = (
+        float((w * rows.stuck).sum()),
+        float(
+            np.sqrt(
+                (w * np.square(rows.reach * rows['size'])).sum()
+                / max((w * np.square(rows['size'])).sum(), 1e-300)
+            )
+        ),
+        rows.lr.max(),
+    )
+    if stuck > MOST_STUCK:
+        raise InputError(
+            f'a learning rate of {lr:g} cannot move these weights: {stuck:.0%} of them are float32 numbers so large that a step of that size is rounded away; raise lr'
+        )
+    if reach < LEAST_REACH:
+        raise InputError(
+            f'a learning rate of {lr:g} cannot move these weights: {steps} steps cover at most {reach:.2g} of their size ({LEAST_REACH:g} is needed); raise lr or the number of steps'
+        )
     return table
 
 # %% ../../nbs/41d_clip.optim.ipynb #9649422d
 class Ema:
     "The average of a model's trained weights; `with ema.shown(model)`: the model as the average has it."
-    def __init__(self,
-        model,            # a torch module, after `freeze`
-        decay:float=.999, # 0..1: how long the average remembers
-    ):
-        if not 0 <= decay < 1: raise InputError(f'ema {decay}: must lie in 0..1 (not 1)')
-        self.decay, self.steps = decay, 0
-        self.shadow = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
-    def update(self,
-        model, # the same module, after a step
+    def __init__(
+        self,
+        model,  # a torch module, after `freeze`
+        decay: float = 0.999,  # 0..1: how long the average remembers
+    ):
+        if not 0 <= decay < 1:
+            raise InputError(f'ema {decay}: must lie in 0..1 (not 1)')
+        self.decay, self.steps = decay, 0
+        self.shadow = {
+            n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+        }
+
+    def update(
+        self,
+        model,  # the same module, after a step
     ):
         "Take a step into the average."
         import torch
+
         self.steps += 1
         d = min(self.decay, (1 + self.steps) / (10 + self.steps))
         params = dict(model.named_parameters())
         with torch.no_grad():
-            for n, s in self.shadow.items(): s.lerp_(params[n], 1 - d)
+            for n, s in self.shadow.items():
+                s.lerp_(params[n], 1 - d)
 
     @contextlib.contextmanager
-    def shown(self,
-        model, # the same module
+    def shown(
+        self,
+        model,  # the same module
     ):
         "Within the block the model has the average's weights; after it its own again, bit for bit."
         import torch
+
         params = dict(model.named_parameters())
         own = {n: params[n].detach().clone() for n in self.shadow}
+
         def put(values):
             with torch.no_grad():
-                for n, v in values.items(): params[n].copy_(v)
+                for n, v in values.items():
+                    params[n].copy_(v)
+
         put(self.shadow)
-        try: yield model
-        finally: put(own)
+        try:
+            yield model
+        finally:
+            put(own)
 
-    def state_dict(self): return dict(steps=self.steps, decay=self.decay, shadow=self.shadow)
+    def state_dict(self):
+        return dict(steps=self.steps, decay=self.decay, shadow=self.shadow)
 
-    def load_state_dict(self,
-        state, # from `state_dict`
+    def load_state_dict(
+        self,
+        state,  # from `state_dict`
     ):
         "Go on from a saved average."
-        if state['shadow'].keys() != self.shadow.keys(): raise InputError('the saved average is one of other parameters')
+        if state['shadow'].keys() != self.shadow.keys():
+            raise InputError('the saved average is one of other parameters')
         self.steps, self.decay = state['steps'], state['decay']
-        for n, s in state['shadow'].items(): self.shadow[n].copy_(s)
+        for n, s in state['shadow'].items():
+            self.shadow[n].copy_(s)

@@ -21,214 +21,322 @@ from .scores import cells
 @dataclass(frozen=True, eq=False)
 class Embedded:
     "Image embeddings of N films with truth and patients."
-    x: np.ndarray        # (N, D) float
-    y: np.ndarray        # (N, C) 1, 0, NaN: not asked
-    patients: np.ndarray # (N,) text
-    classes: list        # C names
-    kind: str            # 'multilabel' or 'multiclass'
+
+    x: np.ndarray  # (N, D) float
+    y: np.ndarray  # (N, C) 1, 0, NaN: not asked
+    patients: np.ndarray  # (N,) text
+    classes: list  # C names
+    kind: str  # 'multilabel' or 'multiclass'
 
 # %% ../../nbs/43b_clip.probe.ipynb #f4b92b4a
 def embedded(
-    x,           # (N, D) image embeddings
-    targets,     # (N, C) DataFrame or array of 1, 0, NaN
-    patients,    # (N,) patient of each film
-    kind:str='multilabel', # or 'multiclass'
-)->Embedded:
+    x,  # (N, D) image embeddings
+    targets,  # (N, C) DataFrame or array of 1, 0, NaN
+    patients,  # (N,) patient of each film
+    kind: str = 'multilabel',  # or 'multiclass'
+) -> Embedded:
     "Checked embeddings; `InputError` where they do not fit their truth."
     x = np.asarray(x, np.float64)
-    if x.ndim != 2 or not np.isfinite(x).all(): raise InputError(f'probe: embeddings of shape {x.shape} must be a table of finite numbers')
+    if x.ndim != 2 or not np.isfinite(x).all():
+        raise InputError(f'probe: embeddings of shape {x.shape} must be a table of finite numbers')
     t = targets if isinstance(targets, pd.DataFrame) else pd.DataFrame(np.asarray(targets))
     c = cells(np.zeros(t.shape), t, patients, kind)
-    if len(c.patients) != len(x): raise InputError(f'probe: {len(x)} embeddings for {len(c.patients)} films')
+    if len(c.patients) != len(x):
+        raise InputError(f'probe: {len(x)} embeddings for {len(c.patients)} films')
     return Embedded(x, c.truth, c.patients, c.classes, c.kind)
 
 # %% ../../nbs/43b_clip.probe.ipynb #4e37f8e6
 def embed(
-    clip,             # `Clip` of clip.models
-    films,            # `Films` of clip.data
-    batch_size:int=64, # images at once
-)->Embedded:
+    clip,  # `Clip` of clip.models
+    films,  # `Films` of clip.data
+    batch_size: int = 64,  # images at once
+) -> Embedded:
     "Films as a model sees them."
     from smsbench.clip.data import read_films
     from smsbench.clip.models import image_embeddings
-    return embedded(image_embeddings(clip, read_films(films), batch_size), films.targets, films.table.patient_id, films.kind)
+
+    return embedded(
+        image_embeddings(clip, read_films(films), batch_size),
+        films.targets,
+        films.table.patient_id,
+        films.kind,
+    )
 
 # %% ../../nbs/43b_clip.probe.ipynb #7b9ff1bb
 def apart(
-    *parts, # `Embedded`s
+    *parts,  # `Embedded`s
 ):
     "Nothing; `InputError` where two of them share a patient, or differ in classes or width."
     for i, a in enumerate(parts):
         for b in parts[:i]:
-            if a.classes != b.classes or a.kind != b.kind or a.x.shape[1] != b.x.shape[1]: raise InputError(f"probe: films of {', '.join(b.classes)} ({b.x.shape[1]} dimensions) and of {', '.join(a.classes)} ({a.x.shape[1]}) cannot be used together")
-            if shared := set(a.patients) & set(b.patients): raise InputError(f'probe: {len(shared)} patients stand on both sides of a split; fit, choose and measure on different patients')
+            if a.classes != b.classes or a.kind != b.kind or a.x.shape[1] != b.x.shape[1]:
+                raise InputError(
+                    f"probe: films of {', '.join(b.classes)} ({b.x.shape[1]} dimensions) and of {', '.join(a.classes)} ({a.x.shape[1]}) cannot be used together"
+                )
+            if shared := set(a.patients) & set(b.patients):
+                raise InputError(
+                    f'probe: {len(shared)} patients stand on both sides of a split; fit, choose and measure on different patients'
+                )
 
 # %% ../../nbs/43b_clip.probe.ipynb #ff54b922
-STRENGTHS = tuple(10.**k for k in range(-3, 5)) # values of C, the inverse regularisation, that are tried
+STRENGTHS = tuple(
+    10.0**k for k in range(-3, 5)
+)  # values of C, the inverse regularisation, that are tried
+
 
 @dataclass(frozen=True, eq=False)
 class Probe:
     "A fitted probe."
-    models: list   # per class a fitted LogisticRegression, or the constant probability of a class seen with one value; one model for multiclass
-    classes: list  # names
-    kind: str      # 'multilabel' or 'multiclass'
-    C: float       # inverse regularisation that validation chose
-    curve: dict    # C -> log loss on validation
-    notes: tuple   # what a reader must know
 
-    def scores(self,
-        x, # (N, D) embeddings
-    )->pd.DataFrame: # (N, C) probabilities
+    models: list  # per class a fitted LogisticRegression, or the constant probability of a class seen with one value; one model for multiclass
+    classes: list  # names
+    kind: str  # 'multilabel' or 'multiclass'
+    C: float  # inverse regularisation that validation chose
+    curve: dict  # C -> log loss on validation
+    notes: tuple  # what a reader must know
+
+    def scores(
+        self,
+        x,  # (N, D) embeddings
+    ) -> pd.DataFrame:  # (N, C) probabilities
         "Probabilities of films, ready for `classification_metrics`."
         if self.kind == 'multiclass':
             p = np.zeros((len(x), len(self.classes)))
             m = self.models[0]
             p[:, m.classes_.astype(int)] = m.predict_proba(x)
-        else: p = np.column_stack([np.full(len(x), m) if isinstance(m, float) else m.predict_proba(x)[:, 1] for m in self.models])
-        out = pd.DataFrame(p, columns=self.classes); out.attrs = dict(kind=self.kind)
+        else:
+            p = np.column_stack(
+                [
+                    np.full(len(x), m) if isinstance(m, float) else m.predict_proba(x)[:, 1]
+                    for m in self.models
+                ]
+            )
+        out = pd.DataFrame(p, columns=self.classes)
+        out.attrs = dict(kind=self.kind)
         return out
 
 # %% ../../nbs/43b_clip.probe.ipynb #83febe03
 def linear_probe(
-    train:Embedded, # films to fit
-    val:Embedded,   # films that choose the regularisation
-    strengths=STRENGTHS, # values of C to try
-)->Probe:
+    train: Embedded,  # films to fit
+    val: Embedded,  # films that choose the regularisation
+    strengths=STRENGTHS,  # values of C to try
+) -> Probe:
     "Logistic regression on frozen embeddings; `InputError` where training and validation share a patient."
     apart(train, val)
     tried = {float(C): _fit(train, C) for C in strengths}
     curve = {C: _log_loss(_probe(train, m, C, {}), val) for C, m in tried.items()}
-    best = min(curve, key=lambda C: (round(curve[C], 9), C))                                  # of equals the stronger regularisation
+    best = min(
+        curve, key=lambda C: (round(curve[C], 9), C)
+    )  # of equals the stronger regularisation
     return _probe(train, tried[best], best, curve)
+
 
 def _fit(data, C):
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+
     def one(x, y):
-        if len(set(y)) < 2: return float(y[0]) if len(y) else .5
+        if len(set(y)) < 2:
+            return float(y[0]) if len(y) else 0.5
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter('always')
             model = LogisticRegression(C=C, max_iter=2000).fit(x, y)
         model.late = any(issubclass(w.category, ConvergenceWarning) for w in said)
         return model
-    if data.kind == 'multilabel': return [one(data.x[k], y[k]) for y, k in zip(data.y.T, ~np.isnan(data.y).T)]
+
+    if data.kind == 'multilabel':
+        return [one(data.x[k], y[k]) for y, k in zip(data.y.T, ~np.isnan(data.y).T)]
     k = ~np.isnan(data.y).any(1)
-    if not k.any() or len(set(data.y[k].argmax(1))) < 2: raise InputError('probe: training films of at least two classes are needed')
+    if not k.any() or len(set(data.y[k].argmax(1))) < 2:
+        raise InputError('probe: training films of at least two classes are needed')
     return [one(data.x[k], data.y[k].argmax(1))]
+
 
 def _probe(train, models, C, curve):
     lone = [c for c, m in zip(train.classes, models) if isinstance(m, float)]
     late = sum(getattr(m, 'late', False) for m in models)
-    notes = ([f"not fitted, training films show one value only: {', '.join(lone)}"] if lone else []) + ([f'{late} of {len(models)} fits stopped before they converged'] if late else [])
-    if curve and len(curve) > 1 and C in (min(curve), max(curve)): notes.append(f'C={C:g} is at the end of the range that was tried')
+    notes = (
+        [f"not fitted, training films show one value only: {', '.join(lone)}"] if lone else []
+    ) + ([f'{late} of {len(models)} fits stopped before they converged'] if late else [])
+    if curve and len(curve) > 1 and C in (min(curve), max(curve)):
+        notes.append(f'C={C:g} is at the end of the range that was tried')
     return Probe(models, train.classes, train.kind, C, curve, tuple(notes))
+
 
 def _log_loss(probe, data):
     k = ~np.isnan(data.y)
-    if not k.any(): raise InputError('probe: no validation film was asked about any class')
+    if not k.any():
+        raise InputError('probe: no validation film was asked about any class')
     p = np.clip(probe.scores(data.x).to_numpy(), 1e-7, 1 - 1e-7)
-    if data.kind == 'multiclass': return float(-np.log(p[(data.y == 1)]).mean())
+    if data.kind == 'multiclass':
+        return float(-np.log(p[(data.y == 1)]).mean())
     return float(-np.where(data.y == 1, np.log(p), np.log1p(-p))[k].mean())
 
 # %% ../../nbs/43b_clip.probe.ipynb #2e1285a7
-NEIGHBOURS = (1, 5, 10, 20, 50, 100) # values of k that are tried
+NEIGHBOURS = (1, 5, 10, 20, 50, 100)  # values of k that are tried
+
 
 def knn_shares(
-    x,              # (N, D) embeddings of the films asked about
-    train:Embedded, # neighbours
+    x,  # (N, D) embeddings of the films asked about
+    train: Embedded,  # neighbours
     ks=NEIGHBOURS,  # how many neighbours
-    chunk:int=512,  # films at once
-)->dict:            # k -> (N, C) shares in 0..1, (positives + 1) / (k + 2) so that no share is certain; k above the neighbours there are is left out
+    chunk: int = 512,  # films at once
+) -> dict:  # k -> (N, C) shares in 0..1, (positives + 1) / (k + 2) so that no share is certain; k above the neighbours there are is left out
     "Share of positives among the nearest neighbours."
     unit = lambda v: v / np.linalg.norm(v, axis=1, keepdims=True)
     x, around = unit(np.asarray(x, float)), unit(train.x)
-    out = {k: np.full((len(x), len(train.classes)), np.nan) for k in ks if k <= (~np.isnan(train.y)).sum(0).min()}
-    if not out: raise InputError(f'probe: fewer than {min(ks)} training films were asked about each class')
+    out = {
+        k: np.full((len(x), len(train.classes)), np.nan)
+        for k in ks
+        if k <= (~np.isnan(train.y)).sum(0).min()
+    }
+    if not out:
+        raise InputError(f'probe: fewer than {min(ks)} training films were asked about each class')
     for s in range(0, len(x), chunk):
-        similar = x[s:s + chunk] @ around.T
+        similar = x[s : s + chunk] @ around.T
         for c, known in enumerate(~np.isnan(train.y).T):
-            near = np.argsort(-similar[:, known], axis=1, kind='stable')[:, :max(out)]
+            near = np.argsort(-similar[:, known], axis=1, kind='stable')[:, : max(out)]
             hits = train.y[known, c][near].cumsum(1)
-            for k, share in out.items(): share[s:s + chunk, c] = (hits[:, k - 1] + 1) / (k + 2)
+            for k, share in out.items():
+                share[s : s + chunk, c] = (hits[:, k - 1] + 1) / (k + 2)
     return out
 
 # %% ../../nbs/43b_clip.probe.ipynb #d3e6b949
 def knn_probe(
-    train:Embedded, # neighbours
-    val:Embedded,   # films that choose k
-    x,              # (N, D) embeddings of the films to be judged
+    train: Embedded,  # neighbours
+    val: Embedded,  # films that choose k
+    x,  # (N, D) embeddings of the films to be judged
     ks=NEIGHBOURS,  # values of k to try
-)->pd.DataFrame:    # (N, C) scores; `.attrs`: kind, k, curve (k -> log loss on validation)
+) -> pd.DataFrame:  # (N, C) scores; `.attrs`: kind, k, curve (k -> log loss on validation)
     "Nearest-neighbour scores with k chosen on validation; `InputError` where training and validation share a patient."
     apart(train, val)
     curve, known = {}, ~np.isnan(val.y)
-    for k, p in knn_shares(val.x, train, ks).items(): curve[k] = float(-np.where(val.y == 1, np.log(p), np.log1p(-p))[known].mean())
+    for k, p in knn_shares(val.x, train, ks).items():
+        curve[k] = float(-np.where(val.y == 1, np.log(p), np.log1p(-p))[known].mean())
     best = min(curve, key=lambda k: (round(curve[k], 9), -k))
     p = knn_shares(x, train, [best])[best]
-    out = pd.DataFrame(p / p.sum(1, keepdims=True) if train.kind == 'multiclass' else p, columns=train.classes)
+    out = pd.DataFrame(
+        p / p.sum(1, keepdims=True) if train.kind == 'multiclass' else p, columns=train.classes
+    )
     out.attrs = dict(kind=train.kind, k=best, curve={str(k): v for k, v in curve.items()})
     return out
 
 # %% ../../nbs/43b_clip.probe.ipynb #fb4a0354
 def few_shot(
-    train:Embedded, # films to draw from
-    val:Embedded,   # films that choose the regularisation, per number of shots
-    test:Embedded,  # films that are measured
-    shots=(1, 2, 4, 8, 16), # films per side (class present / absent) or per class
-    seeds:int=5,    # draws per number of shots
-    strengths=(.01, .1, 1., 10., 100.), # values of C to try
-    n_boot:int=500, # resamples of test patients
-    level:float=.95, # confidence level
-    seed:int=0,     # of the draws and of the resampling
-)->pd.DataFrame:    # shots, value (mean over seeds of the macro AUROC), ci_low, ci_high, seed_low, seed_high, C, n, n_clusters, note
+    train: Embedded,  # films to draw from
+    val: Embedded,  # films that choose the regularisation, per number of shots
+    test: Embedded,  # films that are measured
+    shots=(1, 2, 4, 8, 16),  # films per side (class present / absent) or per class
+    seeds: int = 5,  # draws per number of shots
+    strengths=(0.01, 0.1, 1.0, 10.0, 100.0),  # values of C to try
+    n_boot: int = 500,  # resamples of test patients
+    level: float = 0.95,  # confidence level
+    seed: int = 0,  # of the draws and of the resampling
+) -> pd.DataFrame:  # shots, value (mean over seeds of the macro AUROC), ci_low, ci_high, seed_low, seed_high, C, n, n_clusters, note
     "Few-shot curve; `InputError` where the three share patients."
     apart(train, val, test)
     rows = []
     for k in shots:
         drawn = [_draw(train, k, np.random.default_rng([seed, k, s])) for s in range(seeds)]
-        if any(d is None for d in drawn): rows.append(dict(shots=k, note='too few training films')); continue
+        if any(d is None for d in drawn):
+            rows.append(dict(shots=k, note='too few training films'))
+            continue
         tried = {C: [_probe(d, _fit(d, C), C, {}) for d in drawn] for C in strengths}
-        C = min(strengths, key=lambda C: (round(np.mean([_log_loss(p, val) for p in tried[C]]), 9), C))
-        scores = np.stack([p.scores(test.x).to_numpy() for p in tried[C]], 1)                # (N, seeds, C)
+        C = min(
+            strengths, key=lambda C: (round(np.mean([_log_loss(p, val) for p in tried[C]]), 9), C)
+        )
+        scores = np.stack([p.scores(test.x).to_numpy() for p in tried[C]], 1)  # (N, seeds, C)
         single = _macro_auroc(scores, test.y, np.ones((1, len(test.x))))[0]
-        ci = bootstrap_rows(lambda s, y, w: np.nanmean(_macro_auroc(s.reshape(len(y), seeds, -1), y, w), 1), [scores.reshape(len(test.x), -1), test.y], test.patients, n_boot, level, seed=seed, bounds=(0, 1), batched=True,
-                            floor=lambda s, y, owner, tail: _macro_auroc_ends(s.reshape(len(y), seeds, -1), y, owner, tail))
-        rows.append(dict(shots=k, value=ci.value, ci_low=ci.low, ci_high=ci.high, seed_low=np.nanmin(single), seed_high=np.nanmax(single), C=C, n=ci.n, n_clusters=ci.n_clusters, note=ci.note))
-    return pd.DataFrame(rows, columns=['shots', 'value', 'ci_low', 'ci_high', 'seed_low', 'seed_high', 'C', 'n', 'n_clusters', 'note'])
+        ci = bootstrap_rows(
+            lambda s, y, w: np.nanmean(_macro_auroc(s.reshape(len(y), seeds, -1), y, w), 1),
+            [scores.reshape(len(test.x), -1), test.y],
+            test.patients,
+            n_boot,
+            level,
+            seed=seed,
+            bounds=(0, 1),
+            batched=True,
+            floor=lambda s, y, owner, tail: _macro_auroc_ends(
+                s.reshape(len(y), seeds, -1), y, owner, tail
+            ),
+        )
+        rows.append(
+            dict(
+                shots=k,
+                value=ci.value,
+                ci_low=ci.low,
+                ci_high=ci.high,
+                seed_low=np.nanmin(single),
+                seed_high=np.nanmax(single),
+                C=C,
+                n=ci.n,
+                n_clusters=ci.n_clusters,
+                note=ci.note,
+            )
+        )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            'shots',
+            'value',
+            'ci_low',
+            'ci_high',
+            'seed_low',
+            'seed_high',
+            'C',
+            'n',
+            'n_clusters',
+            'note',
+        ],
+    )
+
 
 def _draw(data, k, rng):
     "k films per side of every class (or k per class), patients apart where possible; the others count as not asked. None where there are too few."
     y = np.full(data.y.shape, np.nan)
     for c in range(len(data.classes)):
-        for side in (1., 0.) if data.kind == 'multilabel' else (1.,):
+        for side in (1.0, 0.0) if data.kind == 'multilabel' else (1.0,):
             pool = rng.permutation(np.flatnonzero(data.y[:, c] == side))
-            if len(pool) < k: return None
+            if len(pool) < k:
+                return None
             first = ~pd.Series(data.patients[pool]).duplicated().to_numpy()
             at = np.r_[pool[first], pool[~first]][:k]
-            if data.kind == 'multilabel': y[at, c] = side
-            else: y[at] = np.eye(len(data.classes))[c]
+            if data.kind == 'multilabel':
+                y[at, c] = side
+            else:
+                y[at] = np.eye(len(data.classes))[c]
     used = ~np.isnan(y).all(1)
     return Embedded(data.x[used], y[used], data.patients[used], data.classes, data.kind)
+
 
 def _macro_auroc(scores, y, weights):
     "(B, seeds): mean over classes of the one-against-rest AUROC."
     out = np.full((len(weights), scores.shape[1], scores.shape[2]), np.nan)
     for c, k in enumerate(~np.isnan(y).T):
-        for s in range(scores.shape[1]): out[:, s, c] = auroc(scores[k, s, c], y[k, c], weights[:, k])
+        for s in range(scores.shape[1]):
+            out[:, s, c] = auroc(scores[k, s, c], y[k, c], weights[:, k])
     there = np.isfinite(out)
     return np.where(there, out, 0).sum(2) / np.where(there.any(2), there.sum(2), np.nan)
+
 
 def _macro_auroc_ends(scores, y, owner, tail):
     "(2,) bounds of the mean over classes and draws, which varies less than one AUROC; `scores` (n, draws, C), `owner` (n,) patient of each row."
     C, patients = y.shape[1], owner[-1] + 1
     values, ends, slope = np.full(C, np.nan), np.full((2, C), np.nan), np.zeros((patients, C))
     for c, k in enumerate(~np.isnan(y).T):
-        if len(set(y[k, c])) < 2: continue
+        if len(set(y[k, c])) < 2:
+            continue
         draws = scores[k, :, c].T
         values[c] = np.mean([auroc(s, y[k, c]) for s in draws])
         row = np.mean([auroc_influence(s, y[k, c]) for s in draws], axis=0)
         np.add.at(slope[:, c], owner[k], row)
         sides = [effective_number(by_owner(y[k, c] == s, owner[k])) for s in (0, 1)]
-        ends[:, c] = bounded_ends(values[[c]], slope[:, [c]], np.array([min(sides)]), np.array([[0, 1]]), tail)[:, 0]
+        ends[:, c] = bounded_ends(
+            values[[c]], slope[:, [c]], np.array([min(sides)]), np.array([[0, 1]]), tail
+        )[:, 0]
     known = np.isfinite(values)
-    return combined_ends(values, ends, known / max(known.sum(), 1), slope) if known.any() else np.full(2, np.nan)
+    return (
+        combined_ends(values, ends, known / max(known.sum(), 1), slope)
+        if known.any()
+        else np.full(2, np.nan)
+    )

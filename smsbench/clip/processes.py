@@ -17,57 +17,76 @@ from ..core import InputError
 @dataclass(frozen=True)
 class World:
     "Where this process stands among those that train together."
-    rank:int=0       # number of this process, from 0; 0 writes the files
-    size:int=1       # how many there are
-    device:str='cpu' # where this one computes
+
+    rank: int = 0  # number of this process, from 0; 0 writes the files
+    size: int = 1  # how many there are
+    device: str = 'cpu'  # where this one computes
 
 # %% ../../nbs/41aa_clip.processes.ipynb #94c32d0d
-def world(): # no arguments
+def world():  # no arguments
     "(rank, size) of this process: (0, 1) where it is alone."
     import torch.distributed as dist
+
     joined = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 # %% ../../nbs/41aa_clip.processes.ipynb #fe33ef3d
 @contextmanager
 def processes(
-    device:str='auto', # 'cpu', 'cuda', or 'auto': a card of its own where there is one
-    patience:float=600, # seconds to wait for the others before it is an error
-):                     # context manager that gives a `World`
+    device: str = 'auto',  # 'cpu', 'cuda', or 'auto': a card of its own where there is one
+    patience: float = 600,  # seconds to wait for the others before it is an error
+):  # context manager that gives a `World`
     "Join the processes that `torchrun` started, by nccl on cards and gloo elsewhere, and leave them at the end; alone, a world of one."
     import torch, torch.distributed as dist
+
     cuda = torch.cuda.is_available() if device == 'auto' else str(device).startswith('cuda')
     local, size = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    if device == 'auto' or device == 'cuda': device = f'cuda:{local}' if cuda and size > 1 else 'cuda' if cuda else 'cpu'
-    if cuda and local >= torch.cuda.device_count(): raise InputError(f'process {local} has no card: this machine has {torch.cuda.device_count()}; start as many processes, or use device cpu')
-    if size == 1 or dist.is_initialized(): yield World(*world(), device); return
-    if cuda: torch.cuda.set_device(device)
+    if device == 'auto' or device == 'cuda':
+        device = f'cuda:{local}' if cuda and size > 1 else 'cuda' if cuda else 'cpu'
+    if cuda and local >= torch.cuda.device_count():
+        raise InputError(
+            f'process {local} has no card: this machine has {torch.cuda.device_count()}; start as many processes, or use device cpu'
+        )
+    if size == 1 or dist.is_initialized():
+        yield World(*world(), device)
+        return
+    if cuda:
+        torch.cuda.set_device(device)
     dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=patience))
-    try: yield World(*world(), device)
-    finally: dist.destroy_process_group()
+    try:
+        yield World(*world(), device)
+    finally:
+        dist.destroy_process_group()
 
 # %% ../../nbs/41aa_clip.processes.ipynb #6dd2b502
 def my_rows(
-    n:int,        # samples in this process
-    device='cpu', # where this process computes
-):                # (slice of the joint batch that is this process's, or None where it is alone; samples in all)
+    n: int,  # samples in this process
+    device='cpu',  # where this process computes
+):  # (slice of the joint batch that is this process's, or None where it is alone; samples in all)
     "Which rows of the joint batch are ours: process order; `InputError` where processes hold different numbers."
     import torch, torch.distributed as dist
+
     rank, size = world()
-    if size == 1: return None, n
+    if size == 1:
+        return None, n
     counts = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(size)]
     dist.all_gather(counts, torch.tensor([n], device=device))
     counts = torch.cat(counts).tolist()
-    if len(set(counts)) > 1: raise InputError(f'processes hold {counts} samples; every process needs the same number: drop the last incomplete batch')
+    if len(set(counts)) > 1:
+        raise InputError(
+            f'processes hold {counts} samples; every process needs the same number: drop the last incomplete batch'
+        )
     return slice(rank * n, (rank + 1) * n), n * size
 
 # %% ../../nbs/41aa_clip.processes.ipynb #51983fc3
 def gather_rows(
-    rows,         # (b,...) tensor of this process
-):                # (B,...) tensor of all, in process order, without gradient
+    rows,  # (b,...) tensor of this process
+):  # (B,...) tensor of all, in process order, without gradient
     "Rows of all processes, which must hold equally many; the same tensor where this one is alone."
     import torch, torch.distributed as dist
-    if world()[1] == 1: return rows
+
+    if world()[1] == 1:
+        return rows
     kind, rows = rows.dtype, rows.detach().contiguous()
     sent = rows.to(torch.uint8) if kind == torch.bool else rows
     out = [torch.empty_like(sent) for _ in range(world()[1])]
@@ -76,56 +95,76 @@ def gather_rows(
 
 # %% ../../nbs/41aa_clip.processes.ipynb #0448d5cc
 def gather_embeddings(
-    embeddings,   # (b,D) tensor of this process, with or without graph
-):                # (B,D) tensor of all, in process order
+    embeddings,  # (b,D) tensor of this process, with or without graph
+):  # (B,D) tensor of all, in process order
     "Embeddings of all processes; backwards, what all processes say about ours is added up."
     return embeddings if world()[1] == 1 else _gather().apply(embeddings)
+
 
 @functools.cache
 def _gather():
     "The autograd function, made when torch is there."
     import torch, torch.distributed as dist
+
     class Gather(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x): ctx.rows = len(x); return gather_rows(x)
+        def forward(ctx, x):
+            ctx.rows = len(x)
+            return gather_rows(x)
+
         @staticmethod
         def backward(ctx, grad):
             total = grad.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(total)
-            return total[world()[0] * ctx.rows:][:ctx.rows]
+            return total[world()[0] * ctx.rows :][: ctx.rows]
+
     return Gather
 
 # %% ../../nbs/41aa_clip.processes.ipynb #39c8c629
 def share_weights(
-    model,        # in every process
+    model,  # in every process
 ):
     "Give every process the weights and buffers of process 0: once, before training."
     import torch.distributed as dist
-    if world()[1] == 1: return
-    for t in [*model.parameters(), *model.buffers()]: dist.broadcast(t.data, 0)
+
+    if world()[1] == 1:
+        return
+    for t in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(t.data, 0)
 
 # %% ../../nbs/41aa_clip.processes.ipynb #afca1079
 def average_gradients(
-    model,             # in every process, after the backward pass
-    bucket:int=2**24,  # numbers sent at once: fewer and longer messages
+    model,  # in every process, after the backward pass
+    bucket: int = 2**24,  # numbers sent at once: fewer and longer messages
 ):
     "Replace every gradient by its mean over processes; where only some processes have one, the others count as zero."
     import torch, torch.distributed as dist
+
     size = world()[1]
     learning = [p for p in model.parameters() if p.requires_grad] if size > 1 else []
-    if not learning: return
-    some = torch.tensor([p.grad is not None for p in learning], dtype=torch.uint8, device=learning[0].device)
+    if not learning:
+        return
+    some = torch.tensor(
+        [p.grad is not None for p in learning], dtype=torch.uint8, device=learning[0].device
+    )
     dist.all_reduce(some, op=dist.ReduceOp.MAX)
     waiting, held = [], 0
     todo = [p for p, s in zip(learning, some.tolist()) if s]
     for i, p in enumerate(todo):
-        if p.grad is None: p.grad = torch.zeros_like(p)
-        waiting.append(p.grad); held += p.grad.numel()
-        if held >= bucket or i + 1 == len(todo) or todo[i + 1].dtype != p.dtype: _mean(waiting, size); waiting, held = [], 0
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        waiting.append(p.grad)
+        held += p.grad.numel()
+        if held >= bucket or i + 1 == len(todo) or todo[i + 1].dtype != p.dtype:
+            _mean(waiting, size)
+            waiting, held = [], 0
+
 
 def _mean(grads, size):
     "Mean over processes, in place, in one message."
     import torch, torch.distributed as dist
+
     flat = torch.cat([g.reshape(-1) for g in grads]) / size
     dist.all_reduce(flat)
-    for g, new in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(new.view_as(g))
+    for g, new in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(new.view_as(g))

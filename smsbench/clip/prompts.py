@@ -15,110 +15,190 @@ import numpy as np, yaml
 from ..core import InputError, RunError
 
 # %% ../../nbs/40d_clip.prompts.ipynb #b1099ead
-PHRASES = { # name in a table, small letters, spaces -> how reports call it
-    'effusion': ('pleural effusion', 'pleural fluid'), 'pleural effusion': ('pleural effusion', 'pleural fluid'), 'pneumothorax': ('pneumothorax',),
-    'cardiomegaly': ('cardiomegaly', 'an enlarged heart'), 'enlarged cardiomediastinum': ('an enlarged cardiomediastinum', 'a widened mediastinum'),
-    'edema': ('pulmonary edema', 'pulmonary vascular congestion'), 'consolidation': ('consolidation', 'airspace consolidation'), 'pneumonia': ('pneumonia',),
-    'atelectasis': ('atelectasis', 'volume loss'), 'opacity': ('airspace opacity', 'a lung opacity'), 'lung opacity': ('airspace opacity', 'a lung opacity'),
-    'lung lesion': ('a lung lesion', 'a focal lesion'), 'infiltration': ('an infiltrate', 'pulmonary infiltration'), 'mass': ('a lung mass',),
-    'nodule': ('a pulmonary nodule', 'a lung nodule'), 'emphysema': ('emphysema', 'hyperinflated lungs'), 'fibrosis': ('pulmonary fibrosis',),
-    'pleural thickening': ('pleural thickening',), 'pleural other': ('a pleural abnormality',), 'hernia': ('a hiatal hernia',), 'fracture': ('a fracture',),
-    'support devices': ('support devices', 'tubes or lines'), 'device': ('an implanted device', 'a medical device'),
+PHRASES = {  # name in a table, small letters, spaces -> how reports call it
+    'effusion': ('pleural effusion', 'pleural fluid'),
+    'pleural effusion': ('pleural effusion', 'pleural fluid'),
+    'pneumothorax': ('pneumothorax',),
+    'cardiomegaly': ('cardiomegaly', 'an enlarged heart'),
+    'enlarged cardiomediastinum': ('an enlarged cardiomediastinum', 'a widened mediastinum'),
+    'edema': ('pulmonary edema', 'pulmonary vascular congestion'),
+    'consolidation': ('consolidation', 'airspace consolidation'),
+    'pneumonia': ('pneumonia',),
+    'atelectasis': ('atelectasis', 'volume loss'),
+    'opacity': ('airspace opacity', 'a lung opacity'),
+    'lung opacity': ('airspace opacity', 'a lung opacity'),
+    'lung lesion': ('a lung lesion', 'a focal lesion'),
+    'infiltration': ('an infiltrate', 'pulmonary infiltration'),
+    'mass': ('a lung mass',),
+    'nodule': ('a pulmonary nodule', 'a lung nodule'),
+    'emphysema': ('emphysema', 'hyperinflated lungs'),
+    'fibrosis': ('pulmonary fibrosis',),
+    'pleural thickening': ('pleural thickening',),
+    'pleural other': ('a pleural abnormality',),
+    'hernia': ('a hiatal hernia',),
+    'fracture': ('a fracture',),
+    'support devices': ('support devices', 'tubes or lines'),
+    'device': ('an implanted device', 'a medical device'),
 }
 
+
 def phrases(
-    name:str, # name of a class, as in a table
-)->tuple:     # one or more ways to say it in a sentence
+    name: str,  # name of a class, as in a table
+) -> tuple:  # one or more ways to say it in a sentence
     "How a class is called in a sentence; an unknown name is used as it stands, with spaces."
     plain = ' '.join(str(name).replace('_', ' ').split())
-    if not plain: raise InputError('a class needs a name to be asked about')
+    if not plain:
+        raise InputError('a class needs a name to be asked about')
     return PHRASES.get(plain.lower(), (plain,))
 
 # %% ../../nbs/40d_clip.prompts.ipynb #75672e5c
-PAIRS = ( # (present, absent): {c} the finding, {noun} what the image is
-    ('There is {c}.', 'There is no {c}.'), ('{noun} showing {c}', '{noun} without {c}'), ('{noun} with evidence of {c}', '{noun} with no evidence of {c}'),
-    ('Findings consistent with {c}.', 'No findings of {c}.'))
-CLASSES = ('{noun} showing {c}', 'This {noun} shows {c}.', '{noun}: {c}', 'The picture is consistent with {c}.') # exclusive classes
-NORMAL = ('no finding', 'normal', 'no findings') # classes that mean: nothing wrong
-NORMAL_PAIRS = (('{noun} without abnormality', '{noun} with an abnormality'), ('Everything looks normal.', 'There is a disease.'), ('No abnormal finding is seen.', 'There is an abnormal finding.'))
+PAIRS = (  # (present, absent): {c} the finding, {noun} what the image is
+    ('There is {c}.', 'There is no {c}.'),
+    ('{noun} showing {c}', '{noun} without {c}'),
+    ('{noun} with evidence of {c}', '{noun} with no evidence of {c}'),
+    ('Findings consistent with {c}.', 'No findings of {c}.'),
+)
+CLASSES = (
+    '{noun} showing {c}',
+    'This {noun} shows {c}.',
+    '{noun}: {c}',
+    'The picture is consistent with {c}.',
+)  # exclusive classes
+NORMAL = ('no finding', 'normal', 'no findings')  # classes that mean: nothing wrong
+NORMAL_PAIRS = (
+    ('{noun} without abnormality', '{noun} with an abnormality'),
+    ('Everything looks normal.', 'There is a disease.'),
+    ('No abnormal finding is seen.', 'There is an abnormal finding.'),
+)
+
 
 def pair_prompts(
-    name:str, # name of the finding
-    noun:str='medical image', # what the image is
-)->dict:      # positive, negative: tuples of sentences, equally long
+    name: str,  # name of the finding
+    noun: str = 'medical image',  # what the image is
+) -> dict:  # positive, negative: tuples of sentences, equally long
     "Default sentences for a finding that is present or absent."
     normal = ' '.join(str(name).replace('_', ' ').split()).lower() in NORMAL
-    filled = [tuple(_sentence(t, noun, c) for t in pair) for c in (('',) if normal else phrases(name)) for pair in (NORMAL_PAIRS if normal else PAIRS)]
+    filled = [
+        tuple(_sentence(t, noun, c) for t in pair)
+        for c in (('',) if normal else phrases(name))
+        for pair in (NORMAL_PAIRS if normal else PAIRS)
+    ]
     return dict(positive=tuple(p for p, _ in filled), negative=tuple(n for _, n in filled))
 
+
 def _sentence(template, noun, c):
-    bare = c.split(' ', 1)[1] if c.startswith(('a ', 'an ')) and template.startswith(('There is no', '{noun} without', '{noun} with no', 'No ')) else c   # "no a nodule" is no English
+    bare = (
+        c.split(' ', 1)[1]
+        if c.startswith(('a ', 'an '))
+        and template.startswith(('There is no', '{noun} without', '{noun} with no', 'No '))
+        else c
+    )  # "no a nodule" is no English
     text = template.replace('{noun}', noun).replace('{c}', bare)
     return text[0].upper() + text[1:]
 
 # %% ../../nbs/40d_clip.prompts.ipynb #a3acad3b
 def class_prompts(
-    name:str, # name of the class
-    noun:str='medical image', # what the image is
-)->dict:      # positive: a tuple of sentences
+    name: str,  # name of the class
+    noun: str = 'medical image',  # what the image is
+) -> dict:  # positive: a tuple of sentences
     "Default sentences for one of several exclusive classes."
     return dict(positive=tuple(_sentence(t, noun, c) for c in phrases(name) for t in CLASSES))
 
 # %% ../../nbs/40d_clip.prompts.ipynb #c9a1420e
 def prompts_for(
-    films, # `Films` of a cohort (`classes`, `kind`, `attrs`), or the cohort's tasks: dict finding -> {choices, noun, ...}
-)->dict:   # class -> dict(positive=(...)), with negative=(...) for findings that are present or absent
+    films,  # `Films` of a cohort (`classes`, `kind`, `attrs`), or the cohort's tasks: dict finding -> {choices, noun, ...}
+) -> (
+    dict
+):  # class -> dict(positive=(...)), with negative=(...) for findings that are present or absent
     "Default prompts per class; `InputError` where tasks of both kinds stand together."
     tasks = films if isinstance(films, dict) else films.attrs.get('tasks', {})
     nouns = {f: t.get('noun') or 'medical image' for f, t in tasks.items()}
-    if not isinstance(films, dict): kind, classes = films.kind, list(films.classes)
-    else: kind, classes = _kind_and_classes(tasks)
+    if not isinstance(films, dict):
+        kind, classes = films.kind, list(films.classes)
+    else:
+        kind, classes = _kind_and_classes(tasks)
     any_noun = next(iter(nouns.values()), 'medical image')
     make = pair_prompts if kind == 'multilabel' else class_prompts
     return check_prompts({c: make(c, nouns.get(c, any_noun)) for c in classes}, classes, kind)
 
+
 def _kind_and_classes(tasks):
-    binary = {f: set(map(str, t.get('choices') or ('yes', 'no'))) == {'yes', 'no'} for f, t in tasks.items()}
-    if tasks and all(binary.values()): return 'multilabel', list(tasks)
-    if len(tasks) == 1: return 'multiclass', list(next(iter(tasks.values()))['choices'])
-    raise InputError(f"prompts: {'no tasks' if not tasks else 'findings answered yes or no and a question with other choices stand in one cohort'}; "
-                     'give findings answered yes or no, or one question with several choices')
+    binary = {
+        f: set(map(str, t.get('choices') or ('yes', 'no'))) == {'yes', 'no'}
+        for f, t in tasks.items()
+    }
+    if tasks and all(binary.values()):
+        return 'multilabel', list(tasks)
+    if len(tasks) == 1:
+        return 'multiclass', list(next(iter(tasks.values()))['choices'])
+    raise InputError(
+        f"prompts: {'no tasks' if not tasks else 'findings answered yes or no and a question with other choices stand in one cohort'}; "
+        'give findings answered yes or no, or one question with several choices'
+    )
 
 # %% ../../nbs/40d_clip.prompts.ipynb #cbff74e9
 def check_prompts(
-    prompts:dict,  # class -> dict(positive=..., negative=...)
+    prompts: dict,  # class -> dict(positive=..., negative=...)
     classes=None,  # classes that must be there, in the order wanted; None: those of `prompts`
-    kind:str='',   # 'multilabel' needs negatives, 'multiclass' must not have them; '' takes what is there, the same for every class
-)->dict:           # the same, sentences as tuples, in the order of `classes`
+    kind: str = '',  # 'multilabel' needs negatives, 'multiclass' must not have them; '' takes what is there, the same for every class
+) -> dict:  # the same, sentences as tuples, in the order of `classes`
     "Prompts that can be used; `InputError` of one line names the class and what is wrong with it."
     classes = list(prompts) if classes is None else list(classes)
-    if not classes: raise InputError('prompts: no class; give each class a list of sentences')
-    if lost := [c for c in classes if c not in prompts]: raise InputError(f"prompts: no sentences for {', '.join(map(str, lost))}")
-    if more := [c for c in prompts if c not in classes]: raise InputError(f"prompts: {', '.join(map(str, more))}: no such class; the classes are {', '.join(map(str, classes))}")
+    if not classes:
+        raise InputError('prompts: no class; give each class a list of sentences')
+    if lost := [c for c in classes if c not in prompts]:
+        raise InputError(f"prompts: no sentences for {', '.join(map(str, lost))}")
+    if more := [c for c in prompts if c not in classes]:
+        raise InputError(
+            f"prompts: {', '.join(map(str, more))}: no such class; the classes are {', '.join(map(str, classes))}"
+        )
     out = {c: _one_class(c, prompts[c]) for c in classes}
     paired = {bool(p.get('negative')) for p in out.values()}
     wanted = {'multilabel': {True}, 'multiclass': {False}}.get(kind, paired)
     if len(paired) > 1 or paired != wanted:
-        odd = next(c for c, p in out.items() if bool(p.get('negative')) != (max(wanted) if kind else True))
-        raise InputError(f"prompts: {odd}: " + ('exclusive classes have positive sentences only' if kind == 'multiclass' else 'a finding needs negative sentences, what its absence looks like'))
+        odd = next(
+            c for c, p in out.items() if bool(p.get('negative')) != (max(wanted) if kind else True)
+        )
+        raise InputError(
+            f"prompts: {odd}: "
+            + (
+                'exclusive classes have positive sentences only'
+                if kind == 'multiclass'
+                else 'a finding needs negative sentences, what its absence looks like'
+            )
+        )
     shared = _shared(out)
-    if shared: raise InputError(f"prompts: {shared[0]!r} stands for {shared[1]} and for {shared[2]}; a sentence may stand for one thing only")
+    if shared:
+        raise InputError(
+            f"prompts: {shared[0]!r} stands for {shared[1]} and for {shared[2]}; a sentence may stand for one thing only"
+        )
     return out
 
 # %% ../../nbs/40d_clip.prompts.ipynb #89382685
 def _one_class(name, sides):
     "One class, sentences as tuples."
-    if not isinstance(sides, dict): sides = dict(positive=sides)
-    if unknown := set(sides) - {'positive', 'negative'}: raise InputError(f"prompts: {name}: unknown key {sorted(map(str, unknown))[0]}; a class has positive and, for a finding, negative")
+    if not isinstance(sides, dict):
+        sides = dict(positive=sides)
+    if unknown := set(sides) - {'positive', 'negative'}:
+        raise InputError(
+            f"prompts: {name}: unknown key {sorted(map(str, unknown))[0]}; a class has positive and, for a finding, negative"
+        )
     out = {}
     for side in ('positive', 'negative'):
         said = sides.get(side)
-        if side == 'negative' and side not in sides: continue
-        if isinstance(said, str): said = [said]
-        if not isinstance(said, (list, tuple)) or not said or not all(isinstance(s, str) and s.strip() for s in said):
+        if side == 'negative' and side not in sides:
+            continue
+        if isinstance(said, str):
+            said = [said]
+        if (
+            not isinstance(said, (list, tuple))
+            or not said
+            or not all(isinstance(s, str) and s.strip() for s in said)
+        ):
             raise InputError(f'prompts: {name}.{side}: must be a list of one or more sentences')
         out[side] = tuple(dict.fromkeys(' '.join(s.split()) for s in said))
     return out
+
 
 def _shared(prompts):
     "The first sentence that stands for two things, and those two; None."
@@ -127,69 +207,95 @@ def _shared(prompts):
         for side, sentences in sides.items():
             for s in sentences:
                 place = f'{c}.{side}'
-                if seen.setdefault(s.lower(), place) != place: return s, seen[s.lower()], place
+                if seen.setdefault(s.lower(), place) != place:
+                    return s, seen[s.lower()], place
 
 # %% ../../nbs/40d_clip.prompts.ipynb #65c3be22
 class _Plain(yaml.SafeLoader):
     "Safe YAML in which every scalar stays text and no key stands twice."
+
     yaml_implicit_resolvers = {}
 
     def construct_mapping(self, node, deep=False):
         keys = [k.value for k, _ in node.value]
-        if twice := next((k for k in keys if keys.count(k) > 1), None): raise yaml.MarkedYAMLError(problem=f'{twice} stands twice', problem_mark=node.start_mark)
+        if twice := next((k for k in keys if keys.count(k) > 1), None):
+            raise yaml.MarkedYAMLError(
+                problem=f'{twice} stands twice', problem_mark=node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 # %% ../../nbs/40d_clip.prompts.ipynb #63844340
 def read_prompts(
-    path,         # YAML file: class -> {positive: [...], negative: [...]}, or class -> [...] for exclusive classes
-    classes=None, # classes that must be there, in the order wanted; None: those of the file
-    kind:str='',  # 'multilabel' or 'multiclass', where known
-)->dict:          # as `prompts_for`
+    path,  # YAML file: class -> {positive: [...], negative: [...]}, or class -> [...] for exclusive classes
+    classes=None,  # classes that must be there, in the order wanted; None: those of the file
+    kind: str = '',  # 'multilabel' or 'multiclass', where known
+) -> dict:  # as `prompts_for`
     "Prompts of a file; `InputError` of one line where it cannot be used."
     path = Path(path)
-    try: held = yaml.load(path.read_text(encoding='utf-8-sig'), Loader=_Plain)
-    except OSError as e: raise InputError(f'{path.name}: {e.strerror}') from None
+    try:
+        held = yaml.load(path.read_text(encoding='utf-8-sig'), Loader=_Plain)
+    except OSError as e:
+        raise InputError(f'{path.name}: {e.strerror}') from None
     except (yaml.YAMLError, UnicodeError, RecursionError) as e:
         mark = getattr(e, 'problem_mark', None)
-        raise InputError(f"{path.name}{f', line {mark.line + 1}' if mark else ''}: not valid YAML ({' '.join(str(getattr(e, 'problem', None) or e).split())[:160]})") from None
-    if not isinstance(held, dict): raise InputError(f'{path.name}: must hold class names, each with its sentences')
-    try: return check_prompts(held, classes, kind)
-    except InputError as e: raise InputError(f'{path.name}: {e}') from None
+        raise InputError(
+            f"{path.name}{f', line {mark.line + 1}' if mark else ''}: not valid YAML ({' '.join(str(getattr(e, 'problem', None) or e).split())[:160]})"
+        ) from None
+    if not isinstance(held, dict):
+        raise InputError(f'{path.name}: must hold class names, each with its sentences')
+    try:
+        return check_prompts(held, classes, kind)
+    except InputError as e:
+        raise InputError(f'{path.name}: {e}') from None
 
 # %% ../../nbs/40d_clip.prompts.ipynb #4d13ad1e
 class ClassVectors(NamedTuple):
     "What a class looks like to the text tower."
-    classes: list              # C names
-    positive: np.ndarray       # (C, D) float32, unit length
-    negative: np.ndarray|None  # (C, D), unit length; None for exclusive classes
+
+    classes: list  # C names
+    positive: np.ndarray  # (C, D) float32, unit length
+    negative: np.ndarray | None  # (C, D), unit length; None for exclusive classes
 
 # %% ../../nbs/40d_clip.prompts.ipynb #f27e6518
 def ensemble_vectors(
-    prompts:dict, # from `prompts_for`
-    encode,       # list of N sentences -> (N, D) vectors
-)->ClassVectors:
+    prompts: dict,  # from `prompts_for`
+    encode,  # list of N sentences -> (N, D) vectors
+) -> ClassVectors:
     "Averaged unit vectors per class; every sentence is encoded once."
     prompts = check_prompts(prompts)
     texts = list(dict.fromkeys(s for p in prompts.values() for side in p.values() for s in side))
     vectors = np.asarray(encode(texts), np.float64)
-    if vectors.ndim != 2 or len(vectors) != len(texts): raise InputError(f'prompts: {len(texts)} sentences gave vectors of shape {vectors.shape}')
+    if vectors.ndim != 2 or len(vectors) != len(texts):
+        raise InputError(f'prompts: {len(texts)} sentences gave vectors of shape {vectors.shape}')
     at = {t: i for i, t in enumerate(texts)}
+
     def average(side):
-        means = np.stack([_unit(vectors[[at[s] for s in p[side]]], f'{c}.{side}').mean(0) for c, p in prompts.items()])
+        means = np.stack(
+            [
+                _unit(vectors[[at[s] for s in p[side]]], f'{c}.{side}').mean(0)
+                for c, p in prompts.items()
+            ]
+        )
         return _unit(means, side).astype(np.float32)
+
     paired = 'negative' in next(iter(prompts.values()))
     return ClassVectors(list(prompts), average('positive'), average('negative') if paired else None)
 
+
 def _unit(v, what):
     length = np.linalg.norm(v, axis=-1, keepdims=True)
-    if not (np.isfinite(length).all() and (length > 1e-6).all()): raise RunError(f'prompts: the sentences of {what} have no direction (zero, cancelling or not finite vectors); use other sentences or check the text tower')
+    if not (np.isfinite(length).all() and (length > 1e-6).all()):
+        raise RunError(
+            f'prompts: the sentences of {what} have no direction (zero, cancelling or not finite vectors); use other sentences or check the text tower'
+        )
     return v / length
 
 # %% ../../nbs/40d_clip.prompts.ipynb #6b566d20
 def class_vectors(
-    clip,         # `Clip` of clip.models
-    prompts:dict, # from `prompts_for` or `read_prompts`
-)->ClassVectors:
+    clip,  # `Clip` of clip.models
+    prompts: dict,  # from `prompts_for` or `read_prompts`
+) -> ClassVectors:
     "Averaged unit vectors per class from a model's text tower."
     from smsbench.clip.models import text_embeddings
+
     return ensemble_vectors(prompts, lambda texts: text_embeddings(clip, texts))

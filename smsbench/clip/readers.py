@@ -20,291 +20,585 @@ from ..data.readers import is_missing, read_image
 from ..vlm.map_stats import region
 
 # %% ../../nbs/44b_clip.readers.ipynb #63de7f2e
-MARKS = ('film', 'finding', 'reader', 'shape', 'points', 'width', 'height', 'text', 'row') # columns of a table of marks; row: where it stands in its file
-_FORMS = {('x0', 'y0', 'x1', 'y1'): 'xyxy', ('x', 'y', 'w', 'h'): 'xywh', ('points',): 'polygon', ('mask',): 'mask'}  # what a table may hold instead of each other
-_ALSO = dict(film=('film_id', 'file', 'file_name', 'image', 'id'), finding=('label', 'category', 'structure'), reader=('annotator', 'rater'), width=('image_width',), height=('image_height',)) # other names of columns
+MARKS = (
+    'film',
+    'finding',
+    'reader',
+    'shape',
+    'points',
+    'width',
+    'height',
+    'text',
+    'row',
+)  # columns of a table of marks; row: where it stands in its file
+_FORMS = {
+    ('x0', 'y0', 'x1', 'y1'): 'xyxy',
+    ('x', 'y', 'w', 'h'): 'xywh',
+    ('points',): 'polygon',
+    ('mask',): 'mask',
+}  # what a table may hold instead of each other
+_ALSO = dict(
+    film=('film_id', 'file', 'file_name', 'image', 'id'),
+    finding=('label', 'category', 'structure'),
+    reader=('annotator', 'rater'),
+    width=('image_width',),
+    height=('image_height',),
+)  # other names of columns
+
 
 def _table(rows):
-    return pd.DataFrame(rows, columns=list(MARKS)).astype(dict(film=str, finding=str, reader=str, shape=str, points=str, text=str))
+    return pd.DataFrame(rows, columns=list(MARKS)).astype(
+        dict(film=str, finding=str, reader=str, shape=str, points=str, text=str)
+    )
 
 # %% ../../nbs/44b_clip.readers.ipynb #0b286eb7
 def csv_marks(
-    table:pd.DataFrame, # as read
-    reader:str='reader', # who drew, where the table does not say
-    where:str='table',  # for messages
-    size=(0, 0),        # width and height of the films on which was drawn, where the table does not say; 0: those at hand
-)->pd.DataFrame:        # `MARKS`; attrs: blank, the rows that mark nothing
+    table: pd.DataFrame,  # as read
+    reader: str = 'reader',  # who drew, where the table does not say
+    where: str = 'table',  # for messages
+    size=(
+        0,
+        0,
+    ),  # width and height of the films on which was drawn, where the table does not say; 0: those at hand
+) -> pd.DataFrame:  # `MARKS`; attrs: blank, the rows that mark nothing
     "Marks from a table; `InputError` for a missing column."
-    known = {next((o for o in other if o in table), ''): c for c, other in _ALSO.items() if c not in table}
+    known = {
+        next((o for o in other if o in table), ''): c
+        for c, other in _ALSO.items()
+        if c not in table
+    }
     table = table.rename(columns={o: c for o, c in known.items() if o})
-    if gone := [c for c in ('film', 'finding') if c not in table]: raise InputError(f"{where}: no column {gone[0]!r}; marks need film, finding and x0, y0, x1, y1 or x, y, w, h or points or mask (it has {', '.join(map(str, table.columns))[:200]})")
+    if gone := [c for c in ('film', 'finding') if c not in table]:
+        raise InputError(
+            f"{where}: no column {gone[0]!r}; marks need film, finding and x0, y0, x1, y1 or x, y, w, h or points or mask (it has {', '.join(map(str, table.columns))[:200]})"
+        )
     forms = {cs: f for cs, f in _FORMS.items() if set(cs) <= set(table.columns)}
-    if not forms: raise InputError(f'{where}: no columns that say where a mark is; use x0, y0, x1, y1 or x, y, w, h or points or mask')
+    if not forms:
+        raise InputError(
+            f'{where}: no columns that say where a mark is; use x0, y0, x1, y1 or x, y, w, h or points or mask'
+        )
     rows, cells = [], table.map(lambda v: '' if v is None or v != v else str(v))
     for i, r in enumerate(cells.to_dict('records')):
-        about = dict(film=r['film'], finding=r['finding'], reader=r.get('reader') or reader, width=_size(r.get('width') or size[0]), height=_size(r.get('height') or size[1]), text=r.get('text', ''), row=i + 1)
+        about = dict(
+            film=r['film'],
+            finding=r['finding'],
+            reader=r.get('reader') or reader,
+            width=_size(r.get('width') or size[0]),
+            height=_size(r.get('height') or size[1]),
+            text=r.get('text', ''),
+            row=i + 1,
+        )
         for cs, form in forms.items():
-            if all(is_missing(r[c]) for c in cs): continue
+            if all(is_missing(r[c]) for c in cs):
+                continue
             shape, points = _points([r[c] for c in cs], form)
             rows.append(dict(about, shape=shape, points=points))
     out, there = _table(rows), {r['row'] for r in rows}
-    out.attrs['blank'] = [dict(film=r['film'], finding=r['finding'], reader=r.get('reader') or reader, row=i + 1, reason='the row marks nothing') for i, r in enumerate(cells.to_dict('records')) if i + 1 not in there]
+    out.attrs['blank'] = [
+        dict(
+            film=r['film'],
+            finding=r['finding'],
+            reader=r.get('reader') or reader,
+            row=i + 1,
+            reason='the row marks nothing',
+        )
+        for i, r in enumerate(cells.to_dict('records'))
+        if i + 1 not in there
+    ]
     return out
 
+
 def _size(v):
-    try: return 0. if is_missing(str(v)) else float(v)
-    except ValueError: return float('nan')
+    try:
+        return 0.0 if is_missing(str(v)) else float(v)
+    except ValueError:
+        return float('nan')
+
 
 def _points(cells, form):
     "Shape and JSON; words that are no numbers are kept, and refused when the mark is placed."
-    if form == 'mask': return 'mask', json.dumps(str(cells[0]))
+    if form == 'mask':
+        return 'mask', json.dumps(str(cells[0]))
     if form == 'polygon':
         text = str(cells[0]).strip()
-        if text.startswith('['): return 'polygon', text
-        return 'polygon', json.dumps([[_number(n) for n in p.split(',')] for p in text.replace(';', ' ').split()])
+        if text.startswith('['):
+            return 'polygon', text
+        return 'polygon', json.dumps(
+            [[_number(n) for n in p.split(',')] for p in text.replace(';', ' ').split()]
+        )
     return 'box', json.dumps(as_box(cells, form) or [str(c) for c in cells])
 
+
 def _number(word):
-    try: return float(word)
-    except (TypeError, ValueError): return str(word)
+    try:
+        return float(word)
+    except (TypeError, ValueError):
+        return str(word)
 
 # %% ../../nbs/44b_clip.readers.ipynb #c7983505
-_MSCXR = dict(dicom_id='film', category_name='finding', label_text='text', image_width='width', image_height='height')
+_MSCXR = dict(
+    dicom_id='film',
+    category_name='finding',
+    label_text='text',
+    image_width='width',
+    image_height='height',
+)
+
 
 def mscxr_marks(
-    table:pd.DataFrame,  # the CSV of MS-CXR
-    reader:str='MS-CXR', # who drew
-    where:str='MS-CXR',  # for messages
-)->pd.DataFrame:         # `MARKS`
+    table: pd.DataFrame,  # the CSV of MS-CXR
+    reader: str = 'MS-CXR',  # who drew
+    where: str = 'MS-CXR',  # for messages
+) -> pd.DataFrame:  # `MARKS`
     "Marks from the table of MS-CXR; `InputError` for a missing column."
-    if gone := [c for c in (*_MSCXR, 'x', 'y', 'w', 'h') if c not in table]: raise InputError(f"{where}: no column {gone[0]!r}; the table of MS-CXR has {', '.join(_MSCXR)}, x, y, w, h")
-    return csv_marks(table.rename(columns=_MSCXR)[[*_MSCXR.values(), 'x', 'y', 'w', 'h']], reader, where)
+    if gone := [c for c in (*_MSCXR, 'x', 'y', 'w', 'h') if c not in table]:
+        raise InputError(
+            f"{where}: no column {gone[0]!r}; the table of MS-CXR has {', '.join(_MSCXR)}, x, y, w, h"
+        )
+    return csv_marks(
+        table.rename(columns=_MSCXR)[[*_MSCXR.values(), 'x', 'y', 'w', 'h']], reader, where
+    )
 
 # %% ../../nbs/44b_clip.readers.ipynb #4ae459f0
 def coco_marks(
-    held:dict,           # the JSON
-    reader:str='reader', # who drew, where an annotation does not say
-    where:str='COCO',    # for messages
-)->pd.DataFrame:         # `MARKS`
+    held: dict,  # the JSON
+    reader: str = 'reader',  # who drew, where an annotation does not say
+    where: str = 'COCO',  # for messages
+) -> pd.DataFrame:  # `MARKS`
     "Marks from COCO's JSON; `InputError` where it has not its parts."
-    if not isinstance(held, dict) or any(not isinstance(held.get(k), list) for k in ('images', 'annotations', 'categories')): raise InputError(f'{where}: JSON of COCO has the lists images, annotations and categories')
+    if not isinstance(held, dict) or any(
+        not isinstance(held.get(k), list) for k in ('images', 'annotations', 'categories')
+    ):
+        raise InputError(f'{where}: JSON of COCO has the lists images, annotations and categories')
     try:
         names = {c['id']: str(c['name']) for c in held['categories']}
-        films = {i['id']: (str(i['file_name']), float(i.get('width') or 0), float(i.get('height') or 0)) for i in held['images']}
-        return _table([_annotation(a, films, names, reader, n + 1) for n, a in enumerate(held['annotations'])])
-    except (KeyError, TypeError, ValueError, AttributeError) as e: raise InputError(f'{where}: an entry is not as in COCO ({type(e).__name__}: {e})') from None
+        films = {
+            i['id']: (str(i['file_name']), float(i.get('width') or 0), float(i.get('height') or 0))
+            for i in held['images']
+        }
+        return _table(
+            [_annotation(a, films, names, reader, n + 1) for n, a in enumerate(held['annotations'])]
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(f'{where}: an entry is not as in COCO ({type(e).__name__}: {e})') from None
+
 
 def _annotation(a, films, names, reader, n):
-    film, width, height = films.get(a['image_id'], (f"image {a['image_id']}", 0., 0.))
+    film, width, height = films.get(a['image_id'], (f"image {a['image_id']}", 0.0, 0.0))
     drawn = a.get('segmentation') or None
     shape = 'box' if drawn is None else 'rle' if isinstance(drawn, dict) else 'polygon'
-    if shape == 'polygon': drawn = [[list(p) for p in zip(ring[::2], ring[1::2])] for ring in drawn]
-    if shape == 'box': drawn = as_box(a['bbox'], 'xywh') or list(a['bbox'])
+    if shape == 'polygon':
+        drawn = [[list(p) for p in zip(ring[::2], ring[1::2])] for ring in drawn]
+    if shape == 'box':
+        drawn = as_box(a['bbox'], 'xywh') or list(a['bbox'])
     who = next((str(a[k]) for k in ('reader', 'annotator') if a.get(k)), reader)
-    return dict(film=film, finding=names.get(a['category_id'], f"category {a['category_id']}"), reader=who, shape=shape, points=json.dumps(drawn), width=width, height=height, text=str(a.get('label_text') or ''), row=n)
+    return dict(
+        film=film,
+        finding=names.get(a['category_id'], f"category {a['category_id']}"),
+        reader=who,
+        shape=shape,
+        points=json.dumps(drawn),
+        width=width,
+        height=height,
+        text=str(a.get('label_text') or ''),
+        row=n,
+    )
 
 # %% ../../nbs/44b_clip.readers.ipynb #63658e78
 def read_marks(
-    path,            # .csv, .tsv, .parquet or .json
-    layout:str='auto', # 'csv', 'mscxr', 'coco'; 'auto' tells by the file
-    reader:str='',   # who drew, where the file does not say; '': the name of the file
-    size=(0, 0),     # width and height of the films on which was drawn, where a table does not say; 0: those at hand
-)->pd.DataFrame:     # `MARKS`; attrs: folder of the file, to which masks are relative
+    path,  # .csv, .tsv, .parquet or .json
+    layout: str = 'auto',  # 'csv', 'mscxr', 'coco'; 'auto' tells by the file
+    reader: str = '',  # who drew, where the file does not say; '': the name of the file
+    size=(
+        0,
+        0,
+    ),  # width and height of the films on which was drawn, where a table does not say; 0: those at hand
+) -> pd.DataFrame:  # `MARKS`; attrs: folder of the file, to which masks are relative
     "Marks from a file; `InputError` where it is missing, broken or lacks a column."
-    path = Path(path); who = reader or path.stem
-    if layout not in ('auto', 'csv', 'mscxr', 'coco'): raise InputError(f"layout {layout!r}; choose csv, mscxr, coco or auto")
-    if not path.is_file(): raise InputError(f'{path}: no such file')
-    if layout == 'coco' or layout == 'auto' and path.suffix == '.json': out = coco_marks(read_json(path), who, path.name)
+    path = Path(path)
+    who = reader or path.stem
+    if layout not in ('auto', 'csv', 'mscxr', 'coco'):
+        raise InputError(f"layout {layout!r}; choose csv, mscxr, coco or auto")
+    if not path.is_file():
+        raise InputError(f'{path}: no such file')
+    if layout == 'coco' or layout == 'auto' and path.suffix == '.json':
+        out = coco_marks(read_json(path), who, path.name)
     else:
-        try: t = pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path, sep='\t' if path.suffix == '.tsv' else ',', dtype=str, keep_default_na=False)
-        except Exception as e: raise InputError(f"{path.name}: not a table ({type(e).__name__}: {' '.join(str(e).split())[:120]})") from None   # a foreign file can break the parser anywhere
-        out = mscxr_marks(t, who, path.name) if layout == 'mscxr' or layout == 'auto' and 'dicom_id' in t and 'category_name' in t else csv_marks(t, who, path.name, size)
+        try:
+            t = (
+                pd.read_parquet(path)
+                if path.suffix == '.parquet'
+                else pd.read_csv(
+                    path,
+                    sep='\t' if path.suffix == '.tsv' else ',',
+                    dtype=str,
+                    keep_default_na=False,
+                )
+            )
+        except Exception as e:
+            raise InputError(
+                f"{path.name}: not a table ({type(e).__name__}: {' '.join(str(e).split())[:120]})"
+            ) from None  # a foreign file can break the parser anywhere
+        out = (
+            mscxr_marks(t, who, path.name)
+            if layout == 'mscxr' or layout == 'auto' and 'dicom_id' in t and 'category_name' in t
+            else csv_marks(t, who, path.name, size)
+        )
     out.attrs['folder'] = str(path.parent)
     return out
 
 # %% ../../nbs/44b_clip.readers.ipynb #b47ba45b
 def film_marks(
-    films,             # `Films` of a cohort with boxes
-    reader:str='cohort', # what their author is called
-)->pd.DataFrame:       # `MARKS`
+    films,  # `Films` of a cohort with boxes
+    reader: str = 'cohort',  # what their author is called
+) -> pd.DataFrame:  # `MARKS`
     "The boxes that a cohort brings; `InputError` where it has none."
-    if 'boxes' not in films.table: raise InputError('the cohort has no column boxes; its card names where boxes are')
-    held = [(f, finding, b) for f, cell in zip(films.table.film_id, films.table.boxes) for finding, boxes in json.loads(cell or '{}').items() for b in boxes]
-    return _table([dict(film=f, finding=finding, reader=reader, shape='box', points=json.dumps(b), width=0., height=0., text='', row=i + 1) for i, (f, finding, b) in enumerate(held)])
+    if 'boxes' not in films.table:
+        raise InputError('the cohort has no column boxes; its card names where boxes are')
+    held = [
+        (f, finding, b)
+        for f, cell in zip(films.table.film_id, films.table.boxes)
+        for finding, boxes in json.loads(cell or '{}').items()
+        for b in boxes
+    ]
+    return _table(
+        [
+            dict(
+                film=f,
+                finding=finding,
+                reader=reader,
+                shape='box',
+                points=json.dumps(b),
+                width=0.0,
+                height=0.0,
+                text='',
+                row=i + 1,
+            )
+            for i, (f, finding, b) in enumerate(held)
+        ]
+    )
 
 # %% ../../nbs/44b_clip.readers.ipynb #c650197e
 def mark_region(
-    mark,      # a row of marks
-    shape:tuple[int, int], # height and width of the film, in pixels
-    folder='.', # root of mask files
-)->np.ndarray: # (H,W) bool
+    mark,  # a row of marks
+    shape: tuple[int, int],  # height and width of the film, in pixels
+    folder='.',  # root of mask files
+) -> np.ndarray:  # (H,W) bool
     "The pixels of a mark; `InputError` that says why where there are none."
     h, w = shape
-    if mark['shape'] == 'mask': return _mask_file(json.loads(mark.points), shape, folder)
-    try: held = json.loads(mark.points)
-    except ValueError: raise InputError('points that are no JSON') from None
-    if mark['shape'] == 'rle': return _run_lengths(held, shape)
-    if not (mark.width >= 0 and mark.height >= 0): raise InputError('a width or height that is no number')
-    rings = held if mark['shape'] == 'box' or held and held[0] and isinstance(held[0], list) and isinstance(held[0][0], list) else [held]
-    scale = np.array([w/mark.width if mark.width else 1., h/mark.height if mark.height else 1.])
-    try: parts = [np.asarray(r, float).reshape(-1, 2)*scale for r in ([rings] if mark['shape'] == 'box' else rings)]
-    except (TypeError, ValueError): raise InputError(f'coordinates that are no numbers: {mark.points[:60]}') from None
+    if mark['shape'] == 'mask':
+        return _mask_file(json.loads(mark.points), shape, folder)
+    try:
+        held = json.loads(mark.points)
+    except ValueError:
+        raise InputError('points that are no JSON') from None
+    if mark['shape'] == 'rle':
+        return _run_lengths(held, shape)
+    if not (mark.width >= 0 and mark.height >= 0):
+        raise InputError('a width or height that is no number')
+    rings = (
+        held
+        if mark['shape'] == 'box'
+        or held
+        and held[0]
+        and isinstance(held[0], list)
+        and isinstance(held[0][0], list)
+        else [held]
+    )
+    scale = np.array(
+        [w / mark.width if mark.width else 1.0, h / mark.height if mark.height else 1.0]
+    )
+    try:
+        parts = [
+            np.asarray(r, float).reshape(-1, 2) * scale
+            for r in ([rings] if mark['shape'] == 'box' else rings)
+        ]
+    except (TypeError, ValueError):
+        raise InputError(f'coordinates that are no numbers: {mark.points[:60]}') from None
     every = np.concatenate(parts) if parts else np.zeros((0, 2))
-    if not np.isfinite(every).all(): raise InputError('coordinates that are not finite')
-    if mark['shape'] == 'box' and (len(every) != 2 or (every[1] <= every[0]).any()): raise InputError(f'not a box: {mark.points[:60]}')
-    if mark['shape'] == 'polygon' and (not len(every) or min(map(len, parts)) < 3): raise InputError('a polygon of fewer than three corners')
-    if (every < -1).any() or (every > np.array([w, h]) + 1).any(): raise InputError(f'it leaves the film of {w} x {h} pixels')
-    return _some(region([every.ravel()], shape) if mark['shape'] == 'box' and ((every[1] > .5) & (every[0] < np.array([w, h]) - .5)).all() else _filled(parts, shape))
+    if not np.isfinite(every).all():
+        raise InputError('coordinates that are not finite')
+    if mark['shape'] == 'box' and (len(every) != 2 or (every[1] <= every[0]).any()):
+        raise InputError(f'not a box: {mark.points[:60]}')
+    if mark['shape'] == 'polygon' and (not len(every) or min(map(len, parts)) < 3):
+        raise InputError('a polygon of fewer than three corners')
+    if (every < -1).any() or (every > np.array([w, h]) + 1).any():
+        raise InputError(f'it leaves the film of {w} x {h} pixels')
+    return _some(
+        region([every.ravel()], shape)
+        if mark['shape'] == 'box' and ((every[1] > 0.5) & (every[0] < np.array([w, h]) - 0.5)).all()
+        else _filled(parts, shape)
+    )
+
 
 def _filled(rings, shape):
     from skimage.draw import polygon2mask
-    return np.any([polygon2mask(shape, r[:, ::-1] - .5) for r in rings if len(r) > 2] or [np.zeros(shape, bool)], axis=0)   # skimage counts from the centre of the first pixel
+
+    return np.any(
+        [polygon2mask(shape, r[:, ::-1] - 0.5) for r in rings if len(r) > 2]
+        or [np.zeros(shape, bool)],
+        axis=0,
+    )  # skimage counts from the centre of the first pixel
+
 
 def _some(mask):
-    if not mask.any(): raise InputError('it covers the centre of no pixel')
+    if not mask.any():
+        raise InputError('it covers the centre of no pixel')
     return mask
+
 
 def _mask_file(name, shape, folder):
     picture = read_image(folder, name)
     mask = (picture if picture.ndim == 2 else picture.max(2)) > 0
-    if mask.shape != tuple(shape): raise InputError(f'a mask of {mask.shape[1]} x {mask.shape[0]} for a film of {shape[1]} x {shape[0]} pixels')
+    if mask.shape != tuple(shape):
+        raise InputError(
+            f'a mask of {mask.shape[1]} x {mask.shape[0]} for a film of {shape[1]} x {shape[0]} pixels'
+        )
     return _some(mask)
+
 
 def _run_lengths(held, shape):
     "COCO's run lengths: zeros and ones in turn, down the columns."
     counts = held.get('counts') if isinstance(held, dict) else None
-    try: runs = np.array(_unpacked(counts) if isinstance(counts, str) else counts, int)
-    except (TypeError, ValueError): raise InputError('run lengths that are no numbers') from None
-    if list(held.get('size', ())) != list(shape) or runs.ndim != 1 or (runs < 0).any() or runs.sum() != shape[0]*shape[1]: raise InputError(f"run lengths of {held.get('size')} for a film of {list(shape)}")
+    try:
+        runs = np.array(_unpacked(counts) if isinstance(counts, str) else counts, int)
+    except (TypeError, ValueError):
+        raise InputError('run lengths that are no numbers') from None
+    if (
+        list(held.get('size', ())) != list(shape)
+        or runs.ndim != 1
+        or (runs < 0).any()
+        or runs.sum() != shape[0] * shape[1]
+    ):
+        raise InputError(f"run lengths of {held.get('size')} for a film of {list(shape)}")
     return _some(np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(shape, order='F'))
+
 
 def _unpacked(text):
     "COCO's packed run lengths: five bits a letter, and from the third run on the difference to the one before the last."
     runs, value, shift = [], 0, 0
     for letter in text:
         bits = ord(letter) - 48
-        if not 0 <= bits < 64: raise ValueError
-        value |= (bits & 31) << shift; shift += 5
-        if bits & 32: continue
-        if bits & 16: value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0)); value = shift = 0
+        if not 0 <= bits < 64:
+            raise ValueError
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
     return runs
 
 # %% ../../nbs/44b_clip.readers.ipynb #0e1e57c8
 @dataclass(frozen=True, eq=False)
 class Readings:
     "What readers marked, on the films."
-    table:pd.DataFrame    # one row per film, finding and reader: film_id, patient_id, finding, reader, marks (how many), row (of the first of them in its file), text
-    masks:list            # (H,W) bool per row
-    excluded:pd.DataFrame # marks that could not be used: film, finding, reader, row, reason
+
+    table: pd.DataFrame  # one row per film, finding and reader: film_id, patient_id, finding, reader, marks (how many), row (of the first of them in its file), text
+    masks: list  # (H,W) bool per row
+    excluded: pd.DataFrame  # marks that could not be used: film, finding, reader, row, reason
 
 # %% ../../nbs/44b_clip.readers.ipynb #29addee8
 def place_marks(
-    marks:pd.DataFrame, # from `read_marks`
-    about:pd.DataFrame, # per film: film_id, patient_id, and perhaps image (its file)
-    shapes,             # per film: (height, width) in pixels
-    names:dict|None=None, # a reader's word for a finding -> the cohort's; others stay
-    classes=(),         # the cohort's findings; a word that differs from one in case, blanks, hyphens or underscores alone means it
-    folder='',          # root of mask files; '': the folder of the marks
-)->Readings:
+    marks: pd.DataFrame,  # from `read_marks`
+    about: pd.DataFrame,  # per film: film_id, patient_id, and perhaps image (its file)
+    shapes,  # per film: (height, width) in pixels
+    names: dict | None = None,  # a reader's word for a finding -> the cohort's; others stay
+    classes=(),  # the cohort's findings; a word that differs from one in case, blanks, hyphens or underscores alone means it
+    folder='',  # root of mask files; '': the folder of the marks
+) -> Readings:
     "Marks laid on films; `InputError` where a column is missing, the lists do not belong together, or no mark can be used."
-    if gone := [c for c in MARKS if c not in marks]: raise InputError(f'marks have no column {gone[0]!r}; read them with read_marks')
-    if gone := [c for c in ('film_id', 'patient_id') if c not in about]: raise InputError(f'the films have no column {gone[0]!r}')
+    if gone := [c for c in MARKS if c not in marks]:
+        raise InputError(f'marks have no column {gone[0]!r}; read them with read_marks')
+    if gone := [c for c in ('film_id', 'patient_id') if c not in about]:
+        raise InputError(f'the films have no column {gone[0]!r}')
     shapes = [tuple(s[:2]) for s in shapes]
-    if len(shapes) != len(about): raise InputError(f'{len(about)} films and {len(shapes)} shapes')
+    if len(shapes) != len(about):
+        raise InputError(f'{len(about)} films and {len(shapes)} shapes')
     known, called, found, out = _lookup(about), finding_names(marks.finding, names, classes), {}, []
     for _, m in marks.iterrows():
         try:
             at = _one_of(_films_of(m.film, known))
             drawn = mark_region(m, shapes[at], folder or marks.attrs.get('folder', '.'))
             found.setdefault((at, called[m.finding], m.reader), []).append((drawn, m.text, m.row))
-        except InputError as e: out.append(dict(film=m.film, finding=m.finding, reader=m.reader, row=m.row, reason=str(e)))       # listed, never dropped in silence
-    if not found: raise InputError(f"none of {len(marks)} marks can be used" + (f"; the first, of film {out[0]['film']!r} in row {out[0]['row']}: {out[0]['reason']}" if out else ''))
-    rows = [dict(film_id=about.film_id.iloc[at], patient_id=about.patient_id.iloc[at], finding=f, reader=r, marks=len(v), row=v[0][2], text='; '.join(t for _, t, _ in v if t)) for (at, f, r), v in found.items()]
-    return Readings(pd.DataFrame(rows), [np.any([k for k, *_ in v], axis=0) for v in found.values()], pd.DataFrame([*out, *marks.attrs.get('blank', ())], columns=['film', 'finding', 'reader', 'row', 'reason']))
+        except InputError as e:
+            out.append(
+                dict(film=m.film, finding=m.finding, reader=m.reader, row=m.row, reason=str(e))
+            )  # listed, never dropped in silence
+    if not found:
+        raise InputError(
+            f"none of {len(marks)} marks can be used"
+            + (
+                f"; the first, of film {out[0]['film']!r} in row {out[0]['row']}: {out[0]['reason']}"
+                if out
+                else ''
+            )
+        )
+    rows = [
+        dict(
+            film_id=about.film_id.iloc[at],
+            patient_id=about.patient_id.iloc[at],
+            finding=f,
+            reader=r,
+            marks=len(v),
+            row=v[0][2],
+            text='; '.join(t for _, t, _ in v if t),
+        )
+        for (at, f, r), v in found.items()
+    ]
+    return Readings(
+        pd.DataFrame(rows),
+        [np.any([k for k, *_ in v], axis=0) for v in found.values()],
+        pd.DataFrame(
+            [*out, *marks.attrs.get('blank', ())],
+            columns=['film', 'finding', 'reader', 'row', 'reason'],
+        ),
+    )
 
-_WAYS = (('film_id', str), ('image', str), ('image', lambda n: Path(n).name), ('image', lambda n: Path(n).stem), ('film_id', lambda n: Path(n).stem)) # how a name may fit a film, the strictest first
+
+_WAYS = (
+    ('film_id', str),
+    ('image', str),
+    ('image', lambda n: Path(n).name),
+    ('image', lambda n: Path(n).stem),
+    ('film_id', lambda n: Path(n).stem),
+)  # how a name may fit a film, the strictest first
+
 
 def _lookup(about):
     "Per way: name -> positions of the films that have it."
-    return [about.groupby(about[c].astype(str).map(f if c == 'image' else str)).indices if c in about else {} for c, f in _WAYS]
+    return [
+        about.groupby(about[c].astype(str).map(f if c == 'image' else str)).indices
+        if c in about
+        else {}
+        for c, f in _WAYS
+    ]
 
-def _films_of(name, known): return next((at[f(name)] for (_, f), at in zip(_WAYS, known) if f(name) in at), ())
+
+def _films_of(name, known):
+    return next((at[f(name)] for (_, f), at in zip(_WAYS, known) if f(name) in at), ())
+
 
 def _one_of(found):
-    if len(found) != 1: raise InputError('several films of that name' if len(found) else 'no film of that name')
+    if len(found) != 1:
+        raise InputError('several films of that name' if len(found) else 'no film of that name')
     return int(found[0])
 
 # %% ../../nbs/44b_clip.readers.ipynb #6807e1b5
 def finding_names(
-    words,              # findings as readers wrote them
-    names:dict|None=None, # a reader's word -> the cohort's; '_' and case do not matter
-    classes=(),         # the cohort's findings
-)->dict:                # word -> the cohort's finding, or the word itself
+    words,  # findings as readers wrote them
+    names: dict | None = None,  # a reader's word -> the cohort's; '_' and case do not matter
+    classes=(),  # the cohort's findings
+) -> dict:  # word -> the cohort's finding, or the word itself
     "What readers' words for findings mean; `InputError` for a translation into no class."
     names = names or {}
-    if classes and (odd := [v for v in names.values() if v not in classes]): raise InputError(f"{odd[0]!r} is no class; the classes are {', '.join(classes)}")
+    if classes and (odd := [v for v in names.values() if v not in classes]):
+        raise InputError(f"{odd[0]!r} is no class; the classes are {', '.join(classes)}")
     plain = lambda w: ' '.join(str(w).casefold().replace('_', ' ').replace('-', ' ').split())
     known = {plain(c): c for c in classes} | {plain(w): c for w, c in names.items()}
     return {w: names.get(w) or (w if w in classes else known.get(plain(w), w)) for w in set(words)}
 
 # %% ../../nbs/44b_clip.readers.ipynb #77edf89d
 def named_films(
-    marks:pd.DataFrame, # from `read_marks` or `film_marks`
-    about:pd.DataFrame, # per film: film_id, and perhaps image (its file)
-)->list[int]:           # positions of films, ascending
+    marks: pd.DataFrame,  # from `read_marks` or `film_marks`
+    about: pd.DataFrame,  # per film: film_id, and perhaps image (its file)
+) -> list[int]:  # positions of films, ascending
     "Which films the marks may mean, so that only these need be read."
     known = _lookup(about)
     return sorted({int(i) for name in set(marks.film) for i in _films_of(name, known)})
 
 # %% ../../nbs/44b_clip.readers.ipynb #8616ce8e
 def agreement(
-    readings:Readings, # from `place_marks`
-    maps:dict,         # (film_id, finding) -> `Explanation` or (H,W) weights
-    others:dict|None=None, # name -> further maps, of the same form
-    smooth:bool=False, # interpolate between the centres of cells
-)->pd.DataFrame:       # rows of `localise`, per film, finding and reader; attrs: excluded
+    readings: Readings,  # from `place_marks`
+    maps: dict,  # (film_id, finding) -> `Explanation` or (H,W) weights
+    others: dict | None = None,  # name -> further maps, of the same form
+    smooth: bool = False,  # interpolate between the centres of cells
+) -> pd.DataFrame:  # rows of `localise`, per film, finding and reader; attrs: excluded
     "Maps against what readers marked; `InputError` where there is no map for any mark."
     keys, others = list(zip(readings.table.film_id, readings.table.finding)), others or {}
     have = np.array([k in maps and all(k in o for o in others.values()) for k in keys], bool)
-    if not have.any(): raise InputError(f'no map for any of {len(keys)} readings; the first is of film {keys[0][0]!r}, finding {keys[0][1]!r}')
+    if not have.any():
+        raise InputError(
+            f'no map for any of {len(keys)} readings; the first is of film {keys[0][0]!r}, finding {keys[0][1]!r}'
+        )
     pick = lambda held: [held[k] for k, h in zip(keys, have) if h]
-    rows = localise(pick(maps), [m for m, h in zip(readings.masks, have) if h], readings.table[have].reset_index(drop=True), {n: pick(o) for n, o in others.items()}, smooth)
+    rows = localise(
+        pick(maps),
+        [m for m, h in zip(readings.masks, have) if h],
+        readings.table[have].reset_index(drop=True),
+        {n: pick(o) for n, o in others.items()},
+        smooth,
+    )
     absent = readings.table[~have].assign(reason='no map of this film and finding')
     rows.attrs['excluded'] = pd.concat([rows.attrs['excluded'], absent], ignore_index=True)
     return rows
 
 # %% ../../nbs/44b_clip.readers.ipynb #f8e2688b
 def between_readers(
-    readings:Readings, # from `place_marks`
-)->pd.DataFrame:       # film_id, patient_id, finding, pair ('A and B'), iou, dice, pointing; a row for each two readers of a film and finding
+    readings: Readings,  # from `place_marks`
+) -> pd.DataFrame:  # film_id, patient_id, finding, pair ('A and B'), iou, dice, pointing; a row for each two readers of a film and finding
     "How far readers agree with each other."
     rows = []
     for (film, finding), g in readings.table.groupby(['film_id', 'finding'], sort=False):
-        for i, j in itertools.combinations(sorted(g.index, key=lambda i: readings.table.reader[i]), 2):
+        for i, j in itertools.combinations(
+            sorted(g.index, key=lambda i: readings.table.reader[i]), 2
+        ):
             a, b = readings.masks[i], readings.masks[j]
             both = (a & b).sum()
-            rows.append(dict(film_id=film, patient_id=g.patient_id.iloc[0], finding=finding, pair=f'{g.reader[i]} and {g.reader[j]}', iou=both/(a | b).sum(), dice=2*both/(a.sum() + b.sum()), pointing=(_centre_in(a, b) + _centre_in(b, a))/2))
-    return pd.DataFrame(rows, columns=['film_id', 'patient_id', 'finding', 'pair', 'iou', 'dice', 'pointing'])
+            rows.append(
+                dict(
+                    film_id=film,
+                    patient_id=g.patient_id.iloc[0],
+                    finding=finding,
+                    pair=f'{g.reader[i]} and {g.reader[j]}',
+                    iou=both / (a | b).sum(),
+                    dice=2 * both / (a.sum() + b.sum()),
+                    pointing=(_centre_in(a, b) + _centre_in(b, a)) / 2,
+                )
+            )
+    return pd.DataFrame(
+        rows, columns=['film_id', 'patient_id', 'finding', 'pair', 'iou', 'dice', 'pointing']
+    )
+
 
 def _centre_in(a, b):
-    y, x = (int(n.mean() + .5) for n in np.nonzero(a))
+    y, x = (int(n.mean() + 0.5) for n in np.nonzero(a))
     return float(b[y, x])
 
 # %% ../../nbs/44b_clip.readers.ipynb #51da875d
 def agreement_metrics(
-    rows:pd.DataFrame,  # from `agreement`
-    pairs:pd.DataFrame, # from `between_readers`; may be empty
-    model:str='clip',   # what the lines are called
-    n_boot:int=2000,    # resamples of patients
-)->pd.DataFrame:        # metrics table: as `localisation_metrics` per finding and reader, and between readers
+    rows: pd.DataFrame,  # from `agreement`
+    pairs: pd.DataFrame,  # from `between_readers`; may be empty
+    model: str = 'clip',  # what the lines are called
+    n_boot: int = 2000,  # resamples of patients
+) -> (
+    pd.DataFrame
+):  # metrics table: as `localisation_metrics` per finding and reader, and between readers
     "Agreement with intervals over patients."
     lines = localisation_metrics(rows, model, ('finding', 'reader'), n_boot).to_dict('records')
     own = rows[rows['map'] == 'map'].groupby(['film_id', 'finding']).iou_area.mean()
-    for subgroup, part in [('all', pairs), *((f'finding={f}', g) for f, g in pairs.groupby('finding', sort=True))] if len(pairs) else ():
+    for subgroup, part in (
+        [('all', pairs), *((f'finding={f}', g) for f, g in pairs.groupby('finding', sort=True))]
+        if len(pairs)
+        else ()
+    ):
         for pair, g in [('all pairs', part), *part.groupby('pair', sort=True)]:
-            lines += [metric_line(model, f'reader_{k}', pair, subgroup, g[k], g.patient_id, (0, 1), n_boot) for k in ('iou', 'dice', 'pointing')]
+            lines += [
+                metric_line(
+                    model, f'reader_{k}', pair, subgroup, g[k], g.patient_id, (0, 1), n_boot
+                )
+                for k in ('iou', 'dice', 'pointing')
+            ]
         among = part.groupby(['film_id', 'finding', 'patient_id'], as_index=False).iou.mean()
-        gap = among.iou.to_numpy() - own.reindex(pd.MultiIndex.from_frame(among[['film_id', 'finding']])).to_numpy()
-        lines.append(metric_line(model, 'iou_under_readers', 'map', subgroup, gap, among.patient_id, (-1, 1), n_boot))
+        gap = (
+            among.iou.to_numpy()
+            - own.reindex(pd.MultiIndex.from_frame(among[['film_id', 'finding']])).to_numpy()
+        )
+        lines.append(
+            metric_line(
+                model, 'iou_under_readers', 'map', subgroup, gap, among.patient_id, (-1, 1), n_boot
+            )
+        )
     return table_of(lines)

@@ -18,31 +18,57 @@ from ..stats import mean
 @dataclass(frozen=True, eq=False)
 class Pairs:
     "Embeddings of N films and M texts, and which belong together."
-    images: np.ndarray   # (N, D) float32, unit length
-    texts: np.ndarray    # (M, D) float32, unit length
-    image_of: np.ndarray # (M,) place of each text's own film
-    groups: tuple        # (M,) integer codes per kind of duplicate; -1: unknown, equal to nothing
+
+    images: np.ndarray  # (N, D) float32, unit length
+    texts: np.ndarray  # (M, D) float32, unit length
+    image_of: np.ndarray  # (M,) place of each text's own film
+    groups: tuple  # (M,) integer codes per kind of duplicate; -1: unknown, equal to nothing
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #8f8af0bf
 def pairs(
-    images,        # (N, D) image embeddings
-    texts,         # (M, D) text embeddings
-    image_of=None, # (M,) place of each text's own film; None: text i belongs to film i
-    groups=(),     # arrays (M,) of names, one per kind of duplicate (text, study, picture): equal names are right answers; '' or missing is equal to nothing
-)->Pairs:
+    images,  # (N, D) image embeddings
+    texts,  # (M, D) text embeddings
+    image_of=None,  # (M,) place of each text's own film; None: text i belongs to film i
+    groups=(),  # arrays (M,) of names, one per kind of duplicate (text, study, picture): equal names are right answers; '' or missing is equal to nothing
+) -> Pairs:
     "Checked pairs; `InputError` where shapes do not fit or an embedding has no direction."
     images, texts = (np.ascontiguousarray(x, np.float32) for x in (images, texts))
-    if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1] or not len(images) or not len(texts): raise InputError(f'retrieval: image embeddings {images.shape} and text embeddings {texts.shape} must be two tables of equal width')
-    if image_of is None and len(images) != len(texts): raise InputError(f'retrieval: {len(texts)} texts for {len(images)} films; say which film each text belongs to (image_of)')
+    if (
+        images.ndim != 2
+        or texts.ndim != 2
+        or images.shape[1] != texts.shape[1]
+        or not len(images)
+        or not len(texts)
+    ):
+        raise InputError(
+            f'retrieval: image embeddings {images.shape} and text embeddings {texts.shape} must be two tables of equal width'
+        )
+    if image_of is None and len(images) != len(texts):
+        raise InputError(
+            f'retrieval: {len(texts)} texts for {len(images)} films; say which film each text belongs to (image_of)'
+        )
     own = np.arange(len(texts)) if image_of is None else np.asarray(image_of)
-    if own.shape != (len(texts),) or not np.array_equal(np.unique(own), np.arange(len(images))): raise InputError('retrieval: image_of gives each text its film, and every film needs a text')
-    if any(len(g) != len(texts) for g in groups): raise InputError(f'retrieval: groups of {[len(g) for g in groups]} names for {len(texts)} texts')
+    if own.shape != (len(texts),) or not np.array_equal(np.unique(own), np.arange(len(images))):
+        raise InputError(
+            'retrieval: image_of gives each text its film, and every film needs a text'
+        )
+    if any(len(g) != len(texts) for g in groups):
+        raise InputError(
+            f'retrieval: groups of {[len(g) for g in groups]} names for {len(texts)} texts'
+        )
     return Pairs(_unit(images), _unit(texts), own, tuple(_codes(g) for g in groups))
+
 
 def _unit(x):
     length = np.linalg.norm(x, axis=1, keepdims=True)
-    if not (np.isfinite(length).all() and (length > 0).all()): raise InputError(f'retrieval: {int((~(length > 0)).sum())} embeddings are zero or not finite')
-    return np.where(abs(length - 1) < 1e-5, x, x / length).astype(np.float32)            # unit vectors stay as they are, to the last bit
+    if not (np.isfinite(length).all() and (length > 0).all()):
+        raise InputError(
+            f'retrieval: {int((~(length > 0)).sum())} embeddings are zero or not finite'
+        )
+    return np.where(abs(length - 1) < 1e-5, x, x / length).astype(
+        np.float32
+    )  # unit vectors stay as they are, to the last bit
+
 
 def _codes(names):
     s = pd.Series(names).astype(object)
@@ -50,113 +76,213 @@ def _codes(names):
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #1e4d01fc
 def retrieval_ranks(
-    p:Pairs,              # films and texts
-    direction:str='image_to_text', # or 'text_to_image'
-    chunk:int=256,        # queries at once: memory is about chunk x items x 16 bytes
-)->pd.DataFrame:          # one row per query: rank (duplicates are right), strict_rank (only its own are), ap, strict_ap, right (items that are right)
+    p: Pairs,  # films and texts
+    direction: str = 'image_to_text',  # or 'text_to_image'
+    chunk: int = 256,  # queries at once: memory is about chunk x items x 16 bytes
+) -> pd.DataFrame:  # one row per query: rank (duplicates are right), strict_rank (only its own are), ap, strict_ap, right (items that are right)
     "Ranks of the right items of every query, ties against the model."
-    if direction not in ('image_to_text', 'text_to_image'): raise InputError(f"direction {direction!r}; choose 'image_to_text' or 'text_to_image'")
-    if chunk < 1: raise InputError(f'chunk {chunk}: at least one query at a time')
+    if direction not in ('image_to_text', 'text_to_image'):
+        raise InputError(f"direction {direction!r}; choose 'image_to_text' or 'text_to_image'")
+    if chunk < 1:
+        raise InputError(f'chunk {chunk}: at least one query at a time')
     queries, items = (p.images, p.texts) if direction == 'image_to_text' else (p.texts, p.images)
-    distinct, place = _distinct(items)                                                   # (U, D), item -> distinct vector
+    distinct, place = _distinct(items)  # (U, D), item -> distinct vector
     right = _Right(p, direction)
     out = []
     for start in range(0, len(queries), chunk):
         at = np.arange(start, min(start + chunk, len(queries)))
-        scores = (queries[at] @ distinct.T)[:, place]                                    # (b, items): equal vectors, equal scores
+        scores = (queries[at] @ distinct.T)[:, place]  # (b, items): equal vectors, equal scores
         wide, strict = right(at)
         out.append(np.column_stack([*_ranks(scores, wide), *_ranks(scores, strict), wide.sum(1)]))
-    found = pd.DataFrame(np.concatenate(out), columns=['rank', 'ap', 'strict_rank', 'strict_ap', 'right'])
-    return found.astype({'rank': int, 'strict_rank': int, 'right': int})[['rank', 'strict_rank', 'ap', 'strict_ap', 'right']]
+    found = pd.DataFrame(
+        np.concatenate(out), columns=['rank', 'ap', 'strict_rank', 'strict_ap', 'right']
+    )
+    return found.astype({'rank': int, 'strict_rank': int, 'right': int})[
+        ['rank', 'strict_rank', 'ap', 'strict_ap', 'right']
+    ]
+
 
 def _distinct(x):
     "Distinct rows, and which of them each row is."
-    keys = np.ascontiguousarray(x + 0.).view(f'V{x.shape[1] * x.itemsize}').ravel()
+    keys = np.ascontiguousarray(x + 0.0).view(f'V{x.shape[1] * x.itemsize}').ravel()
     _, first, place = np.unique(keys, return_index=True, return_inverse=True)
     return x[first], place.ravel()
 
+
 class _Right:
     "Which items are right for a block of queries: with duplicates, and strictly; two (b, items) bool."
+
     def __init__(self, p, direction):
         self.own, self.groups, self.to_text = p.image_of, p.groups, direction == 'image_to_text'
         self.films = np.arange(self.own.max() + 1)
-        self.single = np.array_equal(self.own, self.films)                               # one text per film, in the same order
-        self.order = np.argsort(self.own, kind='stable')                                 # texts, film by film
+        self.single = np.array_equal(self.own, self.films)  # one text per film, in the same order
+        self.order = np.argsort(self.own, kind='stable')  # texts, film by film
         self.starts = np.searchsorted(self.own[self.order], [*self.films, len(self.films)])
 
     def __call__(self, at):
-        if self.single: return self._like(at), at[:, None] == self.films
-        if self.to_text: return np.stack([self._like(self.order[self.starts[f]:self.starts[f + 1]]).any(0) for f in at]), at[:, None] == self.own
-        return np.logical_or.reduceat(self._like(at)[:, self.order], self.starts[:-1], axis=1), self.own[at][:, None] == self.films
+        if self.single:
+            return self._like(at), at[:, None] == self.films
+        if self.to_text:
+            return np.stack(
+                [self._like(self.order[self.starts[f] : self.starts[f + 1]]).any(0) for f in at]
+            ), at[:, None] == self.own
+        return np.logical_or.reduceat(
+            self._like(at)[:, self.order], self.starts[:-1], axis=1
+        ), self.own[at][:, None] == self.films
 
     def _like(self, texts):
         "Texts that are duplicates of each of some texts, or the text itself."
         out = texts[:, None] == np.arange(len(self.own))
-        for g in self.groups: out |= (g[texts][:, None] == g) & (g[texts] >= 0)[:, None]
+        for g in self.groups:
+            out |= (g[texts][:, None] == g) & (g[texts] >= 0)[:, None]
         return out
+
 
 def _ranks(scores, right):
     "Rank of the best right item and average precision of each row."
     best = np.where(right, scores, -np.inf).max(1)
     rank = 1 + ((scores >= best[:, None]) & ~right).sum(1)
-    ap = 1. / rank
+    ap = 1.0 / rank
     for b in np.flatnonzero(right.sum(1) > 1):
-        own = np.sort(scores[b, right[b]])                                               # ascending
-        above = np.bincount(np.searchsorted(own, scores[b, ~right[b]], side='right'), minlength=len(own) + 1)[1:][::-1].cumsum()   # wrong items at or above each, best first
+        own = np.sort(scores[b, right[b]])  # ascending
+        above = np.bincount(
+            np.searchsorted(own, scores[b, ~right[b]], side='right'), minlength=len(own) + 1
+        )[1:][::-1].cumsum()  # wrong items at or above each, best first
         k = np.arange(1, len(own) + 1)
         ap[b] = (k / (k + above)).mean()
     return rank, ap
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #4003137c
 def chance_level(
-    right,       # (n,) right items per query
-    items:int,   # N, items
-    ks=(1, 5, 10), # recall at how many items
-)->dict:         # 'recall@k' -> value, 'map' -> value
+    right,  # (n,) right items per query
+    items: int,  # N, items
+    ks=(1, 5, 10),  # recall at how many items
+) -> dict:  # 'recall@k' -> value, 'map' -> value
     "What random order gives, exactly."
     from scipy.special import gammaln
+
     R, N = np.asarray(right, float), float(items)
+
     def none_of_first(k):
-        with np.errstate(invalid='ignore'): return np.where(N - R >= k, np.exp(gammaln(N - R + 1) - gammaln(np.maximum(N - R - k, 0) + 1) + gammaln(max(N - k, 0) + 1) - gammaln(N + 1)), 0)
+        with np.errstate(invalid='ignore'):
+            return np.where(
+                N - R >= k,
+                np.exp(
+                    gammaln(N - R + 1)
+                    - gammaln(np.maximum(N - R - k, 0) + 1)
+                    + gammaln(max(N - k, 0) + 1)
+                    - gammaln(N + 1)
+                ),
+                0,
+            )
+
     harmonic = (1 / np.arange(1, items + 1)).sum()
     ap = (harmonic + (R - 1) / max(N - 1, 1) * (N - harmonic)) / N
-    return {f'recall@{k}': float((1 - none_of_first(k)).mean()) for k in ks} | dict(map=float(ap.mean()))
+    return {f'recall@{k}': float((1 - none_of_first(k)).mean()) for k in ks} | dict(
+        map=float(ap.mean())
+    )
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #c468961c
 def median_ends(
-    x,          # (n,) numbers
-    owner,      # (n,) patient of each row, 0.. in ascending order
-    tail:float, # probability left out on each side
-)->np.ndarray:  # (2,) order statistics that hold the median
+    x,  # (n,) numbers
+    owner,  # (n,) patient of each row, 0.. in ascending order
+    tail: float,  # probability left out on each side
+) -> np.ndarray:  # (2,) order statistics that hold the median
     "Distribution-free bounds of a median, on the effective number of patients."
     number = effective_number(by_owner(np.ones(len(owner)), owner))
-    return np.quantile(x, exact_bounds(.5, number, 1 - 2 * tail), method='inverted_cdf')
+    return np.quantile(x, exact_bounds(0.5, number, 1 - 2 * tail), method='inverted_cdf')
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #42488917
 def retrieval_metrics(
-    p:Pairs,         # films and texts
-    patients=None,   # (N,) patient of each film; None: each film is its own
-    ks=(1, 5, 10),   # recall at how many items
-    model:str='clip', # name in the table
-    chunk:int=256,   # queries at once
-    n_boot:int=1000, # resamples of patients
-    level:float=.95, # confidence level
-    seed:int=0,      # of the resampling
-)->pd.DataFrame:     # metrics table: recall@k, median_rank, map; arm image_to_text or text_to_image; subgroup 'relevance=duplicates' or 'relevance=strict'
+    p: Pairs,  # films and texts
+    patients=None,  # (N,) patient of each film; None: each film is its own
+    ks=(1, 5, 10),  # recall at how many items
+    model: str = 'clip',  # name in the table
+    chunk: int = 256,  # queries at once
+    n_boot: int = 1000,  # resamples of patients
+    level: float = 0.95,  # confidence level
+    seed: int = 0,  # of the resampling
+) -> pd.DataFrame:  # metrics table: recall@k, median_rank, map; arm image_to_text or text_to_image; subgroup 'relevance=duplicates' or 'relevance=strict'
     "Retrieval metrics with intervals, beside chance."
-    who = np.arange(len(p.images)) if patients is None else np.asarray(pd.Series(patients).astype(str), object)
-    if len(who) != len(p.images): raise InputError(f'retrieval: {len(who)} patients for {len(p.images)} films')
+    who = (
+        np.arange(len(p.images))
+        if patients is None
+        else np.asarray(pd.Series(patients).astype(str), object)
+    )
+    if len(who) != len(p.images):
+        raise InputError(f'retrieval: {len(who)} patients for {len(p.images)} films')
     how, rows = dict(n_boot=n_boot, level=level, seed=seed), []
     for arm in ('image_to_text', 'text_to_image'):
-        ranks, owner = retrieval_ranks(p, arm, chunk), who if arm == 'image_to_text' else who[p.image_of]
+        ranks, owner = (
+            retrieval_ranks(p, arm, chunk),
+            who if arm == 'image_to_text' else who[p.image_of],
+        )
         items = len(p.texts if arm == 'image_to_text' else p.images)
         own = np.bincount(p.image_of)
-        for kind, rank, ap, right in (('duplicates', ranks['rank'], ranks.ap, ranks.right), ('strict', ranks.strict_rank, ranks.strict_ap, own if arm == 'image_to_text' else np.ones(len(ranks)))):
-            found = [*zip((*(f'recall@{k}' for k in ks), 'map'), together(*(mean(rank.to_numpy() <= k, bounds=(0, 1)) for k in ks), mean(ap, bounds=(0, 1))).bootstrap(owner, **how))]
-            found.append(('median_rank', bootstrap_rows(_weighted_median, [rank.to_numpy(float)], owner, batched=True, floor=median_ends, **how)))
-            rows += [dict(model=model, metric=m, arm=arm, subgroup=f'relevance={kind}', value=i.value, ci_low=i.low, ci_high=i.high, n=i.n, n_clusters=i.n_clusters, n_effective=i.n_effective, note=i.note) for m, i in found]
-            rows += [dict(model='chance', metric=m, arm=arm, subgroup=f'relevance={kind}', value=v, ci_low=v, ci_high=v, n=len(ranks), n_clusters=len(set(owner)), note=f'{items} items in random order') for m, v in chance_level(right, items, ks).items()]
+        for kind, rank, ap, right in (
+            ('duplicates', ranks['rank'], ranks.ap, ranks.right),
+            (
+                'strict',
+                ranks.strict_rank,
+                ranks.strict_ap,
+                own if arm == 'image_to_text' else np.ones(len(ranks)),
+            ),
+        ):
+            found = [
+                *zip(
+                    (*(f'recall@{k}' for k in ks), 'map'),
+                    together(
+                        *(mean(rank.to_numpy() <= k, bounds=(0, 1)) for k in ks),
+                        mean(ap, bounds=(0, 1)),
+                    ).bootstrap(owner, **how),
+                )
+            ]
+            found.append(
+                (
+                    'median_rank',
+                    bootstrap_rows(
+                        _weighted_median,
+                        [rank.to_numpy(float)],
+                        owner,
+                        batched=True,
+                        floor=median_ends,
+                        **how,
+                    ),
+                )
+            )
+            rows += [
+                dict(
+                    model=model,
+                    metric=m,
+                    arm=arm,
+                    subgroup=f'relevance={kind}',
+                    value=i.value,
+                    ci_low=i.low,
+                    ci_high=i.high,
+                    n=i.n,
+                    n_clusters=i.n_clusters,
+                    n_effective=i.n_effective,
+                    note=i.note,
+                )
+                for m, i in found
+            ]
+            rows += [
+                dict(
+                    model='chance',
+                    metric=m,
+                    arm=arm,
+                    subgroup=f'relevance={kind}',
+                    value=v,
+                    ci_low=v,
+                    ci_high=v,
+                    n=len(ranks),
+                    n_clusters=len(set(owner)),
+                    note=f'{items} items in random order',
+                )
+                for m, v in chance_level(right, items, ks).items()
+            ]
     return validate(pd.DataFrame(rows), 'metrics')
+
 
 def _weighted_median(x, weights):
     "The middle value under each set of weights (B, n); of two middle ones their mean."
@@ -168,18 +294,33 @@ def _weighted_median(x, weights):
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #395a8ccf
 def retrieve(
-    clip,             # `Clip` of clip.models
-    films,            # `Films` of clip.data
-    batch_size:int=64, # images at once
+    clip,  # `Clip` of clip.models
+    films,  # `Films` of clip.data
+    batch_size: int = 64,  # images at once
     embeddings=None,  # (N, D) image embeddings of these films, where they exist
-    **how,            # ks, model, chunk, n_boot, level, seed of `retrieval_metrics`
-)->pd.DataFrame:      # metrics table
+    **how,  # ks, model, chunk, n_boot, level, seed of `retrieval_metrics`
+) -> pd.DataFrame:  # metrics table
     "Retrieval between films and their reports; `InputError` where fewer than two films have a report."
     from smsbench.clip.data import read_films
     from smsbench.clip.models import image_embeddings, text_embeddings
+
     told = np.flatnonzero(films.table.text.str.strip() != '')
-    if len(told) < 2: raise InputError(f'retrieval: {len(told)} of {len(films)} films have a report; two are needed')
+    if len(told) < 2:
+        raise InputError(
+            f'retrieval: {len(told)} of {len(films)} films have a report; two are needed'
+        )
     table = films.table.iloc[told]
-    images = image_embeddings(clip, read_films(films, told), batch_size) if embeddings is None else np.asarray(embeddings)[told]
-    groups = [table.text.str.split().str.join(' '), *(table[c] for c in ('study', 'image_sha') if c in table)]
-    return retrieval_metrics(pairs(images, text_embeddings(clip, table.text.tolist()), groups=groups), table.patient_id, **{'model': clip.name, **how})
+    images = (
+        image_embeddings(clip, read_films(films, told), batch_size)
+        if embeddings is None
+        else np.asarray(embeddings)[told]
+    )
+    groups = [
+        table.text.str.split().str.join(' '),
+        *(table[c] for c in ('study', 'image_sha') if c in table),
+    ]
+    return retrieval_metrics(
+        pairs(images, text_embeddings(clip, table.text.tolist()), groups=groups),
+        table.patient_id,
+        **{'model': clip.name, **how},
+    )

@@ -17,109 +17,163 @@ from ..core import InputError
 # %% ../../nbs/41c_clip.sampling.ipynb #ebc90867
 BALANCE = ('even', 'balanced', 'rare')
 
+
 def film_weights(
-    films,              # `Films`
-    how:str='even',     # one of `BALANCE`
-    cap:float=10.,      # most that a weight may be, as a multiple of the smallest
-    patients:bool=False, # weigh patients, not films
-    threshold:float=.1, # 'rare': classes in a smaller share of films than this are drawn more often
-    classes=None,       # (C,) factors per class, e.g. from `sensitivity_weights`; films count by the mean factor of the classes they have
-)->np.ndarray:          # (N,) weights, mean 1
+    films,  # `Films`
+    how: str = 'even',  # one of `BALANCE`
+    cap: float = 10.0,  # most that a weight may be, as a multiple of the smallest
+    patients: bool = False,  # weigh patients, not films
+    threshold: float = 0.1,  # 'rare': classes in a smaller share of films than this are drawn more often
+    classes=None,  # (C,) factors per class, e.g. from `sensitivity_weights`; films count by the mean factor of the classes they have
+) -> np.ndarray:  # (N,) weights, mean 1
     "How often each film is drawn in an epoch, on average. `InputError` for another word or an impossible cap."
-    if how not in BALANCE: raise InputError(f"balance {how!r}: choose {', '.join(BALANCE)}")
-    if not cap >= 1 or not 0 < threshold <= 1: raise InputError(f'cap {cap}, threshold {threshold}: need a cap of at least 1, a threshold in 0..1')
-    y = films.targets.to_numpy(float); w = np.ones(len(y)); has = (y == 1).astype(float)
+    if how not in BALANCE:
+        raise InputError(f"balance {how!r}: choose {', '.join(BALANCE)}")
+    if not cap >= 1 or not 0 < threshold <= 1:
+        raise InputError(
+            f'cap {cap}, threshold {threshold}: need a cap of at least 1, a threshold in 0..1'
+        )
+    y = films.targets.to_numpy(float)
+    w = np.ones(len(y))
+    has = (y == 1).astype(float)
     if how == 'balanced':
-        asked = has if films.kind == 'multiclass' else np.concatenate([has, y == 0], 1).astype(float)
+        asked = (
+            has if films.kind == 'multiclass' else np.concatenate([has, y == 0], 1).astype(float)
+        )
         w = (asked / np.maximum(asked.sum(0), 1)).sum(1) / np.maximum(asked.sum(1), 1)
     if how == 'rare':
         share = np.maximum((y == 1).sum(0), 1) / np.maximum(np.isfinite(y).sum(0), 1)
         w = np.maximum(1, (has * np.sqrt(threshold / share)).max(1))
-    if classes is not None: w = w * np.where(has.sum(1) > 0, has @ np.asarray(classes, float) / np.maximum(has.sum(1), 1), 1.)
-    if patients: w = w / films.table.groupby('patient_id').patient_id.transform('size').to_numpy()
-    if not (w > 0).any(): raise InputError('no film has any weight; there is nothing to draw')
+    if classes is not None:
+        w = w * np.where(
+            has.sum(1) > 0, has @ np.asarray(classes, float) / np.maximum(has.sum(1), 1), 1.0
+        )
+    if patients:
+        w = w / films.table.groupby('patient_id').patient_id.transform('size').to_numpy()
+    if not (w > 0).any():
+        raise InputError('no film has any weight; there is nothing to draw')
     w = np.where(w > 0, np.minimum(w, cap * w[w > 0].min()), 0)
     return w / w.mean()
 
 # %% ../../nbs/41c_clip.sampling.ipynb #77f29eee
 def epoch_order(
-    weights,     # (N,) from `film_weights`
-    seed:int=0,  # of the run
-    epoch:int=0, # from 0
-)->np.ndarray:   # (N,) places of films, in the order in which they are shown
+    weights,  # (N,) from `film_weights`
+    seed: int = 0,  # of the run
+    epoch: int = 0,  # from 0
+) -> np.ndarray:  # (N,) places of films, in the order in which they are shown
     "The films of one epoch: each comes its weight's number of times, rounded up or down by chance."
-    w = np.asarray(weights, float); n, rng = len(w), np.random.default_rng([seed, epoch, 7])
-    if np.all(w == w[0]): return rng.permutation(n)
-    mixed = rng.permutation(n)                                          # else films that stand side by side would exclude each other
+    w = np.asarray(weights, float)
+    n, rng = len(w), np.random.default_rng([seed, epoch, 7])
+    if np.all(w == w[0]):
+        return rng.permutation(n)
+    mixed = rng.permutation(n)  # else films that stand side by side would exclude each other
     edges = np.cumsum(w[mixed]) * (n / w.sum())
-    return rng.permutation(mixed[np.searchsorted(edges, np.minimum(rng.random() + np.arange(n), edges[-1] * (1 - 1e-15)), side='right')])
+    return rng.permutation(
+        mixed[
+            np.searchsorted(
+                edges,
+                np.minimum(rng.random() + np.arange(n), edges[-1] * (1 - 1e-15)),
+                side='right',
+            )
+        ]
+    )
 
 # %% ../../nbs/41c_clip.sampling.ipynb #3dc3d197
 SPEAKING = ('uniform', 'scheduled', 'sensitivity')
 
+
 def sentences_open(
-    epoch:int,   # from 0
-    epochs:int,  # planned
-    counts,      # (C,) how many sentences each class has
-)->np.ndarray:   # (C,) how many of the first ones are in use
+    epoch: int,  # from 0
+    epochs: int,  # planned
+    counts,  # (C,) how many sentences each class has
+) -> np.ndarray:  # (C,) how many of the first ones are in use
     "The schedule: one sentence in the first epoch, all from halfway on."
     counts = np.asarray(counts)
-    share = min(1., epoch / max(1, epochs // 2))
+    share = min(1.0, epoch / max(1, epochs // 2))
     return np.maximum(1, np.ceil(1 + share * (counts - 1) - 1e-9)).astype(int)
 
 # %% ../../nbs/41c_clip.sampling.ipynb #50fff0ac
 def sensitivity_weights(
-    found,         # (C,) films of each class that were found
-    n,             # (C,) films that have it; 0 where none could be tested
-    cap:float=10., # most that a weight may be, as a multiple of the smallest
-)->np.ndarray:     # (C,) weights, mean 1
+    found,  # (C,) films of each class that were found
+    n,  # (C,) films that have it; 0 where none could be tested
+    cap: float = 10.0,  # most that a weight may be, as a multiple of the smallest
+) -> np.ndarray:  # (C,) weights, mean 1
     "Weight (1 − (found + 1)/(n + 2)) per class, scaled to mean 1; `InputError` where more are found than there are."
     found, n = np.asarray(found, float), np.asarray(n, float)
-    if found.shape != n.shape or (found > n).any() or (found < 0).any(): raise InputError('found and n: one number per class each, 0 <= found <= n')
+    if found.shape != n.shape or (found > n).any() or (found < 0).any():
+        raise InputError('found and n: one number per class each, 0 <= found <= n')
     w = 1 - (found + 1) / (n + 2)
     w = np.minimum(w, cap * w.min())
     return w / w.mean()
 
 # %% ../../nbs/41c_clip.sampling.ipynb #ec49dbae
 def count_found(
-    scores,                 # (N, C) score of each class, higher is more likely
-    targets,                # (N, C) 1, 0, NaN
-    kind:str,               # 'multilabel' or 'multiclass'
-    specificity:float=.8,   # multilabel: share of films without the class that stay below its threshold
-)->tuple[np.ndarray, np.ndarray]: # (C,) films found, (C,) films that have the class
+    scores,  # (N, C) score of each class, higher is more likely
+    targets,  # (N, C) 1, 0, NaN
+    kind: str,  # 'multilabel' or 'multiclass'
+    specificity: float = 0.8,  # multilabel: share of films without the class that stay below its threshold
+) -> tuple[np.ndarray, np.ndarray]:  # (C,) films found, (C,) films that have the class
     "How many films of each class are found; ties are not found."
     s, y = np.asarray(scores, float), np.asarray(targets, float)
-    if s.shape != y.shape: raise InputError(f'scores {s.shape} and targets {y.shape} must have the same shape')
+    if s.shape != y.shape:
+        raise InputError(f'scores {s.shape} and targets {y.shape} must have the same shape')
     n = (y == 1).sum(0)
     if kind == 'multiclass':
         others = np.array([np.delete(s, c, 1).max(1) for c in range(s.shape[1])]).T
         return ((s > others) & (y == 1)).sum(0), n
-    line = [np.quantile(s[y[:, c] == 0, c], specificity, method='higher') if (y[:, c] == 0).any() else -np.inf for c in range(s.shape[1])]
+    line = [
+        np.quantile(s[y[:, c] == 0, c], specificity, method='higher')
+        if (y[:, c] == 0).any()
+        else -np.inf
+        for c in range(s.shape[1])
+    ]
     return ((s > np.array(line)) & (y == 1)).sum(0), n
 
 # %% ../../nbs/41c_clip.sampling.ipynb #38bc0299
 def spoken_weights(
-    targets,       # (N, C) 1, 0, NaN
+    targets,  # (N, C) 1, 0, NaN
     classes=None,  # (C,) factors per class, e.g. from `sensitivity_weights`
-    cap:float=10., # most by which the rarer answer may be favoured
-)->np.ndarray:     # (C, 2) for `pick_prompt`: absent, present
+    cap: float = 10.0,  # most by which the rarer answer may be favoured
+) -> np.ndarray:  # (C, 2) for `pick_prompt`: absent, present
     "How often to say that a class is absent, present, so that both are said alike."
     y = np.asarray(targets, float)
     n = np.stack([(y == 0).sum(0), (y == 1).sum(0)], 1).astype(float)
     w = n.sum(1, keepdims=True) / np.maximum(2 * n, 1)
     w = np.minimum(w, cap * w.min(1, keepdims=True))
-    return w * (1. if classes is None else np.asarray(classes, float)[:, None])
+    return w * (1.0 if classes is None else np.asarray(classes, float)[:, None])
 
 # %% ../../nbs/41c_clip.sampling.ipynb #094e6b9c
-_SIDES = ( # English, abbreviations of reports, Spanish, Catalan, Portuguese, French, Italian, German, Dutch
-    r'left(?!over)\w*', r'right(?!s\b|ful|ly|eous)\w*', r'[lr]t', r"[lr](?!['’]|[- ]?spine)", r'[lr](?:[ul]l|ml)s?', r'lingula\w*', r'(?:levo|dextro)(?:(?:sc|card|rot|conv|pos|vers)\w*)?',
-    r'(?-i:[LR](?:[UML][QZ]|IJ|AO|PO|LD)|O\.?[DSGI])',   # in small letters other words
-    r'izquierd\w*', r'izqd?[ao]?', r'derech\w*', r'dch[ao]?', r'esquer[rd]\w*', r'dret[ae]?s?', r'direit\w*', r'gauch\w*', r'droit\w*', r'sinist\w*', r'destr(?!oy|u)\w*', r'links\w*', r'linke[rnms]?', r'rechts\w*', r'rechte[rnms]?')
+_SIDES = (  # English, abbreviations of reports, Spanish, Catalan, Portuguese, French, Italian, German, Dutch
+    r'left(?!over)\w*',
+    r'right(?!s\b|ful|ly|eous)\w*',
+    r'[lr]t',
+    r"[lr](?!['’]|[- ]?spine)",
+    r'[lr](?:[ul]l|ml)s?',
+    r'lingula\w*',
+    r'(?:levo|dextro)(?:(?:sc|card|rot|conv|pos|vers)\w*)?',
+    r'(?-i:[LR](?:[UML][QZ]|IJ|AO|PO|LD)|O\.?[DSGI])',  # in small letters other words
+    r'izquierd\w*',
+    r'izqd?[ao]?',
+    r'derech\w*',
+    r'dch[ao]?',
+    r'esquer[rd]\w*',
+    r'dret[ae]?s?',
+    r'direit\w*',
+    r'gauch\w*',
+    r'droit\w*',
+    r'sinist\w*',
+    r'destr(?!oy|u)\w*',
+    r'links\w*',
+    r'linke[rnms]?',
+    r'rechts\w*',
+    r'rechte[rnms]?',
+)
 _SIDE = re.compile(rf"\b(?:{'|'.join(_SIDES)})\b", re.I)
 
+
 def names_side(
-    texts, # sentences, names of classes or columns
-)->str:    # the first word that names a side; '' where none does
+    texts,  # sentences, names of classes or columns
+) -> str:  # the first word that names a side; '' where none does
     "Whether anything is said about left or right, in English or another large language of Western Europe."
     return next((found[0] for t in texts if (found := _SIDE.search(str(t).replace('_', ' ')))), '')
 
@@ -127,40 +181,76 @@ def names_side(
 @dataclass(frozen=True)
 class Augment:
     "Small changes of a picture: `augment(image, rng)`. Make it with `augmentation`, which knows what may be changed."
-    rotate: float = 7.     # degrees either way
-    crop: float = .85      # smallest share of the area that is kept
-    brightness: float = .1 # relative change either way
-    contrast: float = .1   # relative change either way
-    flip: bool = False     # left and right exchanged in half of the cases
 
-    def __call__(self,
-        image, # PIL image
-        rng,   # numpy Generator
-    ):         # PIL image of the same size
+    rotate: float = 7.0  # degrees either way
+    crop: float = 0.85  # smallest share of the area that is kept
+    brightness: float = 0.1  # relative change either way
+    contrast: float = 0.1  # relative change either way
+    flip: bool = False  # left and right exchanged in half of the cases
+
+    def __call__(
+        self,
+        image,  # PIL image
+        rng,  # numpy Generator
+    ):  # PIL image of the same size
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as F
+
         a, k, x, y, b, c, f = rng.random(7)
-        w, h = image.size; side = np.sqrt(self.crop + (1 - self.crop) * k); cw, ch = max(1, round(w * side)), max(1, round(h * side))
-        out = F.rotate(image, (2 * a - 1) * self.rotate, InterpolationMode.BILINEAR) if self.rotate else image
-        if self.crop < 1: out = F.resized_crop(out, round(y * (h - ch)), round(x * (w - cw)), ch, cw, [h, w], InterpolationMode.BILINEAR)
-        if self.brightness: out = F.adjust_brightness(out, 1 + (2 * b - 1) * self.brightness)
-        if self.contrast: out = F.adjust_contrast(out, 1 + (2 * c - 1) * self.contrast)
-        return F.hflip(out) if self.flip and f < .5 else out
+        w, h = image.size
+        side = np.sqrt(self.crop + (1 - self.crop) * k)
+        cw, ch = max(1, round(w * side)), max(1, round(h * side))
+        out = (
+            F.rotate(image, (2 * a - 1) * self.rotate, InterpolationMode.BILINEAR)
+            if self.rotate
+            else image
+        )
+        if self.crop < 1:
+            out = F.resized_crop(
+                out,
+                round(y * (h - ch)),
+                round(x * (w - cw)),
+                ch,
+                cw,
+                [h, w],
+                InterpolationMode.BILINEAR,
+            )
+        if self.brightness:
+            out = F.adjust_brightness(out, 1 + (2 * b - 1) * self.brightness)
+        if self.contrast:
+            out = F.adjust_contrast(out, 1 + (2 * c - 1) * self.contrast)
+        return F.hflip(out) if self.flip and f < 0.5 else out
 
 # %% ../../nbs/41c_clip.sampling.ipynb #812ce380
 def augmentation(
-    films,              # `Films` that will be changed
-    prompts=None,       # prompts that will be said about them
-    strength:float=1.,  # multiplies all ranges; 0 changes nothing
-    flip:bool=False,    # exchange left and right in half of the cases
-):                      # an `Augment`; None where nothing is changed
+    films,  # `Films` that will be changed
+    prompts=None,  # prompts that will be said about them
+    strength: float = 1.0,  # multiplies all ranges; 0 changes nothing
+    flip: bool = False,  # exchange left and right in half of the cases
+):  # an `Augment`; None where nothing is changed
     "What may be done to these films. `InputError` where a flip is asked for although something said about them names a side."
-    if not 0 <= strength <= 3: raise InputError(f'augment {strength}: must lie in 0..3')
+    if not 0 <= strength <= 3:
+        raise InputError(f'augment {strength}: must lie in 0..3')
     if flip:
-        said = [*(s for p in (prompts or {}).values() for v in p.values() for s in v), *films.classes, *films.table.text]
+        said = [
+            *(s for p in (prompts or {}).values() for v in p.values() for s in v),
+            *films.classes,
+            *films.table.text,
+        ]
         if word := names_side(said):
-            shown = 'a text of these films' if films.attrs.get('access') == 'credentialed' else f'the word {word!r} in a report, class or prompt'
+            shown = (
+                'a text of these films'
+                if films.attrs.get('access') == 'credentialed'
+                else f'the word {word!r} in a report, class or prompt'
+            )
             raise InputError(f'films cannot be flipped: {shown} names a side; train without flip')
     base = Augment(flip=flip)
-    if not strength: return Augment(0, 1, 0, 0, True) if flip else None
-    return Augment(base.rotate * strength, max(.2, 1 - (1 - base.crop) * strength), base.brightness * strength, base.contrast * strength, flip)
+    if not strength:
+        return Augment(0, 1, 0, 0, True) if flip else None
+    return Augment(
+        base.rotate * strength,
+        max(0.2, 1 - (1 - base.crop) * strength),
+        base.brightness * strength,
+        base.contrast * strength,
+        flip,
+    )

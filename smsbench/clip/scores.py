@@ -19,173 +19,290 @@ from .prompts import ClassVectors, class_vectors, prompts_for
 
 # %% ../../nbs/40db_clip.scores.ipynb #c8714c35
 def zero_shot_scores(
-    images:np.ndarray,    # (N, D) image embeddings, any length
-    vectors:ClassVectors, # of the classes, from `clip.prompts`
-    scale:float=100.,     # exp(logit_scale) of the model
-)->np.ndarray:            # (N, C) probabilities: of presence where vectors has negatives, else over the classes (rows sum to 1)
+    images: np.ndarray,  # (N, D) image embeddings, any length
+    vectors: ClassVectors,  # of the classes, from `clip.prompts`
+    scale: float = 100.0,  # exp(logit_scale) of the model
+) -> np.ndarray:  # (N, C) probabilities: of presence where vectors has negatives, else over the classes (rows sum to 1)
     "Zero-shot probabilities; `InputError` on embeddings that do not fit or have no direction."
     images = np.asarray(images, np.float64)
-    if images.ndim != 2 or images.shape[1] != vectors.positive.shape[1]: raise InputError(f'zero-shot: image embeddings {images.shape} do not fit class vectors {vectors.positive.shape}')
+    if images.ndim != 2 or images.shape[1] != vectors.positive.shape[1]:
+        raise InputError(
+            f'zero-shot: image embeddings {images.shape} do not fit class vectors {vectors.positive.shape}'
+        )
     length = np.linalg.norm(images, axis=1, keepdims=True)
-    if not (np.isfinite(length).all() and (length > 0).all()): raise InputError(f'zero-shot: {int((~(length > 0)).sum())} image embeddings are zero or not finite; the image tower or its precision is at fault')
-    if not scale > 1: raise InputError(f'zero-shot: a scale of {scale:g} is not exponentiated; give exp(logit_scale), about 100')
+    if not (np.isfinite(length).all() and (length > 0).all()):
+        raise InputError(
+            f'zero-shot: {int((~(length > 0)).sum())} image embeddings are zero or not finite; the image tower or its precision is at fault'
+        )
+    if not scale > 1:
+        raise InputError(
+            f'zero-shot: a scale of {scale:g} is not exponentiated; give exp(logit_scale), about 100'
+        )
     logits = scale * (images / length) @ vectors.positive.T.astype(float)
-    if vectors.negative is not None: return 1 / (1 + np.exp(scale * (images / length) @ vectors.negative.T.astype(float) - logits))
+    if vectors.negative is not None:
+        return 1 / (
+            1 + np.exp(scale * (images / length) @ vectors.negative.T.astype(float) - logits)
+        )
     e = np.exp(logits - logits.max(1, keepdims=True))
     return e / e.sum(1, keepdims=True)
 
 # %% ../../nbs/40db_clip.scores.ipynb #d01a81af
 def zero_shot(
-    clip,             # `Clip` of clip.models
-    films,            # `Films` of clip.data
-    prompts=None,     # from `prompts_for` or `read_prompts`; None takes the default ones
-    batch_size:int=64, # images at once
+    clip,  # `Clip` of clip.models
+    films,  # `Films` of clip.data
+    prompts=None,  # from `prompts_for` or `read_prompts`; None takes the default ones
+    batch_size: int = 64,  # images at once
     embeddings=None,  # (N, D) image embeddings of these films, where they exist
-)->pd.DataFrame:      # (N, C) probabilities, index film_id; `.attrs`: kind, manifest, access, pseudonyms, model, weights, prompts (class -> hash), scale
+) -> pd.DataFrame:  # (N, C) probabilities, index film_id; `.attrs`: kind, manifest, access, pseudonyms, model, weights, prompts (class -> hash), scale
     "Zero-shot probabilities of films."
     from smsbench.clip.data import read_films
     from smsbench.clip.models import image_embeddings
+
     prompts = prompts_for(films) if prompts is None else prompts
-    if list(prompts) != list(films.classes): raise InputError(f"prompts are for {', '.join(prompts)}; the films' classes are {', '.join(films.classes)}")
+    if list(prompts) != list(films.classes):
+        raise InputError(
+            f"prompts are for {', '.join(prompts)}; the films' classes are {', '.join(films.classes)}"
+        )
     vectors = class_vectors(clip, prompts)
-    images = image_embeddings(clip, read_films(films), batch_size) if embeddings is None else embeddings
-    if len(images) != len(films): raise InputError(f'{len(images)} image embeddings for {len(films)} films')
-    out = pd.DataFrame(zero_shot_scores(images, vectors, clip.scale), columns=list(films.classes), index=pd.Index(films.table.film_id, name='film_id'))
-    out.attrs = dict(kind=films.kind, **{k: str(films.attrs.get(k, '')) for k in ('manifest', 'access', 'pseudonyms')}, model=clip.name, weights=clip.info.get('weights_sha', ''), prompts={c: content_hash(json.dumps(p)) for c, p in prompts.items()}, scale=float(clip.scale))
+    images = (
+        image_embeddings(clip, read_films(films), batch_size) if embeddings is None else embeddings
+    )
+    if len(images) != len(films):
+        raise InputError(f'{len(images)} image embeddings for {len(films)} films')
+    out = pd.DataFrame(
+        zero_shot_scores(images, vectors, clip.scale),
+        columns=list(films.classes),
+        index=pd.Index(films.table.film_id, name='film_id'),
+    )
+    out.attrs = dict(
+        kind=films.kind,
+        **{k: str(films.attrs.get(k, '')) for k in ('manifest', 'access', 'pseudonyms')},
+        model=clip.name,
+        weights=clip.info.get('weights_sha', ''),
+        prompts={c: content_hash(json.dumps(p)) for c, p in prompts.items()},
+        scale=float(clip.scale),
+    )
     return out
 
 # %% ../../nbs/40db_clip.scores.ipynb #b6e7d3d3
 @dataclass(frozen=True, eq=False)
 class Cells:
     "Scores, truth and patients of N films and C classes, checked."
-    scores: np.ndarray   # (N, C) float
-    truth: np.ndarray    # (N, C) 1, 0 or NaN: not asked
-    patients: np.ndarray # (N,) text
-    classes: list        # C names
-    kind: str            # 'multilabel' or 'multiclass'
+
+    scores: np.ndarray  # (N, C) float
+    truth: np.ndarray  # (N, C) 1, 0 or NaN: not asked
+    patients: np.ndarray  # (N,) text
+    classes: list  # C names
+    kind: str  # 'multilabel' or 'multiclass'
 
     @property
-    def known(self)->np.ndarray:
+    def known(self) -> np.ndarray:
         "(N, C) bool: was asked."
         return ~np.isnan(self.truth)
 
     @property
-    def one(self)->np.ndarray:
+    def one(self) -> np.ndarray:
         "(N,) class number of multiclass truth, -1 where not asked."
         return np.where(self.known.all(1), np.nan_to_num(self.truth).argmax(1), -1)
 
-    def said(self,
-        thresholds=None, # `Thresholds` for multilabel, not needed for multiclass
-    )->np.ndarray:       # (N, C) 1/0; NaN in the column of a class without a threshold
+    def said(
+        self,
+        thresholds=None,  # `Thresholds` for multilabel, not needed for multiclass
+    ) -> np.ndarray:  # (N, C) 1/0; NaN in the column of a class without a threshold
         "What is predicted: scores that reach their threshold, or the highest score of the film (the first of equals)."
-        if self.kind == 'multiclass': return (self.scores.argmax(1)[:, None] == np.arange(len(self.classes))).astype(float)
+        if self.kind == 'multiclass':
+            return (self.scores.argmax(1)[:, None] == np.arange(len(self.classes))).astype(float)
         limits = thresholds.of(self.classes)
         return np.where(np.isnan(limits), np.nan, (self.scores >= limits).astype(float))
 
 # %% ../../nbs/40db_clip.scores.ipynb #455014ad
 def cells(
-    scores,   # (N, C) numbers or DataFrame; its `attrs['kind']` may give the kind
+    scores,  # (N, C) numbers or DataFrame; its `attrs['kind']` may give the kind
     targets,  # (N, C) 1, 0, NaN (not asked); rows as in `scores`
-    patients, # (N,) patient of each film
-    kind:str='', # 'multilabel' or 'multiclass'; '' takes that of the scores, else multilabel
-    classes=None, # names; None takes the columns
-)->Cells:
+    patients,  # (N,) patient of each film
+    kind: str = '',  # 'multilabel' or 'multiclass'; '' takes that of the scores, else multilabel
+    classes=None,  # names; None takes the columns
+) -> Cells:
     "Scores beside truth; `InputError` where they do not fit."
     kind = kind or getattr(scores, 'attrs', {}).get('kind') or 'multilabel'
-    if kind not in ('multilabel', 'multiclass'): raise InputError(f"kind {kind!r}; choose 'multilabel' or 'multiclass'")
+    if kind not in ('multilabel', 'multiclass'):
+        raise InputError(f"kind {kind!r}; choose 'multilabel' or 'multiclass'")
     names = [list(map(str, t.columns)) for t in (scores, targets) if isinstance(t, pd.DataFrame)]
-    if len(names) == 2 and names[0] != names[1]: raise InputError(f"scores are for {', '.join(names[0])}, targets for {', '.join(names[1])}")
-    s, t, p = np.asarray(scores, float), np.asarray(targets, float), np.asarray(pd.Series(patients).astype(str), object)
-    if s.ndim != 2 or s.shape != t.shape or len(p) != len(s) or not s.size: raise InputError(f'scores {s.shape}, targets {t.shape} and {len(p)} patients must be of the same films and classes, at least one')
-    if not np.isfinite(s).all(): raise InputError(f'{int((~np.isfinite(s)).any(1).sum())} films have a score that is not a number')
-    if not (np.isnan(t) | (t == 0) | (t == 1)).all(): raise InputError('targets must be 1, 0, or empty where nobody asked')
-    if kind == 'multiclass' and not (np.isnan(t).all(1) | (t.sum(1) == 1)).all(): raise InputError("exclusive classes: each film has exactly one; for several findings per film the kind is 'multilabel'")
-    return Cells(s, t, p, list(classes or (names[0] if names else map(str, range(s.shape[1])))), kind)
+    if len(names) == 2 and names[0] != names[1]:
+        raise InputError(f"scores are for {', '.join(names[0])}, targets for {', '.join(names[1])}")
+    s, t, p = (
+        np.asarray(scores, float),
+        np.asarray(targets, float),
+        np.asarray(pd.Series(patients).astype(str), object),
+    )
+    if s.ndim != 2 or s.shape != t.shape or len(p) != len(s) or not s.size:
+        raise InputError(
+            f'scores {s.shape}, targets {t.shape} and {len(p)} patients must be of the same films and classes, at least one'
+        )
+    if not np.isfinite(s).all():
+        raise InputError(
+            f'{int((~np.isfinite(s)).any(1).sum())} films have a score that is not a number'
+        )
+    if not (np.isnan(t) | (t == 0) | (t == 1)).all():
+        raise InputError('targets must be 1, 0, or empty where nobody asked')
+    if kind == 'multiclass' and not (np.isnan(t).all(1) | (t.sum(1) == 1)).all():
+        raise InputError(
+            "exclusive classes: each film has exactly one; for several findings per film the kind is 'multilabel'"
+        )
+    return Cells(
+        s, t, p, list(classes or (names[0] if names else map(str, range(s.shape[1])))), kind
+    )
 
 # %% ../../nbs/40db_clip.scores.ipynb #d659eba0
-RULES = ('f1', 'youden') # what a threshold maximises on validation
+RULES = ('f1', 'youden')  # what a threshold maximises on validation
+
 
 @dataclass(frozen=True, eq=False)
 class Thresholds:
     "One threshold per class, and what chose them."
-    values: dict          # class -> score from which the class is predicted; NaN: none could be chosen
-    rule: str             # 'f1', 'youden' or 'given'
-    patients: frozenset   # hashes of the patients that chose them, keyed with `key`
-    made_by: dict         # manifest, pseudonyms (see `clip.seen`), weights, prompts (class -> hash) of the scores, where known
-    n: int                # films that chose them
-    key: str = ''         # of the hashes
 
-    def of(self,
-        classes, # names
-    )->np.ndarray: # (C,) thresholds
+    values: dict  # class -> score from which the class is predicted; NaN: none could be chosen
+    rule: str  # 'f1', 'youden' or 'given'
+    patients: frozenset  # hashes of the patients that chose them, keyed with `key`
+    made_by: dict  # manifest, pseudonyms (see `clip.seen`), weights, prompts (class -> hash) of the scores, where known
+    n: int  # films that chose them
+    key: str = ''  # of the hashes
+
+    def of(
+        self,
+        classes,  # names
+    ) -> np.ndarray:  # (C,) thresholds
         "Thresholds of some classes; `InputError` for an unknown one."
-        if lost := [c for c in classes if c not in self.values]: raise InputError(f"no threshold for {', '.join(lost)}; choose thresholds on validation films of these classes")
+        if lost := [c for c in classes if c not in self.values]:
+            raise InputError(
+                f"no threshold for {', '.join(lost)}; choose thresholds on validation films of these classes"
+            )
         return np.array([self.values[c] for c in classes], float)
 
-    def check(self,
+    def check(
+        self,
         patients,  # (N,) patients to be tested on
-        attrs=None, # `attrs` of the scores
-    )->str:         # what must be known: a warning where patient numbers of another cohort agree, else ''
+        attrs=None,  # `attrs` of the scores
+    ) -> (
+        str
+    ):  # what must be known: a warning where patient numbers of another cohort agree, else ''
         "`InputError` where a patient helped to choose, or could not be compared, or the scores come from other weights or prompts."
-        attrs = attrs or {}; known = {k: v for k, v in self.made_by.items() if attrs.get(k)}
-        if known.get('weights', '') != (attrs['weights'] if 'weights' in known else ''): raise InputError('thresholds were chosen with other weights; choose them again on validation films')
+        attrs = attrs or {}
+        known = {k: v for k, v in self.made_by.items() if attrs.get(k)}
+        if known.get('weights', '') != (attrs['weights'] if 'weights' in known else ''):
+            raise InputError(
+                'thresholds were chosen with other weights; choose them again on validation films'
+            )
         other = [c for c, h in known.get('prompts', {}).items() if attrs['prompts'].get(c, h) != h]
-        if other: raise InputError(f"thresholds of {', '.join(other)} were chosen with other prompts; choose them again on validation films, or use those prompts")
-        if not self.comparable(attrs): raise InputError("the patients that chose the thresholds cannot be compared with these, because their pseudonyms were made from other rows of the data; make both cohorts from the same rows, or choose thresholds again")
-        n = count_text(len(set(keyed_hashes(self.key, set(patients))) & self.patients), attrs.get('access', 'open'))
-        if n == '0': return ''
-        if 'manifest' in known and attrs['manifest'] != known['manifest']: return f'WARNING: {n} patient numbers of these films also stand among those that chose the thresholds, in another cohort; if they mean the same people, decisions are optimistic'
-        raise InputError(f'{n} patients of these films chose the thresholds; thresholds come from validation, numbers from other patients')
+        if other:
+            raise InputError(
+                f"thresholds of {', '.join(other)} were chosen with other prompts; choose them again on validation films, or use those prompts"
+            )
+        if not self.comparable(attrs):
+            raise InputError(
+                "the patients that chose the thresholds cannot be compared with these, because their pseudonyms were made from other rows of the data; make both cohorts from the same rows, or choose thresholds again"
+            )
+        n = count_text(
+            len(set(keyed_hashes(self.key, set(patients))) & self.patients),
+            attrs.get('access', 'open'),
+        )
+        if n == '0':
+            return ''
+        if 'manifest' in known and attrs['manifest'] != known['manifest']:
+            return f'WARNING: {n} patient numbers of these films also stand among those that chose the thresholds, in another cohort; if they mean the same people, decisions are optimistic'
+        raise InputError(
+            f'{n} patients of these films chose the thresholds; thresholds come from validation, numbers from other patients'
+        )
 
-    def comparable(self,
-        attrs, # of the scores or films
-    )->bool:
+    def comparable(
+        self,
+        attrs,  # of the scores or films
+    ) -> bool:
         "Whether patients of the same cohort have the same names here and there."
-        return not attrs.get('manifest') or attrs['manifest'] != self.made_by.get('manifest') or attrs.get('pseudonyms', '') == self.made_by.get('pseudonyms', '')
+        return (
+            not attrs.get('manifest')
+            or attrs['manifest'] != self.made_by.get('manifest')
+            or attrs.get('pseudonyms', '') == self.made_by.get('pseudonyms', '')
+        )
 
-    def only(self,
-        classes, # names
-    ):           # Thresholds of these classes; NaN for one that has none
+    def only(
+        self,
+        classes,  # names
+    ):  # Thresholds of these classes; NaN for one that has none
         "Thresholds for films of other classes."
         return replace(self, values={c: self.values.get(c, float('nan')) for c in classes})
 
-    def save(self,
-        path, # JSON file
+    def save(
+        self,
+        path,  # JSON file
     ):
         "Write as JSON, atomically."
         write_json(asdict(self) | dict(patients=sorted(self.patients)), path)
 
     @classmethod
-    def read(cls,
-        path, # JSON file
-    ):        # Thresholds
+    def read(
+        cls,
+        path,  # JSON file
+    ):  # Thresholds
         "Read what `save` wrote; `InputError` where it is something else."
         held = read_json(path)
-        try: return cls({str(c): float('nan') if v is None else float(v) for c, v in held['values'].items()}, held['rule'], frozenset(held['patients']), dict(held['made_by']), int(held['n']), str(held['key']))
-        except (KeyError, TypeError, ValueError, AttributeError): raise InputError(f'{Path(path).name}: holds no thresholds; choose them again on validation films') from None
+        try:
+            return cls(
+                {
+                    str(c): float('nan') if v is None else float(v)
+                    for c, v in held['values'].items()
+                },
+                held['rule'],
+                frozenset(held['patients']),
+                dict(held['made_by']),
+                int(held['n']),
+                str(held['key']),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise InputError(
+                f'{Path(path).name}: holds no thresholds; choose them again on validation films'
+            ) from None
 
 # %% ../../nbs/40db_clip.scores.ipynb #4db59621
 def choose_thresholds(
-    scores,      # (N, C) DataFrame of validation films
-    targets,     # (N, C) 1, 0, NaN
-    patients,    # (N,) patient of each film
-    rule:str='f1', # or 'youden'
-)->Thresholds:
+    scores,  # (N, C) DataFrame of validation films
+    targets,  # (N, C) 1, 0, NaN
+    patients,  # (N,) patient of each film
+    rule: str = 'f1',  # or 'youden'
+) -> Thresholds:
     "Thresholds per class that maximise the rule on validation films."
-    if rule not in RULES: raise InputError(f"threshold rule {rule!r}; choose from {', '.join(RULES)}")
+    if rule not in RULES:
+        raise InputError(f"threshold rule {rule!r}; choose from {', '.join(RULES)}")
     c = cells(scores, targets, patients, 'multilabel')
-    values = {name: _best(c.scores[k, i], c.truth[k, i], rule) for i, (name, k) in enumerate(zip(c.classes, c.known.T))}
-    made = {k: v for k, v in getattr(scores, 'attrs', {}).items() if k in ('manifest', 'pseudonyms', 'weights', 'prompts') and v}
+    values = {
+        name: _best(c.scores[k, i], c.truth[k, i], rule)
+        for i, (name, k) in enumerate(zip(c.classes, c.known.T))
+    }
+    made = {
+        k: v
+        for k, v in getattr(scores, 'attrs', {}).items()
+        if k in ('manifest', 'pseudonyms', 'weights', 'prompts') and v
+    }
     key = content_hash('thresholds', *sorted(set(c.patients)))
-    return Thresholds(values, rule, frozenset(keyed_hashes(key, set(c.patients))), made, len(c.scores), key)
+    return Thresholds(
+        values, rule, frozenset(keyed_hashes(key, set(c.patients))), made, len(c.scores), key
+    )
+
 
 def _best(score, y, rule):
     "The threshold, half-way between two distinct scores, that maximises the rule; of equals the highest."
-    if not 0 < y.sum() < len(y): return float('nan')
+    if not 0 < y.sum() < len(y):
+        return float('nan')
     order = np.argsort(-score, kind='stable')
-    last = np.flatnonzero(np.r_[np.diff(score[order]) != 0, True])                       # the lowest-ranked film of each distinct score
+    last = np.flatnonzero(
+        np.r_[np.diff(score[order]) != 0, True]
+    )  # the lowest-ranked film of each distinct score
     tp, seen = np.cumsum(y[order])[last], last + 1
-    gain = 2 * tp / (seen + y.sum()) if rule == 'f1' else tp / y.sum() - (seen - tp) / (len(y) - y.sum())
+    gain = (
+        2 * tp / (seen + y.sum())
+        if rule == 'f1'
+        else tp / y.sum() - (seen - tp) / (len(y) - y.sum())
+    )
     at = score[order][last]
     below = np.r_[at[1:], at[-1] - 1e-9]
     best = int(np.flatnonzero(gain >= gain.max() - 1e-12)[0])

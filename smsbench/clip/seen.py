@@ -17,87 +17,144 @@ from ..data.manifest import shown as count_text
 
 # %% ../../nbs/40da_clip.seen.ipynb #a2519fb0
 def keyed_hashes(
-    key:str, # any short text, kept beside the hashes
-    names,   # texts
-)->list:     # 16 hexadecimal digits per text; '' for an empty one
+    key: str,  # any short text, kept beside the hashes
+    names,  # texts
+) -> list:  # 16 hexadecimal digits per text; '' for an empty one
     "Hashes that cannot be looked up in a list made for another file. Blanks around a name and the '.0' that programs write behind whole numbers do not count: a match too many only refuses."
     plain = lambda n: re.sub(r'^(\d+)\.0+$', r'\1', str(n).strip())
-    return [hashlib.blake2b(n.encode(), key=key.encode(), digest_size=8).hexdigest() if n else '' for n in map(plain, names)]
+    return [
+        hashlib.blake2b(n.encode(), key=key.encode(), digest_size=8).hexdigest() if n else ''
+        for n in map(plain, names)
+    ]
 
 # %% ../../nbs/40da_clip.seen.ipynb #5856c998
-SEEN_FILE = 'train_films.json' # in the folder of a checkpoint
+SEEN_FILE = 'train_films.json'  # in the folder of a checkpoint
+
 
 def seen_record(
-    films, # `Films` that training and validation used
-)->dict:   # key, manifest, pseudonyms (name of the key of the patients' pseudonyms, '' where they are open), pictures, patients (sorted hashes), films, without_hash: films whose picture has no hash
+    films,  # `Films` that training and validation used
+) -> dict:  # key, manifest, pseudonyms (name of the key of the patients' pseudonyms, '' where they are open), pictures, patients (sorted hashes), films, without_hash: films whose picture has no hash
     "What was seen, as hashes; the same films give the same record."
     pictures, patients = _names(films)
     key = content_hash('seen', *sorted(set(pictures)), *sorted(set(patients)))
-    return dict(key=key, manifest=str(films.attrs.get('manifest', '')), pseudonyms=str(films.attrs.get('pseudonyms', '')), pictures=sorted({*keyed_hashes(key, pictures)} - {''}),
-                patients=sorted({*keyed_hashes(key, patients)} - {''}), films=len(pictures), without_hash=int(np.sum(pictures == '')))
+    return dict(
+        key=key,
+        manifest=str(films.attrs.get('manifest', '')),
+        pseudonyms=str(films.attrs.get('pseudonyms', '')),
+        pictures=sorted({*keyed_hashes(key, pictures)} - {''}),
+        patients=sorted({*keyed_hashes(key, patients)} - {''}),
+        films=len(pictures),
+        without_hash=int(np.sum(pictures == '')),
+    )
+
 
 def _names(films):
     table = films.table
-    shas = table.image_sha.fillna('').astype(str).to_numpy(object) if 'image_sha' in table else np.full(len(table), '', object)
+    shas = (
+        table.image_sha.fillna('').astype(str).to_numpy(object)
+        if 'image_sha' in table
+        else np.full(len(table), '', object)
+    )
     return shas, table.patient_id.fillna('').astype(str).to_numpy(object)
 
 # %% ../../nbs/40da_clip.seen.ipynb #b20ee683
 def write_seen(
     films,  # `Films` that training and validation used
-    folder, # of the checkpoint
+    folder,  # of the checkpoint
 ):
     "Leave `train_films.json` beside the weights, atomically."
-    write_json(seen_record(films), Path(folder)/SEEN_FILE)
+    write_json(seen_record(films), Path(folder) / SEEN_FILE)
 
 # %% ../../nbs/40da_clip.seen.ipynb #6ae359ad
 def read_seen(
     folder,  # of the checkpoint
-)->dict|None: # the record; None where the checkpoint has none (a published one)
+) -> dict | None:  # the record; None where the checkpoint has none (a published one)
     "What a checkpoint has seen; `InputError` where the file is broken."
-    path, card = Path(folder)/SEEN_FILE, Path(folder)/'smsbench.json'
-    held = read_json(path) if path.exists() else (read_json(card) or {}).get('seen') if card.exists() else None
-    if held is None: return None
-    whole = isinstance(held, dict) and isinstance(held.get('key'), str) and all(isinstance(held.get(k), list) for k in ('pictures', 'patients'))
-    if not whole: raise InputError(f'{path}: the record of the films that training saw is broken; save the checkpoint again')
+    path, card = Path(folder) / SEEN_FILE, Path(folder) / 'smsbench.json'
+    held = (
+        read_json(path)
+        if path.exists()
+        else (read_json(card) or {}).get('seen')
+        if card.exists()
+        else None
+    )
+    if held is None:
+        return None
+    whole = (
+        isinstance(held, dict)
+        and isinstance(held.get('key'), str)
+        and all(isinstance(held.get(k), list) for k in ('pictures', 'patients'))
+    )
+    if not whole:
+        raise InputError(
+            f'{path}: the record of the films that training saw is broken; save the checkpoint again'
+        )
     return held
 
 # %% ../../nbs/40da_clip.seen.ipynb #335490be
 @dataclass(frozen=True, eq=False)
 class Overlap:
     "Which films a checkpoint has seen."
-    pictures: np.ndarray # (N,) bool: this very picture
-    patients: np.ndarray # (N,) bool: another film of this patient number
-    same_cohort: bool    # patient numbers mean the same
-    same_names: bool     # patients were compared: their pseudonyms, if they have any, were made with one key
-    without_hash: int    # of these films, those without a hash of their picture
-    seen_without_hash: int # the same, of the films of training
-    access: str = 'open' # 'open' or 'credentialed': whether small counts may be said
+
+    pictures: np.ndarray  # (N,) bool: this very picture
+    patients: np.ndarray  # (N,) bool: another film of this patient number
+    same_cohort: bool  # patient numbers mean the same
+    same_names: (
+        bool  # patients were compared: their pseudonyms, if they have any, were made with one key
+    )
+    without_hash: int  # of these films, those without a hash of their picture
+    seen_without_hash: int  # the same, of the films of training
+    access: str = 'open'  # 'open' or 'credentialed': whether small counts may be said
 
     @property
-    def seen(self)->np.ndarray:
+    def seen(self) -> np.ndarray:
         "(N,) bool: films that must not be tested on."
         return self.pictures | (self.patients & self.same_cohort)
 
-    def count(self,
-        n, # a number of films
-    )->str:
+    def count(
+        self,
+        n,  # a number of films
+    ) -> str:
         "As it may be said."
         return count_text(int(n), self.access)
 
     def __str__(self):
-        parts = [f'{self.count(self.pictures.sum())} of {self.count(len(self.pictures))} pictures were seen in training']
-        parts.append(f"{self.count(self.patients.sum())} films carry a patient number that was{'' if self.same_cohort else ' (in another cohort: perhaps another person)'}" if self.same_names else
-                     'patients could not be compared, because they stand under other pseudonyms')
-        lack = [f'{self.count(n)} films {where}' for n, where in ((self.without_hash, 'here'), (self.seen_without_hash, 'of training')) if n]
-        return '; '.join(parts + [f"{' and '.join(lack)} have no hash of their picture and could not be compared by it"] * bool(lack))
+        parts = [
+            f'{self.count(self.pictures.sum())} of {self.count(len(self.pictures))} pictures were seen in training'
+        ]
+        parts.append(
+            f"{self.count(self.patients.sum())} films carry a patient number that was{'' if self.same_cohort else ' (in another cohort: perhaps another person)'}"
+            if self.same_names
+            else 'patients could not be compared, because they stand under other pseudonyms'
+        )
+        lack = [
+            f'{self.count(n)} films {where}'
+            for n, where in ((self.without_hash, 'here'), (self.seen_without_hash, 'of training'))
+            if n
+        ]
+        return '; '.join(
+            parts
+            + [
+                f"{' and '.join(lack)} have no hash of their picture and could not be compared by it"
+            ]
+            * bool(lack)
+        )
 
 # %% ../../nbs/40da_clip.seen.ipynb #9e5b1299
 def overlap(
-    seen:dict, # from `read_seen`
-    films,     # `Films` to be tested on
-)->Overlap:
+    seen: dict,  # from `read_seen`
+    films,  # `Films` to be tested on
+) -> Overlap:
     "Compare films with what a checkpoint has seen."
     pictures, patients = _names(films)
     hit = lambda names, held: np.isin(keyed_hashes(seen['key'], names), [*held] or ['-'])
     same = lambda k: str(films.attrs.get(k, '')) == seen.get(k, '')
-    return Overlap(hit(pictures, seen['pictures']), hit(patients, seen['patients']), same('manifest'), same('pseudonyms'), int(np.sum(pictures == '')), int(seen.get('without_hash', 0)), films.attrs.get('access', 'open'))
+    return Overlap(
+        hit(pictures, seen['pictures']),
+        hit(patients, seen['patients']),
+        same('manifest'),
+        same('pseudonyms'),
+        int(np.sum(pictures == '')),
+        int(seen.get('without_hash', 0)),
+        films.attrs.get('access', 'open'),
+    )

@@ -20,97 +20,171 @@ from .watch import WATCHED
 @dataclass(frozen=True)
 class TrainSettings:
     "How to train; `InputError` where a value cannot be."
-    train: str = 'all'          # 'all'; 'probe': the image head and the logits' scale; 'locked_image': all but the image tower
-    texts: str = 'report'       # 'report', 'prompts', or 'both': one of the two by chance
-    loss: str = 'info_nce'      # or 'siglip', for models with a logit bias
-    positives: tuple = ('text', 'study') # by what two films share a report, of 'text', 'study', 'class'; prompts always fit all films they are true of. () and texts='report': the diagonal
-    epochs: int = 10            # times through the training films, at most
-    batch_size: int = 64        # pairs per step, over all processes: each one's negatives are the others
-    chunk: int = 0              # encode so many of them at a time, to need less memory, with the same gradient; 0: all at once
-    lr: float = 1e-5            # learning rate of the last layers
-    layer_decay: float = 1.     # each layer further from the end learns at this share of the next one's rate
-    weight_decay: float = .1    # of matrices
-    betas: tuple = (.9, .98)    # of AdamW
-    warmup: float = .1          # share of all steps in which the learning rate rises
-    floor: float = 0.           # share of the learning rate that is left at the end
-    clip_norm: float = 1.       # longest gradient; 0: any
-    precision: str = 'fp32'     # 'fp32', 'bf16', 'fp16': of matrix products; weights stay float32
-    batch_norm: str = 'hold'    # statistics of batch normalisation: 'hold' those it came with, 'learn' them (from random weights; one chunk, one process)
-    ema: float = 0.             # decay of the average of the weights, which is then what is validated and kept; 0: none
-    balance: str = 'even'       # how films are drawn: 'even', 'balanced', 'rare'
-    patients: bool = False      # weigh patients, not films
-    cap: float = 10.            # most that a film, class or answer may weigh, as a multiple of the smallest
-    speak: str = 'uniform'      # how prompts are drawn: 'uniform', 'scheduled', 'sensitivity'
-    augment: float = 1.         # strength of changes to the picture; 0: none
-    flip: bool = False          # exchange left and right; refused where any text names a side
-    stop_on: str = 'loss'       # what decides which weights are kept: 'loss', 'auroc', 'sensitivity', 'recall', on validation
-    patience: int = 0           # stop after so many epochs without a better value; 0: never
-    seed: int = 0               # of everything that is drawn
+
+    train: str = 'all'  # 'all'; 'probe': the image head and the logits' scale; 'locked_image': all but the image tower
+    texts: str = 'report'  # 'report', 'prompts', or 'both': one of the two by chance
+    loss: str = 'info_nce'  # or 'siglip', for models with a logit bias
+    positives: tuple = (
+        'text',
+        'study',
+    )  # by what two films share a report, of 'text', 'study', 'class'; prompts always fit all films they are true of. () and texts='report': the diagonal
+    epochs: int = 10  # times through the training films, at most
+    batch_size: int = 64  # pairs per step, over all processes: each one's negatives are the others
+    chunk: int = 0  # encode so many of them at a time, to need less memory, with the same gradient; 0: all at once
+    lr: float = 1e-5  # learning rate of the last layers
+    layer_decay: float = (
+        1.0  # each layer further from the end learns at this share of the next one's rate
+    )
+    weight_decay: float = 0.1  # of matrices
+    betas: tuple = (0.9, 0.98)  # of AdamW
+    warmup: float = 0.1  # share of all steps in which the learning rate rises
+    floor: float = 0.0  # share of the learning rate that is left at the end
+    clip_norm: float = 1.0  # longest gradient; 0: any
+    precision: str = 'fp32'  # 'fp32', 'bf16', 'fp16': of matrix products; weights stay float32
+    batch_norm: str = 'hold'  # statistics of batch normalisation: 'hold' those it came with, 'learn' them (from random weights; one chunk, one process)
+    ema: float = 0.0  # decay of the average of the weights, which is then what is validated and kept; 0: none
+    balance: str = 'even'  # how films are drawn: 'even', 'balanced', 'rare'
+    patients: bool = False  # weigh patients, not films
+    cap: float = 10.0  # most that a film, class or answer may weigh, as a multiple of the smallest
+    speak: str = 'uniform'  # how prompts are drawn: 'uniform', 'scheduled', 'sensitivity'
+    augment: float = 1.0  # strength of changes to the picture; 0: none
+    flip: bool = False  # exchange left and right; refused where any text names a side
+    stop_on: str = 'loss'  # what decides which weights are kept: 'loss', 'auroc', 'sensitivity', 'recall', on validation
+    patience: int = 0  # stop after so many epochs without a better value; 0: never
+    seed: int = 0  # of everything that is drawn
     train_split: str = 'train'  # split to train on
-    val_split: str = 'val'      # split to watch
-    save_every: int = 200       # steps between checkpoints, beside one per epoch
-    workers: int = 0            # processes that read pictures
-    cache_mb: int = 512         # decoded pictures to keep in memory, MB
-    max_broken: float = .05     # share of unreadable films above which it is an error
+    val_split: str = 'val'  # split to watch
+    save_every: int = 200  # steps between checkpoints, beside one per epoch
+    workers: int = 0  # processes that read pictures
+    cache_mb: int = 512  # decoded pictures to keep in memory, MB
+    max_broken: float = 0.05  # share of unreadable films above which it is an error
 
     def __post_init__(self):
-        for f in fields(self): object.__setattr__(self, f.name, _typed(f.name, f.type, getattr(self, f.name)))
-        words = dict(train=TRAINED, texts=('report', 'prompts', 'both'), loss=tuple(LOSSES), precision=tuple(PRECISIONS), batch_norm=('hold', 'learn'), balance=BALANCE, speak=SPEAKING, stop_on=tuple(WATCHED))
+        for f in fields(self):
+            object.__setattr__(self, f.name, _typed(f.name, f.type, getattr(self, f.name)))
+        words = dict(
+            train=TRAINED,
+            texts=('report', 'prompts', 'both'),
+            loss=tuple(LOSSES),
+            precision=tuple(PRECISIONS),
+            batch_norm=('hold', 'learn'),
+            balance=BALANCE,
+            speak=SPEAKING,
+            stop_on=tuple(WATCHED),
+        )
         for k, allowed in words.items():
-            if getattr(self, k) not in allowed: raise InputError(f"{k} {getattr(self, k)!r}: choose {', '.join(allowed)}")
-        for k, low, high in (('epochs', 1, 1e6), ('batch_size', 2, 1e7), ('chunk', 0, 1e7), ('warmup', 0, 1), ('floor', 0, 1), ('clip_norm', 0, math.inf), ('ema', 0, .99999), ('patience', 0, 1e6), ('save_every', 1, 1e9), ('workers', 0, 512), ('cap', 1, 1e6), ('max_broken', 0, 1), ('seed', 0, 2**32 - 1)):
-            if not low <= getattr(self, k) <= high: raise InputError(f'{k} {getattr(self, k)!r}: must lie in {low:g} to {high:g}')
-        if odd := [p for p in self.positives if p not in ('text', 'study', 'class')]: raise InputError(f'positives {odd[0]!r}: choose of text, study, class')
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas): raise InputError(f'betas {self.betas!r}: must be two numbers from 0 to below 1')
-        if self.texts == 'report' and self.speak != 'uniform': raise InputError(f"speak={self.speak!r} is about prompts; choose texts='prompts' or 'both'")
-        if self.train_split == self.val_split: raise InputError(f'split {self.train_split!r} cannot be trained on and watched')
+            if getattr(self, k) not in allowed:
+                raise InputError(f"{k} {getattr(self, k)!r}: choose {', '.join(allowed)}")
+        for k, low, high in (
+            ('epochs', 1, 1e6),
+            ('batch_size', 2, 1e7),
+            ('chunk', 0, 1e7),
+            ('warmup', 0, 1),
+            ('floor', 0, 1),
+            ('clip_norm', 0, math.inf),
+            ('ema', 0, 0.99999),
+            ('patience', 0, 1e6),
+            ('save_every', 1, 1e9),
+            ('workers', 0, 512),
+            ('cap', 1, 1e6),
+            ('max_broken', 0, 1),
+            ('seed', 0, 2**32 - 1),
+        ):
+            if not low <= getattr(self, k) <= high:
+                raise InputError(f'{k} {getattr(self, k)!r}: must lie in {low:g} to {high:g}')
+        if odd := [p for p in self.positives if p not in ('text', 'study', 'class')]:
+            raise InputError(f'positives {odd[0]!r}: choose of text, study, class')
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise InputError(f'betas {self.betas!r}: must be two numbers from 0 to below 1')
+        if self.texts == 'report' and self.speak != 'uniform':
+            raise InputError(
+                f"speak={self.speak!r} is about prompts; choose texts='prompts' or 'both'"
+            )
+        if self.train_split == self.val_split:
+            raise InputError(f'split {self.train_split!r} cannot be trained on and watched')
 
     @classmethod
-    def of(cls,
-        **values, # fields by name, e.g. from a YAML file
-    ):            # TrainSettings
+    def of(
+        cls,
+        **values,  # fields by name, e.g. from a YAML file
+    ):  # TrainSettings
         "Settings by name; `InputError` for a name or type that is none."
         known = {f.name: f for f in fields(cls)}
-        if odd := [k for k in values if k not in known]: raise InputError(f"no training setting {odd[0]!r}; there are {', '.join(known)}")
+        if odd := [k for k in values if k not in known]:
+            raise InputError(f"no training setting {odd[0]!r}; there are {', '.join(known)}")
         return cls(**values)
+
 
 def _typed(name, kind, value):
     "A value as the type of its field; `InputError` where it is of another."
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+    number = (
+        isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+    )
     wrong = lambda what: InputError(f'{name} {value!r}: must be {what}')
-    if kind is bool and not isinstance(value, bool): raise wrong('true or false')
-    if kind is str and not isinstance(value, str): raise wrong('a word')
+    if kind is bool and not isinstance(value, bool):
+        raise wrong('true or false')
+    if kind is str and not isinstance(value, str):
+        raise wrong('a word')
     if kind is int:
-        if not number or value != value // 1: raise wrong('a whole number')
+        if not number or value != value // 1:
+            raise wrong('a whole number')
         return int(value)
     if kind is float:
-        if not number: raise wrong('a number' + (' (YAML reads 1e-4 as a word; write 1.0e-4)' if isinstance(value, str) and 'e' in value.lower() else ''))
+        if not number:
+            raise wrong(
+                'a number'
+                + (
+                    ' (YAML reads 1e-4 as a word; write 1.0e-4)'
+                    if isinstance(value, str) and 'e' in value.lower()
+                    else ''
+                )
+            )
         return float(value)
-    if kind is tuple: return _several(name, value, wrong)
+    if kind is tuple:
+        return _several(name, value, wrong)
     return value
+
 
 def _several(name, value, wrong):
     "A list, or words with commas between; of numbers for betas."
     parts = [p.strip() for p in value.split(',') if p.strip()] if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)): raise wrong('a list')
-    try: return tuple(float(p) for p in parts) if name == 'betas' else tuple(str(p) for p in parts)
-    except (TypeError, ValueError): raise wrong('two numbers') from None
+    if not isinstance(parts, (list, tuple)):
+        raise wrong('a list')
+    try:
+        return tuple(float(p) for p in parts) if name == 'betas' else tuple(str(p) for p in parts)
+    except (TypeError, ValueError):
+        raise wrong('two numbers') from None
 
-LOOSE = ('save_every', 'workers', 'cache_mb', 'max_broken') # settings that decide nothing about the weights
+
+LOOSE = (
+    'save_every',
+    'workers',
+    'cache_mb',
+    'max_broken',
+)  # settings that decide nothing about the weights
 
 # %% ../../nbs/41f_clip.settings.ipynb #bfbee862
 def find_tracker(
-    tracker, # a callable(dict); '' or None; 'tensorboard' or 'wandb', where installed
-    run:Run, # where its files go
-):           # a callable(dict), or None
+    tracker,  # a callable(dict); '' or None; 'tensorboard' or 'wandb', where installed
+    run: Run,  # where its files go
+):  # a callable(dict), or None
     "Who is told about every epoch; `InputError` for a package that is not installed."
-    if callable(tracker) or not tracker: return tracker or None
-    if tracker not in ('tensorboard', 'wandb'): raise InputError(f"tracker {tracker!r}: give a function, tensorboard or wandb")
-    if importlib.util.find_spec(tracker) is None: raise InputError(f'tracker {tracker}: the package is not installed (pip install {tracker}); history.csv holds the same numbers')
+    if callable(tracker) or not tracker:
+        return tracker or None
+    if tracker not in ('tensorboard', 'wandb'):
+        raise InputError(f"tracker {tracker!r}: give a function, tensorboard or wandb")
+    if importlib.util.find_spec(tracker) is None:
+        raise InputError(
+            f'tracker {tracker}: the package is not installed (pip install {tracker}); history.csv holds the same numbers'
+        )
     if tracker == 'wandb':
         import wandb
-        w = wandb.init(project='smsbench', dir=str(run.path), mode='offline')   # nothing leaves the machine until somebody syncs it
+
+        w = wandb.init(
+            project='smsbench', dir=str(run.path), mode='offline'
+        )  # nothing leaves the machine until somebody syncs it
         return lambda row: w.log(row)
     from torch.utils.tensorboard import SummaryWriter
-    w = SummaryWriter(str(run/'tensorboard'))
+
+    w = SummaryWriter(str(run / 'tensorboard'))
     return lambda row: [w.add_scalar(k, v, row['steps']) for k, v in row.items()] and w.flush()

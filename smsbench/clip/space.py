@@ -13,35 +13,46 @@ from ..resampling import bootstrap_rows
 from .probe import Embedded
 
 # %% ../../nbs/43c_clip.space.ipynb #984ff109
-MEASURES = ('silhouette', 'davies_bouldin', 'fisher_ratio', 'intra_distance', 'inter_distance', 'distance_ratio')
+MEASURES = (
+    'silhouette',
+    'davies_bouldin',
+    'fisher_ratio',
+    'intra_distance',
+    'inter_distance',
+    'distance_ratio',
+)
+
 
 def space_values(
-    x,       # (n, D) unit vectors
-    label,   # (n,) class numbers 0..K-1
-    weights, # (B, n) how often each film counts
-)->np.ndarray: # (B, 6) the `MEASURES`; NaN where fewer than two classes have a film
+    x,  # (n, D) unit vectors
+    label,  # (n,) class numbers 0..K-1
+    weights,  # (B, n) how often each film counts
+) -> np.ndarray:  # (B, 6) the `MEASURES`; NaN where fewer than two classes have a film
     "Separation of labelled unit vectors under each set of weights."
     x, w = np.asarray(x, float), np.asarray(weights, float)
-    member = np.asarray(label)[:, None] == np.arange(int(np.max(label)) + 1)              # (n, K)
-    sums = np.stack([(w * m) @ x for m in member.T], 1)                                   # (B, K, D) sum of each class
-    size, square = w @ member, w**2 @ member                                              # (B, K)
+    member = np.asarray(label)[:, None] == np.arange(int(np.max(label)) + 1)  # (n, K)
+    sums = np.stack([(w * m) @ x for m in member.T], 1)  # (B, K, D) sum of each class
+    size, square = w @ member, w**2 @ member  # (B, K)
     with np.errstate(invalid='ignore', divide='ignore'):
         means = sums / size[..., None]
         sil = _silhouette(x, member, w, sums, size)
         db = _davies_bouldin(x, member, w, means, size)
         fisher = _fisher(w, size, means)
         pairs_in = size**2 - square
-        intra = np.where(size > 0, pairs_in - ((sums**2).sum(-1) - square), 0).sum(1) / pairs_in.sum(1)   # Σ of 1 - cos over pairs of different films
-        total, n2 = sums.sum(1), size.sum(1)**2 - (size**2).sum(1)
+        intra = np.where(size > 0, pairs_in - ((sums**2).sum(-1) - square), 0).sum(
+            1
+        ) / pairs_in.sum(1)  # Σ of 1 - cos over pairs of different films
+        total, n2 = sums.sum(1), size.sum(1) ** 2 - (size**2).sum(1)
         inter = (n2 - ((total**2).sum(-1) - (sums**2).sum((1, 2)))) / n2
         out = np.stack([sil, db, fisher, intra, inter, inter / intra], 1)
     return np.where((size > 0).sum(1)[:, None] >= 2, out, np.nan)
+
 
 def _silhouette(x, member, w, sums, size):
     "Mean over films of (b - a) / max(a, b); 0 for a film alone in its class."
     out = np.zeros(len(w))
     for b in range(len(w)):
-        far = size[b] - x @ sums[b].T                                                     # (n, K) Σ of distances to each class
+        far = size[b] - x @ sums[b].T  # (n, K) Σ of distances to each class
         own, rest = far[member], size[b][member.argmax(1)] - w[b]
         a = own / rest
         near = np.where(member | (size[b] == 0), np.inf, far / size[b]).min(1)
@@ -49,45 +60,77 @@ def _silhouette(x, member, w, sums, size):
         out[b] = (w[b] * np.nan_to_num(s)).sum() / w[b].sum()
     return out
 
+
 def _davies_bouldin(x, member, w, means, size):
     "Euclidean, as usual; on the sphere its distances follow from products."
     out = np.full(len(w), np.nan)
     for b in range(len(w)):
-        here = np.flatnonzero(size[b] > 0); c = means[b, here]
-        if len(here) < 2: continue
+        here = np.flatnonzero(size[b] > 0)
+        c = means[b, here]
+        if len(here) < 2:
+            continue
         apart = np.sqrt(np.maximum((x**2).sum(1)[:, None] - 2 * x @ c.T + (c**2).sum(1), 0))
         spread = (w[b][:, None] * apart * member[:, here]).sum(0) / size[b][here]
-        between = np.sqrt(((c[:, None] - c[None])**2).sum(-1)); np.fill_diagonal(between, np.inf)
+        between = np.sqrt(((c[:, None] - c[None]) ** 2).sum(-1))
+        np.fill_diagonal(between, np.inf)
         out[b] = ((spread[:, None] + spread) / between).max(1).mean()
     return out
+
 
 def _fisher(w, size, means):
     "Trace of the scatter between over the trace within; unit vectors have squared length 1."
     n = w.sum(1)
     centre = np.nansum(size[..., None] * means, 1) / n[:, None]
-    between = np.nansum(size * ((means - centre[:, None])**2).sum(-1), 1)
+    between = np.nansum(size * ((means - centre[:, None]) ** 2).sum(-1), 1)
     return between / (n - np.nansum(size * (means**2).sum(-1), 1))
 
 # %% ../../nbs/43c_clip.space.ipynb #2a36e712
 def space_metrics(
-    data:Embedded,   # held-out films, from `clip.probe`
-    model:str='clip', # name in the table
-    minimum:int=10,  # fewest films per side or class
-    n_boot:int=200,  # resamples of patients
-    level:float=.95, # confidence level
-    seed:int=0,      # of the resampling
-)->pd.DataFrame:     # metrics table: the `MEASURES`; arm 'embedding', subgroup class=NAME or subset=exclusive
+    data: Embedded,  # held-out films, from `clip.probe`
+    model: str = 'clip',  # name in the table
+    minimum: int = 10,  # fewest films per side or class
+    n_boot: int = 200,  # resamples of patients
+    level: float = 0.95,  # confidence level
+    seed: int = 0,  # of the resampling
+) -> (
+    pd.DataFrame
+):  # metrics table: the `MEASURES`; arm 'embedding', subgroup class=NAME or subset=exclusive
     "Separation of classes in the embedding space, with intervals over patients."
     x, rows = unit_rows(data.x), []
     for group, at, label, note in labellings(data, minimum):
         ci = [None] * len(MEASURES)
         if len(set(label)) > 1:
-            sides = np.eye(label.max() + 1, dtype=bool)[label][:, None]                       # it needs films of every class
-            ci = bootstrap_rows(lambda x, y, w: space_values(x, y.astype(int), w), [x[at], label], data.patients[at], n_boot, level, seed=seed, bounds=_BOUNDS, batched=True,
-                                used=sides[..., sides.any((0, 1))])
-        rows += [dict(model=model, metric=m, arm='embedding', subgroup=group, value=i.value if i else np.nan, ci_low=i.low if i else np.nan, ci_high=i.high if i else np.nan,
-                      n=len(at), n_clusters=len(set(data.patients[at])), note='; '.join(filter(None, (i.note if i else '', note)))) for m, i in zip(MEASURES, ci)]
+            sides = np.eye(label.max() + 1, dtype=bool)[label][
+                :, None
+            ]  # it needs films of every class
+            ci = bootstrap_rows(
+                lambda x, y, w: space_values(x, y.astype(int), w),
+                [x[at], label],
+                data.patients[at],
+                n_boot,
+                level,
+                seed=seed,
+                bounds=_BOUNDS,
+                batched=True,
+                used=sides[..., sides.any((0, 1))],
+            )
+        rows += [
+            dict(
+                model=model,
+                metric=m,
+                arm='embedding',
+                subgroup=group,
+                value=i.value if i else np.nan,
+                ci_low=i.low if i else np.nan,
+                ci_high=i.high if i else np.nan,
+                n=len(at),
+                n_clusters=len(set(data.patients[at])),
+                note='; '.join(filter(None, (i.note if i else '', note))),
+            )
+            for m, i in zip(MEASURES, ci)
+        ]
     return validate(pd.DataFrame(rows), 'metrics')
+
 
 _BOUNDS = [(-1, 1), (0, np.inf), (0, np.inf), (0, 2), (0, 2), (0, np.inf)]
 
@@ -95,7 +138,8 @@ _BOUNDS = [(-1, 1), (0, np.inf), (0, np.inf), (0, 2), (0, 2), (0, np.inf)]
 def unit_rows(x):
     "Rows of length 1."
     length = np.linalg.norm(x, axis=1, keepdims=True)
-    if not len(x) or not (length > 0).all(): raise InputError('embedding space: no films, or an embedding that is zero')
+    if not len(x) or not (length > 0).all():
+        raise InputError('embedding space: no films, or an embedding that is zero')
     return np.asarray(x, float) / length
 
 # %% ../../nbs/43c_clip.space.ipynb #f22e8eb8
@@ -104,37 +148,66 @@ def labellings(data, minimum):
     none = np.zeros(0, int)
     if data.kind == 'multilabel':
         for c, y in zip(data.classes, data.y.T):
-            at = np.flatnonzero(~np.isnan(y)); label = y[at].astype(int)
+            at = np.flatnonzero(~np.isnan(y))
+            label = y[at].astype(int)
             few = np.bincount(label, minlength=2).min() < minimum
-            yield (f'class={c}', none, none, f'fewer than {minimum} films with or without it') if few else (f'class={c}', at, label, '')
+            yield (
+                (f'class={c}', none, none, f'fewer than {minimum} films with or without it')
+                if few
+                else (f'class={c}', at, label, '')
+            )
     at = np.flatnonzero(~np.isnan(data.y).any(1) & (np.nan_to_num(data.y).sum(1) == 1))
     label = data.y[at].argmax(1)
     enough = [c for c in range(len(data.classes)) if (label == c).sum() >= minimum]
     keep = np.isin(label, enough)
     left = [c for i, c in enumerate(data.classes) if i not in enough]
-    yield 'subset=exclusive', at[keep], np.searchsorted(enough, label[keep]), f"classes of fewer than {minimum} films left out: {', '.join(left)}" if left else ''
+    yield (
+        'subset=exclusive',
+        at[keep],
+        np.searchsorted(enough, label[keep]),
+        f"classes of fewer than {minimum} films left out: {', '.join(left)}" if left else '',
+    )
 
 # %% ../../nbs/43c_clip.space.ipynb #2c8ebfa2
 def coordinates(
-    x,               # (N, D) embeddings
-    method:str='pca', # or 'umap'
-    seed:int=0,      # of UMAP
-)->pd.DataFrame:     # x, y per film; `.attrs`: method, shown: share of the variance that the picture shows (pca)
+    x,  # (N, D) embeddings
+    method: str = 'pca',  # or 'umap'
+    seed: int = 0,  # of UMAP
+) -> (
+    pd.DataFrame
+):  # x, y per film; `.attrs`: method, shown: share of the variance that the picture shows (pca)
     "Embeddings in the plane; `InputError` where UMAP is asked for and not installed."
-    if method not in ('pca', 'umap'): raise InputError(f"picture of the embedding space: {method!r}; choose 'pca' or 'umap'")
+    if method not in ('pca', 'umap'):
+        raise InputError(f"picture of the embedding space: {method!r}; choose 'pca' or 'umap'")
     x = unit_rows(np.asarray(x, float))
-    if len(x) < 3: raise InputError(f'picture of the embedding space: {len(x)} films; three are needed')
-    if method == 'umap': return _umap(x, seed)
+    if len(x) < 3:
+        raise InputError(f'picture of the embedding space: {len(x)} films; three are needed')
+    if method == 'umap':
+        return _umap(x, seed)
     _, size, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), abs(axes[:2]).argmax(1)])[:, None]   # the largest loading points up: the same picture every time
+    axes = (
+        axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), abs(axes[:2]).argmax(1)])[:, None]
+    )  # the largest loading points up: the same picture every time
     at = (x - x.mean(0)) @ axes.T
     out = pd.DataFrame(np.pad(at, ((0, 0), (0, 2 - at.shape[1]))), columns=['x', 'y'])
-    out.attrs = dict(method='pca', shown=[float(v) for v in (size[:2]**2 / max((size**2).sum(), 1e-300))])
+    out.attrs = dict(
+        method='pca', shown=[float(v) for v in (size[:2] ** 2 / max((size**2).sum(), 1e-300))]
+    )
     return out
 
+
 def _umap(x, seed):
-    try: from umap import UMAP
-    except ImportError: raise InputError("UMAP is not installed: pip install umap-learn, or take pca") from None
-    at = UMAP(n_neighbors=min(15, len(x) - 1), metric='cosine', random_state=seed, n_jobs=1, init='spectral' if len(x) > 20 else 'random').fit_transform(x)
-    out = pd.DataFrame(np.asarray(at, float), columns=['x', 'y']); out.attrs = dict(method='umap')
+    try:
+        from umap import UMAP
+    except ImportError:
+        raise InputError("UMAP is not installed: pip install umap-learn, or take pca") from None
+    at = UMAP(
+        n_neighbors=min(15, len(x) - 1),
+        metric='cosine',
+        random_state=seed,
+        n_jobs=1,
+        init='spectral' if len(x) > 20 else 'random',
+    ).fit_transform(x)
+    out = pd.DataFrame(np.asarray(at, float), columns=['x', 'y'])
+    out.attrs = dict(method='umap')
     return out

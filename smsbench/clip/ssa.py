@@ -21,18 +21,29 @@ from ..data.holding import hold
 from ..data.manifest import shown
 from ..stats import Statistic, proportion, suppress
 
-_all_ = ['clip_asker', 'vlm_asker', 'readable_samples', 'described', 'in_order', 'listed']   # what an analysis needs in one place
+_all_ = [
+    'clip_asker',
+    'vlm_asker',
+    'readable_samples',
+    'described',
+    'in_order',
+    'listed',
+]  # what an analysis needs in one place
 
 # %% ../../nbs/43d_clip.ssa.ipynb #d54f68b1
 def addition_orders(
-    steps,        # names of the inputs, in the order of main interest
-    most:int=24,  # all orders up to this many, else about this many, in whole blocks
-    seed:int=0,   # of the drawing
-)->list:          # tuples; the first is `steps`
+    steps,  # names of the inputs, in the order of main interest
+    most: int = 24,  # all orders up to this many, else about this many, in whole blocks
+    seed: int = 0,  # of the drawing
+) -> list:  # tuples; the first is `steps`
     "Orders in which inputs are added; `InputError` where there is none to add, or one twice."
     steps = tuple(steps)
-    if not steps or len(set(steps)) < len(steps): raise InputError(f"inputs to add: {', '.join(map(str, steps)) or 'none'}; name one or more, each once")
-    if math.factorial(len(steps)) <= most: return list(permutations(steps))
+    if not steps or len(set(steps)) < len(steps):
+        raise InputError(
+            f"inputs to add: {', '.join(map(str, steps)) or 'none'}; name one or more, each once"
+        )
+    if math.factorial(len(steps)) <= most:
+        return list(permutations(steps))
     rng, out, base = np.random.default_rng(seed), {}, steps
     while len(out) < most:
         out.update(dict.fromkeys(base[i:] + base[:i] for i in range(len(steps))))
@@ -43,136 +54,267 @@ def addition_orders(
 @dataclass(frozen=True, eq=False)
 class Design:
     "Which askings are made, and what is computed from them."
-    known: list          # S tuples: what is known at each asking
-    rows: pd.DataFrame   # R rows: what ('' a rate, 'change', 'effect', 'first', 'last', 'order'), order, step, added, arm
+
+    known: list  # S tuples: what is known at each asking
+    rows: pd.DataFrame  # R rows: what ('' a rate, 'change', 'effect', 'first', 'last', 'order'), order, step, added, arm
     weights: np.ndarray  # (R, S): a row is this sum of the rates
 
 # %% ../../nbs/43d_clip.ssa.ipynb #61ca6233
-WORDINGS = ('fixed', 'added') # facts told in one order, or in the order in which they were added
+WORDINGS = ('fixed', 'added')  # facts told in one order, or in the order in which they were added
+
 
 def design(
-    steps,              # names of the inputs
-    orders,             # from `addition_orders`
-    wording:str='fixed', # one of `WORDINGS`
-    base:str='image',   # what is there from the start
-)->Design:
+    steps,  # names of the inputs
+    orders,  # from `addition_orders`
+    wording: str = 'fixed',  # one of `WORDINGS`
+    base: str = 'image',  # what is there from the start
+) -> Design:
     "From orders to askings and weights."
-    if wording not in WORDINGS: raise InputError(f"wording {wording!r}: choose {' or '.join(WORDINGS)}")
-    told = lambda begun: tuple(s for s in steps if s in begun) if wording == 'fixed' else tuple(begun)
+    if wording not in WORDINGS:
+        raise InputError(f"wording {wording!r}: choose {' or '.join(WORDINGS)}")
+    told = lambda begun: (
+        tuple(s for s in steps if s in begun) if wording == 'fixed' else tuple(begun)
+    )
     known = list(dict.fromkeys(told(o[:k]) for o in orders for k in range(len(o) + 1)))
     at, rows, weights = {k: i for i, k in enumerate(known)}, [], []
-    def add(what, w, order=-1, step=-1, added='', arm=''): rows.append(dict(what=what, order=order, step=step, added=added, arm=arm or added)); weights.append(w)
+
+    def add(what, w, order=-1, step=-1, added='', arm=''):
+        rows.append(dict(what=what, order=order, step=step, added=added, arm=arm or added))
+        weights.append(w)
+
     one = lambda k: np.eye(len(known))[at[told(k)]]
     for i, o in enumerate(orders):
-        for k in range(len(o) + 1): add('', one(o[:k]), i, k, o[k - 1] if k else '', ' + '.join((base, *o[:k])))
-        for k in range(1, len(o) + 1): add('change', one(o[:k]) - one(o[:k - 1]), i, k, o[k - 1])
+        for k in range(len(o) + 1):
+            add('', one(o[:k]), i, k, o[k - 1] if k else '', ' + '.join((base, *o[:k])))
+        for k in range(1, len(o) + 1):
+            add('change', one(o[:k]) - one(o[: k - 1]), i, k, o[k - 1])
     for s in steps:
-        gain = [(o.index(s), one(o[:o.index(s) + 1]) - one(o[:o.index(s)])) for o in orders]
-        mean = lambda place: np.mean([g for p, g in gain if place in (None, p)], 0)           # noqa: B023
+        gain = [(o.index(s), one(o[: o.index(s) + 1]) - one(o[: o.index(s)])) for o in orders]
+        mean = lambda place: np.mean([g for p, g in gain if place in (None, p)], 0)  # noqa: B023
         add('effect', mean(None), added=s)
         if len(steps) > 1:
-            for what, w in (('first', mean(0)), ('last', mean(len(steps) - 1)), ('order', mean(len(steps) - 1) - mean(0))): add(what, w, added=s)
+            for what, w in (
+                ('first', mean(0)),
+                ('last', mean(len(steps) - 1)),
+                ('order', mean(len(steps) - 1) - mean(0)),
+            ):
+                add(what, w, added=s)
     return Design(known, pd.DataFrame(rows), np.array(weights))
 
 # %% ../../nbs/43d_clip.ssa.ipynb #b982b202
 @dataclass(frozen=True, eq=False)
 class Samples:
     "Who is asked about what."
-    table: pd.DataFrame # (n) rows: patient_id and what may be told
-    truth: np.ndarray   # (n, C) 1, 0, NaN: not asked
-    classes: list       # C names
-    finding: np.ndarray|None=None # (n,) the class that a row asks about, where its answer is yes or no
-    closed: bool=False  # credentialed: no number may be told that a few rows could be worked out from
 
-    def place(self,
-        said, # what an asker returned: (n,) class names, yes/no, or (n, C) 1/0/NaN
-    )->np.ndarray: # (n, C)
+    table: pd.DataFrame  # (n) rows: patient_id and what may be told
+    truth: np.ndarray  # (n, C) 1, 0, NaN: not asked
+    classes: list  # C names
+    finding: np.ndarray | None = (
+        None  # (n,) the class that a row asks about, where its answer is yes or no
+    )
+    closed: bool = (
+        False  # credentialed: no number may be told that a few rows could be worked out from
+    )
+
+    def place(
+        self,
+        said,  # what an asker returned: (n,) class names, yes/no, or (n, C) 1/0/NaN
+    ) -> np.ndarray:  # (n, C)
         "Answers as a table of classes; '' is no class. `InputError` where they do not fit."
-        if isinstance(said, pd.DataFrame) and list(map(str, said.columns)) != self.classes: raise InputError(f"the asker answered for {', '.join(map(str, said.columns))}; the classes are {', '.join(self.classes)}")
+        if isinstance(said, pd.DataFrame) and list(map(str, said.columns)) != self.classes:
+            raise InputError(
+                f"the asker answered for {', '.join(map(str, said.columns))}; the classes are {', '.join(self.classes)}"
+            )
         a = np.asarray(said)
         if a.shape == self.truth.shape:
             a = a.astype(float)
-            if not (np.isnan(a) | (a == 0) | (a == 1)).all(): raise InputError('the asker must answer 1, 0 or NaN per class')
+            if not (np.isnan(a) | (a == 0) | (a == 1)).all():
+                raise InputError('the asker must answer 1, 0 or NaN per class')
             return a
-        if a.shape != self.truth.shape[:1]: raise InputError(f'the asker gave answers of shape {a.shape} for {len(self.table)} samples and {len(self.classes)} classes')
-        words, allowed = pd.Series(a.tolist(), dtype=object).fillna('').astype(str).to_numpy(object), self.classes if self.finding is None else ['yes', 'no']
-        if odd := sorted(set(words) - {*allowed, ''}): raise InputError(f"the asker answered {odd[0]!r}; allowed are {', '.join(allowed)}")
-        if self.finding is None: return (words[:, None] == np.array(self.classes, object)).astype(float)
-        return np.where(self.finding[:, None] == np.array(self.classes, object), (words == 'yes')[:, None].astype(float), np.nan)
+        if a.shape != self.truth.shape[:1]:
+            raise InputError(
+                f'the asker gave answers of shape {a.shape} for {len(self.table)} samples and {len(self.classes)} classes'
+            )
+        words, allowed = (
+            pd.Series(a.tolist(), dtype=object).fillna('').astype(str).to_numpy(object),
+            self.classes if self.finding is None else ['yes', 'no'],
+        )
+        if odd := sorted(set(words) - {*allowed, ''}):
+            raise InputError(f"the asker answered {odd[0]!r}; allowed are {', '.join(allowed)}")
+        if self.finding is None:
+            return (words[:, None] == np.array(self.classes, object)).astype(float)
+        return np.where(
+            self.finding[:, None] == np.array(self.classes, object),
+            (words == 'yes')[:, None].astype(float),
+            np.nan,
+        )
 
 # %% ../../nbs/43d_clip.ssa.ipynb #e1118e62
 def samples_of(
-    samples, # `Films`, a cohort table (sealed or not), or its `Holding`
-)->Samples:
+    samples,  # `Films`, a cohort table (sealed or not), or its `Holding`
+) -> Samples:
     "Rows, truth and classes; `InputError` for a cohort whose tasks cannot stand side by side."
-    if hasattr(samples, 'targets'): return Samples(samples.table, samples.targets.to_numpy(float), list(map(str, samples.classes)), closed=samples.attrs.get('access') == 'credentialed')
-    if isinstance(samples, Samples): return samples
-    rows = hold(samples).opened.reset_index(drop=True); closed = rows.attrs.get('access') == 'credentialed'
-    tasks = rows.attrs.get('tasks') or {f: dict(choices=sorted(set(g))) for f, g in rows.label.groupby(rows.finding)}
+    if hasattr(samples, 'targets'):
+        return Samples(
+            samples.table,
+            samples.targets.to_numpy(float),
+            list(map(str, samples.classes)),
+            closed=samples.attrs.get('access') == 'credentialed',
+        )
+    if isinstance(samples, Samples):
+        return samples
+    rows = hold(samples).opened.reset_index(drop=True)
+    closed = rows.attrs.get('access') == 'credentialed'
+    tasks = rows.attrs.get('tasks') or {
+        f: dict(choices=sorted(set(g))) for f, g in rows.label.groupby(rows.finding)
+    }
     asked = [f for f in tasks if (rows.finding == f).any()]
     check_labels(rows, {f: tasks[f] for f in asked})
     finding, label = rows.finding.to_numpy(object), rows.label.to_numpy(object)
     if all(set(tasks[f]['choices']) == {'yes', 'no'} for f in asked):
-        return Samples(rows, np.where(finding[:, None] == np.array(asked, object), (label == 'yes')[:, None].astype(float), np.nan), asked, finding, closed)
-    if len(asked) > 1: raise InputError(f"findings answered yes or no and questions with other answers ({', '.join(asked)}) cannot stand side by side; take the rows of one task")
+        return Samples(
+            rows,
+            np.where(
+                finding[:, None] == np.array(asked, object),
+                (label == 'yes')[:, None].astype(float),
+                np.nan,
+            ),
+            asked,
+            finding,
+            closed,
+        )
+    if len(asked) > 1:
+        raise InputError(
+            f"findings answered yes or no and questions with other answers ({', '.join(asked)}) cannot stand side by side; take the rows of one task"
+        )
     classes = list(map(str, tasks[asked[0]]['choices']))
-    return Samples(rows, (label[:, None] == np.array(classes, object)).astype(float), classes, closed=closed)
+    return Samples(
+        rows, (label[:, None] == np.array(classes, object)).astype(float), classes, closed=closed
+    )
 
 # %% ../../nbs/43d_clip.ssa.ipynb #5a797564
 def _rates(said, truth, weights):
     "Statistic of sensitivity, then specificity, R rows each: mean over classes of weighted rates. `said` (S, n, C), `truth` (n, C)."
     S, n, C = said.shape
     known, y = ~np.isnan(truth), truth == 1
-    dead = (np.isnan(said) & known).any(1).T                                                    # (C, S): no decision could be made
-    hit = np.stack([(said == 1) & y, (said == 0) & known & ~y], 0)                              # (2, S, n, C)
-    sums = np.concatenate([np.moveaxis(hit, 2, 0).reshape(n, 2*S, C), y[:, None], (known & ~y)[:, None]], 1).astype(float).reshape(n, -1)
-    lost = (dead @ (weights != 0).T.astype(float)) > 0                                          # (C, R)
+    dead = (np.isnan(said) & known).any(1).T  # (C, S): no decision could be made
+    hit = np.stack([(said == 1) & y, (said == 0) & known & ~y], 0)  # (2, S, n, C)
+    sums = (
+        np.concatenate(
+            [np.moveaxis(hit, 2, 0).reshape(n, 2 * S, C), y[:, None], (known & ~y)[:, None]], 1
+        )
+        .astype(float)
+        .reshape(n, -1)
+    )
+    lost = (dead @ (weights != 0).T.astype(float)) > 0  # (C, R)
+
     def of(t):
-        t = t.reshape(*t.shape[:-1], 2*S + 2, C)
-        rate = [np.divide(t[..., m*S:(m + 1)*S, :], d := t[..., [2*S + m], :], out=np.full(t[..., :S, :].shape, np.nan), where=d > 0) for m in (0, 1)]
-        values = np.stack([weights @ r for r in rate], -3)                                      # (..., 2, R, C)
+        t = t.reshape(*t.shape[:-1], 2 * S + 2, C)
+        rate = [
+            np.divide(
+                t[..., m * S : (m + 1) * S, :],
+                d := t[..., [2 * S + m], :],
+                out=np.full(t[..., :S, :].shape, np.nan),
+                where=d > 0,
+            )
+            for m in (0, 1)
+        ]
+        values = np.stack([weights @ r for r in rate], -3)  # (..., 2, R, C)
         values = np.where(lost.T, np.nan, values)
         there = np.isfinite(values)
-        return (np.where(there, values, 0).sum(-1)/np.where(there.any(-1), there.sum(-1), np.nan)).reshape(*t.shape[:-2], -1)
+        return (
+            np.where(there, values, 0).sum(-1) / np.where(there.any(-1), there.sum(-1), np.nan)
+        ).reshape(*t.shape[:-2], -1)
+
     spread = np.abs(weights).sum(1)
-    low = np.tile(np.where(weights.min(1) < 0, -spread/2, 0), 2); high = np.tile(np.where(weights.min(1) < 0, spread/2, 1), 2)
+    low = np.tile(np.where(weights.min(1) < 0, -spread / 2, 0), 2)
+    high = np.tile(np.where(weights.min(1) < 0, spread / 2, 1), 2)
     used = np.repeat(np.column_stack([y.any(1), (known & ~y).any(1)]), len(weights), 1)
-    return Statistic(sums, of, tuple(map(str, range(2*len(weights)))), np.column_stack([low, high]), used)
+    return Statistic(
+        sums, of, tuple(map(str, range(2 * len(weights)))), np.column_stack([low, high]), used
+    )
+
 
 def ssa_metrics(
-    said:np.ndarray,   # (S, n, C) answers at each asking: 1, 0, NaN
-    samples:Samples,   # of the n rows
-    plan:Design,       # of the S askings
-    model:str='model', # name in the table
-    minimum:int=10,    # fewest rows that a number may rest on
-    **how,             # n_boot, level, seed of the resampling
-)->pd.DataFrame:       # metrics table with order, step, added
+    said: np.ndarray,  # (S, n, C) answers at each asking: 1, 0, NaN
+    samples: Samples,  # of the n rows
+    plan: Design,  # of the S askings
+    model: str = 'model',  # name in the table
+    minimum: int = 10,  # fewest rows that a number may rest on
+    **how,  # n_boot, level, seed of the resampling
+) -> pd.DataFrame:  # metrics table with order, step, added
     "From answers to numbers with intervals over patients."
     unique, back = np.unique(plan.weights, axis=0, return_inverse=True)
     patients, C = samples.table.patient_id.to_numpy(), len(samples.classes)
-    measured = lambda i: _rates(said[:, :, i], samples.truth[:, i], unique).bootstrap(patients, **how)
+    measured = lambda i: _rates(said[:, :, i], samples.truth[:, i], unique).bootstrap(
+        patients, **how
+    )
     found = {f'class={c}': measured([i]) for i, c in enumerate(samples.classes)}
-    if C > 1: found['all'] = _mean_of(found.values(), measured(list(range(C))), minimum, samples.closed)
+    if C > 1:
+        found['all'] = _mean_of(found.values(), measured(list(range(C))), minimum, samples.closed)
     parts = []
     for group, ci in found.items():
         ci = suppress(ci, minimum=minimum)
         for m, metric in enumerate(('sensitivity', 'specificity')):
-            at = m*len(unique) + back.ravel()
-            take = lambda v: np.broadcast_to(v, 2*len(unique))[at]                              # noqa: B023
-            parts.append(plan.rows.assign(model=model, metric=[metric + f'_{w}'*bool(w) for w in plan.rows.what], subgroup=group, value=take(ci.value), ci_low=take(ci.low), ci_high=take(ci.high),
-                                          n=take(ci.n), n_clusters=take(ci.n_clusters), note=[str(x) for x in take(ci.note)]))
-    return pd.concat(parts, ignore_index=True)[['model', 'metric', 'arm', 'subgroup', 'value', 'ci_low', 'ci_high', 'n', 'n_clusters', 'note', 'order', 'step', 'added']]
+            at = m * len(unique) + back.ravel()
+            take = lambda v: np.broadcast_to(v, 2 * len(unique))[at]  # noqa: B023
+            parts.append(
+                plan.rows.assign(
+                    model=model,
+                    metric=[metric + f'_{w}' * bool(w) for w in plan.rows.what],
+                    subgroup=group,
+                    value=take(ci.value),
+                    ci_low=take(ci.low),
+                    ci_high=take(ci.high),
+                    n=take(ci.n),
+                    n_clusters=take(ci.n_clusters),
+                    note=[str(x) for x in take(ci.note)],
+                )
+            )
+    return pd.concat(parts, ignore_index=True)[
+        [
+            'model',
+            'metric',
+            'arm',
+            'subgroup',
+            'value',
+            'ci_low',
+            'ci_high',
+            'n',
+            'n_clusters',
+            'note',
+            'order',
+            'step',
+            'added',
+        ]
+    ]
+
 
 def _mean_of(classes, mean, minimum, closed):
     "The mean over classes, its note naming how many rest on too few rows; blank where all do, or where credentialed numbers could be worked out from it."
     n = np.stack([np.broadcast_to(c.n, np.shape(mean.value)) for c in classes])
     used, few = (n > 0).sum(0), ((n > 0) & (n < minimum)).sum(0)
     hide = (few > 0) & (closed | (few == used))
-    note = [f"suppressed: {k} of {u} classes rest on n < {minimum}" if h else f"{old or 'mean over classes'}{f'; {k} of {u} rest on n < {minimum}' if k else ''}" for k, u, h, old in zip(few, used, hide, np.broadcast_to(mean.note, hide.shape))]
+    note = [
+        f"suppressed: {k} of {u} classes rest on n < {minimum}"
+        if h
+        else f"{old or 'mean over classes'}{f'; {k} of {u} rest on n < {minimum}' if k else ''}"
+        for k, u, h, old in zip(few, used, hide, np.broadcast_to(mean.note, hide.shape))
+    ]
     blank = lambda v: np.where(hide, np.nan, v)
     count = lambda v: np.where(hide & closed, 0, v)
     low, high = _still_ends(classes, mean)
-    return replace(mean, value=blank(mean.value), low=blank(low), high=blank(high), n_effective=blank(mean.n_effective), n=count(mean.n), n_clusters=count(mean.n_clusters), note=np.array(note, object))
+    return replace(
+        mean,
+        value=blank(mean.value),
+        low=blank(low),
+        high=blank(high),
+        n_effective=blank(mean.n_effective),
+        n=count(mean.n),
+        n_clusters=count(mean.n_clusters),
+        note=np.array(note, object),
+    )
+
 
 def _still_ends(classes, mean):
     "Ends of the mean over classes; where no resample differs, the mean of the classes' own exact bounds, since few may stand behind one of them."
@@ -182,53 +324,110 @@ def _still_ends(classes, mean):
     known = np.isfinite(at('low'))
     own = lambda name: np.where(known, at(name), 0).sum(0) / np.maximum(known.sum(0), 1)
     still = still & known.any(0)
-    return np.where(still, np.minimum(mean.low, own('low')), mean.low), np.where(still, np.maximum(mean.high, own('high')), mean.high)
+    return np.where(still, np.minimum(mean.low, own('low')), mean.low), np.where(
+        still, np.maximum(mean.high, own('high')), mean.high
+    )
 
 # %% ../../nbs/43d_clip.ssa.ipynb #6de6672c
 def ssa(
-    ask,                 # (table, known columns) -> predictions; e.g. from `clip_asker` or `vlm_asker`
-    samples,             # `Films`, a cohort table, or its `Holding`
-    steps,               # columns to add one after another, in the order of main interest
-    wording:str='fixed', # 'fixed': facts are told in the order of `steps`; 'added': in the order in which they were added
-    most_orders:int=24,  # all orders up to this many, else about this many
-    base:str='image',    # what is there from the start
-    model:str='',        # name in the table; '' takes the asker's
-    minimum:int=10,      # fewest rows that a number may rest on
-    seed:int=0,          # of the orders drawn and of the resampling
-    show:bool=False,     # a bar on stderr
-    **how,               # n_boot, level of the resampling
-)->pd.DataFrame:         # metrics table: sensitivity, specificity, and each with _change, _effect, _first, _last, _order; order, step, added
+    ask,  # (table, known columns) -> predictions; e.g. from `clip_asker` or `vlm_asker`
+    samples,  # `Films`, a cohort table, or its `Holding`
+    steps,  # columns to add one after another, in the order of main interest
+    wording: str = 'fixed',  # 'fixed': facts are told in the order of `steps`; 'added': in the order in which they were added
+    most_orders: int = 24,  # all orders up to this many, else about this many
+    base: str = 'image',  # what is there from the start
+    model: str = '',  # name in the table; '' takes the asker's
+    minimum: int = 10,  # fewest rows that a number may rest on
+    seed: int = 0,  # of the orders drawn and of the resampling
+    show: bool = False,  # a bar on stderr
+    **how,  # n_boot, level of the resampling
+) -> pd.DataFrame:  # metrics table: sensitivity, specificity, and each with _change, _effect, _first, _last, _order; order, step, added
     "Sequential sensitivity analysis. `InputError` lists the columns there are where one is missing; it says where one is empty or withheld in every row."
     held, orders = samples_of(samples), addition_orders(steps, most_orders, seed)
     facts = facts_of(held.table, orders[0])
-    if empty := [s for s in orders[0] if not any(s in f for f in facts)]: raise InputError(_nothing_in(empty[0], held.table))
+    if empty := [s for s in orders[0] if not any(s in f for f in facts)]:
+        raise InputError(_nothing_in(empty[0], held.table))
     plan = design(orders[0], orders, wording, base)
     said = _ask_all(ask, held, plan.known, show)
-    out = ssa_metrics(said, held, plan, model or getattr(ask, 'name', '') or 'model', minimum, seed=seed, **how)
-    if wording == 'added' and len(orders) > 1: out = pd.concat([out, _wording_row(ask, said, held, plan, out.model[0], minimum, seed, how)], ignore_index=True)
-    known = {s: shown(sum(s in f for f in facts), 'credentialed' if held.closed else 'open') for s in orders[0]}
+    out = ssa_metrics(
+        said, held, plan, model or getattr(ask, 'name', '') or 'model', minimum, seed=seed, **how
+    )
+    if wording == 'added' and len(orders) > 1:
+        out = pd.concat(
+            [out, _wording_row(ask, said, held, plan, out.model[0], minimum, seed, how)],
+            ignore_index=True,
+        )
+    known = {
+        s: shown(sum(s in f for f in facts), 'credentialed' if held.closed else 'open')
+        for s in orders[0]
+    }
     out = validate(out, 'metrics')
-    out.attrs = dict(kind='ssa', steps=list(orders[0]), wording=wording, base=base, classes=held.classes, n_orders=len(orders), of_orders=math.factorial(len(orders[0])), known=known, n=len(held.table), seed=seed)
+    out.attrs = dict(
+        kind='ssa',
+        steps=list(orders[0]),
+        wording=wording,
+        base=base,
+        classes=held.classes,
+        n_orders=len(orders),
+        of_orders=math.factorial(len(orders[0])),
+        known=known,
+        n=len(held.table),
+        seed=seed,
+    )
     return out
+
 
 def _nothing_in(column, table):
     "Why a column tells nothing, and what to do."
-    if not (table[column] == WITHHELD).any(): return f'column {column!r} is empty in all {len(table)} rows; nothing would be added'
+    if not (table[column] == WITHHELD).any():
+        return f'column {column!r} is empty in all {len(table)} rows; nothing would be added'
     return f"column {column!r} is withheld in all {len(table)} rows, since its values are too rare to be shown; name a coarser column, such as {'age_band' if column == 'age' else 'a band of it'}"
+
 
 def _ask_all(ask, held, known, show):
     "(S, n, C) answers, one asking after the other."
     bar = progress(known, 'askings') if show else None
-    try: return np.stack([held.place(ask(held.table, k)) for k in bar or known])
+    try:
+        return np.stack([held.place(ask(held.table, k)) for k in bar or known])
     finally:
-        if bar is not None: bar.close()   # an error's message gets a line of its own
+        if bar is not None:
+            bar.close()  # an error's message gets a line of its own
+
 
 def _wording_row(ask, said, held, plan, model, minimum, seed, how):
     "How often the answer with all inputs depends on the order in which they were told; no number where the asker's words do not follow the order."
     full = [k for k in plan.known if len(k) == max(map(len, plan.known))]
     answers = np.nan_to_num(said[[plan.known.index(k) for k in full]], nan=-1)
-    ci = suppress(proportion((answers != answers[0]).any((0, 2)), name='order_flips').bootstrap(held.table.patient_id.to_numpy(), seed=seed, **how), minimum=minimum)
+    ci = suppress(
+        proportion((answers != answers[0]).any((0, 2)), name='order_flips').bootstrap(
+            held.table.patient_id.to_numpy(), seed=seed, **how
+        ),
+        minimum=minimum,
+    )
     note = ci.note or 'rows whose answer with all inputs is not the same in all orders'
-    if (say := getattr(ask, 'say', None)) and len({tuple(map(say, facts_of(held.table, k))) for k in full}) == 1:
-        ci, note = replace(ci, value=np.nan, low=np.nan, high=np.nan), 'not measured: the words are the same in every order; make the asker with say=in_order'
-    return pd.DataFrame([dict(model=model, metric='order_flips', arm='all inputs', subgroup='all', value=ci.value, ci_low=ci.low, ci_high=ci.high, n=ci.n, n_clusters=ci.n_clusters, note=note, order=-1, step=-1, added='')])
+    if (say := getattr(ask, 'say', None)) and len(
+        {tuple(map(say, facts_of(held.table, k))) for k in full}
+    ) == 1:
+        ci, note = (
+            replace(ci, value=np.nan, low=np.nan, high=np.nan),
+            'not measured: the words are the same in every order; make the asker with say=in_order',
+        )
+    return pd.DataFrame(
+        [
+            dict(
+                model=model,
+                metric='order_flips',
+                arm='all inputs',
+                subgroup='all',
+                value=ci.value,
+                ci_low=ci.low,
+                ci_high=ci.high,
+                n=ci.n,
+                n_clusters=ci.n_clusters,
+                note=note,
+                order=-1,
+                step=-1,
+                added='',
+            )
+        ]
+    )

@@ -12,76 +12,106 @@ from dataclasses import dataclass
 
 from ..core import InputError, RunError
 from .losses import LOSSES, clamped_scale, fits_prompt, same_group
-from .processes import average_gradients, gather_embeddings, gather_rows, my_rows, world
+from smsbench.clip.processes import (
+    average_gradients,
+    gather_embeddings,
+    gather_rows,
+    my_rows,
+    world,
+)
 
 # %% ../../nbs/41b_clip.steps.ipynb #66bb73ee
-PRECISIONS = {'fp32': None, 'bf16': 'bfloat16', 'fp16': 'float16'} # name -> dtype of matrix products; fp16 needs a `torch.amp.GradScaler`
+PRECISIONS = {
+    'fp32': None,
+    'bf16': 'bfloat16',
+    'fp16': 'float16',
+}  # name -> dtype of matrix products; fp16 needs a `torch.amp.GradScaler`
 
 # %% ../../nbs/41b_clip.steps.ipynb #4d9f27d6
 def autocast(
-    device,               # where the model lies
-    precision:str='fp32', # a key of `PRECISIONS`
-):                        # context manager, fresh for each pass
+    device,  # where the model lies
+    precision: str = 'fp32',  # a key of `PRECISIONS`
+):  # context manager, fresh for each pass
     "The precision of a forward pass; `InputError` for an unknown one."
     import torch
-    if precision not in PRECISIONS: raise InputError(f"no precision {precision!r}; choose from {', '.join(PRECISIONS)}")
+
+    if precision not in PRECISIONS:
+        raise InputError(f"no precision {precision!r}; choose from {', '.join(PRECISIONS)}")
     kind = PRECISIONS[precision]
-    return torch.autocast(torch.device(device).type, dtype=kind and getattr(torch, kind), enabled=kind is not None, cache_enabled=False)
+    return torch.autocast(
+        torch.device(device).type,
+        dtype=kind and getattr(torch, kind),
+        enabled=kind is not None,
+        cache_enabled=False,
+    )
 
 # %% ../../nbs/41b_clip.steps.ipynb #e71b117f
 def learning_towers(
-    model,     # open_clip model
-)->dict:       # 'image' | 'text' -> whether any of its weights learns
+    model,  # open_clip model
+) -> dict:  # 'image' | 'text' -> whether any of its weights learns
     "Which towers learn."
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    return dict(image=any(n.startswith('visual.') for n in names), text=any(not n.startswith(('visual.', 'logit_')) for n in names))
+    return dict(
+        image=any(n.startswith('visual.') for n in names),
+        text=any(not n.startswith(('visual.', 'logit_')) for n in names),
+    )
 
 # %% ../../nbs/41b_clip.steps.ipynb #95978043
 def encoder(
-    model,     # open_clip model
-    tower:str, # 'image' or 'text'
-    precision:str='fp32', # a key of `PRECISIONS`
-):             # f(pixels (b,3,S,S), token ids (b,T) or unit embeddings (b,D)) -> (b,D) float32 unit vectors on the model's device
+    model,  # open_clip model
+    tower: str,  # 'image' or 'text'
+    precision: str = 'fp32',  # a key of `PRECISIONS`
+):  # f(pixels (b,3,S,S), token ids (b,T) or unit embeddings (b,D)) -> (b,D) float32 unit vectors on the model's device
     "Encode a chunk with one tower; what is an embedding already passes through."
     from torch.nn.functional import normalize
+
     device, encode = model.logit_scale.device, getattr(model, f'encode_{tower}')
+
     def run(chunk):
         chunk = chunk.to(device, non_blocking=True)
-        if chunk.ndim == 2 and chunk.is_floating_point(): return chunk.float()
-        with autocast(device, precision): out = encode(chunk)
+        if chunk.ndim == 2 and chunk.is_floating_point():
+            return chunk.float()
+        with autocast(device, precision):
+            out = encode(chunk)
         return normalize(out.float(), dim=-1)
+
     return run
 
 # %% ../../nbs/41b_clip.steps.ipynb #22aaed44
 def hold_statistics(
-    model,     # in training mode; changed in place
-)->int:        # how many layers of batch normalisation there are
+    model,  # in training mode; changed in place
+) -> int:  # how many layers of batch normalisation there are
     "Batch normalisation uses the statistics it came with, and keeps them; call it after every `model.train()`."
     norms = [m.eval() for m in _batch_norms(model)]
     return len(norms)
 
+
 def _batch_norms(model):
     import torch
+
     return [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
 
 # %% ../../nbs/41b_clip.steps.ipynb #0720b935
 def require_whole_batches(
-    model,      # in training mode
-    chunks:int, # in how many parts a batch is encoded
+    model,  # in training mode
+    chunks: int,  # in how many parts a batch is encoded
 ):
     "`InputError` where layers of batch normalisation would learn from parts of a batch."
     if (chunks > 1 or world()[1] > 1) and any(m.training for m in _batch_norms(model)):
-        raise InputError('batch normalisation would see chunks or processes instead of the batch; hold its statistics (--set batch_norm=hold), or train in one chunk and one process')
+        raise InputError(
+            'batch normalisation would see chunks or processes instead of the batch; hold its statistics (--set batch_norm=hold), or train in one chunk and one process'
+        )
 
 # %% ../../nbs/41b_clip.steps.ipynb #25d66180
 def encode_cached(
-    encode,       # f(chunk) -> (b,D) tensor
-    items,        # (B,...) tensor: what to encode
-    chunks:int,   # in how many parts
-    device='cpu', # whose random numbers are remembered, beside the CPU's
-):                # ((B,D) embeddings that collect a gradient, function to call once they have it)
+    encode,  # f(chunk) -> (b,D) tensor
+    items,  # (B,...) tensor: what to encode
+    chunks: int,  # in how many parts
+    device='cpu',  # whose random numbers are remembered, beside the CPU's
+):  # ((B,D) embeddings that collect a gradient, function to call once they have it)
     "Encode without graph now; the function encodes again, chunk by chunk with the same random numbers, and hands the gradient on."
     import torch
+
     parts, states, out = items.tensor_split(chunks), [], []
     cards = [torch.device(device)] if torch.device(device).type == 'cuda' else []
     with torch.no_grad():
@@ -89,87 +119,130 @@ def encode_cached(
             states.append((torch.get_rng_state(), [torch.cuda.get_rng_state(c) for c in cards]))
             out.append(encode(part))
     embeddings = torch.cat(out).requires_grad_()
+
     def again():
         with torch.random.fork_rng(cards):
-            for part, (state, on_cards), grad in zip(parts, states, embeddings.grad.split([len(p) for p in parts]), strict=True):
+            for part, (state, on_cards), grad in zip(
+                parts, states, embeddings.grad.split([len(p) for p in parts]), strict=True
+            ):
                 torch.set_rng_state(state)
-                for c, s in zip(cards, on_cards, strict=True): torch.cuda.set_rng_state(s, c)
+                for c, s in zip(cards, on_cards, strict=True):
+                    torch.cuda.set_rng_state(s, c)
                 encode(part).backward(grad)
+
     return embeddings, again
 
 # %% ../../nbs/41b_clip.steps.ipynb #56aa72ac
 def batch_positives(
-    batch,     # joint batch: 'groups' (B,) or (B,G) codes; or 'labels' (B,C), 'asked' (B,) and 'answer' (B,); or both; or neither
-):             # (B,B) bool tensor, or None: the diagonal
+    batch,  # joint batch: 'groups' (B,) or (B,G) codes; or 'labels' (B,C), 'asked' (B,) and 'answer' (B,); or both; or neither
+):  # (B,B) bool tensor, or None: the diagonal
     "Which image (row) fits which text (column): as `same_group`, or as `fits_prompt`."
     found = [same_group(batch['groups'])] if 'groups' in batch else []
-    if 'asked' in batch: found.append(fits_prompt(batch['labels'], batch['asked'], batch['answer']))
+    if 'asked' in batch:
+        found.append(fits_prompt(batch['labels'], batch['asked'], batch['answer']))
     return (found[0] | found[-1]) if found else None
 
 # %% ../../nbs/41b_clip.steps.ipynb #402ec3b4
 def adamw(
-    params,           # parameters, or groups of them with their own lr and weight_decay
-    lr:float=1e-4,    # learning rate of groups that name none
-    weight_decay:float=0., # of groups that name none
-    betas:tuple=(.9, .98), # decay of the running means of the gradient and of its square
-    eps:float=1e-6,   # added to the denominator
-):                    # torch optimizer
+    params,  # parameters, or groups of them with their own lr and weight_decay
+    lr: float = 1e-4,  # learning rate of groups that name none
+    weight_decay: float = 0.0,  # of groups that name none
+    betas: tuple = (0.9, 0.98),  # decay of the running means of the gradient and of its square
+    eps: float = 1e-6,  # added to the denominator
+):  # torch optimizer
     "Fused AdamW (Loshchilov & Hutter 2019) with the constants of CLIP training."
     import torch
-    return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True)
+
+    return torch.optim.AdamW(
+        params, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True
+    )
 
 # %% ../../nbs/41b_clip.steps.ipynb #3efd46b8
 @dataclass(frozen=True)
 class Step:
     "What one step found."
-    loss:float      # of the joint batch, before the step
-    grad_norm:float # length of the gradient of all weights of the optimizer, before clipping
-    scale:float     # that multiplied the cosines
-    pairs:int       # in the joint batch, over all processes
-    skipped:bool    # fp16 only: a gradient overflowed, the weights stayed and the scaler tries a smaller factor
+
+    loss: float  # of the joint batch, before the step
+    grad_norm: float  # length of the gradient of all weights of the optimizer, before clipping
+    scale: float  # that multiplied the cosines
+    pairs: int  # in the joint batch, over all processes
+    skipped: bool  # fp16 only: a gradient overflowed, the weights stayed and the scaler tries a smaller factor
 
 # %% ../../nbs/41b_clip.steps.ipynb #9734a954
 def train_step(
-    model,                    # open_clip model in training mode, wrapped for distributed training or not; its weights change
-    batch:dict,               # 'pixels' (B,3,S,S) or (B,D) embeddings, 'text' (B,T) token ids or (B,D) embeddings; what `match` reads beside; on any device
-    optimizer,                # torch optimizer over the weights that learn
-    loss='info_nce',          # a key of `LOSSES`, or f(image, text, scale, bias, positives, rows) -> 0-d tensor
-    chunks:int=1,             # encode in so many parts: more of them need less memory and one more forward pass
-    precision:str='fp32',     # a key of `PRECISIONS`
-    scaler=None,              # `torch.amp.GradScaler`, kept over the steps: needed for fp16
-    clip_norm:float|None=None,# longest gradient allowed, over all weights of the optimizer; None: any
-    most_scale:float|None=100., # bound of the scale; None: none, for a model that was trained beyond it
-    match=batch_positives,    # f(joint batch) -> (B,B) positives or None: the diagonal
-)->Step:                      # what it found
+    model,  # open_clip model in training mode, wrapped for distributed training or not; its weights change
+    batch: dict,  # 'pixels' (B,3,S,S) or (B,D) embeddings, 'text' (B,T) token ids or (B,D) embeddings; what `match` reads beside; on any device
+    optimizer,  # torch optimizer over the weights that learn
+    loss='info_nce',  # a key of `LOSSES`, or f(image, text, scale, bias, positives, rows) -> 0-d tensor
+    chunks: int = 1,  # encode in so many parts: more of them need less memory and one more forward pass
+    precision: str = 'fp32',  # a key of `PRECISIONS`
+    scaler=None,  # `torch.amp.GradScaler`, kept over the steps: needed for fp16
+    clip_norm: float
+    | None = None,  # longest gradient allowed, over all weights of the optimizer; None: any
+    most_scale: float
+    | None = 100.0,  # bound of the scale; None: none, for a model that was trained beyond it
+    match=batch_positives,  # f(joint batch) -> (B,B) positives or None: the diagonal
+) -> Step:  # what it found
     "One optimisation step on the joint batch of all processes; `InputError` for what cannot be trained, `RunError` for a loss that is no number, weights untouched."
     import torch
+
     net = getattr(model, 'module', model)
     device, learns = net.logit_scale.device, learning_towers(net)
     size = _checked(net, batch, loss, learns, chunks, precision, scaler)
     rows, pairs = my_rows(size, device)
     optimizer.zero_grad(set_to_none=True)
     image, text, again = _embed(net, batch, learns, chunks, precision, device)
-    rest = {k: gather_rows(v.to(device)) for k, v in batch.items() if k not in ('pixels', 'text') and isinstance(v, torch.Tensor) and v.ndim}
+    rest = {
+        k: gather_rows(v.to(device))
+        for k, v in batch.items()
+        if k not in ('pixels', 'text') and isinstance(v, torch.Tensor) and v.ndim
+    }
     scale = clamped_scale(net.logit_scale, most_scale)
-    value = (LOSSES[loss] if isinstance(loss, str) else loss)(gather_embeddings(image), gather_embeddings(text), scale, getattr(net, 'logit_bias', None), match(rest), rows)
+    value = (LOSSES[loss] if isinstance(loss, str) else loss)(
+        gather_embeddings(image),
+        gather_embeddings(text),
+        scale,
+        getattr(net, 'logit_bias', None),
+        match(rest),
+        rows,
+    )
     (value if scaler is None else scaler.scale(value)).backward()
-    for replay in again: replay()
+    for replay in again:
+        replay()
     average_gradients(net)
-    return _update(net, optimizer, value.detach(), scale.detach(), pairs, scaler, clip_norm, most_scale)
+    return _update(
+        net, optimizer, value.detach(), scale.detach(), pairs, scaler, clip_norm, most_scale
+    )
 
 # %% ../../nbs/41b_clip.steps.ipynb #20fdb936
 def _checked(net, batch, loss, learns, chunks, precision, scaler):
     "Samples of a batch that can be trained on."
     import torch
-    if missing := {'pixels', 'text'} - batch.keys(): raise InputError(f"the batch has no {' and no '.join(sorted(missing))}; give pixels and text")
+
+    if missing := {'pixels', 'text'} - batch.keys():
+        raise InputError(
+            f"the batch has no {' and no '.join(sorted(missing))}; give pixels and text"
+        )
     sizes = {k: len(v) for k, v in batch.items() if isinstance(v, torch.Tensor) and v.ndim}
     size = sizes['pixels']
-    if len(set(sizes.values())) > 1 or not size: raise InputError(f'the batch holds {sizes}; every entry needs the same number of samples, one at least')
-    if not 1 <= chunks <= size: raise InputError(f'{chunks} chunks of a batch of {size}; take 1 to {size}')
-    if torch.is_autocast_enabled(net.logit_scale.device.type): raise InputError('a step sets its own precision; call it outside autocast and pass precision=')
-    if precision == 'fp16' and scaler is None: raise InputError('fp16 without a gradient scaler loses small gradients; pass scaler=torch.amp.GradScaler(), or train in bf16')
-    if isinstance(loss, str) and loss not in LOSSES: raise InputError(f"no loss {loss!r}; choose from {', '.join(LOSSES)}")
-    if not any(learns.values()): raise InputError('no tower of the model learns; unlock one')
+    if len(set(sizes.values())) > 1 or not size:
+        raise InputError(
+            f'the batch holds {sizes}; every entry needs the same number of samples, one at least'
+        )
+    if not 1 <= chunks <= size:
+        raise InputError(f'{chunks} chunks of a batch of {size}; take 1 to {size}')
+    if torch.is_autocast_enabled(net.logit_scale.device.type):
+        raise InputError(
+            'a step sets its own precision; call it outside autocast and pass precision='
+        )
+    if precision == 'fp16' and scaler is None:
+        raise InputError(
+            'fp16 without a gradient scaler loses small gradients; pass scaler=torch.amp.GradScaler(), or train in bf16'
+        )
+    if isinstance(loss, str) and loss not in LOSSES:
+        raise InputError(f"no loss {loss!r}; choose from {', '.join(LOSSES)}")
+    if not any(learns.values()):
+        raise InputError('no tower of the model learns; unlock one')
     require_whole_batches(net, chunks)
     return size
 
@@ -177,6 +250,7 @@ def _checked(net, batch, loss, learns, chunks, precision, scaler):
 def _embed(net, batch, learns, chunks, precision, device):
     "Embeddings of images and texts, and what is to be called once they have gradients."
     import torch
+
     out, again = [], []
     for tower, key in (('image', 'pixels'), ('text', 'text')):
         encode = encoder(net, tower, precision)
@@ -184,7 +258,8 @@ def _embed(net, batch, learns, chunks, precision, device):
             value, replay = encode_cached(encode, batch[key], chunks, device)
             again.append(replay)
         else:
-            with torch.set_grad_enabled(learns[tower]): value = torch.cat([encode(p) for p in batch[key].tensor_split(chunks)])
+            with torch.set_grad_enabled(learns[tower]):
+                value = torch.cat([encode(p) for p in batch[key].tensor_split(chunks)])
         out.append(value)
     return *out, again
 
@@ -192,14 +267,29 @@ def _embed(net, batch, learns, chunks, precision, device):
 def _update(net, optimizer, loss, scale, pairs, scaler, clip_norm, most_scale):
     "Unscale, clip, look, step, bound the scale."
     import torch
+
     params = [p for g in optimizer.param_groups for p in g['params'] if p.grad is not None]
-    if scaler is not None: scaler.unscale_(optimizer)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     loss, norm, scale = torch.stack([gather_rows(loss.reshape(1)).mean(), norm, scale]).tolist()
-    if not math.isfinite(loss): raise RunError(f'the loss is {loss} at scale {scale:.4g}; weights are as before this step: lower the learning rate, clip gradients (clip_norm=1), or use bf16 or fp32 in place of fp16')
-    if scaler is None and not math.isfinite(norm): raise RunError(f'the gradient is {norm} at loss {loss:.4g}; weights are as before this step: lower the learning rate, or use fp32')
-    if clip_norm is not None: torch.nn.utils.clip_grads_with_norm_(params, clip_norm, torch.tensor(norm, device=params[0].device))
-    if scaler is None: optimizer.step()
-    else: scaler.step(optimizer); scaler.update()
-    with torch.no_grad(): net.logit_scale.clamp_(0, None if most_scale is None else math.log(most_scale))
+    if not math.isfinite(loss):
+        raise RunError(
+            f'the loss is {loss} at scale {scale:.4g}; weights are as before this step: lower the learning rate, clip gradients (clip_norm=1), or use bf16 or fp32 in place of fp16'
+        )
+    if scaler is None and not math.isfinite(norm):
+        raise RunError(
+            f'the gradient is {norm} at loss {loss:.4g}; weights are as before this step: lower the learning rate, or use fp32'
+        )
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(
+            params, clip_norm, torch.tensor(norm, device=params[0].device)
+        )
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    with torch.no_grad():
+        net.logit_scale.clamp_(0, None if most_scale is None else math.log(most_scale))
     return Step(loss, norm, scale, pairs, not math.isfinite(norm))

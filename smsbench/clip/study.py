@@ -12,16 +12,40 @@ from typing import NamedTuple
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, Run, content_hash, read_table, table_hash, validate, write_table
+from smsbench.core import (
+    InputError,
+    Run,
+    content_hash,
+    read_table,
+    table_hash,
+    validate,
+    write_table,
+)
 from .data import WITHHELD, Films, check_films, films_of, read_films
 from .evaluate import choose_thresholds, classification_metrics, evaluate
 from .explain import explain_many, target
-from .faithfulness import cascade, cascade_metrics, curve_areas, faithfulness_metrics, iou_curves, perturbation_curves
+from smsbench.clip.faithfulness import (
+    cascade,
+    cascade_metrics,
+    curve_areas,
+    faithfulness_metrics,
+    iou_curves,
+    perturbation_curves,
+)
 from .models import Clip
 from .probe import embed, knn_probe, linear_probe
 from .prompts import prompts_for
 from .facts import facts_of
-from .readers import Readings, agreement, agreement_metrics, between_readers, film_marks, finding_names, named_films, place_marks
+from smsbench.clip.readers import (
+    Readings,
+    agreement,
+    agreement_metrics,
+    between_readers,
+    film_marks,
+    finding_names,
+    named_films,
+    place_marks,
+)
 from .space import space_metrics
 from .towers import shuffled, stages
 from .settings import LOOSE, TrainSettings
@@ -29,212 +53,385 @@ from .train import Trained, train
 
 # %% ../../nbs/45_clip.study.ipynb #2d95d1e8
 def open_films(
-    path,           # cohort file, as `smsbench cohort` writes it
-    root='',        # folder of the images; '' takes the cohort's own
-    findings=(),    # tasks to take; () takes all
-    by:str='',      # column whose values are the classes, instead of the tasks
-    splits=None,    # split file, as `smsbench split` writes it; None takes the cohort's own
-    conflicts:str='error', # or 'drop', see `films_of`
-)->Films:
+    path,  # cohort file, as `smsbench cohort` writes it
+    root='',  # folder of the images; '' takes the cohort's own
+    findings=(),  # tasks to take; () takes all
+    by: str = '',  # column whose values are the classes, instead of the tasks
+    splits=None,  # split file, as `smsbench split` writes it; None takes the cohort's own
+    conflicts: str = 'error',  # or 'drop', see `films_of`
+) -> Films:
     "The pictures of a cohort file; `InputError` as in `films_of`."
     from smsbench.data.splits import apply_splits, read_splits
+
     cohort = read_table(path, 'cohort')
-    if splits is not None: attrs, cohort = cohort.attrs, apply_splits(cohort, read_splits(splits)); cohort.attrs = attrs
+    if splits is not None:
+        attrs, cohort = cohort.attrs, apply_splits(cohort, read_splits(splits))
+        cohort.attrs = attrs
     return films_of(cohort, tuple(findings) or None, by, conflicts=conflicts, root=str(root or ''))
 
 # %% ../../nbs/45_clip.study.ipynb #18a5f6a5
 def told_columns(
-    films:Films, # who is asked
-    columns,     # names of columns that are to be told one after another
-)->list:         # the same
+    films: Films,  # who is asked
+    columns,  # names of columns that are to be told one after another
+) -> list:  # the same
     "Columns that say something; `InputError` for one that is missing, withheld or empty in every row."
     facts = facts_of(films.table, columns := list(columns))
     for c in columns:
-        if any(c in f for f in facts): continue
-        if films.table[c].eq(WITHHELD).any(): raise InputError(f'column {c!r} is withheld: its values would tell who somebody is; leave it out of the steps')
+        if any(c in f for f in facts):
+            continue
+        if films.table[c].eq(WITHHELD).any():
+            raise InputError(
+                f'column {c!r} is withheld: its values would tell who somebody is; leave it out of the steps'
+            )
         raise InputError(f'column {c!r} is empty in every row; leave it out of the steps')
     return columns
 
 # %% ../../nbs/45_clip.study.ipynb #ed55a430
 def same_classes(
-    films:Films, # trained on
-    other:Films, # measured
+    films: Films,  # trained on
+    other: Films,  # measured
 ):
     "`InputError` where two cohorts do not ask the same."
-    if films.kind != other.kind: raise InputError(f'the external cohort is {other.kind}, the one to train on {films.kind}; both must ask the same')
-    if set(films.classes) != set(other.classes): raise InputError(f"the external cohort has the classes {', '.join(other.classes)}, the one to train on {', '.join(films.classes)}; build both with the same findings")
+    if films.kind != other.kind:
+        raise InputError(
+            f'the external cohort is {other.kind}, the one to train on {films.kind}; both must ask the same'
+        )
+    if set(films.classes) != set(other.classes):
+        raise InputError(
+            f"the external cohort has the classes {', '.join(other.classes)}, the one to train on {', '.join(films.classes)}; build both with the same findings"
+        )
 
 # %% ../../nbs/45_clip.study.ipynb #dc57f4f5
 def study_config(
-    kind:str,   # which run
-    clip:Clip,  # the model as it came
-    films:Films, # all films
-    settings:TrainSettings|None=None, # how it is trained; None: not at all
-    **more,     # JSON-ready, what else decides the numbers
-)->dict:        # for `Run.freeze`
+    kind: str,  # which run
+    clip: Clip,  # the model as it came
+    films: Films,  # all films
+    settings: TrainSettings | None = None,  # how it is trained; None: not at all
+    **more,  # JSON-ready, what else decides the numbers
+) -> dict:  # for `Run.freeze`
     "What decides the numbers of a study."
-    how = None if settings is None else {k: v for k, v in asdict(settings).items() if k not in LOOSE}
-    seen = table_hash(pd.concat([films.table[['film_id', 'split']], films.targets.add_suffix('_class')], axis=1))
-    return dict(kind=kind, weights=clip.info['weights_sha'], films=seen, classes=list(films.classes), prompts=content_hash(str(prompts_for(films))), settings=how, **more)
+    how = (
+        None if settings is None else {k: v for k, v in asdict(settings).items() if k not in LOOSE}
+    )
+    seen = table_hash(
+        pd.concat([films.table[['film_id', 'split']], films.targets.add_suffix('_class')], axis=1)
+    )
+    return dict(
+        kind=kind,
+        weights=clip.info['weights_sha'],
+        films=seen,
+        classes=list(films.classes),
+        prompts=content_hash(str(prompts_for(films))),
+        settings=how,
+        **more,
+    )
 
 # %% ../../nbs/45_clip.study.ipynb #a30af784
 def probe_metrics(
-    clip:Clip,   # a loaded model
-    films:Films, # with the splits named below
-    train:str='train', # split to fit
-    val:str='val',     # split that chooses
-    test:str='test',   # split that is measured
-    **how,       # model, minimum, n_boot, level, seed of `classification_metrics`
-)->pd.DataFrame: # metrics table, arms linear_probe and knn
+    clip: Clip,  # a loaded model
+    films: Films,  # with the splits named below
+    train: str = 'train',  # split to fit
+    val: str = 'val',  # split that chooses
+    test: str = 'test',  # split that is measured
+    **how,  # model, minimum, n_boot, level, seed of `classification_metrics`
+) -> pd.DataFrame:  # metrics table, arms linear_probe and knn
     "What frozen embeddings hold; `InputError` where splits share patients."
     parts = [embed(clip, films.of(s)) for s in (train, val, test)]
     tested, watched = films.of(test), films.of(val)
-    def measured(scores, arm): # function of embeddings
-        limits = choose_thresholds(scores(parts[1].x), watched.targets, watched.table.patient_id) if films.kind == 'multilabel' else None
-        return classification_metrics(scores(parts[2].x), tested.targets, tested.table.patient_id, limits, arm=arm, kind=films.kind, **{'model': clip.name, **how})
-    found = [measured(linear_probe(*parts[:2]).scores, 'linear_probe'), measured(lambda x: knn_probe(*parts[:2], x), 'knn')]
+
+    def measured(scores, arm):  # function of embeddings
+        limits = (
+            choose_thresholds(scores(parts[1].x), watched.targets, watched.table.patient_id)
+            if films.kind == 'multilabel'
+            else None
+        )
+        return classification_metrics(
+            scores(parts[2].x),
+            tested.targets,
+            tested.table.patient_id,
+            limits,
+            arm=arm,
+            kind=films.kind,
+            **{'model': clip.name, **how},
+        )
+
+    found = [
+        measured(linear_probe(*parts[:2]).scores, 'linear_probe'),
+        measured(lambda x: knn_probe(*parts[:2], x), 'knn'),
+    ]
     return validate(pd.concat(found, ignore_index=True), 'metrics')
 
 # %% ../../nbs/45_clip.study.ipynb #7a18acac
 class Benchmark(NamedTuple):
     "What `benchmark` found."
-    metrics: pd.DataFrame # metrics table: arms zero_shot, linear_probe, knn, trained, and embedding per model
-    before: object        # `Evaluated`, the model as it came
-    after: object         # `Evaluated`, the trained one; None where nothing was trained
-    trained: object       # `Trained`; None where nothing was trained
-    spaces: dict          # model -> `Embedded` test films
+
+    metrics: (
+        pd.DataFrame
+    )  # metrics table: arms zero_shot, linear_probe, knn, trained, and embedding per model
+    before: object  # `Evaluated`, the model as it came
+    after: object  # `Evaluated`, the trained one; None where nothing was trained
+    trained: object  # `Trained`; None where nothing was trained
+    spaces: dict  # model -> `Embedded` test films
 
 # %% ../../nbs/45_clip.study.ipynb #da154cda
 def benchmark(
-    clip:Clip,              # the model as it came, in fp32; training changes it
-    films:Films,            # with splits train, val and test
-    out,                    # run directory; started again, training goes on where it stopped
-    settings:TrainSettings|None=None, # how to train; None trains nothing
-    prompts:dict|None=None, # None takes the default ones
-    test:str='test',        # split that is measured
-    n_boot:int=1000,        # resamples of patients
-    minimum:int=10,         # fewest films a number may rest on
-    seed:int=0,             # of the resampling
-)->Benchmark:
+    clip: Clip,  # the model as it came, in fp32; training changes it
+    films: Films,  # with splits train, val and test
+    out,  # run directory; started again, training goes on where it stopped
+    settings: TrainSettings | None = None,  # how to train; None trains nothing
+    prompts: dict | None = None,  # None takes the default ones
+    test: str = 'test',  # split that is measured
+    n_boot: int = 1000,  # resamples of patients
+    minimum: int = 10,  # fewest films a number may rest on
+    seed: int = 0,  # of the resampling
+) -> Benchmark:
     "Zero-shot, probe, training and zero-shot again; metrics.parquet is written at the end."
-    run, prompts, how = Run(out), prompts_for(films) if prompts is None else prompts, dict(n_boot=n_boot, minimum=minimum, seed=seed)
-    val, first = (settings.val_split if settings else 'val'), (settings.train_split if settings else 'train')
-    before = evaluate(clip, films, run/'before', prompts, val=val, test=test, **how)
-    tables, spaces = [before.metrics, probe_metrics(clip, films, first, val, test, **how)], {clip.name: embed(clip, films.of(test))}
+    run, prompts, how = (
+        Run(out),
+        prompts_for(films) if prompts is None else prompts,
+        dict(n_boot=n_boot, minimum=minimum, seed=seed),
+    )
+    val, first = (
+        (settings.val_split if settings else 'val'),
+        (settings.train_split if settings else 'train'),
+    )
+    before = evaluate(clip, films, run / 'before', prompts, val=val, test=test, **how)
+    tables, spaces = (
+        [before.metrics, probe_metrics(clip, films, first, val, test, **how)],
+        {clip.name: embed(clip, films.of(test))},
+    )
     fitted = after = None
     if settings is not None:
-        fitted = train(films, clip, settings, run/'training', prompts)
+        fitted = train(films, clip, settings, run / 'training', prompts)
         best = best_of(fitted, clip)
-        after = evaluate(best, films, run/'after', prompts, val=val, test=test, **how)
-        tables.append(after.metrics.assign(arm='trained')); spaces[best.name] = embed(best, films.of(test))
-    tables += [space_metrics(e, name, minimum, min(n_boot, 200), seed=seed) for name, e in spaces.items()]
+        after = evaluate(best, films, run / 'after', prompts, val=val, test=test, **how)
+        tables.append(after.metrics.assign(arm='trained'))
+        spaces[best.name] = embed(best, films.of(test))
+    tables += [
+        space_metrics(e, name, minimum, min(n_boot, 200), seed=seed) for name, e in spaces.items()
+    ]
     metrics = validate(pd.concat(tables, ignore_index=True), 'metrics')
-    write_table(metrics, run/'metrics.parquet', 'metrics')
+    write_table(metrics, run / 'metrics.parquet', 'metrics')
     return Benchmark(metrics, before, after, fitted, spaces)
 
 # %% ../../nbs/45_clip.study.ipynb #8a18c9d7
 def best_of(
-    fitted:Trained, # from `train`
-    clip:Clip,      # the model as it came
-)->Clip:
+    fitted: Trained,  # from `train`
+    clip: Clip,  # the model as it came
+) -> Clip:
     "The weights that were kept, under a name that says whether training made them."
-    return replace(fitted.clip(str(clip.device)), name=f"{clip.name}, {'trained' if fitted.epoch else 'kept as it came'}")
+    return replace(
+        fitted.clip(str(clip.device)),
+        name=f"{clip.name}, {'trained' if fitted.epoch else 'kept as it came'}",
+    )
 
 # %% ../../nbs/45_clip.study.ipynb #a3ec1a5e
 class Marked(NamedTuple):
     "Films with marks, and the marks."
-    films: Films       # those that have a mark of a class that is present
-    images: list       # their pixels
-    readings: Readings # marks laid on them, one row per film, finding and reader
+
+    films: Films  # those that have a mark of a class that is present
+    images: list  # their pixels
+    readings: Readings  # marks laid on them, one row per film, finding and reader
 
 # %% ../../nbs/45_clip.study.ipynb #b1d2d5d1
 _UNTOLD = 'no mark fits a film of this split and a finding that it has; names are not told of credentialed data'
 
+
 def marked_films(
-    films:Films,      # of one split
-    marks=None,       # from `read_marks`; None takes the boxes of the cohort
-    names=None,       # a reader's word for a finding -> the cohort's; case, blanks and underscores do not matter
-    limit:int=0,      # most films; 0: all
-    seed:int=0,       # decides which, where there is a limit
-)->Marked:
+    films: Films,  # of one split
+    marks=None,  # from `read_marks`; None takes the boxes of the cohort
+    names=None,  # a reader's word for a finding -> the cohort's; case, blanks and underscores do not matter
+    limit: int = 0,  # most films; 0: all
+    seed: int = 0,  # decides which, where there is a limit
+) -> Marked:
     "Which films somebody marked; `InputError` where none is."
     held = film_marks(films) if marks is None else marks
-    finding_names((), names, films.classes)                      # a translation that leads nowhere is told before films are read
-    if marks is not None and not len(held): raise InputError('the file of marks holds no mark; check that its rows are filled in')
+    finding_names(
+        (), names, films.classes
+    )  # a translation that leads nowhere is told before films are read
+    if marks is not None and not len(held):
+        raise InputError('the file of marks holds no mark; check that its rows are filled in')
     at = named_films(held, films.table)
     open_data = films.attrs.get('access') == 'open'
-    if not at: raise InputError('no film of this split is marked; choose another split, or give a file of marks' if marks is None else f'none of {len(held)} marks is of a film of this split; the first names {held.film.iat[0]!r}' if open_data else _UNTOLD)
-    some, broken = check_films(films.take(at)); images = list(read_films(some))
+    if not at:
+        raise InputError(
+            'no film of this split is marked; choose another split, or give a file of marks'
+            if marks is None
+            else f'none of {len(held)} marks is of a film of this split; the first names {held.film.iat[0]!r}'
+            if open_data
+            else _UNTOLD
+        )
+    some, broken = check_films(films.take(at))
+    images = list(read_films(some))
     lost = _marks_of(held, films.take(at).table, set(broken.film_id))
-    try: read = place_marks(held[~held.film.isin(lost.film)], some.table, [x.shape for x in images], names, films.classes)
-    except InputError as e: raise e if open_data else InputError(_UNTOLD) from None
+    try:
+        read = place_marks(
+            held[~held.film.isin(lost.film)],
+            some.table,
+            [x.shape for x in images],
+            names,
+            films.classes,
+        )
+    except InputError as e:
+        raise e if open_data else InputError(_UNTOLD) from None
     place = {f: k for k, f in enumerate(some.table.film_id)}
-    fits = np.array([f in films.classes and some.targets[f].iat[place[i]] == 1 for i, f in zip(read.table.film_id, read.table.finding)], bool)
-    left = read.table[~fits].assign(film=lambda t: t.film_id, reason='the film does not have that finding, or it is no class')[['film', 'finding', 'reader', 'row', 'reason']]
-    if not fits.any(): raise InputError(_UNTOLD if not open_data else f"no mark is of a finding that its film has; the classes are {', '.join(films.classes)}, the marks of {', '.join(sorted(set(read.table.finding))[:6])}")
-    keep = sorted(set(read.table.film_id[fits]), key=lambda f: content_hash(seed, f))[:limit or None]
+    fits = np.array(
+        [
+            f in films.classes and some.targets[f].iat[place[i]] == 1
+            for i, f in zip(read.table.film_id, read.table.finding)
+        ],
+        bool,
+    )
+    left = read.table[~fits].assign(
+        film=lambda t: t.film_id, reason='the film does not have that finding, or it is no class'
+    )[['film', 'finding', 'reader', 'row', 'reason']]
+    if not fits.any():
+        raise InputError(
+            _UNTOLD
+            if not open_data
+            else f"no mark is of a finding that its film has; the classes are {', '.join(films.classes)}, the marks of {', '.join(sorted(set(read.table.finding))[:6])}"
+        )
+    keep = sorted(set(read.table.film_id[fits]), key=lambda f: content_hash(seed, f))[
+        : limit or None
+    ]
     fits &= read.table.film_id.isin(keep).to_numpy()
     at = [place[f] for f in keep]
-    return Marked(some.take(at), [images[k] for k in at], Readings(read.table[fits].reset_index(drop=True), [m for m, f in zip(read.masks, fits) if f], pd.concat([read.excluded, left, lost], ignore_index=True)))
+    return Marked(
+        some.take(at),
+        [images[k] for k in at],
+        Readings(
+            read.table[fits].reset_index(drop=True),
+            [m for m, f in zip(read.masks, fits) if f],
+            pd.concat([read.excluded, left, lost], ignore_index=True),
+        ),
+    )
+
 
 def _marks_of(marks, table, broken):
     "Marks on films that cannot be read, as rows of what is left out."
-    names = {n for n in set(marks.film) if any(table.film_id.iat[i] in broken for i in named_films(marks[marks.film == n].head(1), table))}
-    return marks.loc[marks.film.isin(names), ['film', 'finding', 'reader', 'row']].assign(reason='the film cannot be read')
+    names = {
+        n
+        for n in set(marks.film)
+        if any(
+            table.film_id.iat[i] in broken
+            for i in named_films(marks[marks.film == n].head(1), table)
+        )
+    }
+    return marks.loc[marks.film.isin(names), ['film', 'finding', 'reader', 'row']].assign(
+        reason='the film cannot be read'
+    )
 
 # %% ../../nbs/45_clip.study.ipynb #08d86667
 class Explained(NamedTuple):
     "What `explain_films` found."
-    metrics: pd.DataFrame # metrics table: localisation per map, finding and reader; between readers; deletion and insertion
-    rows: pd.DataFrame    # localisation per film, reader and map
+
+    metrics: pd.DataFrame  # metrics table: localisation per map, finding and reader; between readers; deletion and insertion
+    rows: pd.DataFrame  # localisation per film, reader and map
     curves: pd.DataFrame  # deletion and insertion per film and order
-    iou: pd.DataFrame     # IoU of region and map over thresholds, see `smsbench.clip.faithfulness.iou_curves`
-    marked: Marked        # what was explained
-    maps: dict            # (film_id, finding) -> `Explanation`
-    cascade: pd.DataFrame # metrics table: likeness of the maps while the weights are shuffled from the top down; empty where not asked for
+    iou: (
+        pd.DataFrame
+    )  # IoU of region and map over thresholds, see `smsbench.clip.faithfulness.iou_curves`
+    marked: Marked  # what was explained
+    maps: dict  # (film_id, finding) -> `Explanation`
+    cascade: pd.DataFrame  # metrics table: likeness of the maps while the weights are shuffled from the top down; empty where not asked for
 
 # %% ../../nbs/45_clip.study.ipynb #5ea0fabd
 def explain_films(
-    clip:Clip,               # a loaded model
-    marked:Marked,           # from `marked_films`
-    method:str='gradcam',    # key of `smsbench.clip.explain.METHODS`
-    prompts:dict|None=None,  # None takes the default ones
-    n_curves:int=20,         # maps whose deletion and insertion curves are drawn
-    n_cascade:int=0,         # maps that are followed while the weights are shuffled from the top down
-    n_boot:int=1000,         # resamples of patients
-    seed:int=0,              # of shuffled weights and random orders; decides which maps are followed
-    layer:str='',            # Grad-CAM: another module of the image tower
-    show:bool=False,         # progress bar
-)->Explained:
+    clip: Clip,  # a loaded model
+    marked: Marked,  # from `marked_films`
+    method: str = 'gradcam',  # key of `smsbench.clip.explain.METHODS`
+    prompts: dict | None = None,  # None takes the default ones
+    n_curves: int = 20,  # maps whose deletion and insertion curves are drawn
+    n_cascade: int = 0,  # maps that are followed while the weights are shuffled from the top down
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of shuffled weights and random orders; decides which maps are followed
+    layer: str = '',  # Grad-CAM: another module of the image tower
+    show: bool = False,  # progress bar
+) -> Explained:
     "Maps of marked films, where they lie, and whether they hold the answer; `RunError` where no map can be judged."
     prompts = prompts_for(marked.films) if prompts is None else prompts
     about, images, asked = _cases(clip, marked, prompts)
-    how, keys = dict(method=method, layer=layer, empty='keep'), list(zip(about.film_id, about.finding))
+    how, keys = (
+        dict(method=method, layer=layer, empty='keep'),
+        list(zip(about.film_id, about.finding)),
+    )
     maps = explain_many(clip, images, asked, show=show, **how)
-    held, blind = dict(zip(keys, maps)), dict(zip(keys, explain_many(shuffled(clip, list(stages(clip))[-1], seed), images, asked, **how)))
+    held, blind = (
+        dict(zip(keys, maps)),
+        dict(
+            zip(
+                keys,
+                explain_many(shuffled(clip, list(stages(clip))[-1], seed), images, asked, **how),
+            )
+        ),
+    )
     rows = agreement(marked.readings, held, dict(shuffled=blind), smooth=True)
     full = [i for i in fair_order(about, seed) if not maps[i].empty]
-    def of(some): return dict(images=[images[i] for i in some], maps=[maps[i] for i in some], text=[asked[i] for i in some], about=about.iloc[some], seed=seed)
+
+    def of(some):
+        return dict(
+            images=[images[i] for i in some],
+            maps=[maps[i] for i in some],
+            text=[asked[i] for i in some],
+            about=about.iloc[some],
+            seed=seed,
+        )
+
     curves = perturbation_curves(clip, **of(full[:n_curves]))
-    metrics = [agreement_metrics(rows, between_readers(marked.readings), clip.name, n_boot), faithfulness_metrics(curve_areas(curves), clip.name, ('finding',), n_boot)]
-    fading = cascade_metrics(cascade(clip, **of(full[:n_cascade]), layer=layer), clip.name, n_boot) if n_cascade else pd.DataFrame()
-    return Explained(validate(pd.concat(metrics, ignore_index=True), 'metrics'), rows, curves, _over_thresholds(marked.readings, held, blind, n_boot), marked, held, fading)
+    metrics = [
+        agreement_metrics(rows, between_readers(marked.readings), clip.name, n_boot),
+        faithfulness_metrics(curve_areas(curves), clip.name, ('finding',), n_boot),
+    ]
+    fading = (
+        cascade_metrics(cascade(clip, **of(full[:n_cascade]), layer=layer), clip.name, n_boot)
+        if n_cascade
+        else pd.DataFrame()
+    )
+    return Explained(
+        validate(pd.concat(metrics, ignore_index=True), 'metrics'),
+        rows,
+        curves,
+        _over_thresholds(marked.readings, held, blind, n_boot),
+        marked,
+        held,
+        fading,
+    )
+
 
 def _cases(clip, marked, prompts):
     "A row, an image and a target per film and finding that is marked on it."
-    about = marked.readings.table[['film_id', 'patient_id', 'finding']].drop_duplicates(['film_id', 'finding']).reset_index(drop=True)
-    place, known = {f: k for k, f in enumerate(marked.films.table.film_id)}, {c: target_of(clip, prompts[c]) for c in set(about.finding)}
-    return about, [marked.images[place[f]] for f in about.film_id], [known[c] for c in about.finding]
+    about = (
+        marked.readings.table[['film_id', 'patient_id', 'finding']]
+        .drop_duplicates(['film_id', 'finding'])
+        .reset_index(drop=True)
+    )
+    place, known = (
+        {f: k for k, f in enumerate(marked.films.table.film_id)},
+        {c: target_of(clip, prompts[c]) for c in set(about.finding)},
+    )
+    return (
+        about,
+        [marked.images[place[f]] for f in about.film_id],
+        [known[c] for c in about.finding],
+    )
+
 
 def _over_thresholds(readings, held, blind, n_boot):
     keys = list(zip(readings.table.film_id, readings.table.finding))
-    return iou_curves([held[k] for k in keys], readings.masks, readings.table, dict(shuffled=[blind[k] for k in keys]), True, n_boot)
+    return iou_curves(
+        [held[k] for k in keys],
+        readings.masks,
+        readings.table,
+        dict(shuffled=[blind[k] for k in keys]),
+        True,
+        n_boot,
+    )
 
 # %% ../../nbs/45_clip.study.ipynb #95805e22
 def fair_order(
-    about:pd.DataFrame, # film_id, finding
-    seed:int=0,         # another seed, another order
-)->list:                # places of all rows
+    about: pd.DataFrame,  # film_id, finding
+    seed: int = 0,  # another seed, another order
+) -> list:  # places of all rows
     "An order that nobody chose: the findings take turns, and within a finding the hash decides."
     hashed = pd.Series([content_hash(seed, f, c) for f, c in zip(about.film_id, about.finding)])
     turn = hashed.groupby(about.finding.to_numpy()).rank()
@@ -242,8 +439,8 @@ def fair_order(
 
 # %% ../../nbs/45_clip.study.ipynb #71b1b239
 def target_of(
-    clip:Clip,    # a loaded model
-    sides:dict,   # positive=(...), and negative=(...) for a finding
-):                # `smsbench.clip.explain.Target`
+    clip: Clip,  # a loaded model
+    sides: dict,  # positive=(...), and negative=(...) for a finding
+):  # `smsbench.clip.explain.Target`
     "What a map of a class explains: its sentences against those for its absence."
     return target(clip, tuple(sides['positive']), tuple(sides.get('negative', ())))

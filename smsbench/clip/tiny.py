@@ -19,60 +19,125 @@ small large new unchanged pleural effusion fluid air airspace opacity consolidat
 fracture fibrosis emphysema thickening hernia mediastinum costophrenic angles sharp blunted implanted device devices hardware wall support focal cough fever pain dyspnea trauma
 yes negative positive suggesting consistent suggests organ brain abdomen ct mri scan eye orbital'''.split()
 
-def tiny_words(): # no arguments
+
+def tiny_words():  # no arguments
     "A BERT tokenizer that knows a radiologist's commonest words and spells the rest; the same at every call."
     import string
     from transformers import BertTokenizerFast
+
     marks = string.ascii_lowercase + string.digits + string.punctuation
-    words = dict.fromkeys([*'[PAD] [UNK] [CLS] [SEP] [MASK]'.split(), *marks, *(f'##{c}' for c in marks), *_WORDS])
+    words = dict.fromkeys(
+        [*'[PAD] [UNK] [CLS] [SEP] [MASK]'.split(), *marks, *(f'##{c}' for c in marks), *_WORDS]
+    )
     return BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, do_lower_case=True)
 
 # %% ../../nbs/39_clip.tiny.ipynb #7c6ef7f1
-def _vit(pool, proj='linear'): return dict(timm_model_name='test_vit', timm_model_pretrained=False, timm_pool=pool, timm_proj=proj)
-_OWN = dict(context_length=48, hf_tokenizer_name='tiny', width=32, heads=2, layers=2, pool_type='eos', eos_id=3)      # open_clip's text transformer over the words above
-_BERT = dict(context_length=48, hf_tokenizer_name='tiny', hf_model_name='tiny', hf_proj_type='mlp', hf_pooler_type='cls_last_hidden_state_pooler')
+def _vit(pool, proj='linear'):
+    return dict(
+        timm_model_name='test_vit', timm_model_pretrained=False, timm_pool=pool, timm_proj=proj
+    )
+
+
+_OWN = dict(
+    context_length=48,
+    hf_tokenizer_name='tiny',
+    width=32,
+    heads=2,
+    layers=2,
+    pool_type='eos',
+    eos_id=3,
+)  # open_clip's text transformer over the words above
+_BERT = dict(
+    context_length=48,
+    hf_tokenizer_name='tiny',
+    hf_model_name='tiny',
+    hf_proj_type='mlp',
+    hf_pooler_type='cls_last_hidden_state_pooler',
+)
 TINY_CLIP = {
-    'native': dict(embed_dim=32, vision_cfg=dict(patch_size=8, width=48, layers=3, head_width=16), text_cfg=dict(context_length=48, width=8, heads=2, layers=2)),
+    'native': dict(
+        embed_dim=32,
+        vision_cfg=dict(patch_size=8, width=48, layers=3, head_width=16),
+        text_cfg=dict(context_length=48, width=8, heads=2, layers=2),
+    ),
     'timm-hf': dict(embed_dim=32, vision_cfg=_vit(''), text_cfg=_BERT),
     'timm-native': dict(embed_dim=32, vision_cfg=_vit('avg'), text_cfg=_OWN),
-    'siglip': dict(embed_dim=64, init_logit_bias=-10., init_logit_scale=2.302585, custom_text=True, vision_cfg=_vit('map', 'none'),
-                   text_cfg=_OWN | dict(no_causal_mask=True, proj_bias=True, pool_type='last')),
-    'resnet': dict(embed_dim=32, vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=64), text_cfg=_OWN),
-} # kind -> open_clip configuration without sizes
+    'siglip': dict(
+        embed_dim=64,
+        init_logit_bias=-10.0,
+        init_logit_scale=2.302585,
+        custom_text=True,
+        vision_cfg=_vit('map', 'none'),
+        text_cfg=_OWN | dict(no_causal_mask=True, proj_bias=True, pool_type='last'),
+    ),
+    'resnet': dict(
+        embed_dim=32, vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=64), text_cfg=_OWN
+    ),
+}  # kind -> open_clip configuration without sizes
 
 # %% ../../nbs/39_clip.tiny.ipynb #a9cfd496
 def tiny_clip(
-    folder,           # where to; made if missing
-    kind:str='timm-hf', # a key of `TINY_CLIP`
-    seed:int=0,       # of the weights
-    size:int=64,      # height and width of the image that the model takes, in pixels; a multiple of 32
-)->Path:              # the folder
+    folder,  # where to; made if missing
+    kind: str = 'timm-hf',  # a key of `TINY_CLIP`
+    seed: int = 0,  # of the weights
+    size: int = 64,  # height and width of the image that the model takes, in pixels; a multiple of 32
+) -> Path:  # the folder
     "Save a random CLIP checkpoint of `kind` in open_clip's local-dir layout, under half a million weights; `InputError` for another kind or size."
-    if kind not in TINY_CLIP: raise InputError(f"no tiny CLIP of kind {kind!r}; choose from {', '.join(TINY_CLIP)}")
-    if size < 32 or size % 32: raise InputError(f'an image size of {size}: a tiny CLIP takes a multiple of 32 pixels')
-    folder, config = Path(folder), json.loads(json.dumps(TINY_CLIP[kind]))     # a copy
+    if kind not in TINY_CLIP:
+        raise InputError(f"no tiny CLIP of kind {kind!r}; choose from {', '.join(TINY_CLIP)}")
+    if size < 32 or size % 32:
+        raise InputError(f'an image size of {size}: a tiny CLIP takes a multiple of 32 pixels')
+    folder, config = Path(folder), json.loads(json.dumps(TINY_CLIP[kind]))  # a copy
     folder.mkdir(parents=True, exist_ok=True)
     config['vision_cfg']['image_size'], text = size, config['text_cfg']
     if 'hf_tokenizer_name' in text:
         words = tiny_words()
         words.save_pretrained(folder)
-        if 'hf_model_name' in text: _bert(len(words)).save_pretrained(folder)
-        else: text['vocab_size'] = len(words)
-    (folder/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=config, preprocess_cfg=dict(resize_mode='shortest')), indent=1))
+        if 'hf_model_name' in text:
+            _bert(len(words)).save_pretrained(folder)
+        else:
+            text['vocab_size'] = len(words)
+    (folder / 'open_clip_config.json').write_text(
+        json.dumps(dict(model_cfg=config, preprocess_cfg=dict(resize_mode='shortest')), indent=1)
+    )
     _save_weights(folder, text, seed)
     return folder
 
+
 def _bert(n):
     from transformers import BertConfig
-    return BertConfig(vocab_size=n, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, max_position_embeddings=64, pad_token_id=0)
+
+    return BertConfig(
+        vocab_size=n,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+
 
 def _save_weights(folder, text, seed):
     import logging, open_clip, torch
     from safetensors.torch import save_file
-    here, quiet = dict(text_cfg=text | dict(hf_model_name=str(folder), hf_model_pretrained=False)) if 'hf_model_name' in text else {}, logging.root.manager.disable
+
+    here, quiet = (
+        dict(text_cfg=text | dict(hf_model_name=str(folder), hf_model_pretrained=False))
+        if 'hf_model_name' in text
+        else {},
+        logging.root.manager.disable,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        logging.disable(logging.WARNING)   # open_clip warns that the weights are random
-        try: model = open_clip.create_model(f'local-dir:{folder}', load_weights=False, pretrained_text=False, **here)
-        finally: logging.disable(quiet)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder/'open_clip_model.safetensors')
+        logging.disable(logging.WARNING)  # open_clip warns that the weights are random
+        try:
+            model = open_clip.create_model(
+                f'local-dir:{folder}', load_weights=False, pretrained_text=False, **here
+            )
+        finally:
+            logging.disable(quiet)
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()},
+        folder / 'open_clip_model.safetensors',
+    )

@@ -14,76 +14,122 @@ def _native(visual, pixels, project):
     "open_clip's vision transformer: behind the last norm, without the class token."
     x = visual.transformer(visual._embeds(pixels))
     if visual.attn_pool is not None:
-        if project: raise InputError('the patches of a tower whose attention pools into several queries (CoCa) have no place among its embeddings; take them with project=False')
+        if project:
+            raise InputError(
+                'the patches of a tower whose attention pools into several queries (CoCa) have no place among its embeddings; take them with project=False'
+            )
         return x[:, 1:]
     x = x[:, 1:] if visual.final_ln_after_pool and not project else visual.ln_post(x)[:, 1:]
     return x @ visual.proj if project and visual.proj is not None else x
+
 
 def _timm(visual, pixels, project):
     "A timm trunk: (B, patches, D)."
     trunk = visual.trunk
     f = trunk.forward_features(pixels)
-    if f.ndim == 4:                                                       # convolutions, and windows without a class token
-        cells = f.flatten(1, 2) if getattr(trunk, 'output_fmt', 'NCHW') == 'NHWC' else f.flatten(2).transpose(1, 2)
-        return _each(lambda t: visual.head(trunk.forward_head(t[:, None, None] if getattr(trunk, 'output_fmt', 'NCHW') == 'NHWC' else t[:, :, None, None])), cells) if project else cells
-    x = f[:, getattr(trunk, 'num_prefix_tokens', 0):]
-    if not project: return x
-    if getattr(trunk, 'attn_pool', None) is not None: x = _each(lambda t: trunk.attn_pool(t[:, None]), x)
-    for name in ('fc_norm', 'head_drop', 'head'): x = getattr(trunk, name, lambda t: t)(x)
+    if f.ndim == 4:  # convolutions, and windows without a class token
+        cells = (
+            f.flatten(1, 2)
+            if getattr(trunk, 'output_fmt', 'NCHW') == 'NHWC'
+            else f.flatten(2).transpose(1, 2)
+        )
+        return (
+            _each(
+                lambda t: visual.head(
+                    trunk.forward_head(
+                        t[:, None, None]
+                        if getattr(trunk, 'output_fmt', 'NCHW') == 'NHWC'
+                        else t[:, :, None, None]
+                    )
+                ),
+                cells,
+            )
+            if project
+            else cells
+        )
+    x = f[:, getattr(trunk, 'num_prefix_tokens', 0) :]
+    if not project:
+        return x
+    if getattr(trunk, 'attn_pool', None) is not None:
+        x = _each(lambda t: trunk.attn_pool(t[:, None]), x)
+    for name in ('fc_norm', 'head_drop', 'head'):
+        x = getattr(trunk, name, lambda t: t)(x)
     return visual.head(x)
+
 
 def _resnet(visual, pixels, project):
     "open_clip's ResNet: the cells of its last stage."
     x = visual.stem(pixels)
-    for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4): x = stage(x)
+    for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+        x = stage(x)
     x, pool = x.flatten(2).transpose(1, 2), visual.attnpool
     return pool.c_proj(pool.v_proj(x + pool.positional_embedding[1:].to(x.dtype))) if project else x
 
-def _each(f, x): return f(x.flatten(0, 1)).unflatten(0, x.shape[:2])   # each token of (B,N,D) as a batch entry
+
+def _each(f, x):
+    return f(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # each token of (B,N,D) as a batch entry
+
 
 _PATCHES = dict(native=_native, timm=_timm, resnet=_resnet)
 
+
 def patch_tokens(
-    clip:Clip,         # a loaded model
-    pixels,            # (B,3,S,S) tensor from `to_pixels`
-    project:bool=True, # into the space of the embeddings? else what enters the pooling
-):                     # (B, rows, columns, D) tensor; gradients flow where they are on
+    clip: Clip,  # a loaded model
+    pixels,  # (B,3,S,S) tensor from `to_pixels`
+    project: bool = True,  # into the space of the embeddings? else what enters the pooling
+):  # (B, rows, columns, D) tensor; gradients flow where they are on
     "One vector per patch; `InputError` for a tower whose patches cannot be projected, or form no grid."
     rows, columns = grid_of(clip)[:2]
-    if getattr(getattr(clip.model.visual, 'head', None), 'pool', None) is not None and project: raise InputError(f'{clip.name}: patches behind an attention pooling of timm (abs_attn, rot_attn) have no place among its embeddings; take them with project=False')
+    if getattr(getattr(clip.model.visual, 'head', None), 'pool', None) is not None and project:
+        raise InputError(
+            f'{clip.name}: patches behind an attention pooling of timm (abs_attn, rot_attn) have no place among its embeddings; take them with project=False'
+        )
     x = _PATCHES[towers(clip.model)[0]](clip.model.visual, pixels, project)
-    if x.shape[1] != rows*columns: raise InputError(f'{clip.name}: {x.shape[1]} patches do not fill its grid of {rows} x {columns}')
+    if x.shape[1] != rows * columns:
+        raise InputError(
+            f'{clip.name}: {x.shape[1]} patches do not fill its grid of {rows} x {columns}'
+        )
     return x.unflatten(1, (rows, columns))
 
 # %% ../../nbs/40b_clip.tokens.ipynb #49a9fefb
 def text_mask(
-    clip:Clip, # a loaded model
-    ids,       # (B,T) long tensor from `clip.tokenize`
-):             # (B,T) bool tensor: text with its start and end tokens, without padding
+    clip: Clip,  # a loaded model
+    ids,  # (B,T) long tensor from `clip.tokenize`
+):  # (B,T) bool tensor: text with its start and end tokens, without padding
     "Which tokens are the text."
     import torch
-    if towers(clip.model)[1] == 'hf': return ids != clip.model.text.config.pad_token_id
+
+    if towers(clip.model)[1] == 'hf':
+        return ids != clip.model.text.config.pad_token_id
     words = getattr(clip.tokenize, 'tokenizer', None)
-    if words is None: return torch.arange(ids.shape[1], device=ids.device)[None] <= ids.argmax(-1, keepdim=True)
+    if words is None:
+        return torch.arange(ids.shape[1], device=ids.device)[None] <= ids.argmax(-1, keepdim=True)
     padding = ids == words.pad_token_id
-    return ~padding if words.pad_token_id != words.eos_token_id else padding.cumsum(1) - padding.long() == 0
+    return (
+        ~padding
+        if words.pad_token_id != words.eos_token_id
+        else padding.cumsum(1) - padding.long() == 0
+    )
 
 # %% ../../nbs/40b_clip.tokens.ipynb #b0003b81
 def text_tokens(
-    clip:Clip,         # a loaded model
-    ids,               # (B,T) long tensor from `clip.tokenize`, on the model's device
-    project:bool=True, # into the space of the embeddings? else the last hidden states
-):                     # (B,T,D) tensor and (B,T) bool tensor; the latter is `text_mask`
+    clip: Clip,  # a loaded model
+    ids,  # (B,T) long tensor from `clip.tokenize`, on the model's device
+    project: bool = True,  # into the space of the embeddings? else the last hidden states
+):  # (B,T,D) tensor and (B,T) bool tensor; the latter is `text_mask`
     "One vector per token; gradients flow where they are on."
     mask, text = text_mask(clip, ids), getattr(clip.model, 'text', clip.model)
     if towers(clip.model)[1] == 'hf':
         x = text.transformer(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return text.proj(x) if project else x, mask
-    if hasattr(text, '_embeds'):                                          # a text transformer of its own; its class token, if any, is last
+    if hasattr(text, '_embeds'):  # a text transformer of its own; its class token, if any, is last
         x, attend = text._embeds(ids)
-        x = text.transformer(x, attn_mask=attend)[:, :ids.shape[1]]
-    else:                                                                 # its layers lie on the model itself
+        x = text.transformer(x, attn_mask=attend)[:, : ids.shape[1]]
+    else:  # its layers lie on the model itself
         kind = text.transformer.get_cast_dtype()
-        x = text.transformer(text.token_embedding(ids).to(kind) + text.positional_embedding.to(kind), attn_mask=text.attn_mask)
+        x = text.transformer(
+            text.token_embedding(ids).to(kind) + text.positional_embedding.to(kind),
+            attn_mask=text.attn_mask,
+        )
     x, last = text.ln_final(x), text.text_projection
     return x if not project or last is None else last(x) if callable(last) else x @ last, mask

@@ -18,98 +18,176 @@ from .models import Clip, grid_of
 @dataclass(frozen=True, eq=False)
 class Tower:
     "What an explanation must know of an image tower."
-    visual:object   # the tower, a torch module
-    blocks:tuple    # its attention blocks, first to last; () for a convolutional tower
-    layer:str       # name of the module in it on which Grad-CAM is read
-    grid:tuple|None # rows and columns of patches; None: the feature map says it
-    prefix:int      # tokens before the first patch
-    pool:str        # 'token', 'average', 'attention', or another name: how tokens become one vector
+
+    visual: object  # the tower, a torch module
+    blocks: tuple  # its attention blocks, first to last; () for a convolutional tower
+    layer: str  # name of the module in it on which Grad-CAM is read
+    grid: tuple | None  # rows and columns of patches; None: the feature map says it
+    prefix: int  # tokens before the first patch
+    pool: str  # 'token', 'average', 'attention', or another name: how tokens become one vector
 
 # %% ../../nbs/43g_clip.towers.ipynb #bcdc7cb6
 def tower_of(
-    clip:Clip, # a loaded model
-)->Tower:
+    clip: Clip,  # a loaded model
+) -> Tower:
     "The image tower of a model; `InputError` for one that is not known here."
     v, trunk = clip.model.visual, getattr(clip.model.visual, 'trunk', None)
     if hasattr(v, 'transformer') and hasattr(v, 'grid_size'):
         blocks = tuple(v.transformer.resblocks)
-        pool = 'latent queries' if v.attn_pool is not None else dict(tok='token', avg='average').get(v.pool_type, v.pool_type)
-        return Tower(v, blocks, f'transformer.resblocks.{len(blocks) - 1}.ln_1', tuple(v.grid_size), 1, pool)
+        pool = (
+            'latent queries'
+            if v.attn_pool is not None
+            else dict(tok='token', avg='average').get(v.pool_type, v.pool_type)
+        )
+        return Tower(
+            v, blocks, f'transformer.resblocks.{len(blocks) - 1}.ln_1', tuple(v.grid_size), 1, pool
+        )
     if hasattr(trunk, 'blocks') and hasattr(trunk, 'patch_embed'):
-        pool = {'': 'token', 'token': 'token', 'avg': 'average', 'map': 'attention'}.get(trunk.global_pool, trunk.global_pool)
-        norm = next((n for n, _ in trunk.blocks[-1].named_children() if 'norm' in n), '')                  # the first of a block is that of its input
-        return Tower(v, tuple(trunk.blocks), f'trunk.blocks.{len(trunk.blocks) - 1}.{norm}'.rstrip('.'), grid_of(clip)[:2], trunk.num_prefix_tokens, pool)
-    if hasattr(v, 'layer4'): return Tower(v, (), 'layer4', None, 0, 'attention')
-    if getattr(trunk, 'feature_info', None): return Tower(v, (), f"trunk.{trunk.feature_info[-1]['module']}", None, 0, 'average')
-    raise InputError(f'{clip.name}: an image tower of type {type(trunk or v).__name__} is not known here; maps can be made for open_clip and timm transformers and for ResNets')
+        pool = {'': 'token', 'token': 'token', 'avg': 'average', 'map': 'attention'}.get(
+            trunk.global_pool, trunk.global_pool
+        )
+        norm = next(
+            (n for n, _ in trunk.blocks[-1].named_children() if 'norm' in n), ''
+        )  # the first of a block is that of its input
+        return Tower(
+            v,
+            tuple(trunk.blocks),
+            f'trunk.blocks.{len(trunk.blocks) - 1}.{norm}'.rstrip('.'),
+            grid_of(clip)[:2],
+            trunk.num_prefix_tokens,
+            pool,
+        )
+    if hasattr(v, 'layer4'):
+        return Tower(v, (), 'layer4', None, 0, 'attention')
+    if getattr(trunk, 'feature_info', None):
+        return Tower(v, (), f"trunk.{trunk.feature_info[-1]['module']}", None, 0, 'average')
+    raise InputError(
+        f'{clip.name}: an image tower of type {type(trunk or v).__name__} is not known here; maps can be made for open_clip and timm transformers and for ResNets'
+    )
 
 # %% ../../nbs/43g_clip.towers.ipynb #82bdfe7b
 @contextlib.contextmanager
 def undisturbed(
-    model, # a torch module
+    model,  # a torch module
 ):
     "Gradients on, weights frozen, evaluation mode; afterwards everything as it was."
     import torch
-    modules, weights = list(model.modules()), [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    flags = [(m, 'training', m.training) for m in modules] + [(m, 'grad_checkpointing', True) for m in modules if getattr(m, 'grad_checkpointing', False) is True]
+
+    modules, weights = (
+        list(model.modules()),
+        [(p, p.requires_grad, p.grad) for p in model.parameters()],
+    )
+    flags = [(m, 'training', m.training) for m in modules] + [
+        (m, 'grad_checkpointing', True)
+        for m in modules
+        if getattr(m, 'grad_checkpointing', False) is True
+    ]
     try:
-        for m, name, _ in flags: setattr(m, name, False)
-        for p, _, _ in weights: p.requires_grad_(False); p.grad = None
-        with torch.inference_mode(False), torch.enable_grad(): yield
+        for m, name, _ in flags:
+            setattr(m, name, False)
+        for p, _, _ in weights:
+            p.requires_grad_(False)
+            p.grad = None
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
-        for m, name, was in flags: setattr(m, name, was)
-        for p, was, grad in weights: p.requires_grad_(was); p.grad = grad
+        for m, name, was in flags:
+            setattr(m, name, was)
+        for p, was, grad in weights:
+            p.requires_grad_(was)
+            p.grad = grad
 
 # %% ../../nbs/43g_clip.towers.ipynb #82bdfe02
 @contextlib.contextmanager
 def attention_taken(
-    visual, # an image tower
-):          # yields a list that fills with (B, heads, queries, keys) tensors, in the order of the calls
+    visual,  # an image tower
+):  # yields a list that fills with (B, heads, queries, keys) tensors, in the order of the calls
     "Keep the attention weights of every block that runs, with their gradient."
     import torch.nn.functional as F
+
     taken, fused, mine = [], F.scaled_dot_product_attention, threading.get_ident()
-    flags = [(m, name, getattr(m, name)) for m in visual.modules() for name in ('fused_attn', 'use_fsdpa') if hasattr(m, name)]
-    def spelt_out(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, **more):
-        if threading.get_ident() != mine: return fused(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **more)
-        if is_causal or more.get('enable_gqa'): raise RunError('an image tower with causal or grouped attention: its weights cannot be read here')
-        a = q @ k.transpose(-2, -1)*(q.shape[-1]**-.5 if scale is None else scale)
-        if attn_mask is not None: a = a.masked_fill(~attn_mask, -np.inf) if attn_mask.dtype == bool else a + attn_mask
+    flags = [
+        (m, name, getattr(m, name))
+        for m in visual.modules()
+        for name in ('fused_attn', 'use_fsdpa')
+        if hasattr(m, name)
+    ]
+
+    def spelt_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more):
+        if threading.get_ident() != mine:
+            return fused(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **more)
+        if is_causal or more.get('enable_gqa'):
+            raise RunError(
+                'an image tower with causal or grouped attention: its weights cannot be read here'
+            )
+        a = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None:
+            a = a.masked_fill(~attn_mask, -np.inf) if attn_mask.dtype == bool else a + attn_mask
         taken.append(a.softmax(-1))
         return taken[-1] @ v
-    for m, name, _ in flags: setattr(m, name, True)
+
+    for m, name, _ in flags:
+        setattr(m, name, True)
     F.scaled_dot_product_attention = spelt_out
-    try: yield taken
+    try:
+        yield taken
     finally:
         F.scaled_dot_product_attention = fused
-        for m, name, was in flags: setattr(m, name, was)
+        for m, name, was in flags:
+            setattr(m, name, was)
 
 # %% ../../nbs/43g_clip.towers.ipynb #519aca60
 def stages(
-    clip:Clip, # a loaded model
-)->dict:       # stage -> names of the weights of the image tower, from the output down to the input
+    clip: Clip,  # a loaded model
+) -> dict:  # stage -> names of the weights of the image tower, from the output down to the input
     "The image tower from top to bottom: head, blocks, embedding."
     found = {}
     for name, _ in clip.model.visual.named_parameters():
-        block = re.search(r'^(?:trunk\.)?(?:transformer\.)?((?:resblocks|blocks|stages|layer)\.?\d+)', name)
-        top = re.match(r'proj$|ln_post|attnpool|attn_pool|head\.|trunk\.(norm|fc_norm|head|attn_pool|norm_head)\b', name)
+        block = re.search(
+            r'^(?:trunk\.)?(?:transformer\.)?((?:resblocks|blocks|stages|layer)\.?\d+)', name
+        )
+        top = re.match(
+            r'proj$|ln_post|attnpool|attn_pool|head\.|trunk\.(norm|fc_norm|head|attn_pool|norm_head)\b',
+            name,
+        )
         found.setdefault(block[1] if block else 'head' if top else 'embedding', []).append(name)
-    blocks = sorted((s for s in found if s not in ('head', 'embedding')), key=lambda s: int(re.search(r'\d+', s)[0]), reverse=True)
+    blocks = sorted(
+        (s for s in found if s not in ('head', 'embedding')),
+        key=lambda s: int(re.search(r'\d+', s)[0]),
+        reverse=True,
+    )
     return {s: found[s] for s in ('head', *blocks, 'embedding') if s in found}
 
 # %% ../../nbs/43g_clip.towers.ipynb #e2a5a11b
 def shuffled(
-    clip:Clip,      # a loaded model
-    upto:str='embedding', # the last stage that is shuffled, counted from the top; see `stages`
-    seed:int=0,     # another seed, another shuffle
-)->Clip:            # a copy
+    clip: Clip,  # a loaded model
+    upto: str = 'embedding',  # the last stage that is shuffled, counted from the top; see `stages`
+    seed: int = 0,  # another seed, another shuffle
+) -> Clip:  # a copy
     "A model whose image tower lost what it learnt, from the head down to a stage; `InputError` for an unknown stage."
     import torch
+
     order = stages(clip)
-    if upto not in order: raise InputError(f"no stage {upto!r}; from the top they are {', '.join(order)}")
-    out = replace(clip, model=copy.deepcopy(clip.model), name=f'{clip.name}, shuffled to {upto}', info=dict(clip.info, weights_sha='shuffled', shuffled=upto, seed=seed))
-    weights, gone = dict(out.model.visual.named_parameters()), list(order)[:list(order).index(upto) + 1]
+    if upto not in order:
+        raise InputError(f"no stage {upto!r}; from the top they are {', '.join(order)}")
+    out = replace(
+        clip,
+        model=copy.deepcopy(clip.model),
+        name=f'{clip.name}, shuffled to {upto}',
+        info=dict(clip.info, weights_sha='shuffled', shuffled=upto, seed=seed),
+    )
+    weights, gone = (
+        dict(out.model.visual.named_parameters()),
+        list(order)[: list(order).index(upto) + 1],
+    )
     with torch.no_grad():
         for name in (n for s in gone for n in order[s]):
-            places = np.random.default_rng(int(content_hash('shuffle', seed, name), 16)).permutation(weights[name].numel())
-            weights[name].copy_(weights[name].flatten()[torch.from_numpy(places).to(weights[name].device)].view_as(weights[name]))
+            places = np.random.default_rng(
+                int(content_hash('shuffle', seed, name), 16)
+            ).permutation(weights[name].numel())
+            weights[name].copy_(
+                weights[name]
+                .flatten()[torch.from_numpy(places).to(weights[name].device)]
+                .view_as(weights[name])
+            )
     return out

@@ -12,10 +12,28 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import InputError, Run, RunError, atomic, environment, progress, write_json, write_table
+from smsbench.core import (
+    InputError,
+    Run,
+    RunError,
+    atomic,
+    environment,
+    progress,
+    write_json,
+    write_table,
+)
 from ..data.phantom import phantom_cohort
 from .data import Films, films_of
-from .job import Job, epoch_batches, load_job, prepare, run_config, save_job, say, usable_films
+from smsbench.clip.job import (
+    Job,
+    epoch_batches,
+    load_job,
+    prepare,
+    run_config,
+    save_job,
+    say,
+    usable_films,
+)
 from .models import Clip, load_clip, save_clip, weights_sha
 from .optim import freeze, lr_factor, set_lr, training_mode
 from .processes import share_weights, world
@@ -26,43 +44,90 @@ from .steps import train_step
 from .tiny import tiny_clip
 from .watch import WATCHED, batch_match, watch
 
-_all_ = ['TrainSettings'] # what a user of this module needs beside it
+_all_ = ['TrainSettings']  # what a user of this module needs beside it
 
 # %% ../../nbs/42_clip.train.ipynb #210c5db9
 def validate_job(
-    job:Job,          # at the end of an epoch, or before the first
-    tracker=None,     # callable(dict)
-)->dict:              # the history's new row
+    job: Job,  # at the end of an epoch, or before the first
+    tracker=None,  # callable(dict)
+) -> dict:  # the history's new row
     "Watch, keep what is best, decide whether to stop; `InputError` where what should decide cannot be computed."
     s, model = job.settings, job.clip.model
+
     def look():
-        seen, job.found = watch(job.clip, job.val, job.prompts, job.val_groups, s.loss, s.batch_size, bool(s.positives) or s.texts != 'report')
+        seen, job.found = watch(
+            job.clip,
+            job.val,
+            job.prompts,
+            job.val_groups,
+            s.loss,
+            s.batch_size,
+            bool(s.positives) or s.texts != 'report',
+        )
         value = seen[s.stop_on]
-        if not math.isfinite(value): raise InputError(f"{s.stop_on} cannot be computed on the {len(job.val)} films of {s.val_split!r} ({'they lack reports' if s.stop_on == 'recall' else 'no class has films with and without it'}); watch something else (stop_on)")
+        if not math.isfinite(value):
+            raise InputError(
+                f"{s.stop_on} cannot be computed on the {len(job.val)} films of {s.val_split!r} ({'they lack reports' if s.stop_on == 'recall' else 'no class has films with and without it'}); watch something else (stop_on)"
+            )
         better = job.best is None or (value - job.best) * WATCHED[s.stop_on] > 0
-        if better: job.best, job.best_epoch, job.waited = value, job.done // job.per_epoch, 0; _keep(job, value)
-        else: job.waited += 1
+        if better:
+            job.best, job.best_epoch, job.waited = value, job.done // job.per_epoch, 0
+            _keep(job, value)
+        else:
+            job.waited += 1
         return seen
-    if job.ema is None: seen = look()
+
+    if job.ema is None:
+        seen = look()
     else:
-        with job.ema.shown(model): seen = look()
+        with job.ema.shown(model):
+            seen = look()
     n = max(1, job.sums.get('n', 0))
-    row = dict(epoch=job.done // job.per_epoch, steps=job.done, lr=job.optimizer.param_groups[0]['lr'] if job.sums else math.nan, train_loss=job.sums.get('loss', math.nan) / n, grad_norm=job.sums.get('norm', math.nan) / n, skipped=job.sums.get('skipped', 0), scale=job.clip.scale,
-               films_per_second=job.sums.get('films', 0) / max(job.sums.get('seconds', 0), 1e-9) if job.sums else math.nan, **{f'val_{k}': v for k, v in seen.items()}, best=int(job.waited == 0))
-    job.history.append(row); job.sums = {}
-    if tracker: tracker(row)
+    row = dict(
+        epoch=job.done // job.per_epoch,
+        steps=job.done,
+        lr=job.optimizer.param_groups[0]['lr'] if job.sums else math.nan,
+        train_loss=job.sums.get('loss', math.nan) / n,
+        grad_norm=job.sums.get('norm', math.nan) / n,
+        skipped=job.sums.get('skipped', 0),
+        scale=job.clip.scale,
+        films_per_second=job.sums.get('films', 0) / max(job.sums.get('seconds', 0), 1e-9)
+        if job.sums
+        else math.nan,
+        **{f'val_{k}': v for k, v in seen.items()},
+        best=int(job.waited == 0),
+    )
+    job.history.append(row)
+    job.sums = {}
+    if tracker:
+        tracker(row)
     return row
 
+
 def _keep(job, value):
-    if world()[0]: return
-    save_clip(job.clip, job.run/'best', trained_on=str(job.pairs.films.attrs.get('manifest', '')), epoch=job.done // job.per_epoch, **{job.settings.stop_on: value})
+    if world()[0]:
+        return
+    save_clip(
+        job.clip,
+        job.run / 'best',
+        trained_on=str(job.pairs.films.attrs.get('manifest', '')),
+        epoch=job.done // job.per_epoch,
+        **{job.settings.stop_on: value},
+    )
     parts = [job.pairs.films, job.val.films]
-    write_seen(replace(parts[0], table=pd.concat([f.table for f in parts], ignore_index=True), targets=pd.concat([f.targets for f in parts], ignore_index=True)), job.run/'best')
+    write_seen(
+        replace(
+            parts[0],
+            table=pd.concat([f.table for f in parts], ignore_index=True),
+            targets=pd.concat([f.targets for f in parts], ignore_index=True),
+        ),
+        job.run / 'best',
+    )
 
 # %% ../../nbs/42_clip.train.ipynb #d93533ac
 def train_epoch(
-    job:Job, # where the run stands; changed
-    bar,     # of films, from `progress`
+    job: Job,  # where the run stands; changed
+    bar,  # of films, from `progress`
 ):
     "The steps that are left of an epoch, with a checkpoint every `save_every` of them."
     s, model = job.settings, job.clip.model
@@ -71,99 +136,193 @@ def train_epoch(
     for batch in epoch_batches(job):
         set_lr(job.optimizer, lr_factor(job.done, job.total, round(s.warmup * job.total), s.floor))
         n = len(batch['pixels'])
-        found = train_step(model, batch, job.optimizer, s.loss, math.ceil(n / s.chunk) if s.chunk else 1, s.precision, job.scaler, s.clip_norm or None, match=batch_match if s.positives or s.texts != 'report' else lambda b: None)
-        if job.ema is not None and not found.skipped: job.ema.update(model)
+        found = train_step(
+            model,
+            batch,
+            job.optimizer,
+            s.loss,
+            math.ceil(n / s.chunk) if s.chunk else 1,
+            s.precision,
+            job.scaler,
+            s.clip_norm or None,
+            match=batch_match if s.positives or s.texts != 'report' else lambda b: None,
+        )
+        if job.ema is not None and not found.skipped:
+            job.ema.update(model)
         job.step += 1
-        for k, v in (dict(skipped=1) if found.skipped else dict(n=1, loss=found.loss, norm=found.grad_norm)).items(): job.sums[k] = job.sums.get(k, 0) + v
+        for k, v in (
+            dict(skipped=1) if found.skipped else dict(n=1, loss=found.loss, norm=found.grad_norm)
+        ).items():
+            job.sums[k] = job.sums.get(k, 0) + v
         now = time.perf_counter()
-        job.sums.update(films=job.sums.get('films', 0) + found.pairs, seconds=job.sums.get('seconds', 0) + now - begin); begin = now
-        bar.update(found.pairs); bar.set_postfix(loss=f'{found.loss:.3f}', refresh=False)
-        if job.step % s.save_every == 0 and job.step < job.per_epoch: save_job(job); begin = time.perf_counter()
-    if (lost := job.sums.get('skipped', 0)) >= max(10, job.per_epoch): raise RunError(f'none of the {lost} steps of this epoch could be taken: gradients overflow in {s.precision}; train in bf16 or fp32')
+        job.sums.update(
+            films=job.sums.get('films', 0) + found.pairs,
+            seconds=job.sums.get('seconds', 0) + now - begin,
+        )
+        begin = now
+        bar.update(found.pairs)
+        bar.set_postfix(loss=f'{found.loss:.3f}', refresh=False)
+        if job.step % s.save_every == 0 and job.step < job.per_epoch:
+            save_job(job)
+            begin = time.perf_counter()
+    if (lost := job.sums.get('skipped', 0)) >= max(10, job.per_epoch):
+        raise RunError(
+            f'none of the {lost} steps of this epoch could be taken: gradients overflow in {s.precision}; train in bf16 or fp32'
+        )
 
 # %% ../../nbs/42_clip.train.ipynb #20536fcf
 @dataclass(frozen=True, eq=False)
 class Trained:
     "What a run left."
-    best: Path             # checkpoint for `load_clip`: the weights that were best
-    history: pd.DataFrame  # one row per epoch; epoch 0 is before training
-    excluded: pd.DataFrame # films that could not be read: film_id, split, reason
-    value: float           # of what was watched, at its best
-    epoch: int             # when that was
-    stopped: str           # why it ended
-    run: Path              # the run directory
 
-    def clip(self,
-        device:str='auto', # as for `load_clip`
-    )->Clip:
+    best: Path  # checkpoint for `load_clip`: the weights that were best
+    history: pd.DataFrame  # one row per epoch; epoch 0 is before training
+    excluded: pd.DataFrame  # films that could not be read: film_id, split, reason
+    value: float  # of what was watched, at its best
+    epoch: int  # when that was
+    stopped: str  # why it ended
+    run: Path  # the run directory
+
+    def clip(
+        self,
+        device: str = 'auto',  # as for `load_clip`
+    ) -> Clip:
         "The best weights, loaded."
         return load_clip(str(self.best), device=device)
 
 # %% ../../nbs/42_clip.train.ipynb #499b9f4e
 def train(
-    films:Films,        # with training and validation splits
-    clip:Clip,          # what to train, loaded in fp32; its weights change: afterwards it holds the last ones
-    settings:TrainSettings, # how
-    out,                # run directory; the same one again goes on where it stopped
-    prompts:dict|None=None, # class -> dict(positive=(...), negative=(...)); None takes the default ones
-    tracker=None,       # callable(dict), told about every epoch; 'tensorboard' or 'wandb' where installed
-)->Trained:
+    films: Films,  # with training and validation splits
+    clip: Clip,  # what to train, loaded in fp32; its weights change: afterwards it holds the last ones
+    settings: TrainSettings,  # how
+    out,  # run directory; the same one again goes on where it stopped
+    prompts: dict
+    | None = None,  # class -> dict(positive=(...), negative=(...)); None takes the default ones
+    tracker=None,  # callable(dict), told about every epoch; 'tensorboard' or 'wandb' where installed
+) -> Trained:
     "Train a model. `InputError` where it cannot be done, or where the directory holds a run with other settings; the message names them."
-    run = Run(out); tell = find_tracker(tracker, run)
-    prompts = check_prompts(prompts_for(films) if prompts is None else prompts, films.classes, films.kind)
+    run = Run(out)
+    tell = find_tracker(tracker, run)
+    prompts = check_prompts(
+        prompts_for(films) if prompts is None else prompts, films.classes, films.kind
+    )
     started = weights_sha(clip.model)
     good, val, left = usable_films(films, settings, run)
-    begun, fix = (run/'config.json').exists(), lambda: _fix(run, run_config(settings, started, good, val, prompts), settings, clip.info, str(clip.device), started, left)
-    if begun: fix()                    # what holds another run is refused before anything in it changes
+    begun, fix = (
+        (run / 'config.json').exists(),
+        lambda: _fix(
+            run,
+            run_config(settings, started, good, val, prompts),
+            settings,
+            clip.info,
+            str(clip.device),
+            started,
+            left,
+        ),
+    )
+    if begun:
+        fix()  # what holds another run is refused before anything in it changes
     job = prepare(clip, settings, run, good, val, prompts)
     share_weights(clip.model)
-    if on := load_job(job): say(run, f'goes on after {job.done} of {job.total} steps')
-    else: validate_job(job, tell)
-    if not begun: fix()                # nothing can be refused any more; an attempt that was leaves its directory free for other settings
-    if not on: save_job(job)
+    if on := load_job(job):
+        say(run, f'goes on after {job.done} of {job.total} steps')
+    else:
+        validate_job(job, tell)
+    if not begun:
+        fix()  # nothing can be refused any more; an attempt that was leaves its directory free for other settings
+    if not on:
+        save_job(job)
     _loop(job, tell)
-    freeze(clip.model, 'all'); clip.model.eval(); clip.info['weights_sha'] = weights_sha(clip.model)
-    return Trained(run/'best', pd.DataFrame(job.history), left, job.best, job.best_epoch, job.stopped, run.path)
+    freeze(clip.model, 'all')
+    clip.model.eval()
+    clip.info['weights_sha'] = weights_sha(clip.model)
+    return Trained(
+        run / 'best',
+        pd.DataFrame(job.history),
+        left,
+        job.best,
+        job.best_epoch,
+        job.stopped,
+        run.path,
+    )
+
 
 def _fix(run, config, settings, info, device, started, left):
     "What this directory is for from now on, and what was left out; from the first process."
-    if world()[0]: return
+    if world()[0]:
+        return
     run.freeze(config, **{k: getattr(settings, k) for k in LOOSE}, clip=info)
-    write_table(left, run/'excluded.parquet'); write_json(environment(device, model=started), run/'environment.json')
-    if len(left): say(run, f'{len(left)} films cannot be read and are left out; excluded.parquet lists them')
+    write_table(left, run / 'excluded.parquet')
+    write_json(environment(device, model=started), run / 'environment.json')
+    if len(left):
+        say(run, f'{len(left)} films cannot be read and are left out; excluded.parquet lists them')
+
 
 def _loop(job, tell):
     s = job.settings
-    bar = progress(None, 'training', job.total * s.batch_size, 'film'); bar.initial = bar.n = job.done * s.batch_size
+    bar = progress(None, 'training', job.total * s.batch_size, 'film')
+    bar.initial = bar.n = job.done * s.batch_size
     try:
-        while not job.stopped: _epoch(job, bar, tell)
-    finally: bar.close()
+        while not job.stopped:
+            _epoch(job, bar, tell)
+    finally:
+        bar.close()
     _write_history(job)
     say(job.run, f'{job.stopped}; best {s.stop_on} {job.best:.4f} after epoch {job.best_epoch}')
+
 
 def _epoch(job, bar, tell):
     s = job.settings
     train_epoch(job, bar)
     row = validate_job(job, tell)
     job.epoch, job.step = job.epoch + 1, 0
-    job.stopped = 'all epochs are done' if job.epoch == s.epochs else f'{s.stop_on} did not get better for {s.patience} epochs' if s.patience and job.waited >= s.patience else ''
-    save_job(job); _write_history(job)
-    say(job.run, f"epoch {row['epoch']}: training loss {row['train_loss']:.4f}, validation " + ', '.join(f"{k} {row[f'val_{k}']:.4f}" for k in WATCHED) + (' *' if row['best'] else ''), echo=False)
+    job.stopped = (
+        'all epochs are done'
+        if job.epoch == s.epochs
+        else f'{s.stop_on} did not get better for {s.patience} epochs'
+        if s.patience and job.waited >= s.patience
+        else ''
+    )
+    save_job(job)
+    _write_history(job)
+    say(
+        job.run,
+        f"epoch {row['epoch']}: training loss {row['train_loss']:.4f}, validation "
+        + ', '.join(f"{k} {row[f'val_{k}']:.4f}" for k in WATCHED)
+        + (' *' if row['best'] else ''),
+        echo=False,
+    )
+
 
 def _write_history(job):
-    if world()[0]: return
-    with atomic(job.run/'history.csv') as tmp: pd.DataFrame(job.history).to_csv(tmp, index=False)
+    if world()[0]:
+        return
+    with atomic(job.run / 'history.csv') as tmp:
+        pd.DataFrame(job.history).to_csv(tmp, index=False)
 
 # %% ../../nbs/42_clip.train.ipynb #4049e879
 def phantom_recipe(
-    folder,            # where the random checkpoint goes
-    n:int=600,         # films
-    kind:str='resnet', # of `TINY_CLIP`
-    seed:int=0,        # of films, weights and training
-    **changes,         # of the settings
-)->tuple[Films, Clip, TrainSettings]: # what `train` takes
+    folder,  # where the random checkpoint goes
+    n: int = 600,  # films
+    kind: str = 'resnet',  # of `TINY_CLIP`
+    seed: int = 0,  # of films, weights and training
+    **changes,  # of the settings
+) -> tuple[Films, Clip, TrainSettings]:  # what `train` takes
     "Films, a random tiny model and settings with which it learns three findings."
-    films = films_of(phantom_cohort(n, size=64, seed=seed, findings=('opacity', 'effusion', 'cardiomegaly')))
-    clip = load_clip(str(tiny_clip(Path(folder)/kind, kind, seed)), device='cpu')
-    how = dict(texts='prompts', epochs=14, betas=(.9, .999), batch_size=32, lr=1e-3, weight_decay=.01, batch_norm='learn' if kind == 'resnet' else 'hold', augment=0., stop_on='auroc', seed=seed)
+    films = films_of(
+        phantom_cohort(n, size=64, seed=seed, findings=('opacity', 'effusion', 'cardiomegaly'))
+    )
+    clip = load_clip(str(tiny_clip(Path(folder) / kind, kind, seed)), device='cpu')
+    how = dict(
+        texts='prompts',
+        epochs=14,
+        betas=(0.9, 0.999),
+        batch_size=32,
+        lr=1e-3,
+        weight_decay=0.01,
+        batch_norm='learn' if kind == 'resnet' else 'hold',
+        augment=0.0,
+        stop_on='auroc',
+        seed=seed,
+    )
     return films, clip, TrainSettings(**{**how, **changes})

@@ -16,33 +16,45 @@ from .scores import zero_shot
 
 # %% ../../nbs/41e_clip.watch.ipynb #671934e1
 def batch_groups(
-    films,       # `Films`
-    share=('text', 'study'), # by what two films share a report: 'text', 'study', 'class' (the same answers to everything that was asked)
-)->np.ndarray:   # (N, G) int64 codes, -1 where there is nothing to share
+    films,  # `Films`
+    share=(
+        'text',
+        'study',
+    ),  # by what two films share a report: 'text', 'study', 'class' (the same answers to everything that was asked)
+) -> np.ndarray:  # (N, G) int64 codes, -1 where there is nothing to share
     "Codes of what films share; `InputError` for another word."
-    if odd := set(share) - {'text', 'study', 'class'}: raise InputError(f'positives {min(odd)!r}: choose from text, study, class')
+    if odd := set(share) - {'text', 'study', 'class'}:
+        raise InputError(f'positives {min(odd)!r}: choose from text, study, class')
     answers = [' '.join(map(str, r)) for r in films.targets.to_numpy()]
-    names = dict(text=films.table.text.str.split().str.join(' '), study=films.table.study, **{'class': answers})
+    names = dict(
+        text=films.table.text.str.split().str.join(' '),
+        study=films.table.study,
+        **{'class': answers},
+    )
     return np.stack([group_codes(names[k]) for k in share] or [np.full(len(films), -1)], 1)
 
 # %% ../../nbs/41e_clip.watch.ipynb #44235e8a
 def batch_match(
-    batch:dict, # of all processes: groups (B, G), labels (B, C), asked and answer (B,) (-1: a report)
-):              # (B, B) bool tensor, row image, column text
+    batch: dict,  # of all processes: groups (B, G), labels (B, C), asked and answer (B,) (-1: a report)
+):  # (B, B) bool tensor, row image, column text
     "Which film each text of a batch fits."
     import torch
+
     fits = fits_prompt(batch['labels'], batch['asked'].clamp(min=0), batch['answer'])
     return torch.where((batch['asked'] >= 0)[None, :], fits, same_group(batch['groups']))
 
 # %% ../../nbs/41e_clip.watch.ipynb #648e5bdd
-WATCHED = dict(loss=-1, auroc=1, sensitivity=1, recall=1) # what can be watched -> whether more (1) or less (-1) is better
+WATCHED = dict(
+    loss=-1, auroc=1, sensitivity=1, recall=1
+)  # what can be watched -> whether more (1) or less (-1) is better
+
 
 def recall_at(
-    image:np.ndarray, # (N, D) unit vectors
-    text:np.ndarray,  # (N, D) unit vectors
-    groups:np.ndarray, # (N, G) codes; films that share one share their texts
-    k:int=5,          # how many of the nearest count
-)->float:             # 0..1, mean of image to text and text to image
+    image: np.ndarray,  # (N, D) unit vectors
+    text: np.ndarray,  # (N, D) unit vectors
+    groups: np.ndarray,  # (N, G) codes; films that share one share their texts
+    k: int = 5,  # how many of the nearest count
+) -> float:  # 0..1, mean of image to text and text to image
     "Share of films and texts with a fitting partner among the `k` nearest; ties count against."
     fits, hits = same_group(groups).numpy(), []
     for s in (image @ text.T, text @ image.T):
@@ -53,46 +65,83 @@ def recall_at(
 # %% ../../nbs/41e_clip.watch.ipynb #fd3ced11
 def macro_auroc(
     scores,  # (N, C) higher is more likely
-    targets, # (N, C) 1, 0, NaN
-)->tuple:    # mean over classes with both answers (NaN: none has), dict class place -> value
+    targets,  # (N, C) 1, 0, NaN
+) -> tuple:  # mean over classes with both answers (NaN: none has), dict class place -> value
     "Area under the ROC curve per class and its mean."
     from sklearn.metrics import roc_auc_score
+
     s, y = np.asarray(scores, float), np.asarray(targets, float)
-    both = [c for c in range(y.shape[1]) if {0., 1.} <= set(y[:, c])]
+    both = [c for c in range(y.shape[1]) if {0.0, 1.0} <= set(y[:, c])]
     each = {c: float(roc_auc_score(y[(k := np.isfinite(y[:, c])), c], s[k, c])) for c in both}
     return (float(np.mean([*each.values()])) if each else float('nan')), each
 
 # %% ../../nbs/41e_clip.watch.ipynb #2a0fa6cc
 def watch(
-    clip,             # a `Clip`
-    pairs,            # `Pairs` of validation films, without augmentation
-    prompts:dict,     # of `clip.prompts`, for all classes of the films
-    groups:np.ndarray, # from `batch_groups`
-    loss:str='info_nce', # a key of `LOSSES`
-    batch_size:int=64, # of the loss; films that fill no batch are left out of it, unless there is no other
-    many:bool=True,   # several positives, as `batch_match`; False: the diagonal
-)->tuple[dict, tuple]: # loss, auroc, sensitivity, recall, 'auroc CLASS'; (found, n) per class. NaN: cannot be computed on these films
+    clip,  # a `Clip`
+    pairs,  # `Pairs` of validation films, without augmentation
+    prompts: dict,  # of `clip.prompts`, for all classes of the films
+    groups: np.ndarray,  # from `batch_groups`
+    loss: str = 'info_nce',  # a key of `LOSSES`
+    batch_size: int = 64,  # of the loss; films that fill no batch are left out of it, unless there is no other
+    many: bool = True,  # several positives, as `batch_match`; False: the diagonal
+) -> tuple[
+    dict, tuple
+]:  # loss, auroc, sensitivity, recall, 'auroc CLASS'; (found, n) per class. NaN: cannot be computed on these films
     "What validation films say about a model."
     films = pairs.films
     image = image_embeddings(clip, (np.asarray(pairs.picture(i)) for i in range(len(films))))
     scores = zero_shot(clip, films, prompts, embeddings=image)
     auroc, each = macro_auroc(scores, films.targets)
     found, n = count_found(scores, films.targets, films.kind)
-    text = text_embeddings(clip, list(films.table.text)) if (films.table.text.str.strip() != '').all() else None
-    out = dict(loss=_loss(clip, pairs.at(0), image, groups, loss, batch_size, many), auroc=auroc,
-               sensitivity=float(np.mean((found / np.maximum(n, 1))[n > 0])) if (n > 0).any() else float('nan'), recall=float('nan') if text is None else recall_at(image, text, groups))
+    text = (
+        text_embeddings(clip, list(films.table.text))
+        if (films.table.text.str.strip() != '').all()
+        else None
+    )
+    out = dict(
+        loss=_loss(clip, pairs.at(0), image, groups, loss, batch_size, many),
+        auroc=auroc,
+        sensitivity=float(np.mean((found / np.maximum(n, 1))[n > 0]))
+        if (n > 0).any()
+        else float('nan'),
+        recall=float('nan') if text is None else recall_at(image, text, groups),
+    )
     return {**out, **{f'auroc {films.classes[c]}': v for c, v in each.items()}}, (found, n)
+
 
 def _loss(clip, pairs, image, groups, loss, batch_size, many):
     "Mean over batches, in the films' order."
     import torch
+
     said = [pairs.words(i, np.random.default_rng([pairs.seed, 0, i])) for i in range(len(pairs))]
-    text, asked, answer = text_embeddings(clip, [s[0] for s in said]), [s[1] for s in said], [s[2] for s in said]
-    whole = dict(groups=groups, labels=pairs.targets, asked=np.array(asked), answer=np.array(answer), image=image, text=text)
-    mixed = np.random.default_rng(pairs.seed).permutation(len(pairs)); values = []                # films of one patient stand together in the table
+    text, asked, answer = (
+        text_embeddings(clip, [s[0] for s in said]),
+        [s[1] for s in said],
+        [s[2] for s in said],
+    )
+    whole = dict(
+        groups=groups,
+        labels=pairs.targets,
+        asked=np.array(asked),
+        answer=np.array(answer),
+        image=image,
+        text=text,
+    )
+    mixed = np.random.default_rng(pairs.seed).permutation(len(pairs))
+    values = []  # films of one patient stand together in the table
     for i in range(0, max(1, len(pairs) - batch_size + 1), batch_size):
-        b = {k: torch.as_tensor(v[mixed[i:i + batch_size]]) for k, v in whole.items()}
+        b = {k: torch.as_tensor(v[mixed[i : i + batch_size]]) for k, v in whole.items()}
         scale = clamped_scale(clip.model.logit_scale.detach().cpu().float())
         bias = getattr(clip.model, 'logit_bias', None)
-        values.append(float(LOSSES[loss](b['image'], b['text'], scale, None if bias is None else bias.detach().cpu().float(), batch_match(b) if many else None)))
+        values.append(
+            float(
+                LOSSES[loss](
+                    b['image'],
+                    b['text'],
+                    scale,
+                    None if bias is None else bias.detach().cpu().float(),
+                    batch_match(b) if many else None,
+                )
+            )
+        )
     return float(np.mean(values))

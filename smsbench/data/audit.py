@@ -14,209 +14,447 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 
 from ..core import InputError
-from .checks import (FILM_TOLD, NAMED, SEVERITIES, TEXT_TOLD, TOLD, UNKNOWN, UNSURE, Teller, check_classes, check_conflicts, check_copies, check_exclusions,
-                                  check_images, check_missing, check_near_copies, check_patients, entry, gather, graded)
+from smsbench.data.checks import (
+    FILM_TOLD,
+    NAMED,
+    SEVERITIES,
+    TEXT_TOLD,
+    TOLD,
+    UNKNOWN,
+    UNSURE,
+    Teller,
+    check_classes,
+    check_conflicts,
+    check_copies,
+    check_exclusions,
+    check_images,
+    check_missing,
+    check_near_copies,
+    check_patients,
+    entry,
+    gather,
+    graded,
+)
 from .cards import Manifest, fill
 from .duplicates import near_duplicates
 from .rows import find_images, read_rows
 from .shortcuts import FILM, shortcut_table
 from .wording import bag_of_words, naming_table
 
-_all_ = ['near_duplicates', 'SEVERITIES']   # what a user of the audit needs beside it
+_all_ = ['near_duplicates', 'SEVERITIES']  # what a user of the audit needs beside it
 
 # %% ../../nbs/13_data.audit.ipynb #b51e9971
 def told_severity(
-    low:float,   # lower end of the AUROC
-    high:float,  # upper end
-    limits=TOLD, # (warning, serious)
-)->str:          # a severity
+    low: float,  # lower end of the AUROC
+    high: float,  # upper end
+    limits=TOLD,  # (warning, serious)
+) -> str:  # a severity
     "Severity of an AUROC; where the interval is too wide to exclude anything, a note."
-    severity = graded(low, limits, .5)
-    return 'note' if severity == 'ok' and (high > limits[1] + .05 or high - low > UNSURE) else severity
+    severity = graded(low, limits, 0.5)
+    return (
+        'note'
+        if severity == 'ok' and (high > limits[1] + 0.05 or high - low > UNSURE)
+        else severity
+    )
 
 # %% ../../nbs/13_data.audit.ipynb #907d4b88
 def shortcut_entries(
-    table:pd.DataFrame, # from `shortcut_table`
-    tell:Teller,        # how numbers may be shown
-    strata,             # attributes that donors can be matched on
-)->list:                # entries, one per attribute
+    table: pd.DataFrame,  # from `shortcut_table`
+    tell: Teller,  # how numbers may be shown
+    strata,  # attributes that donors can be matched on
+) -> list:  # entries, one per attribute
     "What each attribute tells about the label."
     out = []
     for name, g in table.groupby('attribute', sort=False):
         found, limits = [], FILM_TOLD if name in FILM else TOLD
         for r in g.itertuples():
-            severity = told_severity(r.low, r.high, limits); hidden = tell.access != 'open' and r.smallest < 10
-            cure = f'; match donors on it (--match {name}) and report by it' if name in strata else '; report results by it' if name not in FILM else '; disease itself may change it'
-            so = {'serious': f': a model that answers from it alone passes for one that reads the image{cure}.', 'warning': f': swapped images differ in it as well as in the finding{cure}.',
-                  'note': ': too few patients to rule it out.' if r.low <= .5 else ': weak.' if r.high - r.low < UNSURE else ': something, but too few patients to say how much.', 'ok': ': nothing that matters.'}[severity]
-            numbers = 'an AUROC that is not shown (a class has under 10 rows)' if hidden else f'AUROC {r.auroc:.2f} [{r.low:.2f}, {r.high:.2f}], chance 0.50'
-            found.append(entry('shortcut', severity, name, *((np.nan,) if hidden else (r.auroc,)), r.n, f'{r.finding}: {name} alone tells the label with {numbers}{so}', 'AUROC', r.finding, *((np.nan, np.nan) if hidden else (r.low, r.high))))
+            severity = told_severity(r.low, r.high, limits)
+            hidden = tell.access != 'open' and r.smallest < 10
+            cure = (
+                f'; match donors on it (--match {name}) and report by it'
+                if name in strata
+                else '; report results by it'
+                if name not in FILM
+                else '; disease itself may change it'
+            )
+            so = {
+                'serious': f': a model that answers from it alone passes for one that reads the image{cure}.',
+                'warning': f': swapped images differ in it as well as in the finding{cure}.',
+                'note': ': too few patients to rule it out.'
+                if r.low <= 0.5
+                else ': weak.'
+                if r.high - r.low < UNSURE
+                else ': something, but too few patients to say how much.',
+                'ok': ': nothing that matters.',
+            }[severity]
+            numbers = (
+                'an AUROC that is not shown (a class has under 10 rows)'
+                if hidden
+                else f'AUROC {r.auroc:.2f} [{r.low:.2f}, {r.high:.2f}], chance 0.50'
+            )
+            found.append(
+                entry(
+                    'shortcut',
+                    severity,
+                    name,
+                    *((np.nan,) if hidden else (r.auroc,)),
+                    r.n,
+                    f'{r.finding}: {name} alone tells the label with {numbers}{so}',
+                    'AUROC',
+                    r.finding,
+                    *((np.nan, np.nan) if hidden else (r.low, r.high)),
+                )
+            )
         out += gather(found)
     return out
 
 # %% ../../nbs/13_data.audit.ipynb #4c85c13a
 def naming_entries(
-    table:pd.DataFrame, # from `naming_table`
-    tell:Teller,        # how numbers may be shown
-)->list:                # one entry, or none
+    table: pd.DataFrame,  # from `naming_table`
+    tell: Teller,  # how numbers may be shown
+) -> list:  # one entry, or none
     "How often texts name what is asked for."
     found = []
     for finding, g in table.groupby('finding', sort=False):
         about = g[g.label.str.lower() != 'no'] if set(g.label.str.lower()) <= {'yes', 'no'} else g
-        r = about.loc[about.named.idxmax()]; k, n = round(r.named * r.n), int(r.n); rest = g[g.label != r.label]
-        other = (round((rest.named * rest.n).sum()), int(rest.n.sum())) if len(about) < len(g) else (0, 0)      # each class has its own name: no comparison
+        r = about.loc[about.named.idxmax()]
+        k, n = round(r.named * r.n), int(r.n)
+        rest = g[g.label != r.label]
+        other = (
+            (round((rest.named * rest.n).sum()), int(rest.n.sum()))
+            if len(about) < len(g)
+            else (0, 0)
+        )  # each class has its own name: no comparison
         hidden = tell.hides(k, n) or tell.hides(*other)
-        gap = r.named - (other[0] / other[1] if other[1] else 0); severity = graded(gap, NAMED) if r.low > .5 or gap >= NAMED[1] else 'note' if k else 'ok'
+        gap = r.named - (other[0] / other[1] if other[1] else 0)
+        severity = graded(gap, NAMED) if r.low > 0.5 or gap >= NAMED[1] else 'note' if k else 'ok'
         beside = f' and {tell.share(*other)} others' if other[1] else ''
-        so = {'serious': ': the text answers the question, so a right answer says nothing about the image.', 'warning': ': those can be answered without the image; report results without them as well.', 'note': '.', 'ok': '.'}[severity]
-        found.append(entry('label words', severity, 'text', np.nan if hidden else r.named, n, f"{finding}: {tell.share(k, n)} texts of class {r.label!r}{beside} name the diagnosis{so}", finding=finding))
+        so = {
+            'serious': ': the text answers the question, so a right answer says nothing about the image.',
+            'warning': ': those can be answered without the image; report results without them as well.',
+            'note': '.',
+            'ok': '.',
+        }[severity]
+        found.append(
+            entry(
+                'label words',
+                severity,
+                'text',
+                np.nan if hidden else r.named,
+                n,
+                f"{finding}: {tell.share(k, n)} texts of class {r.label!r}{beside} name the diagnosis{so}",
+                finding=finding,
+            )
+        )
     return gather(found)
 
 # %% ../../nbs/13_data.audit.ipynb #7b96912f
 def words_entries(
-    table:pd.DataFrame, # from `bag_of_words`
-    tell:Teller,        # how numbers may be shown
-    column:str='text',  # which text: 'text' or 'question'
-)->list:                # one entry, or none
+    table: pd.DataFrame,  # from `bag_of_words`
+    tell: Teller,  # how numbers may be shown
+    column: str = 'text',  # which text: 'text' or 'question'
+) -> list:  # one entry, or none
     "How well the words alone tell the label."
     found = []
     for r in table.itertuples():
-        severity = told_severity(r.low, r.high, TEXT_TOLD if column == 'text' else TOLD); hidden = tell.access != 'open' and r.smallest < 10
-        top = '; '.join(f"{c}: {', '.join(w[:5])}" for c, w in r.words.items() if w); shown = f' (most telling words: {top})' if top and tell.access == 'open' else ''
-        so = {'serious': ': accuracy without the image can be as high; only arms that remove or swap the text show whether the image counts.' if column == 'text' else ': a model can be right from how the question is put, seeing neither image nor report; hold its accuracy against the arm `neither`.',
-              'warning': ': part of any accuracy comes without the image.', 'note': ': too few patients to rule it out.' if r.low <= .5 else ': weak.' if r.high - r.low < UNSURE else ': something, but too few patients to say how much.', 'ok': ': nothing that matters.'}[severity]
-        numbers = 'an AUROC that is not shown (a class has under 10 rows)' if hidden else f'AUROC {r.auroc:.2f} [{r.low:.2f}, {r.high:.2f}], chance 0.50'
-        found.append(entry(f'words of the {column}', severity, column, np.nan if hidden else r.auroc, r.n, f'{r.finding}: the words of the {column} alone tell the label with {numbers}{shown}{so}', 'AUROC', r.finding, *((np.nan, np.nan) if hidden else (r.low, r.high))))
+        severity = told_severity(r.low, r.high, TEXT_TOLD if column == 'text' else TOLD)
+        hidden = tell.access != 'open' and r.smallest < 10
+        top = '; '.join(f"{c}: {', '.join(w[:5])}" for c, w in r.words.items() if w)
+        shown = f' (most telling words: {top})' if top and tell.access == 'open' else ''
+        so = {
+            'serious': ': accuracy without the image can be as high; only arms that remove or swap the text show whether the image counts.'
+            if column == 'text'
+            else ': a model can be right from how the question is put, seeing neither image nor report; hold its accuracy against the arm `neither`.',
+            'warning': ': part of any accuracy comes without the image.',
+            'note': ': too few patients to rule it out.'
+            if r.low <= 0.5
+            else ': weak.'
+            if r.high - r.low < UNSURE
+            else ': something, but too few patients to say how much.',
+            'ok': ': nothing that matters.',
+        }[severity]
+        numbers = (
+            'an AUROC that is not shown (a class has under 10 rows)'
+            if hidden
+            else f'AUROC {r.auroc:.2f} [{r.low:.2f}, {r.high:.2f}], chance 0.50'
+        )
+        found.append(
+            entry(
+                f'words of the {column}',
+                severity,
+                column,
+                np.nan if hidden else r.auroc,
+                r.n,
+                f'{r.finding}: the words of the {column} alone tell the label with {numbers}{shown}{so}',
+                'AUROC',
+                r.finding,
+                *((np.nan, np.nan) if hidden else (r.low, r.high)),
+            )
+        )
     return gather(found)
 
 # %% ../../nbs/13_data.audit.ipynb #5535ca19
 def safe_counts(
-    table:pd.DataFrame, # one row per cell
-    columns,            # its counts
-    tell:Teller,        # how numbers may be shown
-)->pd.DataFrame:        # a copy
+    table: pd.DataFrame,  # one row per cell
+    columns,  # its counts
+    tell: Teller,  # how numbers may be shown
+) -> pd.DataFrame:  # a copy
     "Counts as they may be shown."
-    if tell.access == 'open': return table
-    return table.assign(**{c: [tell.count(k) if k < 10 else str(int(round(k, -1))) for k in table[c]] for c in columns})
+    if tell.access == 'open':
+        return table
+    return table.assign(
+        **{
+            c: [tell.count(k) if k < 10 else str(int(round(k, -1))) for k in table[c]]
+            for c in columns
+        }
+    )
 
 # %% ../../nbs/13_data.audit.ipynb #b78d8bb3
 def count_tables(
-    cohort:pd.DataFrame, # a cohort
-    tell:Teller,         # how numbers may be shown
-)->dict:                 # 'labels' and 'strata' -> table with samples and patients
+    cohort: pd.DataFrame,  # a cohort
+    tell: Teller,  # how numbers may be shown
+) -> dict:  # 'labels' and 'strata' -> table with samples and patients
     "Samples and patients per question, split and label, and per stratum."
-    per = lambda d, by: d.groupby(by, sort=True).agg(samples=('sample_id', 'size'), patients=('patient_id', 'nunique')).reset_index()
+    per = lambda d, by: (
+        d.groupby(by, sort=True)
+        .agg(samples=('sample_id', 'size'), patients=('patient_id', 'nunique'))
+        .reset_index()
+    )
     d, strata = cohort.assign(split=cohort.split.replace('', '(none)')), []
     for s in cohort.attrs.get('strata', []):
-        if s not in d: continue
-        level = d[s].where(d.patient_id.groupby(d[s]).transform('nunique') >= 10, '(rare)') if tell.access != 'open' else d[s]
-        strata.append(per(d.assign(stratum=s, level=level.replace('', 'unknown')), ['finding', 'stratum', 'level', 'label']))
+        if s not in d:
+            continue
+        level = (
+            d[s].where(d.patient_id.groupby(d[s]).transform('nunique') >= 10, '(rare)')
+            if tell.access != 'open'
+            else d[s]
+        )
+        strata.append(
+            per(
+                d.assign(stratum=s, level=level.replace('', 'unknown')),
+                ['finding', 'stratum', 'level', 'label'],
+            )
+        )
     empty = pd.DataFrame(columns=['finding', 'stratum', 'level', 'label', 'samples', 'patients'])
-    return {k: safe_counts(t, ['samples', 'patients'], tell) for k, t in dict(labels=per(d, ['finding', 'split', 'label']), strata=pd.concat(strata, ignore_index=True) if strata else empty).items()}
+    return {
+        k: safe_counts(t, ['samples', 'patients'], tell)
+        for k, t in dict(
+            labels=per(d, ['finding', 'split', 'label']),
+            strata=pd.concat(strata, ignore_index=True) if strata else empty,
+        ).items()
+    }
 
 # %% ../../nbs/13_data.audit.ipynb #99b9f875
 def missing_table(
-    cohort:pd.DataFrame, # a cohort
-    tell:Teller,         # how numbers may be shown
-)->pd.DataFrame:         # finding, column, label, missing, samples; columns that are missing in part
+    cohort: pd.DataFrame,  # a cohort
+    tell: Teller,  # how numbers may be shown
+) -> pd.DataFrame:  # finding, column, label, missing, samples; columns that are missing in part
     "What is missing, per class."
-    gone = {s: cohort[s].isin(UNKNOWN) for s in cohort.attrs.get('strata', []) if s in cohort} | {'text': cohort.text.str.strip() == ''}
-    parts = [pd.DataFrame(dict(finding=cohort.finding, column=c, label=cohort.label, missing=g)).groupby(['finding', 'column', 'label']).missing.agg(['sum', 'size']).reset_index() for c, g in gone.items() if g.any() and not g.all()]
-    out = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=['finding', 'column', 'label', 'sum', 'size'])
-    return safe_counts(out.rename(columns=dict(sum='missing', size='samples')), ['missing', 'samples'], tell)
+    gone = {s: cohort[s].isin(UNKNOWN) for s in cohort.attrs.get('strata', []) if s in cohort} | {
+        'text': cohort.text.str.strip() == ''
+    }
+    parts = [
+        pd.DataFrame(dict(finding=cohort.finding, column=c, label=cohort.label, missing=g))
+        .groupby(['finding', 'column', 'label'])
+        .missing.agg(['sum', 'size'])
+        .reset_index()
+        for c, g in gone.items()
+        if g.any() and not g.all()
+    ]
+    out = (
+        pd.concat(parts, ignore_index=True)
+        if parts
+        else pd.DataFrame(columns=['finding', 'column', 'label', 'sum', 'size'])
+    )
+    return safe_counts(
+        out.rename(columns=dict(sum='missing', size='samples')), ['missing', 'samples'], tell
+    )
 
 # %% ../../nbs/13_data.audit.ipynb #0a0957c7
 def size_table(
-    cohort:pd.DataFrame, # a cohort
-    files:pd.DataFrame,  # from `scan_files`
-    tell:Teller,         # how numbers may be shown
-    most:int=12,         # sizes that are named
-)->pd.DataFrame:         # width, height, channels, images
+    cohort: pd.DataFrame,  # a cohort
+    files: pd.DataFrame,  # from `scan_files`
+    tell: Teller,  # how numbers may be shown
+    most: int = 12,  # sizes that are named
+) -> pd.DataFrame:  # width, height, channels, images
     "The commonest sizes of images."
     f = files.loc[cohort.image[cohort.image != ''].unique()]
-    out = f.groupby(['width', 'height', 'channels']).size().rename('images').reset_index().sort_values('images', ascending=False, kind='stable', ignore_index=True)
-    return safe_counts(out[out.images >= 10] if tell.access != 'open' else out, ['images'], tell).head(most)
+    out = (
+        f.groupby(['width', 'height', 'channels'])
+        .size()
+        .rename('images')
+        .reset_index()
+        .sort_values('images', ascending=False, kind='stable', ignore_index=True)
+    )
+    return safe_counts(
+        out[out.images >= 10] if tell.access != 'open' else out, ['images'], tell
+    ).head(most)
 
 # %% ../../nbs/13_data.audit.ipynb #adf7d7e7
 @dataclass(frozen=True, eq=False)
 class FileAudit:
     "What the files say about themselves."
-    findings: pd.DataFrame # check, severity, subject, finding, value, low, high, unit, n, sentence; the worst first
-    tables: dict           # name -> DataFrame: labels, strata, missing, sizes, shortcuts, naming, words, duplicates
+
+    findings: (
+        pd.DataFrame
+    )  # check, severity, subject, finding, value, low, high, unit, n, sentence; the worst first
+    tables: dict  # name -> DataFrame: labels, strata, missing, sizes, shortcuts, naming, words, duplicates
+
 
 def _measured(cohort, files, seed):
     "The tables that need a classifier or a search."
     out, asked = {}, cohort['question'] if 'question' in cohort else None
-    if files is not None: out = dict(shortcuts=shortcut_table(cohort, files, seed), duplicates=near_duplicates(files.loc[cohort.image[cohort.image != ''].unique()]))   # complains where the files are not those of the cohort
+    if files is not None:
+        out = dict(
+            shortcuts=shortcut_table(cohort, files, seed),
+            duplicates=near_duplicates(files.loc[cohort.image[cohort.image != ''].unique()]),
+        )  # complains where the files are not those of the cohort
     out |= dict(naming=naming_table(cohort, seed), words=bag_of_words(cohort, 'text', seed))
-    if asked is not None and asked.groupby(cohort.finding).nunique().max() > 1: out['questions'] = bag_of_words(cohort, 'question', seed)
+    if asked is not None and asked.groupby(cohort.finding).nunique().max() > 1:
+        out['questions'] = bag_of_words(cohort, 'question', seed)
     return out
+
 
 def _shown(tables, tell):
     "The measured tables without what credentialed data may not show."
-    words = lambda t: t.assign(words=['; '.join(f"{c}: {', '.join(w)}" for c, w in x.items() if w) for x in t.words])
+    words = lambda t: t.assign(
+        words=['; '.join(f"{c}: {', '.join(w)}" for c, w in x.items() if w) for x in t.words]
+    )
     out = {k: words(t) if 'words' in t else t for k, t in tables.items()}
-    if tell.access == 'open': return out
-    if 'duplicates' in out: out['duplicates'] = safe_counts(out['duplicates'].groupby('distance').size().rename('pairs').reset_index(), ['pairs'], tell)
-    if len(out['naming']): out['naming'] = out['naming'].assign(**{c: [np.nan if tell.hides(round(s * n), n) else s for s, n in zip(out['naming'][c], out['naming'].n)] for c in ('named', 'denied')})
+    if tell.access == 'open':
+        return out
+    if 'duplicates' in out:
+        out['duplicates'] = safe_counts(
+            out['duplicates'].groupby('distance').size().rename('pairs').reset_index(),
+            ['pairs'],
+            tell,
+        )
+    if len(out['naming']):
+        out['naming'] = out['naming'].assign(
+            **{
+                c: [
+                    np.nan if tell.hides(round(s * n), n) else s
+                    for s, n in zip(out['naming'][c], out['naming'].n)
+                ]
+                for c in ('named', 'denied')
+            }
+        )
     return {k: t.loc[t.smallest >= 10] if 'smallest' in t else t for k, t in out.items()}
 
 # %% ../../nbs/13_data.audit.ipynb #0b70ddb4
 def source_rows(
-    cohort:pd.DataFrame, # from `build_cohort`, whose `.attrs` hold the card and the data root
-)->pd.DataFrame|None:    # image, split, patient_id of every row of the data set; None where no filter left any out, or there is no split
+    cohort: pd.DataFrame,  # from `build_cohort`, whose `.attrs` hold the card and the data root
+) -> (
+    pd.DataFrame | None
+):  # image, split, patient_id of every row of the data set; None where no filter left any out, or there is no split
     "The rows before the card's filters."
     card, root = cohort.attrs.get('card') or {}, cohort.attrs.get('root', '')
-    if not card.get('filters') or not card['columns'].get('split') or not os.path.isdir(root): return None
+    if not card.get('filters') or not card['columns'].get('split') or not os.path.isdir(root):
+        return None
     m = Manifest(**card).model_copy(update=dict(filters=[]))
     rows = read_rows(m, root)[0]
-    return pd.DataFrame(dict(image=find_images(m.columns.image, rows, root, m.access), split=fill(m.columns.split, rows).str.strip(), patient_id=fill(m.columns.patient_id, rows).str.strip()))
+    return pd.DataFrame(
+        dict(
+            image=find_images(m.columns.image, rows, root, m.access),
+            split=fill(m.columns.split, rows).str.strip(),
+            patient_id=fill(m.columns.patient_id, rows).str.strip(),
+        )
+    )
 
 # %% ../../nbs/13_data.audit.ipynb #3f670fa4
 def audit(
-    cohort:pd.DataFrame,               # a cohort; `.attrs['access']` decides what is shown
-    files:pd.DataFrame|None,           # from `scan_files`, a row per image; None or empty: images were not read
-    exclusions:pd.DataFrame|None=None, # from `build_cohort`
-    seed:int=0,                        # folds and resamples
-    source:pd.DataFrame|None=None,     # from `source_rows`, which is asked where there is none
-)->FileAudit:
+    cohort: pd.DataFrame,  # a cohort; `.attrs['access']` decides what is shown
+    files: pd.DataFrame
+    | None,  # from `scan_files`, a row per image; None or empty: images were not read
+    exclusions: pd.DataFrame | None = None,  # from `build_cohort`
+    seed: int = 0,  # folds and resamples
+    source: pd.DataFrame | None = None,  # from `source_rows`, which is asked where there is none
+) -> FileAudit:
     "All checks and the tables behind them; `InputError` where an image was not scanned, the cohort is empty or sealed."
-    if cohort.attrs.get('sealed'): raise InputError('a sealed cohort has no texts and no images to audit; build it from the files')
-    if cohort.empty: raise InputError('the cohort is empty: there is nothing to audit')
-    tell = Teller('open' if cohort.attrs.get('access') == 'open' else 'credentialed')   # what does not say that it is open is not
+    if cohort.attrs.get('sealed'):
+        raise InputError(
+            'a sealed cohort has no texts and no images to audit; build it from the files'
+        )
+    if cohort.empty:
+        raise InputError('the cohort is empty: there is nothing to audit')
+    tell = Teller(
+        'open' if cohort.attrs.get('access') == 'open' else 'credentialed'
+    )  # what does not say that it is open is not
     files = None if files is None or files.empty or (cohort.image == '').all() else files
     source, t = source_rows(cohort) if source is None else source, _measured(cohort, files, seed)
     rows = check_classes(cohort, tell) + check_patients(cohort, tell, source)
     if files is not None:
-        rows += check_copies(cohort, files, tell, source) + check_near_copies(cohort, files, tell, t['duplicates']) + check_conflicts(cohort, files, tell) + check_images(cohort, files, tell) + shortcut_entries(t['shortcuts'], tell, cohort.attrs.get('strata', []))
-    else: rows.append(entry('images', 'note', 'all', np.nan, len(cohort), 'No image was read: copies, blank films, sizes and shortcuts are unchecked.'))
-    rows += naming_entries(t['naming'], tell) + words_entries(t['words'], tell) + (words_entries(t['questions'], tell, 'question') if 'questions' in t else [])
-    if (cohort.text.str.strip() == '').all(): rows.append(entry('text', 'note', 'text', np.nan, len(cohort), 'There is no text: only arms that swap or remove the image can be run.'))
+        rows += (
+            check_copies(cohort, files, tell, source)
+            + check_near_copies(cohort, files, tell, t['duplicates'])
+            + check_conflicts(cohort, files, tell)
+            + check_images(cohort, files, tell)
+            + shortcut_entries(t['shortcuts'], tell, cohort.attrs.get('strata', []))
+        )
+    else:
+        rows.append(
+            entry(
+                'images',
+                'note',
+                'all',
+                np.nan,
+                len(cohort),
+                'No image was read: copies, blank films, sizes and shortcuts are unchecked.',
+            )
+        )
+    rows += (
+        naming_entries(t['naming'], tell)
+        + words_entries(t['words'], tell)
+        + (words_entries(t['questions'], tell, 'question') if 'questions' in t else [])
+    )
+    if (cohort.text.str.strip() == '').all():
+        rows.append(
+            entry(
+                'text',
+                'note',
+                'text',
+                np.nan,
+                len(cohort),
+                'There is no text: only arms that swap or remove the image can be run.',
+            )
+        )
     rows += check_missing(cohort, tell) + check_exclusions(cohort, exclusions, tell)
-    tables = count_tables(cohort, tell) | dict(missing=missing_table(cohort, tell)) | (dict(sizes=size_table(cohort, files, tell)) if files is not None else {}) | _shown(t, tell)
+    tables = (
+        count_tables(cohort, tell)
+        | dict(missing=missing_table(cohort, tell))
+        | (dict(sizes=size_table(cohort, files, tell)) if files is not None else {})
+        | _shown(t, tell)
+    )
     return FileAudit(_sorted(rows, tell), tables)
 
+
 def _sorted(rows, tell):
-    d = pd.DataFrame(rows)[['check', 'severity', 'subject', 'finding', 'value', 'low', 'high', 'unit', 'n', 'sentence']]
+    d = pd.DataFrame(rows)[
+        ['check', 'severity', 'subject', 'finding', 'value', 'low', 'high', 'unit', 'n', 'sentence']
+    ]
     d['n'] = d.n.astype('Int64').mask((tell.access != 'open') & d.n.between(1, 9))
-    return d.sort_values('severity', key=lambda s: s.map(SEVERITIES.index), kind='stable', ignore_index=True)
+    return d.sort_values(
+        'severity', key=lambda s: s.map(SEVERITIES.index), kind='stable', ignore_index=True
+    )
 
 # %% ../../nbs/13_data.audit.ipynb #f30b5c92
 def audit_files(
-    cohort:pd.DataFrame,               # a cohort
-    files:pd.DataFrame|None,           # from `scan_files`; None: images were not read
-    exclusions:pd.DataFrame|None=None, # from `build_cohort`
-    seed:int=0,                        # folds and resamples
-    source:pd.DataFrame|None=None,     # from `source_rows`, which is asked where there is none
-)->pd.DataFrame:                       # check, severity, subject, finding, value, low, high, unit, n, sentence; the worst first
+    cohort: pd.DataFrame,  # a cohort
+    files: pd.DataFrame | None,  # from `scan_files`; None: images were not read
+    exclusions: pd.DataFrame | None = None,  # from `build_cohort`
+    seed: int = 0,  # folds and resamples
+    source: pd.DataFrame | None = None,  # from `source_rows`, which is asked where there is none
+) -> (
+    pd.DataFrame
+):  # check, severity, subject, finding, value, low, high, unit, n, sentence; the worst first
     "What in the files could mislead an audit."
     return audit(cohort, files, exclusions, seed, source).findings
 
 # %% ../../nbs/13_data.audit.ipynb #ae7516b2
 def audit_tables(
-    cohort:pd.DataFrame,     # a cohort
-    files:pd.DataFrame|None, # from `scan_files`; None: images were not read
-    seed:int=0,              # folds and resamples
-)->dict:                     # name -> DataFrame
+    cohort: pd.DataFrame,  # a cohort
+    files: pd.DataFrame | None,  # from `scan_files`; None: images were not read
+    seed: int = 0,  # folds and resamples
+) -> dict:  # name -> DataFrame
     "The counts and measurements behind `audit_files`."
     return audit(cohort, files, None, seed).tables

@@ -19,70 +19,121 @@ from .tables import require
 
 # %% ../../nbs/09h_data.boxes.ipynb #95bbc146
 def as_box(
-    numbers,           # four numbers or words for numbers
-    format:str='xyxy', # 'xywh' or 'xyxy'
-    scale=(1., 1.),    # factors for x and y
-)->list|None:          # [x0, y0, x1, y1], the smallest whole-pixel box around it; None where it is none
+    numbers,  # four numbers or words for numbers
+    format: str = 'xyxy',  # 'xywh' or 'xyxy'
+    scale=(1.0, 1.0),  # factors for x and y
+) -> list | None:  # [x0, y0, x1, y1], the smallest whole-pixel box around it; None where it is none
     "One box in the form of the cohort."
     try:
         a, b, c, d = (float(n) for n in numbers)
-        if format == 'xywh': c, d = a + c, b + d
+        if format == 'xywh':
+            c, d = a + c, b + d
         a, c, b, d = a * scale[0], c * scale[0], b * scale[1], d * scale[1]
-    except (TypeError, ValueError): return None
-    near = lambda f, x: f(round(x, 6))   # 3 * (1 / 3) is 1
-    return [near(math.floor, a), near(math.floor, b), near(math.ceil, c), near(math.ceil, d)] if all(map(math.isfinite, (a, b, c, d))) and a < c and b < d else None
+    except (TypeError, ValueError):
+        return None
+    near = lambda f, x: f(round(x, 6))  # 3 * (1 / 3) is 1
+    return (
+        [near(math.floor, a), near(math.floor, b), near(math.ceil, c), near(math.ceil, d)]
+        if all(map(math.isfinite, (a, b, c, d))) and a < c and b < d
+        else None
+    )
 
 # %% ../../nbs/09h_data.boxes.ipynb #1ebecca6
 def box_table(
-    m:Manifest, # a card with `boxes`
-    root,       # data root
-)->dict:        # (key, finding word or '') -> list of (four numbers, (width, height) at which they were drawn or None)
+    m: Manifest,  # a card with `boxes`
+    root,  # data root
+) -> dict:  # (key, finding word or '') -> list of (four numbers, (width, height) at which they were drawn or None)
     "The boxes of a card's box table."
     b = m.boxes
     t = source(m, root, b.table)[0]
     size = [s for s in b.size if not _number(s)]
     require(t, [*needs(b.key), *b.columns, *needs(b.finding), *size], b.table.name)
-    if len(b.columns) == 1: numbers = [None if is_missing(c) else list_cell(c) or () for c in t[b.columns[0]]]
-    else: numbers = [None if all(map(is_missing, c)) else c for c in zip(*(t[c] for c in b.columns))]   # a row without coordinates says: no box here
-    sizes = list(zip(*([s] * len(t) if _number(s) else t[s] for s in b.size))) if b.size else [None] * len(t)
+    if len(b.columns) == 1:
+        numbers = [None if is_missing(c) else list_cell(c) or () for c in t[b.columns[0]]]
+    else:
+        numbers = [
+            None if all(map(is_missing, c)) else c for c in zip(*(t[c] for c in b.columns))
+        ]  # a row without coordinates says: no box here
+    sizes = (
+        list(zip(*([s] * len(t) if _number(s) else t[s] for s in b.size)))
+        if b.size
+        else [None] * len(t)
+    )
     out = {}
-    for key, word, box, at in zip(fill(b.key, t).str.strip(), fill(b.finding, t).str.strip(), numbers, sizes):
-        if box is not None: out.setdefault((key, word), []).append((box, at))
+    for key, word, box, at in zip(
+        fill(b.key, t).str.strip(), fill(b.finding, t).str.strip(), numbers, sizes
+    ):
+        if box is not None:
+            out.setdefault((key, word), []).append((box, at))
     return out
 
+
 def _number(s):
-    try: return math.isfinite(float(s))
-    except ValueError: return False
+    try:
+        return math.isfinite(float(s))
+    except ValueError:
+        return False
 
 # %% ../../nbs/09h_data.boxes.ipynb #d7b55f09
 def sample_boxes(
-    m:Manifest,         # the card
-    rows:pd.DataFrame,  # table rows
-    every:pd.DataFrame, # samples: `row` (position of its row), finding, height and width of its file (0: unknown)
-    root,               # data root
-)->pd.Series:           # list of boxes per sample; None where one is no box or leaves its image
+    m: Manifest,  # the card
+    rows: pd.DataFrame,  # table rows
+    every: pd.DataFrame,  # samples: `row` (position of its row), finding, height and width of its file (0: unknown)
+    root,  # data root
+) -> pd.Series:  # list of boxes per sample; None where one is no box or leaves its image
     "Boxes that mark each sample's finding, in pixels of the file."
-    if m.columns.boxes: raw = [_inline(c) for c in fill(m.columns.boxes, rows).iloc[every.row]]
+    if m.columns.boxes:
+        raw = [_inline(c) for c in fill(m.columns.boxes, rows).iloc[every.row]]
     else:
-        known, words = box_table(m, root), {f: m.boxes.names.get(f, []) if m.boxes.finding else [''] for f in m.tasks}
+        known, words = (
+            box_table(m, root),
+            {f: m.boxes.names.get(f, []) if m.boxes.finding else [''] for f in m.tasks},
+        )
         keys = fill(m.boxes.of or m.columns.sample_id, rows).str.strip().iloc[every.row]
-        raw = [[x for w in words[f] for x in known.get((k, w), ())] for k, f in zip(keys, every.finding)]
+        raw = [
+            [x for w in words[f] for x in known.get((k, w), ())]
+            for k, f in zip(keys, every.finding)
+        ]
     form = 'xyxy' if m.columns.boxes else m.boxes.format
-    return pd.Series([_placed(b, h, w, form) if b else b for b, h, w in zip(raw, every.height, every.width)], index=every.index, dtype=object)
+    return pd.Series(
+        [_placed(b, h, w, form) if b else b for b, h, w in zip(raw, every.height, every.width)],
+        index=every.index,
+        dtype=object,
+    )
+
 
 def _inline(cell):
-    try: found = json.loads(cell) if not is_missing(cell) else []
-    except (ValueError, RecursionError): return None
+    try:
+        found = json.loads(cell) if not is_missing(cell) else []
+    except (ValueError, RecursionError):
+        return None
     return [(b, None) for b in found] if isinstance(found, list) else None
+
 
 def _placed(boxes, h, w, form):
     "Boxes scaled and cut to an image of `h` x `w` pixels (0: unknown); None where one is broken or leaves it by more than a pixel."
     known, out = bool(h and w), []
     for numbers, at in boxes:
-        if at and not known: continue
-        scale = (w / float(at[0]), h / float(at[1])) if at and all(_number(s) and float(s) > 0 for s in at) else None if at else (1., 1.)
+        if at and not known:
+            continue
+        scale = (
+            (w / float(at[0]), h / float(at[1]))
+            if at and all(_number(s) and float(s) > 0 for s in at)
+            else None
+            if at
+            else (1.0, 1.0)
+        )
         b = as_box(numbers, form, scale) if scale else None
-        if b is None: return None
-        if known and (b[0] < -1 or b[1] < -1 or b[2] > w + 1 or b[3] > h + 1 or min(b[2], w) <= max(b[0], 0) or min(b[3], h) <= max(b[1], 0)): return None
+        if b is None:
+            return None
+        if known and (
+            b[0] < -1
+            or b[1] < -1
+            or b[2] > w + 1
+            or b[3] > h + 1
+            or min(b[2], w) <= max(b[0], 0)
+            or min(b[3], h) <= max(b[1], 0)
+        ):
+            return None
         out.append([max(b[0], 0), max(b[1], 0), min(b[2], w), min(b[3], h)] if known else b)
     return out

@@ -16,57 +16,102 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..core import InputError, content_hash
-from .parts import Boxes, Derive, Filter, Join, Stratum, Table, TableCard, TextCard, check_separator, fill, needs
+from smsbench.data.parts import (
+    Boxes,
+    Derive,
+    Filter,
+    Join,
+    Stratum,
+    Table,
+    TableCard,
+    TextCard,
+    check_separator,
+    fill,
+    needs,
+)
 from .rules import Card, LabelRule
 
-_all_ = ['TableCard', 'fill', 'needs'] # what a user of this module needs beside it
+_all_ = ['TableCard', 'fill', 'needs']  # what a user of this module needs beside it
 
 # %% ../../nbs/09b_data.cards.ipynb #69a9edfa
 class TaskCard(Card):
     "One question with a closed list of answers."
-    question: str                   # asked of every sample, unless `question_column` brings one per row
-    question_column: str = ''       # column with the question of each row
-    choices: list[str] = ['yes', 'no'] # allowed answers
-    noun: str = 'image'             # what the image is called in a prompt
-    text_noun: str = 'report'       # what the text is called in a prompt
-    label: LabelRule                # how the answer is known; a bare word is the column that holds it
+
+    question: str  # asked of every sample, unless `question_column` brings one per row
+    question_column: str = ''  # column with the question of each row
+    choices: list[str] = ['yes', 'no']  # allowed answers
+    noun: str = 'image'  # what the image is called in a prompt
+    text_noun: str = 'report'  # what the text is called in a prompt
+    label: LabelRule  # how the answer is known; a bare word is the column that holds it
 
     @field_validator('label', mode='before')
     @classmethod
-    def _bare(cls, v): return dict(column=v) if isinstance(v, str) else v
+    def _bare(cls, v):
+        return dict(column=v) if isinstance(v, str) else v
 
     @model_validator(mode='after')
     def _answers(self):
         r, lowered = self.label, {c.strip().lower() for c in self.choices}
-        if len(lowered) < max(2, len(self.choices)) or '' in lowered: raise ValueError('choices must be two or more different answers')
-        if not self.question.strip(): raise ValueError('question is empty')
-        if odd := sorted({*r.map.values(), r.then, r.otherwise, r.empty} - {*self.choices, ''}): raise ValueError(f"label gives {', '.join(odd)}, which is not among the choices {', '.join(self.choices)}")
-        if r.two_sided and len(self.choices) > 2 and not (r.then and r.otherwise): raise ValueError('label needs `then` and `otherwise` where there are more than two choices')
-        if r.uncertain and r.uncertain not in ('exclude', r.then or self.choices[0], r.otherwise or self.choices[1]): raise ValueError(f'label: `uncertain` is {r.uncertain}; use exclude or the choice that a 1 or a 0 stands for')
+        if len(lowered) < max(2, len(self.choices)) or '' in lowered:
+            raise ValueError('choices must be two or more different answers')
+        if not self.question.strip():
+            raise ValueError('question is empty')
+        if odd := sorted({*r.map.values(), r.then, r.otherwise, r.empty} - {*self.choices, ''}):
+            raise ValueError(
+                f"label gives {', '.join(odd)}, which is not among the choices {', '.join(self.choices)}"
+            )
+        if r.two_sided and len(self.choices) > 2 and not (r.then and r.otherwise):
+            raise ValueError(
+                'label needs `then` and `otherwise` where there are more than two choices'
+            )
+        if r.uncertain and r.uncertain not in (
+            'exclude',
+            r.then or self.choices[0],
+            r.otherwise or self.choices[1],
+        ):
+            raise ValueError(
+                f'label: `uncertain` is {r.uncertain}; use exclude or the choice that a 1 or a 0 stands for'
+            )
         return self
 
 # %% ../../nbs/09b_data.cards.ipynb #684f9372
 class Columns(Card):
     "Cohort column -> column of the table, or a template such as `images/{id}.png`."
-    sample_id: str     # unique per row; where a card asks several questions of a row, `:finding` is appended
-    patient_id: str    # the unit of inference
-    image: str         # path below the root, or another reference that a reader knows
-    text: str = ''     # report or note; unmapped: the data set has none, or see `text` of the manifest
-    split: str = ''    # train, val, test, ...
+
+    sample_id: (
+        str  # unique per row; where a card asks several questions of a row, `:finding` is appended
+    )
+    patient_id: str  # the unit of inference
+    image: str  # path below the root, or another reference that a reader knows
+    text: str = ''  # report or note; unmapped: the data set has none, or see `text` of the manifest
+    split: str = ''  # train, val, test, ...
     finding: str = ''  # task of the row; unmapped: every row is asked every question
-    boxes: str = ''    # JSON list of [x0, y0, x1, y1]; or see `boxes` of the manifest
+    boxes: str = ''  # JSON list of [x0, y0, x1, y1]; or see `boxes` of the manifest
 
 # %% ../../nbs/09b_data.cards.ipynb #1e165ab4
-RESERVED = ('sample_id', 'patient_id', 'split', 'finding', 'label', 'image', 'text', 'image_sha', 'question', 'boxes') # cohort columns that strata and kept columns may not take
+RESERVED = (
+    'sample_id',
+    'patient_id',
+    'split',
+    'finding',
+    'label',
+    'image',
+    'text',
+    'image_sha',
+    'question',
+    'boxes',
+)  # cohort columns that strata and kept columns may not take
+
 
 class Expected(Card):
     "How many samples the cohort must have; guards against another version of the files."
-    n: int | None = None   # exactly
-    min: int | None = None # at least
-    splits: dict[str, int] = {} # split -> exactly
+
+    n: int | None = None  # exactly
+    min: int | None = None  # at least
+    splits: dict[str, int] = {}  # split -> exactly
 
 # %% ../../nbs/09b_data.cards.ipynb #556e4dc8
-LABEL_SOURCES = { # what a card may say, and what it means
+LABEL_SOURCES = {  # what a card may say, and what it means
     'report': 'read off the report, by a program or a person',
     'radiologist': 'read from the image by a radiologist or another physician',
     'pathology': 'tissue or a laboratory test',
@@ -75,144 +120,281 @@ LABEL_SOURCES = { # what a card may say, and what it means
 }
 
 # %% ../../nbs/09b_data.cards.ipynb #f004149a
-_CONTROL = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]') # also what turns the direction of writing
-_LINES = ('how', 'layout', 'question', 'text')                                  # may have several lines; `columns.text` may be a template of a report
-_CELLS = ('map', 'equals', 'among', 'not_in', 'any_in', 'any_of', 'none_of', 'names', 'split_on', 'separator', 'pattern') # quote the data's own cells
+_CONTROL = re.compile(
+    '[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]'
+)  # also what turns the direction of writing
+_LINES = (
+    'how',
+    'layout',
+    'question',
+    'text',
+)  # may have several lines; `columns.text` may be a template of a report
+_CELLS = (
+    'map',
+    'equals',
+    'among',
+    'not_in',
+    'any_in',
+    'any_of',
+    'none_of',
+    'names',
+    'split_on',
+    'separator',
+    'pattern',
+)  # quote the data's own cells
+
 
 def control_character(
-    said,         # what a card says: text, list or map
-    where:str='', # its place in the card
-)->str:           # e.g. 'title: holds the control character U+001B'; '' where there is none
+    said,  # what a card says: text, list or map
+    where: str = '',  # its place in the card
+) -> str:  # e.g. 'title: holds the control character U+001B'; '' where there is none
     "The first control character of a card, and where it stands."
     if isinstance(said, str):
         last = where.rpartition('.')[2]
         found = _CONTROL.search(re.sub(r'\r?\n|\t', ' ', said) if last in _LINES else said)
-        return f'{where}: holds the control character U+{ord(found[0]):04X}' + (', a line break' if found[0] in '\r\n' else '') if found else ''
-    inner = [(f'{where}.{k}' if where else k, k, v) for k, v in said.items()] if isinstance(said, dict) else [(where, '', v) for v in said] if isinstance(said, list) else []
-    return next((f for place, k, v in inner for f in (control_character(k, f'{where}, a key' if where else 'a key'), '' if k in _CELLS else control_character(v, place)) if f), '')
+        return (
+            f'{where}: holds the control character U+{ord(found[0]):04X}'
+            + (', a line break' if found[0] in '\r\n' else '')
+            if found
+            else ''
+        )
+    inner = (
+        [(f'{where}.{k}' if where else k, k, v) for k, v in said.items()]
+        if isinstance(said, dict)
+        else [(where, '', v) for v in said]
+        if isinstance(said, list)
+        else []
+    )
+    return next(
+        (
+            f
+            for place, k, v in inner
+            for f in (
+                control_character(k, f'{where}, a key' if where else 'a key'),
+                '' if k in _CELLS else control_character(v, place),
+            )
+            if f
+        ),
+        '',
+    )
 
 # %% ../../nbs/09b_data.cards.ipynb #be62d9ea
 class Manifest(Card):
     "How a data set's own files become a cohort."
-    name: str = Field(pattern=r'^[A-Za-z0-9][\w.-]*$') # short name
-    title: str                        # full name
-    version: str                      # of the data set
-    source: str = ''                  # where it comes from
-    how: str = ''                     # how to obtain it
-    layout: str = ''                  # the files expected below the root, one per line
-    licence: str                      # terms of use
-    citation: str = ''                # what to cite
-    access: Literal['open', 'credentialed'] # credentialed data never enter a report
-    table: Table                      # one row per sample (or image, or question)
-    separator: str = ','              # between fields of the tables
-    encoding: str = 'utf-8'           # of the tables and report files
-    joins: list[Join] = []            # further tables laid beside it
-    derive: dict[str, Derive] = {}    # new columns, in order
-    filters: list[Filter] = []        # which rows the cohort is about, in order
-    columns: Columns                  # where the fixed columns come from
-    text: TextCard | None = None      # reports in files or in several columns, their sections, their least length
-    tasks: dict[str, TaskCard] = Field(min_length=1) # finding -> question
-    label_source: str = ''            # where the labels come from, a key of `LABEL_SOURCES`; '' is not stated
-    strata: dict[str, Stratum] = {}   # cohort column -> how rows are grouped; a bare word is the column
-    boxes: Boxes | None = None        # boxes in a table of their own
-    keep: list[str] = []              # further columns to carry along unchanged; * and ? stand for any letters
-    needs_text: bool = True           # where there is text: an empty one excludes the sample
-    patient_disjoint: bool = False    # the splits must not share a patient
-    max_excluded: float = Field(default=.2, ge=0, le=1) # largest share of samples that may be excluded
-    expected: Expected = Expected()   # number of samples
+
+    name: str = Field(pattern=r'^[A-Za-z0-9][\w.-]*$')  # short name
+    title: str  # full name
+    version: str  # of the data set
+    source: str = ''  # where it comes from
+    how: str = ''  # how to obtain it
+    layout: str = ''  # the files expected below the root, one per line
+    licence: str  # terms of use
+    citation: str = ''  # what to cite
+    access: Literal['open', 'credentialed']  # credentialed data never enter a report
+    table: Table  # one row per sample (or image, or question)
+    separator: str = ','  # between fields of the tables
+    encoding: str = 'utf-8'  # of the tables and report files
+    joins: list[Join] = []  # further tables laid beside it
+    derive: dict[str, Derive] = {}  # new columns, in order
+    filters: list[Filter] = []  # which rows the cohort is about, in order
+    columns: Columns  # where the fixed columns come from
+    text: TextCard | None = (
+        None  # reports in files or in several columns, their sections, their least length
+    )
+    tasks: dict[str, TaskCard] = Field(min_length=1)  # finding -> question
+    label_source: str = ''  # where the labels come from, a key of `LABEL_SOURCES`; '' is not stated
+    strata: dict[
+        str, Stratum
+    ] = {}  # cohort column -> how rows are grouped; a bare word is the column
+    boxes: Boxes | None = None  # boxes in a table of their own
+    keep: list[str] = []  # further columns to carry along unchanged; * and ? stand for any letters
+    needs_text: bool = True  # where there is text: an empty one excludes the sample
+    patient_disjoint: bool = False  # the splits must not share a patient
+    max_excluded: float = Field(
+        default=0.2, ge=0, le=1
+    )  # largest share of samples that may be excluded
+    expected: Expected = Expected()  # number of samples
 
     @field_validator('separator')
     @classmethod
-    def _one(cls, v): return check_separator(v)
+    def _one(cls, v):
+        return check_separator(v)
 
     @field_validator('label_source')
     @classmethod
     def _known_source(cls, v):
         if v not in LABEL_SOURCES:
-            raise ValueError(f"{v!r}: use {', '.join(s for s in LABEL_SOURCES if s)}, or leave it empty")
+            raise ValueError(
+                f"{v!r}: use {', '.join(s for s in LABEL_SOURCES if s)}, or leave it empty"
+            )
         return v
 
     @field_validator('strata', mode='before')
     @classmethod
-    def _bare(cls, v): return {k: dict(column=s) if isinstance(s, str) else s for k, s in v.items()} if isinstance(v, dict) else v
+    def _bare(cls, v):
+        return (
+            {k: dict(column=s) if isinstance(s, str) else s for k, s in v.items()}
+            if isinstance(v, dict)
+            else v
+        )
 
     @model_validator(mode='after')
     def _fits(self):
-        if odd := control_character(self.model_dump(mode='json')): raise ValueError(odd)
-        if odd := [t for t in self.tasks if not re.fullmatch(r'[\w.-]+', t)]: raise ValueError(f'task {odd[0]!r}: use letters, digits, _ . - only')
-        if odd := sorted({*RESERVED} & {*self.strata, *self.keep}): raise ValueError(f'{odd[0]} is a fixed column of the cohort; choose another name')
-        if odd := sorted({*self.strata} & {*self.keep}): raise ValueError(f'{odd[0]} stands under strata and under keep')
-        if self.boxes and self.columns.boxes: raise ValueError('boxes: either a column or a table')
-        if self.boxes and (odd := sorted({*self.boxes.names} - {*self.tasks})): raise ValueError(f'boxes: {odd[0]} is no task')
-        if self.text and bool(self.columns.text) == bool(self.text.file or self.text.columns): raise ValueError('text: needs exactly one of columns.text, text.file and text.columns')
-        if (self.patient_disjoint or self.expected.splits) and not self.columns.split: raise ValueError('columns.split is needed by patient_disjoint and expected.splits')
-        for encoding in (self.encoding, *(t.encoding for t in self.tables() if t.encoding)): _known_encoding(encoding)
+        if odd := control_character(self.model_dump(mode='json')):
+            raise ValueError(odd)
+        if odd := [t for t in self.tasks if not re.fullmatch(r'[\w.-]+', t)]:
+            raise ValueError(f'task {odd[0]!r}: use letters, digits, _ . - only')
+        if odd := sorted({*RESERVED} & {*self.strata, *self.keep}):
+            raise ValueError(f'{odd[0]} is a fixed column of the cohort; choose another name')
+        if odd := sorted({*self.strata} & {*self.keep}):
+            raise ValueError(f'{odd[0]} stands under strata and under keep')
+        if self.boxes and self.columns.boxes:
+            raise ValueError('boxes: either a column or a table')
+        if self.boxes and (odd := sorted({*self.boxes.names} - {*self.tasks})):
+            raise ValueError(f'boxes: {odd[0]} is no task')
+        if self.text and bool(self.columns.text) == bool(self.text.file or self.text.columns):
+            raise ValueError('text: needs exactly one of columns.text, text.file and text.columns')
+        if (self.patient_disjoint or self.expected.splits) and not self.columns.split:
+            raise ValueError('columns.split is needed by patient_disjoint and expected.splits')
+        for encoding in (self.encoding, *(t.encoding for t in self.tables() if t.encoding)):
+            _known_encoding(encoding)
         return self
 
     @property
-    def hash(self)->str:
+    def hash(self) -> str:
         "Hash of what the card says; comments, the order of its keys and defaults written out do not matter."
-        return content_hash(json.dumps(self.model_dump(mode='json', exclude_defaults=True), sort_keys=True))
+        return content_hash(
+            json.dumps(self.model_dump(mode='json', exclude_defaults=True), sort_keys=True)
+        )
 
     @property
-    def has_text(self)->bool:
+    def has_text(self) -> bool:
         "Whether the samples have a text."
         return bool(self.columns.text or self.text)
 
-    def tables(self)->list[TableCard]:
+    def tables(self) -> list[TableCard]:
         "Every table the card names."
-        return [self.table, *(j.table for j in self.joins), *(t for d in self.derive.values() for t in d.lists.values()), *([self.boxes.table] if self.boxes else [])]
+        return [
+            self.table,
+            *(j.table for j in self.joins),
+            *(t for d in self.derive.values() for t in d.lists.values()),
+            *([self.boxes.table] if self.boxes else []),
+        ]
 
-    def needed(self)->list[str]:
+    def needed(self) -> list[str]:
         "Columns that must be there once tables are joined and columns derived."
-        tasks, texts = self.tasks.values(), [*self.text.file, *self.text.columns.values()] if self.text else []
-        names = [c for v in [*self.columns.model_dump().values(), *texts] for c in needs(v)] + [c for f in self.filters for c in f.reads] + [c for t in tasks for c in t.label.reads]
-        names += [t.question_column for t in tasks if t.question_column] + [s.column for s in self.strata.values()] + [k for k in self.keep if not set('*?') & set(k)]
-        return list(dict.fromkeys([*names, *([self.boxes.of] if self.boxes and self.boxes.of else [])]))
+        tasks, texts = (
+            self.tasks.values(),
+            [*self.text.file, *self.text.columns.values()] if self.text else [],
+        )
+        names = (
+            [c for v in [*self.columns.model_dump().values(), *texts] for c in needs(v)]
+            + [c for f in self.filters for c in f.reads]
+            + [c for t in tasks for c in t.label.reads]
+        )
+        names += (
+            [t.question_column for t in tasks if t.question_column]
+            + [s.column for s in self.strata.values()]
+            + [k for k in self.keep if not set('*?') & set(k)]
+        )
+        return list(
+            dict.fromkeys([*names, *([self.boxes.of] if self.boxes and self.boxes.of else [])])
+        )
+
 
 def _known_encoding(name):
-    try: 'a'.encode(name)
-    except (LookupError, ValueError, TypeError): raise ValueError(f'encoding {name} is unknown') from None
+    try:
+        'a'.encode(name)
+    except (LookupError, ValueError, TypeError):
+        raise ValueError(f'encoding {name} is unknown') from None
 
 # %% ../../nbs/09b_data.cards.ipynb #161b2eb7
 def manifest_path(
-    name, # path of a card, or the name of one that ships with the package
-)->Path:  # the file
+    name,  # path of a card, or the name of one that ships with the package
+) -> Path:  # the file
     "Where a card is: the path itself, else NAME.yaml in the package or in the checkout's data_manifests/."
     home = Path(str(files('smsbench')))
-    folders = [f for f in (home/'data_manifests', home.parent/'data_manifests') if f.is_dir()]
-    places = [Path(name), *(f/f'{name}.yaml' for f in folders), *(f/str(name) for f in folders)]
-    if found := next((p for p in places if os.path.isfile(p)), None): return found
-    raise InputError(f"{name}: no such manifest; give the path of a YAML card, or one of {', '.join(sorted({p.stem for f in folders for p in f.glob('*.yaml')})) or '(none installed)'}")
+    folders = [f for f in (home / 'data_manifests', home.parent / 'data_manifests') if f.is_dir()]
+    places = [Path(name), *(f / f'{name}.yaml' for f in folders), *(f / str(name) for f in folders)]
+    if found := next((p for p in places if os.path.isfile(p)), None):
+        return found
+    raise InputError(
+        f"{name}: no such manifest; give the path of a YAML card, or one of {', '.join(sorted({p.stem for f in folders for p in f.glob('*.yaml')})) or '(none installed)'}"
+    )
 
 # %% ../../nbs/09b_data.cards.ipynb #524bd288
 class _Loader(yaml.SafeLoader):
     "Safe YAML in which every scalar stays text and no key stands twice."
-    yaml_implicit_resolvers = {'<': yaml.SafeLoader.yaml_implicit_resolvers['<']}   # `<<: *anchor` is the only word with a meaning
+
+    yaml_implicit_resolvers = {
+        '<': yaml.SafeLoader.yaml_implicit_resolvers['<']
+    }  # `<<: *anchor` is the only word with a meaning
 
     def construct_mapping(self, node, deep=False):
         keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
-        if twice := next((k for k in keys if keys.count(k) > 1), None): raise yaml.MarkedYAMLError(problem=f'the key {twice} stands twice', problem_mark=node.start_mark)
+        if twice := next((k for k in keys if keys.count(k) > 1), None):
+            raise yaml.MarkedYAMLError(
+                problem=f'the key {twice} stands twice', problem_mark=node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
+
 def read_manifest(
-    name,      # path of a card, or the name of one that ships with the package
-)->Manifest:
+    name,  # path of a card, or the name of one that ships with the package
+) -> Manifest:
     "Read and check a card; `InputError` of one line that names the key."
     path = manifest_path(name)
-    try: card = yaml.load(path.read_text(encoding='utf-8-sig'), Loader=_Loader)
-    except OSError as e: raise InputError(f'{path.name}: {e.strerror}') from None
+    try:
+        card = yaml.load(path.read_text(encoding='utf-8-sig'), Loader=_Loader)
+    except OSError as e:
+        raise InputError(f'{path.name}: {e.strerror}') from None
     except (yaml.YAMLError, UnicodeError, RecursionError) as e:
         mark = getattr(e, 'problem_mark', None)
-        raise InputError(f"{path.name}{f', line {mark.line + 1}' if mark else ''}: not valid YAML ({' '.join(str(getattr(e, 'problem', None) or e).split())[:160]})") from None
-    if not isinstance(card, dict): raise InputError(f'{path.name}: must hold keys such as name, table, columns, tasks')
-    try: return Manifest(**{str(k): v for k, v in card.items()})
-    except ValidationError as e: raise InputError(f'{path.name}: {_first_fault(e)}') from None
+        raise InputError(
+            f"{path.name}{f', line {mark.line + 1}' if mark else ''}: not valid YAML ({' '.join(str(getattr(e, 'problem', None) or e).split())[:160]})"
+        ) from None
+    if not isinstance(card, dict):
+        raise InputError(f'{path.name}: must hold keys such as name, table, columns, tasks')
+    try:
+        return Manifest(**{str(k): v for k, v in card.items()})
+    except ValidationError as e:
+        raise InputError(f'{path.name}: {_first_fault(e)}') from None
+
 
 def _first_fault(e):
-    faults = sorted(e.errors(include_url=False), key=lambda x: x['type'] != 'extra_forbidden')   # a misspelt key explains the missing one
-    where, what, more = '.'.join(map(str, faults[0]['loc'])), faults[0]['type'], f' (and {len(faults) - 1} more)' if len(faults) > 1 else ''
-    known = {f.alias or k for c in (Manifest, TableCard, Join, Derive, Columns, TextCard, TaskCard, LabelRule, Filter, Stratum, Boxes, Expected) for k, f in c.model_fields.items()}
-    near = difflib.get_close_matches(str(faults[0]['loc'][-1]), known, 1) if what == 'extra_forbidden' else []
-    text = {'missing': 'is missing', 'extra_forbidden': f"unknown key{f'; did you mean {near[0]}?' if near else ''}"}.get(what, faults[0]['msg'].removeprefix('Value error, '))
+    faults = sorted(
+        e.errors(include_url=False), key=lambda x: x['type'] != 'extra_forbidden'
+    )  # a misspelt key explains the missing one
+    where, what, more = (
+        '.'.join(map(str, faults[0]['loc'])),
+        faults[0]['type'],
+        f' (and {len(faults) - 1} more)' if len(faults) > 1 else '',
+    )
+    known = {
+        f.alias or k
+        for c in (
+            Manifest,
+            TableCard,
+            Join,
+            Derive,
+            Columns,
+            TextCard,
+            TaskCard,
+            LabelRule,
+            Filter,
+            Stratum,
+            Boxes,
+            Expected,
+        )
+        for k, f in c.model_fields.items()
+    }
+    near = (
+        difflib.get_close_matches(str(faults[0]['loc'][-1]), known, 1)
+        if what == 'extra_forbidden'
+        else []
+    )
+    text = {
+        'missing': 'is missing',
+        'extra_forbidden': f"unknown key{f'; did you mean {near[0]}?' if near else ''}",
+    }.get(what, faults[0]['msg'].removeprefix('Value error, '))
     return _CONTROL.sub('?', ' '.join(f"{where or 'card'}: {text}{more}".split()))

@@ -15,28 +15,69 @@ import pandas as pd
 from .cards import LABEL_SOURCES, read_manifest
 
 # %% ../../nbs/10b_data.catalog.ipynb #b1b322a3
-def card_names()->list[str]: # names of the cards that come with smsbench, sorted
+def card_names() -> list[str]:  # names of the cards that come with smsbench, sorted
     "The cards in the package, or in the checkout's data_manifests/."
     home = Path(str(files('smsbench')))
-    return sorted({p.stem for f in (home/'data_manifests', home.parent/'data_manifests') for p in f.glob('*.yaml')})
+    return sorted(
+        {
+            p.stem
+            for f in (home / 'data_manifests', home.parent / 'data_manifests')
+            for p in f.glob('*.yaml')
+        }
+    )
 
 # %% ../../nbs/10b_data.catalog.ipynb #e2699464
-def cards_table()->pd.DataFrame: # name, access, questions, labels (where they come from), title
+def cards_table() -> pd.DataFrame:  # name, access, questions, labels (where they come from), title
     "One line per card."
     cards = [(name, read_manifest(name)) for name in card_names()]
-    about = lambda m: dict(access=m.access, questions=len(m.tasks), labels=m.label_source or 'not stated', title=m.title)
+    about = lambda m: dict(
+        access=m.access,
+        questions=len(m.tasks),
+        labels=m.label_source or 'not stated',
+        title=m.title,
+    )
     return pd.DataFrame([dict(name=name, **about(m)) for name, m in cards])
 
 # %% ../../nbs/10b_data.catalog.ipynb #506ce40e
 def how_to(
-    name, # name of a card, or the path of one
-)->str:   # some lines
+    name,  # name of a card, or the path of one
+) -> str:  # some lines
     "How the data are obtained, where they go, and what they are asked; `InputError` where there is no such card."
     m = read_manifest(name)
     told = LABEL_SOURCES[m.label_source] + f' ({m.label_source})' * bool(m.label_source)
-    facts = {'access': m.access, 'licence': m.licence, 'source': m.source, 'labels': told, 'cite': m.citation}
-    block = lambda text, indent='  ': textwrap.fill(' '.join(text.split()), 100, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    facts = {
+        'access': m.access,
+        'licence': m.licence,
+        'source': m.source,
+        'labels': told,
+        'cite': m.citation,
+    }
+    block = lambda text, indent='  ': textwrap.fill(
+        ' '.join(text.split()),
+        100,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     asked = [f'{f}: {t.question} ({" / ".join(t.choices)})' for f, t in m.tasks.items()]
-    return '\n'.join([f'{m.title}, version {m.version} ({m.name})', *(block(f'{k}: {v}') for k, v in facts.items() if v), '', 'How to obtain it', block(m.how or 'Nothing is said.'),
-                      *(['', 'Below --root', textwrap.indent(m.layout.strip('\n'), '  ')] if m.layout else []), '', 'Questions', *(block(a, '  ') for a in asked),
-                      '', 'Then', f'  smsbench cohort {name} --root FOLDER --out {m.name}.parquet'])
+    return '\n'.join(
+        [
+            f'{m.title}, version {m.version} ({m.name})',
+            *(block(f'{k}: {v}') for k, v in facts.items() if v),
+            '',
+            'How to obtain it',
+            block(m.how or 'Nothing is said.'),
+            *(
+                ['', 'Below --root', textwrap.indent(m.layout.strip('\n'), '  ')]
+                if m.layout
+                else []
+            ),
+            '',
+            'Questions',
+            *(block(a, '  ') for a in asked),
+            '',
+            'Then',
+            f'  smsbench cohort {name} --root FOLDER --out {m.name}.parquet',
+        ]
+    )

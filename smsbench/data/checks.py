@@ -18,46 +18,81 @@ from ..stats import bootstrap_sums
 
 # %% ../../nbs/12d_data.checks.ipynb #8d0f70b9
 SEVERITIES = ('serious', 'warning', 'note', 'ok')
-LEAK = .01              # a hundredth of a split: below, a leak cannot move its accuracy by more than one point, less than the interval of any audit
-GAP = (.10, .20)        # warning, serious: a share that differs between classes by 10 points is as large as the smallest effects of swapping that are reported; by 20, larger than most
-TOLD = (.55, .60)       # the same as an AUROC: an attribute with two levels that differs by g between two classes has 0.5 + g/2
-FILM_TOLD = (.60, .80)  # of brightness and contrast, which disease changes by itself: 0.71 for pneumonia in NIH ChestX-ray14, 0.72 for effusion in the phantom, where nothing else does
-TEXT_TOLD = (.55, .80)  # of a text: it is there to tell, but from 0.80 on a model that never looks is right in four pairs of five
-NAMED = (.10, .50)      # texts that name the diagnosis, more in their own class than elsewhere: one in ten, every second
-UNSURE = .20            # an interval of this width spans from nothing to serious
-ODD_SIZE = 4            # area over or under the median by this factor: the model sees another resolution
-FEW = 30                # patients in a class: below, its rate has an interval of more than ±18 points
+LEAK = 0.01  # a hundredth of a split: below, a leak cannot move its accuracy by more than one point, less than the interval of any audit
+GAP = (
+    0.10,
+    0.20,
+)  # warning, serious: a share that differs between classes by 10 points is as large as the smallest effects of swapping that are reported; by 20, larger than most
+TOLD = (
+    0.55,
+    0.60,
+)  # the same as an AUROC: an attribute with two levels that differs by g between two classes has 0.5 + g/2
+FILM_TOLD = (
+    0.60,
+    0.80,
+)  # of brightness and contrast, which disease changes by itself: 0.71 for pneumonia in NIH ChestX-ray14, 0.72 for effusion in the phantom, where nothing else does
+TEXT_TOLD = (
+    0.55,
+    0.80,
+)  # of a text: it is there to tell, but from 0.80 on a model that never looks is right in four pairs of five
+NAMED = (
+    0.10,
+    0.50,
+)  # texts that name the diagnosis, more in their own class than elsewhere: one in ten, every second
+UNSURE = 0.20  # an interval of this width spans from nothing to serious
+ODD_SIZE = 4  # area over or under the median by this factor: the model sees another resolution
+FEW = 30  # patients in a class: below, its rate has an interval of more than ±18 points
 
 # %% ../../nbs/12d_data.checks.ipynb #664f2210
 def graded(
-    low:float,  # lower end of an interval, or the number itself
-    limits,     # (warning, serious)
-    nothing:float=0., # what the number is where there is nothing
-)->str:         # a severity
+    low: float,  # lower end of an interval, or the number itself
+    limits,  # (warning, serious)
+    nothing: float = 0.0,  # what the number is where there is nothing
+) -> str:  # a severity
     "Severity by the lower end: what is sure, not what is possible."
-    return 'serious' if low >= limits[1] else 'warning' if low >= limits[0] else 'note' if low > nothing else 'ok'
+    return (
+        'serious'
+        if low >= limits[1]
+        else 'warning'
+        if low >= limits[0]
+        else 'note'
+        if low > nothing
+        else 'ok'
+    )
 
 # %% ../../nbs/12d_data.checks.ipynb #018c47bb
 def entry(
-    check:str,      # what was looked for
-    severity:str,   # one of `SEVERITIES`
-    subject:str,    # where: a column, a pair of splits, 'all'
-    value:float,    # the number
-    n:int,          # rows, images or patients it rests on
-    sentence:str,   # what it does to an audit
-    unit:str='share', # of `value`: 'share', 'patients', 'cells' (of a table) or 'AUROC'
-    finding:str='', # the question it is about; '' for all
-    low:float=np.nan,  # interval of `value`
-    high:float=np.nan,
-)->dict:            # one row of the audit
+    check: str,  # what was looked for
+    severity: str,  # one of `SEVERITIES`
+    subject: str,  # where: a column, a pair of splits, 'all'
+    value: float,  # the number
+    n: int,  # rows, images or patients it rests on
+    sentence: str,  # what it does to an audit
+    unit: str = 'share',  # of `value`: 'share', 'patients', 'cells' (of a table) or 'AUROC'
+    finding: str = '',  # the question it is about; '' for all
+    low: float = np.nan,  # interval of `value`
+    high: float = np.nan,
+) -> dict:  # one row of the audit
     "A row of the audit."
-    return dict(check=check, severity=severity, subject=subject, finding=finding, value=float(value), low=float(low), high=float(high), unit=unit, n=int(n), sentence=sentence)
+    return dict(
+        check=check,
+        severity=severity,
+        subject=subject,
+        finding=finding,
+        value=float(value),
+        low=float(low),
+        high=float(high),
+        unit=unit,
+        n=int(n),
+        sentence=sentence,
+    )
 
 # %% ../../nbs/12d_data.checks.ipynb #3bc9634d
 @dataclass(frozen=True)
 class Teller:
     "Writes counts and shares as they may be shown."
-    access: str = 'open' # 'open' or 'credentialed'
+
+    access: str = 'open'  # 'open' or 'credentialed'
 
     def hides(self, k, n):
         "May k of n not be told?"
@@ -65,208 +100,543 @@ class Teller:
 
     def share(self, k, n):
         "'14 of 120 (12 %)', 'none of 120', 'all 120'."
-        if k in (0, n): return f'all {shown(n, self.access)}' if k else f'none of {shown(n, self.access)}'
-        if self.hides(k, n): return f'fewer than 10 of {shown(n, self.access)}' if k < 10 else f'all but fewer than 10 of {shown(n, self.access)}'
+        if k in (0, n):
+            return f'all {shown(n, self.access)}' if k else f'none of {shown(n, self.access)}'
+        if self.hides(k, n):
+            return (
+                f'fewer than 10 of {shown(n, self.access)}'
+                if k < 10
+                else f'all but fewer than 10 of {shown(n, self.access)}'
+            )
         percent = f'{100 * k / n:.0f}'
         return f"{shown(k, self.access)} of {shown(n, self.access)} ({'<1' if percent == '0' else '>99' if percent == '100' else percent} %)"
 
-    def count(self, k): return shown(int(k), self.access)
+    def count(self, k):
+        return shown(int(k), self.access)
 
     def value(self, k, n=None):
         "The share (or, without n, the count) as a number; NaN where it is hidden."
-        if n is None: return np.nan if self.access != 'open' and 0 < k < 10 else float(k)
-        return np.nan if self.hides(k, n) else k / n if n else 0.
+        if n is None:
+            return np.nan if self.access != 'open' and 0 < k < 10 else float(k)
+        return np.nan if self.hides(k, n) else k / n if n else 0.0
 
 # %% ../../nbs/12d_data.checks.ipynb #d42925aa
 def gather(
-    entries, # of one check and subject, one per question
-)->list:     # one entry, or none
+    entries,  # of one check and subject, one per question
+) -> list:  # one entry, or none
     "The worst entry, which names the other questions that are as bad."
-    ranked = sorted(entries, key=lambda e: (SEVERITIES.index(e['severity']), -np.nan_to_num(e['low'] if np.isfinite(e['low']) else e['value'])))
-    if not ranked: return []
-    also = [e['finding'] + (f" ({e['value']:.2f})" if e['unit'] in ('share', 'AUROC') and np.isfinite(e['value']) else '') for e in ranked[1:] if e['severity'] in SEVERITIES[:2]]
-    more = f" Also in {', '.join(also[:6])}{' and others' * (len(also) > 6)}." if also else f' So in all {len(ranked)} questions.' if ranked[0]['severity'] == 'ok' and len(ranked) > 1 else f' The worst of {len(ranked)} questions.' if len(ranked) > 1 else ''
+    ranked = sorted(
+        entries,
+        key=lambda e: (
+            SEVERITIES.index(e['severity']),
+            -np.nan_to_num(e['low'] if np.isfinite(e['low']) else e['value']),
+        ),
+    )
+    if not ranked:
+        return []
+    also = [
+        e['finding']
+        + (
+            f" ({e['value']:.2f})"
+            if e['unit'] in ('share', 'AUROC') and np.isfinite(e['value'])
+            else ''
+        )
+        for e in ranked[1:]
+        if e['severity'] in SEVERITIES[:2]
+    ]
+    more = (
+        f" Also in {', '.join(also[:6])}{' and others' * (len(also) > 6)}."
+        if also
+        else f' So in all {len(ranked)} questions.'
+        if ranked[0]['severity'] == 'ok' and len(ranked) > 1
+        else f' The worst of {len(ranked)} questions.'
+        if len(ranked) > 1
+        else ''
+    )
     return [{**ranked[0], 'sentence': ranked[0]['sentence'] + more}]
 
 # %% ../../nbs/12d_data.checks.ipynb #db217813
 def check_classes(
-    cohort:pd.DataFrame, # a cohort
-    tell:Teller,         # how numbers may be shown
-)->list:                 # entries
+    cohort: pd.DataFrame,  # a cohort
+    tell: Teller,  # how numbers may be shown
+) -> list:  # entries
     "Enough patients in every class, and every class in every split."
     out, splits = [], sorted({*cohort.split} - {''})
     for finding, g in cohort.groupby('finding', sort=False):
         asked = cohort.attrs.get('tasks', {}).get(finding, {}).get('choices', sorted({*g.label}))
-        per = g.groupby('label').patient_id.nunique().reindex(asked, fill_value=0); rare, k = per.idxmin(), int(per.min())
+        per = g.groupby('label').patient_id.nunique().reindex(asked, fill_value=0)
+        rare, k = per.idxmin(), int(per.min())
         held = per[per > 0]
-        severity = 'serious' if len(held) < 2 else 'warning' if k < 10 else 'note' if k < FEW else 'ok'
-        so = ('no swap between classes can be made and no accuracy means anything.' if len(held) < 2 else 'rates of this class rest on too few patients for a verdict.' if k < FEW else 'enough for rates per class.')
-        out.append(entry('classes', severity, 'all', tell.value(k), len(g), f"{finding}: the rarest class, {rare!r}, has {tell.count(k)} patients: {so}", 'patients', finding))
+        severity = (
+            'serious' if len(held) < 2 else 'warning' if k < 10 else 'note' if k < FEW else 'ok'
+        )
+        so = (
+            'no swap between classes can be made and no accuracy means anything.'
+            if len(held) < 2
+            else 'rates of this class rest on too few patients for a verdict.'
+            if k < FEW
+            else 'enough for rates per class.'
+        )
+        out.append(
+            entry(
+                'classes',
+                severity,
+                'all',
+                tell.value(k),
+                len(g),
+                f"{finding}: the rarest class, {rare!r}, has {tell.count(k)} patients: {so}",
+                'patients',
+                finding,
+            )
+        )
         if len(splits) > 1:
             cells = pd.crosstab(g.split, g.label).reindex(index=splits, columns=asked, fill_value=0)
             gone = [f'{c!r} in {s}' for s in splits for c in asked if not cells.loc[s, c]]
-            out.append(entry('classes per split', 'warning' if gone else 'ok', 'splits', len(gone), len(g), f"{finding}: no {', no '.join(gone[:4])}: accuracy there is that of another task." if gone else f'{finding}: every class occurs in every split.', 'cells', finding))
-    return gather([e for e in out if e['check'] == 'classes']) + gather([e for e in out if e['check'] != 'classes'])
+            out.append(
+                entry(
+                    'classes per split',
+                    'warning' if gone else 'ok',
+                    'splits',
+                    len(gone),
+                    len(g),
+                    f"{finding}: no {', no '.join(gone[:4])}: accuracy there is that of another task."
+                    if gone
+                    else f'{finding}: every class occurs in every split.',
+                    'cells',
+                    finding,
+                )
+            )
+    return gather([e for e in out if e['check'] == 'classes']) + gather(
+        [e for e in out if e['check'] != 'classes']
+    )
 
 # %% ../../nbs/12d_data.checks.ipynb #91473284
 def _with_source(cohort, source):
     "image, split and patient of the cohort's rows (`own`) and of those that its filters left out; rows without a split are dropped."
-    more = None if source is None else source.loc[~source.image.isin({''}) , ['image', 'split', 'patient_id']].drop_duplicates().assign(own=False)
-    rows = pd.concat([cohort[['image', 'split', 'patient_id']].assign(own=True), more], ignore_index=True)
+    more = (
+        None
+        if source is None
+        else source.loc[~source.image.isin({''}), ['image', 'split', 'patient_id']]
+        .drop_duplicates()
+        .assign(own=False)
+    )
+    rows = pd.concat(
+        [cohort[['image', 'split', 'patient_id']].assign(own=True), more], ignore_index=True
+    )
     return rows[rows.split != '']
 
+
 def check_patients(
-    cohort:pd.DataFrame, # a cohort
-    tell:Teller,         # how numbers may be shown
-    source:pd.DataFrame|None=None, # image, split, patient_id of all rows of the data set, where the cohort has not all of them
-)->list:                 # entries
+    cohort: pd.DataFrame,  # a cohort
+    tell: Teller,  # how numbers may be shown
+    source: pd.DataFrame
+    | None = None,  # image, split, patient_id of all rows of the data set, where the cohort has not all of them
+) -> list:  # entries
     "Patients in two splits; patients that are not known."
     if (cohort.patient_id == cohort.image).all() or (cohort.patient_id == cohort.sample_id).all():
-        return [entry('patients known', 'note', 'all', np.nan, len(cohort), 'Patients are not known; each image counts as one. If some belong to the same patient, intervals are too narrow and splits may leak.', 'patients')]
+        return [
+            entry(
+                'patients known',
+                'note',
+                'all',
+                np.nan,
+                len(cohort),
+                'Patients are not known; each image counts as one. If some belong to the same patient, intervals are too narrow and splits may leak.',
+                'patients',
+            )
+        ]
     out, named = [], _with_source(cohort, source)
     if named.split.nunique() > 1:
-        per = named.groupby('patient_id').split.nunique(); per = per[per.index.isin(set(cohort.patient_id))]; k, n = int((per > 1).sum()), int(named.groupby('split').patient_id.nunique().min())
-        twice = named[named.patient_id.isin(per.index[per > 1])].groupby('split').patient_id.nunique()
+        per = named.groupby('patient_id').split.nunique()
+        per = per[per.index.isin(set(cohort.patient_id))]
+        k, n = int((per > 1).sum()), int(named.groupby('split').patient_id.nunique().min())
+        twice = (
+            named[named.patient_id.isin(per.index[per > 1])].groupby('split').patient_id.nunique()
+        )
         share = max((twice / named.groupby('split').patient_id.nunique()).dropna(), default=0)
-        so = ': a model trained on one split knows patients of the other, and accuracy there is partly memory.' if k else ': no patient links them.'
-        out.append(entry('patients in two splits', graded(share, (1e-12, LEAK)), 'splits', tell.value(k), len(per), f'{tell.share(k, len(per))} patients occur in more than one split (the smallest has {tell.count(n)}){so}', 'patients'))
+        so = (
+            ': a model trained on one split knows patients of the other, and accuracy there is partly memory.'
+            if k
+            else ': no patient links them.'
+        )
+        out.append(
+            entry(
+                'patients in two splits',
+                graded(share, (1e-12, LEAK)),
+                'splits',
+                tell.value(k),
+                len(per),
+                f'{tell.share(k, len(per))} patients occur in more than one split (the smallest has {tell.count(n)}){so}',
+                'patients',
+            )
+        )
     return out
 
 # %% ../../nbs/12d_data.checks.ipynb #979600d4
 def _showing(rows, files):
     "Rows with an image that shows something (all blank films are alike, and are counted as blank), and the content of each."
     rows = rows[rows.image.ne('') & ~rows.image.isin(files.index[files.blank.astype(bool)])]
-    return rows.assign(sha=rows.image.map(files.image_sha).fillna(rows.image))               # what was not scanned is known by its reference
+    return rows.assign(
+        sha=rows.image.map(files.image_sha).fillna(rows.image)
+    )  # what was not scanned is known by its reference
+
 
 def _split_pairs(rows):
     "Pairs of splits (smaller, larger): the larger is where a model learns."
-    order = rows[rows.own].drop_duplicates(['image', 'split']).split.value_counts(); names = sorted(order.index, key=lambda s: (-order[s], s))
-    return [(b, a) for i, a in enumerate(names) for b in names[i + 1:]]
+    order = rows[rows.own].drop_duplicates(['image', 'split']).split.value_counts()
+    names = sorted(order.index, key=lambda s: (-order[s], s))
+    return [(b, a) for i, a in enumerate(names) for b in names[i + 1 :]]
+
 
 def _overlap(rows, column, b, a):
     "The cohort's images of split b, and how many of them occur in a."
     here, there = {*rows[column][rows.own & (rows.split == b)]}, {*rows[column][rows.split == a]}
     return len(here), len(here & there)
 
-def _worst(entries): return sorted(entries, key=lambda e: (SEVERITIES.index(e['severity']), -e['n']))[:max(1, min(3, sum(e['severity'] != 'ok' for e in entries)))]
+
+def _worst(entries):
+    return sorted(entries, key=lambda e: (SEVERITIES.index(e['severity']), -e['n']))[
+        : max(1, min(3, sum(e['severity'] != 'ok' for e in entries)))
+    ]
 
 # %% ../../nbs/12d_data.checks.ipynb #9347cb69
 def check_copies(
-    cohort:pd.DataFrame, # a cohort
-    files:pd.DataFrame,  # from `scan_files`
-    tell:Teller,         # how numbers may be shown
-    source:pd.DataFrame|None=None, # image, split, patient_id of all rows of the data set, where the cohort has not all of them
-)->list:                 # entries, three at most
+    cohort: pd.DataFrame,  # a cohort
+    files: pd.DataFrame,  # from `scan_files`
+    tell: Teller,  # how numbers may be shown
+    source: pd.DataFrame
+    | None = None,  # image, split, patient_id of all rows of the data set, where the cohort has not all of them
+) -> list:  # entries, three at most
     "Images that occur in two splits, pixel for pixel."
     rows, out = _showing(_with_source(cohort, source), files), []
     for b, a in _split_pairs(rows):
         n, k = _overlap(rows, 'sha', b, a)
-        so = ': a model that trained there may know the answer by the picture; flips after an image swap then show recognition, not reading.' if k else '.'
-        out.append(entry('same image in two splits', graded(k / n, (1e-12, LEAK)), f'{b} in {a}', tell.value(k, n), n, f'{tell.share(k, n)} images of {b} also occur in {a}{so}'))
+        so = (
+            ': a model that trained there may know the answer by the picture; flips after an image swap then show recognition, not reading.'
+            if k
+            else '.'
+        )
+        out.append(
+            entry(
+                'same image in two splits',
+                graded(k / n, (1e-12, LEAK)),
+                f'{b} in {a}',
+                tell.value(k, n),
+                n,
+                f'{tell.share(k, n)} images of {b} also occur in {a}{so}',
+            )
+        )
     return _worst(out)
 
 # %% ../../nbs/12d_data.checks.ipynb #5b67ddee
 def check_near_copies(
-    cohort:pd.DataFrame, # a cohort
-    files:pd.DataFrame,  # from `scan_files`
-    tell:Teller,         # how numbers may be shown
-    pairs:pd.DataFrame|None=None, # from `near_duplicates`, where it is there already
-)->list:                 # entries, three at most
+    cohort: pd.DataFrame,  # a cohort
+    files: pd.DataFrame,  # from `scan_files`
+    tell: Teller,  # how numbers may be shown
+    pairs: pd.DataFrame | None = None,  # from `near_duplicates`, where it is there already
+) -> list:  # entries, three at most
     "Images that look like one of another split, beyond exact copies and beyond what chance gives."
     from scipy.stats import poisson
-    rows = _showing(_with_source(cohort, None), files); seen = files.loc[rows.image.unique()]
-    if not (splits := _split_pairs(rows)): return []
-    rows, out, rate = rows.assign(look=rows.image.map(duplicate_groups(seen.index, near_duplicates(seen) if pairs is None else pairs))).drop_duplicates(['image', 'split']), [], chance_rate(seen)
+
+    rows = _showing(_with_source(cohort, None), files)
+    seen = files.loc[rows.image.unique()]
+    if not (splits := _split_pairs(rows)):
+        return []
+    rows, out, rate = (
+        rows.assign(
+            look=rows.image.map(
+                duplicate_groups(seen.index, near_duplicates(seen) if pairs is None else pairs)
+            )
+        ).drop_duplicates(['image', 'split']),
+        [],
+        chance_rate(seen),
+    )
     for b, a in splits:
-        there = {*rows.sha[rows.split == a]}; others = rows[(rows.split == a) | ~rows.sha.isin(there)]; n = rows.sha[rows.split == b].nunique(); k = _overlap(others, 'look', b, a)[1]
-        expected = rate * (rows.split == b).sum() * (rows.split == a).sum(); beyond = k > 0 and poisson.sf(k - 1, 2 * expected) < .01           # twice the expected: it is extrapolated
-        so = (': saved again or resized copies, which leak like exact ones; look at the pairs.' if beyond else f', but {expected:.1f} are expected by chance, because films of this kind resemble one another: no evidence of copies.' if k else '.')
-        out.append(entry('near-copy in two splits', graded(k / n, (1e-12, LEAK)) if beyond else 'note' if k else 'ok', f'{b} in {a}', tell.value(k, n), n, f'{tell.share(k, n)} images of {b} look like one of {a} to a perceptual hash{so}'))
+        there = {*rows.sha[rows.split == a]}
+        others = rows[(rows.split == a) | ~rows.sha.isin(there)]
+        n = rows.sha[rows.split == b].nunique()
+        k = _overlap(others, 'look', b, a)[1]
+        expected = rate * (rows.split == b).sum() * (rows.split == a).sum()
+        beyond = (
+            k > 0 and poisson.sf(k - 1, 2 * expected) < 0.01
+        )  # twice the expected: it is extrapolated
+        so = (
+            ': saved again or resized copies, which leak like exact ones; look at the pairs.'
+            if beyond
+            else f', but {expected:.1f} are expected by chance, because films of this kind resemble one another: no evidence of copies.'
+            if k
+            else '.'
+        )
+        out.append(
+            entry(
+                'near-copy in two splits',
+                graded(k / n, (1e-12, LEAK)) if beyond else 'note' if k else 'ok',
+                f'{b} in {a}',
+                tell.value(k, n),
+                n,
+                f'{tell.share(k, n)} images of {b} look like one of {a} to a perceptual hash{so}',
+            )
+        )
     return _worst(out)
 
 # %% ../../nbs/12d_data.checks.ipynb #769a8e27
 def check_conflicts(
-    cohort:pd.DataFrame, # a cohort
-    files:pd.DataFrame,  # from `scan_files`
-    tell:Teller,         # how numbers may be shown
-)->list:                 # entries
+    cohort: pd.DataFrame,  # a cohort
+    files: pd.DataFrame,  # from `scan_files`
+    tell: Teller,  # how numbers may be shown
+) -> list:  # entries
     "One image under two patients; one image or one text with two labels for the same question."
     d, out = _showing(cohort, files), []
-    owners = d.groupby('sha').patient_id.nunique(); k, n = int((owners > 1).sum()), len(owners)
-    out.append(entry('same image, two patients', graded(k / max(n, 1), (1e-12, LEAK)), 'all', tell.value(k, n), n, f'{tell.share(k, n)} images stand under more than one patient' + (': either ids are wrong or files were mixed up; intervals over patients and splits by patient cannot be trusted.' if k else '.')))
+    owners = d.groupby('sha').patient_id.nunique()
+    k, n = int((owners > 1).sum()), len(owners)
+    out.append(
+        entry(
+            'same image, two patients',
+            graded(k / max(n, 1), (1e-12, LEAK)),
+            'all',
+            tell.value(k, n),
+            n,
+            f'{tell.share(k, n)} images stand under more than one patient'
+            + (
+                ': either ids are wrong or files were mixed up; intervals over patients and splits by patient cannot be trusted.'
+                if k
+                else '.'
+            ),
+        )
+    )
     asked = ['finding', 'question'] if 'question' in d else ['finding']
-    labels = d.groupby(['sha', *asked]).label.nunique(); k, n = int((labels > 1).sum()), len(labels)
-    out.append(entry('same image, two labels', graded(k / max(n, 1), (1e-12, LEAK)), 'all', tell.value(k, n), n, f'{tell.share(k, n)} pairs of image and question have contradictory labels' + (': no model can be right on both, and a swap between them changes the label but not the picture.' if k else '.')))
+    labels = d.groupby(['sha', *asked]).label.nunique()
+    k, n = int((labels > 1).sum()), len(labels)
+    out.append(
+        entry(
+            'same image, two labels',
+            graded(k / max(n, 1), (1e-12, LEAK)),
+            'all',
+            tell.value(k, n),
+            n,
+            f'{tell.share(k, n)} pairs of image and question have contradictory labels'
+            + (
+                ': no model can be right on both, and a swap between them changes the label but not the picture.'
+                if k
+                else '.'
+            ),
+        )
+    )
     t = cohort[cohort.text.str.strip() != '']
     if len(t):
-        labels = t.assign(text=t.text.str.strip()).groupby([*asked, t.text.str.strip()]).label.transform('nunique'); k, n = int((labels > 1).sum()), len(t)
-        out.append(entry('same text, two labels', graded(k / n, GAP), 'all', tell.value(k, n), n, f'{tell.share(k, n)} samples share their text with a sample of another class' + (': swapping these texts changes nothing, so a text swap understates how much the text counts.' if k else '.')))
+        labels = (
+            t.assign(text=t.text.str.strip())
+            .groupby([*asked, t.text.str.strip()])
+            .label.transform('nunique')
+        )
+        k, n = int((labels > 1).sum()), len(t)
+        out.append(
+            entry(
+                'same text, two labels',
+                graded(k / n, GAP),
+                'all',
+                tell.value(k, n),
+                n,
+                f'{tell.share(k, n)} samples share their text with a sample of another class'
+                + (
+                    ': swapping these texts changes nothing, so a text swap understates how much the text counts.'
+                    if k
+                    else '.'
+                ),
+            )
+        )
     return out
 
 # %% ../../nbs/12d_data.checks.ipynb #6929519f
 def check_images(
-    cohort:pd.DataFrame, # a cohort
-    files:pd.DataFrame,  # from `scan_files`
-    tell:Teller,         # how numbers may be shown
-)->list:                 # entries
+    cohort: pd.DataFrame,  # a cohort
+    files: pd.DataFrame,  # from `scan_files`
+    tell: Teller,  # how numbers may be shown
+) -> list:  # entries
     "Blank images, odd sizes, mixed colour, images that could not be read."
-    f = files.loc[cohort.image[cohort.image != ''].unique()]; n = len(f)
-    area = f.width.astype(float) * f.height; middle = area.median()
-    odd = int(((area > ODD_SIZE * middle) | (area < middle / ODD_SIZE)).sum()); mixed = int(n - f.channels.value_counts().max()); blank = int(f.blank.sum()); broken = int((f.reason != '').sum())
-    say = lambda name, k, severity, what, so: entry(name, severity if k else 'ok', 'all', tell.value(k, n), n, f'{tell.share(k, n)} images {what}' + (so if k else '.'))
-    return [say('blank images', blank, graded(blank / n, (1e-12, LEAK)), 'are blank', ': there is nothing to read in them, and an answer can only come from the text or from the prior.'),
-            say('odd image size', odd, 'warning' if odd >= GAP[0] * n else 'note', f'have over {ODD_SIZE} times the median area or under a quarter of it', ': the model sees them at another resolution; size can give away where they come from.'),
-            say('mixed colour', mixed, 'note', 'are of the rarer kind (grey or colour)', ': colour can give away where an image comes from; the shortcut check says whether it tells the label.'),
-            *([say('unread images', broken, 'warning', 'could not be read', ': they must not stand in the cohort.')] if broken else [])]
+    f = files.loc[cohort.image[cohort.image != ''].unique()]
+    n = len(f)
+    area = f.width.astype(float) * f.height
+    middle = area.median()
+    odd = int(((area > ODD_SIZE * middle) | (area < middle / ODD_SIZE)).sum())
+    mixed = int(n - f.channels.value_counts().max())
+    blank = int(f.blank.sum())
+    broken = int((f.reason != '').sum())
+    say = lambda name, k, severity, what, so: entry(
+        name,
+        severity if k else 'ok',
+        'all',
+        tell.value(k, n),
+        n,
+        f'{tell.share(k, n)} images {what}' + (so if k else '.'),
+    )
+    return [
+        say(
+            'blank images',
+            blank,
+            graded(blank / n, (1e-12, LEAK)),
+            'are blank',
+            ': there is nothing to read in them, and an answer can only come from the text or from the prior.',
+        ),
+        say(
+            'odd image size',
+            odd,
+            'warning' if odd >= GAP[0] * n else 'note',
+            f'have over {ODD_SIZE} times the median area or under a quarter of it',
+            ': the model sees them at another resolution; size can give away where they come from.',
+        ),
+        say(
+            'mixed colour',
+            mixed,
+            'note',
+            'are of the rarer kind (grey or colour)',
+            ': colour can give away where an image comes from; the shortcut check says whether it tells the label.',
+        ),
+        *(
+            [
+                say(
+                    'unread images',
+                    broken,
+                    'warning',
+                    'could not be read',
+                    ': they must not stand in the cohort.',
+                )
+            ]
+            if broken
+            else []
+        ),
+    ]
 
 # %% ../../nbs/12d_data.checks.ipynb #106f8b19
 def class_gap(
-    hit,      # (n,) true/false
-    label,    # (n,) class
-    patients, # (n,) patient
-)->tuple:     # class with the highest share, class with the lowest, `Interval` of the difference
+    hit,  # (n,) true/false
+    label,  # (n,) class
+    patients,  # (n,) patient
+) -> tuple:  # class with the highest share, class with the lowest, `Interval` of the difference
     "The largest difference of a share between classes, with an interval over patients."
-    hit, label = np.asarray(hit, float), np.asarray(label); share = pd.Series(hit).groupby(label).mean(); top, low = share.idxmax(), share.idxmin()
+    hit, label = np.asarray(hit, float), np.asarray(label)
+    share = pd.Series(hit).groupby(label).mean()
+    top, low = share.idxmax(), share.idxmin()
     sums = np.column_stack([hit * (label == top), label == top, hit * (label == low), label == low])
-    with np.errstate(all='ignore'): i = bootstrap_sums(sums, patients, lambda t: (t[..., 0] / t[..., 1] - t[..., 2] / t[..., 3])[..., None], 500, bounds=(-1, 1), used=np.stack([label == top, label == low], -1)[:, None])
+    with np.errstate(all='ignore'):
+        i = bootstrap_sums(
+            sums,
+            patients,
+            lambda t: (t[..., 0] / t[..., 1] - t[..., 2] / t[..., 3])[..., None],
+            500,
+            bounds=(-1, 1),
+            used=np.stack([label == top, label == low], -1)[:, None],
+        )
     return top, low, i
 
 # %% ../../nbs/12d_data.checks.ipynb #c63c28d4
-UNKNOWN = ('', 'unknown') # how a stratum says that a value is missing
+UNKNOWN = ('', 'unknown')  # how a stratum says that a value is missing
+
 
 def check_missing(
-    cohort:pd.DataFrame, # a cohort
-    tell:Teller,         # how numbers may be shown
-)->list:                 # entries
+    cohort: pd.DataFrame,  # a cohort
+    tell: Teller,  # how numbers may be shown
+) -> list:  # entries
     "Strata and texts that are missing more often in one class."
-    columns = {s: cohort[s].isin(UNKNOWN) for s in cohort.attrs.get('strata', []) if s in cohort} | {'text': cohort.text.str.strip() == ''}
+    columns = {
+        s: cohort[s].isin(UNKNOWN) for s in cohort.attrs.get('strata', []) if s in cohort
+    } | {'text': cohort.text.str.strip() == ''}
     out = []
     for name, gone in columns.items():
-        if not gone.any() or gone.all(): continue
+        if not gone.any() or gone.all():
+            continue
         found = []
         for finding, where in cohort.groupby('finding', sort=False).indices.items():
-            if cohort.label.iloc[where].nunique() < 2: continue
-            hit, label = gone.iloc[where].to_numpy(), cohort.label.iloc[where].to_numpy(); top, low, i = class_gap(hit, label, cohort.patient_id.iloc[where].to_numpy())
-            say = lambda c, hit=hit, label=label: tell.share(int(hit[label == c].sum()), int((label == c).sum()))
-            hidden = any(tell.hides(int(hit[label == c].sum()), int((label == c).sum())) for c in (top, low))
-            found.append(entry('missing by class', graded(i.low, GAP), name, *((np.nan if hidden else i.value), i.n), f'{finding}: {name} is missing in {say(top)} samples of class {top!r} and {say(low)} of {low!r}' + (': that it is missing tells the class; groups by it compare different patients.' if i.low > GAP[0] else '.'),
-                               finding=finding, low=np.nan if hidden else i.low, high=np.nan if hidden else i.high))
+            if cohort.label.iloc[where].nunique() < 2:
+                continue
+            hit, label = gone.iloc[where].to_numpy(), cohort.label.iloc[where].to_numpy()
+            top, low, i = class_gap(hit, label, cohort.patient_id.iloc[where].to_numpy())
+            say = lambda c, hit=hit, label=label: tell.share(
+                int(hit[label == c].sum()), int((label == c).sum())
+            )
+            hidden = any(
+                tell.hides(int(hit[label == c].sum()), int((label == c).sum())) for c in (top, low)
+            )
+            found.append(
+                entry(
+                    'missing by class',
+                    graded(i.low, GAP),
+                    name,
+                    *((np.nan if hidden else i.value), i.n),
+                    f'{finding}: {name} is missing in {say(top)} samples of class {top!r} and {say(low)} of {low!r}'
+                    + (
+                        ': that it is missing tells the class; groups by it compare different patients.'
+                        if i.low > GAP[0]
+                        else '.'
+                    ),
+                    finding=finding,
+                    low=np.nan if hidden else i.low,
+                    high=np.nan if hidden else i.high,
+                )
+            )
         out += gather(found)
-    return out or [entry('missing by class', 'ok', 'all', 0, len(cohort), 'No stratum and no text is missing in part.')]
+    return out or [
+        entry(
+            'missing by class',
+            'ok',
+            'all',
+            0,
+            len(cohort),
+            'No stratum and no text is missing in part.',
+        )
+    ]
 
 # %% ../../nbs/12d_data.checks.ipynb #d3b710f4
 def check_exclusions(
-    cohort:pd.DataFrame,          # a cohort
-    exclusions:pd.DataFrame|None, # from `build_cohort`; with a column `label`, classes are compared
-    tell:Teller,                  # how numbers may be shown
-)->list:                          # entries
+    cohort: pd.DataFrame,  # a cohort
+    exclusions: pd.DataFrame
+    | None,  # from `build_cohort`; with a column `label`, classes are compared
+    tell: Teller,  # how numbers may be shown
+) -> list:  # entries
     "What was left out, and whether it was one class."
-    if exclusions is None or exclusions.empty: return []
-    k, n = len(exclusions), len(exclusions) + len(cohort); main = exclusions.reason.value_counts().index[0]
-    out = [entry('exclusions', 'warning' if k >= GAP[1] * n else 'note', 'all', tell.value(k, n), n, f'{tell.share(k, n)} samples were left out, most often for {main!r}: results do not speak for them.')]
-    labelled = exclusions[exclusions.get('label', pd.Series('', exclusions.index)).fillna('').ne('')]
+    if exclusions is None or exclusions.empty:
+        return []
+    k, n = len(exclusions), len(exclusions) + len(cohort)
+    main = exclusions.reason.value_counts().index[0]
+    out = [
+        entry(
+            'exclusions',
+            'warning' if k >= GAP[1] * n else 'note',
+            'all',
+            tell.value(k, n),
+            n,
+            f'{tell.share(k, n)} samples were left out, most often for {main!r}: results do not speak for them.',
+        )
+    ]
+    labelled = exclusions[
+        exclusions.get('label', pd.Series('', exclusions.index)).fillna('').ne('')
+    ]
     if len(labelled) and 'patient_id' in labelled and cohort.label.nunique() > 1:
-        both = pd.concat([cohort[['label', 'patient_id']].assign(out=False), labelled[['label', 'patient_id']].assign(out=True)]); top, low, i = class_gap(both.out, both.label, both.patient_id.to_numpy())
-        say = lambda c: tell.share(int(both.out[both.label == c].sum()), int((both.label == c).sum())); hidden = any(tell.hides(int(both.out[both.label == c].sum()), int((both.label == c).sum())) for c in (top, low))
-        out.append(entry('exclusions by class', graded(i.low, GAP), 'all', np.nan if hidden else i.value, i.n, f'{say(top)} samples of class {top!r} and {say(low)} of {low!r} were left out' + (': what is left is no fair sample of the classes.' if i.low > GAP[0] else '.'), low=np.nan if hidden else i.low, high=np.nan if hidden else i.high))
+        both = pd.concat(
+            [
+                cohort[['label', 'patient_id']].assign(out=False),
+                labelled[['label', 'patient_id']].assign(out=True),
+            ]
+        )
+        top, low, i = class_gap(both.out, both.label, both.patient_id.to_numpy())
+        say = lambda c: tell.share(
+            int(both.out[both.label == c].sum()), int((both.label == c).sum())
+        )
+        hidden = any(
+            tell.hides(int(both.out[both.label == c].sum()), int((both.label == c).sum()))
+            for c in (top, low)
+        )
+        out.append(
+            entry(
+                'exclusions by class',
+                graded(i.low, GAP),
+                'all',
+                np.nan if hidden else i.value,
+                i.n,
+                f'{say(top)} samples of class {top!r} and {say(low)} of {low!r} were left out'
+                + (': what is left is no fair sample of the classes.' if i.low > GAP[0] else '.'),
+                low=np.nan if hidden else i.low,
+                high=np.nan if hidden else i.high,
+            )
+        )
     return out

@@ -15,38 +15,67 @@ from .film import draw_film, uniform
 from .layouts import LAYOUTS
 
 # %% ../../nbs/11c_data.class_folders.ipynb #7832cfb6
-CLASSES = dict(clear=(), effusion=('effusion',), cardiomegaly=('cardiomegaly',))   # folder -> what is in its films
-COMPLAINTS = dict(clear='no complaint', effusion='shortness of breath', cardiomegaly='swollen ankles') # folder -> what such a patient says
-PARTS = dict(train=.6, val=.2, external=.2) # share of the patients; external: drawn from other people and exposed otherwise
+CLASSES = dict(
+    clear=(), effusion=('effusion',), cardiomegaly=('cardiomegaly',)
+)  # folder -> what is in its films
+COMPLAINTS = dict(
+    clear='no complaint', effusion='shortness of breath', cardiomegaly='swollen ankles'
+)  # folder -> what such a patient says
+PARTS = dict(
+    train=0.6, val=0.2, external=0.2
+)  # share of the patients; external: drawn from other people and exposed otherwise
 
 # %% ../../nbs/11c_data.class_folders.ipynb #40b14bbc
 def save_class_folders(
-    folder,              # made where missing
-    n_patients:int=60,   # each with one film
-    size:int=64,         # pixels per side, 64 to 1024
-    telling:float=.7,    # how often the complaint is that of the class; otherwise it is drawn from all
-    seed:int=0,          # another seed, other people
-)->Path:                 # the folder: PART/CLASS/PATIENT_film.png, and facts.csv (path, age, sex, complaint)
+    folder,  # made where missing
+    n_patients: int = 60,  # each with one film
+    size: int = 64,  # pixels per side, 64 to 1024
+    telling: float = 0.7,  # how often the complaint is that of the class; otherwise it is drawn from all
+    seed: int = 0,  # another seed, other people
+) -> Path:  # the folder: PART/CLASS/PATIENT_film.png, and facts.csv (path, age, sex, complaint)
     "Write a synthetic collection; `InputError` for a share outside 0..1 or fewer patients than classes and parts."
     from PIL import Image
-    if not 0 <= telling <= 1: raise InputError(f'telling {telling}: must lie in 0..1')
-    if n_patients < len(CLASSES) * len(PARTS): raise InputError(f'{n_patients} patients: at least {len(CLASSES) * len(PARTS)} are needed, one per class and part')
+
+    if not 0 <= telling <= 1:
+        raise InputError(f'telling {telling}: must lie in 0..1')
+    if n_patients < len(CLASSES) * len(PARTS):
+        raise InputError(
+            f'{n_patients} patients: at least {len(CLASSES) * len(PARTS)} are needed, one per class and part'
+        )
     folder, facts = Path(folder), []
     for i in range(n_patients):
         name, path, sex, age, complaint = _patient(i, n_patients, telling, seed)
-        film, _ = draw_film(name, 0, CLASSES[path.split('/')[1]], size, 'AP' if path.startswith('external') else 'PA', sex)
-        with atomic(folder/path) as tmp: Image.fromarray(film).save(tmp, format='png')
+        film, _ = draw_film(
+            name,
+            0,
+            CLASSES[path.split('/')[1]],
+            size,
+            'AP' if path.startswith('external') else 'PA',
+            sex,
+        )
+        with atomic(folder / path) as tmp:
+            Image.fromarray(film).save(tmp, format='png')
         facts.append((path, age, sex, complaint))
-    with atomic(folder/'facts.csv') as tmp: pd.DataFrame(facts, columns=['path', 'age', 'sex', 'complaint']).to_csv(tmp, index=False)
+    with atomic(folder / 'facts.csv') as tmp:
+        pd.DataFrame(facts, columns=['path', 'age', 'sex', 'complaint']).to_csv(tmp, index=False)
     return folder
+
 
 def _patient(i, n, telling, seed):
     "(name, path, sex, age, complaint) of patient `i` of `n`."
     name, kinds = f's{seed}p{i:05d}', list(CLASSES)
     sex, age, tells, other = uniform(4, 'class folders', seed, i)
-    kind, share = kinds[i % len(kinds)], (i // len(kinds) + .5) / -(-n // len(kinds))
+    kind, share = kinds[i % len(kinds)], (i // len(kinds) + 0.5) / -(-n // len(kinds))
     part = list(PARTS)[int(np.searchsorted(np.cumsum([*PARTS.values()]), share))]
-    return name, f'{part}/{kind}/{name}_film.png', 'F' if sex < .5 else 'M', 18 + int(age * 72), COMPLAINTS[kind if tells < telling else kinds[int(other * len(kinds))]]
+    return (
+        name,
+        f'{part}/{kind}/{name}_film.png',
+        'F' if sex < 0.5 else 'M',
+        18 + int(age * 72),
+        COMPLAINTS[kind if tells < telling else kinds[int(other * len(kinds))]],
+    )
 
 # %% ../../nbs/11c_data.class_folders.ipynb #f84f9a23
-LAYOUTS['phantom_classes'] = save_class_folders # so that `smsbench cohort --example phantom_classes` writes it
+LAYOUTS['phantom_classes'] = (
+    save_class_folders  # so that `smsbench cohort --example phantom_classes` writes it
+)

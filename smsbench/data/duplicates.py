@@ -13,60 +13,89 @@ import numpy as np, pandas as pd
 from ..core import InputError
 
 # %% ../../nbs/12a_data.duplicates.ipynb #131f78d3
-MAX_DISTANCE = 2 # bits of 64: what saving again or resizing changes
-ASPECT = .03     # copies keep their ratio of width to height within 3 %
+MAX_DISTANCE = 2  # bits of 64: what saving again or resizing changes
+ASPECT = 0.03  # copies keep their ratio of width to height within 3 %
+
 
 def hash_bits(
-    phash, # 64-bit perceptual hashes as 16 hexadecimal digits
-)->np.ndarray: # (n,) uint64
+    phash,  # 64-bit perceptual hashes as 16 hexadecimal digits
+) -> np.ndarray:  # (n,) uint64
     "Hashes as numbers; `InputError` where one is none."
-    try: return np.array([int(h, 16) for h in phash], dtype=np.uint64)
-    except (ValueError, TypeError, OverflowError): raise InputError('perceptual hashes must be 16 hexadecimal digits, as scan_files writes them') from None
+    try:
+        return np.array([int(h, 16) for h in phash], dtype=np.uint64)
+    except (ValueError, TypeError, OverflowError):
+        raise InputError(
+            'perceptual hashes must be 16 hexadecimal digits, as scan_files writes them'
+        ) from None
 
 # %% ../../nbs/12a_data.duplicates.ipynb #e032deb7
 def close_hashes(
-    bits:np.ndarray, # (n,) uint64, all different
-    k:int,           # largest distance in bits
-)->np.ndarray:       # (m, 3) pairs i < j and their distance
+    bits: np.ndarray,  # (n,) uint64, all different
+    k: int,  # largest distance in bits
+) -> np.ndarray:  # (m, 3) pairs i < j and their distance
     "All pairs of hashes within `k` bits, by pigeonhole bands."
     edges = np.linspace(0, 64, k + 3).round().astype(int)
     masks = [np.uint64((1 << int(b)) - (1 << int(a))) for a, b in zip(edges, edges[1:])]
     found = [_within(bits, bits & (a | b), k) for a, b in combinations(masks, 2)]
     pairs = np.unique(np.concatenate(found), axis=0)
-    return np.column_stack([pairs, np.bitwise_count(bits[pairs[:, 0]] ^ bits[pairs[:, 1]])]).astype(int)
+    return np.column_stack([pairs, np.bitwise_count(bits[pairs[:, 0]] ^ bits[pairs[:, 1]])]).astype(
+        int
+    )
+
 
 def _within(bits, keys, k):
     "Pairs of equal key within `k` bits: neighbours in sorted order at lag 1, 2, ... as long as any share their key."
-    order = np.argsort(keys, kind='stable'); left, out, lag = np.arange(len(keys)), [np.empty((0, 2), int)], 0
+    order = np.argsort(keys, kind='stable')
+    left, out, lag = np.arange(len(keys)), [np.empty((0, 2), int)], 0
     while len(left):
-        lag += 1; left = left[left < len(keys) - lag]
+        lag += 1
+        left = left[left < len(keys) - lag]
         left = left[keys[order[left]] == keys[order[left + lag]]]
-        i, j = order[left], order[left + lag]; near = np.bitwise_count(bits[i] ^ bits[j]) <= k
+        i, j = order[left], order[left + lag]
+        near = np.bitwise_count(bits[i] ^ bits[j]) <= k
         out.append(np.sort(np.column_stack([i[near], j[near]]), axis=1))
     return np.concatenate(out)
 
 # %% ../../nbs/12a_data.duplicates.ipynb #45d51118
 def near_duplicates(
-    files:pd.DataFrame, # from `scan_files`: index = reference; image_sha, phash, and where there are any width, height, blank, reason
-    max_distance:int=MAX_DISTANCE, # bits of 64
-)->pd.DataFrame:        # ref_a, ref_b, distance (bits; -1: the same pixels), by distance and reference
+    files: pd.DataFrame,  # from `scan_files`: index = reference; image_sha, phash, and where there are any width, height, blank, reason
+    max_distance: int = MAX_DISTANCE,  # bits of 64
+) -> pd.DataFrame:  # ref_a, ref_b, distance (bits; -1: the same pixels), by distance and reference
     "Pairs of images that are the same or nearly so; blank and unreadable ones are left out. `InputError` for hashes that are none."
-    if not 0 <= max_distance <= 16: raise InputError(f'max_distance {max_distance}: must lie between 0 and 16 bits')
-    whole = files[~files.get('blank', pd.Series(False, files.index)).astype(bool) & files.image_sha.ne('') & files.phash.ne('')]
+    if not 0 <= max_distance <= 16:
+        raise InputError(f'max_distance {max_distance}: must lie between 0 and 16 bits')
+    whole = files[
+        ~files.get('blank', pd.Series(False, files.index)).astype(bool)
+        & files.image_sha.ne('')
+        & files.phash.ne('')
+    ]
     f = whole.iloc[np.argsort(whole.index.to_numpy(str), kind='stable')]
     ref, sha, bits = f.index.to_numpy(object), pd.factorize(f.image_sha)[0], hash_bits(f.phash)
-    same = _to_first(sha); kept = np.sort(np.unique(sha, return_index=True)[1])       # one film of each content
-    alike = kept[_to_first(pd.factorize(bits[kept])[0])]; one = kept[np.sort(np.unique(bits[kept], return_index=True)[1])]
+    same = _to_first(sha)
+    kept = np.sort(np.unique(sha, return_index=True)[1])  # one film of each content
+    alike = kept[_to_first(pd.factorize(bits[kept])[0])]
+    one = kept[np.sort(np.unique(bits[kept], return_index=True)[1])]
     close = close_hashes(bits[one], max_distance) if max_distance else np.empty((0, 3), int)
-    pairs = np.concatenate([np.column_stack([same, np.full(len(same), -1)]), np.column_stack([alike, np.zeros(len(alike), int)]), np.column_stack([one[close[:, :2]], close[:, 2]])])
-    if {'width', 'height'} <= set(f): pairs = pairs[(pairs[:, 2] < 0) | _same_shape(f, pairs)]
+    pairs = np.concatenate(
+        [
+            np.column_stack([same, np.full(len(same), -1)]),
+            np.column_stack([alike, np.zeros(len(alike), int)]),
+            np.column_stack([one[close[:, :2]], close[:, 2]]),
+        ]
+    )
+    if {'width', 'height'} <= set(f):
+        pairs = pairs[(pairs[:, 2] < 0) | _same_shape(f, pairs)]
     out = pd.DataFrame(dict(ref_a=ref[pairs[:, 0]], ref_b=ref[pairs[:, 1]], distance=pairs[:, 2]))
     return out.sort_values(['distance', 'ref_a', 'ref_b'], ignore_index=True)
+
 
 def _to_first(code):
     "(m, 2) pairs: the first row of each code with every later one."
     first = pd.Series(np.arange(len(code))).groupby(code).transform('first').to_numpy()
-    return np.column_stack([first, np.arange(len(code))])[first < np.arange(len(code))].reshape(-1, 2)
+    return np.column_stack([first, np.arange(len(code))])[first < np.arange(len(code))].reshape(
+        -1, 2
+    )
+
 
 def _same_shape(f, pairs):
     ratio = np.log(np.maximum(f.width.to_numpy(float), 1) / np.maximum(f.height.to_numpy(float), 1))
@@ -74,31 +103,49 @@ def _same_shape(f, pairs):
 
 # %% ../../nbs/12a_data.duplicates.ipynb #1d4db818
 def duplicate_groups(
-    refs,               # references of all images, any order
-    pairs:pd.DataFrame, # from `near_duplicates`
-)->pd.Series:           # ref -> number of its group; an image without a copy is a group of its own
+    refs,  # references of all images, any order
+    pairs: pd.DataFrame,  # from `near_duplicates`
+) -> pd.Series:  # ref -> number of its group; an image without a copy is a group of its own
     "Which images are one and the same."
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
+
     index = pd.Index(pd.unique(pd.Series(list(refs), dtype=object)))
-    i, j = index.get_indexer(pairs.ref_a), index.get_indexer(pairs.ref_b); known = (i >= 0) & (j >= 0)
+    i, j = index.get_indexer(pairs.ref_a), index.get_indexer(pairs.ref_b)
+    known = (i >= 0) & (j >= 0)
     graph = coo_array((np.ones(known.sum()), (i[known], j[known])), shape=(len(index), len(index)))
     return pd.Series(connected_components(graph, directed=False)[1], index=index)
 
 # %% ../../nbs/12a_data.duplicates.ipynb #7bafa6f6
 def chance_rate(
-    files:pd.DataFrame, # from `scan_files`
-    max_distance:int=MAX_DISTANCE, # bits of 64
-    most:int=3000,      # films compared with each other
-)->float:               # share of pairs of distinct films that lie within the limit by chance
+    files: pd.DataFrame,  # from `scan_files`
+    max_distance: int = MAX_DISTANCE,  # bits of 64
+    most: int = 3000,  # films compared with each other
+) -> float:  # share of pairs of distinct films that lie within the limit by chance
     "How often two different films of this kind look alike to the hash."
-    good = files[~files.get('blank', pd.Series(False, files.index)).astype(bool) & files.phash.ne('')].drop_duplicates('image_sha')
+    good = files[
+        ~files.get('blank', pd.Series(False, files.index)).astype(bool) & files.phash.ne('')
+    ].drop_duplicates('image_sha')
     bits = np.sort(hash_bits(good.phash))
     bits = np.random.default_rng(0).choice(bits, most, replace=False) if len(bits) > most else bits
-    counts = sum((np.bincount(np.bitwise_count(bits[i] ^ bits[i + 1:]), minlength=65) for i in range(len(bits) - 1)), np.zeros(65, int))
-    above = np.arange(max_distance + 1, max_distance + 11); above = above[counts[above] > 0]
-    if len(above) < 2: return 0.
-    below = np.arange(max_distance % 2 if (above % 2 == max_distance % 2).all() else 0, max_distance + 1, above[1] - above[0])   # phash has 32 bits set: its distances are even
+    counts = sum(
+        (
+            np.bincount(np.bitwise_count(bits[i] ^ bits[i + 1 :]), minlength=65)
+            for i in range(len(bits) - 1)
+        ),
+        np.zeros(65, int),
+    )
+    above = np.arange(max_distance + 1, max_distance + 11)
+    above = above[counts[above] > 0]
+    if len(above) < 2:
+        return 0.0
+    below = np.arange(
+        max_distance % 2 if (above % 2 == max_distance % 2).all() else 0,
+        max_distance + 1,
+        above[1] - above[0],
+    )  # phash has 32 bits set: its distances are even
     fit = lambda degree: np.polyfit(above, np.log(counts[above]), degree, w=np.sqrt(counts[above]))
-    curve = fit(2) if len(above) > 2 and fit(2)[0] < 0 else fit(1)      # few pairs may bend the curve up, which no tail does
+    curve = (
+        fit(2) if len(above) > 2 and fit(2)[0] < 0 else fit(1)
+    )  # few pairs may bend the curve up, which no tail does
     return float(min(1, np.exp(np.polyval(curve, below)).sum() / counts.sum()))

@@ -11,92 +11,188 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, RunError, array_hash, content_hash, progress, read_table, write_table
+from smsbench.core import (
+    InputError,
+    RunError,
+    array_hash,
+    content_hash,
+    progress,
+    read_table,
+    write_table,
+)
 from .readers import READERS, load_image
 from .sources import FileError, is_remote, split_ref
 
 # %% ../../nbs/09e_data.files.ipynb #763ed93b
-BLANK, WHITE = 2, 240 # grey values: spread of a blank image; from here on a pixel is near-white
+BLANK, WHITE = 2, 240  # grey values: spread of a blank image; from here on a pixel is near-white
+
 
 def measure(
-    a:np.ndarray, # uint8, (H,W) or (H,W,3)
-)->dict: # image_sha, height, width, channels (1|3), phash (16 hex), mean, std (0..255), blank, marker (0..1)
+    a: np.ndarray,  # uint8, (H,W) or (H,W,3)
+) -> dict:  # image_sha, height, width, channels (1|3), phash (16 hex), mean, std (0..255), blank, marker (0..1)
     "What a cohort wants to know about one image."
     import imagehash
     from PIL import Image
+
     im = Image.fromarray(a)
-    counts = np.array(im.histogram()).reshape(-1, 256).sum(0); share = counts / counts.sum()
-    mean = share @ np.arange(256); below = share.cumsum()
-    spread = np.searchsorted(below, .99) - np.searchsorted(below, .01)
-    return dict(image_sha=array_hash(a), height=a.shape[0], width=a.shape[1], channels=1 if a.ndim == 2 else 3, phash=str(imagehash.phash(im)), mean=float(mean),
-                std=float(np.sqrt(share @ (np.arange(256) - mean)**2)), blank=bool(spread <= BLANK), marker=_corners(a))
+    counts = np.array(im.histogram()).reshape(-1, 256).sum(0)
+    share = counts / counts.sum()
+    mean = share @ np.arange(256)
+    below = share.cumsum()
+    spread = np.searchsorted(below, 0.99) - np.searchsorted(below, 0.01)
+    return dict(
+        image_sha=array_hash(a),
+        height=a.shape[0],
+        width=a.shape[1],
+        channels=1 if a.ndim == 2 else 3,
+        phash=str(imagehash.phash(im)),
+        mean=float(mean),
+        std=float(np.sqrt(share @ (np.arange(256) - mean) ** 2)),
+        blank=bool(spread <= BLANK),
+        marker=_corners(a),
+    )
+
 
 def _corners(a):
     "Share of near-white pixels in the four corner squares."
-    s = max(1, min(a.shape[:2]) // 6); squares = [a[rows, cols] for rows in (slice(None, s), slice(-s, None)) for cols in (slice(None, s), slice(-s, None))]
+    s = max(1, min(a.shape[:2]) // 6)
+    squares = [
+        a[rows, cols]
+        for rows in (slice(None, s), slice(-s, None))
+        for cols in (slice(None, s), slice(-s, None))
+    ]
     return float(np.mean([(q if q.ndim == 2 else q.min(-1)) >= WHITE for q in squares]))
 
 # %% ../../nbs/09e_data.files.ipynb #6aa9b89c
-COLUMNS = dict(image_sha='str', height='int64', width='int64', channels='int64', phash='str', mean='float64', std='float64', blank='bool', marker='float64', bytes='int64', reason='str', detail='str') # of the table of files
-_NOTHING = dict(image_sha='', height=0, width=0, channels=0, phash='', mean=np.nan, std=np.nan, blank=False, marker=np.nan)
+COLUMNS = dict(
+    image_sha='str',
+    height='int64',
+    width='int64',
+    channels='int64',
+    phash='str',
+    mean='float64',
+    std='float64',
+    blank='bool',
+    marker='float64',
+    bytes='int64',
+    reason='str',
+    detail='str',
+)  # of the table of files
+_NOTHING = dict(
+    image_sha='',
+    height=0,
+    width=0,
+    channels=0,
+    phash='',
+    mean=np.nan,
+    std=np.nan,
+    blank=False,
+    marker=np.nan,
+)
+
 
 def scan_file(
-    root,    # data root
-    ref:str, # image reference
-    remote:bool=False, # follow addresses
-)->dict:     # the columns of `COLUMNS`, and those of `STAMP` of the file on disk
+    root,  # data root
+    ref: str,  # image reference
+    remote: bool = False,  # follow addresses
+) -> dict:  # the columns of `COLUMNS`, and those of `STAMP` of the file on disk
     "One image's row; a broken one carries its reason."
     seen = dict(zip(STAMP, stamp(root, ref)))
-    try: a, length = load_image(root, ref, remote)
-    except FileError as e: found = _NOTHING | dict(bytes=0 if split_ref(ref)[1] or e.reason == 'path outside the root' else seen['size'], reason=e.reason, detail=str(e))
-    else: found = measure(a) | dict(bytes=length, reason='', detail='')
+    try:
+        a, length = load_image(root, ref, remote)
+    except FileError as e:
+        found = _NOTHING | dict(
+            bytes=0 if split_ref(ref)[1] or e.reason == 'path outside the root' else seen['size'],
+            reason=e.reason,
+            detail=str(e),
+        )
+    else:
+        found = measure(a) | dict(bytes=length, reason='', detail='')
     return found | seen
 
 # %% ../../nbs/09e_data.files.ipynb #454ecc8e
-STAMP = ('size', 'changed', 'touched') # bytes, and the times (ns) of the last change of content and of anything about the file, which no copying tool sets back
+STAMP = (
+    'size',
+    'changed',
+    'touched',
+)  # bytes, and the times (ns) of the last change of content and of anything about the file, which no copying tool sets back
+
 
 def stamp(
-    root,    # data root
-    ref:str, # image reference
-)->tuple[int, int, int]: # `STAMP` of the file or archive; zeros where no file holds it
+    root,  # data root
+    ref: str,  # image reference
+) -> tuple[int, int, int]:  # `STAMP` of the file or archive; zeros where no file holds it
     "By what a changed file is noticed."
-    try: s = os.stat(os.path.join(root, split_ref(ref)[0]))   # ten times as fast as `locate`, which decides when the file is read
-    except (OSError, ValueError): return 0, 0, 0
+    try:
+        s = os.stat(
+            os.path.join(root, split_ref(ref)[0])
+        )  # ten times as fast as `locate`, which decides when the file is read
+    except (OSError, ValueError):
+        return 0, 0, 0
     return s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 # %% ../../nbs/09e_data.files.ipynb #c362ec12
-MANY = 2000 # from so many files on, processes instead of threads
+MANY = 2000  # from so many files on, processes instead of threads
+
 
 def _scan_all(root, refs, todo, workers, remote):
     "Lists of rows, as they are ready, of the references at the places `todo`."
     from joblib import Parallel, cpu_count, delayed
+
     n = cpu_count() if workers is None else workers
     apart = n > 1 and len(todo) >= MANY and _can_travel(READERS)
     there = dict(parent=os.getpid(), readers=dict(READERS)) if apart else {}
-    tasks = (delayed(_scan_some)(os.path.abspath(root), [(at, refs[at]) for at in todo[i:i + 50]], remote, **there) for i in range(0, len(todo), 50))
+    tasks = (
+        delayed(_scan_some)(
+            os.path.abspath(root), [(at, refs[at]) for at in todo[i : i + 50]], remote, **there
+        )
+        for i in range(0, len(todo), 50)
+    )
     options = dict(backend='loky', idle_worker_timeout=10) if apart else dict(backend='threading')
-    return Parallel(n_jobs=n, return_as='generator_unordered', pre_dispatch='3*n_jobs', batch_size=1, **options)(tasks)
+    return Parallel(
+        n_jobs=n, return_as='generator_unordered', pre_dispatch='3*n_jobs', batch_size=1, **options
+    )(tasks)
+
 
 def _scan_some(root, refs, remote, parent=0, readers=None):
     if parent:
         from smsbench.data.readers import READERS as here
-        here.clear(); here.update(readers); _end_with(parent)
+
+        here.clear()
+        here.update(readers)
+        _end_with(parent)
     return [scan_file(root, r, remote) | dict(at=at) for at, r in refs]
+
 
 def _end_with(parent, name='ends with its parent'):
     "Start, once, a thread that ends this process when its parent is gone."
+
     def watch():
-        while os.getppid() == parent: time.sleep(1)
+        while os.getppid() == parent:
+            time.sleep(1)
         os._exit(1)
-    if all(t.name != name for t in threading.enumerate()): threading.Thread(target=watch, name=name, daemon=True).start()
+
+    if all(t.name != name for t in threading.enumerate()):
+        threading.Thread(target=watch, name=name, daemon=True).start()
+
 
 def _can_travel(readers):
     from joblib import wrap_non_picklable_objects
-    try: return bool(pickle.dumps(wrap_non_picklable_objects(readers)))
-    except Exception: return False   # e.g. a reader that holds an open file: what cannot be pickled raises many kinds
+
+    try:
+        return bool(pickle.dumps(wrap_non_picklable_objects(readers)))
+    except Exception:
+        return (
+            False  # e.g. a reader that holds an open file: what cannot be pickled raises many kinds
+        )
 
 # %% ../../nbs/09e_data.files.ipynb #26b88852
-PART, SECONDS, SCAN = 2000, 30, 2 # a part is written at so many rows, or when so old (s); raise SCAN when other things are measured: older stores then count no more
+PART, SECONDS, SCAN = (
+    2000,
+    30,
+    2,
+)  # a part is written at so many rows, or when so old (s); raise SCAN when other things are measured: older stores then count no more
+
 
 def _names(key, root, refs):
     "What the store calls references below this root."
@@ -104,64 +200,102 @@ def _names(key, root, refs):
     home = plain(os.path.realpath(root))
     return [content_hash(key, home, plain(r), SCAN) for r in refs]
 
+
 def _write_part(frame, root, refs, store, key):
-    good = frame[(frame.reason == '') & np.array([not is_remote(refs[at]) for at in frame.index], bool)]
-    table = good.assign(name=_names(key, root, [refs[at] for at in good.index])).drop(columns=['reason', 'detail'])
-    try: write_table(table, Path(store)/f'part-{time.time_ns():020d}-{os.getpid()}.parquet')
-    except OSError as e: raise RunError(f'{store}: cannot be written ({e.strerror})') from None
+    good = frame[
+        (frame.reason == '') & np.array([not is_remote(refs[at]) for at in frame.index], bool)
+    ]
+    table = good.assign(name=_names(key, root, [refs[at] for at in good.index])).drop(
+        columns=['reason', 'detail']
+    )
+    try:
+        write_table(table, Path(store) / f'part-{time.time_ns():020d}-{os.getpid()}.parquet')
+    except OSError as e:
+        raise RunError(f'{store}: cannot be written ({e.strerror})') from None
+
 
 def _read_parts(root, refs, store, key):
     "Rows that the store holds and that are not out of date, indexed by place among `refs`."
     parts = sorted(Path(store).glob('part-*.parquet'))
-    tables = [t for t in map(read_table, parts) if {*STAMP} <= {*t}]   # a store of before knew less
-    if not tables: return _frame([])
+    tables = [t for t in map(read_table, parts) if {*STAMP} <= {*t}]  # a store of before knew less
+    if not tables:
+        return _frame([])
     known = pd.concat(tables).drop_duplicates('name', keep='last').set_index('name')
-    names = pd.Series(_names(key, root, refs), dtype=object); names = names[names.isin(known.index)]
+    names = pd.Series(_names(key, root, refs), dtype=object)
+    names = names[names.isin(known.index)]
     found = known.loc[names].set_axis(names.index)
-    now = np.array([stamp(root, refs[at]) for at in found.index], dtype=np.int64).reshape(-1, len(STAMP))
+    now = np.array([stamp(root, refs[at]) for at in found.index], dtype=np.int64).reshape(
+        -1, len(STAMP)
+    )
     return found[(now == found[list(STAMP)].to_numpy(np.int64)).all(1)].assign(reason='', detail='')
+
 
 def _frame(rows):
     "Rows as a compact table, indexed by their place among the references."
     index = pd.Index([r['at'] for r in rows], dtype='int64')
-    return pd.DataFrame({c: pd.Series([r[c] for r in rows], index, dtype=t) for c, t in (COLUMNS | dict.fromkeys(STAMP, 'int64')).items()}, index=index)
+    return pd.DataFrame(
+        {
+            c: pd.Series([r[c] for r in rows], index, dtype=t)
+            for c, t in (COLUMNS | dict.fromkeys(STAMP, 'int64')).items()
+        },
+        index=index,
+    )
 
 # %% ../../nbs/09e_data.files.ipynb #35950d58
 def scan_files(
-    root,      # data root
-    refs,      # image references; repeats are read once
-    store=None, # folder that keeps what is known; None keeps nothing
-    workers:int|None=None, # how many files are read at a time; default: one per core
-    remote:bool=False, # follow addresses
-    key:str='', # secret that the names in the store are hashed with
-)->pd.DataFrame: # index: reference, in order of first appearance; columns `COLUMNS`: those of `measure`, bytes (0 where unknown), reason and detail ('' where nothing is wrong)
+    root,  # data root
+    refs,  # image references; repeats are read once
+    store=None,  # folder that keeps what is known; None keeps nothing
+    workers: int | None = None,  # how many files are read at a time; default: one per core
+    remote: bool = False,  # follow addresses
+    key: str = '',  # secret that the names in the store are hashed with
+) -> pd.DataFrame:  # index: reference, in order of first appearance; columns `COLUMNS`: those of `measure`, bytes (0 where unknown), reason and detail ('' where nothing is wrong)
     "Decode every image once and measure it; broken ones carry their reason. `InputError` where the store is no store."
-    if workers is not None and workers < 1: raise InputError(f'workers must be 1 or more, not {workers}')
-    if store is not None and Path(store).exists() and not Path(store).is_dir(): raise InputError(f'{store}: is a file; a store is a folder')
+    if workers is not None and workers < 1:
+        raise InputError(f'workers must be 1 or more, not {workers}')
+    if store is not None and Path(store).exists() and not Path(store).is_dir():
+        raise InputError(f'{store}: is a file; a store is a folder')
     refs = list(dict.fromkeys(refs))
     frames = [_frame([]) if store is None else _read_parts(root, refs, store, key)]
     todo = np.setdiff1d(np.arange(len(refs)), frames[0].index).tolist()
     frames += _new_parts(root, refs, todo, store, workers, remote, key)
-    return pd.concat(frames).sort_index()[list(COLUMNS)].astype(COLUMNS).set_axis(pd.Index(refs, dtype=object))
+    return (
+        pd.concat(frames)
+        .sort_index()[list(COLUMNS)]
+        .astype(COLUMNS)
+        .set_axis(pd.Index(refs, dtype=object))
+    )
+
 
 def _new_parts(root, refs, todo, store, workers, remote, key):
     "The parts that were not known, written as they fill."
     frames, rows, last = [], [], time.monotonic()
+
     def keep():
         frames.append(_frame(rows))
-        if store is not None and len(rows): _write_part(frames[-1], root, refs, store, key)
+        if store is not None and len(rows):
+            _write_part(frames[-1], root, refs, store, key)
         rows.clear()
+
     bar = progress(None, 'reading images', len(todo), unit='film') if len(todo) >= 500 else None
     try:
         for some in _scan_all(root, refs, todo, workers, remote):
             rows += some
-            if bar is not None: bar.update(len(some))
-            if len(rows) >= PART or time.monotonic() - last > SECONDS: keep(); last = time.monotonic()
-    except (InputError, RunError): raise
+            if bar is not None:
+                bar.update(len(some))
+            if len(rows) >= PART or time.monotonic() - last > SECONDS:
+                keep()
+                last = time.monotonic()
+    except (InputError, RunError):
+        raise
     except Exception as e:
-        if type(e).__name__ != 'TerminatedWorkerError': raise
-        raise RunError('a process that reads images was ended from outside, perhaps for want of memory; use fewer workers') from None
+        if type(e).__name__ != 'TerminatedWorkerError':
+            raise
+        raise RunError(
+            'a process that reads images was ended from outside, perhaps for want of memory; use fewer workers'
+        ) from None
     finally:
         keep()
-        if bar is not None: bar.close()
+        if bar is not None:
+            bar.close()
     return frames

@@ -18,281 +18,526 @@ from .readers import READERS
 # %% ../../nbs/10a_data.film.ipynb #e66e1e14
 FINDINGS = ('opacity', 'effusion', 'cardiomegaly', 'nodule', 'pneumothorax', 'device')
 
-def _raw(n, *key): return np.random.PCG64(int(content_hash(*key), 16)).random_raw(n)
+
+def _raw(n, *key):
+    return np.random.PCG64(int(content_hash(*key), 16)).random_raw(n)
+
 
 def uniform(
-    n:int, # how many
+    n: int,  # how many
     *key,  # what they are for: the same key, the same numbers
-)->list[float]: # in [0, 1)
+) -> list[float]:  # in [0, 1)
     "Uniform random numbers that belong to a key."
-    return ((_raw(n, *key) >> np.uint64(11))*2.**-53).tolist()
+    return ((_raw(n, *key) >> np.uint64(11)) * 2.0**-53).tolist()
+
 
 def _within(ranges, *key):
     "A value in each (low, high) of `ranges`."
-    return {k: lo + (hi - lo)*u for (k, (lo, hi)), u in zip(ranges.items(), uniform(len(ranges), *key))}
+    return {
+        k: lo + (hi - lo) * u
+        for (k, (lo, hi)), u in zip(ranges.items(), uniform(len(ranges), *key))
+    }
 
 # %% ../../nbs/10a_data.film.ipynb #6c4c43ac
 def _step(d, width):
     "0 below -width/2, 1 above width/2, smooth between."
-    s = np.clip(d*(1/width) + .5, 0, 1)
-    return s*s*(3 - 2*s)
+    s = np.clip(d * (1 / width) + 0.5, 0, 1)
+    return s * s * (3 - 2 * s)
+
 
 def _bump(q):
     "1 at q = 0, falling to 0 at q = 1 and beyond; `q` is a squared distance."
     b = np.maximum(1 - q, 0)
-    return b*b
+    return b * b
+
 
 def _wave(v):
     "Triangle wave: 0 at whole numbers, 1 between them."
-    return np.abs(v - np.floor(v + .5))*2
+    return np.abs(v - np.floor(v + 0.5)) * 2
+
 
 def _ellipse(c, cx, cy, h, aspect, t):
     "Squared radius in an ellipse of horizontal half-extent `h`, tilted by twice the angle whose tangent is `t`."
-    cos, sin = (1 - t*t)/(1 + t*t), 2*t/(1 + t*t)
-    w = h/math.sqrt(cos*cos + aspect*aspect*sin*sin)
+    cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+    w = h / math.sqrt(cos * cos + aspect * aspect * sin * sin)
     dx, dy = c.x - cx, c.y - cy
-    return np.square((cos*dx + sin*dy)*(1/w)) + np.square((cos*dy - sin*dx)*(1/(aspect*w)))
+    return np.square((cos * dx + sin * dy) * (1 / w)) + np.square(
+        (cos * dy - sin * dx) * (1 / (aspect * w))
+    )
 
 # %% ../../nbs/10a_data.film.ipynb #d00a0e10
-_ANATOMY = dict(width=(.78, .82), top=(-.85, -.79), dome=(.50, .57), tilt=(.03, .06), ctr=(.41, .445), spine=(.070, .085), rib=(.148, .168), slope=(.8, 1.2),
-                shoulder=(.34, .46), torso=(.98, 1.06), knob=(.065, .085), clavicle=(-.60, -.54), tissue=(.60, .68), vessel=(0, 1), bubble=(.08, .15), breast=(.28, .34))
-_POSE = dict(turn=(-1, 1), shift=(-.018, .018), lift=(-.02, .02), breath=(-.02, .02), exposure=(.95, 1.05))
-_PLACES = dict(side_p=(0, 1), side_e=(0, 1), ox=(.36, .42), oy=(-.30, -.10), o_r=(.21, .25), lobes=(-1, 1), fluid=(.33, .43), big=(.65, .69), nx=(.40, .48),
-               ny=(-.34, -.20), n_r=(.066, .080), depth=(.28, .35), dx=(.46, .54), dy=(-.56, -.52), kind=(0, 1))
+_ANATOMY = dict(
+    width=(0.78, 0.82),
+    top=(-0.85, -0.79),
+    dome=(0.50, 0.57),
+    tilt=(0.03, 0.06),
+    ctr=(0.41, 0.445),
+    spine=(0.070, 0.085),
+    rib=(0.148, 0.168),
+    slope=(0.8, 1.2),
+    shoulder=(0.34, 0.46),
+    torso=(0.98, 1.06),
+    knob=(0.065, 0.085),
+    clavicle=(-0.60, -0.54),
+    tissue=(0.60, 0.68),
+    vessel=(0, 1),
+    bubble=(0.08, 0.15),
+    breast=(0.28, 0.34),
+)
+_POSE = dict(
+    turn=(-1, 1),
+    shift=(-0.018, 0.018),
+    lift=(-0.02, 0.02),
+    breath=(-0.02, 0.02),
+    exposure=(0.95, 1.05),
+)
+_PLACES = dict(
+    side_p=(0, 1),
+    side_e=(0, 1),
+    ox=(0.36, 0.42),
+    oy=(-0.30, -0.10),
+    o_r=(0.21, 0.25),
+    lobes=(-1, 1),
+    fluid=(0.33, 0.43),
+    big=(0.65, 0.69),
+    nx=(0.40, 0.48),
+    ny=(-0.34, -0.20),
+    n_r=(0.066, 0.080),
+    depth=(0.28, 0.35),
+    dx=(0.46, 0.54),
+    dy=(-0.56, -0.52),
+    kind=(0, 1),
+)
+
 
 def _chest(patient, film, view, sex):
     "The numbers that describe a film; `side` holds +1 (patient's left) or -1 per finding."
-    c = SimpleNamespace(**_within(_ANATOMY, 'anatomy', patient), **_within(_POSE, 'pose', patient, film), **_within(_PLACES, 'places', patient, film))
-    c.ap, c.female, c.pacemaker = view == 'AP', sex == 'F', c.kind < .6
-    c.ctr, c.dome, c.clavicle = c.ctr + .03*c.ap, c.dome - .05*c.ap + c.breath, c.clavicle - .07*c.ap
-    p, e = (1 if c.side_p < .5 else -1), (1 if c.side_e < .5 else -1)
-    c.side = dict(pneumothorax=p, device=-p, effusion=e, nodule=e, opacity=-e)   # findings of one side keep to different zones
+    c = SimpleNamespace(
+        **_within(_ANATOMY, 'anatomy', patient),
+        **_within(_POSE, 'pose', patient, film),
+        **_within(_PLACES, 'places', patient, film),
+    )
+    c.ap, c.female, c.pacemaker = view == 'AP', sex == 'F', c.kind < 0.6
+    c.ctr, c.dome, c.clavicle = (
+        c.ctr + 0.03 * c.ap,
+        c.dome - 0.05 * c.ap + c.breath,
+        c.clavicle - 0.07 * c.ap,
+    )
+    p, e = (1 if c.side_p < 0.5 else -1), (1 if c.side_e < 0.5 else -1)
+    c.side = dict(
+        pneumothorax=p, device=-p, effusion=e, nodule=e, opacity=-e
+    )  # findings of one side keep to different zones
     return c
 
 # %% ../../nbs/10a_data.film.ipynb #418b0f17
 @functools.lru_cache(8)
-def _axis(size): return (2*np.arange(size, dtype=np.float32) + 1)/np.float32(size) - 1
+def _axis(size):
+    return (2 * np.arange(size, dtype=np.float32) + 1) / np.float32(size) - 1
+
 
 def _frame(c, size, rows):
     "Add the coordinates of the pixels in `rows` to the chest, and the contours that several layers share."
-    c, t = SimpleNamespace(**vars(c)), c.turn*(.02 if c.ap else .008)
-    cos, sin = (1 - t*t)/(1 + t*t), 2*t/(1 + t*t)
+    c, t = SimpleNamespace(**vars(c)), c.turn * (0.02 if c.ap else 0.008)
+    cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     x, y = _axis(size)[None, :] - np.float32(c.shift), _axis(size)[rows, None] - np.float32(c.lift)
-    c.x, c.y, c.edge = np.float32(cos)*x - np.float32(sin)*y, np.float32(sin)*x + np.float32(cos)*y, max(.014, 2.4/size)
+    c.x, c.y, c.edge = (
+        np.float32(cos) * x - np.float32(sin) * y,
+        np.float32(sin) * x + np.float32(cos) * y,
+        max(0.014, 2.4 / size),
+    )
     c.ax, c.fine = np.abs(c.x), size > 160
-    q = np.square(np.minimum((c.y - .32)*(1/(.32 - c.top)), 0)); q = q*(.55 + .45*q)
-    c.rho = np.sqrt(np.square(c.x*(1/c.width)) + q)                      # 1 on the chest wall
-    c.wall = c.width*np.sqrt(np.maximum(1 - q, 0)) - c.ax                # distance to it, sideways
-    out = np.minimum(c.ax, c.width + .04) - .32
-    c.floor = np.where(c.x > 0, np.float32(c.dome + c.tilt), np.float32(c.dome)) + np.square(out)*np.where(out > 0, np.float32(1.15), np.float32(.69))
-    medial = c.ax - (.10 + .05*np.clip(c.y + .4, 0, 1) + .9*np.square(np.clip(-.45 - c.y, 0, 1)))
-    h = np.clip(.5 + (c.wall - medial)*(.5/.22), 0, 1)                   # rounds the apex
-    c.lung = _step(c.wall + h*(medial - c.wall) - .22*h*(1 - h), 1.3*c.edge)*_step(c.floor - c.y, c.edge)
+    q = np.square(np.minimum((c.y - 0.32) * (1 / (0.32 - c.top)), 0))
+    q = q * (0.55 + 0.45 * q)
+    c.rho = np.sqrt(np.square(c.x * (1 / c.width)) + q)  # 1 on the chest wall
+    c.wall = c.width * np.sqrt(np.maximum(1 - q, 0)) - c.ax  # distance to it, sideways
+    out = np.minimum(c.ax, c.width + 0.04) - 0.32
+    c.floor = np.where(c.x > 0, np.float32(c.dome + c.tilt), np.float32(c.dome)) + np.square(
+        out
+    ) * np.where(out > 0, np.float32(1.15), np.float32(0.69))
+    medial = c.ax - (
+        0.10 + 0.05 * np.clip(c.y + 0.4, 0, 1) + 0.9 * np.square(np.clip(-0.45 - c.y, 0, 1))
+    )
+    h = np.clip(0.5 + (c.wall - medial) * (0.5 / 0.22), 0, 1)  # rounds the apex
+    c.lung = _step(c.wall + h * (medial - c.wall) - 0.22 * h * (1 - h), 1.3 * c.edge) * _step(
+        c.floor - c.y, c.edge
+    )
     c.vessels = _vessels(c)
     return c
 
 # %% ../../nbs/10a_data.film.ipynb #3221bc15
 def _soft_tissue(c):
-    p = np.clip((c.ax - .12)*1.1, 0, 1)
-    skin = -1.12 + c.shoulder*p*(1.5 - .5*p)
-    half = c.torso + .12*_step(-c.y - .1, .8) + .05*_step(c.y - .5, .8)
-    t = c.tissue*np.sqrt(np.maximum(1 - np.square(c.ax/half), 0))*_step(c.y - skin, .12)
-    if c.female: t = t + .13*_step(1 - np.square((c.ax - .45)*(1/.36)) - np.square((c.y - .30)*(1/c.breast)), .5)*_step(c.y, .7)
-    return t + .03*c.ap*_step(c.y + .9, .2)
+    p = np.clip((c.ax - 0.12) * 1.1, 0, 1)
+    skin = -1.12 + c.shoulder * p * (1.5 - 0.5 * p)
+    half = c.torso + 0.12 * _step(-c.y - 0.1, 0.8) + 0.05 * _step(c.y - 0.5, 0.8)
+    t = c.tissue * np.sqrt(np.maximum(1 - np.square(c.ax / half), 0)) * _step(c.y - skin, 0.12)
+    if c.female:
+        t = t + 0.13 * _step(
+            1 - np.square((c.ax - 0.45) * (1 / 0.36)) - np.square((c.y - 0.30) * (1 / c.breast)),
+            0.5,
+        ) * _step(c.y, 0.7)
+    return t + 0.03 * c.ap * _step(c.y + 0.9, 0.2)
 
 # %% ../../nbs/10a_data.film.ipynb #7e896f3b
 def _vessels(c):
-    dx, dy = np.maximum(c.ax - .12, 0), c.y
+    dx, dy = np.maximum(c.ax - 0.12, 0), c.y
     r = np.abs(dx) + np.abs(dy) + 1e-3
-    side, out = np.where(c.x > 0, np.float32(c.vessel), np.float32(c.vessel*.7 + .31)), 0
-    for n, start, amount, width in ((4, .0, .30, .020), (8, .16, .22, .013), (16, .34, .15, .010)):
-        away = _wave(dy/r*n*.5 + side*n + .35*_wave(r*(1.3 + .11*n) + side*5))*r*(1/n)
-        w = width*np.maximum(1 - r*.9, .25)
-        drawn = np.maximum(w, c.edge*.35)                                # never thinner than a pixel shows
-        out = out + amount*_bump(np.square(away/drawn))*(w/drawn)*_step(r - start, .2)
-    hilum = _bump(np.square((c.ax - .17)*(1/.11)) + np.square((c.y - .02*(c.x < 0).astype(np.float32))*(1/.17)))
-    return (out*np.maximum(1 - r*.75, 0) + .30*hilum)*c.lung
+    side, out = np.where(c.x > 0, np.float32(c.vessel), np.float32(c.vessel * 0.7 + 0.31)), 0
+    for n, start, amount, width in (
+        (4, 0.0, 0.30, 0.020),
+        (8, 0.16, 0.22, 0.013),
+        (16, 0.34, 0.15, 0.010),
+    ):
+        away = (
+            _wave(dy / r * n * 0.5 + side * n + 0.35 * _wave(r * (1.3 + 0.11 * n) + side * 5))
+            * r
+            * (1 / n)
+        )
+        w = width * np.maximum(1 - r * 0.9, 0.25)
+        drawn = np.maximum(w, c.edge * 0.35)  # never thinner than a pixel shows
+        out = out + amount * _bump(np.square(away / drawn)) * (w / drawn) * _step(r - start, 0.2)
+    hilum = _bump(
+        np.square((c.ax - 0.17) * (1 / 0.11))
+        + np.square((c.y - 0.02 * (c.x < 0).astype(np.float32)) * (1 / 0.17))
+    )
+    return (out * np.maximum(1 - r * 0.75, 0) + 0.30 * hilum) * c.lung
 
 # %% ../../nbs/10a_data.film.ipynb #f9efeaff
 def _ribs(c):
-    l, bone = c.ax*(1/c.width), 0
-    back, front = .04*l + .20*c.slope*l*l*l, .50*c.slope*(1 - l)*(.6 + .4*l)
-    for fall, gap, offset, half, amount, visible in ((back, c.rib, 0, .030, .155, _step(l - .1, .1)), (front, c.rib*1.1, .5, .036, .075, _step(l - .38, .25))):
-        v = (c.y - c.top - .05 - fall)*(1/gap) + offset
-        d = np.abs(v - np.floor(v + .5))*gap
-        bone = bone + amount*_step(half - d, c.edge)*(.65 + .35*np.square(d*(1/half)))*_step(v - .4, .4)*_step(9.4 - v, 1.5)*visible*(.8 + .5*l*l)
-    return bone*_step(c.wall + .035, c.edge)*(1 - .6*_step(c.y - c.floor, .1))
+    l, bone = c.ax * (1 / c.width), 0
+    back, front = 0.04 * l + 0.20 * c.slope * l * l * l, 0.50 * c.slope * (1 - l) * (0.6 + 0.4 * l)
+    for fall, gap, offset, half, amount, visible in (
+        (back, c.rib, 0, 0.030, 0.155, _step(l - 0.1, 0.1)),
+        (front, c.rib * 1.1, 0.5, 0.036, 0.075, _step(l - 0.38, 0.25)),
+    ):
+        v = (c.y - c.top - 0.05 - fall) * (1 / gap) + offset
+        d = np.abs(v - np.floor(v + 0.5)) * gap
+        bone = bone + amount * _step(half - d, c.edge) * (
+            0.65 + 0.35 * np.square(d * (1 / half))
+        ) * _step(v - 0.4, 0.4) * _step(9.4 - v, 1.5) * visible * (0.8 + 0.5 * l * l)
+    return bone * _step(c.wall + 0.035, c.edge) * (1 - 0.6 * _step(c.y - c.floor, 0.1))
 
 # %% ../../nbs/10a_data.film.ipynb #fb91f281
 def _middle(c):
-    soft = (lambda fine, coarse: fine if c.fine else coarse)
-    below = .30*_step((c.y - c.floor)/(c.edge + 6*np.maximum(-c.wall, 0)), 1)*_step(c.torso - .04 - c.ax, .3)
-    band = .16*_step(.115 + .05*np.clip(c.y + .4, 0, 1) - c.ax, .10)*_step(c.y + .8, .5)
-    arch = .15*_step(1 - np.sqrt(np.square((c.x - .07)*(1/(c.knob*1.7))) + np.square((c.y + .27)*(1/(c.knob*1.5)))), soft(.35, .6))
-    aorta = .10*_step(.05 - np.abs(c.x - .10), .06)*_step(c.y + .27, .2)
-    cava = .14*_step(.15 - c.ax, .04)*_step(c.y + .55, .2)*_step(.1 - c.y, .2)
-    discs = .62 + .38*_step(_wave(c.y*(1/.105)) - .22, soft(.25, .5))
-    spine = (.10 + .06*_step(c.y, 1))*_step(c.spine - c.ax, soft(.02, .04))*discs
-    trachea = .17*_step(.040 - np.abs(c.x + .012), .035)*_step(-.17 - c.y, .06)
-    bronchi = .10*_step(.03 - np.abs(c.y + .17 - .75*c.ax), .03)*_step(.17 - c.ax, .05)
-    bubble = .26*_bump(np.square((c.x - .36)*(1/(c.bubble*1.7))) + np.square((c.y - c.floor - .10)*(1/c.bubble)))*_step(c.y - c.floor - .02, c.edge)
+    soft = lambda fine, coarse: fine if c.fine else coarse
+    below = (
+        0.30
+        * _step((c.y - c.floor) / (c.edge + 6 * np.maximum(-c.wall, 0)), 1)
+        * _step(c.torso - 0.04 - c.ax, 0.3)
+    )
+    band = (
+        0.16 * _step(0.115 + 0.05 * np.clip(c.y + 0.4, 0, 1) - c.ax, 0.10) * _step(c.y + 0.8, 0.5)
+    )
+    arch = 0.15 * _step(
+        1
+        - np.sqrt(
+            np.square((c.x - 0.07) * (1 / (c.knob * 1.7)))
+            + np.square((c.y + 0.27) * (1 / (c.knob * 1.5)))
+        ),
+        soft(0.35, 0.6),
+    )
+    aorta = 0.10 * _step(0.05 - np.abs(c.x - 0.10), 0.06) * _step(c.y + 0.27, 0.2)
+    cava = 0.14 * _step(0.15 - c.ax, 0.04) * _step(c.y + 0.55, 0.2) * _step(0.1 - c.y, 0.2)
+    discs = 0.62 + 0.38 * _step(_wave(c.y * (1 / 0.105)) - 0.22, soft(0.25, 0.5))
+    spine = (0.10 + 0.06 * _step(c.y, 1)) * _step(c.spine - c.ax, soft(0.02, 0.04)) * discs
+    trachea = 0.17 * _step(0.040 - np.abs(c.x + 0.012), 0.035) * _step(-0.17 - c.y, 0.06)
+    bronchi = 0.10 * _step(0.03 - np.abs(c.y + 0.17 - 0.75 * c.ax), 0.03) * _step(0.17 - c.ax, 0.05)
+    bubble = (
+        0.26
+        * _bump(
+            np.square((c.x - 0.36) * (1 / (c.bubble * 1.7)))
+            + np.square((c.y - c.floor - 0.10) * (1 / c.bubble))
+        )
+        * _step(c.y - c.floor - 0.02, c.edge)
+    )
     return below + band + arch + aorta + cava + spine - trachea - bronchi - bubble
 
 # %% ../../nbs/10a_data.film.ipynb #8f3c894a
 def _girdle(c):
     "Clavicles, scapulae, shoulder joints."
-    p = np.clip((c.ax - .06)*(1/.76), 0, 1.1)
-    d, half = np.abs(c.y - (c.clavicle - .13*p - .55*p*(1 - p)*(.45 - p))), .026 + .012*np.square(1 - p)
-    clavicle = .26*_step(half - d, c.edge)*(.6 + .4*np.square(d/half))*_step(c.ax - .055, .02)*_step(.84 - c.ax, .05)
-    inner = (.60 if c.ap else .70) + .16*(c.y + .3)
-    blade = .07*_step(c.ax - inner, .03)*_step(c.y + .62, .2)*_step(.10 - c.y - .2*(1 - c.ax), .5)*_step(inner + .22 - c.ax, .2)
-    rim = .06*_bump(np.square((c.ax - inner)*(1/.03)))*_step(c.y + .5, .3)*_step(.15 - c.y, .1)
-    joint = .13*_step(1 - np.square((c.ax - 1.03)*(1/.17)) - np.square((c.y + .58)*(1/.17)), .7)
-    return clavicle + blade + rim + joint + .09*_step(c.ax - .93, .08)*_step(c.y + .50, .1)*_step(.2 - c.y, .8)
+    p = np.clip((c.ax - 0.06) * (1 / 0.76), 0, 1.1)
+    d, half = (
+        np.abs(c.y - (c.clavicle - 0.13 * p - 0.55 * p * (1 - p) * (0.45 - p))),
+        0.026 + 0.012 * np.square(1 - p),
+    )
+    clavicle = (
+        0.26
+        * _step(half - d, c.edge)
+        * (0.6 + 0.4 * np.square(d / half))
+        * _step(c.ax - 0.055, 0.02)
+        * _step(0.84 - c.ax, 0.05)
+    )
+    inner = (0.60 if c.ap else 0.70) + 0.16 * (c.y + 0.3)
+    blade = (
+        0.07
+        * _step(c.ax - inner, 0.03)
+        * _step(c.y + 0.62, 0.2)
+        * _step(0.10 - c.y - 0.2 * (1 - c.ax), 0.5)
+        * _step(inner + 0.22 - c.ax, 0.2)
+    )
+    rim = (
+        0.06
+        * _bump(np.square((c.ax - inner) * (1 / 0.03)))
+        * _step(c.y + 0.5, 0.3)
+        * _step(0.15 - c.y, 0.1)
+    )
+    joint = 0.13 * _step(
+        1 - np.square((c.ax - 1.03) * (1 / 0.17)) - np.square((c.y + 0.58) * (1 / 0.17)), 0.7
+    )
+    return (
+        clavicle
+        + blade
+        + rim
+        + joint
+        + 0.09 * _step(c.ax - 0.93, 0.08) * _step(c.y + 0.50, 0.1) * _step(0.2 - c.y, 0.8)
+    )
 
 # %% ../../nbs/10a_data.film.ipynb #ceca2bd7
 def _heart(c, ctr):
-    h = ctr*c.width
-    cy = c.dome + c.tilt + .03 - .52*h
-    q = np.minimum(_ellipse(c, .24*h, cy, .985*h, .66, .30), _ellipse(c, .03*h, cy - .16*h, .74*h, 1.14, .05))
-    return .50*_step((1 - np.sqrt(q))*h, max(.05, 1.6*c.edge))*(1 - .75*_step(c.y - c.floor, .06))
+    h = ctr * c.width
+    cy = c.dome + c.tilt + 0.03 - 0.52 * h
+    q = np.minimum(
+        _ellipse(c, 0.24 * h, cy, 0.985 * h, 0.66, 0.30),
+        _ellipse(c, 0.03 * h, cy - 0.16 * h, 0.74 * h, 1.14, 0.05),
+    )
+    return (
+        0.50
+        * _step((1 - np.sqrt(q)) * h, max(0.05, 1.6 * c.edge))
+        * (1 - 0.75 * _step(c.y - c.floor, 0.06))
+    )
 
 # %% ../../nbs/10a_data.film.ipynb #7b38d0a5
 def _opacity(c):
-    ax, q = c.x*c.side['opacity'], 0
-    for ux, uy, r in ((0, 0, 1), (.55, .35*c.lobes, .75), (-.5, .5, .7), (.1, -.6, .7)):
-        q = q + _bump((np.square(ax - c.ox - ux*c.o_r) + np.square(c.y - c.oy - uy*c.o_r))*(1/(r*c.o_r)**2))
-    patchy = .85 + .15*_wave(5*c.x + 3*c.y + c.lobes)*_wave(4*c.y - 3*c.x)
-    return .47*_step(q - .50, .8)*patchy*c.lung*(ax > 0)
+    ax, q = c.x * c.side['opacity'], 0
+    for ux, uy, r in ((0, 0, 1), (0.55, 0.35 * c.lobes, 0.75), (-0.5, 0.5, 0.7), (0.1, -0.6, 0.7)):
+        q = q + _bump(
+            (np.square(ax - c.ox - ux * c.o_r) + np.square(c.y - c.oy - uy * c.o_r))
+            * (1 / (r * c.o_r) ** 2)
+        )
+    patchy = 0.85 + 0.15 * _wave(5 * c.x + 3 * c.y + c.lobes) * _wave(4 * c.y - 3 * c.x)
+    return 0.47 * _step(q - 0.50, 0.8) * patchy * c.lung * (ax > 0)
+
 
 def _effusion(c):
-    ax = c.x*c.side['effusion']
-    level = c.dome + (c.tilt if c.side['effusion'] > 0 else 0) + .12 - c.fluid - .34*_bump(np.clip((c.width - ax)*2.4, 0, 1)) + 2.5*np.maximum(.30 - ax, 0)
-    return .56*_step(c.y - level, .10)*c.lung*(ax > .05)
+    ax = c.x * c.side['effusion']
+    level = (
+        c.dome
+        + (c.tilt if c.side['effusion'] > 0 else 0)
+        + 0.12
+        - c.fluid
+        - 0.34 * _bump(np.clip((c.width - ax) * 2.4, 0, 1))
+        + 2.5 * np.maximum(0.30 - ax, 0)
+    )
+    return 0.56 * _step(c.y - level, 0.10) * c.lung * (ax > 0.05)
 
-def _cardiomegaly(c): return _heart(c, c.big) - _heart(c, c.ctr)
+
+def _cardiomegaly(c):
+    return _heart(c, c.big) - _heart(c, c.ctr)
+
 
 def _nodule(c):
-    d = np.sqrt(np.square(c.x*c.side['nodule'] - c.nx) + np.square(c.y - c.ny))
-    return .46*_step(c.n_r - d, max(.03, 1.2*c.edge))
+    d = np.sqrt(np.square(c.x * c.side['nodule'] - c.nx) + np.square(c.y - c.ny))
+    return 0.46 * _step(c.n_r - d, max(0.03, 1.2 * c.edge))
+
 
 def _pneumothorax(c):
-    inner = 1 - c.rho - c.depth*(1 - .85*np.square(np.clip((c.y + .55)*1.5, 0, 1)))     # 0 on the pleural line, negative in the air
-    where = c.lung*(c.y < .12)*(c.x*c.side['pneumothorax'] > 0)
-    line = .20*_bump(np.square(inner*(1/max(.018, c.edge*.7))))*_step(.06 - c.y, .1)
-    return where*(line - _step(-inner, .03)*(.18 + .9*c.vessels))
+    inner = (
+        1 - c.rho - c.depth * (1 - 0.85 * np.square(np.clip((c.y + 0.55) * 1.5, 0, 1)))
+    )  # 0 on the pleural line, negative in the air
+    where = c.lung * (c.y < 0.12) * (c.x * c.side['pneumothorax'] > 0)
+    line = 0.20 * _bump(np.square(inner * (1 / max(0.018, c.edge * 0.7)))) * _step(0.06 - c.y, 0.1)
+    return where * (line - _step(-inner, 0.03) * (0.18 + 0.9 * c.vessels))
 
 # %% ../../nbs/10a_data.film.ipynb #a8e46058
 def _device(c):
     s = c.side['device']
-    ax, px, py = c.x*s, c.x*s - c.dx, c.y - c.dy
-    if c.pacemaker: r = np.sqrt(np.sqrt(np.square(np.square(px*(1/.085))) + np.square(np.square(py*(1/.065)))))
-    else: r = np.sqrt(np.square(px) + np.square(py))*(1/.066)
-    width, top = max(.010, c.edge*.45), c.dy - .10
-    arc = _bump(np.square((c.y - top - .55*np.square(ax - .28))*(1/width)))*_step(c.dx - ax, .02)*_step(ax + .08*s, .02)     # through the subclavian vein
-    turn = top + .55*(.08*s + .28)*(.08*s + .28)
-    p, end = np.clip((c.y - turn)*(1/(.42 - turn)), 0, 1), (.40 if c.pacemaker else -.05)                                     # down the vena cava
-    drop = _bump(np.square((c.x + .08 - .30*p*p*c.pacemaker)*(1/width)))*_step(c.y - turn, .02)*_step(end - c.y, .02)
-    return 1.5*_step(1 - r, .3 if c.fine else .5) + .9*np.maximum(arc, drop)
+    ax, px, py = c.x * s, c.x * s - c.dx, c.y - c.dy
+    if c.pacemaker:
+        r = np.sqrt(
+            np.sqrt(np.square(np.square(px * (1 / 0.085))) + np.square(np.square(py * (1 / 0.065))))
+        )
+    else:
+        r = np.sqrt(np.square(px) + np.square(py)) * (1 / 0.066)
+    width, top = max(0.010, c.edge * 0.45), c.dy - 0.10
+    arc = (
+        _bump(np.square((c.y - top - 0.55 * np.square(ax - 0.28)) * (1 / width)))
+        * _step(c.dx - ax, 0.02)
+        * _step(ax + 0.08 * s, 0.02)
+    )  # through the subclavian vein
+    turn = top + 0.55 * (0.08 * s + 0.28) * (0.08 * s + 0.28)
+    p, end = (
+        np.clip((c.y - turn) * (1 / (0.42 - turn)), 0, 1),
+        (0.40 if c.pacemaker else -0.05),
+    )  # down the vena cava
+    drop = (
+        _bump(np.square((c.x + 0.08 - 0.30 * p * p * c.pacemaker) * (1 / width)))
+        * _step(c.y - turn, 0.02)
+        * _step(end - c.y, 0.02)
+    )
+    return 1.5 * _step(1 - r, 0.3 if c.fine else 0.5) + 0.9 * np.maximum(arc, drop)
 
-_DRAW = dict(opacity=_opacity, effusion=_effusion, cardiomegaly=_cardiomegaly, nodule=_nodule, pneumothorax=_pneumothorax, device=_device)
+
+_DRAW = dict(
+    opacity=_opacity,
+    effusion=_effusion,
+    cardiomegaly=_cardiomegaly,
+    nodule=_nodule,
+    pneumothorax=_pneumothorax,
+    device=_device,
+)
 
 # %% ../../nbs/10a_data.film.ipynb #eaa8403f
 def _noise(size, *key):
     "(size, size) grain with mean 0: fine and coarse, sums of four random bytes."
+
     def grain(n):
-        b = _raw(n*n//2 + 1, *key, n).astype('<u8').view(np.uint8)[:4*n*n].reshape(4, n, n)
-        return (b.sum(0, dtype=np.uint16).astype(np.float32) - 510)*np.float32(1/147.8)
-    half = np.repeat(np.repeat(grain((size + 1)//2), 2, 0), 2, 1)[:size, :size]
+        b = _raw(n * n // 2 + 1, *key, n).astype('<u8').view(np.uint8)[: 4 * n * n].reshape(4, n, n)
+        return (b.sum(0, dtype=np.uint16).astype(np.float32) - 510) * np.float32(1 / 147.8)
+
+    half = np.repeat(np.repeat(grain((size + 1) // 2), 2, 0), 2, 1)[:size, :size]
     return grain(size) + half
+
 
 def _letters(size, marker):
     "(size, size) brightness of what is burnt in."
-    x, y, e = _axis(size)[None, :], _axis(size)[:, None], max(.014, 2.2/size)
-    bar = .012 + e/3
-    stem, foot = _step(bar - np.abs(x - .86), e)*_step(.07 - np.abs(y + .86), e), _step(.035 - np.abs(x - .885), e)*_step(bar - np.abs(y + .80), e)
-    r = np.maximum(np.abs(x + .86), np.abs(y + .86))
-    return .7*np.maximum(stem, foot) + (.9*_step(.075 - r, e)*(1 - _step(.035 - r, e)) if marker else 0)
+    x, y, e = _axis(size)[None, :], _axis(size)[:, None], max(0.014, 2.2 / size)
+    bar = 0.012 + e / 3
+    stem, foot = (
+        _step(bar - np.abs(x - 0.86), e) * _step(0.07 - np.abs(y + 0.86), e),
+        _step(0.035 - np.abs(x - 0.885), e) * _step(bar - np.abs(y + 0.80), e),
+    )
+    r = np.maximum(np.abs(x + 0.86), np.abs(y + 0.86))
+    return 0.7 * np.maximum(stem, foot) + (
+        0.9 * _step(0.075 - r, e) * (1 - _step(0.035 - r, e)) if marker else 0
+    )
 
 # %% ../../nbs/10a_data.film.ipynb #6e955dea
 def draw_film(
-    patient:str,        # any name: decides the anatomy
-    film:int=0,         # which film of the patient: decides pose, noise and where findings would be
-    findings=(),        # what is in the film, from `FINDINGS`
-    size:int=64,        # pixels per side, 64 to 1024
-    view:str='PA',      # 'PA' or 'AP'
-    sex:str='F',        # 'F' or 'M'
-    marker:bool=False,  # burn in the shortcut marker
-)->tuple:               # (size, size) uint8 film; dict finding -> (size, size) bool mask of the pixels it may change
+    patient: str,  # any name: decides the anatomy
+    film: int = 0,  # which film of the patient: decides pose, noise and where findings would be
+    findings=(),  # what is in the film, from `FINDINGS`
+    size: int = 64,  # pixels per side, 64 to 1024
+    view: str = 'PA',  # 'PA' or 'AP'
+    sex: str = 'F',  # 'F' or 'M'
+    marker: bool = False,  # burn in the shortcut marker
+) -> (
+    tuple
+):  # (size, size) uint8 film; dict finding -> (size, size) bool mask of the pixels it may change
     "Draw a film and the masks of all `FINDINGS` (empty for absent ones); `InputError` for an unknown finding, view, sex or size."
-    if unknown := set(findings) - set(FINDINGS): raise InputError(f"unknown finding {min(unknown)!r}; choose from {', '.join(FINDINGS)}")
-    if view not in ('PA', 'AP') or sex not in ('F', 'M'): raise InputError(f"view {view!r}, sex {sex!r}: choose from PA and AP, F and M")
-    if not 64 <= size <= 1024: raise InputError(f'size {size}: choose 64 to 1024 pixels')
-    chest, step = _chest(patient, film, view, sex), max(16, 32768//size)
-    strips = [_expose(_frame(chest, size, slice(i, i + step)), findings) for i in range(0, size, step)]
+    if unknown := set(findings) - set(FINDINGS):
+        raise InputError(f"unknown finding {min(unknown)!r}; choose from {', '.join(FINDINGS)}")
+    if view not in ('PA', 'AP') or sex not in ('F', 'M'):
+        raise InputError(f"view {view!r}, sex {sex!r}: choose from PA and AP, F and M")
+    if not 64 <= size <= 1024:
+        raise InputError(f'size {size}: choose 64 to 1024 pixels')
+    chest, step = _chest(patient, film, view, sex), max(16, 32768 // size)
+    strips = [
+        _expose(_frame(chest, size, slice(i, i + step)), findings) for i in range(0, size, step)
+    ]
     light = np.concatenate([s[0] for s in strips])
-    grey = 8 + 262*(light + _letters(size, marker)) + _noise(size, 'noise', patient, film)*(.4 + light)*(2.6 if chest.ap else 1.7)
-    return np.rint(np.clip(grey, 0, 255)).astype(np.uint8), {f: np.concatenate([s[1][f] for s in strips]) for f in FINDINGS}
+    grey = (
+        8
+        + 262 * (light + _letters(size, marker))
+        + _noise(size, 'noise', patient, film) * (0.4 + light) * (2.6 if chest.ap else 1.7)
+    )
+    return np.rint(np.clip(grey, 0, 255)).astype(np.uint8), {
+        f: np.concatenate([s[1][f] for s in strips]) for f in FINDINGS
+    }
+
 
 def _expose(c, findings):
     "Brightness 0..1 and masks of a strip."
-    t = _soft_tissue(c) - .40*c.lung*(.85 + .15*np.maximum(1 - c.rho, 0)) + c.vessels + _ribs(c) + _middle(c) + _girdle(c) + _heart(c, c.ctr)
+    t = (
+        _soft_tissue(c)
+        - 0.40 * c.lung * (0.85 + 0.15 * np.maximum(1 - c.rho, 0))
+        + c.vessels
+        + _ribs(c)
+        + _middle(c)
+        + _girdle(c)
+        + _heart(c, c.ctr)
+    )
     added = {f: _DRAW[f](c) for f in FINDINGS if f in findings}
-    t = np.maximum(sum(added.values(), start=t), 0)*(1.15*c.exposure)
+    t = np.maximum(sum(added.values(), start=t), 0) * (1.15 * c.exposure)
     masks = {f: added[f] != 0 if f in added else np.zeros(c.x.shape, bool) for f in FINDINGS}
-    if 'cardiomegaly' in added: masks['cardiomegaly'] |= _heart(c, c.big) != 0      # the whole enlarged heart, not only its new rim
-    return t/np.sqrt(1 + t*t), masks
+    if 'cardiomegaly' in added:
+        masks['cardiomegaly'] |= (
+            _heart(c, c.big) != 0
+        )  # the whole enlarged heart, not only its new rim
+    return t / np.sqrt(1 + t * t), masks
 
 # %% ../../nbs/10a_data.film.ipynb #50e956df
 def film_side(
-    patient:str, # as in `draw_film`
-    film:int,    # "
-)->dict:         # finding -> 'left' or 'right', as a radiologist says it; none for cardiomegaly
+    patient: str,  # as in `draw_film`
+    film: int,  # "
+) -> dict:  # finding -> 'left' or 'right', as a radiologist says it; none for cardiomegaly
     "On which side of the patient each finding lies in a film, or would lie."
-    return {f: 'left' if s > 0 else 'right' for f, s in _chest(patient, film, 'PA', 'F').side.items()}
+    return {
+        f: 'left' if s > 0 else 'right' for f, s in _chest(patient, film, 'PA', 'F').side.items()
+    }
 
 # %% ../../nbs/10a_data.film.ipynb #e61ed99f
 def mask_box(
-    mask:np.ndarray, # (H, W) bool
-)->list[int]:        # [x0, y0, x1, y1] in pixels, x1 and y1 one past the last; [] where the mask is empty
+    mask: np.ndarray,  # (H, W) bool
+) -> list[
+    int
+]:  # [x0, y0, x1, y1] in pixels, x1 and y1 one past the last; [] where the mask is empty
     "The smallest box around a mask."
     ys, xs = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     return [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1] if len(xs) else []
 
 # %% ../../nbs/10a_data.film.ipynb #81ff5dec
 def phantom_ref(
-    patient:str,     # as in `draw_film`; letters, digits and '-'
-    film:int=0,      # "
-    findings=(),     # "
-    size:int=64,     # "
-    view:str='PA',   # "
-    sex:str='F',     # "
-    marker:bool=False, # "
-)->str:              # 'phantom:1/PATIENT/FILM/SIZE/VIEW/SEX/FINDINGS/MARKER'; the 1 is the version of the drawing
+    patient: str,  # as in `draw_film`; letters, digits and '-'
+    film: int = 0,  # "
+    findings=(),  # "
+    size: int = 64,  # "
+    view: str = 'PA',  # "
+    sex: str = 'F',  # "
+    marker: bool = False,  # "
+) -> (
+    str
+):  # 'phantom:1/PATIENT/FILM/SIZE/VIEW/SEX/FINDINGS/MARKER'; the 1 is the version of the drawing
     "The reference under which `read_phantom` draws this film."
     return f"phantom:1/{patient}/{film}/{size}/{view}/{sex}/{'+'.join(f for f in FINDINGS if f in findings) or 'none'}/{'marker' if marker else 'plain'}"
 
 # %% ../../nbs/10a_data.film.ipynb #24595bb9
 def phantom_film(
-    ref:str, # a reference made by `phantom_ref`
-)->tuple:    # (size, size) uint8 film; dict finding -> (size, size) bool mask, empty for what is not there
+    ref: str,  # a reference made by `phantom_ref`
+) -> (
+    tuple
+):  # (size, size) uint8 film; dict finding -> (size, size) bool mask, empty for what is not there
     "The film that a reference names and its masks; `InputError` where it is no such reference."
-    m = re.fullmatch(r'phantom:1/([\w-]+)/(\d+)/(\d+)/(PA|AP)/([FM])/([a-z+]+)/(marker|plain)', str(ref))
-    if not m: raise InputError(f"{str(ref)[:80]!r} is not a phantom reference of version 1 (phantom:1/PATIENT/FILM/SIZE/VIEW/SEX/FINDINGS/MARKER)")
-    return draw_film(m[1], int(m[2]), () if m[6] == 'none' else m[6].split('+'), int(m[3]), m[4], m[5], m[7] == 'marker')
+    m = re.fullmatch(
+        r'phantom:1/([\w-]+)/(\d+)/(\d+)/(PA|AP)/([FM])/([a-z+]+)/(marker|plain)', str(ref)
+    )
+    if not m:
+        raise InputError(
+            f"{str(ref)[:80]!r} is not a phantom reference of version 1 (phantom:1/PATIENT/FILM/SIZE/VIEW/SEX/FINDINGS/MARKER)"
+        )
+    return draw_film(
+        m[1],
+        int(m[2]),
+        () if m[6] == 'none' else m[6].split('+'),
+        int(m[3]),
+        m[4],
+        m[5],
+        m[7] == 'marker',
+    )
 
 # %% ../../nbs/10a_data.film.ipynb #91d031c2
 def read_phantom(
-    ref:str,   # a reference made by `phantom_ref`
-)->np.ndarray: # (size, size) uint8
+    ref: str,  # a reference made by `phantom_ref`
+) -> np.ndarray:  # (size, size) uint8
     "The film alone."
     return phantom_film(ref)[0]
 
-READERS['phantom'] = lambda root, rest: read_phantom(f'phantom:{rest}')   # whoever reads images by reference reads these too
+
+READERS['phantom'] = lambda root, rest: read_phantom(
+    f'phantom:{rest}'
+)  # whoever reads images by reference reads these too
 
 # %% ../../nbs/10a_data.film.ipynb #dfaff91c
 def phantom_masks(
-    ref:str, # a reference made by `phantom_ref`
-)->dict:     # finding -> (size, size) bool, empty masks for what is not there
+    ref: str,  # a reference made by `phantom_ref`
+) -> dict:  # finding -> (size, size) bool, empty masks for what is not there
     "The masks alone."
     return phantom_film(ref)[1]

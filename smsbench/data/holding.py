@@ -22,22 +22,28 @@ from .seal import SEALED, pseudonym, seal, seal_key, unseal
 @dataclass(frozen=True)
 class Holding:
     "A cohort in the two forms in which its holder needs it."
-    cohort: pd.DataFrame # may be written; sealed where data are credentialed
-    opened: pd.DataFrame # the same rows and ids, with images and texts; never to be written
-    key: str = ''        # what the pseudonyms were made with; '' for open data
+
+    cohort: pd.DataFrame  # may be written; sealed where data are credentialed
+    opened: pd.DataFrame  # the same rows and ids, with images and texts; never to be written
+    key: str = ''  # what the pseudonyms were made with; '' for open data
 
 # %% ../../nbs/13a_data.holding.ipynb #5248a9b5
 def hold(
     cohort,  # cohort table, sealed or not; `Built`; or a `Holding`, which comes back as it is
-    root='', # folder below which the files lie; '' takes the cohort's own
-)->Holding:
+    root='',  # folder below which the files lie; '' takes the cohort's own
+) -> Holding:
     "Open what is sealed, seal what is not and must be. `InputError` where the files are not those of the cohort."
-    if isinstance(cohort, Holding): return cohort
-    if isinstance(cohort, Built): return Holding(cohort.cohort, cohort.opened, cohort.key)
-    if cohort.attrs.get('access') != 'credentialed': return Holding(cohort, cohort)
+    if isinstance(cohort, Holding):
+        return cohort
+    if isinstance(cohort, Built):
+        return Holding(cohort.cohort, cohort.opened, cohort.key)
+    if cohort.attrs.get('access') != 'credentialed':
+        return Holding(cohort, cohort)
     if cohort.attrs.get('sealed'):
         card, about = Manifest(**cohort.attrs['card']), cohort.attrs
-        opened, _, _, _, key = gather_card(card, root or about['root'], check_images=False, limit=about.get('limit'))
+        opened, _, _, _, key = gather_card(
+            card, root or about['root'], check_images=False, limit=about.get('limit')
+        )
         return Holding(cohort, unseal(cohort, opened, key), key)
     key = seal_key(cohort[['sample_id', 'patient_id', 'image']])
     sealed = seal(cohort, key)
@@ -45,52 +51,70 @@ def hold(
 
 # %% ../../nbs/13a_data.holding.ipynb #588642f1
 def scan_holding(
-    held:Holding, # the cohort
-    root='',      # data root; '' takes the cohort's own
-    store=None,   # folder in which the scan is kept; started again, it goes on
-    workers:int|None=None, # processes that decode images
-    remote:bool=False,     # whether references may lead to other machines
-)->pd.DataFrame:           # as from `scan_files`, indexed by `held.cohort.image`
+    held: Holding,  # the cohort
+    root='',  # data root; '' takes the cohort's own
+    store=None,  # folder in which the scan is kept; started again, it goes on
+    workers: int | None = None,  # processes that decode images
+    remote: bool = False,  # whether references may lead to other machines
+) -> pd.DataFrame:  # as from `scan_files`, indexed by `held.cohort.image`
     "Every image measured once."
-    names = dict(zip(held.opened.image, held.cohort.image)); names.pop('', None)
-    files = scan_files(root or held.cohort.attrs.get('root', '.'), [*names], store=store, workers=workers, remote=remote, key=held.key)
+    names = dict(zip(held.opened.image, held.cohort.image))
+    names.pop('', None)
+    files = scan_files(
+        root or held.cohort.attrs.get('root', '.'),
+        [*names],
+        store=store,
+        workers=workers,
+        remote=remote,
+        key=held.key,
+    )
     files.index = pd.Index([names[r] for r in files.index], dtype=object)
-    return files.assign(detail='') if held.key else files   # the detail names files
+    return files.assign(detail='') if held.key else files  # the detail names files
 
 # %% ../../nbs/13a_data.holding.ipynb #181fab01
 def audit_holding(
-    held:Holding,                # the cohort
-    files:pd.DataFrame|None,     # from `scan_holding` or `Built`; None: images were not read
-    exclusions:pd.DataFrame|None=None, # what the card left out
-    root='',                     # data root; '' takes the cohort's own
-    seed:int=0,                  # folds and resamples
-)->FileAudit:
+    held: Holding,  # the cohort
+    files: pd.DataFrame | None,  # from `scan_holding` or `Built`; None: images were not read
+    exclusions: pd.DataFrame | None = None,  # what the card left out
+    root='',  # data root; '' takes the cohort's own
+    seed: int = 0,  # folds and resamples
+) -> FileAudit:
     "`data.audit.audit` of a cohort in hand."
     about = {**held.opened.attrs, **(dict(root=str(root)) if root else {})}
-    readable = held.opened.assign(image=held.cohort.image); readable.attrs = about
+    readable = held.opened.assign(image=held.cohort.image)
+    readable.attrs = about
     return audit(readable, files, exclusions, seed, _sealed_source(readable, held.key))
+
 
 def _sealed_source(readable, key):
     "The rows before the card's filters, under the names of the sealed cohort."
     rows = source_rows(readable)
-    if rows is None or not key: return rows
-    names = lambda c, before='': rows[c].map({v: before + pseudonym(key, v) if v else '' for v in rows[c].unique()})
+    if rows is None or not key:
+        return rows
+    names = lambda c, before='': rows[c].map(
+        {v: before + pseudonym(key, v) if v else '' for v in rows[c].unique()}
+    )
     return rows.assign(image=names('image', SEALED), patient_id=names('patient_id'))
 
 # %% ../../nbs/13a_data.holding.ipynb #1ec8f742
 def write_audit(
-    found:FileAudit, # the audit
-    folder,          # folder to write into
+    found: FileAudit,  # the audit
+    folder,  # folder to write into
 ):
     "Findings and tables as parquet files. The findings are written last: where they are, all is there."
-    for old in (Path(folder)/'findings.parquet', *Path(folder).glob('table_*.parquet')): old.unlink(missing_ok=True)
-    for name, t in found.tables.items(): write_table(t, Path(folder)/f'table_{name}.parquet')
-    write_table(found.findings, Path(folder)/'findings.parquet')
+    for old in (Path(folder) / 'findings.parquet', *Path(folder).glob('table_*.parquet')):
+        old.unlink(missing_ok=True)
+    for name, t in found.tables.items():
+        write_table(t, Path(folder) / f'table_{name}.parquet')
+    write_table(found.findings, Path(folder) / 'findings.parquet')
 
 # %% ../../nbs/13a_data.holding.ipynb #7aa7ad35
 def read_audit(
-    folder, # where `write_audit` wrote
-)->FileAudit:
+    folder,  # where `write_audit` wrote
+) -> FileAudit:
     "What `write_audit` wrote; `InputError` where there is none."
-    tables = {p.stem.removeprefix('table_'): read_table(p) for p in sorted(Path(folder).glob('table_*.parquet'))}
-    return FileAudit(read_table(Path(folder)/'findings.parquet'), tables)
+    tables = {
+        p.stem.removeprefix('table_'): read_table(p)
+        for p in sorted(Path(folder).glob('table_*.parquet'))
+    }
+    return FileAudit(read_table(Path(folder) / 'findings.parquet'), tables)

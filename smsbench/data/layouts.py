@@ -17,47 +17,58 @@ from .phantom import phantom_cohort, save_phantom
 
 # %% ../../nbs/11a_data.layouts.ipynb #559d1c00
 def draw(
-    name:str,          # decides the picture
-    shape=(48, 48),    # height and width in pixels
-    bits:int=8,        # 8 or 16
-    colour:bool=False, # three channels
-)->np.ndarray:         # (H,W) or (H,W,3), uint8 or uint16
+    name: str,  # decides the picture
+    shape=(48, 48),  # height and width in pixels
+    bits: int = 8,  # 8 or 16
+    colour: bool = False,  # three channels
+) -> np.ndarray:  # (H,W) or (H,W,3), uint8 or uint16
     "A bright disc before a slope with some noise; the same name gives the same picture on every machine."
     rng = np.random.default_rng(int(content_hash('layout', name), 16))
-    y, x = np.mgrid[:shape[0], :shape[1]] / np.max(shape)
-    (cy, cx, r), slope = rng.uniform(.25, .6, 3), rng.uniform(.1, .4)
-    a = slope*y + .4*np.exp(-((y - cy)**2 + (x - cx)**2) / (r/2)**2) + rng.uniform(0, .15, shape)
-    if colour: a = np.stack([a, .7*a, .5*a], -1)
+    y, x = np.mgrid[: shape[0], : shape[1]] / np.max(shape)
+    (cy, cx, r), slope = rng.uniform(0.25, 0.6, 3), rng.uniform(0.1, 0.4)
+    a = (
+        slope * y
+        + 0.4 * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (r / 2) ** 2)
+        + rng.uniform(0, 0.15, shape)
+    )
+    if colour:
+        a = np.stack([a, 0.7 * a, 0.5 * a], -1)
     return (a / a.max() * (2**bits - 1)).astype(np.uint16 if bits == 16 else np.uint8)
 
 # %% ../../nbs/11a_data.layouts.ipynb #c3b14501
 def put_image(
-    folder,     # below which the file lies
-    ref:str,    # its path; the ending decides the format
-    **more,     # shape, bits, colour of `draw`
-)->None:
+    folder,  # below which the file lies
+    ref: str,  # its path; the ending decides the format
+    **more,  # shape, bits, colour of `draw`
+) -> None:
     "Write a drawn image."
     from PIL import Image
-    path = Path(folder, ref); path.parent.mkdir(parents=True, exist_ok=True)
+
+    path = Path(folder, ref)
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(draw(ref, **more)).save(path)
 
 # %% ../../nbs/11a_data.layouts.ipynb #93a3ed09
 def put_csv(
-    folder,     # below which the file lies
-    name:str,   # its name; .gz compresses
-    head,       # names of the columns, in one text separated by commas or as a list
-    rows,       # iterable of rows
-)->None:
+    folder,  # below which the file lies
+    name: str,  # its name; .gz compresses
+    head,  # names of the columns, in one text separated by commas or as a list
+    rows,  # iterable of rows
+) -> None:
     "Write a table."
-    with (gzip.open if name.endswith('.gz') else open)(Path(folder, name), 'wt', newline='', encoding='utf-8') as f:
-        out = csv.writer(f, lineterminator='\n'); out.writerow(head.split(',') if isinstance(head, str) else head); out.writerows(rows)
+    with (gzip.open if name.endswith('.gz') else open)(
+        Path(folder, name), 'wt', newline='', encoding='utf-8'
+    ) as f:
+        out = csv.writer(f, lineterminator='\n')
+        out.writerow(head.split(',') if isinstance(head, str) else head)
+        out.writerows(rows)
 
 # %% ../../nbs/11a_data.layouts.ipynb #390ac2a1
 def put_json(
-    folder,     # below which the file lies
-    name:str,   # its name
-    rows,       # list of dicts
-)->None:
+    folder,  # below which the file lies
+    name: str,  # its name
+    rows,  # list of dicts
+) -> None:
     "Write a list of objects."
     Path(folder, name).write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding='utf-8')
 
@@ -66,30 +77,79 @@ def _fairvlmed(folder):
     "FairVLMed: 12 subjects, 6 training, 2 validation, 4 test."
     rows = []
     for i in range(12):
-        use, sub = [('training', 'Training'), ('validation', 'Validation'), ('test', 'Test')][0 if i < 6 else 1 if i < 8 else 2]
+        use, sub = [('training', 'Training'), ('validation', 'Validation'), ('test', 'Test')][
+            0 if i < 6 else 1 if i < 8 else 2
+        ]
         sick, name, race = i % 2 == 0, f'data_{i + 1:05d}.npz', i % 3
         note = f"{'Raised pressure and a thin nerve fibre layer' if sick else 'Routine visit, pressure and discs unremarkable'}; seen {i + 1} times before."
         Path(folder, sub).mkdir(parents=True, exist_ok=True)
-        np.savez(Path(folder, sub, name), slo_fundus=draw(name, (66, 51)), md=-2.5*sick, age=40. + 4*i, gender=i % 2, race=race, ethnicity=0,
-                 language=0, maritalstatus=1, glaucoma=int(sick), note=note)
-        words = ('female', 'male')[i % 2], ('asian', 'black', 'white')[race] if i != 5 else '', 'non-hispanic', 'english', 'single'
-        rows.append((name, 40 + 4*i, *words, note, note.split(';')[0], ('no', 'yes')[sick], use))
-    put_csv(folder, 'data_summary.csv', 'filename,age,gender,race,ethnicity,language,maritalstatus,note,gpt4_summary,glaucoma,use', rows)
+        np.savez(
+            Path(folder, sub, name),
+            slo_fundus=draw(name, (66, 51)),
+            md=-2.5 * sick,
+            age=40.0 + 4 * i,
+            gender=i % 2,
+            race=race,
+            ethnicity=0,
+            language=0,
+            maritalstatus=1,
+            glaucoma=int(sick),
+            note=note,
+        )
+        words = (
+            ('female', 'male')[i % 2],
+            ('asian', 'black', 'white')[race] if i != 5 else '',
+            'non-hispanic',
+            'english',
+            'single',
+        )
+        rows.append((name, 40 + 4 * i, *words, note, note.split(';')[0], ('no', 'yes')[sick], use))
+    put_csv(
+        folder,
+        'data_summary.csv',
+        'filename,age,gender,race,ethnicity,language,maritalstatus,note,gpt4_summary,glaucoma,use',
+        rows,
+    )
+
 
 def _ham10000(folder):
     "HAM10000: 25 images of 22 lesions in seven classes."
-    kinds = [k for k, n in dict(nv=8, mel=4, bkl=4, bcc=3, akiec=2, vasc=2, df=2).items() for _ in range(n)]
+    kinds = [
+        k
+        for k, n in dict(nv=8, mel=4, bkl=4, bcc=3, akiec=2, vasc=2, df=2).items()
+        for _ in range(n)
+    ]
     rows = []
     for i, kind in enumerate(kinds):
-        again = i in (4, 9, 14)                                            # a second image of the lesion before
-        age, sex, site = '' if i == 3 else f'{30 + 5*(i % 9)}.0', ('male', 'female', 'unknown')[i % 3], ('back', 'face', 'unknown')[i % 3]
-        rows.append((f'HAM_{i - again:07d}', f'ISIC_{24306 + i:07d}', kind, 'histo' if kind != 'nv' else ('follow_up', 'consensus')[i % 2], age, sex, site))
+        again = i in (4, 9, 14)  # a second image of the lesion before
+        age, sex, site = (
+            '' if i == 3 else f'{30 + 5 * (i % 9)}.0',
+            ('male', 'female', 'unknown')[i % 3],
+            ('back', 'face', 'unknown')[i % 3],
+        )
+        rows.append(
+            (
+                f'HAM_{i - again:07d}',
+                f'ISIC_{24306 + i:07d}',
+                kind,
+                'histo' if kind != 'nv' else ('follow_up', 'consensus')[i % 2],
+                age,
+                sex,
+                site,
+            )
+        )
         put_image(folder, f'HAM10000_images_part_{1 + i % 2}/{rows[-1][1]}.jpg', colour=True)
-    put_csv(folder, 'HAM10000_metadata.csv', 'lesion_id,image_id,dx,dx_type,age,sex,localization', rows)
+    put_csv(
+        folder, 'HAM10000_metadata.csv', 'lesion_id,image_id,dx,dx_type,age,sex,localization', rows
+    )
 
-_MBRSET = ('patient,age,sex,dm_time,insulin,insulin_time,oraltreatment_dm,systemic_hypertension,insurance,educational_level,alcohol_consumption,smoking,'
-           'obesity,vascular_disease,acute_myocardial_infarction,nephropathy,neuropathy,diabetic_foot,file,laterality,final_artifacts,final_quality,'
-           'final_icdr,final_edema').split(',')
+
+_MBRSET = (
+    'patient,age,sex,dm_time,insulin,insulin_time,oraltreatment_dm,systemic_hypertension,insurance,educational_level,alcohol_consumption,smoking,'
+    'obesity,vascular_disease,acute_myocardial_infarction,nephropathy,neuropathy,diabetic_foot,file,laterality,final_artifacts,final_quality,'
+    'final_icdr,final_edema'
+).split(',')
+
 
 def _mbrset(folder):
     "mBRSET: 20 images of 10 patients, two of them ungraded, one that the download lacks."
@@ -97,121 +157,374 @@ def _mbrset(folder):
     for i in range(20):
         p, grade = i // 2 + 1, '' if i in (6, 7) else float((0, 0, 0, 2, 4, 1)[i % 6])
         edema = '' if grade == '' else ('no', 'yes')[grade >= 2 and i % 2]
-        rows.append(dict(patient=p, age='' if p == 2 else 45 + p, sex=p % 2, dm_time='' if p == 3 else p, insulin=p % 2, systemic_hypertension=int(p % 3 == 0),
-                         file=f'{p}.{i % 2 + 1}.jpg', laterality=('right', 'left')[i % 2], final_artifacts='no', final_quality=('yes', 'no')[i == 9],
-                         final_icdr=grade, final_edema=edema))
-        if i != 19: put_image(folder, f"images/{rows[-1]['file']}", colour=True)
+        rows.append(
+            dict(
+                patient=p,
+                age='' if p == 2 else 45 + p,
+                sex=p % 2,
+                dm_time='' if p == 3 else p,
+                insulin=p % 2,
+                systemic_hypertension=int(p % 3 == 0),
+                file=f'{p}.{i % 2 + 1}.jpg',
+                laterality=('right', 'left')[i % 2],
+                final_artifacts='no',
+                final_quality=('yes', 'no')[i == 9],
+                final_icdr=grade,
+                final_edema=edema,
+            )
+        )
+        if i != 19:
+            put_image(folder, f"images/{rows[-1]['file']}", colour=True)
     put_csv(folder, 'labels_mbrset.csv', _MBRSET, ([r.get(c, '') for c in _MBRSET] for r in rows))
 
-_BRSET = ('image_id,patient_id,camera,patient_age,comorbidities,diabetes_time_y,insuline,patient_sex,exam_eye,diabetes,nationality,optic_disc,vessels,macula,'
-          'DR_SDRG,DR_ICDR,focus,Illuminaton,image_field,artifacts,diabetic_retinopathy,macular_edema,scar,nevus,amd,vascular_occlusion,'
-          'hypertensive_retinopathy,drusens,hemorrhage,retinal_detachment,myopic_fundus,increased_cup_disc,other,quality').split(',')
+
+_BRSET = (
+    'image_id,patient_id,camera,patient_age,comorbidities,diabetes_time_y,insuline,patient_sex,exam_eye,diabetes,nationality,optic_disc,vessels,macula,'
+    'DR_SDRG,DR_ICDR,focus,Illuminaton,image_field,artifacts,diabetic_retinopathy,macular_edema,scar,nevus,amd,vascular_occlusion,'
+    'hypertensive_retinopathy,drusens,hemorrhage,retinal_detachment,myopic_fundus,increased_cup_disc,other,quality'
+).split(',')
+
 
 def _brset(folder):
     "BRSET: 14 images of 7 patients."
     rows = []
     for i in range(14):
-        p, grade, good = i // 2, (0, 0, 0, 2, 0, 4, 1)[i % 7], dict.fromkeys(('optic_disc', 'vessels', 'macula', 'focus', 'Illuminaton', 'image_field', 'artifacts'), 1)
-        rows.append(good | dict(image_id=f'img{i + 1:05d}', patient_id=p + 1, camera=('Canon CR', 'NIKON NF5050')[p % 2], patient_age='' if p == 3 else 38 + 6*p,
-                    comorbidities=('', 'hypertension')[grade > 0], diabetes_time_y='', insuline='', patient_sex=1 + p % 2, exam_eye=1 + i % 2,
-                    diabetes=('No', 'yes')[grade > 0], nationality='Brazil', DR_SDRG=grade, DR_ICDR=grade, diabetic_retinopathy=int(grade > 0),
-                    macular_edema=int(grade == 4), increased_cup_disc=int(i % 5 == 0), quality=('Adequate', 'Inadequate')[i == 11]))
+        p, grade, good = (
+            i // 2,
+            (0, 0, 0, 2, 0, 4, 1)[i % 7],
+            dict.fromkeys(
+                (
+                    'optic_disc',
+                    'vessels',
+                    'macula',
+                    'focus',
+                    'Illuminaton',
+                    'image_field',
+                    'artifacts',
+                ),
+                1,
+            ),
+        )
+        rows.append(
+            good
+            | dict(
+                image_id=f'img{i + 1:05d}',
+                patient_id=p + 1,
+                camera=('Canon CR', 'NIKON NF5050')[p % 2],
+                patient_age='' if p == 3 else 38 + 6 * p,
+                comorbidities=('', 'hypertension')[grade > 0],
+                diabetes_time_y='',
+                insuline='',
+                patient_sex=1 + p % 2,
+                exam_eye=1 + i % 2,
+                diabetes=('No', 'yes')[grade > 0],
+                nationality='Brazil',
+                DR_SDRG=grade,
+                DR_ICDR=grade,
+                diabetic_retinopathy=int(grade > 0),
+                macular_edema=int(grade == 4),
+                increased_cup_disc=int(i % 5 == 0),
+                quality=('Adequate', 'Inadequate')[i == 11],
+            )
+        )
         put_image(folder, f'fundus_photos/img{i + 1:05d}.jpg', colour=True)
     put_csv(folder, 'labels_brset.csv', _BRSET, ([r.get(c, 0) for c in _BRSET] for r in rows))
 
 # %% ../../nbs/11a_data.layouts.ipynb #9719f12c
-_PADCHEST = ('ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,PatientSex_DICOM,ViewPosition_DICOM,Projection,MethodProjection,Pediatric,Modality_DICOM,'
-             'Manufacturer_DICOM,PhotometricInterpretation_DICOM,PixelRepresentation_DICOM,PixelAspectRatio_DICOM,SpatialResolution_DICOM,BitsStored_DICOM,'
-             'WindowCenter_DICOM,WindowWidth_DICOM,Rows_DICOM,Columns_DICOM,XRayTubeCurrent_DICOM,Exposure_DICOM,ExposureInuAs_DICOM,ExposureTime,'
-             'RelativeXRayExposure_DICOM,ReportID,Report,MethodLabel,Labels,Localizations,LabelsLocalizationsBySentence,labelCUIS,LocalizationsCUIS').split(',')
+_PADCHEST = (
+    'ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,PatientSex_DICOM,ViewPosition_DICOM,Projection,MethodProjection,Pediatric,Modality_DICOM,'
+    'Manufacturer_DICOM,PhotometricInterpretation_DICOM,PixelRepresentation_DICOM,PixelAspectRatio_DICOM,SpatialResolution_DICOM,BitsStored_DICOM,'
+    'WindowCenter_DICOM,WindowWidth_DICOM,Rows_DICOM,Columns_DICOM,XRayTubeCurrent_DICOM,Exposure_DICOM,ExposureInuAs_DICOM,ExposureTime,'
+    'RelativeXRayExposure_DICOM,ReportID,Report,MethodLabel,Labels,Localizations,LabelsLocalizationsBySentence,labelCUIS,LocalizationsCUIS'
+).split(',')
+
 
 def _padchest(folder):
     "PadChest: 16 films of 12 patients; three laterals and one film without a report."
-    said = [(['normal'], 'sin hallazg patolog .'), (['pneumonia', 'infiltrates'], 'condensacion basal derech suger neumoni .'),
-            (['pleural effusion', ' cardiomegaly'], 'cardiomegali . derram pleural izquierd .'), (['pneumothorax'], 'camar neumotorax apical .'),
-            (['cardiomegaly'], 'aument siluet cardiac .'), ([], 'estudi tecnic limit .')]
+    said = [
+        (['normal'], 'sin hallazg patolog .'),
+        (['pneumonia', 'infiltrates'], 'condensacion basal derech suger neumoni .'),
+        (['pleural effusion', ' cardiomegaly'], 'cardiomegali . derram pleural izquierd .'),
+        (['pneumothorax'], 'camar neumotorax apical .'),
+        (['cardiomegaly'], 'aument siluet cardiac .'),
+        ([], 'estudi tecnic limit .'),
+    ]
     rows = []
     for i in range(16):
         p, (labels, report) = i % 12, said[i % 6]
-        rows.append(dict(ImageID=f'2168403661_{i:02d}-{i % 7:03d}.png', ImageDir=i % 2, StudyDate_DICOM=20140915, StudyID=f'S{i}', PatientID=f'P{p}',
-                    PatientBirth='' if p == 5 else 1925. + 6*p, PatientSex_DICOM='MF'[p % 2], Projection='L' if i in (3, 8, 15) else ('PA', 'AP_horizontal', 'AP')[i % 3],
-                    MethodProjection='Manual review of DICOM fields', Pediatric='No', Modality_DICOM='CR', Manufacturer_DICOM='PhilipsMedicalSystems',
-                    ReportID=4000 + i, Report='' if i == 12 else report, MethodLabel=('Physician', 'RNN_model')[i % 4 > 0], Labels=str(labels), Localizations='[]'))
+        rows.append(
+            dict(
+                ImageID=f'2168403661_{i:02d}-{i % 7:03d}.png',
+                ImageDir=i % 2,
+                StudyDate_DICOM=20140915,
+                StudyID=f'S{i}',
+                PatientID=f'P{p}',
+                PatientBirth='' if p == 5 else 1925.0 + 6 * p,
+                PatientSex_DICOM='MF'[p % 2],
+                Projection='L' if i in (3, 8, 15) else ('PA', 'AP_horizontal', 'AP')[i % 3],
+                MethodProjection='Manual review of DICOM fields',
+                Pediatric='No',
+                Modality_DICOM='CR',
+                Manufacturer_DICOM='PhilipsMedicalSystems',
+                ReportID=4000 + i,
+                Report='' if i == 12 else report,
+                MethodLabel=('Physician', 'RNN_model')[i % 4 > 0],
+                Labels=str(labels),
+                Localizations='[]',
+            )
+        )
         put_image(folder, f"{i % 2}/{rows[-1]['ImageID']}", bits=16)
-    put_csv(folder, 'PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv', ['', *_PADCHEST], ([i, *(r.get(c, '') for c in _PADCHEST)] for i, r in enumerate(rows)))
+    put_csv(
+        folder,
+        'PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv',
+        ['', *_PADCHEST],
+        ([i, *(r.get(c, '') for c in _PADCHEST)] for i, r in enumerate(rows)),
+    )
+
 
 def _nih_chestxray14(folder):
     "ChestX-ray14: 18 films of 9 patients, 12 for training, 6 for testing, three of these with boxes."
-    found = ['No Finding', 'Atelectasis|Effusion', 'Cardiomegaly', 'No Finding', 'Pneumonia|Infiltration', 'Pneumothorax', 'Effusion', 'No Finding', 'Hernia']
-    ages = [20, '028Y', 36, '044Y', '414', '060Y', 68, '011M', 84]           # as the versions of the table write them, an impossible one included
-    rows = [(f'{p + 1:08d}_{v:03d}.png', found[(2*p + v) % 9], v, p + 1, ages[p], 'MF'[p % 2], ('PA', 'AP')[v], 2500, 2048, .171, .171, '') for p in range(9) for v in range(2)]
-    for i, row in enumerate(rows): put_image(folder, f'images_{1 + 11*(i > 8):03d}/images/{row[0]}', shape=(96, 96))
+    found = [
+        'No Finding',
+        'Atelectasis|Effusion',
+        'Cardiomegaly',
+        'No Finding',
+        'Pneumonia|Infiltration',
+        'Pneumothorax',
+        'Effusion',
+        'No Finding',
+        'Hernia',
+    ]
+    ages = [
+        20,
+        '028Y',
+        36,
+        '044Y',
+        '414',
+        '060Y',
+        68,
+        '011M',
+        84,
+    ]  # as the versions of the table write them, an impossible one included
+    rows = [
+        (
+            f'{p + 1:08d}_{v:03d}.png',
+            found[(2 * p + v) % 9],
+            v,
+            p + 1,
+            ages[p],
+            'MF'[p % 2],
+            ('PA', 'AP')[v],
+            2500,
+            2048,
+            0.171,
+            0.171,
+            '',
+        )
+        for p in range(9)
+        for v in range(2)
+    ]
+    for i, row in enumerate(rows):
+        put_image(folder, f'images_{1 + 11 * (i > 8):03d}/images/{row[0]}', shape=(96, 96))
     head = 'Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],'
     put_csv(folder, 'Data_Entry_2017.csv', head, rows)
-    for name, part in (('train_val_list.txt', rows[:12]), ('test_list.txt', rows[12:])): Path(folder, name).write_text(''.join(f'{r[0]}\n' for r in part))
-    boxes = [('00000008_000.png', 'Pneumothorax', 10.5, 12.2, 30.1, 40.9), ('00000008_001.png', 'Effusion', 5., 50., 20., 25.), ('00000009_001.png', 'Infiltrate', 40., 40., 30., 30.)]
-    put_csv(folder, 'BBox_List_2017.csv', 'Image Index,Finding Label,Bbox [x,y,w,h],,,', ((*b, '', '', '') for b in boxes))
+    for name, part in (('train_val_list.txt', rows[:12]), ('test_list.txt', rows[12:])):
+        Path(folder, name).write_text(''.join(f'{r[0]}\n' for r in part))
+    boxes = [
+        ('00000008_000.png', 'Pneumothorax', 10.5, 12.2, 30.1, 40.9),
+        ('00000008_001.png', 'Effusion', 5.0, 50.0, 20.0, 25.0),
+        ('00000009_001.png', 'Infiltrate', 40.0, 40.0, 30.0, 30.0),
+    ]
+    put_csv(
+        folder,
+        'BBox_List_2017.csv',
+        'Image Index,Finding Label,Bbox [x,y,w,h],,,',
+        ((*b, '', '', '') for b in boxes),
+    )
 
-_CHEXPERT = ('No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,'
-             'Pleural Effusion,Pleural Other,Fracture,Support Devices').split(',')
+
+_CHEXPERT = (
+    'No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,'
+    'Pleural Effusion,Pleural Other,Fracture,Support Devices'
+).split(',')
+
 
 def _chexpert(folder):
     "CheXpert: 14 training films (two lateral) of 7 patients, 4 validation films of 4 patients."
-    states = [{'No Finding': 1.}, {'Cardiomegaly': 1., 'Edema': -1.}, {'Atelectasis': 1., 'Pleural Effusion': 1.}, {'Pleural Effusion': 0., 'Consolidation': 1.},
-              {'Atelectasis': -1., 'Edema': 1.}]
-    films = dict(train=[(1 + i // 2, 1 + i % 2, 'lateral' if i in (5, 9) else 'frontal') for i in range(14)], valid=[(64541 + i, 1, 'frontal') for i in range(4)])
+    states = [
+        {'No Finding': 1.0},
+        {'Cardiomegaly': 1.0, 'Edema': -1.0},
+        {'Atelectasis': 1.0, 'Pleural Effusion': 1.0},
+        {'Pleural Effusion': 0.0, 'Consolidation': 1.0},
+        {'Atelectasis': -1.0, 'Edema': 1.0},
+    ]
+    films = dict(
+        train=[(1 + i // 2, 1 + i % 2, 'lateral' if i in (5, 9) else 'frontal') for i in range(14)],
+        valid=[(64541 + i, 1, 'frontal') for i in range(4)],
+    )
     for part, shown in films.items():
         rows = []
         for n, (p, study, view) in enumerate(shown):
-            s = states[n % 5]                                               # radiologists read the validation films: nothing uncertain, nothing left out
-            ref, labels = f'{part}/patient{p:05d}/study{study}/view1_{view}.jpg', [s.get(c, '') if part == 'train' else max(0., s.get(c, 0.)) for c in _CHEXPERT]
-            rows.append((f'CheXpert-v1.0-small/{ref}', ('Female', 'Male')[p % 2], 30 + 7*(p % 8), view.capitalize(), ('AP', 'PA')[n % 2] if view == 'frontal' else '', *labels))
+            s = states[
+                n % 5
+            ]  # radiologists read the validation films: nothing uncertain, nothing left out
+            ref, labels = (
+                f'{part}/patient{p:05d}/study{study}/view1_{view}.jpg',
+                [s.get(c, '') if part == 'train' else max(0.0, s.get(c, 0.0)) for c in _CHEXPERT],
+            )
+            rows.append(
+                (
+                    f'CheXpert-v1.0-small/{ref}',
+                    ('Female', 'Male')[p % 2],
+                    30 + 7 * (p % 8),
+                    view.capitalize(),
+                    ('AP', 'PA')[n % 2] if view == 'frontal' else '',
+                    *labels,
+                )
+            )
             put_image(folder, ref)
-        put_csv(folder, f'{part}.csv', ['Path', 'Sex', 'Age', 'Frontal/Lateral', 'AP/PA', *_CHEXPERT], rows)
+        put_csv(
+            folder,
+            f'{part}.csv',
+            ['Path', 'Sex', 'Age', 'Frontal/Lateral', 'AP/PA', *_CHEXPERT],
+            rows,
+        )
 
 # %% ../../nbs/11a_data.layouts.ipynb #b71470bf
 def _vqa_rad_official(folder):
     "VQA-RAD: 12 questions on 3 images, all of them in both splits; 8 are answered yes or no."
-    asked = [('Is there a pleural effusion?', 'Yes'), ('Is the heart enlarged?', 'No'), ('Which organ is shown?', 'lungs'), ('How many masses are there?', 2),
-             ('is the trachea midline', 'yes'), ('Are the lungs clear?', 'No ')]*2
-    null, rows = dict.fromkeys(('question_rephrase', 'question_relation', 'question_frame'), 'NULL'), []
+    asked = [
+        ('Is there a pleural effusion?', 'Yes'),
+        ('Is the heart enlarged?', 'No'),
+        ('Which organ is shown?', 'lungs'),
+        ('How many masses are there?', 2),
+        ('is the trachea midline', 'yes'),
+        ('Are the lungs clear?', 'No '),
+    ] * 2
+    null, rows = (
+        dict.fromkeys(('question_rephrase', 'question_relation', 'question_frame'), 'NULL'),
+        [],
+    )
     for i, (q, a) in enumerate(asked):
-        rows.append(dict(qid=str(i + 1), phrase_type=('freeform', 'para', 'test_freeform', 'test_para')[i // 3], qid_linked_id=f'0{i // 2}', image_case_url='',
-                    image_name=f'synpic{100 + i % 3}.jpg', image_organ=('CHEST', 'HEAD', 'ABD')[i % 3], evaluation='not evaluated', question=q, **null,
-                    question_type='PRES', answer=a, answer_type='OPEN' if i % 6 in (2, 3) else 'CLOSED '))
+        rows.append(
+            dict(
+                qid=str(i + 1),
+                phrase_type=('freeform', 'para', 'test_freeform', 'test_para')[i // 3],
+                qid_linked_id=f'0{i // 2}',
+                image_case_url='',
+                image_name=f'synpic{100 + i % 3}.jpg',
+                image_organ=('CHEST', 'HEAD', 'ABD')[i % 3],
+                evaluation='not evaluated',
+                question=q,
+                **null,
+                question_type='PRES',
+                answer=a,
+                answer_type='OPEN' if i % 6 in (2, 3) else 'CLOSED ',
+            )
+        )
     put_json(folder, 'VQA_RAD Dataset Public.json', rows)
-    for name in sorted({r['image_name'] for r in rows}): put_image(folder, f'VQA_RAD Image Folder/{name}')
+    for name in sorted({r['image_name'] for r in rows}):
+        put_image(folder, f'VQA_RAD Image Folder/{name}')
+
 
 def _slake(folder):
     "SLAKE: 6 images; 18 English questions, 12 of them answered yes or no, and 6 Chinese ones."
     for part, images in dict(train=range(3), validate=range(3, 4), test=range(4, 6)).items():
         rows = []
         for k in images:
-            about = dict(img_id=k, img_name=f'xmlab{k}/source.jpg', location=('Lung', 'Abdomen')[k % 2], modality=('X-Ray', 'CT', 'MRI')[k % 3], base_type='vqa',
-                         triple=['vhead', '_', '_'])
-            asked = [('en', 'What modality is used?', about['modality'], 'OPEN', 'Modality'), ('zh', '图中有肝脏吗?', '没有', 'CLOSED', 'Organ'),
-                     ('en', 'Does the picture contain a liver?', ('No', 'Yes')[k % 2], 'CLOSED', 'Organ'),
-                     ('en', 'Is this an abnormal image?', ('Yes', 'No', 'Yes')[k % 3], 'CLOSED', 'Abnormality')]
-            rows += [dict(about, q_lang=lang, question=q, answer=a, answer_type=kind, content_type=what, qid=len(rows) + j) for j, (lang, q, a, kind, what) in enumerate(asked)]
+            about = dict(
+                img_id=k,
+                img_name=f'xmlab{k}/source.jpg',
+                location=('Lung', 'Abdomen')[k % 2],
+                modality=('X-Ray', 'CT', 'MRI')[k % 3],
+                base_type='vqa',
+                triple=['vhead', '_', '_'],
+            )
+            asked = [
+                ('en', 'What modality is used?', about['modality'], 'OPEN', 'Modality'),
+                ('zh', '图中有肝脏吗?', '没有', 'CLOSED', 'Organ'),
+                (
+                    'en',
+                    'Does the picture contain a liver?',
+                    ('No', 'Yes')[k % 2],
+                    'CLOSED',
+                    'Organ',
+                ),
+                (
+                    'en',
+                    'Is this an abnormal image?',
+                    ('Yes', 'No', 'Yes')[k % 3],
+                    'CLOSED',
+                    'Abnormality',
+                ),
+            ]
+            rows += [
+                dict(
+                    about,
+                    q_lang=lang,
+                    question=q,
+                    answer=a,
+                    answer_type=kind,
+                    content_type=what,
+                    qid=len(rows) + j,
+                )
+                for j, (lang, q, a, kind, what) in enumerate(asked)
+            ]
             put_image(folder, f"imgs/{about['img_name']}")
         put_json(folder, f'{part}.json', rows)
+
 
 def _vqa_variants(folder):
     "Paraphrase set: 4 studies x 2 findings x 3 wordings."
     wordings = 'Is there {}?', 'Does this film show {}?', 'Can {} be seen?'
-    rows = [(f's{s}', f'images/s{s}.png', f, v, w.format(f), ('yes', 'no')[(s + j) % 3 > 0])
-            for s in range(4) for j, f in enumerate(('edema', 'pneumonia')) for v, w in enumerate(wordings)]
-    put_csv(folder, 'questions.csv', 'study_id,image_path,finding,variant_id,question,answer_gt', rows)
-    for s in range(4): put_image(folder, f'images/s{s}.png')
+    rows = [
+        (f's{s}', f'images/s{s}.png', f, v, w.format(f), ('yes', 'no')[(s + j) % 3 > 0])
+        for s in range(4)
+        for j, f in enumerate(('edema', 'pneumonia'))
+        for v, w in enumerate(wordings)
+    ]
+    put_csv(
+        folder, 'questions.csv', 'study_id,image_path,finding,variant_id,question,answer_gt', rows
+    )
+    for s in range(4):
+        put_image(folder, f'images/s{s}.png')
+
 
 def _vqa_paraphrases(folder):
     "Paraphrase set: 5 films of 4 patients, a question each in 4 wordings; one answer is missing."
-    ways = ('original', 'Is there an effusion?'), ('Synonym', 'Is there pleural fluid?'), ('Word order', 'An effusion, is there one?'), ('synonym', 'Do you see an effusion?')
+    ways = (
+        ('original', 'Is there an effusion?'),
+        ('Synonym', 'Is there pleural fluid?'),
+        ('Word order', 'An effusion, is there one?'),
+        ('synonym', 'Do you see an effusion?'),
+    )
     first = ways[0][1]
-    rows = [(f'd{k}', f'p{k % 4}', f's{k}', first, 'presence', '' if (k, v) == (4, 3) else ('Yes', 'No')[k % 2], 'test', f'files/d{k}.jpg', first, q, v, way)
-            for k in range(5) for v, (way, q) in enumerate(ways)]
-    put_csv(folder, 'questions.csv', 'dicom_id,subject_id,study_id,question,question_type,answer,split,image_path,baseline_question,question_variant,variant_index,strategy', rows)
-    for k in range(5): put_image(folder, f'files/d{k}.jpg')
+    rows = [
+        (
+            f'd{k}',
+            f'p{k % 4}',
+            f's{k}',
+            first,
+            'presence',
+            '' if (k, v) == (4, 3) else ('Yes', 'No')[k % 2],
+            'test',
+            f'files/d{k}.jpg',
+            first,
+            q,
+            v,
+            way,
+        )
+        for k in range(5)
+        for v, (way, q) in enumerate(ways)
+    ]
+    put_csv(
+        folder,
+        'questions.csv',
+        'dicom_id,subject_id,study_id,question,question_type,answer,split,image_path,baseline_question,question_variant,variant_index,strategy',
+        rows,
+    )
+    for k in range(5):
+        put_image(folder, f'files/d{k}.jpg')
 
 # %% ../../nbs/11a_data.layouts.ipynb #89c94436
 def _valse_foils(folder):
@@ -220,50 +533,109 @@ def _valse_foils(folder):
     for k in range(10):
         sick, name, which = k % 3 == 0, ('an effusion', 'a pneumothorax')[k % 2], k in (4, 9)
         say = [f"The heart is of normal size. There is {word}{name}." for word in ('not ', '')]
-        asked = ('Which side is affected?', 'left') if which else (f'Is there {name}?', ('no', 'yes')[sick])
+        asked = (
+            ('Which side is affected?', 'left')
+            if which
+            else (f'Is there {name}?', ('no', 'yes')[sick])
+        )
         rows.append((f'd{k}', f'p{k % 8}', f'files/d{k}.jpg', say[sick], say[not sick], *asked))
         put_image(folder, f'files/d{k}.jpg')
-    put_csv(folder, 'foils.csv', 'dicom_id,subject_id,filepath,report,modified_report,question,answer', rows)
+    put_csv(
+        folder,
+        'foils.csv',
+        'dicom_id,subject_id,filepath,report,modified_report,question,answer',
+        rows,
+    )
+
 
 def _fake_history(folder):
     "Fake histories: 8 films of 8 patients, one of them without a prior report."
     say = 'The lungs are clear.', 'A large effusion is present.'
-    rows = [(f'd{k}', f'p{k}', f'files/d{k}.jpg', '' if k == 7 else say[k % 2], say[k % 2 == 0], ('No', 'Yes')[k % 2 == 0]) for k in range(8)]
-    put_csv(folder, 'history.csv', 'dicom_id,subject_id,filepath,prior_report,report,class_label', rows)
-    for k in range(8): put_image(folder, f'files/d{k}.jpg')
+    rows = [
+        (
+            f'd{k}',
+            f'p{k}',
+            f'files/d{k}.jpg',
+            '' if k == 7 else say[k % 2],
+            say[k % 2 == 0],
+            ('No', 'Yes')[k % 2 == 0],
+        )
+        for k in range(8)
+    ]
+    put_csv(
+        folder, 'history.csv', 'dicom_id,subject_id,filepath,prior_report,report,class_label', rows
+    )
+    for k in range(8):
+        put_image(folder, f'files/d{k}.jpg')
+
 
 def _class_folders(folder):
     "A folder per class: 10 photographs of 5 people for training, 5 of 3 people for validation."
     kinds = 'orbital disease', 'healthy eyes', 'non-orbital disease'
     for part, counts, first in (('train', (4, 4, 2), 0), ('val', (2, 2, 1), 5)):
         shown = [kind for kind, n in zip(kinds, counts) for _ in range(n)]
-        for i, kind in enumerate(shown): put_image(folder, f"{part}/{kind}/{first + i // 2:04d}_{('left', 'right')[i % 2]}.jpg", colour=True)
-    Path(folder, 'train', kinds[0], '0000_left.txt').write_text('A note that belongs to the photograph of the same name.\n')
+        for i, kind in enumerate(shown):
+            put_image(
+                folder,
+                f"{part}/{kind}/{first + i // 2:04d}_{('left', 'right')[i % 2]}.jpg",
+                colour=True,
+            )
+    Path(folder, 'train', kinds[0], '0000_left.txt').write_text(
+        'A note that belongs to the photograph of the same name.\n'
+    )
+
 
 def _phantom(folder):
     "The phantom as `save_phantom` writes it: 6 films of 3 patients."
     save_phantom(phantom_cohort(6, seed=4), folder)
 
+
 def _csv_images(folder):
     "A table and a folder of images: 12 films of 6 patients, as the card's comments describe them."
-    made = phantom_cohort(12, seed=4); save_phantom(made, folder)
+    made = phantom_cohort(12, seed=4)
+    save_phantom(made, folder)
     images = sorted(f'images/{p.name}' for p in Path(folder, 'images').iterdir())
-    put_csv(folder, 'samples.csv', 'id,patient,image,text,label', zip(made.sample_id, made.patient_id, images, made.text, made.label))
+    put_csv(
+        folder,
+        'samples.csv',
+        'id,patient,image,text,label',
+        zip(made.sample_id, made.patient_id, images, made.text, made.label),
+    )
 
 # %% ../../nbs/11a_data.layouts.ipynb #f7b6a72f
 LAYOUTS: dict[str, Callable] = dict(
-    fairvlmed=_fairvlmed, ham10000=_ham10000, ham10000_sms=_ham10000, mbrset=_mbrset, brset=_brset, padchest=_padchest, nih_chestxray14=_nih_chestxray14,
-    chexpert=_chexpert, vqa_rad_official=_vqa_rad_official, slake=_slake, vqa_variants=_vqa_variants, vqa_paraphrases=_vqa_paraphrases,
-    valse_foils=_valse_foils, fake_history=_fake_history, class_folders=_class_folders, phantom=_phantom, csv_images=_csv_images) # name of a card -> function(folder) that writes its miniature; other modules may add theirs
+    fairvlmed=_fairvlmed,
+    ham10000=_ham10000,
+    ham10000_sms=_ham10000,
+    mbrset=_mbrset,
+    brset=_brset,
+    padchest=_padchest,
+    nih_chestxray14=_nih_chestxray14,
+    chexpert=_chexpert,
+    vqa_rad_official=_vqa_rad_official,
+    slake=_slake,
+    vqa_variants=_vqa_variants,
+    vqa_paraphrases=_vqa_paraphrases,
+    valse_foils=_valse_foils,
+    fake_history=_fake_history,
+    class_folders=_class_folders,
+    phantom=_phantom,
+    csv_images=_csv_images,
+)  # name of a card -> function(folder) that writes its miniature; other modules may add theirs
+
 
 def make_layout(
-    name:str, # name of a card, a key of `LAYOUTS`
-    folder,   # where to write; made if it is not there, must be empty
-)->Path:      # the folder, a data root for the card
+    name: str,  # name of a card, a key of `LAYOUTS`
+    folder,  # where to write; made if it is not there, must be empty
+) -> Path:  # the folder, a data root for the card
     "Write the made-up miniature of an official layout; `InputError` for an unknown name or a folder that holds something."
     folder = Path(folder)
-    if name not in LAYOUTS: raise InputError(f"{name}: no miniature of this layout; there are {', '.join(sorted(LAYOUTS))}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise InputError(f'{folder}: must be a new or empty folder')
+    if name not in LAYOUTS:
+        raise InputError(
+            f"{name}: no miniature of this layout; there are {', '.join(sorted(LAYOUTS))}"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f'{folder}: must be a new or empty folder')
     folder.mkdir(parents=True, exist_ok=True)
     LAYOUTS[name](folder)
     return folder

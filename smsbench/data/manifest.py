@@ -24,168 +24,297 @@ from .rules import LABEL_FAULTS, apply_rule
 from .seal import seal, seal_exclusions, seal_files, seal_key, unseal
 from .sources import IMAGE_REASONS
 
-_all_ = ['Manifest', 'manifest_path', 'read_manifest', 'read_image']   # what a user of this module needs beside it
+_all_ = [
+    'Manifest',
+    'manifest_path',
+    'read_manifest',
+    'read_image',
+]  # what a user of this module needs beside it
 
 # %% ../../nbs/10_data.manifest.ipynb #d408ec6e
-REASONS = ('broken row', 'empty id', 'duplicate id', 'empty patient id', 'unknown finding', *LABEL_FAULTS, 'empty question', 'missing text', 'unreadable text', 'wrong text encoding', 'text too large', 'empty text', 'no such section', 'short report',
-           *IMAGE_REASONS, 'bad box') # why a sample is left out
+REASONS = (
+    'broken row',
+    'empty id',
+    'duplicate id',
+    'empty patient id',
+    'unknown finding',
+    *LABEL_FAULTS,
+    'empty question',
+    'missing text',
+    'unreadable text',
+    'wrong text encoding',
+    'text too large',
+    'empty text',
+    'no such section',
+    'short report',
+    *IMAGE_REASONS,
+    'bad box',
+)  # why a sample is left out
 _RANK = {'': len(REASONS), **{r: i for i, r in enumerate(REASONS)}}
 
+
 def mark(
-    rows:pd.DataFrame, # with `reason` ('' where nothing is wrong yet) and `detail`
-    wrong:pd.Series,   # bool per row
-    reason,            # one of `REASONS`, or a column of them
-    detail='',         # more about it, one or per row
-)->pd.DataFrame:       # a copy
+    rows: pd.DataFrame,  # with `reason` ('' where nothing is wrong yet) and `detail`
+    wrong: pd.Series,  # bool per row
+    reason,  # one of `REASONS`, or a column of them
+    detail='',  # more about it, one or per row
+) -> pd.DataFrame:  # a copy
     "Note a fault; of several faults of a row the one that stands first in `REASONS` counts."
     new = pd.Series(reason, index=rows.index, dtype=object)
-    counts = wrong & (new.map(_RANK).astype(int) < rows.reason.map(_RANK).astype(int))   # astype: no row, no type
-    return rows.assign(reason=rows.reason.mask(counts, new), detail=rows.detail.mask(counts, detail))
+    counts = wrong & (
+        new.map(_RANK).astype(int) < rows.reason.map(_RANK).astype(int)
+    )  # astype: no row, no type
+    return rows.assign(
+        reason=rows.reason.mask(counts, new), detail=rows.detail.mask(counts, detail)
+    )
 
 # %% ../../nbs/10_data.manifest.ipynb #ed7cd212
 def base_rows(
-    m:Manifest,        # the card
-    rows:pd.DataFrame, # its rows, from `read_rows`
-    root,              # data root
-)->pd.DataFrame:       # one row per row: sample_id, patient_id, split, image, text, and `reason`, `detail`
+    m: Manifest,  # the card
+    rows: pd.DataFrame,  # its rows, from `read_rows`
+    root,  # data root
+) -> (
+    pd.DataFrame
+):  # one row per row: sample_id, patient_id, split, image, text, and `reason`, `detail`
     "Rows with the cohort's column names, and the faults that do not depend on the question or the image."
-    base = pd.DataFrame({k: fill(getattr(m.columns, k), rows).str.strip() for k in ('sample_id', 'patient_id', 'split')}, index=rows.index).assign(image=find_images(m.columns.image, rows, root, m.access))
+    base = pd.DataFrame(
+        {
+            k: fill(getattr(m.columns, k), rows).str.strip()
+            for k in ('sample_id', 'patient_id', 'split')
+        },
+        index=rows.index,
+    ).assign(image=find_images(m.columns.image, rows, root, m.access))
     texts = row_texts(m, rows, root)
     base = base.assign(text=texts.text, reason='', detail='')
     first = pd.Series(base.index, index=base.index).groupby(base.sample_id).transform('first')
-    base = mark(base, base.image.str.contains('*', regex=False) & ('*' in m.columns.image), 'missing image', 'no file fits ' + base.image if m.access == 'open' else '')
+    base = mark(
+        base,
+        base.image.str.contains('*', regex=False) & ('*' in m.columns.image),
+        'missing image',
+        'no file fits ' + base.image if m.access == 'open' else '',
+    )
     base = mark(base, texts.reason != '', texts.reason, texts.ref if m.access == 'open' else '')
     base = mark(base, blanks(base.patient_id), 'empty patient id')
-    base = mark(base, base.sample_id.duplicated(), 'duplicate id', 'first in line ' + first.astype(str))
+    base = mark(
+        base, base.sample_id.duplicated(), 'duplicate id', 'first in line ' + first.astype(str)
+    )
     return mark(base, blanks(base.sample_id), 'empty id')
 
 # %% ../../nbs/10_data.manifest.ipynb #135e8a7d
 def carried(
-    m:Manifest,        # the card
-    rows:pd.DataFrame, # its rows
-)->pd.DataFrame:       # the strata and the columns to keep, index of `rows`
+    m: Manifest,  # the card
+    rows: pd.DataFrame,  # its rows
+) -> pd.DataFrame:  # the strata and the columns to keep, index of `rows`
     "What samples carry along beside the fixed columns."
     kept = _kept(m, rows.columns)
-    return pd.concat([pd.DataFrame({k: rows[s.column].map({v: s.group(v) for v in rows[s.column].unique()}) for k, s in m.strata.items()}, index=rows.index), rows[kept]], axis=1)
+    return pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    k: rows[s.column].map({v: s.group(v) for v in rows[s.column].unique()})
+                    for k, s in m.strata.items()
+                },
+                index=rows.index,
+            ),
+            rows[kept],
+        ],
+        axis=1,
+    )
+
 
 def _kept(m, columns):
-    kept = list(dict.fromkeys(k for pattern in m.keep for k in (fnmatch.filter(columns, pattern) if set('*?') & set(pattern) else [pattern])))
-    if odd := sorted({*kept} & {*RESERVED, *m.strata}): raise InputError(f'{m.name}: keep takes in {odd[0]}, which is another column of the cohort')
+    kept = list(
+        dict.fromkeys(
+            k
+            for pattern in m.keep
+            for k in (fnmatch.filter(columns, pattern) if set('*?') & set(pattern) else [pattern])
+        )
+    )
+    if odd := sorted({*kept} & {*RESERVED, *m.strata}):
+        raise InputError(f'{m.name}: keep takes in {odd[0]}, which is another column of the cohort')
     return kept
 
 # %% ../../nbs/10_data.manifest.ipynb #a955ec8f
 def ask(
-    m:Manifest,        # the card
-    rows:pd.DataFrame, # table rows
-    base:pd.DataFrame, # the same rows as `base_rows` gives them
-    finding:str,       # the task
-)->pd.DataFrame:       # samples of one question: base columns, finding, label, `row` (position of its row), reason, detail
+    m: Manifest,  # the card
+    rows: pd.DataFrame,  # table rows
+    base: pd.DataFrame,  # the same rows as `base_rows` gives them
+    finding: str,  # the task
+) -> pd.DataFrame:  # samples of one question: base columns, finding, label, `row` (position of its row), reason, detail
     "The samples of one task, faults included."
-    task, mine = m.tasks[finding], fill(m.columns.finding, rows).str.strip() == (finding if m.columns.finding else '')
+    task, mine = (
+        m.tasks[finding],
+        fill(m.columns.finding, rows).str.strip() == (finding if m.columns.finding else ''),
+    )
     out, rows = base.assign(row=np.arange(len(base)), finding=finding)[mine], rows[mine]
     found = apply_rule(task.label, rows, task.choices)
     quoted = found.cell.map(lambda c: f'{c[:40]!r} is not known') if m.access == 'open' else ''
-    out = mark(out.assign(label=found.label), found.reason != '', found.reason, pd.Series(quoted, index=rows.index).where(found.reason == 'unknown label', ''))
+    out = mark(
+        out.assign(label=found.label),
+        found.reason != '',
+        found.reason,
+        pd.Series(quoted, index=rows.index).where(found.reason == 'unknown label', ''),
+    )
     if any(t.question_column for t in m.tasks.values()):
-        out['question'] = rows[task.question_column].str.strip() if task.question_column else task.question
+        out['question'] = (
+            rows[task.question_column].str.strip() if task.question_column else task.question
+        )
         out = mark(out, blanks(out.question), 'empty question')
-    return out if m.columns.finding or len(m.tasks) == 1 else out.assign(sample_id=out.sample_id + ':' + finding)
+    return (
+        out
+        if m.columns.finding or len(m.tasks) == 1
+        else out.assign(sample_id=out.sample_id + ':' + finding)
+    )
 
 # %% ../../nbs/10_data.manifest.ipynb #8b45aa1f
 FILE_COLUMNS = ('image_sha', 'height', 'width', 'reason', 'detail')
 
+
 def with_files(
-    m:Manifest,          # the card
-    every:pd.DataFrame,  # samples of all tasks, faults included
-    files:pd.DataFrame,  # from `scan_files`, index: reference; references that were not scanned are not in it
-)->pd.DataFrame:         # `every` with image_sha ('' where unknown), height, width (0), and the faults of the files
+    m: Manifest,  # the card
+    every: pd.DataFrame,  # samples of all tasks, faults included
+    files: pd.DataFrame,  # from `scan_files`, index: reference; references that were not scanned are not in it
+) -> (
+    pd.DataFrame
+):  # `every` with image_sha ('' where unknown), height, width (0), and the faults of the files
     "What the scan of the files found, laid beside the samples."
     at = pd.Index(files.index).get_indexer(every.image)
-    known = {c: files[c].to_numpy(dtype=object)[at] if len(files) else np.full(len(every), '', object) for c in FILE_COLUMNS}
-    known = {c: pd.Series(np.where(at >= 0, v, 0 if c in ('height', 'width') else ''), index=every.index) for c, v in known.items()}
-    out = every.assign(image_sha=known['image_sha'].astype(str), height=known['height'].astype(int), width=known['width'].astype(int))
-    return mark(out, known['reason'] != '', known['reason'], known['detail'] if m.access == 'open' else '')
+    known = {
+        c: files[c].to_numpy(dtype=object)[at] if len(files) else np.full(len(every), '', object)
+        for c in FILE_COLUMNS
+    }
+    known = {
+        c: pd.Series(np.where(at >= 0, v, 0 if c in ('height', 'width') else ''), index=every.index)
+        for c, v in known.items()
+    }
+    out = every.assign(
+        image_sha=known['image_sha'].astype(str),
+        height=known['height'].astype(int),
+        width=known['width'].astype(int),
+    )
+    return mark(
+        out, known['reason'] != '', known['reason'], known['detail'] if m.access == 'open' else ''
+    )
 
 # %% ../../nbs/10_data.manifest.ipynb #a6b06a8c
 @dataclass(frozen=True)
 class Built:
     "What became of a card and its files."
-    cohort: pd.DataFrame     # the samples; .attrs says what it was made from. Sealed where data are credentialed
-    exclusions: pd.DataFrame # sample_id, reason, stage, detail
-    files: pd.DataFrame      # one row per image that was scanned, from `scan_files`, under the references of `cohort`
-    opened: pd.DataFrame     # the same samples with their images and texts; never to be written where data are credentialed
-    key: str = ''            # what the pseudonyms of credentialed data were made with
+
+    cohort: (
+        pd.DataFrame
+    )  # the samples; .attrs says what it was made from. Sealed where data are credentialed
+    exclusions: pd.DataFrame  # sample_id, reason, stage, detail
+    files: (
+        pd.DataFrame
+    )  # one row per image that was scanned, from `scan_files`, under the references of `cohort`
+    opened: pd.DataFrame  # the same samples with their images and texts; never to be written where data are credentialed
+    key: str = ''  # what the pseudonyms of credentialed data were made with
 
 # %% ../../nbs/10_data.manifest.ipynb #bca6b9cf
 def build_all(
-    manifest,                  # Manifest, path of a card, or name of one that ships with the package
-    root,                      # data root: the folder in which the card's tables and images lie
-    check_images:bool=True,    # decode every image; without it broken files go unseen and image_sha is ''
-    limit:int|None=None,       # use so many rows of the table only, spread evenly over it
-    store=None,                # folder in which the scan of the images is kept; started again, it goes on
-    workers:int|None=None,     # processes that decode images
-    remote:bool=False,         # whether references may lead to other machines
-    check_expected:bool=True,  # refuse other counts than the card expects
-)->Built:
+    manifest,  # Manifest, path of a card, or name of one that ships with the package
+    root,  # data root: the folder in which the card's tables and images lie
+    check_images: bool = True,  # decode every image; without it broken files go unseen and image_sha is ''
+    limit: int | None = None,  # use so many rows of the table only, spread evenly over it
+    store=None,  # folder in which the scan of the images is kept; started again, it goes on
+    workers: int | None = None,  # processes that decode images
+    remote: bool = False,  # whether references may lead to other machines
+    check_expected: bool = True,  # refuse other counts than the card expects
+) -> Built:
     "The cohort that a card describes. `InputError` where a table is unusable, nothing is left, more is excluded than the card allows, or a count is not the expected one."
     m = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
-    cohort, exclusions, files, about, key = gather_card(m, root, check_images, limit, store, workers, remote)
-    if limit is None and check_expected: _expect(m, cohort)
+    cohort, exclusions, files, about, key = gather_card(
+        m, root, check_images, limit, store, workers, remote
+    )
+    if limit is None and check_expected:
+        _expect(m, cohort)
     return finish(cohort, exclusions, files, about, key)
 
 # %% ../../nbs/10_data.manifest.ipynb #a352b30a
 def gather_card(
-    m:Manifest,                # the card
-    root,                      # data root
-    check_images:bool=True,    # decode every image
-    limit:int|None=None,       # rows at most
-    store=None,                # folder of the scan
-    workers:int|None=None,     # processes that decode images
-    remote:bool=False,         # whether references may lead to other machines
-)->tuple: # cohort, exclusions, files, metadata, key ('' for open data): open, so not yet fit to be written
+    m: Manifest,  # the card
+    root,  # data root
+    check_images: bool = True,  # decode every image
+    limit: int | None = None,  # rows at most
+    store=None,  # folder of the scan
+    workers: int | None = None,  # processes that decode images
+    remote: bool = False,  # whether references may lead to other machines
+) -> tuple:  # cohort, exclusions, files, metadata, key ('' for open data): open, so not yet fit to be written
     "What the files say, before anything is sealed."
     rows, broken, funnel = read_rows(m, root, limit)
     filtered = _filtered(m, funnel)
     base = base_rows(m, rows, root)
-    every = pd.concat([ask(m, rows, base, f) for f in m.tasks]).sort_values('row', kind='stable')   # row by row, tasks in the card's order
+    every = pd.concat([ask(m, rows, base, f) for f in m.tasks]).sort_values(
+        'row', kind='stable'
+    )  # row by row, tasks in the card's order
     key = '' if m.access == 'open' else seal_key(base[['sample_id', 'patient_id', 'image']])
-    files = scan_files(root, every.image[every.reason == ''].unique() if check_images else [], store=store, workers=workers, remote=remote, key=key)
+    files = scan_files(
+        root,
+        every.image[every.reason == ''].unique() if check_images else [],
+        store=store,
+        workers=workers,
+        remote=remote,
+        key=key,
+    )
     every = with_files(m, every, files)
     if m.boxes or m.columns.boxes:
         boxes = sample_boxes(m, rows, every, root)
-        every = mark(every.assign(boxes=boxes.map(json.dumps)), boxes.isna(), 'bad box', 'a box is broken or leaves its image')
+        every = mark(
+            every.assign(boxes=boxes.map(json.dumps)),
+            boxes.isna(),
+            'bad box',
+            'a box is broken or leaves its image',
+        )
     exclusions = _exclusions(m, rows, base, every, broken)
     cohort = _cohort(m, rows, every)
     _refuse(m, cohort, exclusions, every)
-    about = _about(m, set(cohort.finding)) | dict(root=os.path.realpath(root), rows=len(rows) + len(broken), filtered=filtered, excluded=exclusions.reason.value_counts().to_dict(), images_checked=check_images, limit=limit,
-                                                  funnel=_funnel(m, funnel, exclusions, len(cohort), len(rows)), card=m.model_dump(mode='json', by_alias=True))
+    about = _about(m, set(cohort.finding)) | dict(
+        root=os.path.realpath(root),
+        rows=len(rows) + len(broken),
+        filtered=filtered,
+        excluded=exclusions.reason.value_counts().to_dict(),
+        images_checked=check_images,
+        limit=limit,
+        funnel=_funnel(m, funnel, exclusions, len(cohort), len(rows)),
+        card=m.model_dump(mode='json', by_alias=True),
+    )
     return cohort, exclusions, files, about, key
 
 # %% ../../nbs/10_data.manifest.ipynb #9e42267c
 def finish(
-    cohort:pd.DataFrame,     # the samples
-    exclusions:pd.DataFrame, # what was left out
-    files:pd.DataFrame,      # from `scan_files`
-    about:dict,              # metadata of the cohort; JSON can hold it
-    key:str,                 # '' for open data; for credentialed ones the key from `seal_key` that only a holder of the data can make
-)->Built:
+    cohort: pd.DataFrame,  # the samples
+    exclusions: pd.DataFrame,  # what was left out
+    files: pd.DataFrame,  # from `scan_files`
+    about: dict,  # metadata of the cohort; JSON can hold it
+    key: str,  # '' for open data; for credentialed ones the key from `seal_key` that only a holder of the data can make
+) -> Built:
     "The last step of every cohort: metadata attached, credentialed data sealed, schema checked."
     cohort.attrs = about
-    if not key: return Built(cohort := validate(cohort, 'cohort'), exclusions, files, cohort)
+    if not key:
+        return Built(cohort := validate(cohort, 'cohort'), exclusions, files, cohort)
     sealed = validate(seal(cohort, key), 'cohort')
-    return Built(sealed, seal_exclusions(exclusions, key), seal_files(files, key), unseal(sealed, cohort, key), key)
+    return Built(
+        sealed,
+        seal_exclusions(exclusions, key),
+        seal_files(files, key),
+        unseal(sealed, cohort, key),
+        key,
+    )
 
 # %% ../../nbs/10_data.manifest.ipynb #00bea493
 def build_cohort(
-    manifest,                  # Manifest, path of a card, or name of one that ships with the package
-    root,                      # data root: the folder in which the card's tables and images lie
-    check_images:bool=True,    # decode every image; without it broken files go unseen and image_sha is ''
-    limit:int|None=None,       # use so many rows of the table only, spread evenly over it
-    store=None,                # folder in which the scan of the images is kept; started again, it goes on
-    workers:int|None=None,     # processes that decode images
-    remote:bool=False,         # whether references may lead to other machines
-    check_expected:bool=True,  # refuse other counts than the card expects
-)->tuple[pd.DataFrame, pd.DataFrame]: # cohort (metadata in .attrs); exclusions: sample_id, reason, stage, detail
+    manifest,  # Manifest, path of a card, or name of one that ships with the package
+    root,  # data root: the folder in which the card's tables and images lie
+    check_images: bool = True,  # decode every image; without it broken files go unseen and image_sha is ''
+    limit: int | None = None,  # use so many rows of the table only, spread evenly over it
+    store=None,  # folder in which the scan of the images is kept; started again, it goes on
+    workers: int | None = None,  # processes that decode images
+    remote: bool = False,  # whether references may lead to other machines
+    check_expected: bool = True,  # refuse other counts than the card expects
+) -> tuple[
+    pd.DataFrame, pd.DataFrame
+]:  # cohort (metadata in .attrs); exclusions: sample_id, reason, stage, detail
     "`build_all` without the table of files."
     b = build_all(manifest, root, check_images, limit, store, workers, remote, check_expected)
     return b.cohort, b.exclusions
@@ -194,85 +323,211 @@ def build_cohort(
 def _cohort(m, rows, every):
     good = every[every.reason == '']
     more = carried(m, rows).iloc[good.row]
-    first, last = [*RESERVED[:8], *(['question'] if 'question' in good else [])], ['boxes'] if 'boxes' in good else []
+    first, last = (
+        [*RESERVED[:8], *(['question'] if 'question' in good else [])],
+        ['boxes'] if 'boxes' in good else [],
+    )
     parts = [good[first], more[[*m.strata]], good[last], more.drop(columns=[*m.strata])]
     return pd.concat([p.reset_index(drop=True) for p in parts], axis=1)
 
+
 def _exclusions(m, rows, base, every, broken):
-    known = fill(m.columns.finding, rows).str.strip().isin([*m.tasks] if m.columns.finding else [''])
+    known = (
+        fill(m.columns.finding, rows).str.strip().isin([*m.tasks] if m.columns.finding else [''])
+    )
     strange = mark(base[~known], ~known[~known], 'unknown finding')
-    ragged = pd.DataFrame(dict(sample_id=[f'line {n}' for n in broken], reason='broken row', detail='another number of fields than the header, or no object'))
-    return pd.concat([every[every.reason != ''], strange, ragged]).assign(stage='cohort')[['sample_id', 'reason', 'stage', 'detail', 'label', 'patient_id']].fillna('').reset_index(drop=True)
+    ragged = pd.DataFrame(
+        dict(
+            sample_id=[f'line {n}' for n in broken],
+            reason='broken row',
+            detail='another number of fields than the header, or no object',
+        )
+    )
+    return (
+        pd.concat([every[every.reason != ''], strange, ragged])
+        .assign(stage='cohort')[['sample_id', 'reason', 'stage', 'detail', 'label', 'patient_id']]
+        .fillna('')
+        .reset_index(drop=True)
+    )
+
 
 def _filtered(m, funnel):
     out = {}
-    for f, s in zip(m.filters, [s for s in funnel if s['step'] != 'limit'][-len(m.filters):] if m.filters else []): out[f.says] = out.get(f.says, 0) + s['removed']
+    for f, s in zip(
+        m.filters,
+        [s for s in funnel if s['step'] != 'limit'][-len(m.filters) :] if m.filters else [],
+    ):
+        out[f.says] = out.get(f.says, 0) + s['removed']
     return out
+
 
 def _funnel(m, funnel, exclusions, n, rows):
     "The steps of `read_rows`, then the exclusions, reason by reason, then the cohort."
     funnel, many = [dict(s) for s in funnel], len(m.tasks) > 1 and not m.columns.finding
     left = rows * (len(m.tasks) if many else 1)
-    if many: funnel.append(dict(step='questions', removed=0, left=left, why=f'{len(m.tasks)} questions of each row; samples are counted from here on'))
+    if many:
+        funnel.append(
+            dict(
+                step='questions',
+                removed=0,
+                left=left,
+                why=f'{len(m.tasks)} questions of each row; samples are counted from here on',
+            )
+        )
     counts = exclusions.reason.value_counts()
-    for reason in (r for r in REASONS[1:] if r in counts): step(funnel, reason, funnel[-1]['left'] - int(counts[reason]))
+    for reason in (r for r in REASONS[1:] if r in counts):
+        step(funnel, reason, funnel[-1]['left'] - int(counts[reason]))
     return step(funnel, 'cohort', n)
 
+
 def _about(m, asked):
-    tasks = {f: t.model_dump(include={'question', 'choices', 'noun', 'text_noun'}) for f, t in m.tasks.items() if f in asked}
-    return dict(manifest=m.name, title=m.title, version=m.version, manifest_hash=m.hash, access=m.access, licence=m.licence, citation=m.citation, source=m.source, strata=list(m.strata), tasks=tasks, label_source=m.label_source)
+    tasks = {
+        f: t.model_dump(include={'question', 'choices', 'noun', 'text_noun'})
+        for f, t in m.tasks.items()
+        if f in asked
+    }
+    return dict(
+        manifest=m.name,
+        title=m.title,
+        version=m.version,
+        manifest_hash=m.hash,
+        access=m.access,
+        licence=m.licence,
+        citation=m.citation,
+        source=m.source,
+        strata=list(m.strata),
+        tasks=tasks,
+        label_source=m.label_source,
+    )
+
 
 def _refuse(m, cohort, exclusions, every):
     "Raise where a cohort may not be used."
     n, lost = len(cohort), len(exclusions)
-    counts = ', '.join(f'{r} {shown(k, m.access)}' for r, k in exclusions.reason.value_counts().items())
-    marked, off = int(every.boxes.str.len().gt(2).sum()) if 'boxes' in every else 0, int((every.reason == 'bad box').sum())
+    counts = ', '.join(
+        f'{r} {shown(k, m.access)}' for r, k in exclusions.reason.value_counts().items()
+    )
+    marked, off = (
+        int(every.boxes.str.len().gt(2).sum()) if 'boxes' in every else 0,
+        int((every.reason == 'bad box').sum()),
+    )
     if lost > m.max_excluded * (n + lost):
-        example = next((f'; e.g. {d}' for d in exclusions.detail if d), '') if m.access == 'open' else ''
-        raise InputError(f'{m.name}: {shown(lost, m.access)} of {n + lost} samples are excluded, more than max_excluded {m.max_excluded:g} allows: {counts}{example}')
-    if off > m.max_excluded * marked: raise InputError(f'{m.name}: boxes of {shown(off, m.access)} of {shown(marked, m.access)} marked samples are broken or leave their image; coordinates must be pixels of the image files as they lie on disk')
-    if not n: raise InputError(f'{m.name}: no sample is left' + f' ({counts})' * bool(counts))
-    if m.patient_disjoint and (k := int((cohort[cohort.split != ''].groupby('patient_id').split.nunique() > 1).sum())):
-        raise InputError(f'{m.name}: {shown(k, m.access)} patients stand in more than one split, and the card says that none does')
+        example = (
+            next((f'; e.g. {d}' for d in exclusions.detail if d), '') if m.access == 'open' else ''
+        )
+        raise InputError(
+            f'{m.name}: {shown(lost, m.access)} of {n + lost} samples are excluded, more than max_excluded {m.max_excluded:g} allows: {counts}{example}'
+        )
+    if off > m.max_excluded * marked:
+        raise InputError(
+            f'{m.name}: boxes of {shown(off, m.access)} of {shown(marked, m.access)} marked samples are broken or leave their image; coordinates must be pixels of the image files as they lie on disk'
+        )
+    if not n:
+        raise InputError(f'{m.name}: no sample is left' + f' ({counts})' * bool(counts))
+    if m.patient_disjoint and (
+        k := int((cohort[cohort.split != ''].groupby('patient_id').split.nunique() > 1).sum())
+    ):
+        raise InputError(
+            f'{m.name}: {shown(k, m.access)} patients stand in more than one split, and the card says that none does'
+        )
+
 
 def _expect(m, cohort):
     "Raise where the counts are not those the card expects."
     e, n, splits = m.expected, len(cohort), cohort.split.value_counts()
-    wrong = [f'{n} samples, the card expects {e.n}'] if e.n not in (None, n) else [f'{n} samples, the card expects at least {e.min}'] if n < (e.min or 0) else []
-    wrong += [f"{shown(int(splits.get(s, 0)), m.access)} in {s or 'no split'}, the card expects {k}" for s, k in e.splits.items() if splits.get(s, 0) != k]
-    if wrong: raise InputError(f"{m.name}: the cohort has {'; '.join(wrong)}; are these the files of version {m.version}? check_expected=False (--any-count) goes on")
+    wrong = (
+        [f'{n} samples, the card expects {e.n}']
+        if e.n not in (None, n)
+        else [f'{n} samples, the card expects at least {e.min}']
+        if n < (e.min or 0)
+        else []
+    )
+    wrong += [
+        f"{shown(int(splits.get(s, 0)), m.access)} in {s or 'no split'}, the card expects {k}"
+        for s, k in e.splits.items()
+        if splits.get(s, 0) != k
+    ]
+    if wrong:
+        raise InputError(
+            f"{m.name}: the cohort has {'; '.join(wrong)}; are these the files of version {m.version}? check_expected=False (--any-count) goes on"
+        )
 
 # %% ../../nbs/10_data.manifest.ipynb #785f29e5
 def shown(
-    n:int,      # a count of samples
-    access:str, # 'open' or 'credentialed'
-)->str:
+    n: int,  # a count of samples
+    access: str,  # 'open' or 'credentialed'
+) -> str:
     "A count as it may be shown: below 10 only as '<10' where data are credentialed."
     return '<10' if access == 'credentialed' and 0 < n < 10 else str(n)
 
 # %% ../../nbs/10_data.manifest.ipynb #0ec7cb92
 def cohort_summary(
-    cohort:pd.DataFrame,     # from `build_cohort`
-    exclusions:pd.DataFrame, # likewise
-)->pd.DataFrame: # what ('samples', 'finding', 'label', 'split', a stratum, 'excluded', 'filtered'), value, samples and patients (text, so that counts can be hidden)
+    cohort: pd.DataFrame,  # from `build_cohort`
+    exclusions: pd.DataFrame,  # likewise
+) -> pd.DataFrame:  # what ('samples', 'finding', 'label', 'split', a stratum, 'excluded', 'filtered'), value, samples and patients (text, so that counts can be hidden)
     "What is in a cohort and what was left out."
-    labels = dict(label=cohort.label) if cohort.finding.nunique() == 1 else {f'label of {f}': g for f, g in cohort.label.groupby(cohort.finding)}
-    groups = dict(samples=pd.Series('all', cohort.index), finding=cohort.finding) | labels | dict(split=cohort.split.replace('', '(none)')) | {s: cohort[s] for s in cohort.attrs.get('strata', [])}
+    labels = (
+        dict(label=cohort.label)
+        if cohort.finding.nunique() == 1
+        else {f'label of {f}': g for f, g in cohort.label.groupby(cohort.finding)}
+    )
+    groups = (
+        dict(samples=pd.Series('all', cohort.index), finding=cohort.finding)
+        | labels
+        | dict(split=cohort.split.replace('', '(none)'))
+        | {s: cohort[s] for s in cohort.attrs.get('strata', [])}
+    )
     parts = [_counts(what, g, cohort.patient_id) for what, g in groups.items()]
-    left_out = [('excluded', exclusions.reason.value_counts().to_dict()), ('filtered', {k: n for k, n in cohort.attrs.get('filtered', {}).items() if n})]
-    parts += [pd.DataFrame([dict(what=what, value=k, samples=n, patients=np.nan) for k, n in counts.items()], columns=['what', 'value', 'samples', 'patients']) for what, counts in left_out]
-    return pd.concat([_hide(p, cohort.attrs.get('access', 'open')) for p in parts if len(p)], ignore_index=True)
+    left_out = [
+        ('excluded', exclusions.reason.value_counts().to_dict()),
+        ('filtered', {k: n for k, n in cohort.attrs.get('filtered', {}).items() if n}),
+    ]
+    parts += [
+        pd.DataFrame(
+            [dict(what=what, value=k, samples=n, patients=np.nan) for k, n in counts.items()],
+            columns=['what', 'value', 'samples', 'patients'],
+        )
+        for what, counts in left_out
+    ]
+    return pd.concat(
+        [_hide(p, cohort.attrs.get('access', 'open')) for p in parts if len(p)], ignore_index=True
+    )
+
 
 def _counts(what, group, patients):
     g = patients.loc[group.index].groupby(group)
-    return pd.DataFrame(dict(what=what, value=g.size().index, samples=g.size().to_numpy(), patients=g.nunique().to_numpy()))
+    return pd.DataFrame(
+        dict(
+            what=what,
+            value=g.size().index,
+            samples=g.size().to_numpy(),
+            patients=g.nunique().to_numpy(),
+        )
+    )
+
 
 def _hide(part, access):
     "Counts as text; small ones of credentialed data hidden, and not recoverable from a total."
-    out = part.copy(); few = access == 'credentialed' and part.patients.between(1, 9)   # many questions about few patients are few patients
-    out['samples'] = part.samples.astype(object).mask(few, '<10') if access == 'credentialed' else part.samples
+    out = part.copy()
+    few = access == 'credentialed' and part.patients.between(
+        1, 9
+    )  # many questions about few patients are few patients
+    out['samples'] = (
+        part.samples.astype(object).mask(few, '<10') if access == 'credentialed' else part.samples
+    )
     part = out.copy()
     for c in ('samples', 'patients'):
-        n = part[c]; text = n.map(lambda x: x if isinstance(x, str) else '' if np.isnan(x) else shown(int(x), access)); rest = pd.to_numeric(n, errors='coerce').dropna(); rest = rest[~text[rest.index].str.startswith('<')]   # text: hidden before
-        out[c] = text.mask((text.index == rest.idxmin()) & (text.str.startswith('<').sum() == 1), 'withheld') if len(rest) else text
+        n = part[c]
+        text = n.map(
+            lambda x: x if isinstance(x, str) else '' if np.isnan(x) else shown(int(x), access)
+        )
+        rest = pd.to_numeric(n, errors='coerce').dropna()
+        rest = rest[~text[rest.index].str.startswith('<')]  # text: hidden before
+        out[c] = (
+            text.mask(
+                (text.index == rest.idxmin()) & (text.str.startswith('<').sum() == 1), 'withheld'
+            )
+            if len(rest)
+            else text
+        )
     return out

@@ -18,21 +18,55 @@ from .layouts import LAYOUTS, put_csv, put_image
 from .reports import keep_sections
 
 # %% ../../nbs/11b_data.mimic_layouts.ipynb #4c439960
-CHEXPERT = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Enlarged Cardiomediastinum', 'Fracture', 'Lung Lesion', 'Lung Opacity', 'No Finding', 'Pleural Effusion', 'Pleural Other',
-            'Pneumonia', 'Pneumothorax', 'Support Devices') # the 14 labels, in the order of the official tables
+CHEXPERT = (
+    'Atelectasis',
+    'Cardiomegaly',
+    'Consolidation',
+    'Edema',
+    'Enlarged Cardiomediastinum',
+    'Fracture',
+    'Lung Lesion',
+    'Lung Opacity',
+    'No Finding',
+    'Pleural Effusion',
+    'Pleural Other',
+    'Pneumonia',
+    'Pneumothorax',
+    'Support Devices',
+)  # the 14 labels, in the order of the official tables
 PLAN = (
-    ('', (14, 3, 6), ('PA', 'LATERAL'), 'full'), ('', (4, 1, 3), ('AP', 'AP'), 'combined'), ('', (3, 1, 2), ('PA', 'LL'), 'unheaded'),
-    ('only uncertain', (3, 1, 2), ('AP',), 'full'), ('only devices', (2, 1, 2), ('AP',), 'full'), ('all labels blank', (2, 0, 1), ('PA', ''), 'full'), ('not labelled', (2, 0, 1), ('PA',), 'full'),
-    ('not in the split', (1, 0, 0), ('PA',), 'full'), ('short report', (2, 1, 1), ('AP',), 'short'), ('no such section', (2, 0, 1), ('PA', 'LATERAL'), 'indication'),
-    ('missing report', (2, 0, 1), ('AP',), ''), ('empty text', (1, 0, 1), ('AP',), 'empty'), ('missing image', (1, 0, 1), ('AP',), 'full'),
-) # what is the matter, studies in train, validate and test, views, kind of report ('' none)
-_LABELS = ({'No Finding': 1}, {'Pleural Effusion': 1, 'Lung Opacity': 1, 'Pneumonia': -1}, {'Cardiomegaly': 1, 'Edema': 0, 'Pneumothorax': 0}, {'Pneumothorax': 1, 'Support Devices': 1},
-           {'Atelectasis': 1, 'Pleural Effusion': -1}, {'Consolidation': 1, 'Pneumonia': 1, 'Edema': 1})
-_ODD = {'only uncertain': {'Edema': -1, 'Pleural Effusion': 0}, 'only devices': {'Support Devices': 1}, 'all labels blank': {}}
+    ('', (14, 3, 6), ('PA', 'LATERAL'), 'full'),
+    ('', (4, 1, 3), ('AP', 'AP'), 'combined'),
+    ('', (3, 1, 2), ('PA', 'LL'), 'unheaded'),
+    ('only uncertain', (3, 1, 2), ('AP',), 'full'),
+    ('only devices', (2, 1, 2), ('AP',), 'full'),
+    ('all labels blank', (2, 0, 1), ('PA', ''), 'full'),
+    ('not labelled', (2, 0, 1), ('PA',), 'full'),
+    ('not in the split', (1, 0, 0), ('PA',), 'full'),
+    ('short report', (2, 1, 1), ('AP',), 'short'),
+    ('no such section', (2, 0, 1), ('PA', 'LATERAL'), 'indication'),
+    ('missing report', (2, 0, 1), ('AP',), ''),
+    ('empty text', (1, 0, 1), ('AP',), 'empty'),
+    ('missing image', (1, 0, 1), ('AP',), 'full'),
+)  # what is the matter, studies in train, validate and test, views, kind of report ('' none)
+_LABELS = (
+    {'No Finding': 1},
+    {'Pleural Effusion': 1, 'Lung Opacity': 1, 'Pneumonia': -1},
+    {'Cardiomegaly': 1, 'Edema': 0, 'Pneumothorax': 0},
+    {'Pneumothorax': 1, 'Support Devices': 1},
+    {'Atelectasis': 1, 'Pleural Effusion': -1},
+    {'Consolidation': 1, 'Pneumonia': 1, 'Edema': 1},
+)
+_ODD = {
+    'only uncertain': {'Edema': -1, 'Pleural Effusion': 0},
+    'only devices': {'Support Devices': 1},
+    'all labels blank': {},
+}
+
 
 def mimic_films(
-    times:int=1,   # how often each study of the plan is there
-)->pd.DataFrame:   # one row per film: subject_id, study_id, dicom_id, split, view, matter, report (its kind), labels (finding -> 1, 0, -1)
+    times: int = 1,  # how often each study of the plan is there
+) -> pd.DataFrame:  # one row per film: subject_id, study_id, dicom_id, split, view, matter, report (its kind), labels (finding -> 1, 0, -1)
     "The films of the plan; always the same."
     rows, study, subject = [], 99500000, 99000000
     for matter, sizes, views, report in PLAN:
@@ -40,138 +74,309 @@ def mimic_films(
             for i in range(n * times):
                 study, subject = study + 1, subject + (i % 2 == 0)
                 labels = _ODD.get(matter, _LABELS[study % len(_LABELS)])
-                names = [content_hash('film', study, k) + content_hash('more', study, k) + content_hash('last', study, k)[:8] for k in range(len(views))]
-                rows += [dict(subject_id=str(subject), study_id=str(study), dicom_id='-'.join(d[j:j + 8] for j in range(0, 40, 8)), split=split, view=v, matter=matter, report=report, labels=labels) for v, d in zip(views, names)]
+                names = [
+                    content_hash('film', study, k)
+                    + content_hash('more', study, k)
+                    + content_hash('last', study, k)[:8]
+                    for k in range(len(views))
+                ]
+                rows += [
+                    dict(
+                        subject_id=str(subject),
+                        study_id=str(study),
+                        dicom_id='-'.join(d[j : j + 8] for j in range(0, 40, 8)),
+                        split=split,
+                        view=v,
+                        matter=matter,
+                        report=report,
+                        labels=labels,
+                    )
+                    for v, d in zip(views, names)
+                ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/11b_data.mimic_layouts.ipynb #f8dcd30f
-_SAYS = {'Pleural Effusion': 'a small pleural effusion on the left', 'Lung Opacity': 'an opacity at the left base', 'Pneumonia': 'an appearance that suggests pneumonia', 'Cardiomegaly': 'an enlarged heart',
-         'Pneumothorax': 'a small apical pneumothorax', 'Atelectasis': 'linear atelectasis', 'Consolidation': 'consolidation of the middle lobe', 'Edema': 'interstitial edema', 'Support Devices': 'a chest tube'}
+_SAYS = {
+    'Pleural Effusion': 'a small pleural effusion on the left',
+    'Lung Opacity': 'an opacity at the left base',
+    'Pneumonia': 'an appearance that suggests pneumonia',
+    'Cardiomegaly': 'an enlarged heart',
+    'Pneumothorax': 'a small apical pneumothorax',
+    'Atelectasis': 'linear atelectasis',
+    'Consolidation': 'consolidation of the middle lobe',
+    'Edema': 'interstitial edema',
+    'Support Devices': 'a chest tube',
+}
+
 
 def mimic_report(
-    kind:str,    # 'full', 'combined', 'unheaded', 'short', 'indication' or 'empty'
-    labels:dict, # finding -> 1, 0 or -1
-)->str:
+    kind: str,  # 'full', 'combined', 'unheaded', 'short', 'indication' or 'empty'
+    labels: dict,  # finding -> 1, 0 or -1
+) -> str:
     "A made-up report in the shape of the archive."
-    seen = [f'There is {_SAYS[f]}.' for f, v in labels.items() if v == 1 and f in _SAYS] + [f'There may be {_SAYS[f]}.' for f, v in labels.items() if v == -1] + [f'There is no {_SAYS[f].split(" ", 1)[-1]}.' for f, v in labels.items() if v == 0]
+    seen = (
+        [f'There is {_SAYS[f]}.' for f, v in labels.items() if v == 1 and f in _SAYS]
+        + [f'There may be {_SAYS[f]}.' for f, v in labels.items() if v == -1]
+        + [f'There is no {_SAYS[f].split(" ", 1)[-1]}.' for f, v in labels.items() if v == 0]
+    )
     seen = '  '.join(seen or ['The lungs are clear and the heart is of normal size.'])
     head = f"{'FINAL REPORT':>44}\n EXAMINATION:  CHEST (PA AND LAT)\n \n INDICATION:  ___F with suspected sarcoidosis  // rule out sarcoidosis\n \n COMPARISON:  ___ and ___.\n \n"
-    return dict(full=f'{head} FINDINGS: \n \n Compared to ___, the film is of good quality.\n {seen}\n \n IMPRESSION: \n \n {seen}\n', combined=f'{head} FINDINGS AND IMPRESSION:  The film is rotated.  {seen}\n', unheaded=f'{head} {seen}\n \n Nothing else is seen on this film.\n',
-                short=f'{head} IMPRESSION: Normal.\n', indication=head[:head.index(' COMPARISON')], empty='')[kind]
+    return dict(
+        full=f'{head} FINDINGS: \n \n Compared to ___, the film is of good quality.\n {seen}\n \n IMPRESSION: \n \n {seen}\n',
+        combined=f'{head} FINDINGS AND IMPRESSION:  The film is rotated.  {seen}\n',
+        unheaded=f'{head} {seen}\n \n Nothing else is seen on this film.\n',
+        short=f'{head} IMPRESSION: Normal.\n',
+        indication=head[: head.index(' COMPARISON')],
+        empty='',
+    )[kind]
 
 # %% ../../nbs/11b_data.mimic_layouts.ipynb #f0bbef04
 def mimic_reports(
-    films:pd.DataFrame, # from `mimic_films`
-)->dict:                # member of mimic-cxr-reports.zip -> bytes
+    films: pd.DataFrame,  # from `mimic_films`
+) -> dict:  # member of mimic-cxr-reports.zip -> bytes
     "The report files of all studies that have one."
-    return {f'files/p{r.subject_id[:2]}/p{r.subject_id}/s{r.study_id}.txt': mimic_report(r.report, r.labels).encode() for r in films.drop_duplicates('study_id').itertuples() if r.report}
+    return {
+        f'files/p{r.subject_id[:2]}/p{r.subject_id}/s{r.study_id}.txt': mimic_report(
+            r.report, r.labels
+        ).encode()
+        for r in films.drop_duplicates('study_id').itertuples()
+        if r.report
+    }
 
 # %% ../../nbs/11b_data.mimic_layouts.ipynb #338ff029
 def put_reports(
-    folder,        # data root
-    reports:dict,  # path -> bytes
-    how:str='zip', # 'zip': mimic-cxr-reports.zip; 'folder': files below files/
+    folder,  # data root
+    reports: dict,  # path -> bytes
+    how: str = 'zip',  # 'zip': mimic-cxr-reports.zip; 'folder': files below files/
 ):
     "Write the report files as one of the two official forms."
     if how == 'zip':
         with zipfile.ZipFile(Path(folder, 'mimic-cxr-reports.zip'), 'w', zipfile.ZIP_DEFLATED) as z:
-            for name, data in reports.items(): z.writestr(name, data)
+            for name, data in reports.items():
+                z.writestr(name, data)
     else:
-        for name, data in reports.items(): path = Path(folder, name); path.parent.mkdir(parents=True, exist_ok=True); path.write_bytes(data)
+        for name, data in reports.items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
 
 # %% ../../nbs/11b_data.mimic_layouts.ipynb #b06633f3
 def put_tables(
-    folder,                # data root
-    films:pd.DataFrame,    # from `mimic_films`
-    labels:str='chexpert', # 'chexpert' or 'negbio'
-    ending:str='.csv.gz',  # '.csv' writes the tables unpacked
+    folder,  # data root
+    films: pd.DataFrame,  # from `mimic_films`
+    labels: str = 'chexpert',  # 'chexpert' or 'negbio'
+    ending: str = '.csv.gz',  # '.csv' writes the tables unpacked
 ):
     "Write metadata, split and labels with the official names and columns."
     films, start = films.sort_values('dicom_id'), 'mimic-cxr-2.0.0-'
     procedure = films.view.map({'AP': 'CHEST (PORTABLE AP)'}).fillna('CHEST (PA AND LAT)')
     head = 'dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate,StudyTime,ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,PatientOrientationCodeSequence_CodeMeaning'
-    put_csv(folder, f'{start}metadata{ending}', head, [(r.dicom_id, r.subject_id, r.study_id, p, r.view, 48, 64, 21800101, 101530.5, p, r.view.lower(), 'Erect') for r, p in zip(films.itertuples(), procedure)])
-    put_csv(folder, f'{start}split{ending}', 'dicom_id,study_id,subject_id,split', [(r.dicom_id, r.study_id, r.subject_id, r.split) for r in films.itertuples() if r.matter != 'not in the split'])
-    value = lambda x, f: '' if f not in x else f'{1.0 if labels == "negbio" and x[f] == -1 else x[f]:.1f}'
-    studies = films[films.matter != 'not labelled'].drop_duplicates('study_id').sort_values('study_id')
-    put_csv(folder, f'{start}{labels}{ending}', ['subject_id', 'study_id', *CHEXPERT], [(r.subject_id, r.study_id, *(value(r.labels, f) for f in CHEXPERT)) for r in studies.itertuples()])
+    put_csv(
+        folder,
+        f'{start}metadata{ending}',
+        head,
+        [
+            (
+                r.dicom_id,
+                r.subject_id,
+                r.study_id,
+                p,
+                r.view,
+                48,
+                64,
+                21800101,
+                101530.5,
+                p,
+                r.view.lower(),
+                'Erect',
+            )
+            for r, p in zip(films.itertuples(), procedure)
+        ],
+    )
+    put_csv(
+        folder,
+        f'{start}split{ending}',
+        'dicom_id,study_id,subject_id,split',
+        [
+            (r.dicom_id, r.study_id, r.subject_id, r.split)
+            for r in films.itertuples()
+            if r.matter != 'not in the split'
+        ],
+    )
+    value = lambda x, f: (
+        '' if f not in x else f'{1.0 if labels == "negbio" and x[f] == -1 else x[f]:.1f}'
+    )
+    studies = (
+        films[films.matter != 'not labelled'].drop_duplicates('study_id').sort_values('study_id')
+    )
+    put_csv(
+        folder,
+        f'{start}{labels}{ending}',
+        ['subject_id', 'study_id', *CHEXPERT],
+        [
+            (r.subject_id, r.study_id, *(value(r.labels, f) for f in CHEXPERT))
+            for r in studies.itertuples()
+        ],
+    )
 
 # %% ../../nbs/11b_data.mimic_layouts.ipynb #c9cc599c
 def film_path(
-    film, # row of `mimic_films`
-)->str:   # below the data root
+    film,  # row of `mimic_films`
+) -> str:  # below the data root
     "Where the official tree keeps a film."
     return f'files/p{film.subject_id[:2]}/p{film.subject_id}/s{film.study_id}/{film.dicom_id}.jpg'
 
 # %% ../../nbs/11b_data.mimic_layouts.ipynb #f8a91c83
 def mimic(
-    folder,                # an empty folder
-    labels:str='chexpert', # 'chexpert' or 'negbio'
-    reports:str='zip',     # 'zip' or 'folder'
-    ending:str='.csv.gz',  # of the tables
-    times:int=1,           # how often each study of the plan is there
+    folder,  # an empty folder
+    labels: str = 'chexpert',  # 'chexpert' or 'negbio'
+    reports: str = 'zip',  # 'zip' or 'folder'
+    ending: str = '.csv.gz',  # of the tables
+    times: int = 1,  # how often each study of the plan is there
 ):
     "MIMIC-CXR-JPG beside the reports of MIMIC-CXR."
     films = mimic_films(times)
-    put_tables(folder, films, labels, ending); put_reports(folder, mimic_reports(films), reports)
-    for r in films[films.matter != 'missing image'].itertuples(): put_image(folder, film_path(r), shape=(48, 64))
+    put_tables(folder, films, labels, ending)
+    put_reports(folder, mimic_reports(films), reports)
+    for r in films[films.matter != 'missing image'].itertuples():
+        put_image(folder, film_path(r), shape=(48, 64))
 
 # %% ../../nbs/11b_data.mimic_layouts.ipynb #ed57c314
 def patchib_films(
-    films:pd.DataFrame, # from `mimic_films`
-)->pd.Series:           # bool per film
+    films: pd.DataFrame,  # from `mimic_films`
+) -> pd.Series:  # bool per film
     "Which films the four stages leave, from the plan alone."
     return films.view.isin(['PA', 'AP']) & films.matter.isin(['', 'only devices'])
 
 # %% ../../nbs/11b_data.mimic_layouts.ipynb #c346bd9e
 def patchib_jsonl(
-    folder, # an empty folder
+    folder,  # an empty folder
 ):
     "The master file of Patch-IB-CXR with its films; besides a report that is too short and a film that is not there."
-    films = mimic_films(); films = films[patchib_films(films)].reset_index(drop=True)
-    rows = [dict(split=r.split, query=keep_sections(mimic_report(r.report, r.labels), ['findings', 'impression']), image_path=film_path(r), labels=[int(r.labels.get(f) == 1) for f in CHEXPERT]) for r in films.itertuples()]
+    films = mimic_films()
+    films = films[patchib_films(films)].reset_index(drop=True)
+    rows = [
+        dict(
+            split=r.split,
+            query=keep_sections(mimic_report(r.report, r.labels), ['findings', 'impression']),
+            image_path=film_path(r),
+            labels=[int(r.labels.get(f) == 1) for f in CHEXPERT],
+        )
+        for r in films.itertuples()
+    ]
     rows[0]['query'] = 'Report to follow'
-    Path(folder, 'mimic_master_official_split.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
-    for r in films[1:-1].itertuples(): put_image(folder, film_path(r), shape=(48, 64))
+    Path(folder, 'mimic_master_official_split.jsonl').write_text(
+        ''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8'
+    )
+    for r in films[1:-1].itertuples():
+        put_image(folder, film_path(r), shape=(48, 64))
 
 # %% ../../nbs/11b_data.mimic_layouts.ipynb #c6c3f13f
-_GROUNDED = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Lung Opacity', 'Pleural Effusion', 'Pneumonia', 'Pneumothorax')
+_GROUNDED = (
+    'Atelectasis',
+    'Cardiomegaly',
+    'Consolidation',
+    'Edema',
+    'Lung Opacity',
+    'Pleural Effusion',
+    'Pneumonia',
+    'Pneumothorax',
+)
+
 
 def ms_cxr(
-    folder, # an empty folder
+    folder,  # an empty folder
 ):
     "Phrases with boxes, drawn at twice the size of the films here."
-    films = mimic_films(); films = films[patchib_films(films)]
+    films = mimic_films()
+    films = films[patchib_films(films)]
     rows = []
-    for i, (r, f) in enumerate((r, f) for r in films.itertuples() for f in _GROUNDED if r.labels.get(f) == 1):
+    for i, (r, f) in enumerate(
+        (r, f) for r in films.itertuples() for f in _GROUNDED if r.labels.get(f) == 1
+    ):
         where = (r.dicom_id, f, _SAYS[f].split(' ', 1)[-1], film_path(r))
         rows.append((*where, 10 + i, 20, 40, 30, 128, 96, r.split))
-        if i == 0: rows.append((*where, 70, 21, 33, 31, 128, 96, r.split))   # a second box of the same phrase
-    put_csv(folder, 'MS_CXR_Local_Alignment_v1.1.0.csv', 'dicom_id,category_name,label_text,path,x,y,w,h,image_width,image_height,split', rows)
-    for ref in {r[3]: 0 for r in rows}: put_image(folder, ref, shape=(48, 64))
+        if i == 0:
+            rows.append(
+                (*where, 70, 21, 33, 31, 128, 96, r.split)
+            )  # a second box of the same phrase
+    put_csv(
+        folder,
+        'MS_CXR_Local_Alignment_v1.1.0.csv',
+        'dicom_id,category_name,label_text,path,x,y,w,h,image_width,image_height,split',
+        rows,
+    )
+    for ref in {r[3]: 0 for r in rows}:
+        put_image(folder, ref, shape=(48, 64))
 
 # %% ../../nbs/11b_data.mimic_layouts.ipynb #98ae0943
 OPENI = (
-    ('normal', 8, 'The heart size is normal. The lungs are clear.', 'No acute cardiopulmonary disease.'), ('Cardiomegaly/mild|Pulmonary Congestion', 5, 'There is XXXX cardiomegaly with congestion.', 'Mild congestive changes.'),
-    ('Opacity/lung/base/left', 4, '', 'Left basilar opacity, XXXX XXXX pneumonia.'), ('No Indexing', 2, 'The lungs are clear.', 'Normal chest x-XXXX.'), ('', 1, 'The lungs are clear and the heart is normal.', ''),
-    ('normal', 1, '', ''), ('normal', 1, '', 'Normal chest.'),
-) # codes of the report, how many there are, findings, impression
+    (
+        'normal',
+        8,
+        'The heart size is normal. The lungs are clear.',
+        'No acute cardiopulmonary disease.',
+    ),
+    (
+        'Cardiomegaly/mild|Pulmonary Congestion',
+        5,
+        'There is XXXX cardiomegaly with congestion.',
+        'Mild congestive changes.',
+    ),
+    ('Opacity/lung/base/left', 4, '', 'Left basilar opacity, XXXX XXXX pneumonia.'),
+    ('No Indexing', 2, 'The lungs are clear.', 'Normal chest x-XXXX.'),
+    ('', 1, 'The lungs are clear and the heart is normal.', ''),
+    ('normal', 1, '', ''),
+    ('normal', 1, '', 'Normal chest.'),
+)  # codes of the report, how many there are, findings, impression
+
 
 def iu_xray(
-    folder, # an empty folder
+    folder,  # an empty folder
 ):
     "Open-i's archive of XML reports, films in NLMCXR_png/, and the table of views. Each report has a frontal and a lateral film; the last film is in no table of views."
     plan = [(m, f, i) for m, n, f, i in OPENI for _ in range(n)]
-    views, section = [], lambda label, text: f'<AbstractText Label="{label}">{escape(text)}</AbstractText>'
+    views, section = (
+        [],
+        lambda label, text: f'<AbstractText Label="{label}">{escape(text)}</AbstractText>',
+    )
     with tarfile.open(Path(folder, 'NLMCXR_reports.tgz'), 'w:gz') as archive:
         for n, (mesh, findings, impression) in enumerate(plan, 1):
-            films = [f'1_IM-0001-{k}001' for k in (4, 3)] if n == 1 else [f'{n}_IM-{n:04d}-{k}001' for k in (1, 2)]   # as the archive names them: the first with its number twice
-            ids = [f'CXR{n}_{f}' if n == 1 else f'CXR{f}' for f in films]; views += [(n, f'{f}.dcm.png', v) for f, v in zip(films, ('Frontal', 'Lateral'))]
-            xml = (f'<?xml version="1.0" encoding="utf-8"?><eCitation><uId id="CXR{n}"/><MedlineCitation><Article><Abstract>' + section('COMPARISON', 'None.') + section('INDICATION', 'Suspected sarcoidosis, XXXX-year-old XXXX')
-                   + section('FINDINGS', findings) + section('IMPRESSION', impression) + '</Abstract></Article></MedlineCitation><MeSH>' + ''.join(f'<major>{m}</major>' for m in mesh.split('|') if m) + '</MeSH>'
-                   + ''.join(f'<parentImage id="{i}"><caption>Xray Chest PA and Lateral</caption></parentImage>' for i in ids) + '</eCitation>').encode()
-            info = tarfile.TarInfo(f'ecgen-radiology/{n}.xml'); info.size = len(xml); archive.addfile(info, io.BytesIO(xml))
-            for i in ids: put_image(folder, f'NLMCXR_png/{i}.png')
+            films = (
+                [f'1_IM-0001-{k}001' for k in (4, 3)]
+                if n == 1
+                else [f'{n}_IM-{n:04d}-{k}001' for k in (1, 2)]
+            )  # as the archive names them: the first with its number twice
+            ids = [f'CXR{n}_{f}' if n == 1 else f'CXR{f}' for f in films]
+            views += [(n, f'{f}.dcm.png', v) for f, v in zip(films, ('Frontal', 'Lateral'))]
+            xml = (
+                f'<?xml version="1.0" encoding="utf-8"?><eCitation><uId id="CXR{n}"/><MedlineCitation><Article><Abstract>'
+                + section('COMPARISON', 'None.')
+                + section('INDICATION', 'Suspected sarcoidosis, XXXX-year-old XXXX')
+                + section('FINDINGS', findings)
+                + section('IMPRESSION', impression)
+                + '</Abstract></Article></MedlineCitation><MeSH>'
+                + ''.join(f'<major>{m}</major>' for m in mesh.split('|') if m)
+                + '</MeSH>'
+                + ''.join(
+                    f'<parentImage id="{i}"><caption>Xray Chest PA and Lateral</caption></parentImage>'
+                    for i in ids
+                )
+                + '</eCitation>'
+            ).encode()
+            info = tarfile.TarInfo(f'ecgen-radiology/{n}.xml')
+            info.size = len(xml)
+            archive.addfile(info, io.BytesIO(xml))
+            for i in ids:
+                put_image(folder, f'NLMCXR_png/{i}.png')
     put_csv(folder, 'indiana_projections.csv', 'uid,filename,projection', views[:-1])
 
-LAYOUTS.update(mimic_cxr=mimic, mimic_sms=mimic, mimic_patchib=mimic, patchib_jsonl=patchib_jsonl, ms_cxr=ms_cxr, iu_xray=iu_xray)
+
+LAYOUTS.update(
+    mimic_cxr=mimic,
+    mimic_sms=mimic,
+    mimic_patchib=mimic,
+    patchib_jsonl=patchib_jsonl,
+    ms_cxr=ms_cxr,
+    iu_xray=iu_xray,
+)

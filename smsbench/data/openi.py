@@ -10,32 +10,59 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 # %% ../../nbs/09ba_data.openi.ipynb #b380e3cc
-MAX_XML = 4 << 20 # bytes of one report file; real ones hold a few thousand
+MAX_XML = 4 << 20  # bytes of one report file; real ones hold a few thousand
+
 
 def parse_xml(
-    data:bytes, # an XML document
-)->ElementTree.Element:
+    data: bytes,  # an XML document
+) -> ElementTree.Element:
     "Root of the document; `ValueError` where it is broken, too large, or declares entities."
-    if len(data) > MAX_XML: raise ValueError('too large for a report')
-    def refuse(*_): raise ValueError('declares entities')
+    if len(data) > MAX_XML:
+        raise ValueError('too large for a report')
+
+    def refuse(*_):
+        raise ValueError('declares entities')
+
     p, tree = expat.ParserCreate(), ElementTree.TreeBuilder()
-    p.StartDoctypeDeclHandler = lambda name, system, public, internal: refuse() if internal else None
+    p.StartDoctypeDeclHandler = lambda name, system, public, internal: (
+        refuse() if internal else None
+    )
     p.EntityDeclHandler = p.UnparsedEntityDeclHandler = p.ExternalEntityRefHandler = refuse
-    p.StartElementHandler, p.EndElementHandler, p.CharacterDataHandler = tree.start, tree.end, tree.data
-    try: p.Parse(data, True)
-    except expat.ExpatError as e: raise ValueError(str(e)) from None
+    p.StartElementHandler, p.EndElementHandler, p.CharacterDataHandler = (
+        tree.start,
+        tree.end,
+        tree.data,
+    )
+    try:
+        p.Parse(data, True)
+    except expat.ExpatError as e:
+        raise ValueError(str(e)) from None
     return tree.close()
 
 # %% ../../nbs/09ba_data.openi.ipynb #47fbfff6
-OPENI = ('uid', 'image_id', 'comparison', 'indication', 'findings', 'impression', 'mesh_major', 'mesh_automatic', 'caption')
+OPENI = (
+    'uid',
+    'image_id',
+    'comparison',
+    'indication',
+    'findings',
+    'impression',
+    'mesh_major',
+    'mesh_automatic',
+    'caption',
+)
+
 
 def openi_rows(
-    doc:ElementTree.Element, # one report
-)->list[list[str]]: # a row of `OPENI` per image
+    doc: ElementTree.Element,  # one report
+) -> list[list[str]]:  # a row of `OPENI` per image
     "The rows of one Open-i report; sections are empty where the report lacks them."
     text = lambda e: ' '.join(''.join(e.itertext()).split())
     joined = lambda tag: '|'.join(t for e in doc.iter(tag) if (t := text(e)))
     sections = {e.get('Label', '').lower(): text(e) for e in doc.iter('AbstractText')}
     uid = next((e.get('id', '') for e in doc.iter('uId')), '')
     shared = [sections.get(s, '') for s in OPENI[2:6]] + [joined('major'), joined('automatic')]
-    return [[uid, e.get('id', ''), *shared, next((text(c) for c in e.iter('caption')), '')] for e in doc.iter('parentImage')]
+    return [
+        [uid, e.get('id', ''), *shared, next((text(c) for c in e.iter('caption')), '')]
+        for e in doc.iter('parentImage')
+    ]

@@ -21,42 +21,55 @@ def _paths(v):
     as_list = lambda x: [x] if isinstance(x, str) else x
     return {k: as_list(x) for k, x in v.items()} if isinstance(v, dict) else {'': as_list(v)}
 
+
 def check_separator(
-    s:str, # between the fields of a table
-)->str:
+    s: str,  # between the fields of a table
+) -> str:
     "The separator itself; `ValueError` where no table can be written with it."
-    if len(s) != 1 or s in '"\r\n\0': raise ValueError('separator must be one character, and no quote or line break')
+    if len(s) != 1 or s in '"\r\n\0':
+        raise ValueError('separator must be one character, and no quote or line break')
     return s
 
 # %% ../../nbs/09aa_data.parts.ipynb #63b97d09
 class TableCard(Card):
     "A table: one file, or several of one layout."
-    path: Annotated[dict[str, list[str]], BeforeValidator(_paths)] # below the root; a path, alternatives, or name -> path
-    kind: Literal['', 'csv', 'json', 'jsonl', 'list', 'folders', 'openi'] = '' # default: from the ending
+
+    path: Annotated[
+        dict[str, list[str]], BeforeValidator(_paths)
+    ]  # below the root; a path, alternatives, or name -> path
+    kind: Literal['', 'csv', 'json', 'jsonl', 'list', 'folders', 'openi'] = (
+        ''  # default: from the ending
+    )
     separator: str = ''  # between fields; default: a tab for .tsv and .tab, else the manifest's
-    encoding: str = ''   # default: the manifest's
-    under: str = ''      # key of the list in a JSON object
+    encoding: str = ''  # default: the manifest's
+    under: str = ''  # key of the list in a JSON object
 
     @model_validator(mode='after')
     def _fits(self):
-        if not self.path or any(not p or not all(x.strip() for x in p) for p in self.path.values()): raise ValueError('path is empty')
-        if self.separator: check_separator(self.separator)
+        if not self.path or any(not p or not all(x.strip() for x in p) for p in self.path.values()):
+            raise ValueError('path is empty')
+        if self.separator:
+            check_separator(self.separator)
         return self
 
     @property
-    def name(self)->str:
+    def name(self) -> str:
         "What messages call it."
         return ' + '.join(p[0] for p in self.path.values())
 
-Table = Annotated[TableCard, BeforeValidator(lambda v: dict(path=v) if isinstance(v, (str, list)) else v)] # a bare path will do
+
+Table = Annotated[
+    TableCard, BeforeValidator(lambda v: dict(path=v) if isinstance(v, (str, list)) else v)
+]  # a bare path will do
 
 # %% ../../nbs/09aa_data.parts.ipynb #030888a4
 def fill(
-    template:str,      # column name, template with {column} or {column:.2}, or ''
-    rows:pd.DataFrame, # table of text cells
-)->pd.Series:          # text, index of `rows`
+    template: str,  # column name, template with {column} or {column:.2}, or ''
+    rows: pd.DataFrame,  # table of text cells
+) -> pd.Series:  # text, index of `rows`
     "The column that a template describes; plain replacement, nothing in it is ever evaluated."
-    if template in rows: return rows[template]
+    if template in rows:
+        return rows[template]
     parts = re.split(r'\{([^{}]*)\}', template)
     out = pd.Series(parts[0], index=rows.index, dtype=object)
     for name, after in zip(parts[1::2], parts[2::2]):
@@ -67,10 +80,13 @@ def fill(
 
 # %% ../../nbs/09aa_data.parts.ipynb #9188d8b6
 def needs(
-    template:str, # column name, template with {column}, or ''
-)->list[str]:     # the columns it reads
+    template: str,  # column name, template with {column}, or ''
+) -> list[str]:  # the columns it reads
     "Columns of the table that a template reads."
-    return [_shortened(n)[0] for n in re.findall(r'\{([^{}]*)\}', template)] or ([template] if template and not set('{}') & set(template) else [])
+    return [_shortened(n)[0] for n in re.findall(r'\{([^{}]*)\}', template)] or (
+        [template] if template and not set('{}') & set(template) else []
+    )
+
 
 def _shortened(name):
     m = re.fullmatch(r'(.*):\.(\d{1,4})', name, re.S)
@@ -79,135 +95,243 @@ def _shortened(name):
 # %% ../../nbs/09aa_data.parts.ipynb #f4f3fa4f
 class Join(Card):
     "A further table laid beside the rows: at most one of its rows for each of theirs."
-    table: Table                  # the table
-    on: Annotated[dict[str, str], BeforeValidator(lambda v: {k: k for k in v} if isinstance(v, list) and all(isinstance(k, str) for k in v) else v)] = Field(min_length=1) # key columns: names or templates, or {here: there}
-    columns: list[str] = []       # columns to take; default: all that are not there yet
-    required: bool = True         # rows without a partner are dropped and counted; false: they stay, with empty cells
-    why: str = ''                 # a sentence for the funnel
+
+    table: Table  # the table
+    on: Annotated[
+        dict[str, str],
+        BeforeValidator(
+            lambda v: (
+                {k: k for k in v}
+                if isinstance(v, list) and all(isinstance(k, str) for k in v)
+                else v
+            )
+        ),
+    ] = Field(min_length=1)  # key columns: names or templates, or {here: there}
+    columns: list[str] = []  # columns to take; default: all that are not there yet
+    required: bool = (
+        True  # rows without a partner are dropped and counted; false: they stay, with empty cells
+    )
+    why: str = ''  # a sentence for the funnel
 
 # %% ../../nbs/09aa_data.parts.ipynb #4f990fee
 class Derive(Card):
     "A new column made from another one; exactly one of `pattern`, `lists`, `map`."
-    column: str                   # where it comes from
-    pattern: str = ''             # regular expression; the new cell is its first group
-    lists: dict[str, Table] = {}  # word -> list of values (kind `list`, or a table of one column); the new cell is the word whose list holds the cell
-    map: dict[str, str] = {}      # cell -> new cell; others stay, unless `otherwise` is given
+
+    column: str  # where it comes from
+    pattern: str = ''  # regular expression; the new cell is its first group
+    lists: dict[
+        str, Table
+    ] = {}  # word -> list of values (kind `list`, or a table of one column); the new cell is the word whose list holds the cell
+    map: dict[str, str] = {}  # cell -> new cell; others stay, unless `otherwise` is given
     otherwise: str | None = None  # where nothing matches; default ''
 
     @model_validator(mode='after')
     def _one(self):
-        if sum(map(bool, (self.pattern, self.lists, self.map))) != 1: raise ValueError('needs exactly one of pattern, lists, map')
-        try: groups = re.compile(self.pattern).groups
-        except (re.error, OverflowError, RecursionError) as e: raise ValueError(f'pattern is no regular expression ({e})') from None
-        if self.pattern and not groups: raise ValueError('pattern needs a group in parentheses')
+        if sum(map(bool, (self.pattern, self.lists, self.map))) != 1:
+            raise ValueError('needs exactly one of pattern, lists, map')
+        try:
+            groups = re.compile(self.pattern).groups
+        except (re.error, OverflowError, RecursionError) as e:
+            raise ValueError(f'pattern is no regular expression ({e})') from None
+        if self.pattern and not groups:
+            raise ValueError('pattern needs a group in parentheses')
         return self
 
 # %% ../../nbs/09aa_data.parts.ipynb #1b068fb8
 class TextCard(Card):
     "Where a report is and which part of it is used; the text may also stand in `columns.text`."
-    file: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = [] # template of its path, also 'reports.zip!{id}.txt'; of several the first whose archive or folder exists
-    columns: Annotated[dict[str, str], BeforeValidator(lambda v: {c: c for c in v} if isinstance(v, list) and all(isinstance(c, str) for c in v) else v)] = {} # section -> column that holds it
-    sections: list[str] = []       # sections to keep, in this order; default: the whole text
-    min_chars: int = Field(default=0, ge=0) # shorter texts are excluded as 'short report'
+
+    file: Annotated[
+        list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
+    ] = []  # template of its path, also 'reports.zip!{id}.txt'; of several the first whose archive or folder exists
+    columns: Annotated[
+        dict[str, str],
+        BeforeValidator(
+            lambda v: (
+                {c: c for c in v}
+                if isinstance(v, list) and all(isinstance(c, str) for c in v)
+                else v
+            )
+        ),
+    ] = {}  # section -> column that holds it
+    sections: list[str] = []  # sections to keep, in this order; default: the whole text
+    min_chars: int = Field(default=0, ge=0)  # shorter texts are excluded as 'short report'
 
     @model_validator(mode='after')
     def _one(self):
-        if self.file and self.columns: raise ValueError('needs either `file` or `columns`')
-        if self.columns and (odd := [s for s in self.sections if s not in self.columns]): raise ValueError(f'section {odd[0]} is not among the columns')
+        if self.file and self.columns:
+            raise ValueError('needs either `file` or `columns`')
+        if self.columns and (odd := [s for s in self.sections if s not in self.columns]):
+            raise ValueError(f'section {odd[0]} is not among the columns')
         return self
 
 # %% ../../nbs/09aa_data.parts.ipynb #84164c3f
 class Filter(Card):
     "Which rows belong to the cohort: exactly one condition."
-    column: str = ''                                     # the column
-    columns: list[str] = []                              # or several, with `any_in`
-    equals: str | None = None                            # the cell is this
-    among: list[str] = Field(default=[], alias='in')     # the cell is one of these
-    not_in: list[str] = []                               # the cell is none of these
-    any_in: list[str] = []                               # at least one of the columns holds one of these
-    not_empty: bool = False                              # the cell holds a value
-    at_least: float | None = None                        # the cell is a number from here on (inclusive)
-    at_most: float | None = None                         # the cell is a number up to here (inclusive)
-    why: str = ''                                        # a sentence for the funnel
+
+    column: str = ''  # the column
+    columns: list[str] = []  # or several, with `any_in`
+    equals: str | None = None  # the cell is this
+    among: list[str] = Field(default=[], alias='in')  # the cell is one of these
+    not_in: list[str] = []  # the cell is none of these
+    any_in: list[str] = []  # at least one of the columns holds one of these
+    not_empty: bool = False  # the cell holds a value
+    at_least: float | None = None  # the cell is a number from here on (inclusive)
+    at_most: float | None = None  # the cell is a number up to here (inclusive)
+    why: str = ''  # a sentence for the funnel
 
     @model_validator(mode='after')
     def _one(self):
-        if sum((self.equals is not None, bool(self.among), bool(self.not_in), bool(self.any_in), self.not_empty, self.at_least is not None, self.at_most is not None)) != 1:
-            raise ValueError('needs exactly one of equals, in, not_in, any_in, not_empty, at_least, at_most')
-        if bool(self.column) == bool(self.columns) or bool(self.columns) != bool(self.any_in): raise ValueError('needs a `column`, or `columns` with `any_in`')
+        if (
+            sum(
+                (
+                    self.equals is not None,
+                    bool(self.among),
+                    bool(self.not_in),
+                    bool(self.any_in),
+                    self.not_empty,
+                    self.at_least is not None,
+                    self.at_most is not None,
+                )
+            )
+            != 1
+        ):
+            raise ValueError(
+                'needs exactly one of equals, in, not_in, any_in, not_empty, at_least, at_most'
+            )
+        if bool(self.column) == bool(self.columns) or bool(self.columns) != bool(self.any_in):
+            raise ValueError('needs a `column`, or `columns` with `any_in`')
         return self
 
     @property
-    def reads(self)->list[str]:
+    def reads(self) -> list[str]:
         "The columns it needs."
         return self.columns or [self.column]
 
     @property
-    def says(self)->str:
+    def says(self) -> str:
         "The condition as people say it."
-        if self.any_in: return f"{', '.join(self.columns) if len(self.columns) < 4 else f'any of {len(self.columns)} columns'} in {', '.join(self.any_in)}"
-        if self.at_least is not None or self.at_most is not None: return f'{self.column} at least {self.at_least:g}' if self.at_most is None else f'{self.column} at most {self.at_most:g}'
-        return f'{self.column} ' + ('not empty' if self.not_empty else f'not in {", ".join(self.not_in)}' if self.not_in else f'in {", ".join(self.among)}' if self.among else f'= {self.equals}')
+        if self.any_in:
+            return f"{', '.join(self.columns) if len(self.columns) < 4 else f'any of {len(self.columns)} columns'} in {', '.join(self.any_in)}"
+        if self.at_least is not None or self.at_most is not None:
+            return (
+                f'{self.column} at least {self.at_least:g}'
+                if self.at_most is None
+                else f'{self.column} at most {self.at_most:g}'
+            )
+        return f'{self.column} ' + (
+            'not empty'
+            if self.not_empty
+            else f'not in {", ".join(self.not_in)}'
+            if self.not_in
+            else f'in {", ".join(self.among)}'
+            if self.among
+            else f'= {self.equals}'
+        )
 
-    def keeps(self,
-        rows:pd.DataFrame, # table of text cells
-    )->pd.Series:          # bool, index of `rows`
+    def keeps(
+        self,
+        rows: pd.DataFrame,  # table of text cells
+    ) -> pd.Series:  # bool, index of `rows`
         "Which rows stay."
-        known = pd.DataFrame({c: rows[c].map({v: self._holds(v) for v in rows[c].unique()}).astype(bool) for c in self.reads}, index=rows.index)
+        known = pd.DataFrame(
+            {
+                c: rows[c].map({v: self._holds(v) for v in rows[c].unique()}).astype(bool)
+                for c in self.reads
+            },
+            index=rows.index,
+        )
         return known.any(axis=1)
 
     def _holds(self, cell):
-        if self.not_empty: return not is_missing(cell)
-        if self.at_least is None and self.at_most is None: return (plain(cell) in {plain(w) for w in self.not_in or self.among or self.any_in or [self.equals]}) != bool(self.not_in)
-        try: x = float(cell)
-        except ValueError: return False
-        return x >= self.at_least if self.at_most is None else x <= self.at_most   # false for nan
+        if self.not_empty:
+            return not is_missing(cell)
+        if self.at_least is None and self.at_most is None:
+            return (
+                plain(cell)
+                in {plain(w) for w in self.not_in or self.among or self.any_in or [self.equals]}
+            ) != bool(self.not_in)
+        try:
+            x = float(cell)
+        except ValueError:
+            return False
+        return x >= self.at_least if self.at_most is None else x <= self.at_most  # false for nan
 
 # %% ../../nbs/09aa_data.parts.ipynb #00aaf687
 class Stratum(Card):
     "A column by which samples are grouped."
-    column: str                # the column
-    map: dict[str, str] = {}   # renames values, e.g. 'AP Supine' -> 'AP'; others stay
-    bins: list[float] = []     # ascending edges of number bands, lower edge included
+
+    column: str  # the column
+    map: dict[str, str] = {}  # renames values, e.g. 'AP Supine' -> 'AP'; others stay
+    bins: list[float] = []  # ascending edges of number bands, lower edge included
 
     @model_validator(mode='after')
     def _ascending(self):
-        if any(a >= b for a, b in zip(self.bins, self.bins[1:])): raise ValueError('bins must ascend')
+        if any(a >= b for a, b in zip(self.bins, self.bins[1:])):
+            raise ValueError('bins must ascend')
         return self
 
-    def group(self,
-        cell:str, # one cell
-    )->str:       # its group
+    def group(
+        self,
+        cell: str,  # one cell
+    ) -> str:  # its group
         "The group a cell belongs to."
         cell = {plain(k): v for k, v in self.map.items()}.get(plain(cell), plain(cell))
-        if is_missing(cell): return 'unknown'
-        if not self.bins: return cell
-        try: x = float(cell)
-        except ValueError: return 'unknown'
-        if not math.isfinite(x): return 'unknown'
-        i, edges, whole = sum(x >= b for b in self.bins), [f'{b:g}' for b in self.bins], all(b == int(b) for b in self.bins)
-        if i == 0: return f'<{edges[0]}'
-        return f'{edges[-1]}+' if i == len(edges) else f'{edges[i - 1]}-{self.bins[i] - 1:g}' if whole else f'{edges[i - 1]} to <{edges[i]}'
+        if is_missing(cell):
+            return 'unknown'
+        if not self.bins:
+            return cell
+        try:
+            x = float(cell)
+        except ValueError:
+            return 'unknown'
+        if not math.isfinite(x):
+            return 'unknown'
+        i, edges, whole = (
+            sum(x >= b for b in self.bins),
+            [f'{b:g}' for b in self.bins],
+            all(b == int(b) for b in self.bins),
+        )
+        if i == 0:
+            return f'<{edges[0]}'
+        return (
+            f'{edges[-1]}+'
+            if i == len(edges)
+            else f'{edges[i - 1]}-{self.bins[i] - 1:g}'
+            if whole
+            else f'{edges[i - 1]} to <{edges[i]}'
+        )
 
 # %% ../../nbs/09aa_data.parts.ipynb #97922716
 class Boxes(Card):
     "Where the boxes are and which finding they mark."
-    table: Table                                 # one row per box
-    key: str                                     # its column that says which row a box belongs to
-    of: str = ''                                 # column of the main table that `key` repeats; default: columns.sample_id
-    columns: list[str]                           # the four coordinates, in the order of `format`, or one column with a list of them
-    format: Literal['xywh', 'xyxy'] = 'xywh'     # corner and size, or two corners
-    size: list[str] = []                         # width and height at which the boxes were drawn: two columns of the box table or two numbers; default: the file's
-    finding: str = ''                            # its column that names the finding; '' where boxes hold for every task
-    names: dict[str, list[str]] = {}             # task -> what that column says for it
+
+    table: Table  # one row per box
+    key: str  # its column that says which row a box belongs to
+    of: str = ''  # column of the main table that `key` repeats; default: columns.sample_id
+    columns: list[
+        str
+    ]  # the four coordinates, in the order of `format`, or one column with a list of them
+    format: Literal['xywh', 'xyxy'] = 'xywh'  # corner and size, or two corners
+    size: list[
+        str
+    ] = []  # width and height at which the boxes were drawn: two columns of the box table or two numbers; default: the file's
+    finding: str = ''  # its column that names the finding; '' where boxes hold for every task
+    names: dict[str, list[str]] = {}  # task -> what that column says for it
 
     @field_validator('size', mode='before')
     @classmethod
-    def _words(cls, v): return [str(x) if isinstance(x, (int, float)) else x for x in v] if isinstance(v, list) else v
+    def _words(cls, v):
+        return (
+            [str(x) if isinstance(x, (int, float)) else x for x in v] if isinstance(v, list) else v
+        )
 
     @model_validator(mode='after')
     def _fits(self):
-        if len(self.columns) not in (1, 4): raise ValueError('columns: give four, or one that holds a list of four numbers')
-        if len(self.size) not in (0, 2): raise ValueError('size: give width and height')
-        if bool(self.finding) != bool(self.names): raise ValueError('`finding` and `names` go together')
+        if len(self.columns) not in (1, 4):
+            raise ValueError('columns: give four, or one that holds a list of four numbers')
+        if len(self.size) not in (0, 2):
+            raise ValueError('size: give width and height')
+        if bool(self.finding) != bool(self.names):
+            raise ValueError('`finding` and `names` go together')
         return self

@@ -14,95 +14,196 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd
 
 from ..core import InputError, array_hash, atomic, content_hash, validate
-from .film import FINDINGS, draw_film, film_side, mask_box, phantom_film, phantom_masks, phantom_ref, read_phantom, uniform
+from smsbench.data.film import (
+    FINDINGS,
+    draw_film,
+    film_side,
+    mask_box,
+    phantom_film,
+    phantom_masks,
+    phantom_ref,
+    read_phantom,
+    uniform,
+)
 
-_all_ = ['FINDINGS', 'draw_film', 'mask_box', 'phantom_film', 'phantom_masks', 'phantom_ref', 'read_phantom']   # the films belong to this module's interface
+_all_ = [
+    'FINDINGS',
+    'draw_film',
+    'mask_box',
+    'phantom_film',
+    'phantom_masks',
+    'phantom_ref',
+    'read_phantom',
+]  # the films belong to this module's interface
 
 # %% ../../nbs/11_data.phantom.ipynb #c0407828
-_NAMES = dict(opacity=('airspace opacity', 'consolidation', 'infiltrate'), effusion=('pleural effusion', 'effusion', 'pleural fluid'),
-              cardiomegaly=('cardiomegaly', 'cardiac enlargement'), nodule=('pulmonary nodule', 'nodule', 'coin lesion'),
-              pneumothorax=('pneumothorax', 'pleural air'), device=('implanted device', 'chest wall device', 'implanted hardware'))
-_YES = ('{T} is present{w}.', 'There is evidence of {t}{w}.', '{T}{w} is noted.', 'Findings are in keeping with {t}{w}.', 'Marked {t}{w}.', '{T}{w}.')
-_MAYBE = ('{T}{w} cannot be excluded.', 'Possible {t}{w}.', 'Findings may represent {t}{w}.', 'Suspected {t}{w}.')
-_NO = ('No {t}.', 'No evidence of {t}.', '{T} is not seen.', 'There is no {t}.', 'The film is negative for {t}.', '{T} is absent.')
-_OWN = {('cardiomegaly', 'yes'): ('The heart is enlarged.', 'The cardiac silhouette is enlarged.'), ('cardiomegaly', 'maybe'): ('The heart may be enlarged.',),
-        ('cardiomegaly', 'no'): ('Heart size is normal.', 'The heart is not enlarged.'), ('effusion', 'no'): ('The costophrenic angles are sharp.',)}
-_DISTRACTORS = ('No previous film for comparison.', 'Indication: shortness of breath.', 'Indication: cough and fever.', 'The trachea is midline.', 'Old healed rib fracture on the left.',
-                'Degenerative changes of the spine.', 'Inspiration is adequate.', 'The patient is not rotated.', 'No free air below the diaphragm.', 'Contours on the right are unremarkable.')
+_NAMES = dict(
+    opacity=('airspace opacity', 'consolidation', 'infiltrate'),
+    effusion=('pleural effusion', 'effusion', 'pleural fluid'),
+    cardiomegaly=('cardiomegaly', 'cardiac enlargement'),
+    nodule=('pulmonary nodule', 'nodule', 'coin lesion'),
+    pneumothorax=('pneumothorax', 'pleural air'),
+    device=('implanted device', 'chest wall device', 'implanted hardware'),
+)
+_YES = (
+    '{T} is present{w}.',
+    'There is evidence of {t}{w}.',
+    '{T}{w} is noted.',
+    'Findings are in keeping with {t}{w}.',
+    'Marked {t}{w}.',
+    '{T}{w}.',
+)
+_MAYBE = (
+    '{T}{w} cannot be excluded.',
+    'Possible {t}{w}.',
+    'Findings may represent {t}{w}.',
+    'Suspected {t}{w}.',
+)
+_NO = (
+    'No {t}.',
+    'No evidence of {t}.',
+    '{T} is not seen.',
+    'There is no {t}.',
+    'The film is negative for {t}.',
+    '{T} is absent.',
+)
+_OWN = {
+    ('cardiomegaly', 'yes'): ('The heart is enlarged.', 'The cardiac silhouette is enlarged.'),
+    ('cardiomegaly', 'maybe'): ('The heart may be enlarged.',),
+    ('cardiomegaly', 'no'): ('Heart size is normal.', 'The heart is not enlarged.'),
+    ('effusion', 'no'): ('The costophrenic angles are sharp.',),
+}
+_DISTRACTORS = (
+    'No previous film for comparison.',
+    'Indication: shortness of breath.',
+    'Indication: cough and fever.',
+    'The trachea is midline.',
+    'Old healed rib fracture on the left.',
+    'Degenerative changes of the spine.',
+    'Inspiration is adequate.',
+    'The patient is not rotated.',
+    'No free air below the diaphragm.',
+    'Contours on the right are unremarkable.',
+)
+
 
 def _say(finding, state, side, u):
     "One sentence; `u` are three uniforms."
     own, general = _OWN.get((finding, state), ()), dict(yes=_YES, maybe=_MAYBE, no=_NO)[state]
     names = _NAMES[finding]
-    if own and u[2] < .4: return own[int(u[0]*len(own))]
-    t = names[int(u[1]*len(names))]
-    return general[int(u[0]*len(general))].format(t=t, T=t[0].upper() + t[1:], w=f' on the {side}' if side else '')
+    if own and u[2] < 0.4:
+        return own[int(u[0] * len(own))]
+    t = names[int(u[1] * len(names))]
+    return general[int(u[0] * len(general))].format(
+        t=t, T=t[0].upper() + t[1:], w=f' on the {side}' if side else ''
+    )
 
 # %% ../../nbs/11_data.phantom.ipynb #27fdc259
 def write_report(
-    findings,           # what the report states as present, from `FINDINGS`
-    asked=FINDINGS,     # findings that it must mention, present or not
-    sides:dict|None=None, # finding -> 'left' or 'right'
-    hedged=(),          # present findings that are only suspected
-    key:str='0',        # decides words and order: the same key gives the same report
-    distractors:int=2,  # sentences about something else
-)->str:                 # sentences on one line
+    findings,  # what the report states as present, from `FINDINGS`
+    asked=FINDINGS,  # findings that it must mention, present or not
+    sides: dict | None = None,  # finding -> 'left' or 'right'
+    hedged=(),  # present findings that are only suspected
+    key: str = '0',  # decides words and order: the same key gives the same report
+    distractors: int = 2,  # sentences about something else
+) -> str:  # sentences on one line
     "A report; `InputError` for an unknown finding."
-    if unknown := (set(findings) | set(asked)) - set(FINDINGS): raise InputError(f"unknown finding {min(unknown)!r}; choose from {', '.join(FINDINGS)}")
+    if unknown := (set(findings) | set(asked)) - set(FINDINGS):
+        raise InputError(f"unknown finding {min(unknown)!r}; choose from {', '.join(FINDINGS)}")
     sentences = []
     for f in FINDINGS:
         *u, mention, order = uniform(5, 'sentence', key, f)
         state = ('maybe' if f in hedged else 'yes') if f in findings else 'no'
-        if state != 'no' or f in asked or mention < .25: sentences.append((order, _say(f, state, (sides or {}).get(f, '') if state != 'no' else '', u)))
+        if state != 'no' or f in asked or mention < 0.25:
+            sentences.append(
+                (order, _say(f, state, (sides or {}).get(f, '') if state != 'no' else '', u))
+            )
     places = uniform(len(_DISTRACTORS), 'distractor', key)
-    chosen = sorted(zip(places, _DISTRACTORS))[:distractors]                     # the smallest uniforms: a random choice
+    chosen = sorted(zip(places, _DISTRACTORS))[
+        :distractors
+    ]  # the smallest uniforms: a random choice
     sentences += [(u, s) for u, (_, s) in zip(uniform(distractors, 'place', key), chosen)]
     return ' '.join(s for _, s in sorted(sentences))
 
 # %% ../../nbs/11_data.phantom.ipynb #ed8b2dbf
-TERMS = {f: re.compile(p) for f, p in dict(
-    opacity=r'opacit(y|ies)|consolidations?|infiltrates?', effusion=r'effusions?|pleural fluid|costophrenic angles?', nodule=r'nodul(es?|ar)|coin lesions?',
-    cardiomegaly=r'cardiomegaly|cardiac enlargement|enlarged heart|(heart|cardiac silhouette)(?=.*\b(enlarged|normal)\b)', pneumothorax=r'pneumothora(x|ces)|pleural air',
-    device=r'(implanted|chest wall|medical) (device|hardware)s?|pacemakers?|port(-a-cath| catheters?)').items()}
+TERMS = {
+    f: re.compile(p)
+    for f, p in dict(
+        opacity=r'opacit(y|ies)|consolidations?|infiltrates?',
+        effusion=r'effusions?|pleural fluid|costophrenic angles?',
+        nodule=r'nodul(es?|ar)|coin lesions?',
+        cardiomegaly=r'cardiomegaly|cardiac enlargement|enlarged heart|(heart|cardiac silhouette)(?=.*\b(enlarged|normal)\b)',
+        pneumothorax=r'pneumothora(x|ces)|pleural air',
+        device=r'(implanted|chest wall|medical) (device|hardware)s?|pacemakers?|port(-a-cath| catheters?)',
+    ).items()
+}
 _ASIDE = re.compile(r'^(indication|history|clinical (question|information)|comparison)\b')
-_HEDGED = re.compile(r"\b(can ?not|can't|could not|not) be (excluded|ruled out)|\b(possibl[ey]|suspected|suspicio(n|us)|questionable|may (be|represent)|might|equivocal)\b")
-_BEFORE = re.compile(r'\b(no|not|without|free of|negative for|absence of|absent|excluded?|ruled out)\b')
-_AFTER = re.compile(r'\b(is|are|was|were|has|have) (not|absent|excluded|ruled out|unlikely|normal|sharp|clear(ed)?|resolved)\b|\bnot (seen|present)\b')
+_HEDGED = re.compile(
+    r"\b(can ?not|can't|could not|not) be (excluded|ruled out)|\b(possibl[ey]|suspected|suspicio(n|us)|questionable|may (be|represent)|might|equivocal)\b"
+)
+_BEFORE = re.compile(
+    r'\b(no|not|without|free of|negative for|absence of|absent|excluded?|ruled out)\b'
+)
+_AFTER = re.compile(
+    r'\b(is|are|was|were|has|have) (not|absent|excluded|ruled out|unlikely|normal|sharp|clear(ed)?|resolved)\b|\bnot (seen|present)\b'
+)
+
 
 def read_report(
-    text:str,    # a report
-    finding:str, # from `FINDINGS`
-)->str:          # 'yes' (also where hedged), 'no', or '' where it is not mentioned
+    text: str,  # a report
+    finding: str,  # from `FINDINGS`
+) -> str:  # 'yes' (also where hedged), 'no', or '' where it is not mentioned
     "What a report says about a finding, by word rules."
     said = ''
     for clause in re.split(r'[.;\n]|\bbut\b|\bhowever\b', text.lower()):
         m = TERMS[finding].search(clause)
-        if not m or _ASIDE.search(clause.strip()): continue
-        negated = not _HEDGED.search(clause) and (_BEFORE.search(clause[:m.start()]) or _AFTER.search(clause[m.start():]))
+        if not m or _ASIDE.search(clause.strip()):
+            continue
+        negated = not _HEDGED.search(clause) and (
+            _BEFORE.search(clause[: m.start()]) or _AFTER.search(clause[m.start() :])
+        )
         said = 'no' if negated else 'yes'
     return said
 
 # %% ../../nbs/11_data.phantom.ipynb #68e46c00
-QUESTIONS = dict(opacity='Is there a lung opacity?', effusion='Is there pleural effusion?', cardiomegaly='Is the heart enlarged?', nodule='Is there a lung nodule?',
-                 pneumothorax='Is there a pneumothorax?', device='Is there a medical device?')
-SPLITS = dict(train=.7, val=.1, test=.2)
+QUESTIONS = dict(
+    opacity='Is there a lung opacity?',
+    effusion='Is there pleural effusion?',
+    cardiomegaly='Is the heart enlarged?',
+    nodule='Is there a lung nodule?',
+    pneumothorax='Is there a pneumothorax?',
+    device='Is there a medical device?',
+)
+SPLITS = dict(train=0.7, val=0.1, test=0.2)
+
 
 def _films(seed):
     "Endless: the films of patient 0, of patient 1, ..."
     for i in itertools.count():
         patient = content_hash('phantom', seed, i)
         sex, age, count, split = uniform(4, 'patient', patient)
-        for film in range(1 + int(count*3)):
+        for film in range(1 + int(count * 3)):
             view, marker = uniform(2, 'film', patient, film)
-            age_now = 18 + int(age*72) + film
-            yield SimpleNamespace(patient=patient, film=film, sex='F' if sex < .5 else 'M', age=age_now, view='AP' if view < .4 else 'PA', marker=marker, split=split,
-                                  age_band='<40' if age_now < 40 else '40-64' if age_now < 65 else '65+')
+            age_now = 18 + int(age * 72) + film
+            yield SimpleNamespace(
+                patient=patient,
+                film=film,
+                sex='F' if sex < 0.5 else 'M',
+                age=age_now,
+                view='AP' if view < 0.4 else 'PA',
+                marker=marker,
+                split=split,
+                age_band='<40' if age_now < 40 else '40-64' if age_now < 65 else '65+',
+            )
+
 
 def _truth(f, asked, agreement, prevalence, others):
     "finding -> in the film?, finding -> in the text?"
     u = {g: uniform(2, 'truth', f.patient, f.film, g) for g in FINDINGS}
     film = {g: u[g][0] < (prevalence if g in asked else others) for g in FINDINGS}
-    return film, {g: film[g] if g not in asked or u[g][1] < agreement else not film[g] for g in FINDINGS}
+    return film, {
+        g: film[g] if g not in asked or u[g][1] < agreement else not film[g] for g in FINDINGS
+    }
 
 # %% ../../nbs/11_data.phantom.ipynb #b75e9966
 def _samples(f, asked, size, splits, shortcut, uncertain, label_from, film, text):
@@ -110,62 +211,140 @@ def _samples(f, asked, size, splits, shortcut, uncertain, label_from, film, text
     yes = lambda b: 'yes' if b else 'no'
     side = film_side(f.patient, f.film)
     label = film if label_from == 'film' else text
-    marker = label[asked[0]] if f.marker < (1 + shortcut)/2 else not label[asked[0]]
-    hedged = [g for g in FINDINGS if text[g] and uniform(1, 'hedge', f.patient, f.film, g)[0] < uncertain]
-    image, masks = draw_film(f.patient, f.film, [g for g in FINDINGS if film[g]], size, f.view, f.sex, marker)
-    common = dict(patient_id=f.patient[:12], split=next(s for s, edge in zip(splits, itertools.accumulate(splits.values())) if f.split < edge or s == list(splits)[-1]),
-                  image=phantom_ref(f.patient, f.film, [g for g in FINDINGS if film[g]], size, f.view, f.sex, marker), image_sha=array_hash(image),
-                  text=write_report([g for g in FINDINGS if text[g]], asked, side, hedged, f'{f.patient}/{f.film}'), age=f.age, age_band=f.age_band, sex=f.sex, view=f.view,
-                  marker=yes(marker), **{f'film_{g}': yes(film[g]) for g in FINDINGS}, **{f'text_{g}': yes(text[g]) for g in FINDINGS})
+    marker = label[asked[0]] if f.marker < (1 + shortcut) / 2 else not label[asked[0]]
+    hedged = [
+        g for g in FINDINGS if text[g] and uniform(1, 'hedge', f.patient, f.film, g)[0] < uncertain
+    ]
+    image, masks = draw_film(
+        f.patient, f.film, [g for g in FINDINGS if film[g]], size, f.view, f.sex, marker
+    )
+    common = dict(
+        patient_id=f.patient[:12],
+        split=next(
+            s
+            for s, edge in zip(splits, itertools.accumulate(splits.values()))
+            if f.split < edge or s == list(splits)[-1]
+        ),
+        image=phantom_ref(
+            f.patient, f.film, [g for g in FINDINGS if film[g]], size, f.view, f.sex, marker
+        ),
+        image_sha=array_hash(image),
+        text=write_report(
+            [g for g in FINDINGS if text[g]], asked, side, hedged, f'{f.patient}/{f.film}'
+        ),
+        age=f.age,
+        age_band=f.age_band,
+        sex=f.sex,
+        view=f.view,
+        marker=yes(marker),
+        **{f'film_{g}': yes(film[g]) for g in FINDINGS},
+        **{f'text_{g}': yes(text[g]) for g in FINDINGS},
+    )
     for g in asked:
-        yield dict(sample_id=f'{f.patient[:12]}-{f.film}-{g}', finding=g, label=yes(label[g]), side=side.get(g, '') if film[g] else '', uncertain=yes(g in hedged),
-                   boxes=json.dumps([mask_box(masks[g])] if film[g] else []), **common)
+        yield dict(
+            sample_id=f'{f.patient[:12]}-{f.film}-{g}',
+            finding=g,
+            label=yes(label[g]),
+            side=side.get(g, '') if film[g] else '',
+            uncertain=yes(g in hedged),
+            boxes=json.dumps([mask_box(masks[g])] if film[g] else []),
+            **common,
+        )
 
 # %% ../../nbs/11_data.phantom.ipynb #8891b59c
 def phantom_cohort(
-    n:int=300,               # films; rows are n x asked findings
-    size:int=64,             # pixels per side, 64 to 1024
-    seed:int=0,              # another seed, other patients
+    n: int = 300,  # films; rows are n x asked findings
+    size: int = 64,  # pixels per side, 64 to 1024
+    seed: int = 0,  # another seed, other patients
     findings=('effusion',),  # asked: one row per film and asked finding
-    agreement:float=1.,      # P(report says what the film shows) for an asked finding
-    shortcut:float=0.,       # 0: the marker is chance, 1: it is the label
-    prevalence:float=.5,     # P(an asked finding is in a film)
-    others:float=.25,        # P(any other finding is in a film)
-    uncertain:float=.2,      # P(a report hedges what it states as present)
-    label_from:str='film',   # 'film' or 'text': whose truth is the label
-    splits:dict=SPLITS,      # split -> share of patients
-)->pd.DataFrame:             # a cohort (`smsbench.core`); its first rows do not depend on n
+    agreement: float = 1.0,  # P(report says what the film shows) for an asked finding
+    shortcut: float = 0.0,  # 0: the marker is chance, 1: it is the label
+    prevalence: float = 0.5,  # P(an asked finding is in a film)
+    others: float = 0.25,  # P(any other finding is in a film)
+    uncertain: float = 0.2,  # P(a report hedges what it states as present)
+    label_from: str = 'film',  # 'film' or 'text': whose truth is the label
+    splits: dict = SPLITS,  # split -> share of patients
+) -> pd.DataFrame:  # a cohort (`smsbench.core`); its first rows do not depend on n
     "A cohort of phantom films; `InputError` where a parameter is out of range."
     findings = (findings,) if isinstance(findings, str) else tuple(findings)
-    rates = dict(agreement=agreement, shortcut=shortcut, prevalence=prevalence, others=others, uncertain=uncertain)
-    if not findings or len(set(findings)) < len(findings) or set(findings) - set(FINDINGS): raise InputError(f"findings {list(findings)}: choose each once from {', '.join(FINDINGS)}")
-    if bad := [k for k, v in rates.items() if not 0 <= v <= 1]: raise InputError(f'{bad[0]} {rates[bad[0]]}: must lie in 0..1')
-    if n < 1 or label_from not in ('film', 'text') or abs(sum(splits.values()) - 1) > 1e-6: raise InputError("n must be at least 1, label_from 'film' or 'text', split shares must add to 1")
+    rates = dict(
+        agreement=agreement,
+        shortcut=shortcut,
+        prevalence=prevalence,
+        others=others,
+        uncertain=uncertain,
+    )
+    if not findings or len(set(findings)) < len(findings) or set(findings) - set(FINDINGS):
+        raise InputError(f"findings {list(findings)}: choose each once from {', '.join(FINDINGS)}")
+    if bad := [k for k, v in rates.items() if not 0 <= v <= 1]:
+        raise InputError(f'{bad[0]} {rates[bad[0]]}: must lie in 0..1')
+    if n < 1 or label_from not in ('film', 'text') or abs(sum(splits.values()) - 1) > 1e-6:
+        raise InputError(
+            "n must be at least 1, label_from 'film' or 'text', split shares must add to 1"
+        )
     rows = []
     for f in itertools.islice(_films(seed), n):
-        rows += _samples(f, findings, size, splits, shortcut, uncertain, label_from, *_truth(f, findings, agreement, prevalence, others))
+        rows += _samples(
+            f,
+            findings,
+            size,
+            splits,
+            shortcut,
+            uncertain,
+            label_from,
+            *_truth(f, findings, agreement, prevalence, others),
+        )
     df = pd.DataFrame(rows)
-    df.attrs = dict(manifest='phantom', title='Synthetic chest films with known truth', version='1', source='smsbench.data.phantom', access='open', licence='Apache-2.0', citation='smsbench, the phantom cohort', root='', label_source='report' if label_from == 'text' else 'other',
-                    strata=['age_band', 'sex', 'view'], phantom=dict(n=n, size=size, seed=seed, label_from=label_from, **rates),
-                    tasks={g: dict(question=QUESTIONS[g], choices=['yes', 'no'], noun='chest film', text_noun='report') for g in findings})
+    df.attrs = dict(
+        manifest='phantom',
+        title='Synthetic chest films with known truth',
+        version='1',
+        source='smsbench.data.phantom',
+        access='open',
+        licence='Apache-2.0',
+        citation='smsbench, the phantom cohort',
+        root='',
+        label_source='report' if label_from == 'text' else 'other',
+        strata=['age_band', 'sex', 'view'],
+        phantom=dict(n=n, size=size, seed=seed, label_from=label_from, **rates),
+        tasks={
+            g: dict(
+                question=QUESTIONS[g], choices=['yes', 'no'], noun='chest film', text_noun='report'
+            )
+            for g in findings
+        },
+    )
     return validate(df, 'cohort')
 
 # %% ../../nbs/11_data.phantom.ipynb #6c66932e
 def save_phantom(
-    cohort:pd.DataFrame, # from `phantom_cohort`
-    folder,              # made where missing
-)->Path:                 # the CSV
+    cohort: pd.DataFrame,  # from `phantom_cohort`
+    folder,  # made where missing
+) -> Path:  # the CSV
     "Write cohort.csv, images/*.png and masks/*.png (255 inside); `image` and `mask` in the CSV are paths relative to the folder."
     from PIL import Image
+
     folder, rows = Path(folder), []
+
     def write(array, name):
-        with atomic(folder/name) as tmp: Image.fromarray(array).save(tmp, format='png')
+        with atomic(folder / name) as tmp:
+            Image.fromarray(array).save(tmp, format='png')
         return name
+
     for ref, group in cohort.groupby('image', sort=False):
         image, masks = phantom_film(ref)
         name = write(image, f'images/{content_hash(ref)}.png')
         for r in group.to_dict('records'):
             mask = masks[r['finding']]
-            rows.append({**r, 'image': name, 'mask': write(mask.astype(np.uint8)*255, f"masks/{r['sample_id']}.png") if mask.any() else ''})
-    with atomic(folder/'cohort.csv') as tmp: pd.DataFrame(rows).to_csv(tmp, index=False)
-    return folder/'cohort.csv'
+            rows.append(
+                {
+                    **r,
+                    'image': name,
+                    'mask': write(mask.astype(np.uint8) * 255, f"masks/{r['sample_id']}.png")
+                    if mask.any()
+                    else '',
+                }
+            )
+    with atomic(folder / 'cohort.csv') as tmp:
+        pd.DataFrame(rows).to_csv(tmp, index=False)
+    return folder / 'cohort.csv'

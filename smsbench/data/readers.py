@@ -14,54 +14,96 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ..core import RunError
-from .sources import IMAGE_REASONS, FileError, as_shown, cut_short, is_remote, locate, open_ref, read_bytes, split_ref, why
+from smsbench.data.sources import (
+    IMAGE_REASONS,
+    FileError,
+    as_shown,
+    cut_short,
+    is_remote,
+    locate,
+    open_ref,
+    read_bytes,
+    split_ref,
+    why,
+)
 
-_all_ = ['IMAGE_REASONS', 'FileError', 'locate', 'read_bytes'] # what a user of this module needs beside it
+_all_ = [
+    'IMAGE_REASONS',
+    'FileError',
+    'locate',
+    'read_bytes',
+]  # what a user of this module needs beside it
 
 # %% ../../nbs/09_data.readers.ipynb #a086972b
 def stretch(
-    a:np.ndarray, # numbers of any kind
-)->np.ndarray:    # uint8, same shape
+    a: np.ndarray,  # numbers of any kind
+) -> np.ndarray:  # uint8, same shape
     "Linear map of an image's own range to 0..255; a constant image becomes 0. `FileError` where a value is not finite."
+
     def line(v):
         v = v.astype(np.float64)
-        if not np.isfinite(v).all(): raise FileError('holds values that are not finite')
+        if not np.isfinite(v).all():
+            raise FileError('holds values that are not finite')
         low, high = v.min(), v.max()
         return np.rint((v - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
+
     return _by_value(a, line)
+
 
 def _by_value(a, f):
     "`f(a)` for an `f` that treats equal values alike; integers of up to 16 bits go through a table of those that occur, which is faster and small."
-    if a.dtype.kind not in 'biu' or a.itemsize > 2: return f(a)
-    low = int(a.min()); steps = a.astype(np.int32) - low
-    there = np.zeros(int(steps.max()) + 1, bool); there[steps] = True
-    values = np.flatnonzero(there); table = np.zeros(len(there), np.uint8); table[values] = f(values + low)
+    if a.dtype.kind not in 'biu' or a.itemsize > 2:
+        return f(a)
+    low = int(a.min())
+    steps = a.astype(np.int32) - low
+    there = np.zeros(int(steps.max()) + 1, bool)
+    there[steps] = True
+    values = np.flatnonzero(there)
+    table = np.zeros(len(there), np.uint8)
+    table[values] = f(values + low)
     return table[steps]
 
 # %% ../../nbs/09_data.readers.ipynb #c840fdac
-MAX_PIXELS = 80_000_000 # four times the largest digital radiograph; more is taken for a decompression bomb
+MAX_PIXELS = (
+    80_000_000  # four times the largest digital radiograph; more is taken for a decompression bomb
+)
+
 
 def read_film(
-    f,          # open PNG or JPEG file
-    key:str='', # unused: such a file holds one image
-)->np.ndarray:  # uint8, (H,W) or (H,W,3)
+    f,  # open PNG or JPEG file
+    key: str = '',  # unused: such a file holds one image
+) -> np.ndarray:  # uint8, (H,W) or (H,W,3)
     "Pixels of a PNG or JPEG; the size is checked before anything is decoded."
     from PIL import ImageFile
     from PIL.JpegImagePlugin import JpegImageFile
     from PIL.PngImagePlugin import PngImageFile
-    png = f.read(8) == b'\x89PNG\r\n\x1a\n'; f.seek(0)
+
+    png = f.read(8) == b'\x89PNG\r\n\x1a\n'
+    f.seek(0)
     im = (PngImageFile if png else JpegImageFile)(f)
     _check_size(im.height, im.width)
-    if png and im.n_frames > 1: raise FileError(f'an animation of {im.n_frames} frames', 'multi-frame')
-    if png and any(str(t[3]).startswith(('RGB;16', 'RGBA;16', 'LA;16')) for t in im.tile): raise FileError('16-bit colour is not supported; save it as 8-bit PNG')
-    if ImageFile.LOAD_TRUNCATED_IMAGES and cut_short(io.BytesIO(f.seek(0) or f.read())): raise FileError('ends early', 'truncated image')   # another library made PIL lenient
+    if png and im.n_frames > 1:
+        raise FileError(f'an animation of {im.n_frames} frames', 'multi-frame')
+    if png and any(str(t[3]).startswith(('RGB;16', 'RGBA;16', 'LA;16')) for t in im.tile):
+        raise FileError('16-bit colour is not supported; save it as 8-bit PNG')
+    if ImageFile.LOAD_TRUNCATED_IMAGES and cut_short(io.BytesIO(f.seek(0) or f.read())):
+        raise FileError('ends early', 'truncated image')  # another library made PIL lenient
     im.load()
-    if im.mode.startswith('I') or im.mode == 'F': return stretch(np.asarray(im))
-    if im.mode in ('LA', 'RGBA', 'PA') or (im.mode in ('1', 'L', 'P', 'RGB') and 'transparency' in im.info): return _on_black(im)
+    if im.mode.startswith('I') or im.mode == 'F':
+        return stretch(np.asarray(im))
+    if im.mode in ('LA', 'RGBA', 'PA') or (
+        im.mode in ('1', 'L', 'P', 'RGB') and 'transparency' in im.info
+    ):
+        return _on_black(im)
     return np.array(im if im.mode in ('L', 'RGB') else im.convert('L' if im.mode == '1' else 'RGB'))
 
+
 def _check_size(height, width):
-    if height * width > MAX_PIXELS: raise FileError(f'{width} x {height} pixels are more than {MAX_PIXELS:,}', 'too many pixels')
+    if height * width > MAX_PIXELS:
+        raise FileError(
+            f'{width} x {height} pixels are more than {MAX_PIXELS:,}', 'too many pixels'
+        )
+
 
 def _on_black(im):
     *colour, alpha = im.convert('LA' if im.mode in ('1', 'L', 'LA') else 'RGBA').split()
@@ -70,170 +112,340 @@ def _on_black(im):
 
 # %% ../../nbs/09_data.readers.ipynb #bd88bc35
 def read_npz(
-    f,         # open npz archive
-    key:str,   # name of the array
-)->np.ndarray: # uint8, (H,W) or (H,W,3)
+    f,  # open npz archive
+    key: str,  # name of the array
+) -> np.ndarray:  # uint8, (H,W) or (H,W,3)
     "One array of an npz archive as an image; other types than uint8 are stretched."
     with zipfile.ZipFile(f) as z:
-        if f'{key}.npy' not in z.NameToInfo: raise FileError(f"no array {key!r}; it holds {', '.join(repr(n[:-4]) for n in z.NameToInfo if n.endswith('.npy'))[:200] or 'none'}")
-        if z.NameToInfo[f'{key}.npy'].file_size > 8 * MAX_PIXELS: raise FileError('the array is too large for an image', 'too many pixels')
+        if f'{key}.npy' not in z.NameToInfo:
+            raise FileError(
+                f"no array {key!r}; it holds {', '.join(repr(n[:-4]) for n in z.NameToInfo if n.endswith('.npy'))[:200] or 'none'}"
+            )
+        if z.NameToInfo[f'{key}.npy'].file_size > 8 * MAX_PIXELS:
+            raise FileError('the array is too large for an image', 'too many pixels')
         with z.open(f'{key}.npy') as m:
-            if (version := np.lib.format.read_magic(m)) not in ((1, 0), (2, 0)): raise FileError('the array holds no numbers')
-            shape, _, kind = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(m)
-        if len(shape) < 2 or 0 in shape or shape[2:] not in ((), (1,), (3,)) or kind.kind not in 'buif': raise FileError(f'an array {shape} of {kind} is no image'[:200])
+            if (version := np.lib.format.read_magic(m)) not in ((1, 0), (2, 0)):
+                raise FileError('the array holds no numbers')
+            shape, _, kind = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )(m)
+        if (
+            len(shape) < 2
+            or 0 in shape
+            or shape[2:] not in ((), (1,), (3,))
+            or kind.kind not in 'buif'
+        ):
+            raise FileError(f'an array {shape} of {kind} is no image'[:200])
         _check_size(*shape[:2])
-        if math.prod(shape) * kind.itemsize > z.NameToInfo[f'{key}.npy'].file_size: raise FileError('the array ends early', 'truncated image')
-        with z.open(f'{key}.npy') as m: a = np.lib.format.read_array(m, allow_pickle=False)
+        if math.prod(shape) * kind.itemsize > z.NameToInfo[f'{key}.npy'].file_size:
+            raise FileError('the array ends early', 'truncated image')
+        with z.open(f'{key}.npy') as m:
+            a = np.lib.format.read_array(m, allow_pickle=False)
     a = a[..., 0] if shape[2:] == (1,) else a
     return a if a.dtype == np.uint8 else stretch(a)
 
 # %% ../../nbs/09_data.readers.ipynb #004014f3
-_TAGS = ['Rows', 'Columns', 'SamplesPerPixel', 'PhotometricInterpretation', 'PlanarConfiguration', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'NumberOfFrames',
-         'PixelData', 'WindowCenter', 'WindowWidth', 'VOILUTFunction', 'VOILUTSequence', 'RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence',
-         *(f'{c}PaletteColorLookupTable{k}' for c in ('Red', 'Green', 'Blue') for k in ('Descriptor', 'Data'))] # the only tags that are read
-_QUIET = threading.Lock() # one file at a time: the filter of warnings belongs to the process
+_TAGS = [
+    'Rows',
+    'Columns',
+    'SamplesPerPixel',
+    'PhotometricInterpretation',
+    'PlanarConfiguration',
+    'BitsAllocated',
+    'BitsStored',
+    'HighBit',
+    'PixelRepresentation',
+    'NumberOfFrames',
+    'PixelData',
+    'WindowCenter',
+    'WindowWidth',
+    'VOILUTFunction',
+    'VOILUTSequence',
+    'RescaleSlope',
+    'RescaleIntercept',
+    'ModalityLUTSequence',
+    *(
+        f'{c}PaletteColorLookupTable{k}'
+        for c in ('Red', 'Green', 'Blue')
+        for k in ('Descriptor', 'Data')
+    ),
+]  # the only tags that are read
+_QUIET = threading.Lock()  # one file at a time: the filter of warnings belongs to the process
+
 
 @contextlib.contextmanager
 def _quietly():
     "Without pydicom's warnings and log lines: on broken files they quote what stands in the tags."
     log = logging.getLogger('pydicom')
     with _QUIET, warnings.catch_warnings():
-        warnings.simplefilter('ignore'); was, log.disabled = log.disabled, True
-        try: yield
-        finally: log.disabled = was
+        warnings.simplefilter('ignore')
+        was, log.disabled = log.disabled, True
+        try:
+            yield
+        finally:
+            log.disabled = was
+
 
 def read_dicom(
-    f,          # open DICOM file
-    key:str='', # unused: one frame
-)->np.ndarray:  # uint8, (H,W) or (H,W,3)
+    f,  # open DICOM file
+    key: str = '',  # unused: one frame
+) -> np.ndarray:  # uint8, (H,W) or (H,W,3)
     "Pixels of a DICOM file as they are meant to be shown; several frames are refused."
-    try: import pydicom
-    except ImportError: raise FileError('DICOM needs the package pydicom (pip install pydicom)') from None
+    try:
+        import pydicom
+    except ImportError:
+        raise FileError('DICOM needs the package pydicom (pip install pydicom)') from None
     with _quietly():
-        if f.seek(0, 2) > 9 * MAX_PIXELS: raise FileError('the file is too large for one image', 'too many pixels')
-        f.seek(0); data = f.read()
-        if b'1.2.840.10008.1.2.1.99' in data: raise FileError('is deflated as a whole, which cannot be checked before it is unpacked; convert it (dcmconv +te)')
-        try: ds = pydicom.dcmread(io.BytesIO(data), specific_tags=_TAGS)
-        except Exception as e: raise FileError(f'is no DICOM file that can be read ({type(e).__name__})') from None
-        try: _check_dicom(ds); return _shown_values(ds)
-        except (FileError, MemoryError): raise
-        except Exception as e: raise FileError(f'its pixels cannot be decoded ({type(e).__name__})') from None
+        if f.seek(0, 2) > 9 * MAX_PIXELS:
+            raise FileError('the file is too large for one image', 'too many pixels')
+        f.seek(0)
+        data = f.read()
+        if b'1.2.840.10008.1.2.1.99' in data:
+            raise FileError(
+                'is deflated as a whole, which cannot be checked before it is unpacked; convert it (dcmconv +te)'
+            )
+        try:
+            ds = pydicom.dcmread(io.BytesIO(data), specific_tags=_TAGS)
+        except Exception as e:
+            raise FileError(f'is no DICOM file that can be read ({type(e).__name__})') from None
+        try:
+            _check_dicom(ds)
+            return _shown_values(ds)
+        except (FileError, MemoryError):
+            raise
+        except Exception as e:
+            raise FileError(f'its pixels cannot be decoded ({type(e).__name__})') from None
+
 
 def _check_dicom(ds):
     "What can be known before decoding."
     from pydicom.pixels import get_decoder
-    if 'Rows' not in ds: raise FileError('holds no image')
-    if 'PixelData' not in ds: raise FileError('has a size and no pixels; it ends early', 'truncated image')
-    if (frames := int(ds.get('NumberOfFrames') or 1)) != 1: raise FileError(f'{frames} frames; extract the one that is meant', 'multi-frame')
+
+    if 'Rows' not in ds:
+        raise FileError('holds no image')
+    if 'PixelData' not in ds:
+        raise FileError('has a size and no pixels; it ends early', 'truncated image')
+    if (frames := int(ds.get('NumberOfFrames') or 1)) != 1:
+        raise FileError(f'{frames} frames; extract the one that is meant', 'multi-frame')
     _check_size(ds.Rows, ds.Columns)
-    if ds.PhotometricInterpretation not in ('MONOCHROME1', 'MONOCHROME2', 'RGB', 'PALETTE COLOR', 'YBR_FULL', 'YBR_FULL_422', 'YBR_ICT', 'YBR_RCT'):
+    if ds.PhotometricInterpretation not in (
+        'MONOCHROME1',
+        'MONOCHROME2',
+        'RGB',
+        'PALETTE COLOR',
+        'YBR_FULL',
+        'YBR_FULL_422',
+        'YBR_ICT',
+        'YBR_RCT',
+    ):
         raise FileError('its photometric interpretation is not supported')
-    if not (uid := ds.file_meta.TransferSyntaxUID).is_transfer_syntax or uid.is_private: raise FileError('its transfer syntax is unknown')
+    if not (uid := ds.file_meta.TransferSyntaxUID).is_transfer_syntax or uid.is_private:
+        raise FileError('its transfer syntax is unknown')
     if not uid.is_compressed:
-        bits = ds.Rows * ds.Columns * ds.SamplesPerPixel * ds.BitsAllocated * (2 / 3 if ds.PhotometricInterpretation == 'YBR_FULL_422' else 1)
-        if len(ds.PixelData) < bits / 8: raise FileError('its pixels end early', 'truncated image')
+        bits = (
+            ds.Rows
+            * ds.Columns
+            * ds.SamplesPerPixel
+            * ds.BitsAllocated
+            * (2 / 3 if ds.PhotometricInterpretation == 'YBR_FULL_422' else 1)
+        )
+        if len(ds.PixelData) < bits / 8:
+            raise FileError('its pixels end early', 'truncated image')
         return
-    try: decoder = get_decoder(uid)
-    except NotImplementedError: raise FileError(f'is compressed as {uid.name}, which cannot be decoded; convert it (dcmdjpeg)') from None
-    if not decoder.is_available: raise FileError(f"is compressed as {uid.name}; install a decoder: pip install pylibjpeg {'pylibjpeg-openjpeg' if '2000' in uid.name else 'pylibjpeg-libjpeg'}")
-    if uid.name.startswith('JPEG') and b'\xff\xd9' not in ds.PixelData[-1024:]: raise FileError('its pixels end early', 'truncated image')   # a lenient decoder would fill the rest with grey
+    try:
+        decoder = get_decoder(uid)
+    except NotImplementedError:
+        raise FileError(
+            f'is compressed as {uid.name}, which cannot be decoded; convert it (dcmdjpeg)'
+        ) from None
+    if not decoder.is_available:
+        raise FileError(
+            f"is compressed as {uid.name}; install a decoder: pip install pylibjpeg {'pylibjpeg-openjpeg' if '2000' in uid.name else 'pylibjpeg-libjpeg'}"
+        )
+    if uid.name.startswith('JPEG') and b'\xff\xd9' not in ds.PixelData[-1024:]:
+        raise FileError(
+            'its pixels end early', 'truncated image'
+        )  # a lenient decoder would fill the rest with grey
+
 
 def _shown_values(ds):
     "Decoded pixels through modality LUT, VOI LUT or window, and inversion, as uint8."
     from pydicom.pixels import apply_color_lut, pixel_array
+
     a = pixel_array(ds)
-    if ds.PhotometricInterpretation == 'PALETTE COLOR': a = apply_color_lut(a, ds); a = a if a.dtype == np.uint8 else (a >> 8).astype(np.uint8)
-    if a.ndim == 3 and a.shape[2] == 3 and a.dtype == np.uint8: return a
-    if a.ndim != 2: raise FileError('colour of more than 8 bits is not supported')
+    if ds.PhotometricInterpretation == 'PALETTE COLOR':
+        a = apply_color_lut(a, ds)
+        a = a if a.dtype == np.uint8 else (a >> 8).astype(np.uint8)
+    if a.ndim == 3 and a.shape[2] == 3 and a.dtype == np.uint8:
+        return a
+    if a.ndim != 2:
+        raise FileError('colour of more than 8 bits is not supported')
     a = _by_value(a, lambda v: _window(v, ds, a.dtype))
     return 255 - a if ds.PhotometricInterpretation == 'MONOCHROME1' else a
+
 
 def _window(stored, ds, kind):
     "Stored values -> 0..255."
     from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
+
     v = apply_modality_lut(stored, ds)
-    if ds.get('VOILUTSequence'): shown, low, high = apply_voi(v, ds).astype(float), 0, 2**ds.VOILUTSequence[0].LUTDescriptor[2] - 1
+    if ds.get('VOILUTSequence'):
+        shown, low, high = (
+            apply_voi(v, ds).astype(float),
+            0,
+            2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1,
+        )
     elif ds.get('WindowWidth') is not None and ds.get('WindowCenter') is not None:
-        with np.errstate(over='ignore'): shown, (low, high) = apply_windowing(v, ds), apply_windowing(np.array([-1e15, 1e15]), ds)   # far outside the window: its two ends
-    elif kind == np.uint8 and np.array_equal(v, stored): return stored.astype(np.uint8)
-    else: return stretch(v)
+        with np.errstate(over='ignore'):
+            shown, (low, high) = (
+                apply_windowing(v, ds),
+                apply_windowing(np.array([-1e15, 1e15]), ds),
+            )  # far outside the window: its two ends
+    elif kind == np.uint8 and np.array_equal(v, stored):
+        return stored.astype(np.uint8)
+    else:
+        return stretch(v)
     return np.rint(np.clip((shown - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
 # %% ../../nbs/09_data.readers.ipynb #b872e93e
-READERS = {'.png': read_film, '.jpg': read_film, '.jpeg': read_film, '.npz': read_npz, '.dcm': read_dicom, '.dicom': read_dicom} # kind of reference -> function
-KINDS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.npz': 'zip', '.dcm': 'DICOM', '.dicom': 'DICOM'} # ending -> what its first bytes must say
+READERS = {
+    '.png': read_film,
+    '.jpg': read_film,
+    '.jpeg': read_film,
+    '.npz': read_npz,
+    '.dcm': read_dicom,
+    '.dicom': read_dicom,
+}  # kind of reference -> function
+KINDS = {
+    '.png': 'PNG',
+    '.jpg': 'JPEG',
+    '.jpeg': 'JPEG',
+    '.npz': 'zip',
+    '.dcm': 'DICOM',
+    '.dicom': 'DICOM',
+}  # ending -> what its first bytes must say
+
 
 def kinds_of(
-    head:bytes, # the first 256 bytes of a file
-)->list[str]:   # names of kinds; empty where none is known
+    head: bytes,  # the first 256 bytes of a file
+) -> list[str]:  # names of kinds; empty where none is known
     "What a file may be by its first bytes."
-    signs = {'PNG': rb'\x89PNG\r\n\x1a\n', 'JPEG': rb'\xff\xd8\xff', 'zip': rb'PK(\x03\x04|\x05\x06)', 'DICOM': rb'.{128}DICM', 'GIF': rb'GIF8[79]a',
-             'TIFF': rb'II\*\0|MM\0\*', 'BMP': rb'BM.{4}\0{4}', 'WebP': rb'RIFF.{4}WEBP', 'JPEG 2000': rb'\0\0\0\x0cjP  ', 'numpy array': rb'\x93NUMPY', 'PDF': rb'%PDF-', 'gzip': rb'\x1f\x8b\x08', 'web page': rb'(?i)\s*(\xef\xbb\xbf)?\s*<(!doctype html|html)'}
+    signs = {
+        'PNG': rb'\x89PNG\r\n\x1a\n',
+        'JPEG': rb'\xff\xd8\xff',
+        'zip': rb'PK(\x03\x04|\x05\x06)',
+        'DICOM': rb'.{128}DICM',
+        'GIF': rb'GIF8[79]a',
+        'TIFF': rb'II\*\0|MM\0\*',
+        'BMP': rb'BM.{4}\0{4}',
+        'WebP': rb'RIFF.{4}WEBP',
+        'JPEG 2000': rb'\0\0\0\x0cjP  ',
+        'numpy array': rb'\x93NUMPY',
+        'PDF': rb'%PDF-',
+        'gzip': rb'\x1f\x8b\x08',
+        'web page': rb'(?i)\s*(\xef\xbb\xbf)?\s*<(!doctype html|html)',
+    }
     return [kind for kind, sign in signs.items() if re.match(sign, head, re.S)]
 
 # %% ../../nbs/09_data.readers.ipynb #d0cd2d4b
 def load_image(
-    root,      # data root; every file must lie below it
-    ref:str,   # as for `read_image`
-    remote:bool=False, # follow addresses
-)->tuple[np.ndarray, int]: # uint8, (H,W) or (H,W,3); bytes of the file (0 for a scheme)
+    root,  # data root; every file must lie below it
+    ref: str,  # as for `read_image`
+    remote: bool = False,  # follow addresses
+) -> tuple[np.ndarray, int]:  # uint8, (H,W) or (H,W,3); bytes of the file (0 for a scheme)
     "`read_image`, and how large the file was."
     shown, (scheme, _, rest) = as_shown(ref), ref.partition(':')
     try:
-        if rest and not scheme.startswith('.') and scheme in READERS: return _image(READERS[scheme](root, rest)), 0
+        if rest and not scheme.startswith('.') and scheme in READERS:
+            return _image(READERS[scheme](root, rest)), 0
         ending, key = _ending(ref), split_ref(ref)[2]
         with open_ref(root, ref, remote, limit=9 * MAX_PIXELS) as f:
-            if ending not in READERS: raise FileError(f"{shown}: no reader for {ending or 'a name without ending'!r}; known: {', '.join(READERS)}")
-            if (size := f.seek(0, 2)) == 0: raise FileError(f'{shown}: 0 bytes', 'empty file')
-            f.seek(0); found = kinds_of(f.read(256)); f.seek(0)
-            if found and KINDS.get(ending, found[0]) not in found: raise FileError(f'{shown}: holds a {found[0]}, not what {ending} says', 'wrong extension')
-            try: return _image(READERS[ending](f, key)), size
+            if ending not in READERS:
+                raise FileError(
+                    f"{shown}: no reader for {ending or 'a name without ending'!r}; known: {', '.join(READERS)}"
+                )
+            if (size := f.seek(0, 2)) == 0:
+                raise FileError(f'{shown}: 0 bytes', 'empty file')
+            f.seek(0)
+            found = kinds_of(f.read(256))
+            f.seek(0)
+            if found and KINDS.get(ending, found[0]) not in found:
+                raise FileError(
+                    f'{shown}: holds a {found[0]}, not what {ending} says', 'wrong extension'
+                )
+            try:
+                return _image(READERS[ending](f, key)), size
             except Exception as e:
-                if not isinstance(e, (FileError, MemoryError)) and not getattr(e, 'errno', None) and cut_short(f): raise FileError(f'{shown}: the file ends early', 'truncated image') from None
+                if (
+                    not isinstance(e, (FileError, MemoryError))
+                    and not getattr(e, 'errno', None)
+                    and cut_short(f)
+                ):
+                    raise FileError(f'{shown}: the file ends early', 'truncated image') from None
                 raise
-    except FileError as e: raise FileError(str(e) if str(e).startswith(shown) else f'{shown}: {e}', e.reason) from None
-    except MemoryError: raise RunError(f'{shown}: there is not enough memory to read it') from None
-    except Exception as e: raise FileError(f'{shown}: cannot be read ({why(e)})') from None   # a decoder may raise anything on broken bytes
+    except FileError as e:
+        raise FileError(str(e) if str(e).startswith(shown) else f'{shown}: {e}', e.reason) from None
+    except MemoryError:
+        raise RunError(f'{shown}: there is not enough memory to read it') from None
+    except Exception as e:
+        raise FileError(
+            f'{shown}: cannot be read ({why(e)})'
+        ) from None  # a decoder may raise anything on broken bytes
+
 
 def _ending(ref):
     "The ending of the file that a reference names, in lower case."
     place, member, _ = split_ref(ref)
     return Path(member or (place.partition('?')[0] if is_remote(ref) else place)).suffix.lower()
 
+
 def _image(a):
-    if not isinstance(a, np.ndarray): raise FileError(f'its reader gave {type(a).__name__}')
-    if a.dtype != np.uint8 or 0 in a.shape or a.ndim != 2 and a.shape[2:] != (3,): raise FileError(f'its reader gave an array {a.shape} of {a.dtype}')
+    if not isinstance(a, np.ndarray):
+        raise FileError(f'its reader gave {type(a).__name__}')
+    if a.dtype != np.uint8 or 0 in a.shape or a.ndim != 2 and a.shape[2:] != (3,):
+        raise FileError(f'its reader gave an array {a.shape} of {a.dtype}')
     return a
 
 # %% ../../nbs/09_data.readers.ipynb #3fa2cf74
 def read_image(
-    root,      # data root; every file must lie below it
-    ref:str,   # 'film.png', 'a.dcm', 'arrays.npz#key', 'archive.zip!inner/film.png', 'scheme:rest', 'https://host/film.png'
-    remote:bool=False, # follow addresses (`REMOTE`)
-)->np.ndarray: # uint8, (H,W) or (H,W,3)
+    root,  # data root; every file must lie below it
+    ref: str,  # 'film.png', 'a.dcm', 'arrays.npz#key', 'archive.zip!inner/film.png', 'scheme:rest', 'https://host/film.png'
+    remote: bool = False,  # follow addresses (`REMOTE`)
+) -> np.ndarray:  # uint8, (H,W) or (H,W,3)
     "The pixels that a cohort's `image` names; `FileError` (an `InputError`) with its reason where they cannot be had whole."
     return load_image(root, ref, remote)[0]
 
 # %% ../../nbs/09_data.readers.ipynb #9723d8ac
 def plain(
-    cell:str, # one cell of a table
-)->str:       # the cell without outer blanks; '1.0' becomes '1'
+    cell: str,  # one cell of a table
+) -> str:  # the cell without outer blanks; '1.0' becomes '1'
     "A cell as rules compare it. Programs that meet a gap in a column of whole numbers write 1 as 1.0; ids are never treated so."
     cell = cell.strip()
     return cell[:-2] if re.fullmatch(r'-?\d+\.0', cell) else cell
 
 # %% ../../nbs/09_data.readers.ipynb #ddafd928
-MISSING = {'', 'nan', 'na', 'n/a', '<na>', 'null', 'none'} # what programs write for 'no value', in lower case
+MISSING = {
+    '',
+    'nan',
+    'na',
+    'n/a',
+    '<na>',
+    'null',
+    'none',
+}  # what programs write for 'no value', in lower case
+
 
 def is_missing(
-    cell:str, # one cell of a table
-)->bool:
+    cell: str,  # one cell of a table
+) -> bool:
     "Whether a cell holds no value: blank, or a word of `MISSING`."
     return cell.strip().lower() in MISSING
 
 # %% ../../nbs/09_data.readers.ipynb #dcc60867
 def blanks(
-    cells:pd.Series, # text
-)->pd.Series:        # bool, also where there is no row
+    cells: pd.Series,  # text
+) -> pd.Series:  # bool, also where there is no row
     "`is_missing` of a column."
     return pd.Series([is_missing(c) for c in cells], index=cells.index, dtype=bool)

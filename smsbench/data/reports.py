@@ -11,14 +11,15 @@ import re
 from ..core import InputError
 
 # %% ../../nbs/09d_data.reports.ipynb #4c2b1317
-MARK = '___' # what stands for everything that was blanked out
-_RULED = re.compile(r'^[^\S\n]*([_=*-])\1{7,}[^\S\n]*$', re.M)                              # a line drawn across the page
+MARK = '___'  # what stands for everything that was blanked out
+_RULED = re.compile(r'^[^\S\n]*([_=*-])\1{7,}[^\S\n]*$', re.M)  # a line drawn across the page
 _BLANKED = re.compile(r'\[\*\*[^\]]{0,200}?\*\*\]|(?<![A-Za-z0-9])X{4,}(?![A-Za-z0-9])')
 _REPEATED = re.compile(r'_{2,}(?:[\s,/-]*_{2,})*')
 
+
 def clean_marks(
-    text:str, # a report or a part of one
-)->str:       # the same, every de-identification mark written `___`
+    text: str,  # a report or a part of one
+) -> str:  # the same, every de-identification mark written `___`
     "De-identification marks of all kinds as one neutral mark; everything else is left as it is."
     return _REPEATED.sub(MARK, _BLANKED.sub(MARK, _RULED.sub('', text)))
 
@@ -27,46 +28,115 @@ SECTIONS = {
     'findings': ('FINDING',),
     'impression': ('IMPRESSION', 'CONCLUSION'),
     'findings and impression': ('FINDING AND IMPRESSION', 'IMPRESSION AND FINDING'),
-    'impression and recommendation': ('IMPRESSION AND RECOMMENDATION', 'CONCLUSION AND RECOMMENDATION'),
-    'indication': ('INDICATION', 'CLINICAL INDICATION', 'INDICATION FOR EXAM', 'INDICATION FOR STUDY', 'REASON', 'REASON FOR EXAM', 'REASON FOR EXAMINATION', 'REASON FOR STUDY', 'REASON FOR THE EXAM',
-                   'REASON FOR THIS EXAM', 'REASON FOR THIS EXAMINATION', 'REASON FOR THE STUDY', 'CLINICAL QUESTION'),
-    'history': ('HISTORY', 'CLINICAL HISTORY', 'PATIENT HISTORY', 'MEDICAL HISTORY', 'HISTORY OF PRESENT ILLNESS', 'CLINICAL INFORMATION', 'CLINICAL DATA', 'CLINICAL CONTEXT', 'CLINICAL NOTE', 'MEDICAL CONDITION', 'SYMPTOM'),
-    'comparison': ('COMPARISON', 'COMPARISON EXAM', 'COMPARISON FILM', 'COMPARISON STUDY', 'COMPARISON STUDIES', 'REFERENCE EXAM'),
+    'impression and recommendation': (
+        'IMPRESSION AND RECOMMENDATION',
+        'CONCLUSION AND RECOMMENDATION',
+    ),
+    'indication': (
+        'INDICATION',
+        'CLINICAL INDICATION',
+        'INDICATION FOR EXAM',
+        'INDICATION FOR STUDY',
+        'REASON',
+        'REASON FOR EXAM',
+        'REASON FOR EXAMINATION',
+        'REASON FOR STUDY',
+        'REASON FOR THE EXAM',
+        'REASON FOR THIS EXAM',
+        'REASON FOR THIS EXAMINATION',
+        'REASON FOR THE STUDY',
+        'CLINICAL QUESTION',
+    ),
+    'history': (
+        'HISTORY',
+        'CLINICAL HISTORY',
+        'PATIENT HISTORY',
+        'MEDICAL HISTORY',
+        'HISTORY OF PRESENT ILLNESS',
+        'CLINICAL INFORMATION',
+        'CLINICAL DATA',
+        'CLINICAL CONTEXT',
+        'CLINICAL NOTE',
+        'MEDICAL CONDITION',
+        'SYMPTOM',
+    ),
+    'comparison': (
+        'COMPARISON',
+        'COMPARISON EXAM',
+        'COMPARISON FILM',
+        'COMPARISON STUDY',
+        'COMPARISON STUDIES',
+        'REFERENCE EXAM',
+    ),
     'technique': ('TECHNIQUE', 'PROCEDURE'),
     'examination': ('EXAMINATION', 'EXAM', 'TYPE OF EXAMINATION', 'TYPE OF EXAM', 'STUDY'),
-    'wet read': ('WET READ', 'WETREAD', 'PRELIMINARY READ', 'PROVISIONAL FINDINGS IMPRESSION', 'PROVISIONAL FINDINGS IMPRESSION (PFI)', 'PFI'),
+    'wet read': (
+        'WET READ',
+        'WETREAD',
+        'PRELIMINARY READ',
+        'PROVISIONAL FINDINGS IMPRESSION',
+        'PROVISIONAL FINDINGS IMPRESSION (PFI)',
+        'PFI',
+    ),
     'recommendation': ('RECOMMENDATION',),
     'notification': ('NOTIFICATION',),
     'addendum': ('ADDENDUM',),
     'preamble': (),  # whatever stands before the first heading
-    'report': (),    # the description where neither findings nor impression have a heading
-} # section -> its headings, in the singular; AND is also written & or /
-REPORT = ('findings', 'impression', 'findings and impression', 'impression and recommendation', 'report') # what describes the image
+    'report': (),  # the description where neither findings nor impression have a heading
+}  # section -> its headings, in the singular; AND is also written & or /
+REPORT = (
+    'findings',
+    'impression',
+    'findings and impression',
+    'impression and recommendation',
+    'report',
+)  # what describes the image
 _VIEW = re.compile(r'\b(CHEST|VIEWS?|PORTABLE|RADIOGRAPHS?|LATERAL|FRONTAL|RIBS|PA|AP)\b')
+
 
 def _key(heading):
     "A heading in the singular, capitals, AND for & and /."
     sides = re.split(r'\s*(?:\bAND\b|[&/])\s*', ' '.join(heading.upper().split()))
     return ' AND '.join(re.sub(r'(?:\(S\)|S)+$', '', side) for side in sides)
+
+
 _OF = {_key(h): name for name, headings in SECTIONS.items() for h in headings}
+
 
 def _wording(heading, case):
     "A pattern for one heading as `case` writes it, in the singular or plural."
-    sides = [r'\s+'.join(re.escape(case(w)) for w in side.split()) + r'(?:[Ss]|\([Ss]\))?' for side in heading.split(' AND ')]
+    sides = [
+        r'\s+'.join(re.escape(case(w)) for w in side.split()) + r'(?:[Ss]|\([Ss]\))?'
+        for side in heading.split(' AND ')
+    ]
     return r'(?:\s+(?:AND|[Aa]nd)\s+|\s*[&/]\s*)'.join(sides)
 
+
 def _heading_pattern():
-    headings = sorted((h for hs in SECTIONS.values() for h in hs), key=len, reverse=True)   # the longest first
-    capitals, titles = '|'.join(_wording(h, str) for h in headings), '|'.join(f"{h[0]}(?i:{_wording(h, str)[1:]})" for h in headings)
-    return re.compile(rf'(?:^[^\S\n]*(?:[A-Z]{{2,20}}[^\S\n]+){{0,3}}?)?(?<![\w/&-])(?P<capitals>{capitals})\s*:'
-                      rf'|(?:^|(?<=:))[^\S\n]*(?P<title>{titles})\s*:|^[^\S\n]*(?P<final>FINAL[^\S\n]+REPORT)[^\S\n]*$'
-                      r'|^[^\S\n]*(?P<view>[A-Z0-9][A-Z0-9 ,/()&-]{1,60}):', re.M)
+    headings = sorted(
+        (h for hs in SECTIONS.values() for h in hs), key=len, reverse=True
+    )  # the longest first
+    capitals, titles = (
+        '|'.join(_wording(h, str) for h in headings),
+        '|'.join(f"{h[0]}(?i:{_wording(h, str)[1:]})" for h in headings),
+    )
+    return re.compile(
+        rf'(?:^[^\S\n]*(?:[A-Z]{{2,20}}[^\S\n]+){{0,3}}?)?(?<![\w/&-])(?P<capitals>{capitals})\s*:'
+        rf'|(?:^|(?<=:))[^\S\n]*(?P<title>{titles})\s*:|^[^\S\n]*(?P<final>FINAL[^\S\n]+REPORT)[^\S\n]*$'
+        r'|^[^\S\n]*(?P<view>[A-Z0-9][A-Z0-9 ,/()&-]{1,60}):',
+        re.M,
+    )
+
+
 _HEADING = _heading_pattern()
+
 
 def _section(m):
     "The section that a heading opens; 'view' where it only names the views taken; '' where it is none of the list."
-    if m['final']: return 'preamble'
-    if m['view']: return 'view' if _VIEW.search(m['view']) else ''
+    if m['final']:
+        return 'preamble'
+    if m['view']:
+        return 'view' if _VIEW.search(m['view']) else ''
     return _OF[_key(m['capitals'] or m['title'])]
 
 # %% ../../nbs/09d_data.reports.ipynb #4d4d0d3d
@@ -76,37 +146,59 @@ def _pieces(text):
     headed = any(m['capitals'] or m['title'] for m in marks)
     for i, m in enumerate(marks):
         found = _section(m)
-        if not found or found == 'view' and (name in REPORT or not headed): continue
-        pieces.append((name, text[start:m.start()].strip()))
+        if not found or found == 'view' and (name in REPORT or not headed):
+            continue
+        pieces.append((name, text[start : m.start()].strip()))
         following = marks[i + 1].start() if i + 1 < len(marks) else len(text)
-        bare = not text[m.end():following].strip()
-        name, start = ('examination' if bare else 'findings', m.start()) if found == 'view' else (found, m.end())
+        bare = not text[m.end() : following].strip()
+        name, start = (
+            ('examination' if bare else 'findings', m.start())
+            if found == 'view'
+            else (found, m.end())
+        )
     return [(n, t) for n, t in [*pieces, (name, text[start:].strip())] if t]
+
 
 def _described(pieces):
     "The pieces, with the section `report` split off where neither findings nor impression have a heading."
-    if not pieces or any(n in REPORT for n, _ in pieces) or pieces[-1][0] in ('indication', 'history', 'wet read'): return pieces
+    if (
+        not pieces
+        or any(n in REPORT for n, _ in pieces)
+        or pieces[-1][0] in ('indication', 'history', 'wet read')
+    ):
+        return pieces
     name, paragraphs = pieces[-1][0], re.split(r'\n\s*\n', pieces[-1][1])
     first = len(paragraphs) - 1 if name == 'preamble' else 1
     rest = [(name, '\n\n'.join(paragraphs[:first])), ('report', '\n\n'.join(paragraphs[first:]))]
     return pieces[:-1] + [(n, t) for n, t in rest if t]
 
+
 def split_sections(
-    text:str, # a report
-)->dict:      # section -> its text in one line, in the order of first appearance; several sections of one name are joined
+    text: str,  # a report
+) -> dict:  # section -> its text in one line, in the order of first appearance; several sections of one name are joined
     "The sections of a report, de-identification marks made neutral. Words keep their case and language."
     out = {}
-    for name, body in _described(_pieces(clean_marks(text))): out[name] = clean_marks(' '.join([*out.get(name, '').split(), *body.split()]))
+    for name, body in _described(_pieces(clean_marks(text))):
+        out[name] = clean_marks(' '.join([*out.get(name, '').split(), *body.split()]))
     return out
 
 # %% ../../nbs/09d_data.reports.ipynb #f3b3cf64
 def keep_sections(
     text,  # a report, or its sections as a dict: name -> text, as archives with a column per section have them
-    names, # sections to keep, from `SECTIONS`; none keeps the whole text
-)->str:    # one line; '' where there is none of them
+    names,  # sections to keep, from `SECTIONS`; none keeps the whole text
+) -> str:  # one line; '' where there is none of them
     "The named sections of a report. `InputError` for a name that is no section."
-    if odd := [n for n in names if n not in SECTIONS]: raise InputError(f"{odd[0]}: no such section of a report; known are {', '.join(SECTIONS)}")
-    if isinstance(text, dict): pieces = [(n, clean_marks(text[n])) for n in names or text if n in text]
-    else: pieces = _described(_pieces(clean_marks(text))) if names else [('', clean_marks(text))]
-    wanted = {*names, *(n for n in REPORT[2:4] if {*n.split(' and ')} & {*names}), *(['report'] if {*REPORT} & {*names} else [])}
-    return clean_marks(' '.join(w for n, body in pieces if n in wanted or not names for w in body.split()))   # again: marks of two sections may meet
+    if odd := [n for n in names if n not in SECTIONS]:
+        raise InputError(f"{odd[0]}: no such section of a report; known are {', '.join(SECTIONS)}")
+    if isinstance(text, dict):
+        pieces = [(n, clean_marks(text[n])) for n in names or text if n in text]
+    else:
+        pieces = _described(_pieces(clean_marks(text))) if names else [('', clean_marks(text))]
+    wanted = {
+        *names,
+        *(n for n in REPORT[2:4] if {*n.split(' and ')} & {*names}),
+        *(['report'] if {*REPORT} & {*names} else []),
+    }
+    return clean_marks(
+        ' '.join(w for n, body in pieces if n in wanted or not names for w in body.split())
+    )  # again: marks of two sections may meet

@@ -20,14 +20,20 @@ from .tables import below, read_source, require
 
 # %% ../../nbs/09f_data.rows.ipynb #2f615373
 def source(
-    m:Manifest,      # the card, whose name stands in messages
-    root,            # data root
-    table:TableCard, # one of its tables
-)->tuple[pd.DataFrame, list]: # text, indexed by line; broken lines
+    m: Manifest,  # the card, whose name stands in messages
+    root,  # data root
+    table: TableCard,  # one of its tables
+) -> tuple[pd.DataFrame, list]:  # text, indexed by line; broken lines
     "A table of a card."
-    named = [*m.needed(), *(d.column for d in m.derive.values()), *(c for j in m.joins for k in (*j.on, *j.on.values(), *j.columns) for c in needs(k))]
-    try: return read_source(root, table, m.separator, m.encoding, dict.fromkeys(named))
-    except FileError as e: raise InputError(f'{m.name}: table {e}') from None
+    named = [
+        *m.needed(),
+        *(d.column for d in m.derive.values()),
+        *(c for j in m.joins for k in (*j.on, *j.on.values(), *j.columns) for c in needs(k)),
+    ]
+    try:
+        return read_source(root, table, m.separator, m.encoding, dict.fromkeys(named))
+    except FileError as e:
+        raise InputError(f'{m.name}: table {e}') from None
 
 # %% ../../nbs/09f_data.rows.ipynb #ba245ba9
 def _keys(rows, templates):
@@ -35,197 +41,343 @@ def _keys(rows, templates):
     parts = [fill(c, rows).str.strip() for c in templates]
     return pd.Index(parts[0].str.cat(parts[1:], sep='\x1f') if len(parts) > 1 else parts[0])
 
+
 def join(
-    rows:pd.DataFrame,  # table of text cells
-    j:Join,             # what is laid beside it
-    other:pd.DataFrame, # its table
-)->tuple[pd.DataFrame, pd.Series]: # rows with the new columns ('' without a partner); bool: has a partner
+    rows: pd.DataFrame,  # table of text cells
+    j: Join,  # what is laid beside it
+    other: pd.DataFrame,  # its table
+) -> tuple[
+    pd.DataFrame, pd.Series
+]:  # rows with the new columns ('' without a partner); bool: has a partner
     "Columns of another table, by key. Rows of `other` that share a key must agree in the columns that are taken."
     name = j.table.name
     here, there = ([c for k in side for c in needs(k)] for side in (j.on, j.on.values()))
-    require(rows, here, f'the table that {name} is joined to'); require(other, [*there, *j.columns], name)
+    require(rows, here, f'the table that {name} is joined to')
+    require(other, [*there, *j.columns], name)
     take = j.columns or [c for c in other if c not in rows and c not in there and c != '_table']
-    if odd := [c for c in take if c in rows]: raise InputError(f'{name}: column {odd[0]} is already there; name the `columns` to take')
+    if odd := [c for c in take if c in rows]:
+        raise InputError(f'{name}: column {odd[0]} is already there; name the `columns` to take')
     keys = _keys(other, j.on.values())
     part = other[take].assign(**{'\0key': keys}).drop_duplicates()
-    if twice := int(part['\0key'].duplicated().sum()): raise InputError(f"{name}: {twice} rows repeat the key {', '.join(j.on.values())} and differ; it must name one row")
+    if twice := int(part['\0key'].duplicated().sum()):
+        raise InputError(
+            f"{name}: {twice} rows repeat the key {', '.join(j.on.values())} and differ; it must name one row"
+        )
     at = pd.Index(part['\0key']).get_indexer(_keys(rows, j.on))
-    new = part[take].take(np.where(at < 0, 0, at)).set_axis(rows.index).where(pd.Series(at >= 0, index=rows.index), '') if len(part) else pd.DataFrame('', rows.index, take)
+    new = (
+        part[take]
+        .take(np.where(at < 0, 0, at))
+        .set_axis(rows.index)
+        .where(pd.Series(at >= 0, index=rows.index), '')
+        if len(part)
+        else pd.DataFrame('', rows.index, take)
+    )
     return pd.concat([rows, new], axis=1), pd.Series(at >= 0, index=rows.index)
 
 # %% ../../nbs/09f_data.rows.ipynb #afb5c3fb
 def derive(
-    rows:pd.DataFrame,        # table of text cells
-    name:str,                 # of the new column
-    d:Derive,                 # how it is made
-    lists:dict[str, pd.DataFrame]|None=None, # word -> table with the values of its list
-)->pd.DataFrame:              # rows with the new column
+    rows: pd.DataFrame,  # table of text cells
+    name: str,  # of the new column
+    d: Derive,  # how it is made
+    lists: dict[str, pd.DataFrame] | None = None,  # word -> table with the values of its list
+) -> pd.DataFrame:  # rows with the new column
     "A new column, computed once per distinct cell."
     require(rows, [d.column], f'derive.{name}')
-    if name in rows: raise InputError(f'derive.{name}: the table has such a column already; choose another name')
+    if name in rows:
+        raise InputError(f'derive.{name}: the table has such a column already; choose another name')
     cells = rows[d.column]
-    if d.pattern: known = {c: g[1] if (g := re.search(d.pattern, c)) and g[1] is not None else d.otherwise or '' for c in cells.unique()}
+    if d.pattern:
+        known = {
+            c: g[1] if (g := re.search(d.pattern, c)) and g[1] is not None else d.otherwise or ''
+            for c in cells.unique()
+        }
     elif d.map:
         words = {plain(k): v for k, v in d.map.items()}
-        known = {c: words.get(plain(c), c if d.otherwise is None else d.otherwise) for c in cells.unique()}
+        known = {
+            c: words.get(plain(c), c if d.otherwise is None else d.otherwise)
+            for c in cells.unique()
+        }
     else:
         of = _membership(name, lists)
         known = {c: of.get(c.strip(), d.otherwise or '') for c in cells.unique()}
     return rows.assign(**{name: cells.map(known).astype('str')})
 
+
 def _membership(name, lists):
     of = {}
     for word, t in lists.items():
         column = 'value' if 'value' in t else t.columns[0]
-        if len(t.columns) > 1 and column != 'value': raise InputError(f'derive.{name}: the list {word} must have one column, or one called value')
+        if len(t.columns) > 1 and column != 'value':
+            raise InputError(
+                f'derive.{name}: the list {word} must have one column, or one called value'
+            )
         for v in t[column].str.strip().unique():
-            if of.setdefault(v, word) != word: raise InputError(f'derive.{name}: the lists {of[v]} and {word} share values')
+            if of.setdefault(v, word) != word:
+                raise InputError(f'derive.{name}: the lists {of[v]} and {word} share values')
     return of
 
 # %% ../../nbs/09f_data.rows.ipynb #f83f4b28
 def _read(root, table):
     "The names of the files of a table that are there: of alternatives the one that is used."
-    return ' + '.join(next((r for r in refs if below(root, r)), refs[0]) for refs in table.path.values())
+    return ' + '.join(
+        next((r for r in refs if below(root, r)), refs[0]) for refs in table.path.values()
+    )
+
 
 def step(
-    funnel:list[dict], # the steps so far; one is added
-    name:str,          # what people call the step
-    left:int,          # rows (from 'questions' on: samples) after it
-    why:str='',        # a sentence
-)->list[dict]:         # `funnel`
+    funnel: list[dict],  # the steps so far; one is added
+    name: str,  # what people call the step
+    left: int,  # rows (from 'questions' on: samples) after it
+    why: str = '',  # a sentence
+) -> list[dict]:  # `funnel`
     "Note a step: `removed` is the difference to the step before."
-    funnel.append(dict(step=name, removed=funnel[-1]['left'] - left if funnel else 0, left=left, why=why))
+    funnel.append(
+        dict(step=name, removed=funnel[-1]['left'] - left if funnel else 0, left=left, why=why)
+    )
     return funnel
 
 # %% ../../nbs/09f_data.rows.ipynb #603201c8
 def read_rows(
-    m:Manifest,          # the card
-    root,                # data root
-    limit:int|None=None, # use so many rows only, spread evenly over the table
-)->tuple[pd.DataFrame, list, list[dict]]: # rows (text, index = line), lines with a wrong number of fields, funnel: step, removed, left, why
+    m: Manifest,  # the card
+    root,  # data root
+    limit: int | None = None,  # use so many rows only, spread evenly over the table
+) -> tuple[
+    pd.DataFrame, list, list[dict]
+]:  # rows (text, index = line), lines with a wrong number of fields, funnel: step, removed, left, why
     "The rows that the cohort is about: tables joined, columns derived, filters applied. `InputError` where a table or a column is not there."
-    if not os.path.isdir(root): raise InputError(f'{root}: no such folder; --root must be where {m.name} lies')
+    if not os.path.isdir(root):
+        raise InputError(f'{root}: no such folder; --root must be where {m.name} lies')
     rows, broken = source(m, root, m.table)
-    if rows.empty and not broken: raise InputError(f'{m.table.name}: has no rows')
+    if rows.empty and not broken:
+        raise InputError(f'{m.table.name}: has no rows')
     funnel = step([], f'rows of {_read(root, m.table)}', len(rows) + len(broken))
-    if broken: step(funnel, 'broken row', len(rows), 'another number of fields than the header, or no object')
+    if broken:
+        step(
+            funnel,
+            'broken row',
+            len(rows),
+            'another number of fields than the header, or no object',
+        )
     pending = dict(m.derive)
-    for j in m.joins: rows = _joined(m, root, _derived(m, root, rows, pending), j, funnel)
+    for j in m.joins:
+        rows = _joined(m, root, _derived(m, root, rows, pending), j, funnel)
     rows = _derived(m, root, rows, pending, True)
     require(rows, m.needed(), m.table.name if not m.joins else 'the joined tables')
     for f in m.filters:
         rows = rows[f.keeps(rows)]
         step(funnel, f.says, len(rows), f.why)
     if limit is not None and limit < len(rows):
-        rows, broken = rows.iloc[np.linspace(0, len(rows) - 1, max(limit, 0)).round().astype(int)], []
+        rows, broken = (
+            rows.iloc[np.linspace(0, len(rows) - 1, max(limit, 0)).round().astype(int)],
+            [],
+        )
         step(funnel, 'limit', len(rows), 'a sample of the rows, spread evenly')
     return rows, broken, funnel
+
 
 def _derived(m, root, rows, pending, last=False):
     "The pending columns that can be made by now, which leave `pending`; at last all of them, or the message says why not."
     for name, d in list(pending.items()):
-        if last or d.column in rows: rows = derive(rows, name, pending.pop(name), {w: source(m, root, t)[0] for w, t in d.lists.items()})
+        if last or d.column in rows:
+            rows = derive(
+                rows,
+                name,
+                pending.pop(name),
+                {w: source(m, root, t)[0] for w, t in d.lists.items()},
+            )
     return rows
+
 
 def _joined(m, root, rows, j, funnel):
     other, bad = source(m, root, j.table)
     rows, found = join(rows, j, other)
-    if not j.required: return rows
+    if not j.required:
+        return rows
     lost = f'{len(bad)} of its rows are broken' if bad else ''
-    step(funnel, f'row in {_read(root, j.table)}', int(found.sum()), '; '.join(w for w in (j.why, lost) if w))
+    step(
+        funnel,
+        f'row in {_read(root, j.table)}',
+        int(found.sum()),
+        '; '.join(w for w in (j.why, lost) if w),
+    )
     return rows[found]
 
 # %% ../../nbs/09f_data.rows.ipynb #c701f1c1
-MAX_REPORT = 1 << 20 # bytes of one report file
+MAX_REPORT = 1 << 20  # bytes of one report file
+
 
 def first_there(
-    root,                 # data root
-    templates:list[str],  # templates of paths
-)->str:                   # the first whose archive, or first folder, exists
+    root,  # data root
+    templates: list[str],  # templates of paths
+) -> str:  # the first whose archive, or first folder, exists
     "Which of several layouts a data set has on this disk."
-    head = lambda t: t.partition('!')[0] if '!' in t else t.partition('{')[0].rpartition('/')[0].partition('/')[0] if '/' in t.partition('{')[0] else ''
-    if found := next((t for t in templates if below(root, head(t))), None): return found
-    raise InputError(f"text.file: none of {', '.join(head(t) for t in templates)} is below the data root")
+    head = lambda t: (
+        t.partition('!')[0]
+        if '!' in t
+        else t.partition('{')[0].rpartition('/')[0].partition('/')[0]
+        if '/' in t.partition('{')[0]
+        else ''
+    )
+    if found := next((t for t in templates if below(root, head(t))), None):
+        return found
+    raise InputError(
+        f"text.file: none of {', '.join(head(t) for t in templates)} is below the data root"
+    )
 
 # %% ../../nbs/09f_data.rows.ipynb #975e1072
 def read_texts(
-    root,                 # data root
-    refs,                 # text files, also 'archive.zip!member'; repeats are read once
-    encoding:str='utf-8',
-    keep=str,             # function(text) -> what is kept of it; the whole text is let go
-)->pd.DataFrame:          # index: reference; columns text, reason ('', 'missing text', 'unreadable text', 'path outside the root')
+    root,  # data root
+    refs,  # text files, also 'archive.zip!member'; repeats are read once
+    encoding: str = 'utf-8',
+    keep=str,  # function(text) -> what is kept of it; the whole text is let go
+) -> pd.DataFrame:  # index: reference; columns text, reason ('', 'missing text', 'unreadable text', 'path outside the root')
     "The content of many small files, reduced one by one; an archive is opened once."
     refs = list(dict.fromkeys(refs))
     codec = 'utf-8-sig' if encoding.lower() in ('utf-8', 'utf8') else encoding
     texts, reasons = [], []
-    for ref in progress(refs, 'reading texts', len(refs), unit='text') if len(refs) >= 5000 else refs:
-        try: text, reason = read_bytes(root, ref, MAX_REPORT).decode(codec), ''
-        except FileError as e: text, reason = '', {'missing image': 'missing text', 'too many pixels': 'text too large', 'path outside the root': e.reason}.get(e.reason, 'unreadable text')
-        except UnicodeError: text, reason = '', 'wrong text encoding'
-        texts.append(keep(text)); reasons.append(reason)
-    return pd.DataFrame(dict(text=pd.Series(texts, dtype=object), reason=reasons)).set_axis(pd.Index(refs, dtype=object))
+    for ref in (
+        progress(refs, 'reading texts', len(refs), unit='text') if len(refs) >= 5000 else refs
+    ):
+        try:
+            text, reason = read_bytes(root, ref, MAX_REPORT).decode(codec), ''
+        except FileError as e:
+            text, reason = (
+                '',
+                {
+                    'missing image': 'missing text',
+                    'too many pixels': 'text too large',
+                    'path outside the root': e.reason,
+                }.get(e.reason, 'unreadable text'),
+            )
+        except UnicodeError:
+            text, reason = '', 'wrong text encoding'
+        texts.append(keep(text))
+        reasons.append(reason)
+    return pd.DataFrame(dict(text=pd.Series(texts, dtype=object), reason=reasons)).set_axis(
+        pd.Index(refs, dtype=object)
+    )
 
 # %% ../../nbs/09f_data.rows.ipynb #4f367612
 def row_texts(
-    m:Manifest,        # the card
-    rows:pd.DataFrame, # its rows
-    root,              # data root
-)->pd.DataFrame:       # text, reason ('', 'missing text', 'unreadable text', 'empty text', 'no such section', 'short report', 'path outside the root'), ref (its file, '' where it stands in a column); index of `rows`
+    m: Manifest,  # the card
+    rows: pd.DataFrame,  # its rows
+    root,  # data root
+) -> pd.DataFrame:  # text, reason ('', 'missing text', 'unreadable text', 'empty text', 'no such section', 'short report', 'path outside the root'), ref (its file, '' where it stands in a column); index of `rows`
     "The text of each row, reduced to the sections that the card asks for."
-    out, t = pd.DataFrame(dict(text=fill(m.columns.text, rows).astype(object), reason='', ref=''), index=rows.index), m.text
+    out, t = (
+        pd.DataFrame(
+            dict(text=fill(m.columns.text, rows).astype(object), reason='', ref=''),
+            index=rows.index,
+        ),
+        m.text,
+    )
     if t and t.file:
         refs = fill(first_there(root, t.file), rows)
-        found = read_texts(root, refs.unique(), m.encoding, lambda text: _of_sections(text, t.sections))
+        found = read_texts(
+            root, refs.unique(), m.encoding, lambda text: _of_sections(text, t.sections)
+        )
         out = found.iloc[found.index.get_indexer(refs)].set_axis(rows.index).assign(ref=refs)
-    elif t and t.columns: out['text'] = _from_columns(rows, t)
-    elif t: out['text'] = out.text.map({x: _of_sections(x, t.sections) for x in out.text.unique()})
+    elif t and t.columns:
+        out['text'] = _from_columns(rows, t)
+    elif t:
+        out['text'] = out.text.map({x: _of_sections(x, t.sections) for x in out.text.unique()})
     other = out.text == _OTHER
     out['text'] = out.text.mask(other, '')
     blank = out.text.map({x: is_missing(x) for x in out.text.unique()}).astype(bool)
     short = ~blank & (out.text.str.len() < (t.min_chars if t else 0))
-    if not m.has_text or not m.needs_text: out, blank = out.assign(reason=out.reason.where(out.reason.isin(['unreadable text', 'wrong text encoding', 'text too large']), '')), False & blank
-    return out.assign(reason=out.reason.mask(out.reason == '', pd.Series(np.select([other & blank, blank, short], ['no such section', 'empty text', 'short report'], ''), index=rows.index)))
+    if not m.has_text or not m.needs_text:
+        out, blank = (
+            out.assign(
+                reason=out.reason.where(
+                    out.reason.isin(['unreadable text', 'wrong text encoding', 'text too large']),
+                    '',
+                )
+            ),
+            False & blank,
+        )
+    return out.assign(
+        reason=out.reason.mask(
+            out.reason == '',
+            pd.Series(
+                np.select(
+                    [other & blank, blank, short],
+                    ['no such section', 'empty text', 'short report'],
+                    '',
+                ),
+                index=rows.index,
+            ),
+        )
+    )
 
-_OTHER = '\0'   # stands for a report that holds text, but none of the sections
+
+_OTHER = '\0'  # stands for a report that holds text, but none of the sections
+
 
 def _of_sections(text, names):
     kept = keep_sections(text, names)
     return _OTHER if names and not kept.strip() and not is_missing(text) else kept
 
+
 def _from_columns(rows, t):
     cells = list(zip(*(fill(c, rows) for c in t.columns.values())))
-    known = {c: keep_sections({s: x for s, x in zip(t.columns, c) if not is_missing(x)}, t.sections) for c in set(cells)}
+    known = {
+        c: keep_sections({s: x for s, x in zip(t.columns, c) if not is_missing(x)}, t.sections)
+        for c in set(cells)
+    }
     return pd.Series([known[c] for c in cells], index=rows.index, dtype=object)
 
 # %% ../../nbs/09f_data.rows.ipynb #c64b5a22
 def find_images(
-    template:str,      # image template of the card
-    rows:pd.DataFrame, # its rows
-    root,              # data root
-    access:str='credentialed', # of the data set; only where it is open does an error name files
-)->pd.Series:          # references; a pattern that no file fits stays as it is, with its *
+    template: str,  # image template of the card
+    rows: pd.DataFrame,  # its rows
+    root,  # data root
+    access: str = 'credentialed',  # of the data set; only where it is open does an error name files
+) -> pd.Series:  # references; a pattern that no file fits stays as it is, with its *
     "The image reference of each row; `InputError` where several files fit one."
-    if '*' not in template.partition('!')[0] or template in rows: return fill(template, rows).str.strip()
+    if '*' not in template.partition('!')[0] or template in rows:
+        return fill(template, rows).str.strip()
     patterns, listed = fill(template.replace('*', '\0'), rows).str.strip(), {}
+
     def names(folder):
         if folder not in listed:
             path = below(root, folder)
             listed[folder] = set(os.listdir(path)) if path and os.path.isdir(path) else set()
         return listed[folder]
+
     found = {p: _matches(p, names) for p in patterns.unique()}
-    if several := [p for p, f in found.items() if len(f) > 1]: raise InputError(_ambiguous(int(patterns.isin(several).sum()), found[several[0]], access))
-    return patterns.map({p: f[0] if f else p.replace('\0', '*') for p, f in found.items()}).astype('str')
+    if several := [p for p, f in found.items() if len(f) > 1]:
+        raise InputError(_ambiguous(int(patterns.isin(several).sum()), found[several[0]], access))
+    return patterns.map({p: f[0] if f else p.replace('\0', '*') for p, f in found.items()}).astype(
+        'str'
+    )
+
 
 def _ambiguous(n, several, access):
     "Names of files may hold patients: they are told of open data alone."
     rows = f'columns.image: several files fit one row, in {n} row{"s" * (n != 1)}'
-    return f'{rows}, such as {several[0]} and {several[1]}' if access == 'open' and len(several[0]) < 150 else f'{rows}; make the pattern narrower'
+    return (
+        f'{rows}, such as {several[0]} and {several[1]}'
+        if access == 'open' and len(several[0]) < 150
+        else f'{rows}; make the pattern narrower'
+    )
+
 
 def _matches(pattern, names):
     "Paths that fit a pattern whose wildcards are NUL; nothing outside the root is listed."
-    if any(part in ('', '.', '..') for part in pattern.split('/')): return []
+    if any(part in ('', '.', '..') for part in pattern.split('/')):
+        return []
     paths = ['']
     for part in pattern.split('/'):
-        fits = re.compile('[^/]*'.join(map(re.escape, part.split('\0')))).fullmatch if '\0' in part else None
-        paths = [f'{p}/{n}' if p else n for p in paths for n in (sorted(filter(fits, names(p))) if fits else [part] if part in names(p) else [])]
+        fits = (
+            re.compile('[^/]*'.join(map(re.escape, part.split('\0')))).fullmatch
+            if '\0' in part
+            else None
+        )
+        paths = [
+            f'{p}/{n}' if p else n
+            for p in paths
+            for n in (
+                sorted(filter(fits, names(p))) if fits else [part] if part in names(p) else []
+            )
+        ]
     return paths

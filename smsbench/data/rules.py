@@ -18,135 +18,234 @@ from .readers import is_missing, plain
 # %% ../../nbs/09a_data.rules.ipynb #c3e9bf41
 class Card(BaseModel):
     "A part of a manifest: unknown keys are refused, nothing changes after it was read."
+
     model_config = ConfigDict(extra='forbid', frozen=True, populate_by_name=True)
 
 # %% ../../nbs/09a_data.rules.ipynb #d05b4735
 def _sms_mimic(rows):
-    if 'No Finding' not in rows: raise InputError("rule sms_mimic: `columns` must name 'No Finding' and the findings")
+    if 'No Finding' not in rows:
+        raise InputError("rule sms_mimic: `columns` must name 'No Finding' and the findings")
     one = pd.DataFrame({c: rows[c].map(plain) == '1' for c in rows}, index=rows.index)
-    return np.select([one['No Finding'], one.drop(columns='No Finding').any(axis=1)], ['no', 'yes'], '')
+    return np.select(
+        [one['No Finding'], one.drop(columns='No Finding').any(axis=1)], ['no', 'yes'], ''
+    )
+
 
 def _sms_grade(rows):
     cells = _only(rows).map(plain)
-    return np.select([cells.map({c: is_missing(c) for c in cells.unique()}).astype(bool), cells == '0'], ['', 'no'], 'yes')
+    return np.select(
+        [cells.map({c: is_missing(c) for c in cells.unique()}).astype(bool), cells == '0'],
+        ['', 'no'],
+        'yes',
+    )
 
-def _sms_ham10000(rows): return _only(rows).str.strip().map({'mel': 'yes', 'nv': 'no'}).fillna('')
+
+def _sms_ham10000(rows):
+    return _only(rows).str.strip().map({'mel': 'yes', 'nv': 'no'}).fillna('')
+
 
 def _only(rows):
-    if rows.shape[1] != 1: raise InputError(f'this rule reads one column, not {rows.shape[1]}')
+    if rows.shape[1] != 1:
+        raise InputError(f'this rule reads one column, not {rows.shape[1]}')
     return rows.iloc[:, 0]
 
-RULES: dict[str, Callable] = dict(sms_mimic=_sms_mimic, sms_mbrset=_sms_grade, sms_brset=_sms_grade, sms_ham10000=_sms_ham10000) # name -> function(rows[columns]) -> 'yes', 'no' or '' (left out) per row
+
+RULES: dict[str, Callable] = dict(
+    sms_mimic=_sms_mimic, sms_mbrset=_sms_grade, sms_brset=_sms_grade, sms_ham10000=_sms_ham10000
+)  # name -> function(rows[columns]) -> 'yes', 'no' or '' (left out) per row
 
 # %% ../../nbs/09a_data.rules.ipynb #440f2b4c
 class LabelRule(Card):
     "How cells become a choice; exactly one of `column` and `columns`, and at most one of the forms."
-    column: str = ''              # the column that holds the answer
-    columns: list[str] = []       # 0/1 columns, one per finding: any 1 counts; or the columns that `rule` reads
-    map: dict[str, str] = {}      # cell -> choice
-    equals: str | None = None     # the cell that counts as `then`
-    any_of: list[str] = []        # words, one of which the list in the cell must hold
-    none_of: list[str] = []       # words, none of which it may hold
-    threshold: float | None = None # number from which on (inclusive) `then` holds
-    rule: str = ''                # a published rule: a name in `RULES`
-    uncertain: str = ''           # what -1 stands for: 'exclude' or a choice; default: an unknown label
-    split_on: str = '|'           # what separates the words of a list; 'list': a list as Python or JSON writes it
-    then: str = ''                # choice where the rule holds; default: the task's first
-    otherwise: str = ''           # choice where it does not; default: the task's second
-    empty: str = ''               # choice for an empty cell; default: excluded as 'NaN label'
+
+    column: str = ''  # the column that holds the answer
+    columns: list[
+        str
+    ] = []  # 0/1 columns, one per finding: any 1 counts; or the columns that `rule` reads
+    map: dict[str, str] = {}  # cell -> choice
+    equals: str | None = None  # the cell that counts as `then`
+    any_of: list[str] = []  # words, one of which the list in the cell must hold
+    none_of: list[str] = []  # words, none of which it may hold
+    threshold: float | None = None  # number from which on (inclusive) `then` holds
+    rule: str = ''  # a published rule: a name in `RULES`
+    uncertain: str = ''  # what -1 stands for: 'exclude' or a choice; default: an unknown label
+    split_on: str = (
+        '|'  # what separates the words of a list; 'list': a list as Python or JSON writes it
+    )
+    then: str = ''  # choice where the rule holds; default: the task's first
+    otherwise: str = ''  # choice where it does not; default: the task's second
+    empty: str = ''  # choice for an empty cell; default: excluded as 'NaN label'
 
     @model_validator(mode='after')
     def _one_form(self):
-        forms = [f for f in ('columns', 'map', 'equals', 'any_of', 'none_of', 'threshold', 'rule') if getattr(self, f) not in ([], {}, None, '') and not (f == 'columns' and self.rule)]
-        if bool(self.column) == bool(self.columns): raise ValueError('needs either `column` or `columns`')
-        if len(set(self.columns)) < len(self.columns): raise ValueError('`columns` names one column twice')
-        if len(forms) > 1: raise ValueError(f"has several forms ({', '.join(forms)}); keep one")
-        if self.rule and self.rule not in RULES: raise ValueError(f"rule {self.rule} is not known; known: {', '.join(RULES)}")
-        if self.rule and self.empty: raise ValueError('`empty` does not go with `rule`, which decides by itself')
-        if self.uncertain and forms not in ([], ['columns']): raise ValueError(f'`uncertain` goes with 0/1 columns, not with `{forms[0]}`')
-        if not self.split_on: raise ValueError('`split_on` is empty')
+        forms = [
+            f
+            for f in ('columns', 'map', 'equals', 'any_of', 'none_of', 'threshold', 'rule')
+            if getattr(self, f) not in ([], {}, None, '') and not (f == 'columns' and self.rule)
+        ]
+        if bool(self.column) == bool(self.columns):
+            raise ValueError('needs either `column` or `columns`')
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError('`columns` names one column twice')
+        if len(forms) > 1:
+            raise ValueError(f"has several forms ({', '.join(forms)}); keep one")
+        if self.rule and self.rule not in RULES:
+            raise ValueError(f"rule {self.rule} is not known; known: {', '.join(RULES)}")
+        if self.rule and self.empty:
+            raise ValueError('`empty` does not go with `rule`, which decides by itself')
+        if self.uncertain and forms not in ([], ['columns']):
+            raise ValueError(f'`uncertain` goes with 0/1 columns, not with `{forms[0]}`')
+        if not self.split_on:
+            raise ValueError('`split_on` is empty')
         return self
 
     @property
-    def reads(self)->list[str]:
+    def reads(self) -> list[str]:
         "The columns it needs."
         return self.columns or [self.column]
 
     @property
-    def two_sided(self)->bool:
+    def two_sided(self) -> bool:
         "Whether it decides between `then` and `otherwise`."
-        return bool(self.columns or self.equals is not None or self.any_of or self.none_of or self.threshold is not None or self.rule or self.uncertain)
+        return bool(
+            self.columns
+            or self.equals is not None
+            or self.any_of
+            or self.none_of
+            or self.threshold is not None
+            or self.rule
+            or self.uncertain
+        )
 
 # %% ../../nbs/09a_data.rules.ipynb #cf3c39de
 def list_cell(
-    cell:str,       # such as "['a', 'b']" or '[1, 2]'
-)->list|None:       # what it holds; None where it is no list
+    cell: str,  # such as "['a', 'b']" or '[1, 2]'
+) -> list | None:  # what it holds; None where it is no list
     "A list that a cell spells out in Python or JSON."
-    if not cell.lstrip().startswith('['): return None
+    if not cell.lstrip().startswith('['):
+        return None
     for read in (json.loads, ast.literal_eval):
-        try: found = read(cell.strip())
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError): continue
+        try:
+            found = read(cell.strip())
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
         return found if isinstance(found, list) else None
     return None
 
 # %% ../../nbs/09a_data.rules.ipynb #c4da560c
 def words_of(
-    cell:str,       # one cell
-    split_on:str,   # what separates the words, or 'list'
-)->set|None:        # the words without outer blanks; None where the cell should spell a list and does not
+    cell: str,  # one cell
+    split_on: str,  # what separates the words, or 'list'
+) -> (
+    set | None
+):  # the words without outer blanks; None where the cell should spell a list and does not
     "The words that a cell lists."
     found = list_cell(cell) if split_on == 'list' else cell.split(split_on)
     return None if found is None else {str(w).strip() for w in found}
 
 # %% ../../nbs/09a_data.rules.ipynb #d75f1992
 def decide(
-    rule:LabelRule, # the rule
-    cell:str,       # one cell, made `plain`
-    choices:list,   # the task's answers
-)->str|None:        # a choice; '' for no value; None for a value the rule does not know
+    rule: LabelRule,  # the rule
+    cell: str,  # one cell, made `plain`
+    choices: list,  # the task's answers
+) -> str | None:  # a choice; '' for no value; None for a value the rule does not know
     "The choice that one cell stands for."
     then, otherwise = rule.then or choices[0], rule.otherwise or choices[1]
     of = lambda holds: then if holds else otherwise
-    if rule.rule: return {'yes': then, 'no': otherwise, '': ''}.get(cell)
+    if rule.rule:
+        return {'yes': then, 'no': otherwise, '': ''}.get(cell)
     known = {plain(k): v for k, v in rule.map.items()}
-    if is_missing(cell) and cell not in {*known, *rule.any_of, *rule.none_of, rule.equals, *choices}: return rule.empty
-    if rule.map: return known.get(cell)
-    if rule.equals is not None: return of(cell == plain(rule.equals))
+    if is_missing(cell) and cell not in {
+        *known,
+        *rule.any_of,
+        *rule.none_of,
+        rule.equals,
+        *choices,
+    }:
+        return rule.empty
+    if rule.map:
+        return known.get(cell)
+    if rule.equals is not None:
+        return of(cell == plain(rule.equals))
     if rule.any_of or rule.none_of:
         words = words_of(cell, rule.split_on)
-        return None if words is None else of(bool(words & {*rule.any_of}) if rule.any_of else not words & {*rule.none_of})
-    if rule.columns or rule.uncertain: return {'1': then, '0': otherwise, '-1': rule.uncertain if rule.uncertain in choices else None}.get(cell)
-    if rule.threshold is None: return cell if cell in choices else None
-    try: return of(float(cell) >= rule.threshold) if math.isfinite(float(cell)) else None
-    except ValueError: return None
+        return (
+            None
+            if words is None
+            else of(bool(words & {*rule.any_of}) if rule.any_of else not words & {*rule.none_of})
+        )
+    if rule.columns or rule.uncertain:
+        return {
+            '1': then,
+            '0': otherwise,
+            '-1': rule.uncertain if rule.uncertain in choices else None,
+        }.get(cell)
+    if rule.threshold is None:
+        return cell if cell in choices else None
+    try:
+        return of(float(cell) >= rule.threshold) if math.isfinite(float(cell)) else None
+    except ValueError:
+        return None
 
 # %% ../../nbs/09a_data.rules.ipynb #176ed41d
-LABEL_FAULTS = ('NaN label', 'unknown label', 'uncertain label', 'left out by the rule') # why a row has no label
+LABEL_FAULTS = (
+    'NaN label',
+    'unknown label',
+    'uncertain label',
+    'left out by the rule',
+)  # why a row has no label
+
 
 def apply_rule(
-    rule:LabelRule,    # the rule
-    rows:pd.DataFrame, # table of text cells
-    choices:list,      # the task's answers
-)->pd.DataFrame:       # columns `label` ('' where there is none), `reason` ('' or one of `LABEL_FAULTS`) and `cell`, index of `rows`
+    rule: LabelRule,  # the rule
+    rows: pd.DataFrame,  # table of text cells
+    choices: list,  # the task's answers
+) -> pd.DataFrame:  # columns `label` ('' where there is none), `reason` ('' or one of `LABEL_FAULTS`) and `cell`, index of `rows`
     "Labels of all rows."
-    if rule.rule: cells = pd.Series(np.asarray(RULES[rule.rule](rows[rule.reads])), index=rows.index, dtype=object)
-    else: cells = _plain(rows[rule.column]) if rule.column else _any_positive(rows[rule.columns], rule, choices)
+    if rule.rule:
+        cells = pd.Series(
+            np.asarray(RULES[rule.rule](rows[rule.reads])), index=rows.index, dtype=object
+        )
+    else:
+        cells = (
+            _plain(rows[rule.column])
+            if rule.column
+            else _any_positive(rows[rule.columns], rule, choices)
+        )
     label = cells.map({c: decide(rule, c, choices) for c in cells.unique()}).astype(object)
     unsure = (cells == '-1') & (rule.uncertain == 'exclude')
-    reason = np.select([unsure, label.isna(), label == ''], ['uncertain label', 'unknown label', 'left out by the rule' if rule.rule else 'NaN label'], '')
-    return pd.DataFrame(dict(label=label.where(label.notna(), '').astype(str), cell=cells, reason=reason), index=rows.index)
+    reason = np.select(
+        [unsure, label.isna(), label == ''],
+        ['uncertain label', 'unknown label', 'left out by the rule' if rule.rule else 'NaN label'],
+        '',
+    )
+    return pd.DataFrame(
+        dict(label=label.where(label.notna(), '').astype(str), cell=cells, reason=reason),
+        index=rows.index,
+    )
 
-def _plain(cells): return cells.map({c: plain(c) for c in cells.unique()}).astype(object)
+
+def _plain(cells):
+    return cells.map({c: plain(c) for c in cells.unique()}).astype(object)
+
 
 _BINARY = {'true': '1', 'yes': '1', 'false': '0', 'no': '0'}
 
+
 def _any_positive(rows, rule, choices):
-    unsure = {rule.then or choices[0]: '1', rule.otherwise or choices[1]: '0'}.get(rule.uncertain, '-1')
+    unsure = {rule.then or choices[0]: '1', rule.otherwise or choices[1]: '0'}.get(
+        rule.uncertain, '-1'
+    )
+
     def one(cells):
         cells = [unsure if c == '-1' else _BINARY.get(c.lower(), c) for c in map(plain, cells)]
-        if '1' in cells: return '1'
+        if '1' in cells:
+            return '1'
         odd = [c for c in cells if c not in ('0', '-1') and not is_missing(c)]
-        return odd[0] if odd else '-1' if '-1' in cells else '' if any(map(is_missing, cells)) else '0'
+        return (
+            odd[0] if odd else '-1' if '-1' in cells else '' if any(map(is_missing, cells)) else '0'
+        )
+
     cells = list(zip(*(rows[c] for c in rows)))
-    known = {c: one(c) for c in set(cells)}   # few distinct rows, however long the table
+    known = {c: one(c) for c in set(cells)}  # few distinct rows, however long the table
     return pd.Series([known[c] for c in cells], index=rows.index, dtype=object)

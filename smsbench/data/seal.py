@@ -13,95 +13,151 @@ import pandas as pd
 from ..core import InputError
 
 # %% ../../nbs/09g_data.seal.ipynb #9caeaecf
-SEALED = 'sealed:' # how a reference to something withheld begins
-SMALL = 10         # counts below this are withheld
+SEALED = 'sealed:'  # how a reference to something withheld begins
+SMALL = 10  # counts below this are withheld
+
 
 def seal_key(
-    rows:pd.DataFrame, # text columns; every row of the data set, in any order
-)->str:                # 64 hexadecimal digits
+    rows: pd.DataFrame,  # text columns; every row of the data set, in any order
+) -> str:  # 64 hexadecimal digits
     "The key that only a holder of the data can make: a hash of all rows, whatever their order."
     columns = sorted(rows.columns)
-    digests = sorted(hashlib.blake2b('\x1f'.join(r).encode('utf-8', 'surrogatepass'), digest_size=16).digest() for r in rows[columns].astype(str).itertuples(index=False, name=None))
+    digests = sorted(
+        hashlib.blake2b('\x1f'.join(r).encode('utf-8', 'surrogatepass'), digest_size=16).digest()
+        for r in rows[columns].astype(str).itertuples(index=False, name=None)
+    )
     h = hashlib.blake2b('\x1f'.join(columns).encode(), digest_size=32)
-    for d in digests: h.update(d)
+    for d in digests:
+        h.update(d)
     return h.hexdigest()
 
 # %% ../../nbs/09g_data.seal.ipynb #11a6808b
 def pseudonym(
-    key:str,   # from `seal_key`
-    value:str, # an identifier, a path or a text
-)->str:        # 16 hexadecimal digits; '' for ''
+    key: str,  # from `seal_key`
+    value: str,  # an identifier, a path or a text
+) -> str:  # 16 hexadecimal digits; '' for ''
     "Keyed hash (BLAKE2b): equal values stay equal, and without the key a value can neither be read nor tried."
-    return hashlib.blake2b(value.encode('utf-8', 'surrogatepass'), digest_size=8, key=bytes.fromhex(key)).hexdigest() if value else ''
+    return (
+        hashlib.blake2b(
+            value.encode('utf-8', 'surrogatepass'), digest_size=8, key=bytes.fromhex(key)
+        ).hexdigest()
+        if value
+        else ''
+    )
 
 # %% ../../nbs/09g_data.seal.ipynb #4cae4304
 def blur(
-    cells:pd.Series,     # one column
-    patients:pd.Series,  # whose cell it is
-    small:int=SMALL,     # values of fewer patients are withheld
-)->pd.Series:           # text, where anything is withheld
+    cells: pd.Series,  # one column
+    patients: pd.Series,  # whose cell it is
+    small: int = SMALL,  # values of fewer patients are withheld
+) -> pd.Series:  # text, where anything is withheld
     "The column with its rare values replaced by 'withheld'. Patients count, not rows: one film may be asked many questions."
     rare = patients.groupby(cells).transform('nunique') < small
-    if not rare.any(): return cells
-    return cells.astype(str).where(cells.notna()).mask(rare, 'withheld')     # numbers beside a word are text
+    if not rare.any():
+        return cells
+    return (
+        cells.astype(str).where(cells.notna()).mask(rare, 'withheld')
+    )  # numbers beside a word are text
 
 # %% ../../nbs/09g_data.seal.ipynb #14c38624
 _IDS, _REFERENCES = ('sample_id', 'patient_id'), ('image', 'text', 'question')
 _OPEN = ('split', 'finding', 'label', 'image_sha', 'boxes')
 
+
 def seal(
-    cohort:pd.DataFrame, # open cohort table of a credentialed card
-    key:str,             # from `seal_key`
-)->pd.DataFrame:         # the table that may be written
+    cohort: pd.DataFrame,  # open cohort table of a credentialed card
+    key: str,  # from `seal_key`
+) -> pd.DataFrame:  # the table that may be written
     "Identifiers become pseudonyms; image, text and question become references that only the data's holder can follow."
     known = lambda c: cohort[c].map({v: pseudonym(key, v) for v in cohort[c].unique()})
-    out = cohort.assign(**{c: known(c) for c in _IDS}, **{c: known(c).map(lambda h: SEALED + h if h else '') for c in _REFERENCES if c in cohort})
-    out = out.assign(**{c: blur(cohort[c], cohort.patient_id) for c in cohort if c not in (*_IDS, *_REFERENCES, *_OPEN)})
+    out = cohort.assign(
+        **{c: known(c) for c in _IDS},
+        **{c: known(c).map(lambda h: SEALED + h if h else '') for c in _REFERENCES if c in cohort},
+    )
+    out = out.assign(
+        **{
+            c: blur(cohort[c], cohort.patient_id)
+            for c in cohort
+            if c not in (*_IDS, *_REFERENCES, *_OPEN)
+        }
+    )
     out.attrs = hide_counts(cohort.attrs) | dict(sealed=True)
     return out
 
 # %% ../../nbs/09g_data.seal.ipynb #2a45f457
 def hide_counts(
-    about:dict, # metadata of a cohort
-)->dict:        # the same, without counts from which a small one could be told
+    about: dict,  # metadata of a cohort
+) -> dict:  # the same, without counts from which a small one could be told
     "Counts below ten (images, where each is asked several questions) become '<10'; of a funnel, numbers are rounded to tens, so that no small count is the difference of two others."
-    small = SMALL * (max(len(about.get('tasks', {})), 1) if not about.get('card', {}).get('columns', {}).get('finding') else 1)
-    hide = lambda n, small=small: f'<{small}' if not isinstance(n, str) and 0 < n < small else n   # text: hidden before
+    small = SMALL * (
+        max(len(about.get('tasks', {})), 1)
+        if not about.get('card', {}).get('columns', {}).get('finding')
+        else 1
+    )
+    hide = lambda n, small=small: (
+        f'<{small}' if not isinstance(n, str) and 0 < n < small else n
+    )  # text: hidden before
     near = lambda n, small: hide(n, small) if isinstance(n, str) or n < small else round(n, -1)
-    funnel = about.get('funnel', []); asked = next((i for i, s in enumerate(funnel) if s['step'] == 'questions'), 0)      # rows are counted before, samples from there on
-    steps = [s | {k: near(s[k], SMALL if i < asked else small) for k in ('removed', 'left')} for i, s in enumerate(funnel)]
-    return {**about, **{k: {r: hide(n) for r, n in about[k].items()} for k in ('excluded', 'filtered') if k in about}, **({'funnel': steps} if steps else {})}
+    funnel = about.get('funnel', [])
+    asked = next(
+        (i for i, s in enumerate(funnel) if s['step'] == 'questions'), 0
+    )  # rows are counted before, samples from there on
+    steps = [
+        s | {k: near(s[k], SMALL if i < asked else small) for k in ('removed', 'left')}
+        for i, s in enumerate(funnel)
+    ]
+    return {
+        **about,
+        **{
+            k: {r: hide(n) for r, n in about[k].items()}
+            for k in ('excluded', 'filtered')
+            if k in about
+        },
+        **({'funnel': steps} if steps else {}),
+    }
 
 # %% ../../nbs/09g_data.seal.ipynb #2edc2cf8
 def seal_exclusions(
-    exclusions:pd.DataFrame, # sample_id, reason, stage, detail
-    key:str,                 # from `seal_key`
-)->pd.DataFrame:
+    exclusions: pd.DataFrame,  # sample_id, reason, stage, detail
+    key: str,  # from `seal_key`
+) -> pd.DataFrame:
     "Exclusions under pseudonyms, without the details."
     names = {c: [pseudonym(key, s) for s in exclusions[c]] for c in _IDS if c in exclusions}
     return exclusions.assign(**names, detail='')
 
 # %% ../../nbs/09g_data.seal.ipynb #76c9dcb7
 def seal_files(
-    files:pd.DataFrame, # indexed by image reference, with a column `detail`
-    key:str,            # from `seal_key`
-)->pd.DataFrame:
+    files: pd.DataFrame,  # indexed by image reference, with a column `detail`
+    key: str,  # from `seal_key`
+) -> pd.DataFrame:
     "The same rows under sealed references, without the details, which name files."
-    return files.assign(detail='').set_axis(pd.Index([SEALED + pseudonym(key, r) for r in files.index], dtype=object))
+    return files.assign(detail='').set_axis(
+        pd.Index([SEALED + pseudonym(key, r) for r in files.index], dtype=object)
+    )
 
 # %% ../../nbs/09g_data.seal.ipynb #5f157d02
 def unseal(
-    sealed:pd.DataFrame, # from `seal`
-    opened:pd.DataFrame, # the open table, made again from the files
-    key:str,             # made again from the files
-)->pd.DataFrame:         # `sealed` with its images, texts and questions; ids stay pseudonyms. Never to be written.
+    sealed: pd.DataFrame,  # from `seal`
+    opened: pd.DataFrame,  # the open table, made again from the files
+    key: str,  # made again from the files
+) -> (
+    pd.DataFrame
+):  # `sealed` with its images, texts and questions; ids stay pseudonyms. Never to be written.
     "What the sealed references stand for; `InputError` where the files are not those the cohort was made from."
     found = opened.set_index(opened.sample_id.map(lambda s: pseudonym(key, s)))
-    if lost := int((~sealed.sample_id.isin(found.index)).sum()): raise InputError(f'{lost} of {len(sealed)} samples of the sealed cohort are not among the files below this data root; are they the files it was made from?')
+    if lost := int((~sealed.sample_id.isin(found.index)).sum()):
+        raise InputError(
+            f'{lost} of {len(sealed)} samples of the sealed cohort are not among the files below this data root; are they the files it was made from?'
+        )
     found = found.loc[sealed.sample_id].set_axis(sealed.index)
     for c in (c for c in _REFERENCES if c in sealed):
-        again = found[c].map({v: SEALED + pseudonym(key, v) if v else '' for v in found[c].unique()})
-        if changed := int((again != sealed[c]).sum()): raise InputError(f'the {c} of {changed} samples has changed since the cohort was sealed; make the cohort again')
+        again = found[c].map(
+            {v: SEALED + pseudonym(key, v) if v else '' for v in found[c].unique()}
+        )
+        if changed := int((again != sealed[c]).sum()):
+            raise InputError(
+                f'the {c} of {changed} samples has changed since the cohort was sealed; make the cohort again'
+            )
     out = sealed.assign(**{c: found[c] for c in _REFERENCES if c in sealed})
     out.attrs = {**sealed.attrs, 'sealed': False}
     return out

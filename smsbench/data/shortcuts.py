@@ -14,142 +14,244 @@ from ..resampling import Interval, bootstrap_rows, by_owner
 from ..stats import auroc, auroc_ends, auroc_influence, combined_ends, tied_share
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #3d69428e
-BINS, RARE = 8, 10 # quantile bins of a number; a level with fewer rows is pooled with the other rare ones
+BINS, RARE = (
+    8,
+    10,
+)  # quantile bins of a number; a level with fewer rows is pooled with the other rare ones
+
 
 def level_codes(
-    values, # (n,) names of levels
-)->np.ndarray: # (n,) integers from 0; rare levels share one
+    values,  # (n,) names of levels
+) -> np.ndarray:  # (n,) integers from 0; rare levels share one
     "Categories as numbers."
     s = pd.Series(np.asarray(values, dtype=object)).astype(str)
     return pd.factorize(s.where(s.map(s.value_counts()) >= RARE, '\0rare'), sort=True)[0]
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #85095fa2
 def bin_codes(
-    x,             # (n,) numbers
-    bins:int=BINS, # at most so many
-)->np.ndarray:     # (n,) integers from 0
+    x,  # (n,) numbers
+    bins: int = BINS,  # at most so many
+) -> np.ndarray:  # (n,) integers from 0
     "Numbers cut at their quantiles; equal numbers stay together."
     x = np.asarray(x, float)
     edges = np.unique(np.quantile(x, np.linspace(0, 1, bins + 1)[1:-1])) if len(x) else []
-    return np.unique(np.searchsorted(edges, x, 'left') + np.searchsorted(edges, x, 'right'), return_inverse=True)[1]   # what equals an edge is a bin of its own
+    return np.unique(
+        np.searchsorted(edges, x, 'left') + np.searchsorted(edges, x, 'right'), return_inverse=True
+    )[1]  # what equals an edge is a bin of its own
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #cfc4012c
-FILM = ('mean brightness', 'contrast') # what a finding may change by itself
+FILM = ('mean brightness', 'contrast')  # what a finding may change by itself
+
 
 def attributes(
-    cohort:pd.DataFrame, # a cohort
-    files:pd.DataFrame,  # from `scan_files`: a row for every image of the cohort
-)->dict:                 # attribute -> (n, columns) integer codes, a row per row of the cohort; one that never varies is left out
+    cohort: pd.DataFrame,  # a cohort
+    files: pd.DataFrame,  # from `scan_files`: a row for every image of the cohort
+) -> dict:  # attribute -> (n, columns) integer codes, a row per row of the cohort; one that never varies is left out
     "The strata, and what can be seen of an image without looking at it. `InputError` where an image was not scanned."
     wanted = cohort.image[cohort.image != '']
-    if lost := int((~wanted.drop_duplicates().isin(files.index)).sum()): raise InputError(f'{lost} images of the cohort are not in the table of files; scan them all')
+    if lost := int((~wanted.drop_duplicates().isin(files.index)).sum()):
+        raise InputError(
+            f'{lost} images of the cohort are not in the table of files; scan them all'
+        )
     f = files.reindex(cohort.image)
     out = {s: [level_codes(cohort[s])] for s in cohort.attrs.get('strata', []) if s in cohort}
     if len(wanted) == len(cohort):
         ratio = np.log(f.width.clip(lower=1) / f.height.clip(lower=1))
-        out |= {'image size': [level_codes(f.width.astype(str) + 'x' + f.height.astype(str)), bin_codes(f.width * f.height), bin_codes(ratio)], 'colour': [level_codes(f.channels)],
-                'burnt-in marker': [bin_codes(f.marker)], 'mean brightness': [bin_codes(f['mean'])], 'contrast': [bin_codes(f['std'])]}
+        out |= {
+            'image size': [
+                level_codes(f.width.astype(str) + 'x' + f.height.astype(str)),
+                bin_codes(f.width * f.height),
+                bin_codes(ratio),
+            ],
+            'colour': [level_codes(f.channels)],
+            'burnt-in marker': [bin_codes(f.marker)],
+            'mean brightness': [bin_codes(f['mean'])],
+            'contrast': [bin_codes(f['std'])],
+        }
     return {k: np.column_stack(v) for k, v in out.items() if any(c.max(initial=0) > 0 for c in v)}
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #7e37873f
-ROWS, FOLDS, PATIENTS = 5000, 5, 10 # rows that are used at most; folds; patients that a class must have to be told at all
+ROWS, FOLDS, PATIENTS = (
+    5000,
+    5,
+    10,
+)  # rows that are used at most; folds; patients that a class must have to be told at all
+
 
 def fold_rows(
-    patients,       # (n,) patient of each row
-    y,              # (n,) class of each row
-    seed:int=0,     # another seed, other folds
-    most:int=ROWS,  # rows at most
-    ids=None,       # (n,) what names a row among those of its patient
-)->tuple[np.ndarray, np.ndarray]: # positions of the rows used, and the fold of each; both empty where fewer than two classes have enough patients
+    patients,  # (n,) patient of each row
+    y,  # (n,) class of each row
+    seed: int = 0,  # another seed, other folds
+    most: int = ROWS,  # rows at most
+    ids=None,  # (n,) what names a row among those of its patient
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # positions of the rows used, and the fold of each; both empty where fewer than two classes have enough patients
     "Stratified folds that never part a patient; independent of row order."
     from sklearn.model_selection import StratifiedGroupKFold
-    d = pd.DataFrame(dict(patient=np.asarray(patients, dtype=object), y=np.asarray(y), id=np.arange(len(y)) if ids is None else np.asarray(ids, dtype=object)))
+
+    d = pd.DataFrame(
+        dict(
+            patient=np.asarray(patients, dtype=object),
+            y=np.asarray(y),
+            id=np.arange(len(y)) if ids is None else np.asarray(ids, dtype=object),
+        )
+    )
     place = d.patient.map({p: content_hash(seed, p) for p in d.patient.unique()})
     d = d.assign(place=place).sort_values(['place', 'id'], kind='stable')
-    d = d.iloc[:most] if len(d) <= most else d[d.place < d.place.iloc[most]] if d.place.iloc[most] != d.place.iloc[0] else d.iloc[:most]
+    d = (
+        d.iloc[:most]
+        if len(d) <= most
+        else d[d.place < d.place.iloc[most]]
+        if d.place.iloc[most] != d.place.iloc[0]
+        else d.iloc[:most]
+    )
     d = d[d.groupby('y').patient.transform('nunique') >= PATIENTS]
-    if d.y.nunique() < 2: return np.empty(0, int), np.empty(0, int)
+    if d.y.nunique() < 2:
+        return np.empty(0, int), np.empty(0, int)
     fold = np.empty(len(d), int)
-    for k, (_, test) in enumerate(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(d, d.y, pd.factorize(d.patient)[0])): fold[test] = k
+    for k, (_, test) in enumerate(
+        StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(
+            d, d.y, pd.factorize(d.patient)[0]
+        )
+    ):
+        fold[test] = k
     return d.index.to_numpy(), fold
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #1595481f
 def out_of_fold(
-    codes:np.ndarray, # (n, columns) integers from 0
-    y,                # (n,) class numbers
-    fold,             # (n,) fold of each row
-)->np.ndarray:        # (n, classes) probability of each class, from the other folds
+    codes: np.ndarray,  # (n, columns) integers from 0
+    y,  # (n,) class numbers
+    fold,  # (n,) fold of each row
+) -> np.ndarray:  # (n, classes) probability of each class, from the other folds
     "Naive Bayes on categories, classes taken as equally frequent."
     from sklearn.naive_bayes import CategoricalNB
+
     out, levels = np.empty((len(y), len(np.unique(y)))), codes.max(0) + 1
     for k in np.unique(fold):
         test = fold == k
-        out[test] = CategoricalNB(fit_prior=False, min_categories=levels).fit(codes[~test], y[~test]).predict_proba(codes[test])
+        out[test] = (
+            CategoricalNB(fit_prior=False, min_categories=levels)
+            .fit(codes[~test], y[~test])
+            .predict_proba(codes[test])
+        )
     return out
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #e11c465b
-N_BOOT = 500 # resamples of an interval of the file audit
+N_BOOT = 500  # resamples of an interval of the file audit
+
 
 def within_folds(
-    score,   # (n,) higher means more of the class
-    y,       # (n,) true/false
-    fold,    # (n,) fold of each row
-    weights, # (B, n) row weights
-)->np.ndarray: # (B,) share of right orders among pairs of one fold
+    score,  # (n,) higher means more of the class
+    y,  # (n,) true/false
+    fold,  # (n,) fold of each row
+    weights,  # (B, n) row weights
+) -> np.ndarray:  # (B,) share of right orders among pairs of one fold
     "AUROC that compares only what one classifier scored."
     parts = []
     for k in np.unique(fold):
-        at = fold == k; w = weights[:, at]; pairs = w[:, y[at]].sum(1) * w[:, ~y[at]].sum(1)
-        parts.append((np.where(pairs > 0, np.atleast_1d(auroc(score[at], y[at], w)), 0) * pairs, pairs))
+        at = fold == k
+        w = weights[:, at]
+        pairs = w[:, y[at]].sum(1) * w[:, ~y[at]].sum(1)
+        parts.append(
+            (np.where(pairs > 0, np.atleast_1d(auroc(score[at], y[at], w)), 0) * pairs, pairs)
+        )
     right, pairs = np.sum(parts, axis=0)
     return np.divide(right, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #d8fb8f72
 def told_apart(
-    scores:np.ndarray, # (n, classes) a score per class; (n,) for class 1 of two
-    y,                 # (n,) class numbers from 0
-    patients,          # (n,) patient of each row
-    seed:int=0,        # same seed, same interval
-    fold=None,         # (n,) fold in which a row was scored; None: one scale for all
-)->Interval:
+    scores: np.ndarray,  # (n, classes) a score per class; (n,) for class 1 of two
+    y,  # (n,) class numbers from 0
+    patients,  # (n,) patient of each row
+    seed: int = 0,  # same seed, same interval
+    fold=None,  # (n,) fold in which a row was scored; None: one scale for all
+) -> Interval:
     "AUROC (mean over classes against the rest, where there are more than two) with an interval over patients."
-    scores, fold = np.asarray(scores, float), np.zeros(len(y), int) if fold is None else np.asarray(fold)
+    scores, fold = (
+        np.asarray(scores, float),
+        np.zeros(len(y), int) if fold is None else np.asarray(fold),
+    )
     scores = np.column_stack([1 - scores, scores]) if scores.ndim == 1 else scores
     classes = range(1, 2) if scores.shape[1] == 2 else range(scores.shape[1])
-    mean = lambda *a: np.mean([within_folds(a[c], a[-3] == c, a[-2], a[-1]) for c in classes], axis=0)
+    mean = lambda *a: np.mean(
+        [within_folds(a[c], a[-3] == c, a[-2], a[-1]) for c in classes], axis=0
+    )
+
     def floor(*a):
         parts = [_within_ends(a[c], a[-4] == c, a[-3], *a[-2:]) for c in classes]
         values, ends, slopes = zip(*parts)
-        return combined_ends(np.array(values), np.stack(ends, 1), np.full(len(parts), 1 / len(parts)), np.stack(slopes, 1))
-    sides = np.stack([np.asarray(y) == c for c in range(scores.shape[1])], -1)[:, None]      # it needs films of every class
-    return bootstrap_rows(mean, [*scores.T, np.asarray(y), fold], patients, N_BOOT, seed=seed, bounds=(0, 1), batched=True, used=sides, floor=floor)
+        return combined_ends(
+            np.array(values),
+            np.stack(ends, 1),
+            np.full(len(parts), 1 / len(parts)),
+            np.stack(slopes, 1),
+        )
+
+    sides = np.stack([np.asarray(y) == c for c in range(scores.shape[1])], -1)[
+        :, None
+    ]  # it needs films of every class
+    return bootstrap_rows(
+        mean,
+        [*scores.T, np.asarray(y), fold],
+        patients,
+        N_BOOT,
+        seed=seed,
+        bounds=(0, 1),
+        batched=True,
+        used=sides,
+        floor=floor,
+    )
+
 
 def _within_ends(score, y, fold, owner, tail):
     "AUROC within folds, its bounds, and its slope in the weight of each patient."
-    slope, pairs, tied = np.zeros(len(y)), np.zeros(len(y)), 0.
+    slope, pairs, tied = np.zeros(len(y)), np.zeros(len(y)), 0.0
     for k in np.unique(fold):
         at = fold == k
-        slope[at], pairs[at] = np.nan_to_num(auroc_influence(score[at], y[at])), y[at].sum() * (~y[at]).sum()
+        slope[at], pairs[at] = (
+            np.nan_to_num(auroc_influence(score[at], y[at])),
+            y[at].sum() * (~y[at]).sum(),
+        )
         tied += np.nan_to_num(tied_share(score[at], y[at])) * pairs[at][0]
     total = sum(pairs[fold == k][0] for k in np.unique(fold))
     slope = slope * pairs / max(total, 1)
     value = within_folds(score, y, fold, np.ones((1, len(y)), int))[0]
-    return value, auroc_ends(value, slope, y, owner, tail, tied / max(total, 1)), by_owner(slope, owner)
+    return (
+        value,
+        auroc_ends(value, slope, y, owner, tail, tied / max(total, 1)),
+        by_owner(slope, owner),
+    )
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #c72dc568
 def shortcut_table(
-    cohort:pd.DataFrame, # a cohort
-    files:pd.DataFrame,  # from `scan_files`
-    seed:int=0,          # folds and resamples
-)->pd.DataFrame:         # finding, attribute, auroc, low, high, n, patients, smallest (rows of the rarest class); no rows for a finding whose classes are too small
+    cohort: pd.DataFrame,  # a cohort
+    files: pd.DataFrame,  # from `scan_files`
+    seed: int = 0,  # folds and resamples
+) -> pd.DataFrame:  # finding, attribute, auroc, low, high, n, patients, smallest (rows of the rarest class); no rows for a finding whose classes are too small
     "How well each attribute alone tells the label of each question, across patients."
     every, rows = attributes(cohort, files), []
     for finding, where in cohort.groupby('finding', sort=False).indices.items():
-        g = cohort.iloc[where]; y = pd.factorize(g.label, sort=True)[0]
+        g = cohort.iloc[where]
+        y = pd.factorize(g.label, sort=True)[0]
         used, fold = fold_rows(g.patient_id, y, seed, ids=g.sample_id)
-        if not len(used): continue
+        if not len(used):
+            continue
         y, patients = np.unique(y[used], return_inverse=True)[1], g.patient_id.to_numpy()[used]
         for name, codes in every.items():
             i = told_apart(out_of_fold(codes[where[used]], y, fold), y, patients, seed, fold)
-            rows.append((finding, name, i.value, i.low, i.high, i.n, i.n_clusters, int(np.bincount(y).min())))
-    return pd.DataFrame(rows, columns=['finding', 'attribute', 'auroc', 'low', 'high', 'n', 'patients', 'smallest'])
+            rows.append(
+                (
+                    finding,
+                    name,
+                    i.value,
+                    i.low,
+                    i.high,
+                    i.n,
+                    i.n_clusters,
+                    int(np.bincount(y).min()),
+                )
+            )
+    return pd.DataFrame(
+        rows, columns=['finding', 'attribute', 'auroc', 'low', 'high', 'n', 'patients', 'smallest']
+    )

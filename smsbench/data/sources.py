@@ -13,62 +13,101 @@ from pathlib import Path, PureWindowsPath
 from ..core import InputError
 
 # %% ../../nbs/08_data.sources.ipynb #2f862597
-IMAGE_REASONS = ('path outside the root', 'remote not allowed', 'missing image', 'empty file', 'wrong extension', 'truncated image', 'too many pixels', 'multi-frame',
-                 'unreadable image') # why an image is left out
+IMAGE_REASONS = (
+    'path outside the root',
+    'remote not allowed',
+    'missing image',
+    'empty file',
+    'wrong extension',
+    'truncated image',
+    'too many pixels',
+    'multi-frame',
+    'unreadable image',
+)  # why an image is left out
+
 
 class FileError(InputError):
     "A file that cannot be used, and why: `reason` is one of `IMAGE_REASONS`."
-    def __init__(self,
-        message:str, # one line, naming the file by its reference
-        reason:str='unreadable image', # the reason that is counted
+
+    def __init__(
+        self,
+        message: str,  # one line, naming the file by its reference
+        reason: str = 'unreadable image',  # the reason that is counted
     ):
-        super().__init__(message); self.reason = reason
+        super().__init__(message)
+        self.reason = reason
 
 # %% ../../nbs/08_data.sources.ipynb #0dee3b19
 def split_ref(
-    ref:str, # as it stands in a table
-)->tuple[str, str, str]: # file or address; member of the archive, or ''; key of an array, or ''
+    ref: str,  # as it stands in a table
+) -> tuple[str, str, str]:  # file or address; member of the archive, or ''; key of an array, or ''
     "The parts of a reference: 'a.zip!in/b.npz#c' is ('a.zip', 'in/b.npz', 'c')."
-    if is_remote(ref): place, _, key = ref.partition('#'); return place, '', key
-    name, key = m.groups() if (m := re.fullmatch(r'(.*\.npz)#(.*)', ref, re.I | re.S)) else (ref, '')
-    place, member = m.groups() if (m := re.fullmatch(r'(.+?\.zip)!(.+)', name, re.I | re.S)) else (name, '')
+    if is_remote(ref):
+        place, _, key = ref.partition('#')
+        return place, '', key
+    name, key = (
+        m.groups() if (m := re.fullmatch(r'(.*\.npz)#(.*)', ref, re.I | re.S)) else (ref, '')
+    )
+    place, member = (
+        m.groups() if (m := re.fullmatch(r'(.+?\.zip)!(.+)', name, re.I | re.S)) else (name, '')
+    )
     return place, member, key
 
 # %% ../../nbs/08_data.sources.ipynb #8a8b11b6
 def is_remote(
-    ref:str, # as it stands in a table
-)->bool:
+    ref: str,  # as it stands in a table
+) -> bool:
     "Whether a reference is an address: 'https://…', 's3://…'."
     return bool(re.match(r'[a-z][a-z0-9+.-]*://', ref, re.I))
 
 # %% ../../nbs/08_data.sources.ipynb #9788480a
 def as_shown(
-    ref:str, # as it stands in a table
-)->str:      # one line
+    ref: str,  # as it stands in a table
+) -> str:  # one line
     "A reference as messages show it."
-    return repr(re.sub(r'(?<=://)[^/@]*@|\?[^#]*', '', ref) if is_remote(ref) else ref)[1:-1]   # repr: a line break in a name must not break the message
+    return repr(re.sub(r'(?<=://)[^/@]*@|\?[^#]*', '', ref) if is_remote(ref) else ref)[
+        1:-1
+    ]  # repr: a line break in a name must not break the message
 
 # %% ../../nbs/08_data.sources.ipynb #841c45f1
 def why(
-    e:Exception, # what a library raised
-)->str:          # one line of up to 120 characters, without paths
+    e: Exception,  # what a library raised
+) -> str:  # one line of up to 120 characters, without paths
     "An exception in a few words."
     said = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-    return ' '.join(re.sub(r"(<\S+ name=)?['\"]?(?<!\w)(/|[A-Za-z]:\\)\S*", 'file', said).split())[:120] or type(e).__name__
+    return (
+        ' '.join(re.sub(r"(<\S+ name=)?['\"]?(?<!\w)(/|[A-Za-z]:\\)\S*", 'file', said).split())[
+            :120
+        ]
+        or type(e).__name__
+    )
 
 # %% ../../nbs/08_data.sources.ipynb #e1fc6f50
 def locate(
-    root,    # data root, a folder
-    ref:str, # path of a file relative to `root`
-)->Path:     # the file, links resolved
+    root,  # data root, a folder
+    ref: str,  # path of a file relative to `root`
+) -> Path:  # the file, links resolved
     "The file that `ref` names below `root`; `FileError` where it is missing or lies elsewhere."
     home, shown = os.path.realpath(root), as_shown(ref)
-    if _leaves(ref): raise FileError(f'{shown}: must be a path relative to the data root, without ..', 'path outside the root')
-    try: real = os.path.realpath(os.path.join(home, ref))
-    except ValueError: raise FileError(f'{shown}: no file can have this name', 'missing image') from None   # e.g. a NUL character
-    if os.path.commonpath([home, real]) != home: raise FileError(f'{shown}: a link leads out of the data root', 'path outside the root')
-    if not os.path.isfile(real): raise FileError(f"{shown or 'empty path'}: no such file below the data root", 'missing image')
+    if _leaves(ref):
+        raise FileError(
+            f'{shown}: must be a path relative to the data root, without ..',
+            'path outside the root',
+        )
+    try:
+        real = os.path.realpath(os.path.join(home, ref))
+    except ValueError:
+        raise FileError(
+            f'{shown}: no file can have this name', 'missing image'
+        ) from None  # e.g. a NUL character
+    if os.path.commonpath([home, real]) != home:
+        raise FileError(f'{shown}: a link leads out of the data root', 'path outside the root')
+    if not os.path.isfile(real):
+        raise FileError(
+            f"{shown or 'empty path'}: no such file below the data root", 'missing image'
+        )
     return Path(real)
+
 
 def _leaves(name):
     "Whether a path, as written, is absolute or climbs."
@@ -76,109 +115,193 @@ def _leaves(name):
     return bool(w.drive or w.root or '..' in w.parts)
 
 # %% ../../nbs/08_data.sources.ipynb #4a99c7db
-_ENDS = {b'\x89PNG\r\n\x1a\n': rb'IEND', b'\xff\xd8\xff': rb'\xff\xd9', b'PK\x03\x04': rb'PK\x05\x06.{18}'} # first bytes -> pattern near the end: PNG, JPEG, zip
+_ENDS = {
+    b'\x89PNG\r\n\x1a\n': rb'IEND',
+    b'\xff\xd8\xff': rb'\xff\xd9',
+    b'PK\x03\x04': rb'PK\x05\x06.{18}',
+}  # first bytes -> pattern near the end: PNG, JPEG, zip
+
 
 def cut_short(
-    f, # open binary file
-)->bool:
+    f,  # open binary file
+) -> bool:
     "Whether a file begins as a PNG, JPEG or zip and lacks what such a file ends with."
-    size = f.seek(0, 2); f.seek(0); head = f.read(8); f.seek(max(0, size - 1024)); tail = f.read()
-    return any(start.startswith(head[:len(start)]) and not re.search(end, tail, re.S) for start, end in _ENDS.items())
+    size = f.seek(0, 2)
+    f.seek(0)
+    head = f.read(8)
+    f.seek(max(0, size - 1024))
+    tail = f.read()
+    return any(
+        start.startswith(head[: len(start)]) and not re.search(end, tail, re.S)
+        for start, end in _ENDS.items()
+    )
 
 # %% ../../nbs/08_data.sources.ipynb #080c77c0
-MAX_BYTES = 2**31 - 1 # largest file or archive member that is read whole
+MAX_BYTES = 2**31 - 1  # largest file or archive member that is read whole
+
 
 def read_member(
-    root,       # data root
-    archive:str, # path of a zip relative to `root`
-    inner:str,  # name of a member
-    limit:int=MAX_BYTES, # bytes it may unpack to
-)->bytes:
+    root,  # data root
+    archive: str,  # path of a zip relative to `root`
+    inner: str,  # name of a member
+    limit: int = MAX_BYTES,  # bytes it may unpack to
+) -> bytes:
     "The content of one zip member; `FileError` where it is missing, encrypted, damaged, too large or has a name that climbs."
     path, shown = locate(root, archive), as_shown(f'{archive}!{inner}')
-    if _leaves(inner): raise FileError(f'{shown}: a member may not be named by an absolute path or by ..', 'path outside the root')
+    if _leaves(inner):
+        raise FileError(
+            f'{shown}: a member may not be named by an absolute path or by ..',
+            'path outside the root',
+        )
     try:
         z = _archive(path, path.stat().st_mtime_ns, os.getpid())
-        if inner not in z.NameToInfo or inner.endswith('/'): raise FileError(f'{shown}: the archive holds no such file', 'missing image')
+        if inner not in z.NameToInfo or inner.endswith('/'):
+            raise FileError(f'{shown}: the archive holds no such file', 'missing image')
         info = z.NameToInfo[inner]
-        if info.flag_bits & 1: raise FileError(f'{shown}: is encrypted; unpack the archive with its password first')
-        if info.compress_type not in (0, 8, 12): raise FileError(f'{shown}: is packed by a method that is not read; pack the archive anew, with deflate')   # LZMA may ask for gigabytes
-        if info.file_size > limit: raise FileError(f'{shown}: would unpack to {info.file_size:,} bytes, more than {limit:,}', 'too many pixels')
+        if info.flag_bits & 1:
+            raise FileError(f'{shown}: is encrypted; unpack the archive with its password first')
+        if info.compress_type not in (0, 8, 12):
+            raise FileError(
+                f'{shown}: is packed by a method that is not read; pack the archive anew, with deflate'
+            )  # LZMA may ask for gigabytes
+        if info.file_size > limit:
+            raise FileError(
+                f'{shown}: would unpack to {info.file_size:,} bytes, more than {limit:,}',
+                'too many pixels',
+            )
         return z.read(info)
-    except (FileError, MemoryError): raise
-    except Exception as e:   # zipfile raises many kinds on broken bytes
-        if path.stat().st_size == 0: raise FileError(f'{shown}: the archive is empty (0 bytes)', 'empty file') from None
-        with open(path, 'rb') as f: short = isinstance(e, EOFError) or cut_short(f)
-        if short: raise FileError(f'{shown}: the archive ends early', 'truncated image') from None
+    except (FileError, MemoryError):
+        raise
+    except Exception as e:  # zipfile raises many kinds on broken bytes
+        if path.stat().st_size == 0:
+            raise FileError(f'{shown}: the archive is empty (0 bytes)', 'empty file') from None
+        with open(path, 'rb') as f:
+            short = isinstance(e, EOFError) or cut_short(f)
+        if short:
+            raise FileError(f'{shown}: the archive ends early', 'truncated image') from None
         raise FileError(f'{shown}: cannot be unpacked ({why(e)})') from None
 
+
 @functools.lru_cache(4)
-def _archive(path, changed, process):   # the last two: another version of the file, or a forked process, opens its own
+def _archive(
+    path, changed, process
+):  # the last two: another version of the file, or a forked process, opens its own
     return zipfile.ZipFile(path)
 
 # %% ../../nbs/08_data.sources.ipynb #fe653c4a
-REMOTE = ('http', 'https', 'ftp', 'sftp', 's3', 'gs', 'gcs', 'az', 'abfs', 'hf', 'webdav', 'memory') # protocols that `remote=True` allows
+REMOTE = (
+    'http',
+    'https',
+    'ftp',
+    'sftp',
+    's3',
+    'gs',
+    'gcs',
+    'az',
+    'abfs',
+    'hf',
+    'webdav',
+    'memory',
+)  # protocols that `remote=True` allows
+
 
 def fetch(
-    url:str, # 'https://host/a.png', 's3://bucket/a.png'
-    limit:int=MAX_BYTES, # bytes it may have
-    timeout:float=30, # seconds without an answer
-)->bytes:
+    url: str,  # 'https://host/a.png', 's3://bucket/a.png'
+    limit: int = MAX_BYTES,  # bytes it may have
+    timeout: float = 30,  # seconds without an answer
+) -> bytes:
     "The content behind an address; `FileError` where it cannot be had whole."
     shown, protocol = as_shown(url), url.partition(':')[0].lower()
-    if protocol not in REMOTE or '::' in url: raise FileError(f"{shown}: only {', '.join(REMOTE)} are read over the network", 'remote not allowed')
-    try: data = (_http if protocol in ('http', 'https') else _fsspec)(url, limit, timeout)
-    except FileError as e: raise FileError(f'{shown}: {e}', e.reason) from None
-    except FileNotFoundError: raise FileError(f'{shown}: there is no such file', 'missing image') from None
-    except ImportError as e: raise FileError(f"{shown}: {protocol}:// needs a package that is not installed ({why(e)})") from None
-    except MemoryError: raise
-    except Exception as e:   # the words of a protocol's package may hold keys: its kind, or what the system said, must do
+    if protocol not in REMOTE or '::' in url:
+        raise FileError(
+            f"{shown}: only {', '.join(REMOTE)} are read over the network", 'remote not allowed'
+        )
+    try:
+        data = (_http if protocol in ('http', 'https') else _fsspec)(url, limit, timeout)
+    except FileError as e:
+        raise FileError(f'{shown}: {e}', e.reason) from None
+    except FileNotFoundError:
+        raise FileError(f'{shown}: there is no such file', 'missing image') from None
+    except ImportError as e:
+        raise FileError(
+            f"{shown}: {protocol}:// needs a package that is not installed ({why(e)})"
+        ) from None
+    except MemoryError:
+        raise
+    except Exception as e:  # the words of a protocol's package may hold keys: its kind, or what the system said, must do
         said = e.strerror if isinstance(e, OSError) and e.strerror else type(e).__name__
         raise FileError(f"{shown}: cannot be fetched ({' '.join(said.split())})") from None
-    if len(data) > limit: raise FileError(f'{shown}: has more than {limit:,} bytes', 'too many pixels')
+    if len(data) > limit:
+        raise FileError(f'{shown}: has more than {limit:,} bytes', 'too many pixels')
     return data
+
 
 def _http(url, limit, timeout):
     from urllib import request, error
+
     try:
-        with request.urlopen(request.Request(url, headers={'User-Agent': 'smsbench'}), timeout=timeout) as r:
+        with request.urlopen(
+            request.Request(url, headers={'User-Agent': 'smsbench'}), timeout=timeout
+        ) as r:
             data = r.read(limit + 1)
-            if r.length and len(data) <= limit: raise FileError(f'the answer ended {r.length:,} bytes early', 'truncated image')
+            if r.length and len(data) <= limit:
+                raise FileError(f'the answer ended {r.length:,} bytes early', 'truncated image')
             return data
-    except error.HTTPError as e: raise FileError(f'the server answered {e.code}', 'missing image' if e.code in (404, 410) else 'unreadable image') from None
-    except error.URLError as e: raise (e.reason if isinstance(e.reason, OSError) else e) from None   # what the system said: refused, timed out, no such host
+    except error.HTTPError as e:
+        raise FileError(
+            f'the server answered {e.code}',
+            'missing image' if e.code in (404, 410) else 'unreadable image',
+        ) from None
+    except error.URLError as e:
+        raise (
+            e.reason if isinstance(e.reason, OSError) else e
+        ) from None  # what the system said: refused, timed out, no such host
+
 
 def _fsspec(url, limit, timeout):
-    try: import fsspec
-    except ImportError: raise ImportError('pip install fsspec') from None
-    with fsspec.open(url, 'rb') as f: return f.read(limit + 1)
+    try:
+        import fsspec
+    except ImportError:
+        raise ImportError('pip install fsspec') from None
+    with fsspec.open(url, 'rb') as f:
+        return f.read(limit + 1)
 
 # %% ../../nbs/08_data.sources.ipynb #8dbfa7b1
 def open_ref(
-    root,       # data root; every file must lie below it
-    ref:str,    # path of a file, 'archive.zip!inner/name', or an address; what follows '#' is not looked at
-    remote:bool=False, # follow addresses
-    limit:int=MAX_BYTES, # bytes that a zip member or an answer may have
-):              # an open binary file that can seek
+    root,  # data root; every file must lie below it
+    ref: str,  # path of a file, 'archive.zip!inner/name', or an address; what follows '#' is not looked at
+    remote: bool = False,  # follow addresses
+    limit: int = MAX_BYTES,  # bytes that a zip member or an answer may have
+):  # an open binary file that can seek
     "The file that a reference names, whatever holds it; `FileError` where there is none."
     if is_remote(ref):
-        if not remote: raise FileError(f'{as_shown(ref)}: is an address; addresses are followed only where that is asked for', 'remote not allowed')
+        if not remote:
+            raise FileError(
+                f'{as_shown(ref)}: is an address; addresses are followed only where that is asked for',
+                'remote not allowed',
+            )
         return io.BytesIO(fetch(split_ref(ref)[0], limit))
     place, member, _ = split_ref(ref)
-    if member: return io.BytesIO(read_member(root, place, member, limit))
+    if member:
+        return io.BytesIO(read_member(root, place, member, limit))
     path = locate(root, place)
-    try: return open(path, 'rb')
-    except OSError as e: raise FileError(f'{as_shown(ref)}: cannot be opened ({e.strerror})') from None
+    try:
+        return open(path, 'rb')
+    except OSError as e:
+        raise FileError(f'{as_shown(ref)}: cannot be opened ({e.strerror})') from None
 
 # %% ../../nbs/08_data.sources.ipynb #ad1cca97
 def read_bytes(
-    root,       # data root
-    ref:str,    # path of a file, or 'archive.zip!inner/name'
-    limit:int=MAX_BYTES, # the most bytes to accept
-)->bytes:
+    root,  # data root
+    ref: str,  # path of a file, or 'archive.zip!inner/name'
+    limit: int = MAX_BYTES,  # the most bytes to accept
+) -> bytes:
     "The whole content of a file or zip member; `FileError` where it is missing, lies elsewhere or is larger than `limit`."
     with open_ref(root, ref, limit=limit) as f:
-        try: data = f.read(limit + 1)
-        except OSError as e: raise FileError(f'{as_shown(ref)}: cannot be read ({e.strerror})') from None
-    if len(data) > limit: raise FileError(f'{as_shown(ref)}: has more than {limit:,} bytes', 'too many pixels')
+        try:
+            data = f.read(limit + 1)
+        except OSError as e:
+            raise FileError(f'{as_shown(ref)}: cannot be read ({e.strerror})') from None
+    if len(data) > limit:
+        raise FileError(f'{as_shown(ref)}: has more than {limit:,} bytes', 'too many pixels')
     return data

@@ -16,69 +16,135 @@ from .manifest import shown
 
 # %% ../../nbs/12_data.splits.ipynb #54ab1771
 def class_counts(
-    cohort:pd.DataFrame, # a cohort
-    by=('label',),       # columns that, with the finding, make a class: the label, or strata too
-)->pd.DataFrame:         # one row per patient and class: patient_id, finding, class (its name), samples (count)
+    cohort: pd.DataFrame,  # a cohort
+    by=('label',),  # columns that, with the finding, make a class: the label, or strata too
+) -> (
+    pd.DataFrame
+):  # one row per patient and class: patient_id, finding, class (its name), samples (count)
     "How many samples of which class each patient has; `InputError` where a column is missing or a patient has no id."
     by = [by] if isinstance(by, str) else list(by)
-    if missing := [c for c in ('patient_id', 'finding', *by) if c not in cohort]: raise InputError(f"the cohort has no column {', '.join(missing)}; it has {', '.join(map(str, cohort.columns))[:300]}")
-    if not len(cohort): raise InputError('the cohort is empty; there is nothing to split')
+    if missing := [c for c in ('patient_id', 'finding', *by) if c not in cohort]:
+        raise InputError(
+            f"the cohort has no column {', '.join(missing)}; it has {', '.join(map(str, cohort.columns))[:300]}"
+        )
+    if not len(cohort):
+        raise InputError('the cohort is empty; there is nothing to split')
     columns = list(dict.fromkeys(['patient_id', 'finding', *by]))
-    text = [cohort[c].astype(object).where(cohort[c].notna(), '').astype(str).to_numpy(object) for c in columns]
-    if (text[0] == '').any(): raise InputError('samples without patient_id cannot be split by patient; exclude them or give each its own id')
+    text = [
+        cohort[c].astype(object).where(cohort[c].notna(), '').astype(str).to_numpy(object)
+        for c in columns
+    ]
+    if (text[0] == '').any():
+        raise InputError(
+            'samples without patient_id cannot be split by patient; exclude them or give each its own id'
+        )
     rows = pd.DataFrame(dict(enumerate(text))).value_counts(sort=False)
-    found = rows.index.to_frame(index=False); name = found[1]
-    for k, c in list(enumerate(columns))[2:]: name = name + ('=' if c == 'label' else f', {c}=') + found[k]
-    counts = pd.DataFrame({'patient_id': found[0], 'finding': found[1], 'class': name, 'samples': rows.to_numpy()})
+    found = rows.index.to_frame(index=False)
+    name = found[1]
+    for k, c in list(enumerate(columns))[2:]:
+        name = name + ('=' if c == 'label' else f', {c}=') + found[k]
+    counts = pd.DataFrame(
+        {'patient_id': found[0], 'finding': found[1], 'class': name, 'samples': rows.to_numpy()}
+    )
     return counts.groupby(['patient_id', 'finding', 'class'], as_index=False).samples.sum()
 
 # %% ../../nbs/12_data.splits.ipynb #735dfcb8
 def part_weights(
-    sizes:dict, # part -> share of the cohort; the shares sum to 1
-)->dict:        # part -> whole number, in the order of the names
+    sizes: dict,  # part -> share of the cohort; the shares sum to 1
+) -> dict:  # part -> whole number, in the order of the names
     "Shares as the smallest whole numbers in that proportion; `InputError` where they are no shares."
-    if not isinstance(sizes, dict) or not sizes: raise InputError("sizes must name the parts and their shares, e.g. {'train': 0.7, 'val': 0.15, 'test': 0.15}")
-    if bad := [k for k in sizes if not isinstance(k, str) or k != k.strip() or not k]: raise InputError(f'{bad[0]!r} is no name for a part; use a word such as train')
-    number = lambda v: isinstance(v, (int, float, np.number)) and not isinstance(v, bool) and math.isfinite(v)
-    if bad := [k for k, v in sizes.items() if not number(v) or v < .001]: raise InputError(f'the share of {bad[0]} is {sizes[bad[0]]!r}; it must be a number of at least 0.001')
-    if abs(math.fsum(sizes.values()) - 1) > .002: raise InputError(f'the shares of {", ".join(sizes)} sum to {math.fsum(sizes.values()):.4g}, not to 1')
+    if not isinstance(sizes, dict) or not sizes:
+        raise InputError(
+            "sizes must name the parts and their shares, e.g. {'train': 0.7, 'val': 0.15, 'test': 0.15}"
+        )
+    if bad := [k for k in sizes if not isinstance(k, str) or k != k.strip() or not k]:
+        raise InputError(f'{bad[0]!r} is no name for a part; use a word such as train')
+    number = lambda v: (
+        isinstance(v, (int, float, np.number)) and not isinstance(v, bool) and math.isfinite(v)
+    )
+    if bad := [k for k, v in sizes.items() if not number(v) or v < 0.001]:
+        raise InputError(
+            f'the share of {bad[0]} is {sizes[bad[0]]!r}; it must be a number of at least 0.001'
+        )
+    if abs(math.fsum(sizes.values()) - 1) > 0.002:
+        raise InputError(
+            f'the shares of {", ".join(sizes)} sum to {math.fsum(sizes.values()):.4g}, not to 1'
+        )
     whole = {k: round(1000 * sizes[k]) for k in sorted(sizes)}
     return {k: w // math.gcd(*whole.values()) for k, w in whole.items()}
 
 # %% ../../nbs/12_data.splits.ipynb #39b93ab5
 class _Board:
     "Which patient is in which part, and how far each part is from what its share promises (whole numbers throughout)."
+
     def __init__(self, patient, kind, samples, weights):
         # patient, kind, samples (n,): codes of patient and class and the count, one entry per pair; weights (K,): whole-number shares
         P, self.C, self.D = int(patient.max()) + 1, int(kind.max()) + 1, int(weights.sum())
-        order = np.lexsort((kind, patient)); self.kind = kind[order]; self.start = np.searchsorted(patient[order], np.arange(P + 1)).tolist()
-        twice = np.lexsort((np.r_[kind, kind + self.C], np.r_[patient, patient]))        # columns 0..C-1 count samples, C..2C-1 patients
-        self.column, self.value = np.r_[kind, kind + self.C][twice], np.r_[samples, np.ones_like(samples)][twice]
+        order = np.lexsort((kind, patient))
+        self.kind = kind[order]
+        self.start = np.searchsorted(patient[order], np.arange(P + 1)).tolist()
+        twice = np.lexsort(
+            (np.r_[kind, kind + self.C], np.r_[patient, patient])
+        )  # columns 0..C-1 count samples, C..2C-1 patients
+        self.column, self.value = (
+            np.r_[kind, kind + self.C][twice],
+            np.r_[samples, np.ones_like(samples)][twice],
+        )
         total = np.bincount(self.column, self.value, 2 * self.C).astype(np.int64)
-        scale = (64 * total.max() // total) * np.repeat([16, 1], self.C)                 # 1/promised, samples before patients
+        scale = (64 * total.max() // total) * np.repeat(
+            [16, 1], self.C
+        )  # 1/promised, samples before patients
         self.per_part = 16 * self.D // weights
-        bound = 8 * 1024 * self.C * self.D * int(self.per_part.max()) * int(total.max()) * int(samples.max())   # scale x total is at most 1024 x total.max()
-        kind_of_int = np.int64 if bound < 2**62 else object                              # beyond 64 bits Python's own integers, same result
-        self.pull, self.value = (scale[self.column] * self.value.astype(object)).astype(kind_of_int), self.value.astype(kind_of_int)
-        self.gap = -(weights[:, None] * total).astype(kind_of_int)                       # (K, 2C) D x held - weight x total
-        self.held, self.free, self.lack = np.zeros((len(weights), self.C), np.int64), total[self.C:].copy(), np.full(self.C, len(weights))
+        bound = (
+            8
+            * 1024
+            * self.C
+            * self.D
+            * int(self.per_part.max())
+            * int(total.max())
+            * int(samples.max())
+        )  # scale x total is at most 1024 x total.max()
+        kind_of_int = (
+            np.int64 if bound < 2**62 else object
+        )  # beyond 64 bits Python's own integers, same result
+        self.pull, self.value = (
+            (scale[self.column] * self.value.astype(object)).astype(kind_of_int),
+            self.value.astype(kind_of_int),
+        )
+        self.gap = -(weights[:, None] * total).astype(
+            kind_of_int
+        )  # (K, 2C) D x held - weight x total
+        self.held, self.free, self.lack = (
+            np.zeros((len(weights), self.C), np.int64),
+            total[self.C :].copy(),
+            np.full(self.C, len(weights)),
+        )
         self.part = np.full(P, -1)
 
     def place(self, p, tie):
         "Put patient `p` where needed most; the hash `tie` decides between equals."
-        a, b = self.start[p], self.start[p + 1]; kind, column, value = self.kind[a:b], self.column[2*a:2*b], self.value[2*a:2*b]
-        cost = (self.pull[2*a:2*b] * (self.D * value + 2 * self.gap[:, column])).sum(axis=1) * self.per_part
+        a, b = self.start[p], self.start[p + 1]
+        kind, column, value = self.kind[a:b], self.column[2 * a : 2 * b], self.value[2 * a : 2 * b]
+        cost = (self.pull[2 * a : 2 * b] * (self.D * value + 2 * self.gap[:, column])).sum(
+            axis=1
+        ) * self.per_part
         must = kind[self.free[kind] <= self.lack[kind]]
         urgent = (self.held[:, must] == 0).sum(axis=1)
-        best = np.flatnonzero(urgent == urgent.max()); best = best[cost[best] == cost[best].min()]
+        best = np.flatnonzero(urgent == urgent.max())
+        best = best[cost[best] == cost[best].min()]
         j = self.part[p] = best[tie % len(best)]
         self.lack[kind[self.held[j, kind] == 0]] -= 1
-        self.held[j, kind] += 1; self.free[kind] -= 1; self.gap[j, column] += self.D * value
+        self.held[j, kind] += 1
+        self.free[kind] -= 1
+        self.gap[j, column] += self.D * value
 
     def again(self, p, tie):
         "Take `p` out and place it again; True where it moved."
-        a, b, j = self.start[p], self.start[p + 1], self.part[p]; kind = self.kind[a:b]
-        self.held[j, kind] -= 1; self.free[kind] += 1; self.gap[j, self.column[2*a:2*b]] -= self.D * self.value[2*a:2*b]
+        a, b, j = self.start[p], self.start[p + 1], self.part[p]
+        kind = self.kind[a:b]
+        self.held[j, kind] -= 1
+        self.free[kind] += 1
+        self.gap[j, self.column[2 * a : 2 * b]] -= self.D * self.value[2 * a : 2 * b]
         self.lack[kind[self.held[j, kind] == 0]] += 1
         self.place(p, tie)
         return self.part[p] != j
@@ -87,154 +153,283 @@ class _Board:
 def _settle(patient, kind, samples, ids, weights, seed):
     "The part of each patient (codes), and per class the number of parts that lack it."
     P, size = len(ids), np.bincount(patient, samples).astype(int)
-    rarest = np.full(P, P); np.minimum.at(rarest, patient, np.bincount(kind)[kind])
-    for attempt in range(max(2, min(20, 200_000 // P))):      # a second try only where a class is still lacking somewhere
+    rarest = np.full(P, P)
+    np.minimum.at(rarest, patient, np.bincount(kind)[kind])
+    for attempt in range(
+        max(2, min(20, 200_000 // P))
+    ):  # a second try only where a class is still lacking somewhere
         ties = [int(content_hash(seed, attempt, i), 16) for i in ids]
         chance = np.argsort(np.argsort(np.array(ties, dtype=np.uint64), kind='stable'))
-        order = (np.lexsort((chance, rarest, -size)) if attempt == 0 else np.argsort(chance)).tolist()
+        order = (
+            np.lexsort((chance, rarest, -size)) if attempt == 0 else np.argsort(chance)
+        ).tolist()
         board = _Board(patient, kind, samples, weights)
-        for p in order: board.place(p, ties[p])
+        for p in order:
+            board.place(p, ties[p])
         for _ in range(max(1, min(5, 100_000 // P))):
-            if not sum(board.again(p, ties[p]) for p in order): break
-        if not board.lack.any(): break
+            if not sum(board.again(p, ties[p]) for p in order):
+                break
+        if not board.lack.any():
+            break
     return board.part, board.lack
 
 # %% ../../nbs/12_data.splits.ipynb #8c5494d9
-SIZES = dict(train=.7, val=.15, test=.15) # parts and shares where none are named
+SIZES = dict(train=0.7, val=0.15, test=0.15)  # parts and shares where none are named
+
 
 def make_splits(
-    cohort:pd.DataFrame, # a cohort; its own `split` is not looked at
-    sizes:dict=SIZES,    # part -> share; they sum to 1 and count in steps of 0.001
-    by=('label',),       # columns that, with the finding, make a class
-    seed:int=0,          # another seed, another split of the same quality
-)->pd.Series:            # index patient_id, values the part; .attrs: hash, seed, sizes, by, patients
+    cohort: pd.DataFrame,  # a cohort; its own `split` is not looked at
+    sizes: dict = SIZES,  # part -> share; they sum to 1 and count in steps of 0.001
+    by=('label',),  # columns that, with the finding, make a class
+    seed: int = 0,  # another seed, another split of the same quality
+) -> pd.Series:  # index patient_id, values the part; .attrs: hash, seed, sizes, by, patients
     "Stratified, patient-disjoint parts (Sechidis et al. 2011). `InputError` where a class cannot be in every part."
     counts, weights = class_counts(cohort, by), part_weights(sizes)
-    patient, ids = pd.factorize(counts.patient_id, sort=True); kind, names = pd.factorize(counts['class'], sort=True)
+    patient, ids = pd.factorize(counts.patient_id, sort=True)
+    kind, names = pd.factorize(counts['class'], sort=True)
     _enough(np.bincount(kind), names, len(ids), sizes, cohort.attrs.get('access', 'open'))
-    part, lack = _settle(*_with_all(patient, kind, counts.samples.to_numpy()), ids, np.array([*weights.values()]), seed)
+    part, lack = _settle(
+        *_with_all(patient, kind, counts.samples.to_numpy()),
+        ids,
+        np.array([*weights.values()]),
+        seed,
+    )
     if lack.any():
-        raise InputError(f'found no split in which each of the {len(weights)} parts has a patient with {[*names, "any class"][lack.argmax()]}: those who carry it are needed elsewhere for other rare classes;'
-                         ' take fewer parts, merge rare classes, or try another seed')
-    return _signed(_series(ids, np.array([*weights], dtype=object)[part]), dict(seed=int(seed), sizes={k: float(sizes[k]) for k in weights}, by=[by] if isinstance(by, str) else list(by), patients=len(ids)))
+        raise InputError(
+            f'found no split in which each of the {len(weights)} parts has a patient with {[*names, "any class"][lack.argmax()]}: those who carry it are needed elsewhere for other rare classes;'
+            ' take fewer parts, merge rare classes, or try another seed'
+        )
+    return _signed(
+        _series(ids, np.array([*weights], dtype=object)[part]),
+        dict(
+            seed=int(seed),
+            sizes={k: float(sizes[k]) for k in weights},
+            by=[by] if isinstance(by, str) else list(by),
+            patients=len(ids),
+        ),
+    )
+
 
 def _with_all(patient, kind, samples):
     "One class more that everybody carries: the size of the parts is balanced like any class."
     P = patient.max() + 1
-    return np.r_[patient, np.arange(P)], np.r_[kind, np.full(P, kind.max() + 1)], np.r_[samples, np.bincount(patient, samples).astype(np.int64)]
+    return (
+        np.r_[patient, np.arange(P)],
+        np.r_[kind, np.full(P, kind.max() + 1)],
+        np.r_[samples, np.bincount(patient, samples).astype(np.int64)],
+    )
+
 
 def _enough(carriers, names, patients, parts, access):
     "Raise where a class has fewer patients than there are parts."
-    K, few, named = len(parts), np.flatnonzero(carriers < len(parts)), ', '.join([*parts][:5]) + ', ...' * (len(parts) > 5)
-    if patients < K: raise InputError(f'{shown(patients, access)} patients cannot fill the {K} parts {named}')
-    if not len(few): return
-    c = few[carriers[few].argmin()]; more = f' (and {len(few) - 1} more such classes)' if len(few) > 1 else ''
-    raise InputError(f'{names[c]}: {shown(int(carriers[c]), access)} patient{"s carry" if carriers[c] != 1 else " carries"} it, too few for the {K} parts {named}{more};'
-                     ' take fewer parts, merge or drop the class, or name fewer columns in `by`')
+    K, few, named = (
+        len(parts),
+        np.flatnonzero(carriers < len(parts)),
+        ', '.join([*parts][:5]) + ', ...' * (len(parts) > 5),
+    )
+    if patients < K:
+        raise InputError(f'{shown(patients, access)} patients cannot fill the {K} parts {named}')
+    if not len(few):
+        return
+    c = few[carriers[few].argmin()]
+    more = f' (and {len(few) - 1} more such classes)' if len(few) > 1 else ''
+    raise InputError(
+        f'{names[c]}: {shown(int(carriers[c]), access)} patient{"s carry" if carriers[c] != 1 else " carries"} it, too few for the {K} parts {named}{more};'
+        ' take fewer parts, merge or drop the class, or name fewer columns in `by`'
+    )
 
-def _series(ids, parts): return pd.Series([*parts], pd.Index([*ids], dtype=object, name='patient_id'), dtype=object, name='split').sort_index()
+
+def _series(ids, parts):
+    return pd.Series(
+        [*parts], pd.Index([*ids], dtype=object, name='patient_id'), dtype=object, name='split'
+    ).sort_index()
+
 
 def _signed(splits, about):
-    splits.attrs = about | dict(hash=content_hash(table_hash(splits.reset_index()), json.dumps(about, sort_keys=True)))
+    splits.attrs = about | dict(
+        hash=content_hash(table_hash(splits.reset_index()), json.dumps(about, sort_keys=True))
+    )
     return splits
 
 # %% ../../nbs/12_data.splits.ipynb #8246613e
 def apply_splits(
-    cohort:pd.DataFrame, # a cohort, or part of one
-    splits:pd.Series,    # from `make_splits` or `read_splits`
-)->pd.DataFrame:         # a copy with `split` set; .attrs['splits'] says from which split
+    cohort: pd.DataFrame,  # a cohort, or part of one
+    splits: pd.Series,  # from `make_splits` or `read_splits`
+) -> pd.DataFrame:  # a copy with `split` set; .attrs['splits'] says from which split
     "Set the part of every sample; `InputError` where a patient has none."
     part = cohort.patient_id.astype(str).map(splits.to_dict())
     if lost := int(cohort.patient_id[part.isna()].nunique()):
-        raise InputError(f"{shown(lost, cohort.attrs.get('access', 'open'))} of the cohort's {cohort.patient_id.nunique()} patients are not in this split; make one for this cohort")
+        raise InputError(
+            f"{shown(lost, cohort.attrs.get('access', 'open'))} of the cohort's {cohort.patient_id.nunique()} patients are not in this split; make one for this cohort"
+        )
     out = cohort.assign(split=part.astype(str))
     out.attrs = cohort.attrs | dict(splits=dict(splits.attrs))
     return out
 
 # %% ../../nbs/12_data.splits.ipynb #8724517b
 def split_table(
-    cohort:pd.DataFrame, # a cohort with its `split`, official or applied
-    by=('label',),       # columns that, with the finding, make a class
-)->pd.DataFrame:         # split, finding, class, patients, samples, share (of the finding's samples in that split); numbers, or text where counts are hidden
+    cohort: pd.DataFrame,  # a cohort with its `split`, official or applied
+    by=('label',),  # columns that, with the finding, make a class
+) -> pd.DataFrame:  # split, finding, class, patients, samples, share (of the finding's samples in that split); numbers, or text where counts are hidden
     "Patients, samples and share of every class in every split."
-    t = pd.concat([class_counts(g, by).assign(split=s) for s, g in cohort.groupby(cohort.split.fillna(''))] or [class_counts(cohort, by)])
-    every = pd.MultiIndex.from_tuples([(s, f, c) for s in sorted(set(t.split), key=_usual) for f, c in sorted(set(zip(t.finding, t['class'])))], names=['split', 'finding', 'class'])
-    out = t.groupby(['split', 'finding', 'class']).agg(patients=('patient_id', 'nunique'), samples=('samples', 'sum')).reindex(every, fill_value=0).reset_index()
-    out['share'] = (out.samples / out.groupby(['split', 'finding']).samples.transform('sum')).round(4)
-    return _hide_small(out.replace(dict(split={'': '(none)'}))) if cohort.attrs.get('access') == 'credentialed' else out.replace(dict(split={'': '(none)'}))
+    t = pd.concat(
+        [class_counts(g, by).assign(split=s) for s, g in cohort.groupby(cohort.split.fillna(''))]
+        or [class_counts(cohort, by)]
+    )
+    every = pd.MultiIndex.from_tuples(
+        [
+            (s, f, c)
+            for s in sorted(set(t.split), key=_usual)
+            for f, c in sorted(set(zip(t.finding, t['class'])))
+        ],
+        names=['split', 'finding', 'class'],
+    )
+    out = (
+        t.groupby(['split', 'finding', 'class'])
+        .agg(patients=('patient_id', 'nunique'), samples=('samples', 'sum'))
+        .reindex(every, fill_value=0)
+        .reset_index()
+    )
+    out['share'] = (out.samples / out.groupby(['split', 'finding']).samples.transform('sum')).round(
+        4
+    )
+    return (
+        _hide_small(out.replace(dict(split={'': '(none)'})))
+        if cohort.attrs.get('access') == 'credentialed'
+        else out.replace(dict(split={'': '(none)'}))
+    )
+
 
 _ORDER = ('train', 'training', 'val', 'valid', 'validate', 'validation', 'dev', 'test')
-def _usual(name): return _ORDER.index(name) if name in _ORDER else len(_ORDER), name
+
+
+def _usual(name):
+    return _ORDER.index(name) if name in _ORDER else len(_ORDER), name
+
 
 def _hide_small(t):
     "Counts as text, those below 10 as '<10'; no row or column of a finding keeps a single hidden cell, which a total would give away."
-    small = (t.samples.between(1, 9) | t.patients.between(1, 9)); hidden = small.copy()
-    lines = [i for f in t.finding.unique() for c in ('split', 'class') for i in t.index[t.finding == f].groupby(t[c][t.finding == f]).values()]
+    small = t.samples.between(1, 9) | t.patients.between(1, 9)
+    hidden = small.copy()
+    lines = [
+        i
+        for f in t.finding.unique()
+        for c in ('split', 'class')
+        for i in t.index[t.finding == f].groupby(t[c][t.finding == f]).values()
+    ]
     while alone := [i for i in lines if hidden[i].sum() == 1 and len(i) > 1]:
         hidden[t.samples[alone[0]][~hidden[alone[0]]].idxmin()] = True
     cells = {c: t[c].astype(str).mask(hidden, 'withheld') for c in ('patients', 'samples', 'share')}
-    for c in ('patients', 'samples'): cells[c] = cells[c].mask(small, '<10')
+    for c in ('patients', 'samples'):
+        cells[c] = cells[c].mask(small, '<10')
     return t.assign(**cells)
 
 # %% ../../nbs/12_data.splits.ipynb #19178da4
 def make_folds(
-    cohort:pd.DataFrame, # a cohort
-    k:int=5,             # folds, at least 2
-    by=('label',),       # as in `make_splits`
-    seed:int=0,          # likewise
-)->pd.Series:            # index patient_id, values 'fold1'.. ; otherwise as from `make_splits`
+    cohort: pd.DataFrame,  # a cohort
+    k: int = 5,  # folds, at least 2
+    by=('label',),  # as in `make_splits`
+    seed: int = 0,  # likewise
+) -> pd.Series:  # index patient_id, values 'fold1'.. ; otherwise as from `make_splits`
     "Patient-disjoint stratified folds."
-    if not isinstance(k, (int, np.integer)) or not 2 <= k <= 500: raise InputError(f'k = {k!r}: the number of folds must be a whole number from 2 to 500')
+    if not isinstance(k, (int, np.integer)) or not 2 <= k <= 500:
+        raise InputError(f'k = {k!r}: the number of folds must be a whole number from 2 to 500')
     return make_splits(cohort, {f'fold{i + 1}': 1 / k for i in range(k)}, by, seed)
 
 # %% ../../nbs/12_data.splits.ipynb #ff1e1b51
 _HEADER = ['patient_id', 'split', 'made', 'hash']
 
+
 def write_splits(
-    splits:pd.Series, # from `make_splits`
-    path,             # CSV to write
+    splits: pd.Series,  # from `make_splits`
+    path,  # CSV to write
 ):
     "Write a split: columns patient_id, split, and on the first line made (JSON: seed, sizes, by, patients) and hash."
     about = {k: v for k, v in splits.attrs.items() if k != 'hash'}
     signed = _signed(splits.sort_index(), about)
-    if signed.attrs['hash'] != splits.attrs.get('hash'): raise InputError('these splits were changed after they were made; make them again with make_splits')
+    if signed.attrs['hash'] != splits.attrs.get('hash'):
+        raise InputError(
+            'these splits were changed after they were made; make them again with make_splits'
+        )
     with atomic(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
-        out = csv.writer(f, lineterminator='\r\n')   # with the standard's line end, an id that holds either half of it is quoted
+        out = csv.writer(
+            f, lineterminator='\r\n'
+        )  # with the standard's line end, an id that holds either half of it is quoted
         out.writerow(_HEADER)
-        for i, (patient, part) in enumerate(signed.items()): out.writerow([patient, part, *((json.dumps(about, sort_keys=True), signed.attrs['hash']) if i == 0 else ('', ''))])
+        for i, (patient, part) in enumerate(signed.items()):
+            out.writerow(
+                [
+                    patient,
+                    part,
+                    *(
+                        (json.dumps(about, sort_keys=True), signed.attrs['hash'])
+                        if i == 0
+                        else ('', '')
+                    ),
+                ]
+            )
 
 # %% ../../nbs/12_data.splits.ipynb #3f16cdae
 def read_splits(
-    path, # CSV from `write_splits`
-)->pd.Series: # as `make_splits` gave it
+    path,  # CSV from `write_splits`
+) -> pd.Series:  # as `make_splits` gave it
     "Read a split; `InputError` where it is no such file, or not as it was written."
     try:
-        with open(path, newline='', encoding='utf-8-sig') as f: header, *rows = [*csv.reader(f, strict=True)] or [[]]
-    except OSError as e: raise InputError(f'{path}: {e.strerror.lower() if e.strerror else "cannot be read"}') from None
-    except (UnicodeDecodeError, csv.Error): raise InputError(f'{path}: not a CSV in UTF-8') from None
-    if header != _HEADER: raise InputError(f'{path}: not a split file; its columns must be {", ".join(_HEADER)} (write_splits writes them); official splits belong into a card')
-    changed = InputError(f'{path}: was changed after it was written; write it again with write_splits')
-    if any(len(r) != 4 for r in rows) or len({r[0] for r in rows}) != len(rows) or sum(bool(r[3]) for r in rows) != 1: raise changed
+        with open(path, newline='', encoding='utf-8-sig') as f:
+            header, *rows = [*csv.reader(f, strict=True)] or [[]]
+    except OSError as e:
+        raise InputError(
+            f'{path}: {e.strerror.lower() if e.strerror else "cannot be read"}'
+        ) from None
+    except (UnicodeDecodeError, csv.Error):
+        raise InputError(f'{path}: not a CSV in UTF-8') from None
+    if header != _HEADER:
+        raise InputError(
+            f'{path}: not a split file; its columns must be {", ".join(_HEADER)} (write_splits writes them); official splits belong into a card'
+        )
+    changed = InputError(
+        f'{path}: was changed after it was written; write it again with write_splits'
+    )
+    if (
+        any(len(r) != 4 for r in rows)
+        or len({r[0] for r in rows}) != len(rows)
+        or sum(bool(r[3]) for r in rows) != 1
+    ):
+        raise changed
     made, signature = next((r[2], r[3]) for r in rows if r[3])
-    try: about = json.loads(made)
-    except (ValueError, RecursionError): raise changed from None
+    try:
+        about = json.loads(made)
+    except (ValueError, RecursionError):
+        raise changed from None
     splits = _series([r[0] for r in rows], [r[1] for r in rows])
-    if not isinstance(about, dict) or _signed(splits, about).attrs['hash'] != signature: raise changed
+    if not isinstance(about, dict) or _signed(splits, about).attrs['hash'] != signature:
+        raise changed
     return splits
 
 # %% ../../nbs/12_data.splits.ipynb #ff546da0
 def assert_disjoint(
-    cohort:pd.DataFrame,   # a cohort with its `split`; samples without one are not looked at
-    unit:str='patient_id', # what two splits may not share: 'patient_id', 'image' or 'image_sha' (equal pixels)
+    cohort: pd.DataFrame,  # a cohort with its `split`; samples without one are not looked at
+    unit: str = 'patient_id',  # what two splits may not share: 'patient_id', 'image' or 'image_sha' (equal pixels)
 ):
     "`InputError` that says how many patients (or images) are in more than one split; an id is named only where data are open."
-    if missing := [c for c in ('split', unit) if c not in cohort]: raise InputError(f'the cohort has no column {missing[0]}')
-    rows = cohort.loc[(cohort.split != '') & (cohort[unit] != ''), [unit, 'split']].drop_duplicates()
-    if rows.empty: raise InputError(f'no sample has both a split and {unit}; make splits with make_splits')
-    where = rows.sort_values([unit, 'split']).groupby(unit).split.agg(list); shared = where[where.str.len() > 1]
-    if shared.empty: return
-    access, what = cohort.attrs.get('access', 'open'), 'patients' if unit == 'patient_id' else 'images'
+    if missing := [c for c in ('split', unit) if c not in cohort]:
+        raise InputError(f'the cohort has no column {missing[0]}')
+    rows = cohort.loc[
+        (cohort.split != '') & (cohort[unit] != ''), [unit, 'split']
+    ].drop_duplicates()
+    if rows.empty:
+        raise InputError(f'no sample has both a split and {unit}; make splits with make_splits')
+    where = rows.sort_values([unit, 'split']).groupby(unit).split.agg(list)
+    shared = where[where.str.len() > 1]
+    if shared.empty:
+        return
+    access, what = (
+        cohort.attrs.get('access', 'open'),
+        'patients' if unit == 'patient_id' else 'images',
+    )
     pairs = shared.map(' and '.join).value_counts().sort_index()
     example = f', e.g. {str(shared.index[0])[:40]!r}' if access == 'open' else ''
-    raise InputError(f"{shown(len(shared), access)} of {len(where)} {what} {'is' if len(shared) == 1 and access == 'open' else 'are'} in more than one split ({', '.join(f'{p}: {shown(n, access)}' for p, n in pairs.items())}{example});"
-                     ' results on the test part are not those of new patients; make splits of your own with make_splits')
+    raise InputError(
+        f"{shown(len(shared), access)} of {len(where)} {what} {'is' if len(shared) == 1 and access == 'open' else 'are'} in more than one split ({', '.join(f'{p}: {shown(n, access)}' for p, n in pairs.items())}{example});"
+        ' results on the test part are not those of new patients; make splits of your own with make_splits'
+    )

@@ -19,39 +19,74 @@ from .readers import READERS
 from .sources import FileError, locate
 
 # %% ../../nbs/09c_data.tables.ipynb #bde1b6ce
-MAX_BYTES = 8 << 30 # of one table, unpacked; more is taken for a bomb
+MAX_BYTES = 8 << 30  # of one table, unpacked; more is taken for a bomb
+
 
 class _Limited(io.RawIOBase):
-    def __init__(self, f, name): self.f, self.name, self.left = f, name, MAX_BYTES
-    def readable(self): return True
+    def __init__(self, f, name):
+        self.f, self.name, self.left = f, name, MAX_BYTES
+
+    def readable(self):
+        return True
+
     def readinto(self, b):
-        data = self.f.read(len(b)); b[:len(data)] = data; self.left -= len(data)
-        if self.left < 0: raise InputError(f'{self.name}: unpacks to more than {MAX_BYTES >> 20:,} MiB')
+        data = self.f.read(len(b))
+        b[: len(data)] = data
+        self.left -= len(data)
+        if self.left < 0:
+            raise InputError(f'{self.name}: unpacks to more than {MAX_BYTES >> 20:,} MiB')
         return len(data)
+
 
 @contextlib.contextmanager
 def one_line(
-    name:str, # what the file is called
-    encoding:str='UTF-8', # in which it is read
+    name: str,  # what the file is called
+    encoding: str = 'UTF-8',  # in which it is read
 ):
     "Whatever goes wrong inside while `name` is read becomes an `InputError` of one line."
     name = repr(name)[1:-1]
-    try: yield
-    except (InputError, MemoryError): raise
-    except RecursionError: raise InputError(f'{name}: is nested too deeply') from None
-    except UnicodeError: raise InputError(f'{name}: is not {encoding}; save it as UTF-8 or name its `encoding` in the manifest') from None
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError) as e: raise InputError(f'{name}: is no whole archive ({_short(e)})') from None
-    except OSError as e: raise InputError(f'{name}: {e.strerror or _short(e)}') from None
-    except (ValueError, RuntimeError, NotImplementedError, LookupError, TypeError, OverflowError, struct.error) as e: raise InputError(f'{name}: cannot be read ({_short(e)})') from None
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except RecursionError:
+        raise InputError(f'{name}: is nested too deeply') from None
+    except UnicodeError:
+        raise InputError(
+            f'{name}: is not {encoding}; save it as UTF-8 or name its `encoding` in the manifest'
+        ) from None
+    except (
+        EOFError,
+        zlib.error,
+        gzip.BadGzipFile,
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        lzma.LZMAError,
+    ) as e:
+        raise InputError(f'{name}: is no whole archive ({_short(e)})') from None
+    except OSError as e:
+        raise InputError(f'{name}: {e.strerror or _short(e)}') from None
+    except (
+        ValueError,
+        RuntimeError,
+        NotImplementedError,
+        LookupError,
+        TypeError,
+        OverflowError,
+        struct.error,
+    ) as e:
+        raise InputError(f'{name}: cannot be read ({_short(e)})') from None
 
-def _short(e): return ' '.join(str(e).split())[:120] or type(e).__name__
+
+def _short(e):
+    return ' '.join(str(e).split())[:120] or type(e).__name__
 
 # %% ../../nbs/09c_data.tables.ipynb #b47b17fe
 @contextlib.contextmanager
 def open_bytes(
-    root,     # data root
-    ref:str,  # 'a.csv', 'a.csv.gz', 'archive.zip!inner/a.csv'
-):            # yields a binary stream, unpacked
+    root,  # data root
+    ref: str,  # 'a.csv', 'a.csv.gz', 'archive.zip!inner/a.csv'
+):  # yields a binary stream, unpacked
     "The bytes of a file or of a member of a zip; `InputError` where they are missing, lie elsewhere or are broken."
     archive, bang, inner = ref.partition('!')
     with contextlib.ExitStack() as stack:
@@ -59,87 +94,137 @@ def open_bytes(
         stack.enter_context(one_line(ref))
         if bang:
             members = stack.enter_context(zipfile.ZipFile(f))
-            if inner not in members.NameToInfo: raise FileError(f'{ref!r:.200}: no such member of the archive', 'missing image')
+            if inner not in members.NameToInfo:
+                raise FileError(f'{ref!r:.200}: no such member of the archive', 'missing image')
             f = stack.enter_context(members.open(inner))
-        if ref.lower().endswith('.gz') and not ref.lower().endswith('.tar.gz'): f = stack.enter_context(gzip.open(f))
+        if ref.lower().endswith('.gz') and not ref.lower().endswith('.tar.gz'):
+            f = stack.enter_context(gzip.open(f))
         yield io.BufferedReader(_Limited(f, ref), 1 << 16)
 
 # %% ../../nbs/09c_data.tables.ipynb #c80b6d87
 def below(
-    root,     # data root
-    ref:str,  # path of a file, a folder or (archive!member) of an archive
-)->str|None:  # its real path; None where there is none
+    root,  # data root
+    ref: str,  # path of a file, a folder or (archive!member) of an archive
+) -> str | None:  # its real path; None where there is none
     "Where a reference leads; `FileError` where it leaves the data root."
     ref, home = ref.partition('!')[0], os.path.realpath(root)
     w = PureWindowsPath(ref)
-    if w.drive or w.root or '..' in w.parts: raise FileError(f'{ref!r:.200}: must be a path relative to the data root, without ..', 'path outside the root')
-    try: real = os.path.realpath(os.path.join(home, ref))
-    except (ValueError, OSError): return None
-    if os.path.commonpath([home, real]) != home: raise FileError(f'{ref!r:.200}: a link leads out of the data root', 'path outside the root')
+    if w.drive or w.root or '..' in w.parts:
+        raise FileError(
+            f'{ref!r:.200}: must be a path relative to the data root, without ..',
+            'path outside the root',
+        )
+    try:
+        real = os.path.realpath(os.path.join(home, ref))
+    except (ValueError, OSError):
+        return None
+    if os.path.commonpath([home, real]) != home:
+        raise FileError(f'{ref!r:.200}: a link leads out of the data root', 'path outside the root')
     return real if os.path.exists(real) else None
 
 # %% ../../nbs/09c_data.tables.ipynb #ed35f7bf
-BLOCK = 20_000 # rows turned into columns at a time
+BLOCK = 20_000  # rows turned into columns at a time
+
 
 def to_table(
-    rows,            # iterable of (line, cells)
-    head:list[str],  # column names
-)->pd.DataFrame:     # text, index = line
+    rows,  # iterable of (line, cells)
+    head: list[str],  # column names
+) -> pd.DataFrame:  # text, index = line
     "A table of text from rows, in blocks."
     parts, rows = [], iter(rows)
     while block := list(itertools.islice(rows, BLOCK)):
         lines, cells = zip(*block)
-        parts.append(pd.DataFrame({i: pd.array(list(c), dtype='str') for i, c in enumerate(zip(*cells))}, index=pd.Index(lines)))
-    out = pd.concat(parts) if parts else pd.DataFrame({i: pd.array([], dtype='str') for i in range(len(head))}, index=pd.Index([], dtype='int64'))
+        parts.append(
+            pd.DataFrame(
+                {i: pd.array(list(c), dtype='str') for i, c in enumerate(zip(*cells))},
+                index=pd.Index(lines),
+            )
+        )
+    out = (
+        pd.concat(parts)
+        if parts
+        else pd.DataFrame(
+            {i: pd.array([], dtype='str') for i in range(len(head))},
+            index=pd.Index([], dtype='int64'),
+        )
+    )
     return out.set_axis(head, axis=1)
 
 # %% ../../nbs/09c_data.tables.ipynb #bde8df94
 def read_csv(
-    file,                 # binary stream, or a path
-    name:str='',          # what messages call it; default: the file's name
-    separator:str=',',    # one character between fields
-    encoding:str='utf-8', # 'utf-8' also takes a byte-order mark
-)->tuple[pd.DataFrame, list[int]]: # all cells as text, indexed by line number; line numbers of rows with a wrong number of fields
+    file,  # binary stream, or a path
+    name: str = '',  # what messages call it; default: the file's name
+    separator: str = ',',  # one character between fields
+    encoding: str = 'utf-8',  # 'utf-8' also takes a byte-order mark
+) -> tuple[
+    pd.DataFrame, list[int]
+]:  # all cells as text, indexed by line number; line numbers of rows with a wrong number of fields
     "A CSV file as text; `InputError` where it is empty, has another encoding, a broken quote or two columns of one name."
     if not hasattr(file, 'read'):
-        with one_line(name or os.path.basename(file)), open(file, 'rb') as f: return read_csv(f, name or os.path.basename(file), separator, encoding)
+        with one_line(name or os.path.basename(file)), open(file, 'rb') as f:
+            return read_csv(f, name or os.path.basename(file), separator, encoding)
     broken = []
     csv.field_size_limit(2**31 - 1)
     with one_line(name, encoding):
-        reader = csv.reader(io.TextIOWrapper(file, encoding='utf-8-sig' if encoding.lower() in ('utf-8', 'utf8') else encoding, newline=''), delimiter=separator, strict=True)
+        reader = csv.reader(
+            io.TextIOWrapper(
+                file,
+                encoding='utf-8-sig' if encoding.lower() in ('utf-8', 'utf8') else encoding,
+                newline='',
+            ),
+            delimiter=separator,
+            strict=True,
+        )
         try:
             head = [' '.join(c.split()) for c in next((row for row in reader if row), [])]
-            if not head: raise InputError(f'{name}: is empty')
-            if twice := sorted({c for c in head if c and head.count(c) > 1}): raise InputError(f"{name}: two columns are called {', '.join(twice)[:200]}")
-            head = [c or f'_{i}' for i, c in enumerate(head)]      # pandas writes its index without a name
+            if not head:
+                raise InputError(f'{name}: is empty')
+            if twice := sorted({c for c in head if c and head.count(c) > 1}):
+                raise InputError(f"{name}: two columns are called {', '.join(twice)[:200]}")
+            head = [
+                c or f'_{i}' for i, c in enumerate(head)
+            ]  # pandas writes its index without a name
             return to_table(_whole(reader, len(head), broken), head), broken
-        except csv.Error as e: raise InputError(f'{name}, line {reader.line_num}: {e}; check the quotes') from None
+        except csv.Error as e:
+            raise InputError(f'{name}, line {reader.line_num}: {e}; check the quotes') from None
+
 
 def _whole(reader, width, broken):
     for row in reader:
-        if len(row) == width: yield reader.line_num, row
-        elif row: broken.append(reader.line_num)
+        if len(row) == width:
+            yield reader.line_num, row
+        elif row:
+            broken.append(reader.line_num)
 
 # %% ../../nbs/09c_data.tables.ipynb #4a402243
 def whole_csv(
-    path,           # CSV file
-)->pd.DataFrame:    # all cells as text
+    path,  # CSV file
+) -> pd.DataFrame:  # all cells as text
     "A CSV file none of whose rows is broken; `InputError` names the first that is."
-    if not os.path.isfile(path): raise InputError(f'{path}: no such file')
+    if not os.path.isfile(path):
+        raise InputError(f'{path}: no such file')
     table, broken = read_csv(path, str(path))
-    if broken: raise InputError(f'{path}, line {broken[0]}: not as many fields as the header; quote text that holds commas')
+    if broken:
+        raise InputError(
+            f'{path}, line {broken[0]}: not as many fields as the header; quote text that holds commas'
+        )
     return table.reset_index(drop=True)
 
 # %% ../../nbs/09c_data.tables.ipynb #ba4c876d
-MAX_JSON = 512 << 20 # bytes of a JSON file, which cannot be read as a stream, and of a line of a JSONL file
+MAX_JSON = (
+    512 << 20
+)  # bytes of a JSON file, which cannot be read as a stream, and of a line of a JSONL file
+
 
 def as_cell(
-    value, # anything JSON can hold
-)->str:
+    value,  # anything JSON can hold
+) -> str:
     "A JSON value as a cell."
-    if isinstance(value, str): return value
-    if value is None or value != value: return ''
-    return json.dumps(value, ensure_ascii=False)   # numbers, true and false, lists, objects
+    if isinstance(value, str):
+        return value
+    if value is None or value != value:
+        return ''
+    return json.dumps(value, ensure_ascii=False)  # numbers, true and false, lists, objects
 
 # %% ../../nbs/09c_data.tables.ipynb #cbf872ae
 def _records(found, name):
@@ -149,63 +234,91 @@ def _records(found, name):
         head = list(dict.fromkeys(k for _, o in block for k in o))
         parts.append(to_table(((n, [as_cell(o.get(k)) for k in head]) for n, o in block), head))
     out = pd.concat(parts) if parts else pd.DataFrame()
-    if not len(out.columns): raise InputError(f'{name}: holds no objects with keys')
+    if not len(out.columns):
+        raise InputError(f'{name}: holds no objects with keys')
     return out if len(parts) == 1 else out.fillna('')
 
+
 def read_json(
-    file,         # binary stream
-    name:str,     # what messages call it
-    under:str='', # key of the list, where it stands in an object
-    encoding:str='utf-8',
-)->tuple[pd.DataFrame, list[int]]: # text, indexed by position from 1; positions that hold no object
+    file,  # binary stream
+    name: str,  # what messages call it
+    under: str = '',  # key of the list, where it stands in an object
+    encoding: str = 'utf-8',
+) -> tuple[
+    pd.DataFrame, list[int]
+]:  # text, indexed by position from 1; positions that hold no object
     "A JSON list of objects as a table."
     with one_line(name, encoding):
         data = file.read(MAX_JSON + 1)
-        if len(data) > MAX_JSON: raise InputError(f'{name}: is larger than {MAX_JSON >> 20:,} MiB; write it as JSONL, one object per line')
+        if len(data) > MAX_JSON:
+            raise InputError(
+                f'{name}: is larger than {MAX_JSON >> 20:,} MiB; write it as JSONL, one object per line'
+            )
         found = json.loads(data.decode('utf-8-sig' if encoding == 'utf-8' else encoding))
-        if under: found = found.get(under) if isinstance(found, dict) else None
-        if not isinstance(found, list): raise InputError(f"{name}: must be a list of objects{f' under {under!r}' * bool(under)}; `under` names the key of the list")
+        if under:
+            found = found.get(under) if isinstance(found, dict) else None
+        if not isinstance(found, list):
+            raise InputError(
+                f"{name}: must be a list of objects{f' under {under!r}' * bool(under)}; `under` names the key of the list"
+            )
         rows = list(enumerate(found, 1))
-        return _records([r for r in rows if isinstance(r[1], dict)], name), [n for n, o in rows if not isinstance(o, dict)]
+        return _records([r for r in rows if isinstance(r[1], dict)], name), [
+            n for n, o in rows if not isinstance(o, dict)
+        ]
 
 # %% ../../nbs/09c_data.tables.ipynb #06f599ac
 def read_jsonl(
-    file,     # binary stream
-    name:str, # what messages call it
-    encoding:str='utf-8',
-)->tuple[pd.DataFrame, list[int]]: # text, indexed by line number; lines that hold no object
+    file,  # binary stream
+    name: str,  # what messages call it
+    encoding: str = 'utf-8',
+) -> tuple[pd.DataFrame, list[int]]:  # text, indexed by line number; lines that hold no object
     "A file with one JSON object per line as a table."
     broken = []
-    with one_line(name, encoding): return _records(_objects(file, name, encoding, broken), name), broken
+    with one_line(name, encoding):
+        return _records(_objects(file, name, encoding, broken), name), broken
+
 
 def _objects(file, name, encoding, broken):
     for n, line in enumerate(iter(lambda: file.readline(MAX_JSON), b''), 1):
-        if len(line) == MAX_JSON: raise InputError(f'{name}, line {n}: is longer than {MAX_JSON >> 20:,} MiB')
+        if len(line) == MAX_JSON:
+            raise InputError(f'{name}, line {n}: is longer than {MAX_JSON >> 20:,} MiB')
         text = line.decode('utf-8-sig' if n == 1 and encoding == 'utf-8' else encoding).strip()
-        try: found = json.loads(text) if text else None
-        except (ValueError, RecursionError): found = ()
-        if isinstance(found, dict): yield n, found
-        elif text: broken.append(n)
+        try:
+            found = json.loads(text) if text else None
+        except (ValueError, RecursionError):
+            found = ()
+        if isinstance(found, dict):
+            yield n, found
+        elif text:
+            broken.append(n)
 
 # %% ../../nbs/09c_data.tables.ipynb #d831371f
 def read_list(
-    file,     # binary stream
-    name:str, # what messages call it
-    encoding:str='utf-8',
-)->tuple[pd.DataFrame, list[int]]: # column `value`, indexed by line number; no broken lines
+    file,  # binary stream
+    name: str,  # what messages call it
+    encoding: str = 'utf-8',
+) -> tuple[pd.DataFrame, list[int]]:  # column `value`, indexed by line number; no broken lines
     "One value per line, outer blanks removed, empty lines left out."
     with one_line(name, encoding):
-        lines = ((n, [line.strip()]) for n, line in enumerate(io.TextIOWrapper(file, encoding='utf-8-sig' if encoding == 'utf-8' else encoding), 1))
+        lines = (
+            (n, [line.strip()])
+            for n, line in enumerate(
+                io.TextIOWrapper(file, encoding='utf-8-sig' if encoding == 'utf-8' else encoding), 1
+            )
+        )
         return to_table((x for x in lines if x[1][0]), ['value']), []
 
 # %% ../../nbs/09c_data.tables.ipynb #1f1e82d3
 def read_folders(
-    root,    # data root
-    ref:str, # a folder below it
-)->tuple[pd.DataFrame, list[int]]: # path (below the root), folder (first one below `ref`, '' for files right in it), name, stem; no broken ones
+    root,  # data root
+    ref: str,  # a folder below it
+) -> tuple[
+    pd.DataFrame, list[int]
+]:  # path (below the root), folder (first one below `ref`, '' for files right in it), name, stem; no broken ones
     "The image files below a folder, in order of their paths; hidden files are none, and links to folders are not followed."
     top, home = below(root, ref), os.path.realpath(root)
-    if top is None or not os.path.isdir(top): raise FileError(f'{ref!r:.200}: no such folder below the data root', 'missing image')
+    if top is None or not os.path.isdir(top):
+        raise FileError(f'{ref!r:.200}: no such folder below the data root', 'missing image')
     endings, rows = {e for e in READERS if e.startswith('.')}, []
     for folder, inside, names in os.walk(top):
         inside[:] = [d for d in inside if not d.startswith('.')]
@@ -213,86 +326,176 @@ def read_folders(
             stem, end = os.path.splitext(name)
             if end.lower() in endings and not name.startswith('.'):
                 first = PurePosixPath(os.path.relpath(folder, top)).parts
-                rows.append([os.path.relpath(os.path.join(folder, name), home), first[0] if first else '', name, stem])
-    with one_line(ref): return to_table(enumerate(sorted(rows), 1), ['path', 'folder', 'name', 'stem']), []
+                rows.append(
+                    [
+                        os.path.relpath(os.path.join(folder, name), home),
+                        first[0] if first else '',
+                        name,
+                        stem,
+                    ]
+                )
+    with one_line(ref):
+        return to_table(enumerate(sorted(rows), 1), ['path', 'folder', 'name', 'stem']), []
 
 # %% ../../nbs/09c_data.tables.ipynb #a8bbe919
 def read_openi(
-    root,    # data root
-    ref:str, # archive (.tgz, .tar.gz, .tar, .zip) or folder of XML reports
-)->tuple[pd.DataFrame, list[str]]: # columns `OPENI`, indexed by running number; names of files that are no whole XML
+    root,  # data root
+    ref: str,  # archive (.tgz, .tar.gz, .tar, .zip) or folder of XML reports
+) -> tuple[
+    pd.DataFrame, list[str]
+]:  # columns `OPENI`, indexed by running number; names of files that are no whole XML
     "One row per (report, image) of an Open-i archive or folder, in order of the file names."
     found, broken = [], []
     with one_line(ref), contextlib.closing(_xml_files(root, ref)) as files:
         for name, data in files:
-            try: found.append((name, openi_rows(parse_xml(data))))
-            except ValueError: broken.append(name)
+            try:
+                found.append((name, openi_rows(parse_xml(data))))
+            except ValueError:
+                broken.append(name)
         rows = [r for _, some in sorted(found, key=lambda x: _as_counted(x[0])) for r in some]
         return to_table(enumerate(rows, 1), list(OPENI)), sorted(broken, key=_as_counted)
 
-def _as_counted(name): return [(int(w), '') if w.isdecimal() else (-1, w) for w in re.split(r'(\d+)', name)]   # 9.xml before 10.xml
+
+def _as_counted(name):
+    return [
+        (int(w), '') if w.isdecimal() else (-1, w) for w in re.split(r'(\d+)', name)
+    ]  # 9.xml before 10.xml
+
 
 def _xml_files(root, ref):
     "Yields (base name, bytes) of the XML files, none larger than `MAX_XML` and one byte, all together no more than `MAX_BYTES`."
-    if (path := below(root, ref)) is None: raise FileError(f'{ref!r:.200}: no such file below the data root', 'missing image')
-    wanted, total = lambda name: name.lower().endswith('.xml') and not os.path.basename(name).startswith('.'), 0
+    if (path := below(root, ref)) is None:
+        raise FileError(f'{ref!r:.200}: no such file below the data root', 'missing image')
+    wanted, total = (
+        lambda name: name.lower().endswith('.xml') and not os.path.basename(name).startswith('.'),
+        0,
+    )
     with contextlib.ExitStack() as stack:
-        if os.path.isdir(path): found = ((p, lambda p=p: open(p, 'rb')) for folder, _, names in os.walk(path) for n in names if wanted(n) and os.path.isfile(p := os.path.join(folder, n)))
-        elif zipfile.is_zipfile(path): z = stack.enter_context(zipfile.ZipFile(path)); found = ((n, lambda n=n: z.open(n)) for n in z.namelist() if wanted(n))
-        else: t = stack.enter_context(tarfile.open(path, 'r|*')); found = ((m.name, lambda m=m: t.extractfile(m)) for m in t if m.isfile() and wanted(m.name))
+        if os.path.isdir(path):
+            found = (
+                (p, lambda p=p: open(p, 'rb'))
+                for folder, _, names in os.walk(path)
+                for n in names
+                if wanted(n) and os.path.isfile(p := os.path.join(folder, n))
+            )
+        elif zipfile.is_zipfile(path):
+            z = stack.enter_context(zipfile.ZipFile(path))
+            found = ((n, lambda n=n: z.open(n)) for n in z.namelist() if wanted(n))
+        else:
+            t = stack.enter_context(tarfile.open(path, 'r|*'))
+            found = (
+                (m.name, lambda m=m: t.extractfile(m)) for m in t if m.isfile() and wanted(m.name)
+            )
         for name, opened in found:
-            with opened() as f: data = f.read(MAX_XML + 1)
-            if (total := total + len(data)) > MAX_BYTES: raise InputError(f'{ref}: unpacks to more than {MAX_BYTES >> 20:,} MiB')
+            with opened() as f:
+                data = f.read(MAX_XML + 1)
+            if (total := total + len(data)) > MAX_BYTES:
+                raise InputError(f'{ref}: unpacks to more than {MAX_BYTES >> 20:,} MiB')
             yield os.path.basename(name), data
 
 # %% ../../nbs/09c_data.tables.ipynb #c04e24b7
-_KINDS = {'.csv': 'csv', '.tsv': 'csv', '.tab': 'csv', '.txt': 'list', '.json': 'json', '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.xml': 'openi', '.tgz': 'openi', '.tar': 'openi'}
+_KINDS = {
+    '.csv': 'csv',
+    '.tsv': 'csv',
+    '.tab': 'csv',
+    '.txt': 'list',
+    '.json': 'json',
+    '.jsonl': 'jsonl',
+    '.ndjson': 'jsonl',
+    '.xml': 'openi',
+    '.tgz': 'openi',
+    '.tar': 'openi',
+}
+
 
 def kind_of(
-    table:TableCard, # the table
-    ref:str,         # its path
-)->str:
+    table: TableCard,  # the table
+    ref: str,  # its path
+) -> str:
     "The kind of a table: as the card says, else from the ending."
     end = os.path.splitext(ref.lower().removesuffix('.gz'))[1]
-    if kind := table.kind or _KINDS.get(end): return kind
-    raise InputError(f"{ref!r:.200}: its ending does not tell what kind of table it is; add `kind`: csv, json, jsonl, list, folders or openi")
+    if kind := table.kind or _KINDS.get(end):
+        return kind
+    raise InputError(
+        f"{ref!r:.200}: its ending does not tell what kind of table it is; add `kind`: csv, json, jsonl, list, folders or openi"
+    )
 
 # %% ../../nbs/09c_data.tables.ipynb #ce98d5f7
 def read_source(
-    root,                 # data root
-    table:TableCard,      # what the card says
-    separator:str=',',    # the manifest's
-    encoding:str='utf-8', # the manifest's
-    needed=(),            # columns which, if one of several tables has them, all must have
-)->tuple[pd.DataFrame, list]: # text, index = line number ('name:line' where there are several tables); the lines that are broken
+    root,  # data root
+    table: TableCard,  # what the card says
+    separator: str = ',',  # the manifest's
+    encoding: str = 'utf-8',  # the manifest's
+    needed=(),  # columns which, if one of several tables has them, all must have
+) -> tuple[
+    pd.DataFrame, list
+]:  # text, index = line number ('name:line' where there are several tables); the lines that are broken
     "A table of any kind; `InputError` (`FileError` where it is not there) of one line."
     several = set(table.path) != {''}
-    parts, broken, used = [], [], {key: next((r for r in refs if below(root, r)), refs[0]) for key, refs in table.path.items()}
+    parts, broken, used = (
+        [],
+        [],
+        {
+            key: next((r for r in refs if below(root, r)), refs[0])
+            for key, refs in table.path.items()
+        },
+    )
     for key, ref in used.items():
         rows, bad = _read_one(root, table, ref, separator, encoding)
-        if several: rows, bad = rows.set_axis(pd.Index([f'{key}:{n}' for n in rows.index], dtype=object)).assign(_table=key), [f'{key}:{n}' for n in bad]
-        parts.append(rows); broken += bad
-    for rows, ref in zip(parts, used.values()): require(rows, [c for c in needed if any(c in p for p in parts)], ref)   # a gap would be read as an empty cell
+        if several:
+            rows, bad = (
+                rows.set_axis(pd.Index([f'{key}:{n}' for n in rows.index], dtype=object)).assign(
+                    _table=key
+                ),
+                [f'{key}:{n}' for n in bad],
+            )
+        parts.append(rows)
+        broken += bad
+    for rows, ref in zip(parts, used.values()):
+        require(
+            rows, [c for c in needed if any(c in p for p in parts)], ref
+        )  # a gap would be read as an empty cell
     out = pd.concat(parts)
     return (out if len(parts) == 1 else out.fillna('')), broken
 
+
 def _read_one(root, table, ref, separator, encoding):
-    kind, encoding = kind_of(table, ref), (table.encoding or encoding).lower().replace('utf8', 'utf-8')
-    if kind == 'folders': return read_folders(root, ref)
-    if kind == 'openi': return read_openi(root, ref)
-    separator = table.separator or ('\t' if os.path.splitext(ref.lower().removesuffix('.gz'))[1] in ('.tsv', '.tab') else separator)
+    kind, encoding = (
+        kind_of(table, ref),
+        (table.encoding or encoding).lower().replace('utf8', 'utf-8'),
+    )
+    if kind == 'folders':
+        return read_folders(root, ref)
+    if kind == 'openi':
+        return read_openi(root, ref)
+    separator = table.separator or (
+        '\t'
+        if os.path.splitext(ref.lower().removesuffix('.gz'))[1] in ('.tsv', '.tab')
+        else separator
+    )
     with open_bytes(root, ref) as f:
-        if kind == 'csv': return read_csv(f, ref, separator, encoding)
-        if kind == 'json': return read_json(f, ref, table.under, encoding)
+        if kind == 'csv':
+            return read_csv(f, ref, separator, encoding)
+        if kind == 'json':
+            return read_json(f, ref, table.under, encoding)
         return (read_jsonl if kind == 'jsonl' else read_list)(f, ref, encoding)
 
 # %% ../../nbs/09c_data.tables.ipynb #45a06db7
 def require(
-    rows:pd.DataFrame, # a table
-    columns:list,      # columns it must have
-    name:str,          # what messages call it
+    rows: pd.DataFrame,  # a table
+    columns: list,  # columns it must have
+    name: str,  # what messages call it
 ):
     "`InputError` naming the columns that are missing, those that are there, and the separator where it is probably another one."
     if missing := [c for c in columns if c not in rows]:
-        hint = next((f' (is the separator {s!r}? name it in the manifest)' for s in ';\t|,' if len(rows.columns) == 1 and s in rows.columns[0]), '')
-        raise InputError(f"{name}: no column {', '.join(missing)}; found {', '.join(map(str, rows.columns))[:300]}{hint}")
+        hint = next(
+            (
+                f' (is the separator {s!r}? name it in the manifest)'
+                for s in ';\t|,'
+                if len(rows.columns) == 1 and s in rows.columns[0]
+            ),
+            '',
+        )
+        raise InputError(
+            f"{name}: no column {', '.join(missing)}; found {', '.join(map(str, rows.columns))[:300]}{hint}"
+        )

@@ -14,103 +14,210 @@ from ..core import InputError
 from .shortcuts import fold_rows, told_apart
 
 # %% ../../nbs/12c_data.wording.ipynb #50d6e66c
-SYNONYMS = { # stem of a finding's name -> pattern of the words that name it
-    'covid': r'covid\W?(19)?|sars\W?cov\W?2|(novel )?corona\W?virus|2019\W?n\W?cov|n\W?cov', 'pneumonia': r'(broncho)?pneumonias?|pneumonic', 'effusion': r'effusions?|pleural fluid|hydrothora(x|ces)',
+SYNONYMS = {  # stem of a finding's name -> pattern of the words that name it
+    'covid': r'covid\W?(19)?|sars\W?cov\W?2|(novel )?corona\W?virus|2019\W?n\W?cov|n\W?cov',
+    'pneumonia': r'(broncho)?pneumonias?|pneumonic',
+    'effusion': r'effusions?|pleural fluid|hydrothora(x|ces)',
     'cardiomegaly': r'cardiomegaly|cardiac enlargement|(enlarged|enlargement of the) (heart|cardiac silhouette)|(heart|cardiac silhouette) (size )?(is |appears |may be )?(mildly |moderately |markedly )?enlarged',
-    'edema': r'o?edema(tous)?|fluid overload|vascular congestion', 'atelectasis': r'atelecta(sis|ses|tic)', 'consolidation': r'consolidations?|consolidated', 'opacity': r'opaci(ty|ties|fications?)|infiltrates?|consolidations?',
-    'infiltra': r'infiltrat(es?|ions?)', 'nodul': r'nodul(es?|ar)|coin lesions?', 'mass': r'mass(es)?', 'pneumothorax': r'pneumothora(x|ces)|pleural air', 'fracture': r'fractur(es?|ed)', 'emphysema': r'emphysema(tous)?|copd',
-    'fibrosis': r'fibro(sis|tic)', 'thickening': r'pleural thickening|thickened pleura', 'hernia': r'(hiatal |hiatus )?hernias?', 'device': r'devices?|hardware|pacemakers?|ports?|catheters?|tubes?', 'tubercul': r'tubercul(osis|ous)|\btb\b',
-    'cardiomediastin': r'cardiomediastinum|mediastinal widening|widened mediastinum', 'glaucoma': r'glaucoma(tous)?|poag|ntg', 'retinopathy': r'retinopathy|n?pdr', 'diabet': r'diabet(es|ic)|t[12]dm', 'melanoma': r'melanomas?', 'nevus': r'na?ev(us|i)|moles?',
-    'no_finding': r'no (acute|significant|abnormal) (finding|process|disease|abnormalit)\w*|normal (chest|study|film|examination)', 'cancer': r'cancer|carcinoma|malignan(t|cy)|neoplasm'}
+    'edema': r'o?edema(tous)?|fluid overload|vascular congestion',
+    'atelectasis': r'atelecta(sis|ses|tic)',
+    'consolidation': r'consolidations?|consolidated',
+    'opacity': r'opaci(ty|ties|fications?)|infiltrates?|consolidations?',
+    'infiltra': r'infiltrat(es?|ions?)',
+    'nodul': r'nodul(es?|ar)|coin lesions?',
+    'mass': r'mass(es)?',
+    'pneumothorax': r'pneumothora(x|ces)|pleural air',
+    'fracture': r'fractur(es?|ed)',
+    'emphysema': r'emphysema(tous)?|copd',
+    'fibrosis': r'fibro(sis|tic)',
+    'thickening': r'pleural thickening|thickened pleura',
+    'hernia': r'(hiatal |hiatus )?hernias?',
+    'device': r'devices?|hardware|pacemakers?|ports?|catheters?|tubes?',
+    'tubercul': r'tubercul(osis|ous)|\btb\b',
+    'cardiomediastin': r'cardiomediastinum|mediastinal widening|widened mediastinum',
+    'glaucoma': r'glaucoma(tous)?|poag|ntg',
+    'retinopathy': r'retinopathy|n?pdr',
+    'diabet': r'diabet(es|ic)|t[12]dm',
+    'melanoma': r'melanomas?',
+    'nevus': r'na?ev(us|i)|moles?',
+    'no_finding': r'no (acute|significant|abnormal) (finding|process|disease|abnormalit)\w*|normal (chest|study|film|examination)',
+    'cancer': r'cancer|carcinoma|malignan(t|cy)|neoplasm',
+}
+
 
 def name_pattern(
-    name:str, # of a finding or a class, e.g. 'pleural_effusion'
-)->re.Pattern: # matches its mentions in lower-case text
+    name: str,  # of a finding or a class, e.g. 'pleural_effusion'
+) -> re.Pattern:  # matches its mentions in lower-case text
     "The words that name something: its own name and its synonyms."
     plain = re.sub(r'[\W_]+', ' ', name.lower()).strip()
     others = [p for stem, p in SYNONYMS.items() if stem.replace('_', ' ') in plain]
     own = [r'\W?'.join(map(re.escape, plain.split())) + 's?'] if plain else []
-    if not own: raise InputError(f'finding {name!r}: a name without letters cannot be looked for')
+    if not own:
+        raise InputError(f'finding {name!r}: a name without letters cannot be looked for')
     return re.compile(r'\b(' + '|'.join(own + others) + r')(?!\w)')
 
 # %% ../../nbs/12c_data.wording.ipynb #0e9abe0c
-_HEDGED = re.compile(r"\b(can ?not|can't|could not|not) be (excluded|ruled out)|\bnot (only|just)\b|\bno (doubt|change in|interval change)\b")
-_BEFORE = re.compile(r'\b(no|not|without|denie[sd]|free of|negative for|absence of|absent|exclude[sd]?|ruled? out|never|nor|un?likely)\b')
-_AFTER = re.compile(r"^[^,]{0,40}\b(is|are|was|were|has been|have been|tests?|pcr)? ?(not|absent|excluded|ruled out|unlikely|negative|cleared|resolved)\b")
+_HEDGED = re.compile(
+    r"\b(can ?not|can't|could not|not) be (excluded|ruled out)|\bnot (only|just)\b|\bno (doubt|change in|interval change)\b"
+)
+_BEFORE = re.compile(
+    r'\b(no|not|without|denie[sd]|free of|negative for|absence of|absent|exclude[sd]?|ruled? out|never|nor|un?likely)\b'
+)
+_AFTER = re.compile(
+    r"^[^,]{0,40}\b(is|are|was|were|has been|have been|tests?|pcr)? ?(not|absent|excluded|ruled out|unlikely|negative|cleared|resolved)\b"
+)
+
 
 def mention(
-    text:str,           # a report, note or question
-    pattern:re.Pattern, # from `name_pattern`
-)->int:                 # 1 named, -1 named and denied, 0 not named
+    text: str,  # a report, note or question
+    pattern: re.Pattern,  # from `name_pattern`
+) -> int:  # 1 named, -1 named and denied, 0 not named
     "What a text says about a finding, by word rules."
     said = 0
     for clause in re.split(r'[.;\n]|\bbut\b|\bhowever\b', text.lower()):
-        if not (m := pattern.search(clause)): continue
-        denied = not _HEDGED.search(clause) and (_BEFORE.search(clause[:m.start()]) or _AFTER.search(clause[m.end():]))
+        if not (m := pattern.search(clause)):
+            continue
+        denied = not _HEDGED.search(clause) and (
+            _BEFORE.search(clause[: m.start()]) or _AFTER.search(clause[m.end() :])
+        )
         said = -1 if denied else 1
     return said
 
 # %% ../../nbs/12c_data.wording.ipynb #9db19800
 def naming_scores(
-    texts,        # (n,) texts
-    finding:str,  # name of the question
-    labels,       # all classes, sorted
-)->np.ndarray:    # (n,) for yes/no, else (n, classes): 1 named, -1 denied, 0 not named
+    texts,  # (n,) texts
+    finding: str,  # name of the question
+    labels,  # all classes, sorted
+) -> np.ndarray:  # (n,) for yes/no, else (n, classes): 1 named, -1 denied, 0 not named
     "What each text names; a text that occurs often is read once."
-    patterns = None if {str(c).lower() for c in labels} <= {'yes', 'no'} else [name_pattern(c) for c in labels]
-    known = {t: mention(t, name_pattern(finding)) if patterns is None else [mention(t, p) for p in patterns] for t in pd.unique(pd.Series(texts, dtype=object))}
+    patterns = (
+        None
+        if {str(c).lower() for c in labels} <= {'yes', 'no'}
+        else [name_pattern(c) for c in labels]
+    )
+    known = {
+        t: mention(t, name_pattern(finding))
+        if patterns is None
+        else [mention(t, p) for p in patterns]
+        for t in pd.unique(pd.Series(texts, dtype=object))
+    }
     return np.array([known[t] for t in texts], dtype=float)
 
 # %% ../../nbs/12c_data.wording.ipynb #7f51ccba
 def naming_table(
-    cohort:pd.DataFrame, # a cohort
-    seed:int=0,          # rows used of a large cohort, and resamples
-)->pd.DataFrame:         # finding, label, n (texts), named, denied (shares), and of the finding auroc, low, high, smallest (rows of its rarest class)
+    cohort: pd.DataFrame,  # a cohort
+    seed: int = 0,  # rows used of a large cohort, and resamples
+) -> pd.DataFrame:  # finding, label, n (texts), named, denied (shares), and of the finding auroc, low, high, smallest (rows of its rarest class)
     "How often the texts of each class name the finding, and how well that alone tells the label; rows without a text are left out."
     out = []
     for finding, g in cohort[cohort.text.str.strip() != ''].groupby('finding', sort=False):
-        y = pd.factorize(g.label, sort=True)[0]; used, _ = fold_rows(g.patient_id, y, seed, ids=g.sample_id)
-        if not len(used): continue
-        g = g.iloc[used]; y, labels = pd.factorize(g.label, sort=True)
+        y = pd.factorize(g.label, sort=True)[0]
+        used, _ = fold_rows(g.patient_id, y, seed, ids=g.sample_id)
+        if not len(used):
+            continue
+        g = g.iloc[used]
+        y, labels = pd.factorize(g.label, sort=True)
         s = naming_scores(g.text, finding, labels)
         i = told_apart(s, y, g.patient_id.to_numpy(), seed)
         for k, c in enumerate(labels):
             own = s[y == k] if s.ndim == 1 else s[y == k, k]
-            out.append((finding, c, len(own), (own > 0).mean(), (own < 0).mean(), i.value, i.low, i.high, int(np.bincount(y).min()), g.patient_id.nunique()))
-    return pd.DataFrame(out, columns=['finding', 'label', 'n', 'named', 'denied', 'auroc', 'low', 'high', 'smallest', 'patients'])
+            out.append(
+                (
+                    finding,
+                    c,
+                    len(own),
+                    (own > 0).mean(),
+                    (own < 0).mean(),
+                    i.value,
+                    i.low,
+                    i.high,
+                    int(np.bincount(y).min()),
+                    g.patient_id.nunique(),
+                )
+            )
+    return pd.DataFrame(
+        out,
+        columns=[
+            'finding',
+            'label',
+            'n',
+            'named',
+            'denied',
+            'auroc',
+            'low',
+            'high',
+            'smallest',
+            'patients',
+        ],
+    )
 
 # %% ../../nbs/12c_data.wording.ipynb #b373200a
 def bag_of_words(
-    cohort:pd.DataFrame, # a cohort
-    column:str='text',   # which text: 'text' or 'question'
-    seed:int=0,          # folds and resamples
-    top:int=8,           # words per class
-)->pd.DataFrame:         # finding, auroc, low, high, n, patients, smallest, words (dict class -> words, most telling first; empty for credentialed data)
+    cohort: pd.DataFrame,  # a cohort
+    column: str = 'text',  # which text: 'text' or 'question'
+    seed: int = 0,  # folds and resamples
+    top: int = 8,  # words per class
+) -> pd.DataFrame:  # finding, auroc, low, high, n, patients, smallest, words (dict class -> words, most telling first; empty for credentialed data)
     "How well the words of a text tell the label, across patients; rows without a text are left out."
     out, open_data = [], cohort.attrs.get('access') == 'open'
     for finding, g in cohort[cohort[column].str.strip() != ''].groupby('finding', sort=False):
-        y = pd.factorize(g.label, sort=True)[0]; used, fold = fold_rows(g.patient_id, y, seed, ids=g.sample_id)
-        if not len(used) or g[column].nunique() < 2: continue
-        g = g.iloc[used]; y, labels = pd.factorize(g.label, sort=True)
+        y = pd.factorize(g.label, sort=True)[0]
+        used, fold = fold_rows(g.patient_id, y, seed, ids=g.sample_id)
+        if not len(used) or g[column].nunique() < 2:
+            continue
+        g = g.iloc[used]
+        y, labels = pd.factorize(g.label, sort=True)
         X, names = _word_weights(g[column])
-        if X is None: continue
+        if X is None:
+            continue
         scores = np.empty((len(y), len(labels)))
-        for k in np.unique(fold): scores[fold == k] = _classifier().fit(X[fold != k], y[fold != k]).predict_proba(X[fold == k])
+        for k in np.unique(fold):
+            scores[fold == k] = (
+                _classifier().fit(X[fold != k], y[fold != k]).predict_proba(X[fold == k])
+            )
         i = told_apart(scores, y, g.patient_id.to_numpy(), seed, fold)
-        out.append((finding, i.value, i.low, i.high, i.n, i.n_clusters, int(np.bincount(y).min()), _telling(X, y, names, labels, top) if open_data else {}))
-    return pd.DataFrame(out, columns=['finding', 'auroc', 'low', 'high', 'n', 'patients', 'smallest', 'words'])
+        out.append(
+            (
+                finding,
+                i.value,
+                i.low,
+                i.high,
+                i.n,
+                i.n_clusters,
+                int(np.bincount(y).min()),
+                _telling(X, y, names, labels, top) if open_data else {},
+            )
+        )
+    return pd.DataFrame(
+        out, columns=['finding', 'auroc', 'low', 'high', 'n', 'patients', 'smallest', 'words']
+    )
+
 
 def _word_weights(texts):
     from sklearn.feature_extraction.text import TfidfVectorizer
-    bag = TfidfVectorizer(ngram_range=(1, 2), min_df=3, max_features=5000, sublinear_tf=True, token_pattern=r'(?u)\b[^\W\d_][\w-]+\b')
-    try: return bag.fit_transform(texts), bag.get_feature_names_out()
-    except ValueError: return None, None   # no word stands in three texts
+
+    bag = TfidfVectorizer(
+        ngram_range=(1, 2),
+        min_df=3,
+        max_features=5000,
+        sublinear_tf=True,
+        token_pattern=r'(?u)\b[^\W\d_][\w-]+\b',
+    )
+    try:
+        return bag.fit_transform(texts), bag.get_feature_names_out()
+    except ValueError:
+        return None, None  # no word stands in three texts
+
 
 def _classifier():
     from sklearn.linear_model import LogisticRegression
+
     return LogisticRegression(C=10, class_weight='balanced', max_iter=300)
+
 
 def _telling(X, y, names, labels, top):
     w = _classifier().fit(X, y).coef_
     w = np.vstack([-w, w]) if len(labels) == 2 else w
-    return {str(c): [str(names[j]) for j in np.argsort(-v)[:top] if v[j] > 0] for c, v in zip(labels, w)}
+    return {
+        str(c): [str(names[j]) for j in np.argsort(-v)[:top] if v[j] > 0] for c, v in zip(labels, w)
+    }

@@ -24,116 +24,214 @@ from ..sms.shifts import ARMS
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #1643fde2
 def film_arrived(
-    delivery:dict, # what `prove_delivery` found
-    model:str,     # which model
-)->str:            # 'yes', 'no', or 'untested' where no arm shows another film, or its delivery could not be proven
+    delivery: dict,  # what `prove_delivery` found
+    model: str,  # which model
+) -> str:  # 'yes', 'no', or 'untested' where no arm shows another film, or its delivery could not be proven
     "Did the model get the film?"
-    found = {a: v['verdict'] for a, v in delivery.get(model, {}).items() if a in ARMS and (not ARMS[a].versus or ARMS[a].pixels == 'differ')}
-    return 'no' if 'void' in found.values() else 'yes' if any(v == 'ok' and ARMS[a].versus for a, v in found.items()) else 'untested'
+    found = {
+        a: v['verdict']
+        for a, v in delivery.get(model, {}).items()
+        if a in ARMS and (not ARMS[a].versus or ARMS[a].pixels == 'differ')
+    }
+    return (
+        'no'
+        if 'void' in found.values()
+        else 'yes'
+        if any(v == 'ok' and ARMS[a].versus for a, v in found.items())
+        else 'untested'
+    )
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #fa618867
 def with_void(
-    metrics:pd.DataFrame, # metrics table
-    delivery:dict,        # what `prove_delivery` found
-)->pd.DataFrame:          # the same; notes begin with 'void' where the model, or one of two that are compared, never got its film
+    metrics: pd.DataFrame,  # metrics table
+    delivery: dict,  # what `prove_delivery` found
+) -> pd.DataFrame:  # the same; notes begin with 'void' where the model, or one of two that are compared, never got its film
     "Numbers of maps that are none are no findings."
     lost = {m for m in delivery if film_arrived(delivery, m) == 'no'}
     void = [bool(lost & set(re.split(' [−×] ', m))) for m in metrics.model]
-    out = metrics.assign(note=np.where(void, 'void: the film did not arrive', metrics.note)); out.attrs = metrics.attrs
+    out = metrics.assign(note=np.where(void, 'void: the film did not arrive', metrics.note))
+    out.attrs = metrics.attrs
     return out
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #30fe86b7
 def is_voided(
-    notes:pd.Series, # notes of a metrics table
-)->pd.Series:        # bool
+    notes: pd.Series,  # notes of a metrics table
+) -> pd.Series:  # bool
     "Which numbers do not count?"
     return notes.str.startswith('void')
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #ce6cc745
-GROUPS = {'image': '#0072B2', 'report': '#E69F00', 'question': '#56B4E9', 'special': '#999999', 'template': '#D9D9D9'} # group of tokens -> colour
+GROUPS = {
+    'image': '#0072B2',
+    'report': '#E69F00',
+    'question': '#56B4E9',
+    'special': '#999999',
+    'template': '#D9D9D9',
+}  # group of tokens -> colour
+
 
 def share_bar(
-    ax,          # axes
-    shares,      # group -> share, 0..1
-    y:float=0.,  # where
-    height:float=.7, # of the bar, in axis units
-    text:bool=True, # write the larger shares into the bar
+    ax,  # axes
+    shares,  # group -> share, 0..1
+    y: float = 0.0,  # where
+    height: float = 0.7,  # of the bar, in axis units
+    text: bool = True,  # write the larger shares into the bar
 ):
     "One stacked bar of shares."
-    left = 0.
+    left = 0.0
     for g, colour in GROUPS.items():
-        v = float(shares.get(g, 0.) or 0.)
-        ax.barh(y, v, height, left, color=colour, ec='white', lw=.6)
-        if text and v >= .09: ax.text(left + v/2, y, percent(v), ha='center', va='center', fontsize=7.5, color='white' if g in ('image', 'special') else '#222222')
+        v = float(shares.get(g, 0.0) or 0.0)
+        ax.barh(y, v, height, left, color=colour, ec='white', lw=0.6)
+        if text and v >= 0.09:
+            ax.text(
+                left + v / 2,
+                y,
+                percent(v),
+                ha='center',
+                va='center',
+                fontsize=7.5,
+                color='white' if g in ('image', 'special') else '#222222',
+            )
         left += v
+
 
 def _group_legend(fig, where='outside lower center'):
     from matplotlib.patches import Patch
-    fig.legend([Patch(color=c) for c in GROUPS.values()], list(GROUPS), loc=where, ncols=len(GROUPS), handlelength=1, title='share of attention on', title_fontsize=8.5)
+
+    fig.legend(
+        [Patch(color=c) for c in GROUPS.values()],
+        list(GROUPS),
+        loc=where,
+        ncols=len(GROUPS),
+        handlelength=1,
+        title='share of attention on',
+        title_fontsize=8.5,
+    )
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #5c1fdbd6
 @styled
 def shares_figure(
-    metrics:pd.DataFrame, # metrics table
-    subgroup:str='all',   # 'all', 'query=…', 'method=…' or 'finding=…'
-):                        # Figure with `.alt`, or None where nothing was measured
+    metrics: pd.DataFrame,  # metrics table
+    subgroup: str = 'all',  # 'all', 'query=…', 'method=…' or 'finding=…'
+):  # Figure with `.alt`, or None where nothing was measured
     "What the attention fell on, per model and arm; the whisker is the interval of the share of the image."
-    rows = metrics[metrics.metric.isin([f'share_{g}' for g in GROUPS]) & (metrics.subgroup == subgroup) & metrics.value.notna()]
-    if rows.empty: return None
-    lines = sorted(dict.fromkeys(zip(rows.model, rows.arm)), key=lambda l: (l[0], list(ARMS).index(l[1])))
-    fig, ax = canvas(8.4, 1.35 + .34*len(lines)); ax = ax[0, 0]; said = []
+    rows = metrics[
+        metrics.metric.isin([f'share_{g}' for g in GROUPS])
+        & (metrics.subgroup == subgroup)
+        & metrics.value.notna()
+    ]
+    if rows.empty:
+        return None
+    lines = sorted(
+        dict.fromkeys(zip(rows.model, rows.arm)), key=lambda l: (l[0], list(ARMS).index(l[1]))
+    )
+    fig, ax = canvas(8.4, 1.35 + 0.34 * len(lines))
+    ax = ax[0, 0]
+    said = []
     for i, (m, a) in enumerate(lines):
         own = rows[(rows.model == m) & (rows.arm == a)].set_index('metric')
         shares = {k.removeprefix('share_'): v for k, v in own.value.items()}
-        if is_voided(own.note).any(): ax.barh(i, 1, .7, fc='white', hatch='////', lw=0); ax.text(.5, i, 'void', ha='center', va='center', fontsize=8, bbox=dict(fc='white', ec='none', pad=1)); said.append(f'{m}, {a}: void'); continue
+        if is_voided(own.note).any():
+            ax.barh(i, 1, 0.7, fc='white', hatch='////', lw=0)
+            ax.text(
+                0.5,
+                i,
+                'void',
+                ha='center',
+                va='center',
+                fontsize=8,
+                bbox=dict(fc='white', ec='none', pad=1),
+            )
+            said.append(f'{m}, {a}: void')
+            continue
         share_bar(ax, shares, i)
-        if 'share_image' in own.index: r = own.loc['share_image']; ax.plot([r.ci_low, r.ci_high], [i + .24]*2, color='#111111', lw=1.5, solid_capstyle='butt')
-        said.append(f"{m}, {a}: " + ', '.join(f'{g} {percent(v)}' for g, v in shares.items() if v >= .005))
-    ax.set(yticks=range(len(lines)), ylim=(len(lines) - .45, -.55), xlim=(0, 1), xticks=np.arange(0, 1.01, .25)); ax.set_yticklabels([f'{literal(m, 30)} · {a}' for m, a in lines]); ax.set_xticklabels([percent(v) for v in np.arange(0, 1.01, .25)])
-    ax.tick_params(axis='y', length=0); ax.spines['left'].set_visible(False); _group_legend(fig)
+        if 'share_image' in own.index:
+            r = own.loc['share_image']
+            ax.plot(
+                [r.ci_low, r.ci_high],
+                [i + 0.24] * 2,
+                color='#111111',
+                lw=1.5,
+                solid_capstyle='butt',
+            )
+        said.append(
+            f"{m}, {a}: " + ', '.join(f'{g} {percent(v)}' for g, v in shares.items() if v >= 0.005)
+        )
+    ax.set(
+        yticks=range(len(lines)),
+        ylim=(len(lines) - 0.45, -0.55),
+        xlim=(0, 1),
+        xticks=np.arange(0, 1.01, 0.25),
+    )
+    ax.set_yticklabels([f'{literal(m, 30)} · {a}' for m, a in lines])
+    ax.set_xticklabels([percent(v) for v in np.arange(0, 1.01, 0.25)])
+    ax.tick_params(axis='y', length=0)
+    ax.spines['left'].set_visible(False)
+    _group_legend(fig)
     fig.alt = 'Stacked bars: mean share of attention per model and arm. ' + '; '.join(said) + '.'
     return fig
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #e8c01c87
 def lift(
-    found, # `AttentionMap`
-)->np.ndarray: # (h, w): 1 where the attention on the film is as if evenly spread; NaN where not shown
+    found,  # `AttentionMap`
+) -> (
+    np.ndarray
+):  # (h, w): 1 where the attention on the film is as if evenly spread; NaN where not shown
     "A map on the film in units of evenly spread attention; how much the film got in all is told by the shares."
     m = film_map(found)
-    return m/np.nanmean(m)
+    return m / np.nanmean(m)
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #b561f76e
 def draw_film(
-    ax,            # axes
-    image,         # (H,W) or (H,W,3) uint8
-    values=None,   # (h,w) map to lay over it, None for none
-    boxes=(),      # boxes in pixels of the film
-    mask=None,     # (H,W) bool, outlined where there is no box
-    top:float=4.,  # value at which the colour is full
-    signed:bool=False, # colours for differences, from −top to top
-):                 # what a colour bar needs, or None
+    ax,  # axes
+    image,  # (H,W) or (H,W,3) uint8
+    values=None,  # (h,w) map to lay over it, None for none
+    boxes=(),  # boxes in pixels of the film
+    mask=None,  # (H,W) bool, outlined where there is no box
+    top: float = 4.0,  # value at which the colour is full
+    signed: bool = False,  # colours for differences, from −top to top
+):  # what a colour bar needs, or None
     "A film, a map over it that is clear where the map is low, and the finding's outline."
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
     from matplotlib.cm import ScalarMappable
     from matplotlib.patches import Rectangle
-    h, w = image.shape[:2]; extent = (-.5, w - .5, h - .5, -.5)
-    ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='nearest', extent=extent); ax.set_axis_off(); scale = None
+
+    h, w = image.shape[:2]
+    extent = (-0.5, w - 0.5, h - 0.5, -0.5)
+    ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='nearest', extent=extent)
+    ax.set_axis_off()
+    scale = None
     if values is not None:
-        norm, cmap = Normalize(-top if signed else 0, top), colormaps['RdBu_r' if signed else 'inferno']
+        norm, cmap = (
+            Normalize(-top if signed else 0, top),
+            colormaps['RdBu_r' if signed else 'inferno'],
+        )
         rgba = cmap(norm(np.nan_to_num(values)))
-        rgba[..., 3] = np.where(np.isnan(values), 0, .85*np.clip(np.abs(np.nan_to_num(values))/top, 0, 1)**.6)
-        ax.imshow(rgba, extent=extent, interpolation='nearest'); scale = ScalarMappable(norm, cmap)
-        if np.isnan(values).any(): ax.imshow(np.where(np.isnan(values)[..., None], [[[.25, .25, .25, .55]]], 0.), extent=extent, interpolation='nearest')
-    for x0, y0, x1, y1 in boxes: ax.add_patch(Rectangle((x0 - .5, y0 - .5), x1 - x0, y1 - y0, fill=False, ec='#4DFFB8', lw=1.5))
-    if mask is not None and not len(boxes): ax.contour(np.arange(w), np.arange(h), mask, levels=[.5], colors='#4DFFB8', linewidths=1.3)
+        rgba[..., 3] = np.where(
+            np.isnan(values), 0, 0.85 * np.clip(np.abs(np.nan_to_num(values)) / top, 0, 1) ** 0.6
+        )
+        ax.imshow(rgba, extent=extent, interpolation='nearest')
+        scale = ScalarMappable(norm, cmap)
+        if np.isnan(values).any():
+            ax.imshow(
+                np.where(np.isnan(values)[..., None], [[[0.25, 0.25, 0.25, 0.55]]], 0.0),
+                extent=extent,
+                interpolation='nearest',
+            )
+    for x0, y0, x1, y1 in boxes:
+        ax.add_patch(
+            Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, ec='#4DFFB8', lw=1.5)
+        )
+    if mask is not None and not len(boxes):
+        ax.contour(np.arange(w), np.arange(h), mask, levels=[0.5], colors='#4DFFB8', linewidths=1.3)
     return scale
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #2d994875
 def marked(
-    results,       # `AttendResults`
-    image_id:str,  # whose film
-)->tuple[list, np.ndarray|None]: # boxes to draw, and the region as a mask
+    results,  # `AttendResults`
+    image_id: str,  # whose film
+) -> tuple[list, np.ndarray | None]:  # boxes to draw, and the region as a mask
     "The finding on a film that may be shown."
     source = Source(results.cohort, results.root)
     shape = source.image(image_id).shape[:2]
@@ -144,171 +242,461 @@ def marked(
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #fbbf84c5
 def shared_top(
-    lifts, # maps in units of evenly spread attention, NaN where not shown
-)->float: # at least 2
+    lifts,  # maps in units of evenly spread attention, NaN where not shown
+) -> float:  # at least 2
     "Value at which the colours of several maps are full."
-    return max([2., *(float(np.nanquantile(v, .995)) for v in lifts)])
+    return max([2.0, *(float(np.nanquantile(v, 0.995)) for v in lifts)])
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #5c1fdb02
 @styled
 def map_figure(
-    results,             # `AttendResults` of open data
-    sample_id:str,       # which sample
-    arm:str='original',  # which arm
-    query:str='',        # '' the first query of the run
-    methods=(),          # rows of the figure; empty: all that were kept
-    layers=None,         # None: as the run measured
-    heads=None,          # the same
-    store=None,          # `MapStore`; None opens the run's
-):                       # Figure with `.alt`
+    results,  # `AttendResults` of open data
+    sample_id: str,  # which sample
+    arm: str = 'original',  # which arm
+    query: str = '',  # '' the first query of the run
+    methods=(),  # rows of the figure; empty: all that were kept
+    layers=None,  # None: as the run measured
+    heads=None,  # the same
+    store=None,  # `MapStore`; None opens the run's
+):  # Figure with `.alt`
     "Film, each model's map with its shares and answer, and the difference of two models. `InputError` where pixels may not be shown, or nothing was kept."
-    trial, store, models = _trial(results, sample_id, arm), store or results.store, list(results.models)
+    trial, store, models = (
+        _trial(results, sample_id, arm),
+        store or results.store,
+        list(results.models),
+    )
     methods, query = methods or results.config['methods'], query or results.config['queries'][0]
-    layers, heads = results.config['layers'] if layers is None else layers, results.config['heads'] if heads is None else heads
+    layers, heads = (
+        results.config['layers'] if layers is None else layers,
+        results.config['heads'] if heads is None else heads,
+    )
     shown = film(results, trial.image_id), *marked(results, trial.image_id)
     wide = 1 + len(models) + (len(models) == 2)
-    fig, axes = canvas(2.45*wide + .5, .35 + 3.0*len(methods), 2*len(methods), wide, height_ratios=[1, .085]*len(methods)); said = []
+    fig, axes = canvas(
+        2.45 * wide + 0.5,
+        0.35 + 3.0 * len(methods),
+        2 * len(methods),
+        wide,
+        height_ratios=[1, 0.085] * len(methods),
+    )
+    said = []
     for i, k in enumerate(methods):
-        looked = {m: _looked(store.rows(m, trial.trial_id, k), query, tuple(layers) if isinstance(layers, list) else layers, heads) if film_arrived(results.delivery, m) != 'no' else None for m in models}
-        _map_row(fig, axes[2*i:2*i + 2], k, shown, list(looked.values()))
-        said += [f"{m} says {_said(results, m, trial)}, {k}: {percent(look[1].get('image', 0))} on the film" if look else f'{m}: void, its film did not arrive' for m, look in looked.items()]
-    _map_titles(axes[0], results, trial); _group_legend(fig)
+        looked = {
+            m: _looked(
+                store.rows(m, trial.trial_id, k),
+                query,
+                tuple(layers) if isinstance(layers, list) else layers,
+                heads,
+            )
+            if film_arrived(results.delivery, m) != 'no'
+            else None
+            for m in models
+        }
+        _map_row(fig, axes[2 * i : 2 * i + 2], k, shown, list(looked.values()))
+        said += [
+            f"{m} says {_said(results, m, trial)}, {k}: {percent(look[1].get('image', 0))} on the film"
+            if look
+            else f'{m}: void, its film did not arrive'
+            for m, look in looked.items()
+        ]
+    _map_titles(axes[0], results, trial)
+    _group_legend(fig)
     fig.alt = f"Maps of {len(models)} model{'s' * (len(models) != 1)} over one film (finding {trial.finding}, arm {arm}, query {query}), in units of evenly spread attention, the finding outlined. {'; '.join(said)}."
     return fig
 
+
 def _looked(rows, query, layers, heads):
     "The map in units of evenly spread attention, None where nothing fell on the film, and the shares."
-    try: values = lift(kept_map(rows, query, layers, heads))
-    except RunError: values = None
+    try:
+        values = lift(kept_map(rows, query, layers, heads))
+    except RunError:
+        values = None
     return values, kept_shares(rows, query, layers, heads)
+
 
 def _map_row(fig, axes, method, shown, looked):
     "One method: the film, the maps over their shares, the difference of two; the film alone where there is no map."
-    (image, boxes, mask), (above, below), both = shown, axes, [look[0] for look in looked if look and look[0] is not None]
+    (image, boxes, mask), (above, below), both = (
+        shown,
+        axes,
+        [look[0] for look in looked if look and look[0] is not None],
+    )
     top = shared_top(both)
-    draw_film(above[0], image, boxes=boxes, mask=mask); above[0].text(-.03, .5, method, transform=above[0].transAxes, rotation=90, va='center', ha='right', fontsize=9)
+    draw_film(above[0], image, boxes=boxes, mask=mask)
+    above[0].text(
+        -0.03,
+        0.5,
+        method,
+        transform=above[0].transAxes,
+        rotation=90,
+        va='center',
+        ha='right',
+        fontsize=9,
+    )
     for ax, bar, look in zip(above[1:], below[1:], looked):
         values, shares = look or (None, {})
-        scale = draw_film(ax, image, values, boxes, mask, top); share_bar(bar, shares, height=1.); bar.set_xlim(0, 1)
-        if look and values is None: ax.text(.5, .04, 'nothing fell on the film', transform=ax.transAxes, ha='center', fontsize=8, bbox=dict(fc='white', ec='none', pad=1.5))
-        if scale and ax is above[len(looked)]: _times(fig.colorbar(scale, ax=ax, shrink=.7, aspect=18, pad=.02))
-    if len(above) > 1 + len(looked) and len(both) == 2: _times(fig.colorbar(draw_film(above[-1], image, both[0] - both[1], boxes, mask, top, signed=True), ax=above[-1], shrink=.7, aspect=18, pad=.02))
-    for ax in (*below, above[-1]): ax.set_axis_off()
+        scale = draw_film(ax, image, values, boxes, mask, top)
+        share_bar(bar, shares, height=1.0)
+        bar.set_xlim(0, 1)
+        if look and values is None:
+            ax.text(
+                0.5,
+                0.04,
+                'nothing fell on the film',
+                transform=ax.transAxes,
+                ha='center',
+                fontsize=8,
+                bbox=dict(fc='white', ec='none', pad=1.5),
+            )
+        if scale and ax is above[len(looked)]:
+            _times(fig.colorbar(scale, ax=ax, shrink=0.7, aspect=18, pad=0.02))
+    if len(above) > 1 + len(looked) and len(both) == 2:
+        _times(
+            fig.colorbar(
+                draw_film(above[-1], image, both[0] - both[1], boxes, mask, top, signed=True),
+                ax=above[-1],
+                shrink=0.7,
+                aspect=18,
+                pad=0.02,
+            )
+        )
+    for ax in (*below, above[-1]):
+        ax.set_axis_off()
+
 
 def _map_titles(axes, results, trial):
-    axes[0].set_title(f'{literal(trial.finding, 24)}: {literal(trial.image_label or trial.label, 12)}')
-    for ax, m in zip(axes[1:], results.models): ax.set_title(f"{literal(m, 30)}\n{'void: its film did not arrive' if film_arrived(results.delivery, m) == 'no' else 'says ' + _said(results, m, trial)}", fontsize=8.5)
-    if len(axes) > 1 + len(results.models): axes[-1].set_title('difference\nfirst − second', fontsize=8.5)
+    axes[0].set_title(
+        f'{literal(trial.finding, 24)}: {literal(trial.image_label or trial.label, 12)}'
+    )
+    for ax, m in zip(axes[1:], results.models):
+        ax.set_title(
+            f"{literal(m, 30)}\n{'void: its film did not arrive' if film_arrived(results.delivery, m) == 'no' else 'says ' + _said(results, m, trial)}",
+            fontsize=8.5,
+        )
+    if len(axes) > 1 + len(results.models):
+        axes[-1].set_title('difference\nfirst − second', fontsize=8.5)
 
-def _times(bar): bar.ax.tick_params(labelsize=7); bar.ax.set_title('× even', fontsize=7, loc='left'); bar.outline.set_visible(False)
+
+def _times(bar):
+    bar.ax.tick_params(labelsize=7)
+    bar.ax.set_title('× even', fontsize=7, loc='left')
+    bar.outline.set_visible(False)
+
 
 def _trial(results, sample_id, arm):
-    p = results.plan[(results.plan.sample_id == sample_id) & (results.plan.arm == arm) & (results.plan.variant == 'plain')]
-    if p.empty: raise InputError(f'no trial of sample {sample_id} in the arm {arm}')
+    p = results.plan[
+        (results.plan.sample_id == sample_id)
+        & (results.plan.arm == arm)
+        & (results.plan.variant == 'plain')
+    ]
+    if p.empty:
+        raise InputError(f'no trial of sample {sample_id} in the arm {arm}')
     return next(p.itertuples(index=False))
 
+
 def _said(results, model, trial):
-    p = results.predictions; r = p[(p.model == model) & (p.trial_id == trial.trial_id)].iloc[0]
-    if r.parse_status != 'ok' or not len(r.logprobs): return f'({r.parse_status})'
-    return f'{r.answer} ({percent(np.exp(max(r.logprobs))/np.exp(list(r.logprobs)).sum())})'
+    p = results.predictions
+    r = p[(p.model == model) & (p.trial_id == trial.trial_id)].iloc[0]
+    if r.parse_status != 'ok' or not len(r.logprobs):
+        return f'({r.parse_status})'
+    return f'{r.answer} ({percent(np.exp(max(r.logprobs)) / np.exp(list(r.logprobs)).sum())})'
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #b9c87c72
 def choose_maps(
-    results,     # `AttendResults`
-    most:int=4,  # samples at most
-)->list[str]:    # sample ids
+    results,  # `AttendResults`
+    most: int = 4,  # samples at most
+) -> list[str]:  # sample ids
     "Samples to show, as many findings as possible; `InputError` for credentialed data."
-    if not results.open: raise InputError('pictures of credentialed data are not shown in a report')
-    arm = first_arm(results.plan); own = results.looks[(results.looks.arm == arm) & (results.looks.variant == 'plain') & (results.looks.method == 'raw')].drop_duplicates('sample_id')
-    own = own.assign(bare=own.region.isna(), key=[content_hash('shown', i) for i in own.sample_id]).sort_values(['bare', 'key'])
-    return own.assign(turn=own.groupby('finding').cumcount()).sort_values(['turn', 'bare', 'key'], kind='stable').sample_id.head(most).tolist()
+    if not results.open:
+        raise InputError('pictures of credentialed data are not shown in a report')
+    arm = first_arm(results.plan)
+    own = results.looks[
+        (results.looks.arm == arm)
+        & (results.looks.variant == 'plain')
+        & (results.looks.method == 'raw')
+    ].drop_duplicates('sample_id')
+    own = own.assign(
+        bare=own.region.isna(), key=[content_hash('shown', i) for i in own.sample_id]
+    ).sort_values(['bare', 'key'])
+    return (
+        own.assign(turn=own.groupby('finding').cumcount())
+        .sort_values(['turn', 'bare', 'key'], kind='stable')
+        .sample_id.head(most)
+        .tolist()
+    )
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #fc6f63d7
-PANELS = (('pixel_auroc', 'pixel AUROC', .5), ('mass', 'share of the map inside', None), ('pointing', 'highest point inside', None), ('iou', 'best IoU', None)) # measure, title, chance where it is the same for every region
-_LINES = (('_uniform', 'evenly spread'), ('_centre', 'middle of the film'), ('_random', 'same model, random weights'), ('', 'the map'), ('_chosen', 'layer and head chosen\non other films'))
+PANELS = (
+    ('pixel_auroc', 'pixel AUROC', 0.5),
+    ('mass', 'share of the map inside', None),
+    ('pointing', 'highest point inside', None),
+    ('iou', 'best IoU', None),
+)  # measure, title, chance where it is the same for every region
+_LINES = (
+    ('_uniform', 'evenly spread'),
+    ('_centre', 'middle of the film'),
+    ('_random', 'same model, random weights'),
+    ('', 'the map'),
+    ('_chosen', 'layer and head chosen\non other films'),
+)
+
 
 @styled
 def localisation_figure(
-    metrics:pd.DataFrame, # metrics table
-    arm:str='original',   # which arm
-    subgroup:str='all',   # or 'method=gradient', 'finding=…', 'query=…'
-):                        # Figure with `.alt`, or None where no film has a region
+    metrics: pd.DataFrame,  # metrics table
+    arm: str = 'original',  # which arm
+    subgroup: str = 'all',  # or 'method=gradient', 'finding=…', 'query=…'
+):  # Figure with `.alt`, or None where no film has a region
     "How well maps lie on the marked region, beside what looks at nothing gives there."
-    rows = metrics[(metrics.arm == arm) & (metrics.subgroup == subgroup) & metrics.value.notna()].set_index(['model', 'metric'])
+    rows = metrics[
+        (metrics.arm == arm) & (metrics.subgroup == subgroup) & metrics.value.notna()
+    ].set_index(['model', 'metric'])
     panels = [p for p in PANELS if any(m == p[0] for _, m in rows.index)]
-    if not panels: return None
-    styles, kept = looks(list(dict.fromkeys(m for m, k in rows.index if k == panels[0][0]))), [l for l in _LINES if any((m, p + l[0]) in rows.index for m in dict.fromkeys(m for m, _ in rows.index) for p, _, _ in panels)]
-    fig, axes = canvas(10.4, 1.1 + len(kept)*max(.36, .2*len(styles)), 1, len(panels), sharey=True); said = []
+    if not panels:
+        return None
+    styles, kept = (
+        looks(list(dict.fromkeys(m for m, k in rows.index if k == panels[0][0]))),
+        [
+            l
+            for l in _LINES
+            if any(
+                (m, p + l[0]) in rows.index
+                for m in dict.fromkeys(m for m, _ in rows.index)
+                for p, _, _ in panels
+            )
+        ],
+    )
+    fig, axes = canvas(
+        10.4, 1.1 + len(kept) * max(0.36, 0.2 * len(styles)), 1, len(panels), sharey=True
+    )
+    said = []
     for ax, (measure, title, chance) in zip(axes[0], panels):
-        for i in range(0, len(kept), 2): ax.axhspan(i - .5, i + .5, color='#f3f4f5', lw=0, zorder=0)
-        if chance is not None: ax.axvline(chance, color='#777777', lw=.9, ls=(0, (4, 3)))
+        for i in range(0, len(kept), 2):
+            ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
+        if chance is not None:
+            ax.axvline(chance, color='#777777', lw=0.9, ls=(0, (4, 3)))
         for i, (suffix, name) in enumerate(kept):
             for j, (m, style) in enumerate(styles.items()):
-                if (m, measure + suffix) not in rows.index or (chance is not None and suffix == '_uniform'): continue   # the line is there
-                r = rows.loc[(m, measure + suffix)]; r = r.iloc[0] if isinstance(r, pd.DataFrame) else r
-                _point(ax, r, i + .26*(j - (len(styles) - 1)/2), style, suffix in ('', '_chosen'))
-                said.append(f"{m}, {title}, {' '.join(name.split())}: " + ('void' if r.note.startswith('void') else f'{rounded(r.value, 2)} ({span(r.ci_low, r.ci_high, 2, 1)})'))
-        ax.set(title=title, xlim=(-.02, None if measure in ('mass', 'iou') else 1.02), yticks=range(len(kept)), ylim=(len(kept) - .5, -.5)); ax.set_yticklabels([n for _, n in kept]); ax.tick_params(axis='y', length=0); ax.grid(axis='x', color='#d9dbdd', lw=.6)
+                if (m, measure + suffix) not in rows.index or (
+                    chance is not None and suffix == '_uniform'
+                ):
+                    continue  # the line is there
+                r = rows.loc[(m, measure + suffix)]
+                r = r.iloc[0] if isinstance(r, pd.DataFrame) else r
+                _point(
+                    ax, r, i + 0.26 * (j - (len(styles) - 1) / 2), style, suffix in ('', '_chosen')
+                )
+                said.append(
+                    f"{m}, {title}, {' '.join(name.split())}: "
+                    + (
+                        'void'
+                        if r.note.startswith('void')
+                        else f'{rounded(r.value, 2)} ({span(r.ci_low, r.ci_high, 2, 1)})'
+                    )
+                )
+        ax.set(
+            title=title,
+            xlim=(-0.02, None if measure in ('mass', 'iou') else 1.02),
+            yticks=range(len(kept)),
+            ylim=(len(kept) - 0.5, -0.5),
+        )
+        ax.set_yticklabels([n for _, n in kept])
+        ax.tick_params(axis='y', length=0)
+        ax.grid(axis='x', color='#d9dbdd', lw=0.6)
     legend(fig, styles)
-    fig.alt = 'Dot plot with 95 % intervals: how well maps lie on the marked region. ' + '; '.join(said) + '.'
+    fig.alt = (
+        'Dot plot with 95 % intervals: how well maps lie on the marked region. '
+        + '; '.join(said)
+        + '.'
+    )
     return fig
+
 
 def _point(ax, row, y, style, full):
     "A value with its interval: filled where a map is measured, hollow where a baseline is; void ones say so."
-    void = row.note.startswith('void'); faint = dict(style, alpha=.6) if void else style; colour = style['color']
-    ax.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=1.5, alpha=1 if full and not void else .45, solid_capstyle='butt')
-    ax.plot(row.value, y, ls='', ms=6 if full else 4.5, mfc=colour if full and not void else 'white', mec='white' if full and not void else colour, mew=.9, **faint)
-    if void: ax.annotate('void', (row.ci_high, y), (4, 0), textcoords='offset points', va='center', fontsize=7, color=colour)
+    void = row.note.startswith('void')
+    faint = dict(style, alpha=0.6) if void else style
+    colour = style['color']
+    ax.plot(
+        [row.ci_low, row.ci_high],
+        [y, y],
+        color=colour,
+        lw=1.5,
+        alpha=1 if full and not void else 0.45,
+        solid_capstyle='butt',
+    )
+    ax.plot(
+        row.value,
+        y,
+        ls='',
+        ms=6 if full else 4.5,
+        mfc=colour if full and not void else 'white',
+        mec='white' if full and not void else colour,
+        mew=0.9,
+        **faint,
+    )
+    if void:
+        ax.annotate(
+            'void',
+            (row.ci_high, y),
+            (4, 0),
+            textcoords='offset points',
+            va='center',
+            fontsize=7,
+            color=colour,
+        )
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #5c1fdb03
 @styled
 def profile_figure(
-    profile:pd.DataFrame, # table `profile` of a run
-    query:str='answer',   # which query
-    method:str='raw', # which method
-    value:str='pixel_auroc',    # 'pixel_auroc' or 'share'
-    fewest:int=0,         # patients below which a model is left out
-):                        # Figure with `.alt`, or None where there is nothing
+    profile: pd.DataFrame,  # table `profile` of a run
+    query: str = 'answer',  # which query
+    method: str = 'raw',  # which method
+    value: str = 'pixel_auroc',  # 'pixel_auroc' or 'share'
+    fewest: int = 0,  # patients below which a model is left out
+):  # Figure with `.alt`, or None where there is nothing
     "Which layer and head looks at the finding, or at the film at all: the mean over films of every layer and head."
-    rows = profile[(profile['query'] == query) & (profile.method == method) & ~profile.model.str.endswith(RANDOM) & profile[value].notna()]
-    rows = rows[rows.arm == next(iter(rows.arm), '')]; rows = rows[rows.groupby('model').patient_id.transform('nunique') >= fewest]
-    if rows.empty: return None
+    rows = profile[
+        (profile['query'] == query)
+        & (profile.method == method)
+        & ~profile.model.str.endswith(RANDOM)
+        & profile[value].notna()
+    ]
+    rows = rows[rows.arm == next(iter(rows.arm), '')]
+    rows = rows[rows.groupby('model').patient_id.transform('nunique') >= fewest]
+    if rows.empty:
+        return None
     models, said = list(dict.fromkeys(rows.model)), []
-    grids = {m: g.groupby(['layer', 'head'])[value].mean().unstack() for m, g in rows.groupby('model', sort=False)}
+    grids = {
+        m: g.groupby(['layer', 'head'])[value].mean().unstack()
+        for m, g in rows.groupby('model', sort=False)
+    }
     tall = max(len(g) for g in grids.values())
-    fig, axes = canvas(min(10, 1.4 + sum(max(1.9, .3*g.shape[1]) for g in grids.values())), 1.2 + min(8, max(1.1, .34*tall)), 1, len(models), width_ratios=[max(3, g.shape[1]) for g in grids.values()])
+    fig, axes = canvas(
+        min(10, 1.4 + sum(max(1.9, 0.3 * g.shape[1]) for g in grids.values())),
+        1.2 + min(8, max(1.1, 0.34 * tall)),
+        1,
+        len(models),
+        width_ratios=[max(3, g.shape[1]) for g in grids.values()],
+    )
     for ax, m in zip(axes[0], models):
-        g = grids[m]; heads = [h for h in g if h >= 0]; g = g[[*heads, -1]]
-        mesh = ax.pcolormesh(np.arange(len(heads) + 1), np.arange(len(g) + 1), g[heads], cmap='RdBu_r' if value == 'pixel_auroc' else 'Blues', vmin=0, vmax=1, edgecolors='white', lw=.8)
-        ax.pcolormesh([len(heads) + .35, len(heads) + 1.35], np.arange(len(g) + 1), g[[-1]], cmap=mesh.cmap, vmin=0, vmax=1, edgecolors='white', lw=.8)
+        g = grids[m]
+        heads = [h for h in g if h >= 0]
+        g = g[[*heads, -1]]
+        mesh = ax.pcolormesh(
+            np.arange(len(heads) + 1),
+            np.arange(len(g) + 1),
+            g[heads],
+            cmap='RdBu_r' if value == 'pixel_auroc' else 'Blues',
+            vmin=0,
+            vmax=1,
+            edgecolors='white',
+            lw=0.8,
+        )
+        ax.pcolormesh(
+            [len(heads) + 0.35, len(heads) + 1.35],
+            np.arange(len(g) + 1),
+            g[[-1]],
+            cmap=mesh.cmap,
+            vmin=0,
+            vmax=1,
+            edgecolors='white',
+            lw=0.8,
+        )
         if g.size <= 80:
             for i, (_, r) in enumerate(g.iterrows()):
-                for j, v in enumerate(r): ax.text(j + .5 + .35*(j == len(heads)), i + .5, rounded(v, 2), ha='center', va='center', fontsize=7.5, color='white' if abs(v - (.5 if value == 'pixel_auroc' else 0)) > (.33 if value == 'pixel_auroc' else .6) else '#222222')
-        ax.set(title=literal(m, 34), ylim=(len(g), 0), ylabel='layer' if m == models[0] else '', yticks=np.arange(len(g)) + .5, xticks=[*(np.arange(len(heads)) + .5), len(heads) + .85])
-        ax.set_yticklabels(list(g.index) if len(g) <= 40 else [k if i % 4 == 0 else '' for i, k in enumerate(g.index)]); ax.set_xticklabels([*(str(h) if len(heads) <= 16 or h % 4 == 0 else '' for h in heads), 'mean'])
-        ax.tick_params(length=0); ax.spines[:].set_visible(False); ax.set_xlabel('head')
-        best = g[heads].stack().idxmax(); said.append(f'{m}: highest {rounded(g[heads].max().max(), 2)} in layer {best[0]}, head {best[1]}; mean over heads ' + ', '.join(f'layer {l} {rounded(v, 2)}' for l, v in list(g[-1].items())[:40]))
-    fig.colorbar(mesh, ax=list(axes[0]), shrink=.8, aspect=22, label='pixel AUROC (0.5: chance)' if value == 'pixel_auroc' else 'share on the film').outline.set_visible(False)
-    fig.alt = f"Heat map of the mean {'pixel AUROC on the marked region' if value == 'pixel_auroc' else 'share of attention on the film'} per layer and head. " + '; '.join(said) + '.'
+                for j, v in enumerate(r):
+                    ax.text(
+                        j + 0.5 + 0.35 * (j == len(heads)),
+                        i + 0.5,
+                        rounded(v, 2),
+                        ha='center',
+                        va='center',
+                        fontsize=7.5,
+                        color='white'
+                        if abs(v - (0.5 if value == 'pixel_auroc' else 0))
+                        > (0.33 if value == 'pixel_auroc' else 0.6)
+                        else '#222222',
+                    )
+        ax.set(
+            title=literal(m, 34),
+            ylim=(len(g), 0),
+            ylabel='layer' if m == models[0] else '',
+            yticks=np.arange(len(g)) + 0.5,
+            xticks=[*(np.arange(len(heads)) + 0.5), len(heads) + 0.85],
+        )
+        ax.set_yticklabels(
+            list(g.index)
+            if len(g) <= 40
+            else [k if i % 4 == 0 else '' for i, k in enumerate(g.index)]
+        )
+        ax.set_xticklabels(
+            [*(str(h) if len(heads) <= 16 or h % 4 == 0 else '' for h in heads), 'mean']
+        )
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        ax.set_xlabel('head')
+        best = g[heads].stack().idxmax()
+        said.append(
+            f'{m}: highest {rounded(g[heads].max().max(), 2)} in layer {best[0]}, head {best[1]}; mean over heads '
+            + ', '.join(f'layer {l} {rounded(v, 2)}' for l, v in list(g[-1].items())[:40])
+        )
+    fig.colorbar(
+        mesh,
+        ax=list(axes[0]),
+        shrink=0.8,
+        aspect=22,
+        label='pixel AUROC (0.5: chance)' if value == 'pixel_auroc' else 'share on the film',
+    ).outline.set_visible(False)
+    fig.alt = (
+        f"Heat map of the mean {'pixel AUROC on the marked region' if value == 'pixel_auroc' else 'share of attention on the film'} per layer and head. "
+        + '; '.join(said)
+        + '.'
+    )
     return fig
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #5c1fdb04
 @styled
 def change_figure(
-    changes:pd.DataFrame, # table `changes` of a run
-    query:str='answer',   # which query
-):                        # Figure with `.alt`, or None where no film stayed while something else changed
+    changes: pd.DataFrame,  # table `changes` of a run
+    query: str = 'answer',  # which query
+):  # Figure with `.alt`, or None where no film stayed while something else changed
     "Change of the map against change of the answer, the film unchanged."
     rows = changes[changes['query'] == query] if len(changes) else changes
-    if not len(rows): return None
+    if not len(rows):
+        return None
     models, said = list(dict.fromkeys(rows.model)), []
-    fig, axes = canvas(3.9*len(models) + .4, 3.3, 1, len(models), sharey=True, sharex=True)
+    fig, axes = canvas(3.9 * len(models) + 0.4, 3.3, 1, len(models), sharey=True, sharex=True)
     for ax, m in zip(axes[0], models):
         g = rows[rows.model == m]
-        for flipped, colour, name in ((False, '#8A8F94', 'same answer'), (True, COLOURS[1], 'answer flipped')):
-            some = g[g.flipped == flipped]; ax.scatter(some.js, some.moved, s=16, color=colour, alpha=.6, lw=0, label=f'{name} ({len(some)})')
-        ax.set(title=literal(m, 40), xlabel='change of the map (Jensen-Shannon, bits)', ylim=(-.03, 1.03)); ax.grid(color='#e6e7e8', lw=.6); ax.legend(loc='center right', fontsize=8, handletextpad=.1)
-        said.append(f'{m}: {int(g.flipped.sum())} of {len(g)} answers flipped, mean change of the map {rounded(g.js.mean(), 3)} bits')
+        for flipped, colour, name in (
+            (False, '#8A8F94', 'same answer'),
+            (True, COLOURS[1], 'answer flipped'),
+        ):
+            some = g[g.flipped == flipped]
+            ax.scatter(
+                some.js,
+                some.moved,
+                s=16,
+                color=colour,
+                alpha=0.6,
+                lw=0,
+                label=f'{name} ({len(some)})',
+            )
+        ax.set(
+            title=literal(m, 40),
+            xlabel='change of the map (Jensen-Shannon, bits)',
+            ylim=(-0.03, 1.03),
+        )
+        ax.grid(color='#e6e7e8', lw=0.6)
+        ax.legend(loc='center right', fontsize=8, handletextpad=0.1)
+        said.append(
+            f'{m}: {int(g.flipped.sum())} of {len(g)} answers flipped, mean change of the map {rounded(g.js.mean(), 3)} bits'
+        )
     axes[0, 0].set_ylabel('change of the probability of the label')
-    fig.alt = 'Scatter plot, film unchanged, text or words changed: change of the map against change of the answer. ' + '; '.join(said) + '.'
+    fig.alt = (
+        'Scatter plot, film unchanged, text or words changed: change of the map against change of the answer. '
+        + '; '.join(said)
+        + '.'
+    )
     return fig

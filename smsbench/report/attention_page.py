@@ -12,7 +12,13 @@ import shlex
 
 import numpy as np, pandas as pd
 
-from .attention_figures import choose_maps, film_arrived, is_voided, localisation_figure, map_figure
+from smsbench.report.attention_figures import (
+    choose_maps,
+    film_arrived,
+    is_voided,
+    localisation_figure,
+    map_figure,
+)
 from .figures import missing
 from .html import Html, details, figure_html, html_table, join, markup
 from .provenance import loading_flags
@@ -24,197 +30,555 @@ from ..sms.shifts import ARMS
 
 # %% ../../nbs/52a_report.attention_page.ipynb #94d66a5c
 def localises(
-    metrics:pd.DataFrame, # metrics table
-    model:str,            # which model
-    arm:str='original',   # which arm
-    subgroup:str='all',   # 'all', 'method=…', 'finding=…'
-    measure:str='mass',   # mass, pointing, iou, pixel_auroc, or one of them with _chosen
-)->str:                   # 'yes', 'no' (not even above evenly spread attention), 'middle' (above that, not above the middle of the film), 'random' (above both, not above the same model with random weights) or '' (not measured, or void)
+    metrics: pd.DataFrame,  # metrics table
+    model: str,  # which model
+    arm: str = 'original',  # which arm
+    subgroup: str = 'all',  # 'all', 'method=…', 'finding=…'
+    measure: str = 'mass',  # mass, pointing, iou, pixel_auroc, or one of them with _chosen
+) -> str:  # 'yes', 'no' (not even above evenly spread attention), 'middle' (above that, not above the middle of the film), 'random' (above both, not above the same model with random weights) or '' (not measured, or void)
     "Does a model's map lie on the finding?"
-    at = metrics[(metrics.model == model) & (metrics.arm == arm) & (metrics.subgroup == subgroup) & metrics.value.notna() & ~is_voided(metrics.note)].drop_duplicates('metric').set_index('metric')
+    at = (
+        metrics[
+            (metrics.model == model)
+            & (metrics.arm == arm)
+            & (metrics.subgroup == subgroup)
+            & metrics.value.notna()
+            & ~is_voided(metrics.note)
+        ]
+        .drop_duplicates('metric')
+        .set_index('metric')
+    )
     low = {b: at.ci_low.get(f'{measure}_over_{b}') for b in ('uniform', 'centre', 'random')}
-    if low['uniform'] is None or low['centre'] is None: return ''
-    return 'no' if low['uniform'] <= 0 else 'middle' if low['centre'] <= 0 else 'random' if low['random'] is not None and low['random'] <= 0 else 'yes'
+    if low['uniform'] is None or low['centre'] is None:
+        return ''
+    return (
+        'no'
+        if low['uniform'] <= 0
+        else 'middle'
+        if low['centre'] <= 0
+        else 'random'
+        if low['random'] is not None and low['random'] <= 0
+        else 'yes'
+    )
 
 # %% ../../nbs/52a_report.attention_page.ipynb #02a62d89
 def region_note(
-    results, # `AttendResults`
-)->str:
+    results,  # `AttendResults`
+) -> str:
     "Why marked regions are not summarised; '' where they are."
     looks, least = results.looks, results.config['minimum']
-    marked = looks[looks.region.notna() & (looks.arm == first_arm(results.plan)) & (looks.variant == 'plain')]
+    marked = looks[
+        looks.region.notna() & (looks.arm == first_arm(results.plan)) & (looks.variant == 'plain')
+    ]
     films, patients = marked.sample_id.nunique(), marked.patient_id.nunique()
-    if not films: return 'No film of this cohort has a marked region.'
-    if not results.open: return '' if patients >= least else f'The films with a marked region are of fewer than {least} patients; they are not summarised.'
-    return '' if films >= least else f"{films} film{'s have' if films > 1 else ' has'} a marked region; fewer than {least} are not summarised."
+    if not films:
+        return 'No film of this cohort has a marked region.'
+    if not results.open:
+        return (
+            ''
+            if patients >= least
+            else f'The films with a marked region are of fewer than {least} patients; they are not summarised.'
+        )
+    return (
+        ''
+        if films >= least
+        else f"{films} film{'s have' if films > 1 else ' has'} a marked region; fewer than {least} are not summarised."
+    )
 
 # %% ../../nbs/52a_report.attention_page.ipynb #404e3f53
-_LIES = dict(yes='lies on the finding, above chance and above the middle of the film', middle='lies on the finding above chance, but not above the middle of the film', no='does not lie on the finding above chance',
-             random='lies on the finding, above chance and above the middle of the film, but no more than the same model with random weights')
+_LIES = dict(
+    yes='lies on the finding, above chance and above the middle of the film',
+    middle='lies on the finding above chance, but not above the middle of the film',
+    no='does not lie on the finding above chance',
+    random='lies on the finding, above chance and above the middle of the film, but no more than the same model with random weights',
+)
+
 
 def map_sentences(
-    results,   # `AttendResults`
-    model:str, # which model
-)->list[str]:  # plain text
+    results,  # `AttendResults`
+    model: str,  # which model
+) -> list[str]:  # plain text
     "What a model's maps say, with intervals; one sentence per method about where they lie, and why where nothing can be said."
-    m, arm, arrived = results.metrics, first_arm(results.plan), film_arrived(results.delivery, model)
-    if arrived == 'no': return ['Its film did not arrive, so nothing is said of where it looked.']
-    at = lambda metric, subgroup='all': next(m[(m.model == model) & (m.arm == arm) & (m.subgroup == subgroup) & (m.metric == metric)].itertuples(), None)
+    m, arm, arrived = (
+        results.metrics,
+        first_arm(results.plan),
+        film_arrived(results.delivery, model),
+    )
+    if arrived == 'no':
+        return ['Its film did not arrive, so nothing is said of where it looked.']
+    at = lambda metric, subgroup='all': next(
+        m[
+            (m.model == model) & (m.arm == arm) & (m.subgroup == subgroup) & (m.metric == metric)
+        ].itertuples(),
+        None,
+    )
     lies = []
     for k in results.config['methods']:
         sub = 'all' if k == 'raw' else f'method={k}'
-        if word := localises(m, model, arm, sub): lies.append(_where(k, _LIES[word], *(at('mass' + b, sub) for b in ('', '_uniform', '_centre', '_random', '_over_random'))))
-    untested = ['Whether its film arrived was not tested; an arm with another film would tell.'] if arrived == 'untested' else []
-    return _shares(at('share_image'), at('share_report')) + (lies or [n for n in [region_note(results)] if n]) + untested
+        if word := localises(m, model, arm, sub):
+            lies.append(
+                _where(
+                    k,
+                    _LIES[word],
+                    *(
+                        at('mass' + b, sub)
+                        for b in ('', '_uniform', '_centre', '_random', '_over_random')
+                    ),
+                )
+            )
+    untested = (
+        ['Whether its film arrived was not tested; an arm with another film would tell.']
+        if arrived == 'untested'
+        else []
+    )
+    return (
+        _shares(at('share_image'), at('share_report'))
+        + (lies or [n for n in [region_note(results)] if n])
+        + untested
+    )
+
 
 def _shares(film, report):
-    if film is None: return []
-    if not np.isfinite(film.value): return [f"{film.note.removeprefix('suppressed: ').capitalize() or 'Not measured'}: no number is given."]
-    if film.note == CROSS: return ['Its film enters by cross-attention: the share is 1 by construction.']
-    return [f"{percent(film.value)} of its attention falls on the film (95 % CI {span(film.ci_low, film.ci_high)})" + (f", {percent(report.value)} on the report." if report is not None and np.isfinite(report.value) else '.')]
+    if film is None:
+        return []
+    if not np.isfinite(film.value):
+        return [
+            f"{film.note.removeprefix('suppressed: ').capitalize() or 'Not measured'}: no number is given."
+        ]
+    if film.note == CROSS:
+        return ['Its film enters by cross-attention: the share is 1 by construction.']
+    return [
+        f"{percent(film.value)} of its attention falls on the film (95 % CI {span(film.ci_low, film.ci_high)})"
+        + (
+            f", {percent(report.value)} on the report."
+            if report is not None and np.isfinite(report.value)
+            else '.'
+        )
+    ]
+
 
 def _where(method, told, inside, even, middle, random, above):
-    beside = f'evenly spread {percent(even.value, 1)}, middle {percent(middle.value, 1)}' + (f', random weights {percent(random.value, 1)}, {rounded(100*above.value)} points above them ({span(above.ci_low, above.ci_high)})' if random is not None and above is not None else '')
+    beside = f'evenly spread {percent(even.value, 1)}, middle {percent(middle.value, 1)}' + (
+        f', random weights {percent(random.value, 1)}, {rounded(100 * above.value)} points above them ({span(above.ci_low, above.ci_high)})'
+        if random is not None and above is not None
+        else ''
+    )
     return f'Its map ({method}) {told}: {percent(inside.value, 1)} inside (95 % CI {span(inside.ci_low, inside.ci_high)}; {beside}; {inside.n} films).'
 
 # %% ../../nbs/52a_report.attention_page.ipynb #9c272970
 def attention_opening(
-    results, # `AttendResults`
-)->Html:
+    results,  # `AttendResults`
+) -> Html:
     "What was compared in one line, then a card per model."
-    about, plan, m, arm = results.config['cohort'], results.plan, results.metrics, first_arm(results.plan)
+    about, plan, m, arm = (
+        results.config['cohort'],
+        results.plan,
+        results.metrics,
+        first_arm(results.plan),
+    )
     many = lambda n, what: f"{n:,} {what}{'s' * (n != 1)}"
-    counts = [f"{many(plan.sample_id.nunique(), 'sample')} of {many(plan.patient_id.nunique(), 'patient')}", many(plan.arm.nunique(), 'arm'), many(len(results.models), 'model')] if results.open else [many(len(results.models), 'model')]
+    counts = (
+        [
+            f"{many(plan.sample_id.nunique(), 'sample')} of {many(plan.patient_id.nunique(), 'patient')}",
+            many(plan.arm.nunique(), 'arm'),
+            many(len(results.models), 'model'),
+        ]
+        if results.open
+        else [many(len(results.models), 'model')]
+    )
     cards = []
     for model in results.models:
-        acc = m[(m.model == model) & (m.metric == 'accuracy') & (m.arm == arm) & (m.subgroup == 'all') & m.value.notna() & (film_arrived(results.delivery, model) != 'no')]
-        said = [*(f'It answers {percent(r.value, 1)} correctly in the arm {arm} (95 % CI {span(r.ci_low, r.ci_high)}).' for r in acc.itertuples()), *map_sentences(results, model)]
+        acc = m[
+            (m.model == model)
+            & (m.metric == 'accuracy')
+            & (m.arm == arm)
+            & (m.subgroup == 'all')
+            & m.value.notna()
+            & (film_arrived(results.delivery, model) != 'no')
+        ]
+        said = [
+            *(
+                f'It answers {percent(r.value, 1)} correctly in the arm {arm} (95 % CI {span(r.ci_low, r.ci_high)}).'
+                for r in acc.itertuples()
+            ),
+            *map_sentences(results, model),
+        ]
         void = [a for a, v in results.delivery.get(model, {}).items() if v['verdict'] == 'void']
-        cards.append(markup('<section class="verdict"><h2><span>{}</span></h2>{}{}</section>', model, markup('<p class="warning">Void: {} did not reach the model; numbers that rest on it are no findings.</p>', ', '.join(void)) if void else Html(), join(markup('<p>{}</p>', s) for s in said)))
-    return markup('<p class="lead">{}: {}. Attention shows from where a model copied, not whether what it copied mattered to the answer.{}</p>{}', f"{about.get('title') or about.get('manifest')}{', version ' + str(about['version']) if about.get('version') else ''}",
-                  ', '.join(counts), '' if results.open else ' Credentialed data: no picture, no text and no small count is shown.', join(cards))
+        cards.append(
+            markup(
+                '<section class="verdict"><h2><span>{}</span></h2>{}{}</section>',
+                model,
+                markup(
+                    '<p class="warning">Void: {} did not reach the model; numbers that rest on it are no findings.</p>',
+                    ', '.join(void),
+                )
+                if void
+                else Html(),
+                join(markup('<p>{}</p>', s) for s in said),
+            )
+        )
+    return markup(
+        '<p class="lead">{}: {}. Attention shows from where a model copied, not whether what it copied mattered to the answer.{}</p>{}',
+        f"{about.get('title') or about.get('manifest')}{', version ' + str(about['version']) if about.get('version') else ''}",
+        ', '.join(counts),
+        ''
+        if results.open
+        else ' Credentialed data: no picture, no text and no small count is shown.',
+        join(cards),
+    )
 
 # %% ../../nbs/52a_report.attention_page.ipynb #875eadae
 def attention_table(
-    metrics:pd.DataFrame, # metrics table
-    wanted:dict,          # metric -> (what it is called, '%' or '')
-    models=None,          # names; None takes all that have one of the metrics
-    arms=None,            # names; None takes all
-    subgroups=('all',),   # which; empty: all
-    caption:str='',       # what it shows
-)->Html:
+    metrics: pd.DataFrame,  # metrics table
+    wanted: dict,  # metric -> (what it is called, '%' or '')
+    models=None,  # names; None takes all that have one of the metrics
+    arms=None,  # names; None takes all
+    subgroups=('all',),  # which; empty: all
+    caption: str = '',  # what it shows
+) -> Html:
     "Metrics with intervals, models in columns; p-values below differences."
     t = metrics[metrics.metric.isin(wanted)]
     for column, keep in (('model', models), ('arm', arms), ('subgroup', subgroups)):
-        if keep: t = t[t[column].isin(keep)]
-    if t.empty: return markup('<p class="absent">Not measured in this run.</p>')
+        if keep:
+            t = t[t[column].isin(keep)]
+    if t.empty:
+        return markup('<p class="absent">Not measured in this run.</p>')
     keys = ['subgroup', 'arm', 'metric']
-    order = {k: {v: i for i, v in enumerate(names)} for k, names in zip(keys, (dict.fromkeys(t.subgroup), ['', *ARMS], wanted))}
+    order = {
+        k: {v: i for i, v in enumerate(names)}
+        for k, names in zip(keys, (dict.fromkeys(t.subgroup), ['', *ARMS], wanted))
+    }
     out, before = [], (None, None)
-    for (s, a, k), g in sorted(t.groupby(keys), key=lambda kg: [order[n][v] for n, v in zip(keys, kg[0])]):
-        out.append({'subgroup': s if s != before[0] else '', 'arm': (a or DASH) if (s, a) != before else '', 'what': wanted[k][0], 'films': ' / '.join(dict.fromkeys(str(n or '<10') for n in g.n)), **{_named(r.model): _cell(r, wanted[k][1]) for r in g.itertuples()}})
+    for (s, a, k), g in sorted(
+        t.groupby(keys), key=lambda kg: [order[n][v] for n, v in zip(keys, kg[0])]
+    ):
+        out.append(
+            {
+                'subgroup': s if s != before[0] else '',
+                'arm': (a or DASH) if (s, a) != before else '',
+                'what': wanted[k][0],
+                'films': ' / '.join(dict.fromkeys(str(n or '<10') for n in g.n)),
+                **{_named(r.model): _cell(r, wanted[k][1]) for r in g.itertuples()},
+            }
+        )
         before = s, a
-    return html_table(pd.DataFrame(out).drop(columns=[c for c in ('subgroup', 'arm') if t[c].nunique() == 1]), caption, numbers=['films', *map(_named, t.model)])
+    return html_table(
+        pd.DataFrame(out).drop(columns=[c for c in ('subgroup', 'arm') if t[c].nunique() == 1]),
+        caption,
+        numbers=['films', *map(_named, t.model)],
+    )
 
-def _named(model): return f'model {model}' if model in ('subgroup', 'arm', 'what', 'films', 'wording') else model
+
+def _named(model):
+    return f'model {model}' if model in ('subgroup', 'arm', 'what', 'films', 'wording') else model
+
 
 def _cell(row, kind):
-    if row.note.startswith('void'): return 'void'
-    text = missing(row) if not np.isfinite(row.value) else f'{percent(row.value, 1)} ({span(row.ci_low, row.ci_high)})' if kind else f'{rounded(row.value, 3)} ({span(row.ci_low, row.ci_high, 3, 1)})'
+    if row.note.startswith('void'):
+        return 'void'
+    text = (
+        missing(row)
+        if not np.isfinite(row.value)
+        else f'{percent(row.value, 1)} ({span(row.ci_low, row.ci_high)})'
+        if kind
+        else f'{rounded(row.value, 3)} ({span(row.ci_low, row.ci_high, 3, 1)})'
+    )
     p = next((x for x in row.note.split('; ') if x.startswith('p ')), '')
     return markup('{}<br>{}', text, p) if p else text
 
 # %% ../../nbs/52a_report.attention_page.ipynb #1200c02a
-_MEASURED = dict(mass=('share of the map inside', '%'), pointing=('highest point inside', '%'), pixel_auroc=('pixel AUROC', ''), iou=('best IoU over thresholds', ''), iou_mean=('mean IoU over thresholds', '')) # measure -> (title, kind)
-_BESIDE = {'': 'the map', '_uniform': 'evenly spread', '_centre': 'middle of the film', '_random': 'random weights', '_over_uniform': 'the map − evenly spread', '_over_centre': 'the map − middle', '_over_random': 'the map − random weights',
-           '_chosen': 'layer and head chosen on other films', '_chosen_uniform': 'evenly spread, raster of the heads', '_chosen_centre': 'middle, raster of the heads', '_chosen_over_uniform': 'chosen − evenly spread', '_chosen_over_centre': 'chosen − middle', '_chosen_over_random': 'chosen − random weights'}
+_MEASURED = dict(
+    mass=('share of the map inside', '%'),
+    pointing=('highest point inside', '%'),
+    pixel_auroc=('pixel AUROC', ''),
+    iou=('best IoU over thresholds', ''),
+    iou_mean=('mean IoU over thresholds', ''),
+)  # measure -> (title, kind)
+_BESIDE = {
+    '': 'the map',
+    '_uniform': 'evenly spread',
+    '_centre': 'middle of the film',
+    '_random': 'random weights',
+    '_over_uniform': 'the map − evenly spread',
+    '_over_centre': 'the map − middle',
+    '_over_random': 'the map − random weights',
+    '_chosen': 'layer and head chosen on other films',
+    '_chosen_uniform': 'evenly spread, raster of the heads',
+    '_chosen_centre': 'middle, raster of the heads',
+    '_chosen_over_uniform': 'chosen − evenly spread',
+    '_chosen_over_centre': 'chosen − middle',
+    '_chosen_over_random': 'chosen − random weights',
+}
+
 
 def localisation_section(
-    results,              # `AttendResults`
-    metrics:pd.DataFrame, # its metrics table, what is void noted
-)->Html:
+    results,  # `AttendResults`
+    metrics: pd.DataFrame,  # its metrics table, what is void noted
+) -> Html:
     "Figures per method, then each measure beside what looks at nothing; or why there is none."
     arm, parts = first_arm(results.plan), []
-    if note := region_note(results): return markup('<p class="absent">{}</p>', note)
+    if note := region_note(results):
+        return markup('<p class="absent">{}</p>', note)
     for k in results.config['methods']:
         figure = localisation_figure(metrics, arm, 'all' if k == 'raw' else f'method={k}')
-        parts.append(figure_html(figure, name='localisation' if k == 'raw' else f'localisation_{k}', run=results.path, caption='' if k == 'raw' else f'The same for {k}.', absent=f'No localisation by {k}.'))
-    return join([*parts, *(details(f'Numbers: {title}', attention_table(metrics, {measure + b: (what, kind) for b, what in _BESIDE.items()}, models=results.models, arms=[arm], subgroups=(), caption=f'On the marked region: {title}; differences paired by film, with permutation tests over patients'))
-                           for measure, (title, kind) in _MEASURED.items())])
+        parts.append(
+            figure_html(
+                figure,
+                name='localisation' if k == 'raw' else f'localisation_{k}',
+                run=results.path,
+                caption='' if k == 'raw' else f'The same for {k}.',
+                absent=f'No localisation by {k}.',
+            )
+        )
+    return join(
+        [
+            *parts,
+            *(
+                details(
+                    f'Numbers: {title}',
+                    attention_table(
+                        metrics,
+                        {measure + b: (what, kind) for b, what in _BESIDE.items()},
+                        models=results.models,
+                        arms=[arm],
+                        subgroups=(),
+                        caption=f'On the marked region: {title}; differences paired by film, with permutation tests over patients',
+                    ),
+                )
+                for measure, (title, kind) in _MEASURED.items()
+            ),
+        ]
+    )
 
 # %% ../../nbs/52a_report.attention_page.ipynb #1852eaf6
-_MOVED = dict(map_change=('change of the map, bits', ''), answer_change=('change of the probability', ''), flips_same_film=('flipped', '%'), map_change_auroc=('AUROC of the map’s change for a flip', ''))
+_MOVED = dict(
+    map_change=('change of the map, bits', ''),
+    answer_change=('change of the probability', ''),
+    flips_same_film=('flipped', '%'),
+    map_change_auroc=('AUROC of the map’s change for a flip', ''),
+)
+
 
 def strategy_table(
-    metrics:pd.DataFrame, # metrics table
-    model:str,            # which model
-)->Html:
+    metrics: pd.DataFrame,  # metrics table
+    model: str,  # which model
+) -> Html:
     "How far map and answer move with the words, strategy by strategy."
-    t = metrics[(metrics.model == model) & metrics.metric.isin(_MOVED) & metrics.subgroup.str.fullmatch('wording(, strategy=.*)?')]
+    t = metrics[
+        (metrics.model == model)
+        & metrics.metric.isin(_MOVED)
+        & metrics.subgroup.str.fullmatch('wording(, strategy=.*)?')
+    ]
     lines = {}
-    for r in t.itertuples(): lines.setdefault(r.subgroup.removeprefix('wording, strategy='), {})[_MOVED[r.metric][0]] = _cell(r, _MOVED[r.metric][1])
-    return html_table(pd.DataFrame([{'rewording': 'all rewordings' if s == 'wording' else s, **v} for s, v in lines.items()]), f'{model}: the raw map beside that of the original question', numbers=[h for h, _ in _MOVED.values()])
+    for r in t.itertuples():
+        lines.setdefault(r.subgroup.removeprefix('wording, strategy='), {})[_MOVED[r.metric][0]] = (
+            _cell(r, _MOVED[r.metric][1])
+        )
+    return html_table(
+        pd.DataFrame(
+            [
+                {'rewording': 'all rewordings' if s == 'wording' else s, **v}
+                for s, v in lines.items()
+            ]
+        ),
+        f'{model}: the raw map beside that of the original question',
+        numbers=[h for h, _ in _MOVED.values()],
+    )
 
 # %% ../../nbs/52a_report.attention_page.ipynb #bb7e38cb
 def reworded_section(
-    results,              # `AttendResults`
-    metrics:pd.DataFrame, # its metrics table, what is void noted
-)->Html:                  # nothing where nothing was reworded
+    results,  # `AttendResults`
+    metrics: pd.DataFrame,  # its metrics table, what is void noted
+) -> Html:  # nothing where nothing was reworded
     "What other words do to the answers, and to the maps."
-    if not metrics.subgroup.str.startswith('wording').any(): return Html()
-    return join([wording_section(results), markup('<p>How far the map moved, and whether that tells of a flip (AUROC 0.5: it does not):</p>'), *(strategy_table(metrics, m) for m in results.models)])
+    if not metrics.subgroup.str.startswith('wording').any():
+        return Html()
+    return join(
+        [
+            wording_section(results),
+            markup(
+                '<p>How far the map moved, and whether that tells of a flip (AUROC 0.5: it does not):</p>'
+            ),
+            *(strategy_table(metrics, m) for m in results.models),
+        ]
+    )
 
 # %% ../../nbs/52a_report.attention_page.ipynb #8e1fd674
 def map_section(
-    results,    # `AttendResults`
-    most:int=4, # films at most
-)->Html:
+    results,  # `AttendResults`
+    most: int = 4,  # films at most
+) -> Html:
     "Films with the maps of every model, or why there are none."
-    if not results.open: return markup('<p class="absent">The data are credentialed: no picture of a patient is shown.</p>')
-    if all(film_arrived(results.delivery, m) == 'no' for m in results.models): return markup('<p class="absent">Void: no film arrived.</p>')
+    if not results.open:
+        return markup(
+            '<p class="absent">The data are credentialed: no picture of a patient is shown.</p>'
+        )
+    if all(film_arrived(results.delivery, m) == 'no' for m in results.models):
+        return markup('<p class="absent">Void: no film arrived.</p>')
     store, parts = results.store, []
     for i, s in enumerate(choose_maps(results, most), 1):
         fig = map_figure(results, s, first_arm(results.plan), store=store)
-        parts.append(markup('<section class="example"><h3>{}. {}</h3>{}</section>', i, s, figure_html(fig, name=f'maps_{i}', run=results.path)))
+        parts.append(
+            markup(
+                '<section class="example"><h3>{}. {}</h3>{}</section>',
+                i,
+                s,
+                figure_html(fig, name=f'maps_{i}', run=results.path),
+            )
+        )
     return join(parts)
 
 # %% ../../nbs/52a_report.attention_page.ipynb #530b0529
 def attend_command(
-    results, # `AttendResults`
-)->str:
+    results,  # `AttendResults`
+) -> str:
     "The shell line that makes the numbers again."
     c = results.config
     flag = lambda name, v: [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None, 0, ()) else []
     listed = lambda v: ','.join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)
-    data = ['--cohort RUN/cohort.parquet'] if results.open else flag('manifest', c['cohort'].get('manifest')) + ['--root DATA']
-    words = ['--paraphrases WORDINGS.csv'] if c.get('wordings') else flag('paraphrases', c.get('paraphrases'))
-    parts = ['smsbench attend', *data, *(f for m in c['models'] for f in flag('model', m)), *flag('arms', listed(c['arms'])), *flag('queries', listed(c['queries'])), *flag('methods', listed(c['methods'])),
-             *flag('layers', listed(c['layers'])), *flag('heads', c['heads']), *flag('keep', c['keep']), *([] if c['baseline'] else ['--no-baseline']), *flag('match', listed(c['match'])), *flag('limit', c['limit']),
-             *words, *loading_flags(results), *flag('system', c['system']), *flag('extra', c['extra']), *flag('seed', c['seed']), *flag('n-boot', c['n_boot']), *(['--regions REGIONS.csv'] if c['regions'] else []), '--out NEW']
+    data = (
+        ['--cohort RUN/cohort.parquet']
+        if results.open
+        else flag('manifest', c['cohort'].get('manifest')) + ['--root DATA']
+    )
+    words = (
+        ['--paraphrases WORDINGS.csv']
+        if c.get('wordings')
+        else flag('paraphrases', c.get('paraphrases'))
+    )
+    parts = [
+        'smsbench attend',
+        *data,
+        *(f for m in c['models'] for f in flag('model', m)),
+        *flag('arms', listed(c['arms'])),
+        *flag('queries', listed(c['queries'])),
+        *flag('methods', listed(c['methods'])),
+        *flag('layers', listed(c['layers'])),
+        *flag('heads', c['heads']),
+        *flag('keep', c['keep']),
+        *([] if c['baseline'] else ['--no-baseline']),
+        *flag('match', listed(c['match'])),
+        *flag('limit', c['limit']),
+        *words,
+        *loading_flags(results),
+        *flag('system', c['system']),
+        *flag('extra', c['extra']),
+        *flag('seed', c['seed']),
+        *flag('n-boot', c['n_boot']),
+        *(['--regions REGIONS.csv'] if c['regions'] else []),
+        '--out NEW',
+    ]
     return ' \\\n    '.join(parts)
 
 # %% ../../nbs/52a_report.attention_page.ipynb #fe23b817
 def attention_provenance(
-    results, # `AttendResults`
-)->Html:
+    results,  # `AttendResults`
+) -> Html:
     "Hashes, settings, models, and the command."
     c, env, about = results.config, results.environment, results.config['cohort']
-    say = lambda v: DASH if v in (None, '', [], ()) else ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else v
-    facts = {'config hash': results.config_hash, 'plan hash': results.plan.attrs.get('plan_hash'), 'cohort hash': c['cohort_hash'], 'data': f"{about.get('manifest')}, version {about.get('version')}", 'access': about.get('access'), 'licence': about.get('licence'),
-             'citation': about.get('citation'), **{k.replace('_', ' '): c[k] for k in ('arms', 'queries', 'methods', 'layers', 'heads', 'keep', 'seed', 'match', 'n_boot')}, 'kept on disk': f'{results.store.nbytes/len(results.store.where)/2**10:.0f} KiB per trial' + (f', {results.store.nbytes/2**20:.1f} MiB in all' if results.open else ''),
-             'code': env.get('code'), 'python': env.get('python'), 'packages': [f'{k} {v}' for k, v in env.get('packages', {}).items() if v]}
+    say = lambda v: (
+        DASH
+        if v in (None, '', [], ())
+        else ', '.join(map(str, v))
+        if isinstance(v, (list, tuple))
+        else v
+    )
+    facts = {
+        'config hash': results.config_hash,
+        'plan hash': results.plan.attrs.get('plan_hash'),
+        'cohort hash': c['cohort_hash'],
+        'data': f"{about.get('manifest')}, version {about.get('version')}",
+        'access': about.get('access'),
+        'licence': about.get('licence'),
+        'citation': about.get('citation'),
+        **{
+            k.replace('_', ' '): c[k]
+            for k in (
+                'arms',
+                'queries',
+                'methods',
+                'layers',
+                'heads',
+                'keep',
+                'seed',
+                'match',
+                'n_boot',
+            )
+        },
+        'kept on disk': f'{results.store.nbytes / len(results.store.where) / 2**10:.0f} KiB per trial'
+        + (f', {results.store.nbytes / 2**20:.1f} MiB in all' if results.open else ''),
+        'code': env.get('code'),
+        'python': env.get('python'),
+        'packages': [f'{k} {v}' for k, v in env.get('packages', {}).items() if v],
+    }
     info = results.predictions.attrs.get('models', {})
-    models = [{'what': k.replace('_', ' '), **{m if m != 'what' else 'model what': say(info.get(m, {}).get(k)) for m in results.models}} for k in ('id', 'revision', 'family', 'dtype', 'device', 'n_parameters', 'trained_on') if any(info.get(m, {}).get(k) for m in results.models)]
-    return join([html_table(pd.DataFrame([dict(what=k, value=say(v)) for k, v in facts.items() if say(v) != DASH], dtype=object), 'Run'), html_table(pd.DataFrame(models, dtype=object), 'Models'),
-                 markup('<p>The same numbers again (RUN is this run’s directory, NEW another, DATA the folder of the data):</p><pre>{}</pre>', attend_command(results))])
+    models = [
+        {
+            'what': k.replace('_', ' '),
+            **{
+                m if m != 'what' else 'model what': say(info.get(m, {}).get(k))
+                for m in results.models
+            },
+        }
+        for k in ('id', 'revision', 'family', 'dtype', 'device', 'n_parameters', 'trained_on')
+        if any(info.get(m, {}).get(k) for m in results.models)
+    ]
+    return join(
+        [
+            html_table(
+                pd.DataFrame(
+                    [dict(what=k, value=say(v)) for k, v in facts.items() if say(v) != DASH],
+                    dtype=object,
+                ),
+                'Run',
+            ),
+            html_table(pd.DataFrame(models, dtype=object), 'Models'),
+            markup(
+                '<p>The same numbers again (RUN is this run’s directory, NEW another, DATA the folder of the data):</p><pre>{}</pre>',
+                attend_command(results),
+            ),
+        ]
+    )
 
 # %% ../../nbs/52a_report.attention_page.ipynb #c72b7b26
 def likeness_details(
-    results,              # `AttendResults`
-    metrics:pd.DataFrame, # its metrics table, what is void noted
-)->Html:
+    results,  # `AttendResults`
+    metrics: pd.DataFrame,  # its metrics table, what is void noted
+) -> Html:
     "Sharpness, place and likeness in numbers, folded away."
-    return details('Numbers: sharpness and place of the maps, likeness of the models',
-        attention_table(metrics, dict(entropy=('entropy, bits', ''), focus=('focus, 0–1', ''), gini=('Gini', ''), x=('centre x', ''), y=('centre y', '')), models=results.models, caption='Maps of each model; centre of mass in widths and heights of the film'),
-        attention_table(metrics, dict(js=('Jensen-Shannon, bits', ''), cosine=('cosine', ''), ssim=('SSIM', ''), agreement=('same answer', '%')), caption='Two models on the same films, raw maps'),
-        attention_table(metrics, dict(share_image_difference=('share on the film', ''), focus_difference=('focus', ''), mass_difference=('inside the finding', ''), iou_difference=('best IoU', ''), pixel_auroc_difference=('AUROC', '')), caption='Paired differences of two models, with permutation tests over patients'))
+    return details(
+        'Numbers: sharpness and place of the maps, likeness of the models',
+        attention_table(
+            metrics,
+            dict(
+                entropy=('entropy, bits', ''),
+                focus=('focus, 0–1', ''),
+                gini=('Gini', ''),
+                x=('centre x', ''),
+                y=('centre y', ''),
+            ),
+            models=results.models,
+            caption='Maps of each model; centre of mass in widths and heights of the film',
+        ),
+        attention_table(
+            metrics,
+            dict(
+                js=('Jensen-Shannon, bits', ''),
+                cosine=('cosine', ''),
+                ssim=('SSIM', ''),
+                agreement=('same answer', '%'),
+            ),
+            caption='Two models on the same films, raw maps',
+        ),
+        attention_table(
+            metrics,
+            dict(
+                share_image_difference=('share on the film', ''),
+                focus_difference=('focus', ''),
+                mass_difference=('inside the finding', ''),
+                iou_difference=('best IoU', ''),
+                pixel_auroc_difference=('AUROC', ''),
+            ),
+            caption='Paired differences of two models, with permutation tests over patients',
+        ),
+    )

@@ -21,166 +21,417 @@ from .style import COLOURS, canvas, literal, looks, rounded, span, styled
 @dataclass(frozen=True, eq=False)
 class Panel:
     "One film of a figure."
-    title:str         # what was asked
-    image:np.ndarray  # (H,W) or (H,W,3) uint8
-    marks:dict        # reader -> (H,W) bool
-    maps:dict         # name -> `Explanation` or (H,W) weights; the same names in every panel
-    notes:dict=field(default_factory=dict) # name of a map -> what stands below it, e.g. 'IoU 0.41'
+
+    title: str  # what was asked
+    image: np.ndarray  # (H,W) or (H,W,3) uint8
+    marks: dict  # reader -> (H,W) bool
+    maps: dict  # name -> `Explanation` or (H,W) weights; the same names in every panel
+    notes: dict = field(
+        default_factory=dict
+    )  # name of a map -> what stands below it, e.g. 'IoU 0.41'
 
 # %% ../../nbs/50j_report.cam_figures.ipynb #9b27cafb
 _LINES = ('#4DFFB8', '#FFD23F', '#66C7FF', '#FF8BD1')
 
+
 @styled
 def cam_panels(
-    panels,            # list of `Panel`
-    access:str,        # of the cohort: pictures are shown only where it is 'open'
-    smooth:bool=True,  # interpolate between the centres of cells
-):                     # Figure with `.alt`
+    panels,  # list of `Panel`
+    access: str,  # of the cohort: pictures are shown only where it is 'open'
+    smooth: bool = True,  # interpolate between the centres of cells
+):  # Figure with `.alt`
     "Film, readers and maps side by side; `InputError` for credentialed data, and where panels hold different maps."
     from matplotlib.lines import Line2D
-    if access != 'open': raise InputError('pictures of credentialed data are not shown in a report')
-    if not panels: raise InputError('no films to show')
+
+    if access != 'open':
+        raise InputError('pictures of credentialed data are not shown in a report')
+    if not panels:
+        raise InputError('no films to show')
     names, readers = list(panels[0].maps), list(dict.fromkeys(r for p in panels for r in p.marks))
-    if any(list(p.maps) != names for p in panels): raise InputError(f"panels hold different maps; the first has {', '.join(names)}")
+    if any(list(p.maps) != names for p in panels):
+        raise InputError(f"panels hold different maps; the first has {', '.join(names)}")
     colour = {r: _LINES[i % len(_LINES)] for i, r in enumerate(readers)}
-    fig, axes = canvas(2.25*(2 + len(names)) + .5, .45 + 2.5*len(panels), len(panels), 2 + len(names))
+    fig, axes = canvas(
+        2.25 * (2 + len(names)) + 0.5, 0.45 + 2.5 * len(panels), len(panels), 2 + len(names)
+    )
     for i, (row, p) in enumerate(zip(axes, panels)):
-        draw_film(row[0], p.image); row[0].set_title(literal(p.title, 34), fontsize=8.5)
-        _marked(row[1], p, colour); row[1].set_title('marked' if i == 0 and readers else '', fontsize=8.5)
+        draw_film(row[0], p.image)
+        row[0].set_title(literal(p.title, 34), fontsize=8.5)
+        _marked(row[1], p, colour)
+        row[1].set_title('marked' if i == 0 and readers else '', fontsize=8.5)
         for ax, n in zip(row[2:], names):
-            scale = _marked(ax, p, colour, _lift(p.maps[n], smooth)); ax.set_title(literal(n, 30) if i == 0 else '', fontsize=8.5)
-            if n in p.notes: ax.text(.5, -.03, literal(p.notes[n], 60), transform=ax.transAxes, ha='center', va='top', fontsize=8)
-    if names: bar = fig.colorbar(scale, ax=list(axes[:, -1]), shrink=.5, aspect=22, pad=.02); bar.outline.set_visible(False); bar.ax.tick_params(labelsize=7); bar.ax.set_title('× even', fontsize=7, loc='left')
-    if readers: fig.legend([Line2D([], [], color=c, lw=2) for c in colour.values()], [literal(r) for r in readers], loc='outside lower center', ncols=min(6, len(readers)))
-    fig.alt = f"Film, marks of {', '.join(readers) or 'no reader'}, and maps by {', '.join(names)}, in units of an evenly spread map. " + '; '.join(f"{p.title}: {', '.join(f'{n} {t}' for n, t in p.notes.items()) or 'shown'}" for p in panels) + '.'
+            scale = _marked(ax, p, colour, _lift(p.maps[n], smooth))
+            ax.set_title(literal(n, 30) if i == 0 else '', fontsize=8.5)
+            if n in p.notes:
+                ax.text(
+                    0.5,
+                    -0.03,
+                    literal(p.notes[n], 60),
+                    transform=ax.transAxes,
+                    ha='center',
+                    va='top',
+                    fontsize=8,
+                )
+    if names:
+        bar = fig.colorbar(scale, ax=list(axes[:, -1]), shrink=0.5, aspect=22, pad=0.02)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=7)
+        bar.ax.set_title('× even', fontsize=7, loc='left')
+    if readers:
+        fig.legend(
+            [Line2D([], [], color=c, lw=2) for c in colour.values()],
+            [literal(r) for r in readers],
+            loc='outside lower center',
+            ncols=min(6, len(readers)),
+        )
+    fig.alt = (
+        f"Film, marks of {', '.join(readers) or 'no reader'}, and maps by {', '.join(names)}, in units of an evenly spread map. "
+        + '; '.join(
+            f"{p.title}: {', '.join(f'{n} {t}' for n, t in p.notes.items()) or 'shown'}"
+            for p in panels
+        )
+        + '.'
+    )
     return fig
+
 
 def _lift(m, smooth):
     "1 where a map is as if evenly spread."
     w = m.on_film(smooth) if hasattr(m, 'on_film') else np.asarray(m, float)
-    return w/np.nanmean(w) if np.nansum(w) > 0 else np.where(np.isnan(w), np.nan, 0.)
+    return w / np.nanmean(w) if np.nansum(w) > 0 else np.where(np.isnan(w), np.nan, 0.0)
+
 
 def _marked(ax, p, colour, values=None):
     h, w = p.image.shape[:2]
     scale = draw_film(ax, p.image, values)
-    for r, mask in p.marks.items(): ax.contour(np.arange(w), np.arange(h), mask, levels=[.5], colors=colour[r], linewidths=1.3)
+    for r, mask in p.marks.items():
+        ax.contour(np.arange(w), np.arange(h), mask, levels=[0.5], colors=colour[r], linewidths=1.3)
     return scale
 
 # %% ../../nbs/50j_report.cam_figures.ipynb #b07b56e2
-_TITLES = dict(mass='share of the map inside', pointing='highest point inside', iou_area='IoU, equal area', iou_mean='IoU, mean over thresholds', iou='IoU, best threshold', auroc='pixel AUROC')
-_NAMES = dict(map='the map', uniform='evenly spread (chance)', centre='middle of the film', shuffled='shuffled weights')
+_TITLES = dict(
+    mass='share of the map inside',
+    pointing='highest point inside',
+    iou_area='IoU, equal area',
+    iou_mean='IoU, mean over thresholds',
+    iou='IoU, best threshold',
+    auroc='pixel AUROC',
+)
+_NAMES = dict(
+    map='the map',
+    uniform='evenly spread (chance)',
+    centre='middle of the film',
+    shuffled='shuffled weights',
+)
+
 
 @styled
 def baseline_figure(
-    metrics:pd.DataFrame, # from `localisation_metrics`
-    subgroup:str='all',   # or 'finding=…'
-    numbers=('mass', 'pointing', 'iou_area', 'auroc'), # which of `NUMBERS`
-):                        # Figure with `.alt`, or None where there is nothing
+    metrics: pd.DataFrame,  # from `localisation_metrics`
+    subgroup: str = 'all',  # or 'finding=…'
+    numbers=('mass', 'pointing', 'iou_area', 'auroc'),  # which of `NUMBERS`
+):  # Figure with `.alt`, or None where there is nothing
     "How well maps lie on the marked regions, beside what looks at nothing."
-    if odd := set(numbers) - set(NUMBERS): raise InputError(f"no number {min(odd)!r}; choose from {', '.join(NUMBERS)}")
-    rows = metrics[(metrics.subgroup == subgroup) & metrics.metric.isin(numbers) & metrics.value.notna()]
-    if rows.empty: return None
-    styles, arms, said = looks(list(dict.fromkeys(rows.model))), sorted(set(rows.arm), key=lambda a: (['map', 'shuffled', 'centre', 'uniform'].index(a) if a in _NAMES else 1.5, a)), []
-    fig, axes = canvas(2.35*len(numbers) + 1.9, 1.15 + len(arms)*max(.34, .19*len(styles)), 1, len(numbers), sharey=True)
+    if odd := set(numbers) - set(NUMBERS):
+        raise InputError(f"no number {min(odd)!r}; choose from {', '.join(NUMBERS)}")
+    rows = metrics[
+        (metrics.subgroup == subgroup) & metrics.metric.isin(numbers) & metrics.value.notna()
+    ]
+    if rows.empty:
+        return None
+    styles, arms, said = (
+        looks(list(dict.fromkeys(rows.model))),
+        sorted(
+            set(rows.arm),
+            key=lambda a: (
+                ['map', 'shuffled', 'centre', 'uniform'].index(a) if a in _NAMES else 1.5,
+                a,
+            ),
+        ),
+        [],
+    )
+    fig, axes = canvas(
+        2.35 * len(numbers) + 1.9,
+        1.15 + len(arms) * max(0.34, 0.19 * len(styles)),
+        1,
+        len(numbers),
+        sharey=True,
+    )
     for ax, k in zip(axes[0], numbers):
-        for i in range(0, len(arms), 2): ax.axhspan(i - .5, i + .5, color='#f3f4f5', lw=0, zorder=0)
+        for i in range(0, len(arms), 2):
+            ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
         for r in rows[rows.metric == k].itertuples():
-            style, y, own = styles[r.model], arms.index(r.arm) + .2*(list(styles).index(r.model) - (len(styles) - 1)/2), r.arm == 'map'
-            ax.plot([r.ci_low, r.ci_high], [y, y], color=style['color'], lw=1.5, alpha=1 if own else .45, solid_capstyle='butt')
-            ax.plot(r.value, y, ls='', ms=6 if own else 4.5, mfc=style['color'] if own else 'white', mec='white' if own else style['color'], mew=.9, **style)
-            said.append(f"{r.model}, {_TITLES[k]}, {_NAMES.get(r.arm, r.arm)}: {rounded(r.value, 2)} ({span(r.ci_low, r.ci_high, 2, 1)})")
-        ax.set(title=_TITLES[k], xlim=(-.03, 1.03), xticks=[0, .5, 1], yticks=range(len(arms)), ylim=(len(arms) - .5, -.5)); ax.set_yticklabels([literal(_NAMES.get(a, a)) for a in arms]); ax.tick_params(axis='y', length=0); ax.grid(axis='x', color='#d9dbdd', lw=.6)
+            style, y, own = (
+                styles[r.model],
+                arms.index(r.arm) + 0.2 * (list(styles).index(r.model) - (len(styles) - 1) / 2),
+                r.arm == 'map',
+            )
+            ax.plot(
+                [r.ci_low, r.ci_high],
+                [y, y],
+                color=style['color'],
+                lw=1.5,
+                alpha=1 if own else 0.45,
+                solid_capstyle='butt',
+            )
+            ax.plot(
+                r.value,
+                y,
+                ls='',
+                ms=6 if own else 4.5,
+                mfc=style['color'] if own else 'white',
+                mec='white' if own else style['color'],
+                mew=0.9,
+                **style,
+            )
+            said.append(
+                f"{r.model}, {_TITLES[k]}, {_NAMES.get(r.arm, r.arm)}: {rounded(r.value, 2)} ({span(r.ci_low, r.ci_high, 2, 1)})"
+            )
+        ax.set(
+            title=_TITLES[k],
+            xlim=(-0.03, 1.03),
+            xticks=[0, 0.5, 1],
+            yticks=range(len(arms)),
+            ylim=(len(arms) - 0.5, -0.5),
+        )
+        ax.set_yticklabels([literal(_NAMES.get(a, a)) for a in arms])
+        ax.tick_params(axis='y', length=0)
+        ax.grid(axis='x', color='#d9dbdd', lw=0.6)
     legend(fig, styles)
-    fig.alt = f'Dot plot with 95 % intervals ({subgroup}): how well maps lie on the marked region. ' + '; '.join(said) + '.'
+    fig.alt = (
+        f'Dot plot with 95 % intervals ({subgroup}): how well maps lie on the marked region. '
+        + '; '.join(said)
+        + '.'
+    )
     return fig
 
 # %% ../../nbs/50j_report.cam_figures.ipynb #02dd3af3
-_COLOUR = dict(map=COLOURS[0], centre=COLOURS[4], random='#777777', uniform='#777777', shuffled=COLOURS[1])
+_COLOUR = dict(
+    map=COLOURS[0], centre=COLOURS[4], random='#777777', uniform='#777777', shuffled=COLOURS[1]
+)
+
 
 @styled
 def iou_figure(
-    curves, # name (a model or method) -> table from `iou_curves`
-):          # Figure with `.alt`, or None where there is nothing
+    curves,  # name (a model or method) -> table from `iou_curves`
+):  # Figure with `.alt`, or None where there is nothing
     "IoU of the brightest part with the region, at every threshold."
-    if not curves: return None
-    fig, axes = canvas(max(3.3*len(curves) + .6, 5.6), 3.4, 1, len(curves), sharey=True); said = []
+    if not curves:
+        return None
+    fig, axes = canvas(max(3.3 * len(curves) + 0.6, 5.6), 3.4, 1, len(curves), sharey=True)
+    said = []
     for ax, (name, t) in zip(axes[0], curves.items()):
         for n, g in t.groupby('map', sort=False):
-            _band(ax, g.threshold, g.value, g.ci_low, g.ci_high, _COLOUR.get(n, COLOURS[2]), _NAMES.get(n, n), n == 'map')
-            said.append(f'{name}, {_NAMES.get(n, n)}: highest {rounded(g.value.max(), 2)} at {rounded(g.threshold[g.value.idxmax()], 1)}')
-        ax.set(title=literal(name, 40), xlabel="threshold (share of the map's maximum)", xlim=(0, 1), ylim=(0, None)); ax.grid(color='#e6e7e8', lw=.6)
-    axes[0, 0].set_ylabel('IoU with the region'); _above(fig, axes[0, 0])
-    fig.alt = 'Curves with 95 % intervals: IoU of map and region against the threshold. ' + '; '.join(said) + '.'
+            _band(
+                ax,
+                g.threshold,
+                g.value,
+                g.ci_low,
+                g.ci_high,
+                _COLOUR.get(n, COLOURS[2]),
+                _NAMES.get(n, n),
+                n == 'map',
+            )
+            said.append(
+                f'{name}, {_NAMES.get(n, n)}: highest {rounded(g.value.max(), 2)} at {rounded(g.threshold[g.value.idxmax()], 1)}'
+            )
+        ax.set(
+            title=literal(name, 40),
+            xlabel="threshold (share of the map's maximum)",
+            xlim=(0, 1),
+            ylim=(0, None),
+        )
+        ax.grid(color='#e6e7e8', lw=0.6)
+    axes[0, 0].set_ylabel('IoU with the region')
+    _above(fig, axes[0, 0])
+    fig.alt = (
+        'Curves with 95 % intervals: IoU of map and region against the threshold. '
+        + '; '.join(said)
+        + '.'
+    )
     return fig
 
-def _above(fig, ax): fig.legend(*ax.get_legend_handles_labels(), loc='outside upper left', ncols=4, fontsize=8)
+
+def _above(fig, ax):
+    fig.legend(*ax.get_legend_handles_labels(), loc='outside upper left', ncols=4, fontsize=8)
+
 
 def _band(ax, x, y, low, high, colour, label, strong):
-    ax.fill_between(x, low, high, color=colour, alpha=.16, lw=0)
-    ax.plot(x, y, color=colour, lw=2 if strong else 1.2, ls='-' if strong else (0, (4, 2)), label=label)
+    ax.fill_between(x, low, high, color=colour, alpha=0.16, lw=0)
+    ax.plot(
+        x, y, color=colour, lw=2 if strong else 1.2, ls='-' if strong else (0, (4, 2)), label=label
+    )
 
 # %% ../../nbs/50j_report.cam_figures.ipynb #c0d662d8
 @styled
 def perturbation_figure(
-    curves:pd.DataFrame, # from `perturbation_curves`
-    n_boot:int=500,      # resamples of patients
-):                       # Figure with `.alt`, or None where there is nothing
+    curves: pd.DataFrame,  # from `perturbation_curves`
+    n_boot: int = 500,  # resamples of patients
+):  # Figure with `.alt`, or None where there is nothing
     "Mean score as cells disappear and come back, with intervals over patients."
-    if curves.empty: return None
-    fig, axes = canvas(8., 3.5, 1, 2, sharey=True); said = []
+    if curves.empty:
+        return None
+    fig, axes = canvas(8.0, 3.5, 1, 2, sharey=True)
+    said = []
     score = curves.attrs.get('score', 'score')
     for ax, kind in zip(axes[0], ('deletion', 'insertion')):
         for order, g in curves[curves.kind == kind].groupby('order', sort=False):
-            points = [(f, mean(h.score, bounds=(0, 1) if score == 'probability' else (-1, 1)).bootstrap(h.patient_id.to_numpy(), n_boot)) for f, h in g.groupby('fraction')]
+            points = [
+                (
+                    f,
+                    mean(h.score, bounds=(0, 1) if score == 'probability' else (-1, 1)).bootstrap(
+                        h.patient_id.to_numpy(), n_boot
+                    ),
+                )
+                for f, h in g.groupby('fraction')
+            ]
             x, i = np.array([f for f, _ in points]), [p for _, p in points]
-            _band(ax, x, [p.value for p in i], [p.low for p in i], [p.high for p in i], _COLOUR[order], dict(map='order of the map', centre='from the middle', random='random order')[order], order == 'map')
-            said.append(f"{kind}, {order}: mean height {rounded(float(np.trapezoid([p.value for p in i], x)), 2)}")
-        ax.set(title=kind, xlabel=f"share of the cells that were {'taken away' if kind == 'deletion' else 'brought back'}", xlim=(0, 1)); ax.grid(color='#e6e7e8', lw=.6)
-    axes[0, 0].set_ylabel(f'{score} of the text'); _above(fig, axes[0, 0])
-    fig.alt = f"Curves with 95 % intervals: {score} while the film disappears ({curves.attrs.get('fill', '')}) and comes back. " + '; '.join(said) + '.'
+            _band(
+                ax,
+                x,
+                [p.value for p in i],
+                [p.low for p in i],
+                [p.high for p in i],
+                _COLOUR[order],
+                dict(map='order of the map', centre='from the middle', random='random order')[
+                    order
+                ],
+                order == 'map',
+            )
+            said.append(
+                f"{kind}, {order}: mean height {rounded(float(np.trapezoid([p.value for p in i], x)), 2)}"
+            )
+        ax.set(
+            title=kind,
+            xlabel=f"share of the cells that were {'taken away' if kind == 'deletion' else 'brought back'}",
+            xlim=(0, 1),
+        )
+        ax.grid(color='#e6e7e8', lw=0.6)
+    axes[0, 0].set_ylabel(f'{score} of the text')
+    _above(fig, axes[0, 0])
+    fig.alt = (
+        f"Curves with 95 % intervals: {score} while the film disappears ({curves.attrs.get('fill', '')}) and comes back. "
+        + '; '.join(said)
+        + '.'
+    )
     return fig
 
 # %% ../../nbs/50j_report.cam_figures.ipynb #c0d66202
 @styled
 def cascade_figure(
-    metrics:pd.DataFrame, # from `cascade_metrics`, of one or more models or methods
-    number:str='spearman', # or 'ssim'
-):                        # Figure with `.alt`, or None where there is nothing
+    metrics: pd.DataFrame,  # from `cascade_metrics`, of one or more models or methods
+    number: str = 'spearman',  # or 'ssim'
+):  # Figure with `.alt`, or None where there is nothing
     "How alike maps stay while the tower forgets, from the top down."
     rows = metrics[metrics.metric == number]
-    if rows.value.isna().all(): return None
+    if rows.value.isna().all():
+        return None
     stages, styles, said = list(dict.fromkeys(rows.arm)), looks(list(dict.fromkeys(rows.model))), []
-    fig, ax = canvas(max(5., 1.6 + .75*len(stages)), 3.4); ax = ax[0, 0]
-    ax.axhline(0, color='#777777', lw=.9, ls=(0, (4, 3)))
+    fig, ax = canvas(max(5.0, 1.6 + 0.75 * len(stages)), 3.4)
+    ax = ax[0, 0]
+    ax.axhline(0, color='#777777', lw=0.9, ls=(0, (4, 3)))
     for j, (m, style) in enumerate(styles.items()):
-        g = rows[rows.model == m].set_index('arm').reindex(stages); x = np.arange(len(stages)) + .08*(j - (len(styles) - 1)/2)
-        ax.plot(x, g.value, color=style['color'], lw=1.2, alpha=.6); ax.vlines(x, g.ci_low, g.ci_high, color=style['color'], lw=1.4); ax.plot(x, g.value, ls='', ms=6, mec='white', mew=.8, mfc=style['color'], **style)
+        g = rows[rows.model == m].set_index('arm').reindex(stages)
+        x = np.arange(len(stages)) + 0.08 * (j - (len(styles) - 1) / 2)
+        ax.plot(x, g.value, color=style['color'], lw=1.2, alpha=0.6)
+        ax.vlines(x, g.ci_low, g.ci_high, color=style['color'], lw=1.4)
+        ax.plot(x, g.value, ls='', ms=6, mec='white', mew=0.8, mfc=style['color'], **style)
         for k, v, note in zip(x, g.value, g.note):
-            if not np.isfinite(v): ax.text(k, -.04, 'withheld' if 'suppressed' in str(note) else 'no map', rotation=90, fontsize=7, color=style['color'], ha='center', va='top')
+            if not np.isfinite(v):
+                ax.text(
+                    k,
+                    -0.04,
+                    'withheld' if 'suppressed' in str(note) else 'no map',
+                    rotation=90,
+                    fontsize=7,
+                    color=style['color'],
+                    ha='center',
+                    va='top',
+                )
         said.append(f"{m}: " + ', '.join(f'{s} {rounded(v, 2)}' for s, v in g.value.items()))
-    ax.set(xticks=range(len(stages)), ylabel=dict(spearman='rank correlation with\nthe trained model', ssim='SSIM with\nthe trained model')[number], ylim=(min(-.35, rows.ci_low.min() - .05), 1.05), xlabel='weights shuffled from the top down to'); ax.set_xticklabels([literal(s, 14) for s in stages], rotation=30, ha='right'); ax.grid(axis='y', color='#d9dbdd', lw=.6); legend(fig, styles)
-    fig.alt = f'Points with 95 % intervals: {number} of maps with those of the trained model, as weights are shuffled from the top down. ' + '; '.join(said) + '.'
+    ax.set(
+        xticks=range(len(stages)),
+        ylabel=dict(
+            spearman='rank correlation with\nthe trained model', ssim='SSIM with\nthe trained model'
+        )[number],
+        ylim=(min(-0.35, rows.ci_low.min() - 0.05), 1.05),
+        xlabel='weights shuffled from the top down to',
+    )
+    ax.set_xticklabels([literal(s, 14) for s in stages], rotation=30, ha='right')
+    ax.grid(axis='y', color='#d9dbdd', lw=0.6)
+    legend(fig, styles)
+    fig.alt = (
+        f'Points with 95 % intervals: {number} of maps with those of the trained model, as weights are shuffled from the top down. '
+        + '; '.join(said)
+        + '.'
+    )
     return fig
 
 # %% ../../nbs/50j_report.cam_figures.ipynb #c0d66203
 @styled
 def agreement_figure(
-    metrics:pd.DataFrame, # from `agreement_metrics`
-):                        # Figure with `.alt`, or None where there is nothing
+    metrics: pd.DataFrame,  # from `agreement_metrics`
+):  # Figure with `.alt`, or None where there is nothing
     "Maps and readers against readers, per finding."
-    rows = metrics[metrics.metric.eq('iou_area') | metrics.metric.eq('reader_iou') & metrics.arm.eq('all pairs')]
-    rows = rows[(rows.subgroup.eq('all') | rows.subgroup.str.startswith('finding=')) & rows.value.notna()]
-    if rows.empty: return None
+    rows = metrics[
+        metrics.metric.eq('iou_area')
+        | metrics.metric.eq('reader_iou') & metrics.arm.eq('all pairs')
+    ]
+    rows = rows[
+        (rows.subgroup.eq('all') | rows.subgroup.str.startswith('finding=')) & rows.value.notna()
+    ]
+    if rows.empty:
+        return None
     groups, said = sorted(set(rows.subgroup), key=lambda g: (g != 'all', g)), []
-    kinds = [k for k in ('all pairs', 'map', 'shuffled', 'centre', 'uniform') if (rows.arm == k).any()]
-    fig, ax = canvas(7.6, 1.35 + len(groups)*max(.4, .14*len(kinds))); ax = ax[0, 0]
-    look = {'all pairs': ('#000000', 'D', 'reader and reader'), **{k: (_COLOUR[k], 'o' if k == 'map' else 's', 'map and reader' if k == 'map' else _NAMES[k]) for k in kinds if k != 'all pairs'}}
-    for i in range(0, len(groups), 2): ax.axhspan(i - .5, i + .5, color='#f3f4f5', lw=0, zorder=0)
+    kinds = [
+        k for k in ('all pairs', 'map', 'shuffled', 'centre', 'uniform') if (rows.arm == k).any()
+    ]
+    fig, ax = canvas(7.6, 1.35 + len(groups) * max(0.4, 0.14 * len(kinds)))
+    ax = ax[0, 0]
+    look = {
+        'all pairs': ('#000000', 'D', 'reader and reader'),
+        **{
+            k: (
+                _COLOUR[k],
+                'o' if k == 'map' else 's',
+                'map and reader' if k == 'map' else _NAMES[k],
+            )
+            for k in kinds
+            if k != 'all pairs'
+        },
+    }
+    for i in range(0, len(groups), 2):
+        ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
     for j, k in enumerate(kinds):
-        colour, marker, name = look[k]; g = rows[rows.arm == k]; y = np.array([groups.index(s) for s in g.subgroup]) + .14*(j - (len(kinds) - 1)/2)
-        ax.hlines(y, g.ci_low, g.ci_high, color=colour, lw=1.5); ax.plot(g.value, y, ls='', marker=marker, ms=6, mfc=colour if k in ('map', 'all pairs') else 'white', mec='white' if k in ('map', 'all pairs') else colour, mew=.9, label=name)
-        said += [f'{s}, {name}: {rounded(v, 2)} ({span(lo, hi, 2, 1)})' for s, v, lo, hi in zip(g.subgroup, g.value, g.ci_low, g.ci_high)]
-    ax.set(xlim=(-.02, 1.02), xlabel='IoU', yticks=range(len(groups)), ylim=(len(groups) - .5, -.5)); ax.set_yticklabels([literal(g.removeprefix('finding=')) for g in groups]); ax.tick_params(axis='y', length=0); ax.grid(axis='x', color='#d9dbdd', lw=.6)
+        colour, marker, name = look[k]
+        g = rows[rows.arm == k]
+        y = np.array([groups.index(s) for s in g.subgroup]) + 0.14 * (j - (len(kinds) - 1) / 2)
+        ax.hlines(y, g.ci_low, g.ci_high, color=colour, lw=1.5)
+        ax.plot(
+            g.value,
+            y,
+            ls='',
+            marker=marker,
+            ms=6,
+            mfc=colour if k in ('map', 'all pairs') else 'white',
+            mec='white' if k in ('map', 'all pairs') else colour,
+            mew=0.9,
+            label=name,
+        )
+        said += [
+            f'{s}, {name}: {rounded(v, 2)} ({span(lo, hi, 2, 1)})'
+            for s, v, lo, hi in zip(g.subgroup, g.value, g.ci_low, g.ci_high)
+        ]
+    ax.set(
+        xlim=(-0.02, 1.02), xlabel='IoU', yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5)
+    )
+    ax.set_yticklabels([literal(g.removeprefix('finding=')) for g in groups])
+    ax.tick_params(axis='y', length=0)
+    ax.grid(axis='x', color='#d9dbdd', lw=0.6)
     fig.legend(loc='outside upper left', ncols=3)
-    fig.alt = 'Dot plot with 95 % intervals: IoU of maps with readers and of readers with each other. ' + '; '.join(said) + '.'
+    fig.alt = (
+        'Dot plot with 95 % intervals: IoU of maps with readers and of readers with each other. '
+        + '; '.join(said)
+        + '.'
+    )
     return fig

@@ -12,19 +12,77 @@ from .html import Html, details, html_table, join, markup
 
 # %% ../../nbs/51d_report.checks.ipynb #3466ddb5
 def check_html(
-    checks:dict, # model -> what `check_answers` found
-)->Html:
+    checks: dict,  # model -> what `check_answers` found
+) -> Html:
     "One line per model: the level it ran at, why, and how far its answers are from plain forward passes."
-    if not checks: return markup('<p class="absent">No answer was scored again: the models are not of the kind that shares work, the answers were imported, or the check was switched off.</p>')
-    failed = join(markup('<p class="warning">The answers of {} are not those of plain forward passes: {}. Run it again with --level 0.</p>', m, c['said']) for m, c in checks.items() if not c['ok'])
-    rows = pd.DataFrame([{'model': m, 'level': c['level'], 'shared': {'plain': 'nothing', 'batch': 'batches', 'features': 'batches, image features', 'prefix': 'batches, image features, prefixes'}.get(c['reuse'], c['reuse']), 'why': c['why'],
-                          'scored again': c['n'], 'largest |Δ log-prob|': f"{c['max_diff']:.1e}", 'tolerance': f"{c['tolerance']:g}", 'flips': c['flips'], 'delivered otherwise': c['undelivered']} for m, c in checks.items()])
-    return markup('{}{}', failed, html_table(rows, 'Answers scored again at level 0: one trial at a time, nothing shared', numbers=['largest |Δ log-prob|', 'tolerance']))
+    if not checks:
+        return markup(
+            '<p class="absent">No answer was scored again: the models are not of the kind that shares work, the answers were imported, or the check was switched off.</p>'
+        )
+    failed = join(
+        markup(
+            '<p class="warning">The answers of {} are not those of plain forward passes: {}. Run it again with --level 0.</p>',
+            m,
+            c['said'],
+        )
+        for m, c in checks.items()
+        if not c['ok']
+    )
+    rows = pd.DataFrame(
+        [
+            {
+                'model': m,
+                'level': c['level'],
+                'shared': {
+                    'plain': 'nothing',
+                    'batch': 'batches',
+                    'features': 'batches, image features',
+                    'prefix': 'batches, image features, prefixes',
+                }.get(c['reuse'], c['reuse']),
+                'why': c['why'],
+                'scored again': c['n'],
+                'largest |Δ log-prob|': f"{c['max_diff']:.1e}",
+                'tolerance': f"{c['tolerance']:g}",
+                'flips': c['flips'],
+                'delivered otherwise': c['undelivered'],
+            }
+            for m, c in checks.items()
+        ]
+    )
+    return markup(
+        '{}{}',
+        failed,
+        html_table(
+            rows,
+            'Answers scored again at level 0: one trial at a time, nothing shared',
+            numbers=['largest |Δ log-prob|', 'tolerance'],
+        ),
+    )
 
 # %% ../../nbs/51d_report.checks.ipynb #d89766b4
 def spellings_html(
-    checks:dict, # model -> what `check_answers` found
-)->Html:
+    checks: dict,  # model -> what `check_answers` found
+) -> Html:
     "The spellings that count as each choice, and the mean probability each of them got."
-    rows = [{'model': m, 'choice': s['choice'], 'as the model writes it': repr(s['text']), 'mean probability': float(s['mass'])} for m, c in checks.items() for s in c['spellings']]
-    return details('Spellings that count as an answer', html_table(pd.DataFrame(rows), 'Mean probability of each spelling over the trials that were scored again', digits=4)) if rows else Html()
+    rows = [
+        {
+            'model': m,
+            'choice': s['choice'],
+            'as the model writes it': repr(s['text']),
+            'mean probability': float(s['mass']),
+        }
+        for m, c in checks.items()
+        for s in c['spellings']
+    ]
+    return (
+        details(
+            'Spellings that count as an answer',
+            html_table(
+                pd.DataFrame(rows),
+                'Mean probability of each spelling over the trials that were scored again',
+                digits=4,
+            ),
+        )
+        if rows
+        else Html()
+    )

@@ -15,24 +15,45 @@ from .style import COLOURS, canvas, literal, looks, percent, rounded, span, styl
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf92
 @styled
 def curves_figure(
-    curves:pd.DataFrame,  # from `score_curves`
-    metrics:pd.DataFrame, # from `classification_metrics`, of one model
-):                        # Figure with `.alt`, or None where no class has both values
+    curves: pd.DataFrame,  # from `score_curves`
+    metrics: pd.DataFrame,  # from `classification_metrics`, of one model
+):  # Figure with `.alt`, or None where no class has both values
     "ROC and precision-recall curve per class."
     classes = list(dict.fromkeys(curves['class']))
-    if not classes: return None
+    if not classes:
+        return None
     number = _numbers(metrics)
     fig, axes = _grid(len(classes), height=2.4)
     for ax, name in zip(axes, classes):
         part, prevalence = curves[curves['class'] == name], number('prevalence', name)
-        ax.plot([0, 1], [0, 1], color='#999999', lw=.8, ls=(0, (4, 3)))
-        if prevalence is not None: ax.axhline(prevalence.value, color=COLOURS[1], lw=.8, ls=(0, (1, 2)))
-        ax.plot(part.fpr, part.tpr, color=COLOURS[0], lw=1.6); ax.plot(part.tpr, part.precision, color=COLOURS[1], lw=1.2, alpha=.9)
+        ax.plot([0, 1], [0, 1], color='#999999', lw=0.8, ls=(0, (4, 3)))
+        if prevalence is not None:
+            ax.axhline(prevalence.value, color=COLOURS[1], lw=0.8, ls=(0, (1, 2)))
+        ax.plot(part.fpr, part.tpr, color=COLOURS[0], lw=1.6)
+        ax.plot(part.tpr, part.precision, color=COLOURS[1], lw=1.2, alpha=0.9)
         _unit_axes(ax, name, 2)
-        for k, (m, c) in enumerate((('auroc', COLOURS[0]), ('auprc', COLOURS[1]))): ax.text(0, 1.12 - .09 * k, _said(m.upper(), number(m, name)), transform=ax.transAxes, fontsize=7, color=c)
+        for k, (m, c) in enumerate((('auroc', COLOURS[0]), ('auprc', COLOURS[1]))):
+            ax.text(
+                0,
+                1.12 - 0.09 * k,
+                _said(m.upper(), number(m, name)),
+                transform=ax.transAxes,
+                fontsize=7,
+                color=c,
+            )
     _outer(axes, 'false positive rate  |  recall', 'true positive rate  |  precision', fig)
-    _key(fig, [('ROC', COLOURS[0], '-'), ('precision-recall', COLOURS[1], '-'), ('chance', '#999999', '--')])
-    fig.alt = 'ROC and precision-recall curves per class, with 95 % intervals. ' + ' '.join(f"{c}: {_said('AUROC', number('auroc', c))}, {_said('AUPRC', number('auprc', c))}." for c in classes)
+    _key(
+        fig,
+        [
+            ('ROC', COLOURS[0], '-'),
+            ('precision-recall', COLOURS[1], '-'),
+            ('chance', '#999999', '--'),
+        ],
+    )
+    fig.alt = 'ROC and precision-recall curves per class, with 95 % intervals. ' + ' '.join(
+        f"{c}: {_said('AUROC', number('auroc', c))}, {_said('AUPRC', number('auprc', c))}."
+        for c in classes
+    )
     return fig
 
 # %% ../../nbs/50h_report.clip_figures.ipynb #fda16f21
@@ -41,171 +62,432 @@ def _numbers(metrics):
     held = {(r.metric, r.subgroup): r for r in metrics.itertuples()}
     return lambda m, c: held.get((m, f'class={c}'))
 
-def _said(what, row): return f'{what} –' if row is None or not np.isfinite(row.value) else f'{what} {rounded(row.value, 2)} ({span(row.ci_low, row.ci_high, 2, 1)})'
+
+def _said(what, row):
+    return (
+        f'{what} –'
+        if row is None or not np.isfinite(row.value)
+        else f'{what} {rounded(row.value, 2)} ({span(row.ci_low, row.ci_high, 2, 1)})'
+    )
+
 
 def _grid(n, width=2.05, height=2.1, most=5):
     "A figure of n square panels."
     cols = min(n, most) if n <= most else min(most, int(np.ceil(n / np.ceil(n / most))))
     rows = int(np.ceil(n / cols))
-    fig, axes = canvas(max(width * cols, 3.6), .55 + height * rows, rows, cols, sharex=True, sharey=True)
+    fig, axes = canvas(
+        max(width * cols, 3.6), 0.55 + height * rows, rows, cols, sharex=True, sharey=True
+    )
     flat = list(axes.ravel())
-    for ax in flat[n:]: ax.axis('off')
+    for ax in flat[n:]:
+        ax.axis('off')
     for i, ax in enumerate(flat[:n]):
-        if i + cols >= n: ax.tick_params(labelbottom=True)                               # nothing below it
+        if i + cols >= n:
+            ax.tick_params(labelbottom=True)  # nothing below it
     return fig, flat[:n]
+
 
 def _unit_axes(ax, title, lines):
     "Both axes from 0 to 1; room for some small lines below the title."
-    ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02), xticks=[0, .5, 1], yticks=[0, .5, 1], aspect='equal'); ax.set_title(literal(title, 24), pad=6 + 9 * lines); ax.grid(color='#e6e7e8', lw=.6)
+    ax.set(
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+        xticks=[0, 0.5, 1],
+        yticks=[0, 0.5, 1],
+        aspect='equal',
+    )
+    ax.set_title(literal(title, 24), pad=6 + 9 * lines)
+    ax.grid(color='#e6e7e8', lw=0.6)
 
-def _outer(axes, x, y, fig): fig.supxlabel(x, fontsize=9); fig.supylabel(y, fontsize=9)
+
+def _outer(axes, x, y, fig):
+    fig.supxlabel(x, fontsize=9)
+    fig.supylabel(y, fontsize=9)
+
 
 def _key(fig, lines):
     from matplotlib.lines import Line2D
-    fig.legend([Line2D([], [], color=c, ls=s, lw=1.6) for _, c, s in lines], [literal(n) for n, *_ in lines], loc='outside upper left', ncols=len(lines), fontsize=8)
+
+    fig.legend(
+        [Line2D([], [], color=c, ls=s, lw=1.6) for _, c, s in lines],
+        [literal(n) for n, *_ in lines],
+        loc='outside upper left',
+        ncols=len(lines),
+        fontsize=8,
+    )
 
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf02
 @styled
 def reliability_panels(
-    curves:pd.DataFrame,  # from `clip.curves.reliability_curves`
-    metrics:pd.DataFrame, # from `classification_metrics`, for the calibration errors
-):                        # Figure with `.alt`, or None where no bin may be shown
+    curves: pd.DataFrame,  # from `clip.curves.reliability_curves`
+    metrics: pd.DataFrame,  # from `classification_metrics`, for the calibration errors
+):  # Figure with `.alt`, or None where no bin may be shown
     "Reliability diagram per class."
-    classes = [c for c in dict.fromkeys(curves['class']) if curves[curves['class'] == c].frequency.notna().any()]
-    if not classes: return None
+    classes = [
+        c
+        for c in dict.fromkeys(curves['class'])
+        if curves[curves['class'] == c].frequency.notna().any()
+    ]
+    if not classes:
+        return None
     number = _numbers(metrics)
     fig, axes = _grid(len(classes), height=2.25)
     for ax, name in zip(axes, classes):
         part = curves[(curves['class'] == name) & curves.frequency.notna()]
-        ax.plot([0, 1], [0, 1], color='#999999', lw=.8, ls=(0, (4, 3)))
-        ax.vlines(part.prob, part.ci_low, part.ci_high, color=COLOURS[0], lw=1.2); ax.plot(part.prob, part.frequency, color=COLOURS[0], lw=.8, alpha=.5)
-        ax.scatter(part.prob, part.frequency, s=8 + 60 * part.n / part.n.sum(), color=COLOURS[0], ec='white', lw=.5, zorder=3)
-        _unit_axes(ax, name, 1); ax.text(0, 1.03, _said('ECE', number('ece', name)), transform=ax.transAxes, fontsize=7, color='#333333')
+        ax.plot([0, 1], [0, 1], color='#999999', lw=0.8, ls=(0, (4, 3)))
+        ax.vlines(part.prob, part.ci_low, part.ci_high, color=COLOURS[0], lw=1.2)
+        ax.plot(part.prob, part.frequency, color=COLOURS[0], lw=0.8, alpha=0.5)
+        ax.scatter(
+            part.prob,
+            part.frequency,
+            s=8 + 60 * part.n / part.n.sum(),
+            color=COLOURS[0],
+            ec='white',
+            lw=0.5,
+            zorder=3,
+        )
+        _unit_axes(ax, name, 1)
+        ax.text(
+            0,
+            1.03,
+            _said('ECE', number('ece', name)),
+            transform=ax.transAxes,
+            fontsize=7,
+            color='#333333',
+        )
     _outer(axes, 'stated probability', 'observed frequency', fig)
-    fig.alt = 'Reliability diagrams per class with 95 % intervals. ' + ' '.join(f"{c}: {_said('expected calibration error', number('ece', c))}." for c in classes)
+    fig.alt = 'Reliability diagrams per class with 95 % intervals. ' + ' '.join(
+        f"{c}: {_said('expected calibration error', number('ece', c))}." for c in classes
+    )
     return fig
 
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf03
 @styled
 def confusion_figure(
-    matrix:pd.DataFrame, # from `confusion_matrix`
-    minimum:int=0,       # counts from 1 to below this are written as '<minimum' and not coloured
-):                       # Figure with `.alt`
+    matrix: pd.DataFrame,  # from `confusion_matrix`
+    minimum: int = 0,  # counts from 1 to below this are written as '<minimum' and not coloured
+):  # Figure with `.alt`
     "Confusion matrix: rows are the truth."
-    m = matrix.to_numpy(); C = len(m)
-    share = np.divide(m, m.sum(1, keepdims=True), out=np.full(m.shape, np.nan), where=m.sum(1, keepdims=True) > 0)
+    m = matrix.to_numpy()
+    C = len(m)
+    share = np.divide(
+        m, m.sum(1, keepdims=True), out=np.full(m.shape, np.nan), where=m.sum(1, keepdims=True) > 0
+    )
     hidden = (m > 0) & (m < minimum)
-    fig, ax = canvas(2.6 + .85 * C, 1.5 + .62 * C); ax = ax[0, 0]
-    mesh = ax.pcolormesh(np.where(hidden, np.nan, share), cmap='Blues', vmin=0, vmax=1, edgecolors='white', lw=1.5)
+    fig, ax = canvas(2.6 + 0.85 * C, 1.5 + 0.62 * C)
+    ax = ax[0, 0]
+    mesh = ax.pcolormesh(
+        np.where(hidden, np.nan, share), cmap='Blues', vmin=0, vmax=1, edgecolors='white', lw=1.5
+    )
     for i, j in np.ndindex(m.shape):
-        text = f'<{minimum}' if hidden[i, j] else f'{percent(share[i, j])}\n{m[i, j]}' if m[i].sum() else '–'
-        ax.text(j + .5, i + .5, text, ha='center', va='center', fontsize=8, color='white' if share[i, j] > .55 and not hidden[i, j] else '#111111')
+        text = (
+            f'<{minimum}'
+            if hidden[i, j]
+            else f'{percent(share[i, j])}\n{m[i, j]}'
+            if m[i].sum()
+            else '–'
+        )
+        ax.text(
+            j + 0.5,
+            i + 0.5,
+            text,
+            ha='center',
+            va='center',
+            fontsize=8,
+            color='white' if share[i, j] > 0.55 and not hidden[i, j] else '#111111',
+        )
     names = [literal(c, 22) for c in matrix.index]
-    ax.set(xticks=np.arange(C) + .5, yticks=np.arange(C) + .5, ylim=(C, 0), xlabel='predicted', ylabel='truth'); ax.set_xticklabels(names, rotation=25 if max(map(len, names)) > 8 else 0, ha='right' if max(map(len, names)) > 8 else 'center'); ax.set_yticklabels(names)
-    ax.tick_params(length=0); ax.spines[:].set_visible(False); fig.colorbar(mesh, ax=ax, shrink=.6, aspect=18, format=lambda v, _: percent(v)).outline.set_visible(False)
-    fig.alt = 'Confusion matrix. ' + ' '.join(f"{c}: " + (', '.join('few' if hidden[i, j] else f'{percent(share[i, j])} as {d}' for j, d in enumerate(matrix.columns) if m[i, j]) or 'no films') + '.' for i, c in enumerate(matrix.index))
+    ax.set(
+        xticks=np.arange(C) + 0.5,
+        yticks=np.arange(C) + 0.5,
+        ylim=(C, 0),
+        xlabel='predicted',
+        ylabel='truth',
+    )
+    ax.set_xticklabels(
+        names,
+        rotation=25 if max(map(len, names)) > 8 else 0,
+        ha='right' if max(map(len, names)) > 8 else 'center',
+    )
+    ax.set_yticklabels(names)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    fig.colorbar(
+        mesh, ax=ax, shrink=0.6, aspect=18, format=lambda v, _: percent(v)
+    ).outline.set_visible(False)
+    fig.alt = 'Confusion matrix. ' + ' '.join(
+        f"{c}: "
+        + (
+            ', '.join(
+                'few' if hidden[i, j] else f'{percent(share[i, j])} as {d}'
+                for j, d in enumerate(matrix.columns)
+                if m[i, j]
+            )
+            or 'no films'
+        )
+        + '.'
+        for i, c in enumerate(matrix.index)
+    )
     return fig
 
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf04
 @styled
 def classes_figure(
-    metrics:pd.DataFrame, # metrics tables of one or more models, concatenated
-    shown=('auroc', 'auprc', 'f1'), # one panel each
-    by:str='model',       # 'model' or 'arm': what gets a colour
-):                        # Figure with `.alt`, or None where no class has any of these numbers
+    metrics: pd.DataFrame,  # metrics tables of one or more models, concatenated
+    shown=('auroc', 'auprc', 'f1'),  # one panel each
+    by: str = 'model',  # 'model' or 'arm': what gets a colour
+):  # Figure with `.alt`, or None where no class has any of these numbers
     "Numbers per class with intervals, one panel per metric."
-    rows = metrics[metrics.metric.isin([*shown, *(f'macro_{m}' for m in shown)]) & (metrics.subgroup.str.startswith('class=') | (metrics.subgroup == 'all'))]
-    rows = rows.assign(row=rows.subgroup.str.removeprefix('class=').replace('all', 'mean over classes'), metric=rows.metric.str.removeprefix('macro_'), model=rows[by], arm='')
+    rows = metrics[
+        metrics.metric.isin([*shown, *(f'macro_{m}' for m in shown)])
+        & (metrics.subgroup.str.startswith('class=') | (metrics.subgroup == 'all'))
+    ]
+    rows = rows.assign(
+        row=rows.subgroup.str.removeprefix('class=').replace('all', 'mean over classes'),
+        metric=rows.metric.str.removeprefix('macro_'),
+        model=rows[by],
+        arm='',
+    )
     shown = [m for m in shown if (rows.metric == m).any()]
-    if not shown: return None
-    order = [c for c in dict.fromkeys(rows.row) if c != 'mean over classes'] + ['mean over classes'] * ('mean over classes' in set(rows.row))
-    styles, prevalence = looks(list(dict.fromkeys(rows.model))), metrics[metrics.metric == 'prevalence'].assign(row=lambda d: d.subgroup.str.removeprefix('class=')).drop_duplicates('row').set_index('row').value
-    fig, axes = canvas(1.8 + 2.5 * len(shown), 1 + len(order) * max(.24, .15 * len(styles)), 1, len(shown), sharey=True)
+    if not shown:
+        return None
+    order = [c for c in dict.fromkeys(rows.row) if c != 'mean over classes'] + [
+        'mean over classes'
+    ] * ('mean over classes' in set(rows.row))
+    styles, prevalence = (
+        looks(list(dict.fromkeys(rows.model))),
+        metrics[metrics.metric == 'prevalence']
+        .assign(row=lambda d: d.subgroup.str.removeprefix('class='))
+        .drop_duplicates('row')
+        .set_index('row')
+        .value,
+    )
+    fig, axes = canvas(
+        1.8 + 2.5 * len(shown),
+        1 + len(order) * max(0.24, 0.15 * len(styles)),
+        1,
+        len(shown),
+        sharey=True,
+    )
     for ax, m in zip(axes[0], shown):
         draw_dots(ax, rows[rows.metric == m], order, styles)
         for i, c in enumerate(order):
-            chance = .5 if m == 'auroc' else prevalence.get(c) if m in ('auprc', 'precision') else None
-            if chance is not None: ax.plot([chance] * 2, [i - .4, i + .4], color='#555555', lw=.9)
-        ax.set(title=_NAMES.get(m, m), xlim=(-.03, 1.03), xticks=[0, .25, .5, .75, 1]); ax.set_xticklabels(['0', '', '.5', '', '1'])
+            chance = (
+                0.5 if m == 'auroc' else prevalence.get(c) if m in ('auprc', 'precision') else None
+            )
+            if chance is not None:
+                ax.plot([chance] * 2, [i - 0.4, i + 0.4], color='#555555', lw=0.9)
+        ax.set(title=_NAMES.get(m, m), xlim=(-0.03, 1.03), xticks=[0, 0.25, 0.5, 0.75, 1])
+        ax.set_xticklabels(['0', '', '.5', '', '1'])
     legend(fig, styles)
     say = lambda m, r: f'{r.row} {rounded(r.value, 2)}'
-    fig.alt = 'Dot plot with 95 % intervals per class. ' + ' '.join(f"{_NAMES.get(m, m)}, {s}: {', '.join(say(m, r) for r in rows[(rows.metric == m) & (rows.model == s)].itertuples())}." for m in shown for s in styles)
+    fig.alt = 'Dot plot with 95 % intervals per class. ' + ' '.join(
+        f"{_NAMES.get(m, m)}, {s}: {', '.join(say(m, r) for r in rows[(rows.metric == m) & (rows.model == s)].itertuples())}."
+        for m in shown
+        for s in styles
+    )
     return fig
 
-_NAMES = dict(auroc='AUROC', auprc='AUPRC', f1='F1', recall='recall (sensitivity)', ece='calibration error')
+
+_NAMES = dict(
+    auroc='AUROC', auprc='AUPRC', f1='F1', recall='recall (sensitivity)', ece='calibration error'
+)
 
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf05
 @styled
 def retrieval_figure(
-    metrics:pd.DataFrame, # from `retrieval_metrics`, of one model and chance
-):                        # Figure with `.alt`, or None where there is no recall
+    metrics: pd.DataFrame,  # from `retrieval_metrics`, of one model and chance
+):  # Figure with `.alt`, or None where there is no recall
     "Recall at k in both directions."
     rows = metrics[metrics.metric.str.startswith('recall@')]
-    if rows.empty: return None
-    at = rows.assign(model=np.where(rows.model == 'chance', 'chance', 'model')).set_index(['model', 'arm', 'subgroup', 'metric'])
-    names, arms = sorted(set(rows.metric), key=lambda m: int(m.split('@')[1])), [a for a in ('image_to_text', 'text_to_image') if (rows.arm == a).any()]
+    if rows.empty:
+        return None
+    at = rows.assign(model=np.where(rows.model == 'chance', 'chance', 'model')).set_index(
+        ['model', 'arm', 'subgroup', 'metric']
+    )
+    names, arms = (
+        sorted(set(rows.metric), key=lambda m: int(m.split('@')[1])),
+        [a for a in ('image_to_text', 'text_to_image') if (rows.arm == a).any()],
+    )
     fig, axes = canvas(1.2 + 2.9 * len(arms), 2.9, 1, len(arms), sharey=True)
     for ax, arm in zip(axes[0], arms):
         for i, m in enumerate(names):
-            for dx, kind, style in ((-.19, 'duplicates', dict(color=COLOURS[0])), (.19, 'strict', dict(fc='white', ec=COLOURS[0], lw=1.2))):
-                r, chance = at.loc[('model', arm, f'relevance={kind}', m)], at.loc[('chance', arm, f'relevance={kind}', m)]
-                if not np.isfinite(r.value): continue
-                ax.bar(i + dx, r.value, .34, **style); ax.plot([i + dx] * 2, [r.ci_low, r.ci_high], color='#222222', lw=1.1); ax.plot([i + dx - .19, i + dx + .19], [chance.value] * 2, color=COLOURS[1], lw=1.4)
-                ax.text(i + dx, max(r.ci_high, r.value) + .015, percent(r.value), ha='center', va='bottom', fontsize=7)
-        ax.set(title={'image_to_text': 'film finds report', 'text_to_image': 'report finds film'}[arm], xticks=range(len(names)), ylim=(0, 1.08), yticks=np.arange(0, 1.01, .25)); ax.set_xticklabels([m.replace('recall@', 'R@') for m in names]); ax.yaxis.set_major_formatter(lambda v, _: percent(v)); ax.grid(axis='y', color='#e6e7e8', lw=.6)
+            for dx, kind, style in (
+                (-0.19, 'duplicates', dict(color=COLOURS[0])),
+                (0.19, 'strict', dict(fc='white', ec=COLOURS[0], lw=1.2)),
+            ):
+                r, chance = (
+                    at.loc[('model', arm, f'relevance={kind}', m)],
+                    at.loc[('chance', arm, f'relevance={kind}', m)],
+                )
+                if not np.isfinite(r.value):
+                    continue
+                ax.bar(i + dx, r.value, 0.34, **style)
+                ax.plot([i + dx] * 2, [r.ci_low, r.ci_high], color='#222222', lw=1.1)
+                ax.plot(
+                    [i + dx - 0.19, i + dx + 0.19], [chance.value] * 2, color=COLOURS[1], lw=1.4
+                )
+                ax.text(
+                    i + dx,
+                    max(r.ci_high, r.value) + 0.015,
+                    percent(r.value),
+                    ha='center',
+                    va='bottom',
+                    fontsize=7,
+                )
+        ax.set(
+            title={'image_to_text': 'film finds report', 'text_to_image': 'report finds film'}[arm],
+            xticks=range(len(names)),
+            ylim=(0, 1.08),
+            yticks=np.arange(0, 1.01, 0.25),
+        )
+        ax.set_xticklabels([m.replace('recall@', 'R@') for m in names])
+        ax.yaxis.set_major_formatter(lambda v, _: percent(v))
+        ax.grid(axis='y', color='#e6e7e8', lw=0.6)
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
-    fig.legend([Patch(color=COLOURS[0]), Patch(fc='white', ec=COLOURS[0]), Line2D([], [], color=COLOURS[1])], ['same report or study counts', 'only its own counts', 'chance'], loc='outside upper left', ncols=3, fontsize=8)
-    say = lambda a, k: ', '.join(f"{m.replace('recall@', 'R@')} {percent(at.loc[('model', a, f'relevance={k}', m)].value)} (chance {percent(at.loc[('chance', a, f'relevance={k}', m)].value, 1)})" for m in names)
-    fig.alt = 'Bar chart of retrieval with 95 % intervals. ' + ' '.join(f"{a.replace('_', ' ')}, {k}: {say(a, k)}." for a in arms for k in ('duplicates', 'strict'))
+
+    fig.legend(
+        [
+            Patch(color=COLOURS[0]),
+            Patch(fc='white', ec=COLOURS[0]),
+            Line2D([], [], color=COLOURS[1]),
+        ],
+        ['same report or study counts', 'only its own counts', 'chance'],
+        loc='outside upper left',
+        ncols=3,
+        fontsize=8,
+    )
+    say = lambda a, k: ', '.join(
+        f"{m.replace('recall@', 'R@')} {percent(at.loc[('model', a, f'relevance={k}', m)].value)} (chance {percent(at.loc[('chance', a, f'relevance={k}', m)].value, 1)})"
+        for m in names
+    )
+    fig.alt = 'Bar chart of retrieval with 95 % intervals. ' + ' '.join(
+        f"{a.replace('_', ' ')}, {k}: {say(a, k)}." for a in arms for k in ('duplicates', 'strict')
+    )
     return fig
 
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf06
 @styled
 def embedding_figure(
-    at:pd.DataFrame,      # from `coordinates`
-    targets:pd.DataFrame, # (N, C) 1, 0, NaN of the same films
-    kind:str='multilabel', # or 'multiclass'
-):                        # Figure with `.alt`
+    at: pd.DataFrame,  # from `coordinates`
+    targets: pd.DataFrame,  # (N, C) 1, 0, NaN of the same films
+    kind: str = 'multilabel',  # or 'multiclass'
+):  # Figure with `.alt`
     "Embeddings in the plane, coloured by class."
     y, classes = targets.to_numpy(float), list(targets)
     panels = classes if kind == 'multilabel' else ['all films']
-    fig, axes = _grid(len(panels), 2.1, 2.1, 4) if kind == 'multilabel' else (lambda c: (c[0], [c[1][0, 0]]))(canvas(6, 4.3))
-    order = np.random.default_rng(0).permutation(len(at))                                 # no class lies on top of the others
+    fig, axes = (
+        _grid(len(panels), 2.1, 2.1, 4)
+        if kind == 'multilabel'
+        else (lambda c: (c[0], [c[1][0, 0]]))(canvas(6, 4.3))
+    )
+    order = np.random.default_rng(0).permutation(len(at))  # no class lies on top of the others
     size = float(np.clip(4000 / max(len(at), 1), 4, 22))
     for i, (ax, name) in enumerate(zip(axes, panels)):
-        for c, (label, chosen) in enumerate([(None, y[:, i] == 0), (None, y[:, i] == 1)] if kind == 'multilabel' else [(n, y[:, j] == 1) for j, n in enumerate(classes)]):
+        for c, (label, chosen) in enumerate(
+            [(None, y[:, i] == 0), (None, y[:, i] == 1)]
+            if kind == 'multilabel'
+            else [(n, y[:, j] == 1) for j, n in enumerate(classes)]
+        ):
             k = order[chosen[order]]
-            colour = ('#c3c7cb', COLOURS[1])[c] if kind == 'multilabel' else COLOURS[c % len(COLOURS)]
-            ax.scatter(at.x.iloc[k], at.y.iloc[k], s=size, color=colour, alpha=.75, lw=0, label=None if label is None else f'{literal(label, 28)} ({chosen.sum()})', marker='osD^vPX'[c // len(COLOURS) % 7])
-        ax.set(xticks=[], yticks=[], title=f'{literal(name, 20)}: {int(np.nansum(y[:, i]))} of {int((~np.isnan(y[:, i])).sum())}' if kind == 'multilabel' else '')
-    if kind != 'multilabel': fig.legend(loc='outside right upper', fontsize=8, markerscale=1.6)
-    shown = at.attrs.get('shown'); what = f"principal components 1 and 2 ({' and '.join(percent(v) for v in shown)} of the variance)" if shown else 'UMAP: distances between groups mean little'
+            colour = (
+                ('#c3c7cb', COLOURS[1])[c] if kind == 'multilabel' else COLOURS[c % len(COLOURS)]
+            )
+            ax.scatter(
+                at.x.iloc[k],
+                at.y.iloc[k],
+                s=size,
+                color=colour,
+                alpha=0.75,
+                lw=0,
+                label=None if label is None else f'{literal(label, 28)} ({chosen.sum()})',
+                marker='osD^vPX'[c // len(COLOURS) % 7],
+            )
+        ax.set(
+            xticks=[],
+            yticks=[],
+            title=f'{literal(name, 20)}: {int(np.nansum(y[:, i]))} of {int((~np.isnan(y[:, i])).sum())}'
+            if kind == 'multilabel'
+            else '',
+        )
+    if kind != 'multilabel':
+        fig.legend(loc='outside right upper', fontsize=8, markerscale=1.6)
+    shown = at.attrs.get('shown')
+    what = (
+        f"principal components 1 and 2 ({' and '.join(percent(v) for v in shown)} of the variance)"
+        if shown
+        else 'UMAP: distances between groups mean little'
+    )
     fig.supxlabel(what, fontsize=8.5)
-    fig.alt = f'Scatter plot of {len(at)} film embeddings, {what}. ' + '; '.join(f'{c}: {int(np.nansum(v))} films' for c, v in zip(classes, y.T)) + '.'
+    fig.alt = (
+        f'Scatter plot of {len(at)} film embeddings, {what}. '
+        + '; '.join(f'{c}: {int(np.nansum(v))} films' for c, v in zip(classes, y.T))
+        + '.'
+    )
     return fig
 
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf07
 @styled
 def few_shot_figure(
-    curves:dict,      # name -> table of `few_shot`
-    zero_shot=None,   # metrics row (value, ci_low, ci_high) of macro AUROC without any label, or None
-    full=None,        # metrics row of the probe on all training films, or None
-):                    # Figure with `.alt`, or None where no number of shots could be drawn
+    curves: dict,  # name -> table of `few_shot`
+    zero_shot=None,  # metrics row (value, ci_low, ci_high) of macro AUROC without any label, or None
+    full=None,  # metrics row of the probe on all training films, or None
+):  # Figure with `.alt`, or None where no number of shots could be drawn
     "Macro AUROC against labelled films per class."
     curves = {n: c.dropna(subset='value') for n, c in curves.items() if c.value.notna().any()}
-    if not curves: return None
+    if not curves:
+        return None
     styles = looks(list(curves))
-    fig, ax = canvas(5.4, 3.2); ax = ax[0, 0]
+    fig, ax = canvas(5.4, 3.2)
+    ax = ax[0, 0]
     for n, c in curves.items():
-        ax.fill_between(c.shots.astype(float), c.ci_low.astype(float), c.ci_high.astype(float), color=styles[n]['color'], alpha=.18, lw=0); ax.plot(c.shots, c.value, ms=5, mec='white', lw=1.6, label=literal(n), **styles[n])
-        for side in ('seed_low', 'seed_high'): ax.plot(c.shots, c[side], ls='', marker='.', ms=4, color=styles[n]['color'])
-    for row, name, colour, dash in ((zero_shot, 'zero-shot', '#444444', (0, (5, 2))), (full, 'probe on all training films', COLOURS[2], (0, (2, 2)))):
-        if row is not None and np.isfinite(row.value): ax.axhline(row.value, color=colour, lw=1.2, ls=dash, label=name); ax.axhspan(row.ci_low, row.ci_high, color=colour, alpha=.08, lw=0)
-    ax.axhline(.5, color='#999999', lw=.8, ls=(0, (1, 2)), label='chance')
+        ax.fill_between(
+            c.shots.astype(float),
+            c.ci_low.astype(float),
+            c.ci_high.astype(float),
+            color=styles[n]['color'],
+            alpha=0.18,
+            lw=0,
+        )
+        ax.plot(c.shots, c.value, ms=5, mec='white', lw=1.6, label=literal(n), **styles[n])
+        for side in ('seed_low', 'seed_high'):
+            ax.plot(c.shots, c[side], ls='', marker='.', ms=4, color=styles[n]['color'])
+    for row, name, colour, dash in (
+        (zero_shot, 'zero-shot', '#444444', (0, (5, 2))),
+        (full, 'probe on all training films', COLOURS[2], (0, (2, 2))),
+    ):
+        if row is not None and np.isfinite(row.value):
+            ax.axhline(row.value, color=colour, lw=1.2, ls=dash, label=name)
+            ax.axhspan(row.ci_low, row.ci_high, color=colour, alpha=0.08, lw=0)
+    ax.axhline(0.5, color='#999999', lw=0.8, ls=(0, (1, 2)), label='chance')
     ticks = sorted({int(s) for c in curves.values() for s in c.shots})
-    lowest = np.nanmin([.47, *(c[k].astype(float).min() for c in curves.values() for k in ('seed_low', 'ci_low')), *(r.ci_low for r in (zero_shot, full) if r is not None)])
-    ax.set_xscale('log', base=2); ax.set(xticks=ticks, xlabel='labelled films per side and class', ylabel='macro AUROC', ylim=(lowest - .02, 1.01)); ax.set_xticklabels(ticks); ax.minorticks_off(); ax.grid(color='#e6e7e8', lw=.6)
+    lowest = np.nanmin(
+        [
+            0.47,
+            *(c[k].astype(float).min() for c in curves.values() for k in ('seed_low', 'ci_low')),
+            *(r.ci_low for r in (zero_shot, full) if r is not None),
+        ]
+    )
+    ax.set_xscale('log', base=2)
+    ax.set(
+        xticks=ticks,
+        xlabel='labelled films per side and class',
+        ylabel='macro AUROC',
+        ylim=(lowest - 0.02, 1.01),
+    )
+    ax.set_xticklabels(ticks)
+    ax.minorticks_off()
+    ax.grid(color='#e6e7e8', lw=0.6)
     fig.legend(loc='outside right upper', fontsize=8)
-    fig.alt = 'Few-shot curve of the macro AUROC with 95 % intervals. ' + ' '.join(f"{n}: " + ', '.join(f'{int(r.shots)} films {rounded(r.value, 2)}' for r in c.itertuples()) + '.' for n, c in curves.items()) + ('' if zero_shot is None else f' Zero-shot {rounded(zero_shot.value, 2)}.')
+    fig.alt = (
+        'Few-shot curve of the macro AUROC with 95 % intervals. '
+        + ' '.join(
+            f"{n}: "
+            + ', '.join(f'{int(r.shots)} films {rounded(r.value, 2)}' for r in c.itertuples())
+            + '.'
+            for n, c in curves.items()
+        )
+        + ('' if zero_shot is None else f' Zero-shot {rounded(zero_shot.value, 2)}.')
+    )
     return fig

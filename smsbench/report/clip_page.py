@@ -15,116 +15,208 @@ from .cam_figures import Panel, cam_panels
 from .style import COLOURS, canvas, looks, rounded, span, styled
 
 # %% ../../nbs/50l_report.clip_page.ipynb #29d2d349
-ARM_WORDS = dict(zero_shot='as it came, through prompts', linear_probe='linear probe on frozen embeddings', knn='nearest training films', trained='after training, through prompts')
+ARM_WORDS = dict(
+    zero_shot='as it came, through prompts',
+    linear_probe='linear probe on frozen embeddings',
+    knn='nearest training films',
+    trained='after training, through prompts',
+)
 KEPT = 'No epoch was better on validation films than the weights as they came; these were kept.'
-_COLUMNS = dict(macro_auroc='AUROC', macro_auprc='AUPRC', macro_f1='F1', accuracy='accuracy', lrap='LRAP', exact_match='exact match', coverage_error='coverage error')
+_COLUMNS = dict(
+    macro_auroc='AUROC',
+    macro_auprc='AUPRC',
+    macro_f1='F1',
+    accuracy='accuracy',
+    lrap='LRAP',
+    exact_match='exact match',
+    coverage_error='coverage error',
+)
+
 
 def arm_words(
-    trained=None, # `Trained`; None: nothing was trained
-)->dict:          # arm -> what it is called
+    trained=None,  # `Trained`; None: nothing was trained
+) -> dict:  # arm -> what it is called
     "Names of the arms of a study."
-    return ARM_WORDS | (dict(trained='after training: kept as it came') if trained is not None and trained.epoch == 0 else {})
+    return ARM_WORDS | (
+        dict(trained='after training: kept as it came')
+        if trained is not None and trained.epoch == 0
+        else {}
+    )
 
 # %% ../../nbs/50l_report.clip_page.ipynb #3b5631c9
 def study_table(
-    metrics:pd.DataFrame, # from `benchmark`
-    digits:int=2,         # decimal places
-    words=ARM_WORDS,      # from `arm_words`
-)->pd.DataFrame:          # text; one row per arm and one for guessing, one column per number that exists
+    metrics: pd.DataFrame,  # from `benchmark`
+    digits: int = 2,  # decimal places
+    words=ARM_WORDS,  # from `arm_words`
+) -> pd.DataFrame:  # text; one row per arm and one for guessing, one column per number that exists
     "Means over classes and numbers per film, with 95 % intervals."
-    rows = metrics[(metrics.subgroup == 'all') & metrics.arm.isin(ARM_WORDS) & metrics.metric.isin(_COLUMNS)]
+    rows = metrics[
+        (metrics.subgroup == 'all') & metrics.arm.isin(ARM_WORDS) & metrics.metric.isin(_COLUMNS)
+    ]
     cell = lambda r: f'{rounded(r.value, digits)} ({span(r.ci_low, r.ci_high, digits, 1)})'
     held = {(r.arm, r.metric): cell(r) for r in rows.itertuples()}
     columns = [c for c in _COLUMNS if (rows.metric == c).any()]
     arms = [a for a in ARM_WORDS if (rows.arm == a).any()]
     chance = _chance(metrics[metrics.arm.isin(ARM_WORDS)])
-    return pd.DataFrame([[words[a], *(held.get((a, c), '–') for c in columns)] for a in arms] + [['guessing', *(rounded(chance.get(c), digits) for c in columns)]], columns=['arm', *(_COLUMNS[c] for c in columns)])
+    return pd.DataFrame(
+        [[words[a], *(held.get((a, c), '–') for c in columns)] for a in arms]
+        + [['guessing', *(rounded(chance.get(c), digits) for c in columns)]],
+        columns=['arm', *(_COLUMNS[c] for c in columns)],
+    )
+
 
 def _chance(metrics):
-    k, share = metrics.subgroup[metrics.subgroup.str.startswith('class=')].nunique(), metrics[metrics.metric == 'macro_prevalence'].value
-    return dict(macro_auroc=.5) | (dict(macro_auprc=share.iloc[0]) if len(share) else {}) | (dict(accuracy=1/k, exact_match=.5**k) if k else {})
+    k, share = (
+        metrics.subgroup[metrics.subgroup.str.startswith('class=')].nunique(),
+        metrics[metrics.metric == 'macro_prevalence'].value,
+    )
+    return (
+        dict(macro_auroc=0.5)
+        | (dict(macro_auprc=share.iloc[0]) if len(share) else {})
+        | (dict(accuracy=1 / k, exact_match=0.5**k) if k else {})
+    )
 
 # %% ../../nbs/50l_report.clip_page.ipynb #db85cd25
 @styled
 def history_figure(
-    history:pd.DataFrame, # from `train`: one row per epoch, epoch 0 before training
-    watched:str='loss',   # what decided which weights were kept
-):                        # Figure with `.alt`
+    history: pd.DataFrame,  # from `train`: one row per epoch, epoch 0 before training
+    watched: str = 'loss',  # what decided which weights were kept
+):  # Figure with `.alt`
     "Loss of training and validation, and what was watched, per epoch; a ring marks the weights that were kept."
     from matplotlib.ticker import MaxNLocator
+
     best = history[history.best == 1].iloc[-1]
     shown = [c for c in ('auroc', 'sensitivity', 'recall') if history[f'val_{c}'].notna().any()]
-    fig, axes = canvas(3.4*(1 + bool(shown)), 2.8, 1, 1 + bool(shown))
-    for name, c in (('train_loss', COLOURS[0]), ('val_loss', COLOURS[1])): axes[0, 0].plot(history.epoch, history[name], color=c, marker='.', label=dict(train_loss='training', val_loss='validation')[name])
+    fig, axes = canvas(3.4 * (1 + bool(shown)), 2.8, 1, 1 + bool(shown))
+    for name, c in (('train_loss', COLOURS[0]), ('val_loss', COLOURS[1])):
+        axes[0, 0].plot(
+            history.epoch,
+            history[name],
+            color=c,
+            marker='.',
+            label=dict(train_loss='training', val_loss='validation')[name],
+        )
     axes[0, 0].set(xlabel='epoch', ylabel='loss')
-    for name, look in looks(shown).items(): axes[0, 1].plot(history.epoch, history[f'val_{name}'], ms=4, label=name, **look)
-    if shown: axes[0, 1].set(xlabel='epoch', ylabel='on validation films', ylim=(-.02, 1.02))
-    for ax in axes[0]: ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=3, borderaxespad=.2); ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for name, look in looks(shown).items():
+        axes[0, 1].plot(history.epoch, history[f'val_{name}'], ms=4, label=name, **look)
+    if shown:
+        axes[0, 1].set(xlabel='epoch', ylabel='on validation films', ylim=(-0.02, 1.02))
+    for ax in axes[0]:
+        ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax = axes[0, 1] if watched in shown else axes[0, 0]
-    ax.plot(best.epoch, best[f'val_{watched}'], 'o', ms=11, mfc='none', mec='#000000', clip_on=False)
+    ax.plot(
+        best.epoch, best[f'val_{watched}'], 'o', ms=11, mfc='none', mec='#000000', clip_on=False
+    )
     fig.alt = f'Training over {int(history.epoch.max())} epochs. Best {watched} on validation films: {rounded(best[f"val_{watched}"], 3)} {f"after epoch {int(best.epoch)}" if best.epoch else "before training"}.'
     return fig
 
 # %% ../../nbs/50l_report.clip_page.ipynb #cc58be75
 def explained_panels(
-    found,            # `Explained`, or dict name -> `Explained` of the same films, e.g. one per method
-    per_finding:int=2, # films per finding
-    most:int=6,       # films at most
-):                    # Figure with `.alt`; `InputError` for credentialed data
+    found,  # `Explained`, or dict name -> `Explained` of the same films, e.g. one per method
+    per_finding: int = 2,  # films per finding
+    most: int = 6,  # films at most
+):  # Figure with `.alt`; `InputError` for credentialed data
     "Film, marks and maps side by side."
     ways = found if isinstance(found, dict) else {next(iter(found.maps.values())).method: found}
     first = next(iter(ways.values()))
     held, films = first.marked.readings, first.marked.films
     place = {f: k for k, f in enumerate(films.table.film_id)}
     keys = []
-    for c in films.classes: keys += sorted({k for k in first.maps if k[1] == c}, key=lambda k: content_hash(*k))[:per_finding]
-    marks = lambda f, c: {r.reader: held.masks[i] for i, r in enumerate(held.table.itertuples()) if (r.film_id, r.finding) == (f, c)}
-    panels = [Panel(c, first.marked.images[place[f]], marks(f, c), {n: w.maps[f, c] for n, w in ways.items()}, {n: _iou_note(w.rows, f, c) for n, w in ways.items()}) for f, c in keys[:most]]
+    for c in films.classes:
+        keys += sorted({k for k in first.maps if k[1] == c}, key=lambda k: content_hash(*k))[
+            :per_finding
+        ]
+    marks = lambda f, c: {
+        r.reader: held.masks[i]
+        for i, r in enumerate(held.table.itertuples())
+        if (r.film_id, r.finding) == (f, c)
+    }
+    panels = [
+        Panel(
+            c,
+            first.marked.images[place[f]],
+            marks(f, c),
+            {n: w.maps[f, c] for n, w in ways.items()},
+            {n: _iou_note(w.rows, f, c) for n, w in ways.items()},
+        )
+        for f, c in keys[:most]
+    ]
     return cam_panels(panels, films.attrs.get('access', 'open'))
+
 
 def _iou_note(rows, film, finding):
     at = rows[(rows.film_id == film) & (rows.finding == finding)].groupby('map').iou_area.mean()
-    return f"IoU {rounded(at['map'], 2)}, even map {rounded(at['uniform'], 2)}" if len(at) else 'no IoU: the map is empty, or the mark was not shown'
+    return (
+        f"IoU {rounded(at['map'], 2)}, even map {rounded(at['uniform'], 2)}"
+        if len(at)
+        else 'no IoU: the map is empty, or the mark was not shown'
+    )
 
 # %% ../../nbs/50l_report.clip_page.ipynb #eaaa0aa8
-METHOD_WORDS = dict(gradcam=('Grad-CAM', "Channels of the last layer whose patches still have a gradient, weighed by the gradient of the difference between the finding's logit and that of its absence (Selvaraju et al., ICCV 2017)."),
-                    rollout=('Attention rollout', 'The attention of all blocks multiplied, each mixed in equal parts with the identity (Abnar and Zuidema, ACL 2020). It knows nothing of the text: every finding has the same map.'),
-                    chefer=('Chefer relevance', "Attention of all blocks times the gradient of the difference between the finding's logit and that of its absence, its positive part added up block by block (Chefer, Gur and Wolf, ICCV 2021)."),
-                    legrad=('LeGrad', 'The positive part of the gradient with respect to the attention of the last blocks, each asked as if the tower ended there (Bousselham et al. 2024).'))
+METHOD_WORDS = dict(
+    gradcam=(
+        'Grad-CAM',
+        "Channels of the last layer whose patches still have a gradient, weighed by the gradient of the difference between the finding's logit and that of its absence (Selvaraju et al., ICCV 2017).",
+    ),
+    rollout=(
+        'Attention rollout',
+        'The attention of all blocks multiplied, each mixed in equal parts with the identity (Abnar and Zuidema, ACL 2020). It knows nothing of the text: every finding has the same map.',
+    ),
+    chefer=(
+        'Chefer relevance',
+        "Attention of all blocks times the gradient of the difference between the finding's logit and that of its absence, its positive part added up block by block (Chefer, Gur and Wolf, ICCV 2021).",
+    ),
+    legrad=(
+        'LeGrad',
+        'The positive part of the gradient with respect to the attention of the last blocks, each asked as if the tower ended there (Bousselham et al. 2024).',
+    ),
+)
+
 
 def explained_words(
-    found, # `Explained`
-)->str:
+    found,  # `Explained`
+) -> str:
     "How many films, patients and maps a section about maps rests on, and what was left out."
     films, maps = found.marked.films, list(found.maps.values())
     n = lambda k: shown(k, films.attrs.get('access', 'open'))
     left, empty = len(found.marked.readings.excluded), sum(m.empty for m in maps)
-    return (f'{n(len(films))} marked films of {n(films.table.patient_id.nunique())} patients, {n(len(maps))} maps, one per film and finding; {n(empty)} of them are empty and not counted; {n(left)} marks were left out. '
-            f'Deletion and insertion rest on {n(len(found.curves.drop_duplicates(["film_id", "finding"])))} maps of {n(found.curves.patient_id.nunique())} patients, {found.curves.attrs["steps"]} steps each.')
+    return (
+        f'{n(len(films))} marked films of {n(films.table.patient_id.nunique())} patients, {n(len(maps))} maps, one per film and finding; {n(empty)} of them are empty and not counted; {n(left)} marks were left out. '
+        f'Deletion and insertion rest on {n(len(found.curves.drop_duplicates(["film_id", "finding"])))} maps of {n(found.curves.patient_id.nunique())} patients, {found.curves.attrs["steps"]} steps each.'
+    )
 
 # %% ../../nbs/50l_report.clip_page.ipynb #4b071ca0
 def faithful_words(
-    found,                # `Explained`
-    metrics:pd.DataFrame, # its table, as it may be shown
-)->str:                   # '' where the numbers are withheld
+    found,  # `Explained`
+    metrics: pd.DataFrame,  # its table, as it may be shown
+) -> str:  # '' where the numbers are withheld
     "What deletion says about the map."
     at = metrics[metrics.subgroup == 'all'].set_index(['metric', 'arm'])
     gain, area = at.loc['deletion_gain_over_random', 'map'], at.value['deletion_area', 'map']
-    if not np.isfinite(gain.value): return ''
-    c = found.curves; start = c[(c.kind == 'deletion') & (c.order == 'map') & (c.fraction == 0)].score.mean()
+    if not np.isfinite(gain.value):
+        return ''
+    c = found.curves
+    start = c[(c.kind == 'deletion') & (c.order == 'map') & (c.fraction == 0)].score.mean()
     better, worse = gain.ci_low > 0, gain.ci_high < 0
-    if area > start + 1e-9: return f"On average the score rises as the marked cells go, {'less than' if better else 'more than' if worse else 'no differently from how it does'} in a random order: the film speaks for the text without them, and the map is not shown to be faithful here."
-    if better: return 'Taking away what the map marks lowers the score more than taking away at random.'
-    if worse: return 'Taking away what the map marks lowers the score less than taking away at random: the map is not faithful here.'
+    if area > start + 1e-9:
+        return f"On average the score rises as the marked cells go, {'less than' if better else 'more than' if worse else 'no differently from how it does'} in a random order: the film speaks for the text without them, and the map is not shown to be faithful here."
+    if better:
+        return 'Taking away what the map marks lowers the score more than taking away at random.'
+    if worse:
+        return 'Taking away what the map marks lowers the score less than taking away at random: the map is not faithful here.'
     return 'Taking away what the map marks does no more to the score than taking away at random might; nothing shows that the score rests on it.'
 
 # %% ../../nbs/50l_report.clip_page.ipynb #1916707a
 def cascade_words(
-    metrics:pd.DataFrame, # from `cascade_metrics`, as it may be shown
-)->str:                   # '' where nothing was measured or may be shown
+    metrics: pd.DataFrame,  # from `cascade_metrics`, as it may be shown
+) -> str:  # '' where nothing was measured or may be shown
     "Whether maps survive a tower that knows nothing."
     rows = metrics[metrics.metric == 'spearman'] if len(metrics) else metrics
-    if not len(rows) or not np.isfinite(rows.value.iloc[-1]): return ''
+    if not len(rows) or not np.isfinite(rows.value.iloc[-1]):
+        return ''
     last = rows.iloc[-1]
     said = f'With all weights of the image tower shuffled, the rank correlation with the map of the model is {rounded(last.value, 2)} ({span(last.ci_low, last.ci_high, 2, 1)})'
-    return said + (': part of the map is there whatever the model has learnt.' if last.ci_low > 0 else '.')
+    return said + (
+        ': part of the map is there whatever the model has learnt.' if last.ci_low > 0 else '.'
+    )

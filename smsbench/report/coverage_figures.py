@@ -13,39 +13,52 @@ from ..sms.coverage import TOLERANCE
 
 # %% ../../nbs/50n_report.coverage_figures.ipynb #b2fc02d1
 def coverage_points(
-    found:dict,     # what `run_grid` returned or wrote
-)->pd.DataFrame:    # family, rate, low, high, studies
+    found: dict,  # what `run_grid` returned or wrote
+) -> pd.DataFrame:  # family, rate, low, high, studies
     "Coverage of every judged interval."
     kept = ('rate', 'low', 'high')
-    rows = [dict(family=name.split(':')[0], **{k: r[k] for k in kept}, studies=r['n'])
-            for name, s in found['settings'].items() for r in s['coverage']]
+    rows = [
+        dict(family=name.split(':')[0], **{k: r[k] for k in kept}, studies=r['n'])
+        for name, s in found['settings'].items()
+        for r in s['coverage']
+    ]
     return pd.DataFrame(rows, columns=['family', 'rate', 'low', 'high', 'studies'])
 
+
 def error_points(
-    found:dict,     # what `run_grid` returned or wrote
-)->pd.DataFrame:    # family, verdict, rate, low, high, studies, undecided
+    found: dict,  # what `run_grid` returned or wrote
+) -> pd.DataFrame:  # family, verdict, rate, low, high, studies, undecided
     "False verdicts of the settings at the margin."
     rows = []
     for name, s in found['settings'].items():
         for v in s['verdicts']:
             for verdict, at in (('relies', 'excess'), ('ignores', 'moved')):
-                if abs(v[at] - v['margin']) > TOLERANCE: continue
-                rows.append(dict(family=name.split(':')[0], verdict=verdict, studies=v['n'],
-                                 **{k: v['false'][verdict][k] for k in ('rate', 'low', 'high')},
-                                 undecided=v['shares'].get('undecided', 0.)))
+                if abs(v[at] - v['margin']) > TOLERANCE:
+                    continue
+                rows.append(
+                    dict(
+                        family=name.split(':')[0],
+                        verdict=verdict,
+                        studies=v['n'],
+                        **{k: v['false'][verdict][k] for k in ('rate', 'low', 'high')},
+                        undecided=v['shares'].get('undecided', 0.0),
+                    )
+                )
     columns = ['family', 'verdict', 'rate', 'low', 'high', 'studies', 'undecided']
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/50n_report.coverage_figures.ipynb #f2a0a6a4
 def _rows(ax, names):
     "Name the rows of a panel, with a band behind every second."
-    for i in range(0, len(names), 2): ax.axhspan(i - .5, i + .5, color='#f3f4f5', lw=0, zorder=0)
-    ax.set(yticks=range(len(names)), ylim=(len(names) - .5, -.5))
+    for i in range(0, len(names), 2):
+        ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
+    ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
     ax.set_yticklabels([literal(n, 60) for n in names])
     ax.tick_params(axis='y', length=0)
-    ax.grid(axis='x', color='#d9dbdd', lw=.6)
+    ax.grid(axis='x', color='#d9dbdd', lw=0.6)
 
-def _spread(n, width=.6):
+
+def _spread(n, width=0.6):
     "Heights of n dots that share a row."
     return (np.arange(n) - (n - 1) / 2) * (width / max(n - 1, 1))
 
@@ -53,69 +66,76 @@ def _spread(n, width=.6):
 def _draw_coverage(ax, points, limit):
     names = list(dict.fromkeys(points.family))
     _rows(ax, names)
-    least = min(.85, points.rate.min())
+    least = min(0.85, points.rate.min())
     for i, name in enumerate(names):
         g = points[points.family == name].sort_values('rate')
         colour = np.where(g.rate < limit, COLOURS[1], COLOURS[0])
-        ax.scatter(g.rate, i + _spread(len(g)), s=9, c=colour, alpha=.6, lw=0)
-    ax.axvline(.95, color='#555555', lw=.9)
-    ax.axvline(limit, color=COLOURS[1], lw=.9, ls=(0, (4, 3)))
-    ax.set(xlim=(least - .02, 1.005), xlabel='coverage of 95 % intervals')
+        ax.scatter(g.rate, i + _spread(len(g)), s=9, c=colour, alpha=0.6, lw=0)
+    ax.axvline(0.95, color='#555555', lw=0.9)
+    ax.axvline(limit, color=COLOURS[1], lw=0.9, ls=(0, (4, 3)))
+    ax.set(xlim=(least - 0.02, 1.005), xlabel='coverage of 95 % intervals')
+
 
 def _draw_errors(ax, points, limits):
     names = list(dict.fromkeys(points.family))
     _rows(ax, names)
-    for verdict, colour, shift in (('relies', COLOURS[0], -.2), ('ignores', COLOURS[2], .2)):
+    for verdict, colour, shift in (('relies', COLOURS[0], -0.2), ('ignores', COLOURS[2], 0.2)):
         for i, name in enumerate(names):
             g = points[(points.family == name) & (points.verdict == verdict)]
-            y = i + shift + _spread(len(g), .3)
-            ax.hlines(y, g.low, g.high, color=colour, lw=.8, alpha=.5)
+            y = i + shift + _spread(len(g), 0.3)
+            ax.hlines(y, g.low, g.high, color=colour, lw=0.8, alpha=0.5)
             label = None if i else f"false '{verdict}'"
             ax.scatter(g.rate, y, s=12, color=colour, lw=0, label=label)
-        ax.axvline(limits[verdict], color=colour, lw=.9, ls=(0, (4, 3)))
-    widest = max(.12, points.high.max() * 1.02)
-    ax.set(xlim=(-.005, widest), xlabel='share of false verdicts at the margin')
+        ax.axvline(limits[verdict], color=colour, lw=0.9, ls=(0, (4, 3)))
+    widest = max(0.12, points.high.max() * 1.02)
+    ax.set(xlim=(-0.005, widest), xlabel='share of false verdicts at the margin')
     ax.legend(loc='lower right', fontsize=8)
 
 # %% ../../nbs/50n_report.coverage_figures.ipynb #8863be24
 @styled
 def coverage_figure(
-    found:dict, # what `run_grid` returned or wrote
-):              # Figure with `.alt`, or None where nothing was judged
+    found: dict,  # what `run_grid` returned or wrote
+):  # Figure with `.alt`, or None where nothing was judged
     "Coverage of all intervals, and false verdicts at the margin."
     parts = [p for p in (coverage_points(found), error_points(found)) if len(p)]
-    if not parts: return None
+    if not parts:
+        return None
     tall = max(p.family.nunique() for p in parts)
-    fig, axes = canvas(5.6 * len(parts), 1. + .3 * tall, 1, len(parts))
+    fig, axes = canvas(5.6 * len(parts), 1.0 + 0.3 * tall, 1, len(parts))
     for ax, p in zip(axes[0], parts):
-        if 'verdict' in p: _draw_errors(ax, p, found['limits'])
-        else: _draw_coverage(ax, p, found['limits']['coverage'])
+        if 'verdict' in p:
+            _draw_errors(ax, p, found['limits'])
+        else:
+            _draw_coverage(ax, p, found['limits']['coverage'])
     s = found['summary']
     told = [f"lowest coverage {percent(s['lowest_coverage'], 1)}"]
     for k, e in s['at_the_margin'].items():
-        if e['n']: told.append(f"false '{k}' at the margin {percent(e['rate'], 1)} of {e['n']}")
+        if e['n']:
+            told.append(f"false '{k}' at the margin {percent(e['rate'], 1)} of {e['n']}")
     fig.alt = f"Dot plots of {s['audits']} simulated audits: {', '.join(told)}."
     return fig
 
 # %% ../../nbs/50n_report.coverage_figures.ipynb #fb680b4e
 def plan_name(
-    plan:dict,   # what `plan_verdict` returned
-    shared=(),   # keys of the question that all plans share
-)->str:
+    plan: dict,  # what `plan_verdict` returned
+    shared=(),  # keys of the question that all plans share
+) -> str:
     "What distinguishes a plan."
     q = plan['question']
     parts = [f'{k} {_value(v)}' for k, v in q.items() if k not in shared]
     return ', '.join(parts) or q['verdict']
 
+
 def _value(v):
-    if isinstance(v, (list, tuple)): return '-'.join(map(str, v))
+    if isinstance(v, (list, tuple)):
+        return '-'.join(map(str, v))
     return f'{v:g}' if isinstance(v, float) else str(v)
 
 # %% ../../nbs/50n_report.coverage_figures.ipynb #9042cbd5
 @styled
 def power_figure(
-    plans:list[dict], # what `plan_verdict` returned
-):                    # Figure with `.alt`
+    plans: list[dict],  # what `plan_verdict` returned
+):  # Figure with `.alt`
     "Probability of a verdict against the number of patients."
     questions = [p['question'] for p in plans]
     same = lambda k: all(q[k] == questions[0][k] for q in questions)
@@ -125,17 +145,19 @@ def power_figure(
     for i, p in enumerate(plans):
         colour, name = COLOURS[i % len(COLOURS)], plan_name(p, shared)
         x, y, low, high = ([r[k] for r in p['points']] for k in ('patients', 'rate', 'low', 'high'))
-        ax.vlines(x, low, high, color=colour, lw=.9, alpha=.6)
+        ax.vlines(x, low, high, color=colour, lw=0.9, alpha=0.6)
         ax.plot(x, y, 'o-', color=colour, ms=4, lw=1.2, label=literal(name, 90))
-        if p['patients'] is not None: ax.axvline(p['patients'], color=colour, lw=.8, ls=(0, (2, 2)))
+        if p['patients'] is not None:
+            ax.axvline(p['patients'], color=colour, lw=0.8, ls=(0, (2, 2)))
         told.append(f"{name}: {p['patients'] or 'more than ' + str(max(x))} patients")
-    ax.axhline(plans[0]['wanted'], color='#555555', lw=.9, ls=(0, (4, 3)))
+    ax.axhline(plans[0]['wanted'], color='#555555', lw=0.9, ls=(0, (4, 3)))
     about = f"probability of '{questions[0]['verdict']}'"
-    ax.set(xscale='log', ylim=(-.02, 1.02), xlabel='patients', ylabel=about)
+    ax.set(xscale='log', ylim=(-0.02, 1.02), xlabel='patients', ylabel=about)
     ticks = sorted({r['patients'] for p in plans for r in p['points']})
     ax.set_xticks(ticks, [str(t) for t in ticks], fontsize=7)
     ax.minorticks_off()
-    ax.grid(color='#d9dbdd', lw=.6)
-    if len(plans) > 1: ax.legend(loc='lower right', fontsize=7.5)
+    ax.grid(color='#d9dbdd', lw=0.6)
+    if len(plans) > 1:
+        ax.legend(loc='lower right', fontsize=7.5)
     fig.alt = f"Probability of a verdict against the number of patients. {'; '.join(told)}."
     return fig

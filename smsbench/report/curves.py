@@ -17,52 +17,132 @@ from ..sms.shifts import ARMS
 # %% ../../nbs/50b_report.curves.ipynb #493ae5f5
 CURVE_ARMS = ('original', 'image_swap', 'text_swap', 'text_only', 'image_only')
 
+
 def reliability_curves(
-    plan:pd.DataFrame,        # the plan
-    predictions:pd.DataFrame, # answers of one or more models
-    arms=CURVE_ARMS,          # arms wanted; those the plan lacks are left out
-    minimum:int=10,           # smallest bin that is shown
-    n_boot:int=500,           # resamples of patients
-    seed:int=0,               # of the resampling
-)->pd.DataFrame:              # model, arm, then the columns of `reliability_curve`
+    plan: pd.DataFrame,  # the plan
+    predictions: pd.DataFrame,  # answers of one or more models
+    arms=CURVE_ARMS,  # arms wanted; those the plan lacks are left out
+    minimum: int = 10,  # smallest bin that is shown
+    n_boot: int = 500,  # resamples of patients
+    seed: int = 0,  # of the resampling
+) -> pd.DataFrame:  # model, arm, then the columns of `reliability_curve`
     "Reliability curves per model and arm; empty where no probability was recorded or a question has other than two choices."
     _, rows = next(subgroups(answer_table(plan, predictions)))
     rows = rows[rows.p.notna() & rows.arm.isin(arms)]
     binary = rows.probs.map(len).eq(2).all()
-    parts = [reliability_curve(g.p.to_numpy(), (g.label == g['first']).to_numpy(), g.patient_id.to_numpy(), minimum=minimum, n_boot=n_boot, seed=seed).assign(model=m, arm=a)
-             for (m, a), g in rows.groupby(['model', 'arm'])] if binary and len(rows) else []
-    if not parts: return pd.DataFrame(columns=['model', 'arm', 'from', 'to', 'prob', 'frequency', 'ci_low', 'ci_high', 'n', 'n_clusters', 'note'])
+    parts = (
+        [
+            reliability_curve(
+                g.p.to_numpy(),
+                (g.label == g['first']).to_numpy(),
+                g.patient_id.to_numpy(),
+                minimum=minimum,
+                n_boot=n_boot,
+                seed=seed,
+            ).assign(model=m, arm=a)
+            for (m, a), g in rows.groupby(['model', 'arm'])
+        ]
+        if binary and len(rows)
+        else []
+    )
+    if not parts:
+        return pd.DataFrame(
+            columns=[
+                'model',
+                'arm',
+                'from',
+                'to',
+                'prob',
+                'frequency',
+                'ci_low',
+                'ci_high',
+                'n',
+                'n_clusters',
+                'note',
+            ]
+        )
     table = pd.concat(parts, ignore_index=True)
-    return table[['model', 'arm', *[c for c in table if c not in ('model', 'arm')]]].sort_values(['model', 'arm'], key=lambda c: c.map({a: i for i, a in enumerate(ARMS)}) if c.name == 'arm' else c, kind='stable', ignore_index=True)
+    return table[['model', 'arm', *[c for c in table if c not in ('model', 'arm')]]].sort_values(
+        ['model', 'arm'],
+        key=lambda c: c.map({a: i for i, a in enumerate(ARMS)}) if c.name == 'arm' else c,
+        kind='stable',
+        ignore_index=True,
+    )
 
 # %% ../../nbs/50b_report.curves.ipynb #6341065b
 @styled
 def reliability_figure(
-    curves:pd.DataFrame,  # from `reliability_curves`
-    metrics:pd.DataFrame, # metrics table, for the calibration errors
-    delivery=None,        # what `prove_delivery` found
-):                        # Figure with `.alt`, or None where there are no curves
+    curves: pd.DataFrame,  # from `reliability_curves`
+    metrics: pd.DataFrame,  # metrics table, for the calibration errors
+    delivery=None,  # what `prove_delivery` found
+):  # Figure with `.alt`, or None where there are no curves
     "One row of panels per model, one panel per arm; the diagonal is perfect calibration."
-    if curves.empty: return None
-    models, arms, void = sorted(set(curves.model)), [a for a in ARMS if a in set(curves.arm)], void_arms(delivery)
+    if curves.empty:
+        return None
+    models, arms, void = (
+        sorted(set(curves.model)),
+        [a for a in ARMS if a in set(curves.arm)],
+        void_arms(delivery),
+    )
     styles, errors = looks(models), pick(metrics, 'ece').set_index(['model', 'arm'])
-    fig, axes = canvas(max(1.85 * len(arms), 3.4), .6 + 2 * len(models), len(models), len(arms), sharex=True, sharey=True)
-    for (i, j), ax in np.ndenumerate(axes): _panel(ax, curves[(curves.model == models[i]) & (curves.arm == arms[j])], styles[models[i]], _ece(errors, models[i], arms[j], void), i == 0, arms[j])
-    for m, ax in zip(models, axes[:, 0]): ax.set_ylabel(literal(m, 28), color=styles[m]['color'])
-    fig.supxlabel('probability of the first choice, as the model states it', fontsize=9); fig.supylabel('how often it is right', fontsize=9)
-    fig.alt = 'Reliability diagrams with 95 % intervals. Expected calibration error: ' + ' '.join(f"{m}: {', '.join(f'{a} {_ece(errors, m, a, void)}' for a in arms)}." for m in models)
+    fig, axes = canvas(
+        max(1.85 * len(arms), 3.4),
+        0.6 + 2 * len(models),
+        len(models),
+        len(arms),
+        sharex=True,
+        sharey=True,
+    )
+    for (i, j), ax in np.ndenumerate(axes):
+        _panel(
+            ax,
+            curves[(curves.model == models[i]) & (curves.arm == arms[j])],
+            styles[models[i]],
+            _ece(errors, models[i], arms[j], void),
+            i == 0,
+            arms[j],
+        )
+    for m, ax in zip(models, axes[:, 0]):
+        ax.set_ylabel(literal(m, 28), color=styles[m]['color'])
+    fig.supxlabel('probability of the first choice, as the model states it', fontsize=9)
+    fig.supylabel('how often it is right', fontsize=9)
+    fig.alt = 'Reliability diagrams with 95 % intervals. Expected calibration error: ' + ' '.join(
+        f"{m}: {', '.join(f'{a} {_ece(errors, m, a, void)}' for a in arms)}." for m in models
+    )
     return fig
 
+
 def _ece(errors, model, arm, void):
-    if (model, arm) in void: return 'void'
-    if (model, arm) not in errors.index: return '–'
+    if (model, arm) in void:
+        return 'void'
+    if (model, arm) not in errors.index:
+        return '–'
     e = errors.loc[(model, arm)]
     return f'{rounded(e.value, 2)} ({span(e.ci_low, e.ci_high, 2, 1)})'
 
+
 def _panel(ax, curve, style, error, top, arm):
-    ax.plot([0, 1], [0, 1], color='#777777', lw=.8, ls=(0, (4, 3)))
+    ax.plot([0, 1], [0, 1], color='#777777', lw=0.8, ls=(0, (4, 3)))
     seen = curve[curve.frequency.notna()]
     ax.vlines(seen.prob, seen.ci_low, seen.ci_high, color=style['color'], lw=1.2)
-    ax.plot(seen.prob, seen.frequency, color=style['color'], lw=.8, alpha=.5); ax.scatter(seen.prob, seen.frequency, s=8 + 50 * seen.n / max(curve.n.sum(), 1), color=style['color'], marker=style['marker'], ec='white', lw=.5, zorder=3)
-    ax.set(xlim=(-.04, 1.04), ylim=(-.04, 1.04), xticks=[0, .5, 1], yticks=[0, .5, 1], aspect='equal', title=f'{arm}\n' if top else ''); ax.grid(color='#e6e7e8', lw=.6)
+    ax.plot(seen.prob, seen.frequency, color=style['color'], lw=0.8, alpha=0.5)
+    ax.scatter(
+        seen.prob,
+        seen.frequency,
+        s=8 + 50 * seen.n / max(curve.n.sum(), 1),
+        color=style['color'],
+        marker=style['marker'],
+        ec='white',
+        lw=0.5,
+        zorder=3,
+    )
+    ax.set(
+        xlim=(-0.04, 1.04),
+        ylim=(-0.04, 1.04),
+        xticks=[0, 0.5, 1],
+        yticks=[0, 0.5, 1],
+        aspect='equal',
+        title=f'{arm}\n' if top else '',
+    )
+    ax.grid(color='#e6e7e8', lw=0.6)
     ax.text(0, 1.03, f'ECE {error}', fontsize=7.5, color='#333333', transform=ax.transAxes)

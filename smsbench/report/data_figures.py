@@ -16,158 +16,381 @@ from ..data.readers import read_image
 from .style import COLOURS, DASH, canvas, literal, percent, rounded, span, styled
 
 # %% ../../nbs/50e_report.data_figures.ipynb #f7df65ff
-SHADES = dict(serious='#B3261E', warning='#E69F00', note='#56B4E9', ok='#009E73') # severity -> colour
-SIGNS = dict(serious='X', warning='^', note='o', ok='s')                          # severity -> marker
+SHADES = dict(
+    serious='#B3261E', warning='#E69F00', note='#56B4E9', ok='#009E73'
+)  # severity -> colour
+SIGNS = dict(serious='X', warning='^', note='o', ok='s')  # severity -> marker
+
 
 def amount(
-    row, # of the audit's findings
-)->str:
+    row,  # of the audit's findings
+) -> str:
     "The number of a finding as a figure shows it."
-    if not np.isfinite(row.value): return DASH
-    if row.unit == 'share': return ('<1 %' if 0 < row.value < .005 else percent(row.value)) + (f'  ({span(row.low, row.high, 0)})' if np.isfinite(row.low) else '')
-    if row.unit == 'AUROC': return f'AUROC {rounded(row.value, 2)}  ({span(row.low, row.high, 2, 1)})'
+    if not np.isfinite(row.value):
+        return DASH
+    if row.unit == 'share':
+        return ('<1 %' if 0 < row.value < 0.005 else percent(row.value)) + (
+            f'  ({span(row.low, row.high, 0)})' if np.isfinite(row.low) else ''
+        )
+    if row.unit == 'AUROC':
+        return f'AUROC {rounded(row.value, 2)}  ({span(row.low, row.high, 2, 1)})'
     return f'{rounded(row.value, 0)} {row.unit}'
 
 # %% ../../nbs/50e_report.data_figures.ipynb #50fad201
 @styled
 def severity_figure(
-    findings:pd.DataFrame, # from `audit_files`
-):                         # Figure with `.alt`, or None without findings
+    findings: pd.DataFrame,  # from `audit_files`
+):  # Figure with `.alt`, or None without findings
     "What was looked for and what was found, as a table."
-    if findings.empty: return None
-    n, several = len(findings), findings.finding[findings.finding != ''].nunique() > 1; fig, ax = canvas(8.6, .5 + .235 * n); ax = ax[0, 0]
-    ax.set(xlim=(0, 1), ylim=(n - .5, -1.2)); ax.set_axis_off()
-    for x, head in ((.012, 'severity'), (.115, 'what was looked for'), (.36, 'where'), (.645, 'found'), (.985, 'of')): ax.text(x, -.85, head, color='#555555', fontsize=8, va='center', ha='right' if head == 'of' else 'left')
+    if findings.empty:
+        return None
+    n, several = len(findings), findings.finding[findings.finding != ''].nunique() > 1
+    fig, ax = canvas(8.6, 0.5 + 0.235 * n)
+    ax = ax[0, 0]
+    ax.set(xlim=(0, 1), ylim=(n - 0.5, -1.2))
+    ax.set_axis_off()
+    for x, head in (
+        (0.012, 'severity'),
+        (0.115, 'what was looked for'),
+        (0.36, 'where'),
+        (0.645, 'found'),
+        (0.985, 'of'),
+    ):
+        ax.text(
+            x,
+            -0.85,
+            head,
+            color='#555555',
+            fontsize=8,
+            va='center',
+            ha='right' if head == 'of' else 'left',
+        )
     for i, r in enumerate(findings.itertuples()):
-        if i % 2 == 0: ax.axhspan(i - .5, i + .5, color='#f3f4f5', lw=0)
+        if i % 2 == 0:
+            ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0)
         strong = 'bold' if r.severity in SEVERITIES[:2] else 'normal'
-        ax.plot(.018, i, SIGNS[r.severity], ms=6, color=SHADES[r.severity], mec='white', mew=.5); ax.text(.034, i, r.severity, va='center', fontsize=8.5, weight=strong)
+        ax.plot(0.018, i, SIGNS[r.severity], ms=6, color=SHADES[r.severity], mec='white', mew=0.5)
+        ax.text(0.034, i, r.severity, va='center', fontsize=8.5, weight=strong)
         where = r.subject if r.subject != 'all' else ''
-        if r.finding and several: where = f'{where} ({r.finding})' if where else r.finding
-        for x, t in ((.115, literal(r.check, 34)), (.36, literal(where, 40)), (.645, amount(r))): ax.text(x, i, t, va='center', fontsize=8.5, weight=strong)
-        ax.text(.985, i, f'{r.n:,}' if not pd.isna(r.n) else '<10', va='center', ha='right', fontsize=8.5)
-    counts = findings.severity.value_counts(); bad = findings[findings.severity.isin(SEVERITIES[:2])]
-    fig.alt = 'Table of the file audit: ' + ', '.join(f'{counts[s]} {s}' for s in SEVERITIES if s in counts) + '. ' + ' '.join(f'{r.severity}: {r.check}, {r.subject}: {amount(r)}.' for r in bad.itertuples())
+        if r.finding and several:
+            where = f'{where} ({r.finding})' if where else r.finding
+        for x, t in ((0.115, literal(r.check, 34)), (0.36, literal(where, 40)), (0.645, amount(r))):
+            ax.text(x, i, t, va='center', fontsize=8.5, weight=strong)
+        ax.text(
+            0.985,
+            i,
+            f'{r.n:,}' if not pd.isna(r.n) else '<10',
+            va='center',
+            ha='right',
+            fontsize=8.5,
+        )
+    counts = findings.severity.value_counts()
+    bad = findings[findings.severity.isin(SEVERITIES[:2])]
+    fig.alt = (
+        'Table of the file audit: '
+        + ', '.join(f'{counts[s]} {s}' for s in SEVERITIES if s in counts)
+        + '. '
+        + ' '.join(f'{r.severity}: {r.check}, {r.subject}: {amount(r)}.' for r in bad.itertuples())
+    )
     return fig
 
 # %% ../../nbs/50e_report.data_figures.ipynb #7e02b63b
 def told_rows(
-    audited, # `FileAudit`
-)->pd.DataFrame: # line, finding, auroc, low, high, severity ('' for all but the strongest of a line)
+    audited,  # `FileAudit`
+) -> (
+    pd.DataFrame
+):  # line, finding, auroc, low, high, severity ('' for all but the strongest of a line)
     "All AUROCs of the audit, line by line."
-    parts = [audited.tables[k].assign(line=name) for k, name in (('naming', 'names the diagnosis'), ('words', 'words of the text'), ('questions', 'words of the question')) if k in audited.tables]
-    parts += [audited.tables['shortcuts'].assign(line=lambda d: d.attribute)] if 'shortcuts' in audited.tables else []
-    rows = pd.concat([p[['line', 'finding', 'auroc', 'low', 'high']] for p in parts if len(p)] or [pd.DataFrame(columns=['line', 'finding', 'auroc', 'low', 'high'])], ignore_index=True).drop_duplicates(['line', 'finding'])
-    judged = {('names the diagnosis' if r.check == 'label words' else r.check if r.check.startswith('words') else r.subject, r.finding): r.severity for r in audited.findings.itertuples() if r.check in ('shortcut', 'label words') or r.check.startswith('words')}
+    parts = [
+        audited.tables[k].assign(line=name)
+        for k, name in (
+            ('naming', 'names the diagnosis'),
+            ('words', 'words of the text'),
+            ('questions', 'words of the question'),
+        )
+        if k in audited.tables
+    ]
+    parts += (
+        [audited.tables['shortcuts'].assign(line=lambda d: d.attribute)]
+        if 'shortcuts' in audited.tables
+        else []
+    )
+    rows = pd.concat(
+        [p[['line', 'finding', 'auroc', 'low', 'high']] for p in parts if len(p)]
+        or [pd.DataFrame(columns=['line', 'finding', 'auroc', 'low', 'high'])],
+        ignore_index=True,
+    ).drop_duplicates(['line', 'finding'])
+    judged = {
+        (
+            'names the diagnosis'
+            if r.check == 'label words'
+            else r.check
+            if r.check.startswith('words')
+            else r.subject,
+            r.finding,
+        ): r.severity
+        for r in audited.findings.itertuples()
+        if r.check in ('shortcut', 'label words') or r.check.startswith('words')
+    }
     return rows.assign(severity=[judged.get((r.line, r.finding), '') for r in rows.itertuples()])
 
 # %% ../../nbs/50e_report.data_figures.ipynb #8a8fd8e6
 @styled
 def shortcut_figure(
-    audited, # `FileAudit`
-):           # Figure with `.alt`, or None where nothing could be measured
+    audited,  # `FileAudit`
+):  # Figure with `.alt`, or None where nothing could be measured
     "AUROC of each attribute alone, with intervals over patients and the line of chance."
     rows = told_rows(audited)
-    if rows.empty: return None
-    best = rows[rows.severity != ''].sort_values('auroc', ascending=False, kind='stable'); order = list(best.line)
-    fig, ax = canvas(8.6, 1.05 + .3 * len(order)); ax = ax[0, 0]
-    for i in range(0, len(order), 2): ax.axhspan(i - .5, i + .5, color='#f3f4f5', lw=0, zorder=0)
-    for r in rows[rows.severity == ''].itertuples(): ax.plot(r.auroc, order.index(r.line), 'o', ms=3.5, color='#9aa0a6', mec='white', mew=.4)
+    if rows.empty:
+        return None
+    best = rows[rows.severity != ''].sort_values('auroc', ascending=False, kind='stable')
+    order = list(best.line)
+    fig, ax = canvas(8.6, 1.05 + 0.3 * len(order))
+    ax = ax[0, 0]
+    for i in range(0, len(order), 2):
+        ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
+    for r in rows[rows.severity == ''].itertuples():
+        ax.plot(r.auroc, order.index(r.line), 'o', ms=3.5, color='#9aa0a6', mec='white', mew=0.4)
     for i, r in enumerate(best.itertuples()):
-        ax.plot([r.low, r.high], [i, i], color=SHADES[r.severity], lw=1.8, solid_capstyle='butt'); ax.plot(r.auroc, i, SIGNS[r.severity], ms=7, color=SHADES[r.severity], mec='white', mew=.6)
-        ax.text(1.01, i, f'{rounded(r.auroc, 2)}  ({span(r.low, r.high, 2, 1)})', transform=ax.get_yaxis_transform(), va='center', fontsize=8)
-    ax.axvline(.5, color='#333333', lw=.9, ls=(0, (4, 3))); low = min(.4, np.floor(10 * rows[['low', 'auroc']].min().min()) / 10)
-    names = [literal(r.line + (f' ({r.finding})' if rows.finding.nunique() > 1 else ''), 44) for r in best.itertuples()]
-    ax.set(xlim=(low, 1.01), ylim=(len(order) - .5, -.5), yticks=range(len(order)), xlabel='AUROC of this alone, across patients (dashed: chance)'); ax.set_yticklabels(names); ax.tick_params(axis='y', length=0); ax.grid(axis='x', color='#d9dbdd', lw=.6)
+        ax.plot([r.low, r.high], [i, i], color=SHADES[r.severity], lw=1.8, solid_capstyle='butt')
+        ax.plot(r.auroc, i, SIGNS[r.severity], ms=7, color=SHADES[r.severity], mec='white', mew=0.6)
+        ax.text(
+            1.01,
+            i,
+            f'{rounded(r.auroc, 2)}  ({span(r.low, r.high, 2, 1)})',
+            transform=ax.get_yaxis_transform(),
+            va='center',
+            fontsize=8,
+        )
+    ax.axvline(0.5, color='#333333', lw=0.9, ls=(0, (4, 3)))
+    low = min(0.4, np.floor(10 * rows[['low', 'auroc']].min().min()) / 10)
+    names = [
+        literal(r.line + (f' ({r.finding})' if rows.finding.nunique() > 1 else ''), 44)
+        for r in best.itertuples()
+    ]
+    ax.set(
+        xlim=(low, 1.01),
+        ylim=(len(order) - 0.5, -0.5),
+        yticks=range(len(order)),
+        xlabel='AUROC of this alone, across patients (dashed: chance)',
+    )
+    ax.set_yticklabels(names)
+    ax.tick_params(axis='y', length=0)
+    ax.grid(axis='x', color='#d9dbdd', lw=0.6)
     _severity_legend(fig, set(best.severity), (rows.severity == '').any())
-    fig.alt = 'Dot plot with 95 % intervals: AUROC with which each attribute alone tells the label; chance is 0.50. ' + ' '.join(f'{r.line} ({r.finding}): {rounded(r.auroc, 2)} ({span(r.low, r.high, 2, 1)}), {r.severity}.' for r in best.itertuples())
+    fig.alt = (
+        'Dot plot with 95 % intervals: AUROC with which each attribute alone tells the label; chance is 0.50. '
+        + ' '.join(
+            f'{r.line} ({r.finding}): {rounded(r.auroc, 2)} ({span(r.low, r.high, 2, 1)}), {r.severity}.'
+            for r in best.itertuples()
+        )
+    )
     return fig
+
 
 def _severity_legend(fig, used, others):
     from matplotlib.lines import Line2D
-    marks = [(Line2D([], [], ls='', ms=6.5, marker=SIGNS[s], color=SHADES[s], mec='white'), s) for s in SEVERITIES if s in used] + ([(Line2D([], [], ls='', ms=4, marker='o', color='#9aa0a6', mec='white'), 'other questions')] if others else [])
+
+    marks = [
+        (Line2D([], [], ls='', ms=6.5, marker=SIGNS[s], color=SHADES[s], mec='white'), s)
+        for s in SEVERITIES
+        if s in used
+    ] + (
+        [(Line2D([], [], ls='', ms=4, marker='o', color='#9aa0a6', mec='white'), 'other questions')]
+        if others
+        else []
+    )
     fig.legend(*zip(*marks), loc='outside upper left', ncols=len(marks))
 
 # %% ../../nbs/50e_report.data_figures.ipynb #4052663b
 def count_rows(
-    audited,        # `FileAudit`
-    by:str='split', # 'split', or a stratum
-)->pd.DataFrame:    # finding, group, label, samples (NaN where hidden)
+    audited,  # `FileAudit`
+    by: str = 'split',  # 'split', or a stratum
+) -> pd.DataFrame:  # finding, group, label, samples (NaN where hidden)
     "Counts that a bar can be drawn from."
-    t = audited.tables['labels'].rename(columns=dict(split='group')) if by == 'split' else audited.tables['strata'].query('stratum == @by').rename(columns=dict(level='group'))
-    return t[['finding', 'group', 'label']].assign(samples=pd.to_numeric(t.samples, errors='coerce').astype(float))
+    t = (
+        audited.tables['labels'].rename(columns=dict(split='group'))
+        if by == 'split'
+        else audited.tables['strata'].query('stratum == @by').rename(columns=dict(level='group'))
+    )
+    return t[['finding', 'group', 'label']].assign(
+        samples=pd.to_numeric(t.samples, errors='coerce').astype(float)
+    )
 
 # %% ../../nbs/50e_report.data_figures.ipynb #fef4d005
 _SPLITS = ('train', 'training', 'val', 'valid', 'validate', 'validation', 'dev', 'test')
 
+
 def _place(group):
     "Splits in their order, '<18' before '18-39', what is unknown last."
-    return (_SPLITS.index(group) if group in _SPLITS else 9, group in ('unknown', '(none)', '(rare)', 'withheld'), not group.startswith('<'), group)
+    return (
+        _SPLITS.index(group) if group in _SPLITS else 9,
+        group in ('unknown', '(none)', '(rare)', 'withheld'),
+        not group.startswith('<'),
+        group,
+    )
+
 
 @styled
 def counts_figure(
-    audited,        # `FileAudit`
-    by:str='split', # 'split', or a stratum
-    most:int=8,     # questions that are drawn
-):                  # Figure with `.alt`, or None where there is no such column
+    audited,  # `FileAudit`
+    by: str = 'split',  # 'split', or a stratum
+    most: int = 8,  # questions that are drawn
+):  # Figure with `.alt`, or None where there is no such column
     "Samples per class, in each split or level, for each question."
     rows = count_rows(audited, by)
-    if rows.empty: return None
-    asked, groups, labels = list(dict.fromkeys(rows.finding)), sorted(set(rows.group), key=_place), sorted(set(rows.label), key=lambda c: (c != 'yes', c))
-    cols = min(len(asked), 3, most); lines = -(-min(len(asked), most) // cols); fig, axes = canvas(8.6, .55 + lines * (.45 + .24 * len(groups)), lines, cols, sharex=True, sharey=True)
+    if rows.empty:
+        return None
+    asked, groups, labels = (
+        list(dict.fromkeys(rows.finding)),
+        sorted(set(rows.group), key=_place),
+        sorted(set(rows.label), key=lambda c: (c != 'yes', c)),
+    )
+    cols = min(len(asked), 3, most)
+    lines = -(-min(len(asked), most) // cols)
+    fig, axes = canvas(
+        8.6, 0.55 + lines * (0.45 + 0.24 * len(groups)), lines, cols, sharex=True, sharey=True
+    )
     colours = {c: (COLOURS * 9)[i] for i, c in enumerate(labels)}
     for ax, f in zip(axes.ravel(), asked[:most]):
-        grid = rows[rows.finding == f].pivot(index='group', columns='label', values='samples').reindex(groups).reindex(columns=labels); left = np.zeros(len(groups))
-        for c in labels: ax.barh(range(len(groups)), grid[c].fillna(0), left=left, height=.68, color=colours[c], ec='white', lw=.6, label=literal(c, 24)); left += grid[c].fillna(0).to_numpy()
-        first = {g: f'{k:,.0f} {labels[0]} of ' if len(labels) == 2 and np.isfinite(k) else '' for g, k in grid[labels[0]].items()}
+        grid = (
+            rows[rows.finding == f]
+            .pivot(index='group', columns='label', values='samples')
+            .reindex(groups)
+            .reindex(columns=labels)
+        )
+        left = np.zeros(len(groups))
+        for c in labels:
+            ax.barh(
+                range(len(groups)),
+                grid[c].fillna(0),
+                left=left,
+                height=0.68,
+                color=colours[c],
+                ec='white',
+                lw=0.6,
+                label=literal(c, 24),
+            )
+            left += grid[c].fillna(0).to_numpy()
+        first = {
+            g: f'{k:,.0f} {labels[0]} of ' if len(labels) == 2 and np.isfinite(k) else ''
+            for g, k in grid[labels[0]].items()
+        }
         hidden = {*rows.group[(rows.finding == f) & rows.samples.isna()]}
-        for i, (g, total) in enumerate(zip(groups, left)): ax.text(total, i, f" {first[g]}{total:,.0f}{' + hidden' if g in hidden else ''}", va='center', fontsize=7.5, color='#444444')
-        ax.set(title=literal(f, 34), ylim=(len(groups) - .5, -.5), yticks=range(len(groups))); ax.set_yticklabels([literal(g, 22) for g in groups]); ax.tick_params(axis='y', length=0); ax.margins(x=.34 if cols > 1 else .12); ax.locator_params(axis='x', nbins=4)
-    for ax in axes.ravel()[min(len(asked), most):]: ax.set_axis_off()
-    handles = axes[0, 0].get_legend_handles_labels(); fig.legend(*handles, loc='outside upper left', ncols=min(len(labels), 8)); fig.supxlabel(f'samples per {by}', fontsize=9)
-    fig.alt = f'Bars: samples per {literal(by)} and class. ' + ' '.join(f"{f}: {', '.join(f'{g} ' + '/'.join(rounded(v, 0) for v in d.set_index('label').samples.reindex(labels)) for g, d in q.groupby('group'))} ({'/'.join(labels)})." for f, q in rows.groupby('finding', sort=False))
+        for i, (g, total) in enumerate(zip(groups, left)):
+            ax.text(
+                total,
+                i,
+                f" {first[g]}{total:,.0f}{' + hidden' if g in hidden else ''}",
+                va='center',
+                fontsize=7.5,
+                color='#444444',
+            )
+        ax.set(title=literal(f, 34), ylim=(len(groups) - 0.5, -0.5), yticks=range(len(groups)))
+        ax.set_yticklabels([literal(g, 22) for g in groups])
+        ax.tick_params(axis='y', length=0)
+        ax.margins(x=0.34 if cols > 1 else 0.12)
+        ax.locator_params(axis='x', nbins=4)
+    for ax in axes.ravel()[min(len(asked), most) :]:
+        ax.set_axis_off()
+    handles = axes[0, 0].get_legend_handles_labels()
+    fig.legend(*handles, loc='outside upper left', ncols=min(len(labels), 8))
+    fig.supxlabel(f'samples per {by}', fontsize=9)
+    fig.alt = f'Bars: samples per {literal(by)} and class. ' + ' '.join(
+        f"{f}: {', '.join(f'{g} ' + '/'.join(rounded(v, 0) for v in d.set_index('label').samples.reindex(labels)) for g, d in q.groupby('group'))} ({'/'.join(labels)})."
+        for f, q in rows.groupby('finding', sort=False)
+    )
     return fig
 
 # %% ../../nbs/50e_report.data_figures.ipynb #7406dfa2
 def choose_pairs(
-    audited,             # `FileAudit` of open data
-    cohort:pd.DataFrame, # its cohort
-    most:int=4,          # pairs at most
-)->pd.DataFrame:         # ref_a, ref_b, distance, split_a, split_b, patient_a, patient_b
+    audited,  # `FileAudit` of open data
+    cohort: pd.DataFrame,  # its cohort
+    most: int = 4,  # pairs at most
+) -> pd.DataFrame:  # ref_a, ref_b, distance, split_a, split_b, patient_a, patient_b
     "Pairs across splits first, then across patients, then the rest. `InputError` for credentialed data."
-    if cohort.attrs.get('access') != 'open': raise InputError('pictures of credentialed data are not shown')
-    pairs, about = audited.tables.get('duplicates', pd.DataFrame(columns=['ref_a', 'ref_b', 'distance'])), cohort.drop_duplicates('image').set_index('image')
-    out = pairs.assign(**{f'{name}_{e}': pairs[f'ref_{e}'].map(about[column]) for name, column in (('split', 'split'), ('patient', 'patient_id')) for e in 'ab'})
+    if cohort.attrs.get('access') != 'open':
+        raise InputError('pictures of credentialed data are not shown')
+    pairs, about = (
+        audited.tables.get('duplicates', pd.DataFrame(columns=['ref_a', 'ref_b', 'distance'])),
+        cohort.drop_duplicates('image').set_index('image'),
+    )
+    out = pairs.assign(
+        **{
+            f'{name}_{e}': pairs[f'ref_{e}'].map(about[column])
+            for name, column in (('split', 'split'), ('patient', 'patient_id'))
+            for e in 'ab'
+        }
+    )
     rank = 2 * (out.split_a == out.split_b) + (out.patient_a == out.patient_b)
-    return out.assign(rank=rank).sort_values(['rank', 'distance', 'ref_a', 'ref_b'], kind='stable').head(most).drop(columns='rank').reset_index(drop=True)
+    return (
+        out.assign(rank=rank)
+        .sort_values(['rank', 'distance', 'ref_a', 'ref_b'], kind='stable')
+        .head(most)
+        .drop(columns='rank')
+        .reset_index(drop=True)
+    )
 
 # %% ../../nbs/50e_report.data_figures.ipynb #3ac22c75
 def thumbnail(
-    image:np.ndarray, # (H,W) or (H,W,3) uint8
-    side:int=128,     # pixels of the longer side
-)->np.ndarray:
+    image: np.ndarray,  # (H,W) or (H,W,3) uint8
+    side: int = 128,  # pixels of the longer side
+) -> np.ndarray:
     "A small copy."
     from PIL import Image
-    im = Image.fromarray(image); im.thumbnail((side, side))
+
+    im = Image.fromarray(image)
+    im.thumbnail((side, side))
     return np.asarray(im)
 
 # %% ../../nbs/50e_report.data_figures.ipynb #c88927ae
 @styled
 def pairs_figure(
-    audited,             # `FileAudit` of open data
-    cohort:pd.DataFrame, # its cohort
-    root='',             # data root; the cohort's own where it is empty
-    most:int=4,          # pairs at most
-):                       # Figure with `.alt`, or None where no image occurs twice
+    audited,  # `FileAudit` of open data
+    cohort: pd.DataFrame,  # its cohort
+    root='',  # data root; the cohort's own where it is empty
+    most: int = 4,  # pairs at most
+):  # Figure with `.alt`, or None where no image occurs twice
     "Films that occur twice, side by side. `InputError` for credentialed data."
-    chosen = choose_pairs(audited, cohort, most); root = root or cohort.attrs.get('root') or '.'
-    if chosen.empty: return None
+    chosen = choose_pairs(audited, cohort, most)
+    root = root or cohort.attrs.get('root') or '.'
+    if chosen.empty:
+        return None
     fig, axes = canvas(2.1 * len(chosen), 4.3, 2, len(chosen))
-    for ax in axes.ravel(): ax.set_axis_off()
+    for ax in axes.ravel():
+        ax.set_axis_off()
     for r, column in zip(chosen.itertuples(), axes.T):
-        for ax, ref, split, patient in ((column[0], r.ref_a, r.split_a, r.patient_a), (column[1], r.ref_b, r.split_b, r.patient_b)):
-            image = thumbnail(read_phantom(ref) if ref.startswith('phantom:') else read_image(root, ref))
-            ax.imshow(image, cmap='gray' if image.ndim == 2 else None, vmin=0, vmax=255, interpolation='nearest'); ax.set_title(literal(f'{split or "no split"}, patient {patient}', 30), fontsize=7.5)
-        column[1].text(.5, -.04, 'same pixels' if r.distance < 0 else f'hashes differ in {r.distance} of 64 bits', transform=column[1].transAxes, ha='center', va='top', fontsize=7.5, color='#444444')
-    fig.alt = 'Pairs of images that occur twice: ' + '; '.join(f"{r.split_a or 'no split'} and {r.split_b or 'no split'}, {'the same pixels' if r.distance < 0 else f'{r.distance} of 64 bits apart'}" for r in chosen.itertuples()) + '.'
+        for ax, ref, split, patient in (
+            (column[0], r.ref_a, r.split_a, r.patient_a),
+            (column[1], r.ref_b, r.split_b, r.patient_b),
+        ):
+            image = thumbnail(
+                read_phantom(ref) if ref.startswith('phantom:') else read_image(root, ref)
+            )
+            ax.imshow(
+                image,
+                cmap='gray' if image.ndim == 2 else None,
+                vmin=0,
+                vmax=255,
+                interpolation='nearest',
+            )
+            ax.set_title(literal(f'{split or "no split"}, patient {patient}', 30), fontsize=7.5)
+        column[1].text(
+            0.5,
+            -0.04,
+            'same pixels' if r.distance < 0 else f'hashes differ in {r.distance} of 64 bits',
+            transform=column[1].transAxes,
+            ha='center',
+            va='top',
+            fontsize=7.5,
+            color='#444444',
+        )
+    fig.alt = (
+        'Pairs of images that occur twice: '
+        + '; '.join(
+            f"{r.split_a or 'no split'} and {r.split_b or 'no split'}, {'the same pixels' if r.distance < 0 else f'{r.distance} of 64 bits apart'}"
+            for r in chosen.itertuples()
+        )
+        + '.'
+    )
     return fig

@@ -19,16 +19,17 @@ from ..sms.metrics import answer_table, subgroups
 
 # %% ../../nbs/50d_report.examples.ipynb #7d12c50a
 def open_only(
-    results, # `Results` of a run
+    results,  # `Results` of a run
 ):
     "`InputError` unless the data may be shown."
-    if not results.open: raise InputError('pictures and texts of credentialed data are not shown in a report')
+    if not results.open:
+        raise InputError('pictures and texts of credentialed data are not shown in a report')
 
 # %% ../../nbs/50d_report.examples.ipynb #38b08ba5
 def film(
-    results,       # `Results` of a run
-    sample_id:str, # whose picture
-)->np.ndarray:     # (H,W) or (H,W,3) uint8
+    results,  # `Results` of a run
+    sample_id: str,  # whose picture
+) -> np.ndarray:  # (H,W) or (H,W,3) uint8
     "A sample's picture; `InputError` where it may not be shown or cannot be read."
     open_only(results)
     ref = results.cohort.set_index('sample_id').image[sample_id]
@@ -36,42 +37,91 @@ def film(
 
 # %% ../../nbs/50d_report.examples.ipynb #5f9b1e2a
 def choose_examples(
-    results,     # `Results` of a run
-    arms=('image_swap', 'text_swap'), # where to look for flips
-    most:int=6,  # examples at most
-)->pd.DataFrame: # finding, sample_id, arm, model, image_id, text_id, label, donor_label, before, after
+    results,  # `Results` of a run
+    arms=('image_swap', 'text_swap'),  # where to look for flips
+    most: int = 6,  # examples at most
+) -> (
+    pd.DataFrame
+):  # finding, sample_id, arm, model, image_id, text_id, label, donor_label, before, after
     "One flip per arm and model: right under `original`, wrong here. `InputError` for credentialed data."
     open_only(results)
     _, rows = next(subgroups(answer_table(results.plan, results.predictions)))
-    base = rows[rows.arm == 'original'].set_index(['model', 'sample_id'])[['said', 'correct', 'parsed']].add_prefix('base_')
+    base = (
+        rows[rows.arm == 'original']
+        .set_index(['model', 'sample_id'])[['said', 'correct', 'parsed']]
+        .add_prefix('base_')
+    )
     both = rows[rows.arm.isin(arms)].join(base, on=['model', 'sample_id'])
     void = void_arms(results.delivery)
-    shown = np.array([not void & {(m, a), (m, 'original')} for m, a in zip(both.model, both.arm)], dtype=bool)          # what never arrived is no example
-    flips = both[both.base_correct.eq(True) & both.parsed & ~both.correct & shown].sort_values('trial_id')
-    chosen = flips.groupby(['arm', 'model'], sort=True).head(1).drop_duplicates('trial_id').sort_values(['arm', 'trial_id']).head(most)
+    shown = np.array(
+        [not void & {(m, a), (m, 'original')} for m, a in zip(both.model, both.arm)], dtype=bool
+    )  # what never arrived is no example
+    flips = both[both.base_correct.eq(True) & both.parsed & ~both.correct & shown].sort_values(
+        'trial_id'
+    )
+    chosen = (
+        flips.groupby(['arm', 'model'], sort=True)
+        .head(1)
+        .drop_duplicates('trial_id')
+        .sort_values(['arm', 'trial_id'])
+        .head(most)
+    )
     donor = np.where(chosen.image_id != chosen.sample_id, chosen.image_label, chosen.text_label)
-    return chosen.assign(donor_label=donor, before=chosen.base_said, after=chosen.said)[['finding', 'sample_id', 'arm', 'model', 'image_id', 'text_id', 'label', 'donor_label', 'before', 'after']].reset_index(drop=True)
+    return chosen.assign(donor_label=donor, before=chosen.base_said, after=chosen.said)[
+        [
+            'finding',
+            'sample_id',
+            'arm',
+            'model',
+            'image_id',
+            'text_id',
+            'label',
+            'donor_label',
+            'before',
+            'after',
+        ]
+    ].reset_index(drop=True)
 
 # %% ../../nbs/50d_report.examples.ipynb #6d1bfc66
 def example_answers(
-    results,      # `Results` of a run
-    sample_id:str, # the sample
-    arm:str,      # the arm shown beside `original`
+    results,  # `Results` of a run
+    sample_id: str,  # the sample
+    arm: str,  # the arm shown beside `original`
     donors=None,  # (image_id, text_id) that were shown; None takes the first draw of donors
-)->pd.DataFrame:  # model, before, p_before, after, p_after, label: P is that of the sample's own label
+) -> (
+    pd.DataFrame
+):  # model, before, p_before, after, p_after, label: P is that of the sample's own label
     "What every model said about a sample, before and after."
-    plan = results.plan[(results.plan.sample_id == sample_id) & results.plan.arm.isin(['original', arm])]
+    plan = results.plan[
+        (results.plan.sample_id == sample_id) & results.plan.arm.isin(['original', arm])
+    ]
     plan.attrs = results.plan.attrs
     mine = results.predictions[results.predictions.trial_id.isin(plan.trial_id)]
     _, rows = next(subgroups(answer_table(plan, mine)))
     if donors is not None:
-        rows = rows[(rows.arm == 'original') | (rows.image_id == donors[0]) & (rows.text_id == donors[1])]
-    said = {a: {r.model: (r.said or f'({r.parse_status})', _own_p(r)) for r in rows[rows.arm == a][::-1].itertuples()}
-            for a in ('original', arm)}
+        rows = rows[
+            (rows.arm == 'original') | (rows.image_id == donors[0]) & (rows.text_id == donors[1])
+        ]
+    said = {
+        a: {
+            r.model: (r.said or f'({r.parse_status})', _own_p(r))
+            for r in rows[rows.arm == a][::-1].itertuples()
+        }
+        for a in ('original', arm)
+    }
     both = [m for m in sorted(said['original']) if m in said[arm]]
     keys = ('before', 'p_before', 'after', 'p_after')
-    return pd.DataFrame([dict(model=m, **dict(zip(keys, said['original'][m] + said[arm][m])), label=rows.label.iloc[0])
-                         for m in both])
+    return pd.DataFrame(
+        [
+            dict(
+                model=m,
+                **dict(zip(keys, said['original'][m] + said[arm][m])),
+                label=rows.label.iloc[0],
+            )
+            for m in both
+        ]
+    )
+
 
 def _own_p(row):
     "Probability of the sample's own label, of two choices."
@@ -81,26 +131,55 @@ def _own_p(row):
 # %% ../../nbs/50d_report.examples.ipynb #c71781f5
 @styled
 def example_figure(
-    pictures,     # list of (title, (H,W) or (H,W,3) uint8, boxes): what stands above, the picture, regions to outline
-    alt:str='',   # description
-):                # Figure with `.alt`
+    pictures,  # list of (title, (H,W) or (H,W,3) uint8, boxes): what stands above, the picture, regions to outline
+    alt: str = '',  # description
+):  # Figure with `.alt`
     "Pictures side by side."
     from matplotlib.patches import Rectangle
+
     fig, axes = canvas(2.7 * len(pictures), 2.95, 1, len(pictures))
     for ax, (title, image, boxes) in zip(axes[0], pictures):
-        ax.imshow(image, cmap='gray' if image.ndim == 2 else None, vmin=0, vmax=255, interpolation='nearest'); ax.set_title(literal(title, 44), fontsize=8.5); ax.set_axis_off()
-        for x0, y0, x1, y1 in boxes: ax.add_patch(Rectangle((x0 - .5, y0 - .5), x1 - x0, y1 - y0, fill=False, ec='#E69F00', lw=1.6))
+        ax.imshow(
+            image,
+            cmap='gray' if image.ndim == 2 else None,
+            vmin=0,
+            vmax=255,
+            interpolation='nearest',
+        )
+        ax.set_title(literal(title, 44), fontsize=8.5)
+        ax.set_axis_off()
+        for x0, y0, x1, y1 in boxes:
+            ax.add_patch(
+                Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, ec='#E69F00', lw=1.6)
+            )
     fig.alt = alt or 'Pictures: ' + '; '.join(t for t, _, _ in pictures)
     return fig
 
 # %% ../../nbs/50d_report.examples.ipynb #94f0de40
 def example_pictures(
-    results,   # `Results` of a run
-    example,   # a row of `choose_examples`
-    noun:str='image', # what a picture is called
-):             # pictures for `example_figure`
+    results,  # `Results` of a run
+    example,  # a row of `choose_examples`
+    noun: str = 'image',  # what a picture is called
+):  # pictures for `example_figure`
     "Own and shown picture of an example."
     own = results.cohort.set_index('sample_id').loc[example.sample_id]
     boxes = json.loads(own.get('boxes') or '[]')
-    pictures = [(f'own {noun} ({example.finding}: {example.label})', film(results, example.sample_id), boxes)]
-    return pictures if example.image_id == example.sample_id else [*pictures, (f'shown instead ({example.finding}: {example.donor_label})', film(results, example.image_id), [])]
+    pictures = [
+        (
+            f'own {noun} ({example.finding}: {example.label})',
+            film(results, example.sample_id),
+            boxes,
+        )
+    ]
+    return (
+        pictures
+        if example.image_id == example.sample_id
+        else [
+            *pictures,
+            (
+                f'shown instead ({example.finding}: {example.donor_label})',
+                film(results, example.image_id),
+                [],
+            ),
+        ]
+    )

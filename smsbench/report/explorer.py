@@ -12,7 +12,14 @@ from functools import lru_cache
 import numpy as np
 
 from ..core import InputError, RunError
-from .attention_figures import GROUPS, choose_maps, film_arrived, lift, marked, shared_top
+from smsbench.report.attention_figures import (
+    GROUPS,
+    choose_maps,
+    film_arrived,
+    lift,
+    marked,
+    shared_top,
+)
 from .examples import film
 from .html import Html, details, join, markup
 from .style import percent, rounded
@@ -21,159 +28,337 @@ from ..sms.map_store import kept_map
 
 # %% ../../nbs/52_report.explorer.ipynb #f792bd10
 def tile(
-    image,            # (H,W) or (H,W,3) uint8
-    values=None,      # (h,w) map; NaN: not shown to the model; None: the film alone
-    boxes=(),         # boxes in pixels of the film
-    mask=None,        # (H,W) bool, outlined where there is no box
-    top:float=4.,     # value at which the colour is full
-    signed:bool=False, # colours from −top to top
-    height:int=300,   # pixels of the picture
-):                    # a PIL image
+    image,  # (H,W) or (H,W,3) uint8
+    values=None,  # (h,w) map; NaN: not shown to the model; None: the film alone
+    boxes=(),  # boxes in pixels of the film
+    mask=None,  # (H,W) bool, outlined where there is no box
+    top: float = 4.0,  # value at which the colour is full
+    signed: bool = False,  # colours from −top to top
+    height: int = 300,  # pixels of the picture
+):  # a PIL image
     "One film with one map over it."
     from matplotlib import colormaps
     from PIL import Image, ImageDraw
-    h, w = image.shape[:2]; size = (max(1, round(w*height/h)), height)
+
+    h, w = image.shape[:2]
+    size = (max(1, round(w * height / h)), height)
     out = Image.fromarray(image).convert('RGB').resize(size, Image.BILINEAR)
     if values is not None:
-        seen = ~np.isnan(values); v = np.nan_to_num(values)
-        rgba = colormaps['RdBu_r' if signed else 'inferno'](np.clip((v + top)/(2*top) if signed else v/top, 0, 1))
-        rgba[..., 3] = np.where(seen, .85*np.clip(np.abs(v)/top, 0, 1)**.6, .55); rgba[~seen, :3] = .25
-        over = Image.fromarray((rgba*255).astype(np.uint8), 'RGBA').resize(size, Image.NEAREST)
+        seen = ~np.isnan(values)
+        v = np.nan_to_num(values)
+        rgba = colormaps['RdBu_r' if signed else 'inferno'](
+            np.clip((v + top) / (2 * top) if signed else v / top, 0, 1)
+        )
+        rgba[..., 3] = np.where(seen, 0.85 * np.clip(np.abs(v) / top, 0, 1) ** 0.6, 0.55)
+        rgba[~seen, :3] = 0.25
+        over = Image.fromarray((rgba * 255).astype(np.uint8), 'RGBA').resize(size, Image.NEAREST)
         out = Image.alpha_composite(out.convert('RGBA'), over).convert('RGB')
     if mask is not None and not len(boxes):
-        big = np.asarray(Image.fromarray(mask).resize(size, Image.NEAREST)); inner = big.copy()
+        big = np.asarray(Image.fromarray(mask).resize(size, Image.NEAREST))
+        inner = big.copy()
         for k in (0, 1):
-            for s in (-2, 2): inner &= np.roll(big, s, k)
-        a = np.array(out); a[big & ~inner] = (77, 255, 184); out = Image.fromarray(a)
+            for s in (-2, 2):
+                inner &= np.roll(big, s, k)
+        a = np.array(out)
+        a[big & ~inner] = (77, 255, 184)
+        out = Image.fromarray(a)
     draw = ImageDraw.Draw(out)
-    for b in boxes: draw.rectangle([float(x)*height/h for x in b], outline='#4DFFB8', width=2)
+    for b in boxes:
+        draw.rectangle([float(x) * height / h for x in b], outline='#4DFFB8', width=2)
     return out
+
 
 def _strip(tiles, gap=8):
     from PIL import Image
-    out = Image.new('RGB', (sum(t.width for t in tiles) + gap*(len(tiles) - 1), tiles[0].height), 'white'); x = 0
-    for t in tiles: out.paste(t, (x, 0)); x += t.width + gap
-    buffer = io.BytesIO(); out.save(buffer, format='png', compress_level=1)
+
+    out = Image.new(
+        'RGB', (sum(t.width for t in tiles) + gap * (len(tiles) - 1), tiles[0].height), 'white'
+    )
+    x = 0
+    for t in tiles:
+        out.paste(t, (x, 0))
+        x += t.width + gap
+    buffer = io.BytesIO()
+    out.save(buffer, format='png', compress_level=1)
     return buffer.getvalue()
 
 # %% ../../nbs/52_report.explorer.ipynb #f2be9f71
 def shares_html(
-    shares:dict, # group -> share, 0..1
-)->Html:
+    shares: dict,  # group -> share, 0..1
+) -> Html:
     "A stacked bar of shares."
     parts = [(g, float(shares.get(g) or 0), c) for g, c in GROUPS.items()]
-    bar = join(markup('<span style="display:inline-block;height:14px;width:{}%;background:{}" title="{} {}"></span>', f'{100*v:.2f}', c, g, percent(v)) for g, v, c in parts if v > 0)
-    return markup('<div style="width:100%;white-space:nowrap;overflow:hidden;font-size:0">{}</div><div class="smsbench-shares" style="font-size:12px;line-height:1.5">{}</div>', bar, ', '.join(f'{g} {percent(v)}' for g, v, _ in parts if v >= .005))
+    bar = join(
+        markup(
+            '<span style="display:inline-block;height:14px;width:{}%;background:{}" title="{} {}"></span>',
+            f'{100 * v:.2f}',
+            c,
+            g,
+            percent(v),
+        )
+        for g, v, c in parts
+        if v > 0
+    )
+    return markup(
+        '<div style="width:100%;white-space:nowrap;overflow:hidden;font-size:0">{}</div><div class="smsbench-shares" style="font-size:12px;line-height:1.5">{}</div>',
+        bar,
+        ', '.join(f'{g} {percent(v)}' for g, v, _ in parts if v >= 0.005),
+    )
 
 # %% ../../nbs/52_report.explorer.ipynb #42efdec9
 class Explorer:
     "The views of a run: `view(...)` redraws one, `widget()` is the knobs; shown in a notebook it is both."
-    def __init__(self,
-        results,       # `AttendResults` of open data
-        height:int=240, # pixels of the pictures
+
+    def __init__(
+        self,
+        results,  # `AttendResults` of open data
+        height: int = 240,  # pixels of the pictures
     ):
-        if not results.open: raise InputError('pictures of credentialed data are not shown; the metrics and figures of the report say what may be said')
-        self.results, self.height, self.store, self.seconds = results, height, results.store, 0.
+        if not results.open:
+            raise InputError(
+                'pictures of credentialed data are not shown; the metrics and figures of the report say what may be said'
+            )
+        self.results, self.height, self.store, self.seconds = results, height, results.store, 0.0
         plan = results.plan[results.plan.variant == 'plain']
         self.trials = {(t.sample_id, t.arm): t for t in plan.itertuples(index=False)}
-        p = results.predictions; self.said = {(r.model, r.trial_id): r for r in p.itertuples()}
+        p = results.predictions
+        self.said = {(r.model, r.trial_id): r for r in p.itertuples()}
         order = choose_maps(results, 10**6)
         self.samples = [*order, *(s for s in dict.fromkeys(plan.sample_id) if s not in set(order))]
-        self.arms, self.queries, self.methods = [a for a in results.plan.attrs['arms'] if a in set(plan.arm)], list(results.config['queries']), list(results.config['methods'])
-        one = {m: next((self.store.rows(*k) for k in self.store.where if k[0] == m), None) for m in results.models}
-        self.layers = ['all', 'last_half', 'last_quarter', *sorted({l for r in one.values() if r for l in r.layers})]
-        self.heads = ['mean'] + ([] if results.config['keep'] == 'pooled' else ['max', 'entropy', *range(max(r.weights.shape[1] for r in one.values() if r))])
-        self._film, self._marked = lru_cache(32)(lambda i: film(results, i)), lru_cache(32)(lambda i: marked(results, i))
-        self.view(self.samples[0])                                                         # the first view also loads libraries
+        self.arms, self.queries, self.methods = (
+            [a for a in results.plan.attrs['arms'] if a in set(plan.arm)],
+            list(results.config['queries']),
+            list(results.config['methods']),
+        )
+        one = {
+            m: next((self.store.rows(*k) for k in self.store.where if k[0] == m), None)
+            for m in results.models
+        }
+        self.layers = [
+            'all',
+            'last_half',
+            'last_quarter',
+            *sorted({l for r in one.values() if r for l in r.layers}),
+        ]
+        self.heads = ['mean'] + (
+            []
+            if results.config['keep'] == 'pooled'
+            else ['max', 'entropy', *range(max(r.weights.shape[1] for r in one.values() if r))]
+        )
+        self._film, self._marked = (
+            lru_cache(32)(lambda i: film(results, i)),
+            lru_cache(32)(lambda i: marked(results, i)),
+        )
+        self.view(self.samples[0])  # the first view also loads libraries
 
-    def view(self,
-        sample:str, # sample id
-        arm:str='', # '' the first
-        query:str='', # '' the first
-        method:str='raw', # a kept method
-        layer='all', # of `layers`
-        head='mean', # of `heads`
-    )->tuple[bytes, Html]: # a PNG (film, each model's map, the difference of two) and what stands below
+    def view(
+        self,
+        sample: str,  # sample id
+        arm: str = '',  # '' the first
+        query: str = '',  # '' the first
+        method: str = 'raw',  # a kept method
+        layer='all',  # of `layers`
+        head='mean',  # of `heads`
+    ) -> tuple[
+        bytes, Html
+    ]:  # a PNG (film, each model's map, the difference of two) and what stands below
         "Redraw; `InputError` where this sample has no such trial."
         begin, arm, query = time.perf_counter(), arm or self.arms[0], query or self.queries[0]
         t = self.trials.get((sample, arm))
-        if t is None: raise InputError(f'sample {sample} was not shown in the arm {arm}')
+        if t is None:
+            raise InputError(f'sample {sample} was not shown in the arm {arm}')
         lifts, below = {}, []
         for m in self.results.models:
-            try: found = self._map(m, t.trial_id, method, query, layer, head); lifts[m] = lift(found); under = shares_html(found.shares)
-            except (InputError, RunError) as e: under = markup('<div style="font-size:12px">{}</div>', e)
+            try:
+                found = self._map(m, t.trial_id, method, query, layer, head)
+                lifts[m] = lift(found)
+                under = shares_html(found.shares)
+            except (InputError, RunError) as e:
+                under = markup('<div style="font-size:12px">{}</div>', e)
             below.append(self._below(m, t, under))
-        top = shared_top(lifts.values()); pictures = self._pictures(t.image_id, lifts, top)
-        png, html = _strip(pictures), self._captions(t, query, top, below, pictures[0].width, len(lifts) == 2)
+        top = shared_top(lifts.values())
+        pictures = self._pictures(t.image_id, lifts, top)
+        png, html = (
+            _strip(pictures),
+            self._captions(t, query, top, below, pictures[0].width, len(lifts) == 2),
+        )
         self.seconds = time.perf_counter() - begin
         return png, html
 
     def _map(self, model, trial_id, method, query, layer, head):
-        if film_arrived(self.results.delivery, model) == 'no': raise RunError('void: its film did not arrive')
-        return kept_map(self.store.rows(model, trial_id, method), query, (layer,) if isinstance(layer, int) else layer, head)
+        if film_arrived(self.results.delivery, model) == 'no':
+            raise RunError('void: its film did not arrive')
+        return kept_map(
+            self.store.rows(model, trial_id, method),
+            query,
+            (layer,) if isinstance(layer, int) else layer,
+            head,
+        )
 
     def _pictures(self, image_id, lifts, top):
         "The film, each model's map over it (the film alone where there is none), the difference of two."
-        image, (boxes, mask), (h, models) = self._film(image_id), self._marked(image_id), (self.height, self.results.models)
-        out = [tile(image, None, boxes, mask, height=h)] + [tile(image, lifts.get(m), boxes, mask, top, height=h) for m in models]
-        if len(models) == len(lifts) == 2: a, b = lifts.values(); out.append(tile(image, a - b, boxes, mask, top, True, h))
+        image, (boxes, mask), (h, models) = (
+            self._film(image_id),
+            self._marked(image_id),
+            (self.height, self.results.models),
+        )
+        out = [tile(image, None, boxes, mask, height=h)] + [
+            tile(image, lifts.get(m), boxes, mask, top, height=h) for m in models
+        ]
+        if len(models) == len(lifts) == 2:
+            a, b = lifts.values()
+            out.append(tile(image, a - b, boxes, mask, top, True, h))
         return out
 
     def _captions(self, trial, query, top, below, width, two):
         "What stands below each picture."
-        column = lambda inner: markup('<div style="width:{}px;margin-right:8px;font-size:12px">{}</div>', width, inner)
-        first = markup('<b>{}: {}</b><br>arm {}, query {}<br>colour full at {} × even', trial.finding, trial.label, trial.arm, query, rounded(top, 1))
-        return markup('<div style="display:flex;color:#222">{}</div>', join(map(column, [first, *below, *(['difference, first − second'] if two and len(self.results.models) == 2 else [])])))
+        column = lambda inner: markup(
+            '<div style="width:{}px;margin-right:8px;font-size:12px">{}</div>', width, inner
+        )
+        first = markup(
+            '<b>{}: {}</b><br>arm {}, query {}<br>colour full at {} × even',
+            trial.finding,
+            trial.label,
+            trial.arm,
+            query,
+            rounded(top, 1),
+        )
+        return markup(
+            '<div style="display:flex;color:#222">{}</div>',
+            join(
+                map(
+                    column,
+                    [
+                        first,
+                        *below,
+                        *(
+                            ['difference, first − second']
+                            if two and len(self.results.models) == 2
+                            else []
+                        ),
+                    ],
+                )
+            ),
+        )
 
     def _below(self, model, trial, rest):
         r = self.said.get((model, trial.trial_id))
-        if r is None or r.parse_status != 'ok' or not len(r.logprobs): return markup('<div style="font-size:12px"><b>{}</b>: {}</div>{}', model, r.parse_status if r is not None else 'not asked', rest)
-        choices = list(self.results.plan.attrs['tasks'][trial.finding]['choices']); lp = np.asarray(r.logprobs, float); own = choices.index(trial.label)
-        return markup('<div style="font-size:12px"><b>{}</b><br><span class="smsbench-answer">says {} ({}), margin of the label {}</span></div>{}', model, r.answer, percent(np.exp(lp.max())/np.exp(lp).sum()), rounded(lp[own] - np.delete(lp, own).max(), 2), rest)
+        if r is None or r.parse_status != 'ok' or not len(r.logprobs):
+            return markup(
+                '<div style="font-size:12px"><b>{}</b>: {}</div>{}',
+                model,
+                r.parse_status if r is not None else 'not asked',
+                rest,
+            )
+        choices = list(self.results.plan.attrs['tasks'][trial.finding]['choices'])
+        lp = np.asarray(r.logprobs, float)
+        own = choices.index(trial.label)
+        return markup(
+            '<div style="font-size:12px"><b>{}</b><br><span class="smsbench-answer">says {} ({}), margin of the label {}</span></div>{}',
+            model,
+            r.answer,
+            percent(np.exp(lp.max()) / np.exp(lp).sum()),
+            rounded(lp[own] - np.delete(lp, own).max(), 2),
+            rest,
+        )
 
     def widget(self):
         "The knobs over the pictures (ipywidgets)."
         import ipywidgets as w
-        wide = dict(layout=w.Layout(width='auto', min_width='260px'), style=dict(description_width='60px'))
+
+        wide = dict(
+            layout=w.Layout(width='auto', min_width='260px'), style=dict(description_width='60px')
+        )
         names = {f'{i}. {self._finding(s)} · {s}': s for i, s in enumerate(self.samples, 1)}
-        knobs = dict(sample=w.Dropdown(options=names, description='sample', **wide), arm=w.Dropdown(options=self.arms, description='arm', **wide), query=w.Dropdown(options=self.queries, description='query', **wide),
-                     method=w.Dropdown(options=self.methods, description='method', **wide), layer=w.SelectionSlider(options=self.layers, description='layer', **wide), head=w.SelectionSlider(options=self.heads, description='head', **wide))
+        knobs = dict(
+            sample=w.Dropdown(options=names, description='sample', **wide),
+            arm=w.Dropdown(options=self.arms, description='arm', **wide),
+            query=w.Dropdown(options=self.queries, description='query', **wide),
+            method=w.Dropdown(options=self.methods, description='method', **wide),
+            layer=w.SelectionSlider(options=self.layers, description='layer', **wide),
+            head=w.SelectionSlider(options=self.heads, description='head', **wide),
+        )
         picture, text, clock = w.Image(format='png'), w.HTML(), w.HTML()
-        for a, name in ((picture, 'smsbench-picture'), (text, 'smsbench-text'), (clock, 'smsbench-clock')): a.add_class(name)
+        for a, name in (
+            (picture, 'smsbench-picture'),
+            (text, 'smsbench-text'),
+            (clock, 'smsbench-clock'),
+        ):
+            a.add_class(name)
+
         def redraw(_=None):
-            try: picture.value, text.value = (lambda p, h: (p, h.text))(*self.view(**{k: v.value for k, v in knobs.items()}))
-            except (InputError, RunError) as e: picture.value, text.value = b'', markup('<p>{}</p>', e).text   # no old picture beside a new message
-            clock.value = f'<span style="color:#888;font-size:11px">redrawn in {1000*self.seconds:.0f} ms</span>'
-        for k in knobs.values(): k.observe(redraw, names='value')
+            try:
+                picture.value, text.value = (lambda p, h: (p, h.text))(
+                    *self.view(**{k: v.value for k, v in knobs.items()})
+                )
+            except (InputError, RunError) as e:
+                picture.value, text.value = (
+                    b'',
+                    markup('<p>{}</p>', e).text,
+                )  # no old picture beside a new message
+            clock.value = f'<span style="color:#888;font-size:11px">redrawn in {1000 * self.seconds:.0f} ms</span>'
+
+        for k in knobs.values():
+            k.observe(redraw, names='value')
         redraw()
         picture.layout = w.Layout(width='max-content', max_width='none')
-        return w.VBox([w.HBox([knobs[k] for k in ('sample', 'arm')]), w.HBox([knobs[k] for k in ('query', 'method')]), w.HBox([knobs[k] for k in ('layer', 'head')]), picture, text, clock])
+        return w.VBox(
+            [
+                w.HBox([knobs[k] for k in ('sample', 'arm')]),
+                w.HBox([knobs[k] for k in ('query', 'method')]),
+                w.HBox([knobs[k] for k in ('layer', 'head')]),
+                picture,
+                text,
+                clock,
+            ]
+        )
 
-    def _finding(self, sample): return next(t.finding for (s, _), t in self.trials.items() if s == sample)
+    def _finding(self, sample):
+        return next(t.finding for (s, _), t in self.trials.items() if s == sample)
 
-    def static(self,
-        most:int=2, # samples
-    )->Html:
+    def static(
+        self,
+        most: int = 2,  # samples
+    ) -> Html:
         "Pictures for where widgets cannot run: the first samples, layer by layer."
         parts = []
         for s in self.samples[:most]:
             for layer in ['all', *[l for l in self.layers if isinstance(l, int)][-3:]]:
-                try: png, html = self.view(s, layer=layer)
-                except (InputError, RunError) as e: parts.append(markup('<p>{}, layer {}: {}</p>', s, layer, e)); continue
-                parts.append(markup('<figure><img alt="{}" src="data:image/png;base64,{}">{}<figcaption>{}, layer {}</figcaption></figure>', f'Film of sample {s}, the maps of {", ".join(self.results.models)} in layer {layer}, and their difference', base64.b64encode(png).decode(), html, s, layer))
+                try:
+                    png, html = self.view(s, layer=layer)
+                except (InputError, RunError) as e:
+                    parts.append(markup('<p>{}, layer {}: {}</p>', s, layer, e))
+                    continue
+                parts.append(
+                    markup(
+                        '<figure><img alt="{}" src="data:image/png;base64,{}">{}<figcaption>{}, layer {}</figcaption></figure>',
+                        f'Film of sample {s}, the maps of {", ".join(self.results.models)} in layer {layer}, and their difference',
+                        base64.b64encode(png).decode(),
+                        html,
+                        s,
+                        layer,
+                    )
+                )
         return join(parts)
 
     def _ipython_display_(self):
         "Widgets for whoever can run them, and folded below them pictures, which a page keeps."
         from IPython.display import HTML, display
-        try: display(self.widget())
-        except ImportError: display(HTML('<p>The knobs need ipywidgets (pip install ipywidgets); these are the same views as pictures.</p>'))
+
+        try:
+            display(self.widget())
+        except ImportError:
+            display(
+                HTML(
+                    '<p>The knobs need ipywidgets (pip install ipywidgets); these are the same views as pictures.</p>'
+                )
+            )
         display(HTML(details('The same as pictures', self.static()).text))
 
 # %% ../../nbs/52_report.explorer.ipynb #119017a3
 def explore(
-    run,            # run directory (path), or `AttendResults`
-    height:int=240, # pixels of the pictures
-)->Explorer:
+    run,  # run directory (path), or `AttendResults`
+    height: int = 240,  # pixels of the pictures
+) -> Explorer:
     "The explorer of a finished run of `smsbench attend`; `InputError` for credentialed data and for an unfinished run."
     return Explorer(run if hasattr(run, 'looks') else load_attention(run), height)

@@ -14,8 +14,22 @@ from typing import NamedTuple
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, Run, content_hash, environment, read_json, write_json, write_table
-from ..clip.curves import classification_report, confusion_matrix, decision_counts, reliability_curves, score_curves
+from smsbench.core import (
+    InputError,
+    Run,
+    content_hash,
+    environment,
+    read_json,
+    write_json,
+    write_table,
+)
+from smsbench.clip.curves import (
+    classification_report,
+    confusion_matrix,
+    decision_counts,
+    reliability_curves,
+    score_curves,
+)
 from ..clip.evaluate import classification_metrics
 from ..clip.probe import embedded, few_shot, knn_probe, linear_probe
 from ..clip.prompts import check_prompts, prompts_for
@@ -24,55 +38,103 @@ from ..clip.scores import Thresholds, choose_thresholds, zero_shot
 from ..clip.seen import overlap, read_seen
 from ..clip.space import coordinates, space_metrics
 from ..data.manifest import shown as count_text
-from .clip_figures import classes_figure, confusion_figure, curves_figure, embedding_figure, few_shot_figure, reliability_panels, retrieval_figure
+from smsbench.report.clip_figures import (
+    classes_figure,
+    confusion_figure,
+    curves_figure,
+    embedding_figure,
+    few_shot_figure,
+    reliability_panels,
+    retrieval_figure,
+)
 from .style import rounded, span
 from .tables import class_table, latex_table, shareable, shareable_curve
 
 # %% ../../nbs/50ha_report.external.ipynb #f2b3ce0e
 class External(NamedTuple):
     "What `external_validation` found; everything also lies in its folder."
-    metrics: pd.DataFrame # metrics table: zero-shot, retrieval, embedding space, linear probe, nearest neighbours
-    tables: dict          # name -> DataFrame, as written to tables/NAME.csv and .tex
-    figures: dict         # name -> Figure, as written to figures/NAME.png
-    notes: list           # what a reader must know
-    tested: int           # films that the numbers of the whole table rest on
+
+    metrics: (
+        pd.DataFrame
+    )  # metrics table: zero-shot, retrieval, embedding space, linear probe, nearest neighbours
+    tables: dict  # name -> DataFrame, as written to tables/NAME.csv and .tex
+    figures: dict  # name -> Figure, as written to figures/NAME.png
+    notes: list  # what a reader must know
+    tested: int  # films that the numbers of the whole table rest on
 
 # %% ../../nbs/50ha_report.external.ipynb #1e9284ea
 def external_validation(
-    checkpoint,        # folder of `save_clip`, a path, or any name that `load_clip` knows
-    cohort,            # cohort table, its `Holding`, or `Films`
-    out,               # run directory for tables, figures and numbers
-    pretrained:str='', # beside a name of open_clip: its tag, a file, or 'random'
-    thresholds=None,   # `Thresholds`; None takes thresholds.json of the checkpoint (see `keep_thresholds`)
-    prompts=None,      # prompts; None takes prompts.json of the checkpoint where it fits the classes, else the default ones
-    seen:str='refuse', # films the checkpoint has seen: 'refuse' or 'drop'
-    splits=(),         # splits to measure; () takes all films, or the test films where the cohort has train, val and test
-    few_shots=(1, 2, 4, 8, 16), # labelled films per side of a class, where the cohort has train, val and test; () leaves probes out
-    picture:str='pca', # of the embedding space; or 'umap'
-    device:str='auto', # where the model runs
-    batch_size:int=64, # images at once
-    n_boot:int=1000,   # resamples of patients
-    seed:int=0,        # of resampling and draws
-)->External:
+    checkpoint,  # folder of `save_clip`, a path, or any name that `load_clip` knows
+    cohort,  # cohort table, its `Holding`, or `Films`
+    out,  # run directory for tables, figures and numbers
+    pretrained: str = '',  # beside a name of open_clip: its tag, a file, or 'random'
+    thresholds=None,  # `Thresholds`; None takes thresholds.json of the checkpoint (see `keep_thresholds`)
+    prompts=None,  # prompts; None takes prompts.json of the checkpoint where it fits the classes, else the default ones
+    seen: str = 'refuse',  # films the checkpoint has seen: 'refuse' or 'drop'
+    splits=(),  # splits to measure; () takes all films, or the test films where the cohort has train, val and test
+    few_shots=(
+        1,
+        2,
+        4,
+        8,
+        16,
+    ),  # labelled films per side of a class, where the cohort has train, val and test; () leaves probes out
+    picture: str = 'pca',  # of the embedding space; or 'umap'
+    device: str = 'auto',  # where the model runs
+    batch_size: int = 64,  # images at once
+    n_boot: int = 1000,  # resamples of patients
+    seed: int = 0,  # of resampling and draws
+) -> External:
     "Measure a checkpoint on a cohort it has not seen; `InputError` where it has."
     from smsbench.clip.data import Films, films_of, read_films
     from smsbench.clip.models import image_embeddings, load_clip
-    coordinates(np.eye(4), picture)                                                # one that is not known or not installed is refused now
-    if seen not in ('refuse', 'drop'): raise InputError(f"films that were seen: {seen!r}; choose 'refuse' or 'drop'")
+
+    coordinates(np.eye(4), picture)  # one that is not known or not installed is refused now
+    if seen not in ('refuse', 'drop'):
+        raise InputError(f"films that were seen: {seen!r}; choose 'refuse' or 'drop'")
     films = cohort if isinstance(cohort, Films) else films_of(cohort)
     films, notes = unseen(checkpoint, films, seen)
     clip, folder = load_clip(str(checkpoint), pretrained, device), Path(str(checkpoint))
     clip = replace(clip, name=model_name(checkpoint, clip))
-    prompts, said = own_prompts(folder, films, prompts); notes += said
-    thresholds, said = own_thresholds(folder, films, thresholds, prompts); notes += said
-    if thresholds is not None: thresholds.check([], dict(weights=clip.info.get('weights_sha', '')))   # other weights: said before hours of work, not after
+    prompts, said = own_prompts(folder, films, prompts)
+    notes += said
+    thresholds, said = own_thresholds(folder, films, thresholds, prompts)
+    notes += said
+    if thresholds is not None:
+        thresholds.check(
+            [], dict(weights=clip.info.get('weights_sha', ''))
+        )  # other weights: said before hours of work, not after
     run = Run(out)
-    films, left, said = readable(films, run); notes += said
-    config = dict(checkpoint=clip.info.get('weights_sha', clip.name), cohort=films.attrs.get('manifest', ''), films=content_hash(*films.table.film_id), classes=films.classes, prompts=content_hash(str(prompts)),
-                  thresholds=None if thresholds is None else thresholds.values, splits=list(splits), few_shots=list(few_shots), picture=picture, n_boot=n_boot, seed=seed)
-    if (run/'config.json').exists(): run.freeze(config, device=device, batch_size=batch_size)
+    films, left, said = readable(films, run)
+    notes += said
+    config = dict(
+        checkpoint=clip.info.get('weights_sha', clip.name),
+        cohort=films.attrs.get('manifest', ''),
+        films=content_hash(*films.table.film_id),
+        classes=films.classes,
+        prompts=content_hash(str(prompts)),
+        thresholds=None if thresholds is None else thresholds.values,
+        splits=list(splits),
+        few_shots=list(few_shots),
+        picture=picture,
+        n_boot=n_boot,
+        seed=seed,
+    )
+    if (run / 'config.json').exists():
+        run.freeze(config, device=device, batch_size=batch_size)
     x = image_embeddings(clip, read_films(films), batch_size)
-    found = measure(clip, films, x, prompts, thresholds, splits, few_shots, picture, dict(n_boot=n_boot, seed=seed), notes)
+    found = measure(
+        clip,
+        films,
+        x,
+        prompts,
+        thresholds,
+        splits,
+        few_shots,
+        picture,
+        dict(n_boot=n_boot, seed=seed),
+        notes,
+    )
     run.freeze(config, device=device, batch_size=batch_size)
     found = found._replace(tables=found.tables | left)
     save_external(found, run, clip, films)
@@ -80,9 +142,9 @@ def external_validation(
 
 # %% ../../nbs/50ha_report.external.ipynb #d0524737
 def model_name(
-    checkpoint, # folder, path or name that `load_clip` was given
-    clip,       # `Clip`
-)->str:
+    checkpoint,  # folder, path or name that `load_clip` was given
+    clip,  # `Clip`
+) -> str:
     "What tables call a model."
     folder = Path(str(checkpoint))
     return folder.resolve().parent.name if folder.name == 'best' and folder.is_dir() else clip.name
@@ -90,181 +152,419 @@ def model_name(
 # %% ../../nbs/50ha_report.external.ipynb #57f7d719
 def unseen(
     checkpoint,  # folder of the checkpoint
-    films,       # `Films` to be tested on
-    seen:str,    # 'refuse' or 'drop'
-)->tuple:        # films that were not seen, notes
+    films,  # `Films` to be tested on
+    seen: str,  # 'refuse' or 'drop'
+) -> tuple:  # films that were not seen, notes
     "Films a checkpoint has not seen; `InputError` where there are others and they are not to be dropped, or none are left."
     record = read_seen(checkpoint) if Path(str(checkpoint)).is_dir() else None
-    if record is None: return films, ['WARNING: the checkpoint does not say what it was trained on, so overlap with this cohort could not be checked']
+    if record is None:
+        return films, [
+            'WARNING: the checkpoint does not say what it was trained on, so overlap with this cohort could not be checked'
+        ]
     o = overlap(record, films)
-    if seen == 'refuse' and o.seen.any(): raise InputError(f"this is no external cohort: {o}; choose another cohort, or leave those films out (seen='drop')")
-    if seen == 'refuse' and o.same_cohort and not o.same_names: raise InputError(f"whether this cohort was seen cannot be known: {o}; make it from the rows that training's cohort was made from, or go on without comparing patients (seen='drop')")
-    if o.seen.all(): raise InputError(f'nothing is left to test on: {o}')
-    notes = [f'{o.count(o.seen.sum())} films that were seen in training, or whose patient was, are left out'] if o.seen.any() else []
-    if not o.same_names: notes.append('WARNING: patients could not be compared with those of training, because they stand under other pseudonyms; if they are the same people, this is no external validation')
-    if o.patients.any() and not o.same_cohort: notes.append(f'WARNING: {o.count(o.patients.sum())} films carry a patient number that also occurs in the training cohort; if the numbers mean the same people, this is no external validation')
+    if seen == 'refuse' and o.seen.any():
+        raise InputError(
+            f"this is no external cohort: {o}; choose another cohort, or leave those films out (seen='drop')"
+        )
+    if seen == 'refuse' and o.same_cohort and not o.same_names:
+        raise InputError(
+            f"whether this cohort was seen cannot be known: {o}; make it from the rows that training's cohort was made from, or go on without comparing patients (seen='drop')"
+        )
+    if o.seen.all():
+        raise InputError(f'nothing is left to test on: {o}')
+    notes = (
+        [
+            f'{o.count(o.seen.sum())} films that were seen in training, or whose patient was, are left out'
+        ]
+        if o.seen.any()
+        else []
+    )
+    if not o.same_names:
+        notes.append(
+            'WARNING: patients could not be compared with those of training, because they stand under other pseudonyms; if they are the same people, this is no external validation'
+        )
+    if o.patients.any() and not o.same_cohort:
+        notes.append(
+            f'WARNING: {o.count(o.patients.sum())} films carry a patient number that also occurs in the training cohort; if the numbers mean the same people, this is no external validation'
+        )
     for n, where in ((o.without_hash, 'here'), (o.seen_without_hash, 'of training')):
-        if n: notes.append(f'WARNING: {o.count(n)} films {where} have no hash of their picture, so overlap was not fully checked')
+        if n:
+            notes.append(
+                f'WARNING: {o.count(n)} films {where} have no hash of their picture, so overlap was not fully checked'
+            )
     return films.take(~o.seen), notes
 
 # %% ../../nbs/50ha_report.external.ipynb #04d95b5b
 def readable(
-    films, # `Films`
-    run,   # `Run`; keeps the scan of open films
-)->tuple:  # films that can be read; tables to be written: `excluded`, where there are others; notes
+    films,  # `Films`
+    run,  # `Run`; keeps the scan of open films
+) -> (
+    tuple
+):  # films that can be read; tables to be written: `excluded`, where there are others; notes
     "Films that can be decoded; `InputError` where too many cannot."
     from smsbench.clip.data import check_films
+
     access = films.attrs.get('access', 'open')
-    good, left = check_films(films, store=None if access == 'credentialed' else run/'scan')
-    if not len(left): return good, {}, []
+    good, left = check_films(films, store=None if access == 'credentialed' else run / 'scan')
+    if not len(left):
+        return good, {}, []
     count = lambda n: count_text(int(n), access)
-    table = left.groupby(['split', 'reason']).size().map(count).rename('films').reset_index().set_index('split') if access == 'credentialed' else left.set_index('film_id')
-    return good, dict(excluded=table), [f'{count(len(left))} films cannot be read and are left out (tables/excluded.csv)']
+    table = (
+        left.groupby(['split', 'reason'])
+        .size()
+        .map(count)
+        .rename('films')
+        .reset_index()
+        .set_index('split')
+        if access == 'credentialed'
+        else left.set_index('film_id')
+    )
+    return (
+        good,
+        dict(excluded=table),
+        [f'{count(len(left))} films cannot be read and are left out (tables/excluded.csv)'],
+    )
 
 # %% ../../nbs/50ha_report.external.ipynb #090c3431
 def own_prompts(
     folder,  # of the checkpoint
-    films,   # `Films` to be tested on
-    prompts=None, # given prompts
-)->tuple:    # prompts, notes
+    films,  # `Films` to be tested on
+    prompts=None,  # given prompts
+) -> tuple:  # prompts, notes
     "The prompts to ask with: given, else the checkpoint's own where it has all classes, else the default ones."
-    if prompts is not None: return check_prompts(prompts, films.classes, films.kind), []
-    file = Path(folder)/'prompts.json'
+    if prompts is not None:
+        return check_prompts(prompts, films.classes, films.kind), []
+    file = Path(folder) / 'prompts.json'
     held = read_json(file) if file.is_file() else {}
-    if set(films.classes) <= set(held): return check_prompts({c: held[c] for c in films.classes}, films.classes, films.kind), []
+    if set(films.classes) <= set(held):
+        return check_prompts({c: held[c] for c in films.classes}, films.classes, films.kind), []
     new = [c for c in films.classes if c not in held]
-    return prompts_for(films), ([f"the checkpoint brings no prompts for {', '.join(new)}: the default prompts are used for all classes"] if held else ['the default prompts are used'])
+    return prompts_for(films), (
+        [
+            f"the checkpoint brings no prompts for {', '.join(new)}: the default prompts are used for all classes"
+        ]
+        if held
+        else ['the default prompts are used']
+    )
 
 # %% ../../nbs/50ha_report.external.ipynb #01431638
 def own_thresholds(
     folder,  # of the checkpoint
-    films,   # `Films` to be tested on
-    thresholds=None, # given thresholds
-    prompts=None, # class -> dict(positive=(...), negative=(...)) that will be asked; None: not compared
-)->tuple:    # `Thresholds` of the films' classes or None, notes
+    films,  # `Films` to be tested on
+    thresholds=None,  # given thresholds
+    prompts=None,  # class -> dict(positive=(...), negative=(...)) that will be asked; None: not compared
+) -> tuple:  # `Thresholds` of the films' classes or None, notes
     "The thresholds to decide with: given, else the checkpoint's own; a class without one, or whose threshold other prompts chose, is measured without decisions."
-    if films.kind == 'multiclass': return None, []
-    file = Path(folder)/'thresholds.json'
-    if thresholds is None and not file.is_file(): return None, ['WARNING: the checkpoint brings no thresholds of its own validation (thresholds.json), so nothing that needs a decision is reported; thresholds chosen on this cohort would be optimistic']
+    if films.kind == 'multiclass':
+        return None, []
+    file = Path(folder) / 'thresholds.json'
+    if thresholds is None and not file.is_file():
+        return None, [
+            'WARNING: the checkpoint brings no thresholds of its own validation (thresholds.json), so nothing that needs a decision is reported; thresholds chosen on this cohort would be optimistic'
+        ]
     held = (Thresholds.read(file) if thresholds is None else thresholds).only(films.classes)
-    if not held.comparable(films.attrs): return None, ['WARNING: the patients that chose the thresholds cannot be compared with these, because their pseudonyms were made from other rows of the data, so nothing that needs a decision is reported']
+    if not held.comparable(films.attrs):
+        return None, [
+            'WARNING: the patients that chose the thresholds cannot be compared with these, because their pseudonyms were made from other rows of the data, so nothing that needs a decision is reported'
+        ]
     lost = [c for c in films.classes if not np.isfinite(held.values[c])]
     notes = [f"no threshold for {', '.join(lost)}: no decisions for those classes"] if lost else []
     chose = held.made_by.get('prompts', {})
-    if other := [c for c in films.classes if c not in lost and c in chose and c in (prompts or {}) and chose[c] != content_hash(json.dumps(prompts[c]))]:
-        notes.append(f"WARNING: the threshold of {', '.join(other)} was chosen with other prompts, so nothing that needs a decision is reported there; choose thresholds again with these prompts, or use those")
+    if other := [
+        c
+        for c in films.classes
+        if c not in lost
+        and c in chose
+        and c in (prompts or {})
+        and chose[c] != content_hash(json.dumps(prompts[c]))
+    ]:
+        notes.append(
+            f"WARNING: the threshold of {', '.join(other)} was chosen with other prompts, so nothing that needs a decision is reported there; choose thresholds again with these prompts, or use those"
+        )
     kept = {c: h for c, h in chose.items() if c in films.classes and c not in other}
-    return replace(held, values={c: np.nan if c in other else v for c, v in held.values.items()}, made_by={**held.made_by, **({'prompts': kept} if chose else {})}), notes
+    return replace(
+        held,
+        values={c: np.nan if c in other else v for c, v in held.values.items()},
+        made_by={**held.made_by, **({'prompts': kept} if chose else {})},
+    ), notes
 
 # %% ../../nbs/50ha_report.external.ipynb #9f77d9e6
 def measure(
-    clip,       # `Clip`
-    films,      # `Films` that were not seen
-    x,          # (N, D) their image embeddings
-    prompts,    # from `own_prompts`
-    thresholds, # from `own_thresholds`
+    clip,  # `Clip`
+    films,  # `Films` that were not seen
+    x,  # (N, D) their image embeddings
+    prompts,  # from `own_prompts`
+    thresholds,  # from `own_thresholds`
     splits=(),  # splits to measure
-    few_shots=(1, 2, 4, 8, 16), # () leaves probes out
-    picture:str='pca', # or 'umap'
-    how=None,   # n_boot and seed
-    notes=(),   # so far
-)->External:
+    few_shots=(1, 2, 4, 8, 16),  # () leaves probes out
+    picture: str = 'pca',  # or 'umap'
+    how=None,  # n_boot and seed
+    notes=(),  # so far
+) -> External:
     "All parts of an external validation."
     how, notes, table = dict(how or {}), list(notes), films.table
     local = {'train', 'val', 'test'} <= set(table.split) and bool(few_shots)
-    at = np.flatnonzero(table.split.isin(list(splits) or (['test'] if local else list(set(table.split)))))
-    if not len(at): raise InputError(f"no film is in {', '.join(splits)}; the splits are {', '.join(sorted(set(table.split)))}")
+    at = np.flatnonzero(
+        table.split.isin(list(splits) or (['test'] if local else list(set(table.split))))
+    )
+    if not len(at):
+        raise InputError(
+            f"no film is in {', '.join(splits)}; the splits are {', '.join(sorted(set(table.split)))}"
+        )
     tested, access = films.take(at), films.attrs.get('access', 'open')
     scores = zero_shot(clip, tested, prompts, embeddings=x[at])
     count = lambda n: count_text(int(n), access)
-    if len(at) < len(films): notes.append(f"measured on split {', '.join(sorted(set(tested.table.split)))}: {count(len(at))} of {count(len(films))} films")
-    if thresholds is not None and (said := thresholds.check(tested.table.patient_id, scores.attrs)): notes.append(said)
-    parts = [classification_metrics(scores, tested.targets, tested.table.patient_id, thresholds, clip.name, **how)]
+    if len(at) < len(films):
+        notes.append(
+            f"measured on split {', '.join(sorted(set(tested.table.split)))}: {count(len(at))} of {count(len(films))} films"
+        )
+    if thresholds is not None and (said := thresholds.check(tested.table.patient_id, scores.attrs)):
+        notes.append(said)
+    parts = [
+        classification_metrics(
+            scores, tested.targets, tested.table.patient_id, thresholds, clip.name, **how
+        )
+    ]
     told = int((tested.table.text.str.strip() != '').sum())
-    if told >= 2: parts.append(retrieve(clip, tested, embeddings=x[at], **how))
-    else: notes.append('no retrieval: too few films have a report' + (f' ({told} of {len(tested)}; two are needed)' if access == 'open' else ''))
+    if told >= 2:
+        parts.append(retrieve(clip, tested, embeddings=x[at], **how))
+    else:
+        notes.append(
+            'no retrieval: too few films have a report'
+            + (f' ({told} of {len(tested)}; two are needed)' if access == 'open' else '')
+        )
     held = embedded(x[at], tested.targets, tested.table.patient_id, films.kind)
-    parts.append(space_metrics(held, clip.name, n_boot=min(how.get('n_boot', 200), 200), seed=how.get('seed', 0)))
+    parts.append(
+        space_metrics(
+            held, clip.name, n_boot=min(how.get('n_boot', 200), 200), seed=how.get('seed', 0)
+        )
+    )
     shots = None
-    if local: part, shots, said = _probes(clip, films, x, few_shots, how); parts += part; notes += said
-    elif few_shots: notes.append('no probe and no few-shot curve: the cohort has no train, val and test splits')
-    if shots is not None: shots = shareable_curve(shots, access)
+    if local:
+        part, shots, said = _probes(clip, films, x, few_shots, how)
+        parts += part
+        notes += said
+    elif few_shots:
+        notes.append('no probe and no few-shot curve: the cohort has no train, val and test splits')
+    if shots is not None:
+        shots = shareable_curve(shots, access)
     metrics = shareable(pd.concat(parts, ignore_index=True), access)
     metrics.attrs = dict(prompts=scores.attrs['prompts'], weights=scores.attrs['weights'])
-    if access == 'credentialed' and (lost := [c for c in films.classes if c not in _open_classes(metrics)]): notes.append(f"too few patients or films with or without {', '.join(lost)}: no numbers of them, no averages over classes and no confusion matrix")
-    return External(metrics, *_shown(metrics, scores, tested, thresholds, shots, None if access == 'credentialed' else coordinates(x[at], picture, how.get('seed', 0)), access, how), notes, len(at))
+    if access == 'credentialed' and (
+        lost := [c for c in films.classes if c not in _open_classes(metrics)]
+    ):
+        notes.append(
+            f"too few patients or films with or without {', '.join(lost)}: no numbers of them, no averages over classes and no confusion matrix"
+        )
+    return External(
+        metrics,
+        *_shown(
+            metrics,
+            scores,
+            tested,
+            thresholds,
+            shots,
+            None if access == 'credentialed' else coordinates(x[at], picture, how.get('seed', 0)),
+            access,
+            how,
+        ),
+        notes,
+        len(at),
+    )
+
 
 def _probes(clip, films, x, few_shots, how):
     "Linear probe, nearest neighbours and few-shot curve on the cohort's own splits: metrics parts, curve, notes."
-    train, val, test = ((lambda k: embedded(x[k], films.targets[k], films.table.patient_id[k], films.kind))(films.table.split.to_numpy() == s) for s in ('train', 'val', 'test'))
+    train, val, test = (
+        (lambda k: embedded(x[k], films.targets[k], films.table.patient_id[k], films.kind))(
+            films.table.split.to_numpy() == s
+        )
+        for s in ('train', 'val', 'test')
+    )
     truth = lambda part: pd.DataFrame(part.y, columns=films.classes)
-    def measured(scores, arm): # function of embeddings
-        limits = choose_thresholds(scores(val.x), truth(val), val.patients) if films.kind == 'multilabel' else None
-        return classification_metrics(scores(test.x), truth(test), test.patients, limits, clip.name, arm, **how)
+
+    def measured(scores, arm):  # function of embeddings
+        limits = (
+            choose_thresholds(scores(val.x), truth(val), val.patients)
+            if films.kind == 'multilabel'
+            else None
+        )
+        return classification_metrics(
+            scores(test.x), truth(test), test.patients, limits, clip.name, arm, **how
+        )
+
     probe = linear_probe(train, val)
-    metrics, notes = [measured(probe.scores, 'linear_probe')], [f'linear probe: {n}' for n in probe.notes]
-    if (~np.isnan(train.y)).any(0).all(): metrics.append(measured(lambda q: knn_probe(train, val, q), 'knn'))
-    else: notes.append('no nearest neighbours: no training film was asked about some class')
-    return metrics, few_shot(train, val, test, few_shots, n_boot=min(how.get('n_boot', 500), 500), seed=how.get('seed', 0)), notes
+    metrics, notes = (
+        [measured(probe.scores, 'linear_probe')],
+        [f'linear probe: {n}' for n in probe.notes],
+    )
+    if (~np.isnan(train.y)).any(0).all():
+        metrics.append(measured(lambda q: knn_probe(train, val, q), 'knn'))
+    else:
+        notes.append('no nearest neighbours: no training film was asked about some class')
+    return (
+        metrics,
+        few_shot(
+            train,
+            val,
+            test,
+            few_shots,
+            n_boot=min(how.get('n_boot', 500), 500),
+            seed=how.get('seed', 0),
+        ),
+        notes,
+    )
+
 
 def _open_classes(metrics):
     "Classes whose zero-shot numbers may be shown."
-    return set(metrics[(metrics.arm == 'zero_shot') & (metrics.metric == 'auroc') & metrics.value.notna()].subgroup.str.removeprefix('class='))
+    return set(
+        metrics[
+            (metrics.arm == 'zero_shot') & (metrics.metric == 'auroc') & metrics.value.notna()
+        ].subgroup.str.removeprefix('class=')
+    )
+
 
 def _full_bins(reliable, minimum):
     "Reliability curves without bins of few films on a side or few patients."
     side = np.minimum(reliable.frequency, 1 - reliable.frequency) * reliable.n
-    return reliable.assign(frequency=reliable.frequency.where((side >= minimum - 1e-9) & (reliable.n_clusters >= minimum)))
+    return reliable.assign(
+        frequency=reliable.frequency.where(
+            (side >= minimum - 1e-9) & (reliable.n_clusters >= minimum)
+        )
+    )
+
 
 def _shown(metrics, scores, tested, thresholds, shots, at, access, how):
     "(tables, figures) by name."
     credentialed, zero = access == 'credentialed', metrics[metrics.arm == 'zero_shot']
     hide = 10 if credentialed else 0
     held = _open_classes(metrics) if credentialed else set(tested.classes)
-    curves, reliable = (t[t['class'].isin(held)] for t in (score_curves(scores, tested.targets), reliability_curves(scores, tested.targets, tested.table.patient_id, **how)))
-    if credentialed: reliable = _full_bins(reliable, hide)
+    curves, reliable = (
+        t[t['class'].isin(held)]
+        for t in (
+            score_curves(scores, tested.targets),
+            reliability_curves(scores, tested.targets, tested.table.patient_id, **how),
+        )
+    )
+    if credentialed:
+        reliable = _full_bins(reliable, hide)
     tables = dict(classes=class_table(zero), films=_overall(metrics))
-    figures = dict(curves=curves_figure(curves, zero), calibration=reliability_panels(reliable, zero), classes=classes_figure(metrics[metrics.arm.isin(['zero_shot', 'linear_probe', 'knn'])], by='arm'),
-                   embedding=None if at is None else embedding_figure(at, tested.targets, tested.kind), retrieval=retrieval_figure(metrics[metrics.metric.str.startswith('recall@')]))
+    figures = dict(
+        curves=curves_figure(curves, zero),
+        calibration=reliability_panels(reliable, zero),
+        classes=classes_figure(
+            metrics[metrics.arm.isin(['zero_shot', 'linear_probe', 'knn'])], by='arm'
+        ),
+        embedding=None if at is None else embedding_figure(at, tested.targets, tested.kind),
+        retrieval=retrieval_figure(metrics[metrics.metric.str.startswith('recall@')]),
+    )
     if tested.kind == 'multiclass' and held == set(tested.classes):
         known = tested.targets.notna().all(axis=1).to_numpy()
-        truth, said = (np.array(tested.classes, object)[np.nan_to_num(np.asarray(v, float)).argmax(1)][known] for v in (tested.targets, scores))
+        truth, said = (
+            np.array(tested.classes, object)[np.nan_to_num(np.asarray(v, float)).argmax(1)][known]
+            for v in (tested.targets, scores)
+        )
         matrix = confusion_matrix(truth, said, tested.classes)
-        tables |= dict(confusion=matrix if not hide else matrix.astype(object).where(lambda m: (m == 0) | (m >= hide), f'<{hide}'))
-        if not hide: tables |= dict(report=classification_report(matrix))
+        tables |= dict(
+            confusion=matrix
+            if not hide
+            else matrix.astype(object).where(lambda m: (m == 0) | (m >= hide), f'<{hide}')
+        )
+        if not hide:
+            tables |= dict(report=classification_report(matrix))
         figures |= dict(confusion=confusion_figure(matrix, hide))
     elif tested.kind == 'multilabel' and thresholds is not None:
-        counts = decision_counts(scores, tested.targets, thresholds).loc[[c for c in tested.classes if c in held]]
-        tables |= dict(decisions=counts if not hide else counts.astype(object).where(lambda t: ~t.columns.isin(['tp', 'fp', 'fn', 'tn', 'not_asked']) | (t == 0) | (t >= hide) | t.isna(), f'<{hide}'))
+        counts = decision_counts(scores, tested.targets, thresholds).loc[
+            [c for c in tested.classes if c in held]
+        ]
+        tables |= dict(
+            decisions=counts
+            if not hide
+            else counts.astype(object).where(
+                lambda t: (
+                    ~t.columns.isin(['tp', 'fp', 'fn', 'tn', 'not_asked'])
+                    | (t == 0)
+                    | (t >= hide)
+                    | t.isna()
+                ),
+                f'<{hide}',
+            )
+        )
     if shots is not None:
-        one = lambda arm: next(metrics[(metrics.arm == arm) & (metrics.metric == 'macro_auroc')].itertuples(), None)
-        tables |= dict(few_shot=shots.set_index('shots')); figures |= dict(few_shot=few_shot_figure({'few labelled films': shots}, one('zero_shot'), one('linear_probe')))
+        one = lambda arm: next(
+            metrics[(metrics.arm == arm) & (metrics.metric == 'macro_auroc')].itertuples(), None
+        )
+        tables |= dict(few_shot=shots.set_index('shots'))
+        figures |= dict(
+            few_shot=few_shot_figure(
+                {'few labelled films': shots}, one('zero_shot'), one('linear_probe')
+            )
+        )
     return tables, {n: f for n, f in figures.items() if f is not None}
+
 
 def _overall(metrics):
     "Numbers that are not per class, as a paper prints them."
     rows = metrics[~metrics.subgroup.str.startswith('class=') & (metrics.model != 'chance')]
-    text = [f'{rounded(r.value, 3)} ({span(r.ci_low, r.ci_high, 3, 1)})' if np.isfinite(r.ci_low) else rounded(r.value, 3) for r in rows.itertuples()]
-    held = dict(part=rows.arm, of=rows.subgroup, value=text, films=rows.n, patients=rows.n_clusters, note=rows.note)
-    return pd.DataFrame({k: list(v) for k, v in held.items()}, index=pd.Index(rows.metric, name='metric'))
+    text = [
+        f'{rounded(r.value, 3)} ({span(r.ci_low, r.ci_high, 3, 1)})'
+        if np.isfinite(r.ci_low)
+        else rounded(r.value, 3)
+        for r in rows.itertuples()
+    ]
+    held = dict(
+        part=rows.arm,
+        of=rows.subgroup,
+        value=text,
+        films=rows.n,
+        patients=rows.n_clusters,
+        note=rows.note,
+    )
+    return pd.DataFrame(
+        {k: list(v) for k, v in held.items()}, index=pd.Index(rows.metric, name='metric')
+    )
 
 # %% ../../nbs/50ha_report.external.ipynb #6fa84e37
 def save_external(
-    found:External, # what was found
-    run:Run,        # directory to write to
-    clip,           # `Clip`
-    films,          # `Films` that were tested
+    found: External,  # what was found
+    run: Run,  # directory to write to
+    clip,  # `Clip`
+    films,  # `Films` that were tested
 ):
     "metrics.parquet, tables/*.csv and *.tex, figures/*.png, summary.json, environment.json; no texts, no patients, and names only of open films that could not be read."
-    write_table(found.metrics, run/'metrics.parquet', 'metrics'); (run/'tables').mkdir(exist_ok=True); (run/'figures').mkdir(exist_ok=True)
-    found.metrics.to_csv(run/'tables/metrics.csv', index=False)
+    write_table(found.metrics, run / 'metrics.parquet', 'metrics')
+    (run / 'tables').mkdir(exist_ok=True)
+    (run / 'figures').mkdir(exist_ok=True)
+    found.metrics.to_csv(run / 'tables/metrics.csv', index=False)
     for name, t in found.tables.items():
-        t.to_csv(run/f'tables/{name}.csv')
-        (run/f'tables/{name}.tex').write_text(latex_table(t, f"{films.attrs.get('manifest', 'cohort')}: {name.replace('_', ' ')}", f'tab:{name}'), encoding='utf-8')
-    for name, f in found.figures.items(): (run/f'figures/{name}.png').write_bytes(f.png())
+        t.to_csv(run / f'tables/{name}.csv')
+        (run / f'tables/{name}.tex').write_text(
+            latex_table(
+                t,
+                f"{films.attrs.get('manifest', 'cohort')}: {name.replace('_', ' ')}",
+                f'tab:{name}',
+            ),
+            encoding='utf-8',
+        )
+    for name, f in found.figures.items():
+        (run / f'figures/{name}.png').write_bytes(f.png())
     access = films.attrs.get('access', 'open')
     count = lambda n: n if count_text(n, access) == str(n) else count_text(n, access)
-    write_json(dict(checkpoint=clip.name, info={k: v for k, v in clip.info.items() if k != 'about'}, cohort=films.attrs.get('manifest', ''), access=access, films=count(len(films)), tested=count(found.tested),
-                    classes=films.classes, notes=found.notes, figures={n: f.alt for n, f in found.figures.items()}), run/'summary.json')
-    write_json(environment(str(clip.info.get('device', ''))), run/'environment.json')
-    for n in found.notes: run.log(n)
+    write_json(
+        dict(
+            checkpoint=clip.name,
+            info={k: v for k, v in clip.info.items() if k != 'about'},
+            cohort=films.attrs.get('manifest', ''),
+            access=access,
+            films=count(len(films)),
+            tested=count(found.tested),
+            classes=films.classes,
+            notes=found.notes,
+            figures={n: f.alt for n, f in found.figures.items()},
+        ),
+        run / 'summary.json',
+    )
+    write_json(environment(str(clip.info.get('device', ''))), run / 'environment.json')
+    for n in found.notes:
+        run.log(n)

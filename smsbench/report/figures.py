@@ -16,211 +16,424 @@ from ..sms.shifts import ARMS
 
 # %% ../../nbs/50_report.figures.ipynb #f1a057f5
 def pick(
-    metrics:pd.DataFrame, # metrics table
-    metric:str,           # which metric
-    subgroup:str='all',   # which subgroup; '' takes all of them
-    arms=None,            # arm names; None takes all
-)->pd.DataFrame:          # rows in the order of the arms
+    metrics: pd.DataFrame,  # metrics table
+    metric: str,  # which metric
+    subgroup: str = 'all',  # which subgroup; '' takes all of them
+    arms=None,  # arm names; None takes all
+) -> pd.DataFrame:  # rows in the order of the arms
     "Rows of one metric of the models themselves."
-    rows = metrics[(metrics.metric == metric) & (metrics.subgroup.eq(subgroup) | (subgroup == '')) & ~metrics.model.isin(set(metrics.model[metrics.metric == 'accuracy_difference']))]
+    rows = metrics[
+        (metrics.metric == metric)
+        & (metrics.subgroup.eq(subgroup) | (subgroup == ''))
+        & ~metrics.model.isin(set(metrics.model[metrics.metric == 'accuracy_difference']))
+    ]
     rows = rows if arms is None else rows[rows.arm.isin(arms)]
-    return rows.sort_values('arm', key=lambda a: a.map({n: i for i, n in enumerate(['', *ARMS])}), kind='stable')
+    return rows.sort_values(
+        'arm', key=lambda a: a.map({n: i for i, n in enumerate(['', *ARMS])}), kind='stable'
+    )
 
 # %% ../../nbs/50_report.figures.ipynb #e4037d92
 def void_arms(
-    delivery, # what `prove_delivery` found, or None
-)->set:       # of (model, arm)
+    delivery,  # what `prove_delivery` found, or None
+) -> set:  # of (model, arm)
     "The arms that never reached their model."
-    return {(m, a) for m, arms in (delivery or {}).items() for a, v in arms.items() if v['verdict'] == 'void'}
+    return {
+        (m, a)
+        for m, arms in (delivery or {}).items()
+        for a, v in arms.items()
+        if v['verdict'] == 'void'
+    }
 
 # %% ../../nbs/50_report.figures.ipynb #d6de696c
 _SQUARE = {'original', 'text_only', 'image_only', 'neither'}
 _TOLD = _SQUARE - {'text_only'} | {'text_only_told'}
-_PHI = {f'{k}{s}': arms for k in ('phi_image', 'phi_text', 'interaction')
-        for s, arms in (('', _SQUARE), ('_told', _TOLD))}
-_RESTS = _PHI | { # metrics over several arms -> those arms
+_PHI = {
+    f'{k}{s}': arms
+    for k in ('phi_image', 'phi_text', 'interaction')
+    for s, arms in (('', _SQUARE), ('_told', _TOLD))
+}
+_RESTS = _PHI | {  # metrics over several arms -> those arms
     'silencing': {'original', 'image_swap', 'image_only', 'image_only_swap'},
     'region_dependence': {'original', 'occlude_finding', 'occlude_elsewhere'},
 }
-_BOTH = dict.fromkeys(('text_following', 'text_following_chance'), {'image_swap', 'text_swap'}) # without an arm
-_EXCESS = {'excess_flips', 'excess_movement'} # metrics of an arm less its control
-_COMPARED = _EXCESS | { # metrics of an arm and the arm it is compared with
-    'nfr', 'positive_flips', 'flips', 'flips_if_missing_stay', 'movement', 'movement_if_missing_stay',
-    'total_variation', 'accuracy_change', 'noise_floor'}
+_BOTH = dict.fromkeys(
+    ('text_following', 'text_following_chance'), {'image_swap', 'text_swap'}
+)  # without an arm
+_EXCESS = {'excess_flips', 'excess_movement'}  # metrics of an arm less its control
+_COMPARED = _EXCESS | {  # metrics of an arm and the arm it is compared with
+    'nfr',
+    'positive_flips',
+    'flips',
+    'flips_if_missing_stay',
+    'movement',
+    'movement_if_missing_stay',
+    'total_variation',
+    'accuracy_change',
+    'noise_floor',
+}
+
 
 def is_void(
-    row,    # a metrics row; one without a metric is judged by its arm alone
-    void,   # from `void_arms`
-)->bool:
+    row,  # a metrics row; one without a metric is judged by its arm alone
+    void,  # from `void_arms`
+) -> bool:
     "Does the number rest on an arm that never arrived?"
     metric, arm = getattr(row, 'metric', ''), ARMS.get(row.arm)
     rests = _RESTS.get(metric, {row.arm})
-    if arm and metric in _COMPARED: rests = rests | {arm.versus}
-    if arm and metric in _EXCESS: rests = rests | {arm.control}
-    if not arm: rests = _BOTH.get(metric, rests)
+    if arm and metric in _COMPARED:
+        rests = rests | {arm.versus}
+    if arm and metric in _EXCESS:
+        rests = rests | {arm.control}
+    if not arm:
+        rests = _BOTH.get(metric, rests)
     return any((row.model, a) in void for a in rests)
 
 # %% ../../nbs/50_report.figures.ipynb #c8a1d166
 def missing(
-    row, # a row without a value
-)->str:
+    row,  # a row without a value
+) -> str:
     "Why: suppressed because few samples are behind it, or not defined."
     return 'suppressed' if 'suppressed' in row.note and getattr(row, 'n', 1) else DASH
 
 # %% ../../nbs/50_report.figures.ipynb #92eb939f
 def draw_dots(
-    ax,                # axes
-    rows:pd.DataFrame, # metrics rows, with a column `row` naming the line each belongs to
-    order,             # names of the lines, from top to bottom
-    styles:dict,       # `looks` of the models
+    ax,  # axes
+    rows: pd.DataFrame,  # metrics rows, with a column `row` naming the line each belongs to
+    order,  # names of the lines, from top to bottom
+    styles: dict,  # `looks` of the models
     void=frozenset(),  # (model, arm) that never arrived
 ):
     "Draw estimates with intervals; suppressed and void ones say what they are."
     names, place = list(styles), {r: i for i, r in enumerate(order)}
-    step = min(.26, .8 / max(len(names), 1))
-    for i in range(0, len(order), 2): ax.axhspan(i - .5, i + .5, color='#f3f4f5', lw=0, zorder=0)
+    step = min(0.26, 0.8 / max(len(names), 1))
+    for i in range(0, len(order), 2):
+        ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
     for r in rows[rows.row.isin(place)].itertuples():
-        y, hollow = place[r.row] + step * (names.index(r.model) - (len(names) - 1) / 2), is_void(r, void)
-        style = dict(styles[r.model], alpha=.6) if hollow else styles[r.model]
-        if not np.isfinite(r.value): ax.text(.01, y, missing(r), transform=ax.get_yaxis_transform(), va='center', fontsize=7, color=style['color']); continue
-        ax.plot([r.ci_low, r.ci_high], [y, y], color=style['color'], lw=1.4, alpha=style.get('alpha', 1), solid_capstyle='butt')
-        ax.plot(r.value, y, ls='', ms=5.5, mfc='white' if hollow else style['color'], mec=style['color'] if hollow else 'white', mew=.8, **style)
-        if hollow: ax.annotate('void', (r.ci_high, y), (4, 0), textcoords='offset points', va='center', fontsize=7, color=style['color'])
-    ax.set(yticks=range(len(order)), ylim=(len(order) - .5, -.5)); ax.set_yticklabels([literal(o) for o in order]); ax.tick_params(axis='y', length=0); ax.grid(axis='x', color='#d9dbdd', lw=.6)
+        y, hollow = (
+            place[r.row] + step * (names.index(r.model) - (len(names) - 1) / 2),
+            is_void(r, void),
+        )
+        style = dict(styles[r.model], alpha=0.6) if hollow else styles[r.model]
+        if not np.isfinite(r.value):
+            ax.text(
+                0.01,
+                y,
+                missing(r),
+                transform=ax.get_yaxis_transform(),
+                va='center',
+                fontsize=7,
+                color=style['color'],
+            )
+            continue
+        ax.plot(
+            [r.ci_low, r.ci_high],
+            [y, y],
+            color=style['color'],
+            lw=1.4,
+            alpha=style.get('alpha', 1),
+            solid_capstyle='butt',
+        )
+        ax.plot(
+            r.value,
+            y,
+            ls='',
+            ms=5.5,
+            mfc='white' if hollow else style['color'],
+            mec=style['color'] if hollow else 'white',
+            mew=0.8,
+            **style,
+        )
+        if hollow:
+            ax.annotate(
+                'void',
+                (r.ci_high, y),
+                (4, 0),
+                textcoords='offset points',
+                va='center',
+                fontsize=7,
+                color=style['color'],
+            )
+    ax.set(yticks=range(len(order)), ylim=(len(order) - 0.5, -0.5))
+    ax.set_yticklabels([literal(o) for o in order])
+    ax.tick_params(axis='y', length=0)
+    ax.grid(axis='x', color='#d9dbdd', lw=0.6)
 
 # %% ../../nbs/50_report.figures.ipynb #5dbddf34
 def legend(
-    fig,         # figure
-    styles:dict, # `looks` of the models
-    width:int=108, # characters that fit into a line
+    fig,  # figure
+    styles: dict,  # `looks` of the models
+    width: int = 108,  # characters that fit into a line
 ):
     "Models above the figure."
     from matplotlib.lines import Line2D
-    marks = [Line2D([], [], ls='', ms=6, mec='white', mfc=s['color'], marker=s['marker']) for s in styles.values()]
-    fig.legend(marks, [literal(m) for m in styles], loc='outside upper left',
-               ncols=max(1, min(len(styles), width // (8 + max(len(m[:40]) for m in styles)))))
+
+    marks = [
+        Line2D([], [], ls='', ms=6, mec='white', mfc=s['color'], marker=s['marker'])
+        for s in styles.values()
+    ]
+    fig.legend(
+        marks,
+        [literal(m) for m in styles],
+        loc='outside upper left',
+        ncols=max(1, min(len(styles), width // (8 + max(len(m[:40]) for m in styles)))),
+    )
 
 # %% ../../nbs/50_report.figures.ipynb #1d49ef61
 def listed(
-    rows:pd.DataFrame, # metrics rows
+    rows: pd.DataFrame,  # metrics rows
     void=frozenset(),  # (model, arm) that never arrived
-    show=percent,      # how a value is written
-)->str:
+    show=percent,  # how a value is written
+) -> str:
     "Rows as a sentence: 'A: original 97 %, image_swap 2 %. B: …'."
-    say = lambda r: f"{r.row if 'row' in rows else r.arm} {'void' if is_void(r, void) else show(r.value) if np.isfinite(r.value) else missing(r)}"
-    return ' '.join(f"{m}: {', '.join(say(r) for r in g.itertuples())}." for m, g in rows.groupby('model', sort=False))
+    say = lambda r: (
+        f"{r.row if 'row' in rows else r.arm} {'void' if is_void(r, void) else show(r.value) if np.isfinite(r.value) else missing(r)}"
+    )
+    return ' '.join(
+        f"{m}: {', '.join(say(r) for r in g.itertuples())}."
+        for m, g in rows.groupby('model', sort=False)
+    )
 
 # %% ../../nbs/50_report.figures.ipynb #e460762f
 @styled
 def dots_figure(
-    metrics:pd.DataFrame, # metrics table
-    metric:str,           # which metric, a share
-    label:str,            # what the horizontal axis is called
-    arms=None,            # arm names, None takes all
-    delivery=None,        # what `prove_delivery` found
-    reference=None,       # a share to mark with a line, e.g. chance
-):                        # Figure with `.alt`, or None where no row has the metric
+    metrics: pd.DataFrame,  # metrics table
+    metric: str,  # which metric, a share
+    label: str,  # what the horizontal axis is called
+    arms=None,  # arm names, None takes all
+    delivery=None,  # what `prove_delivery` found
+    reference=None,  # a share to mark with a line, e.g. chance
+):  # Figure with `.alt`, or None where no row has the metric
     "One share per arm and model, with intervals."
     rows = pick(metrics, metric, arms=arms).assign(row=lambda d: d.arm)
-    if rows.empty: return None
-    styles, order, void = looks(sorted(set(rows.model))), list(dict.fromkeys(rows.arm)), void_arms(delivery)
-    fig, ax = canvas(8.6, .9 + len(order) * max(.26, .16 * len(styles))); ax = ax[0, 0]
-    draw_dots(ax, rows, order, styles, void); legend(fig, styles)
-    if reference is not None: ax.axvline(reference, color='#555555', lw=.9, ls=(0, (4, 3)))
-    ax.set(xlim=(-.02, 1.02), xticks=np.arange(0, 1.01, .2), xlabel=label); ax.set_xticklabels([percent(v) for v in np.arange(0, 1.01, .2)])
+    if rows.empty:
+        return None
+    styles, order, void = (
+        looks(sorted(set(rows.model))),
+        list(dict.fromkeys(rows.arm)),
+        void_arms(delivery),
+    )
+    fig, ax = canvas(8.6, 0.9 + len(order) * max(0.26, 0.16 * len(styles)))
+    ax = ax[0, 0]
+    draw_dots(ax, rows, order, styles, void)
+    legend(fig, styles)
+    if reference is not None:
+        ax.axvline(reference, color='#555555', lw=0.9, ls=(0, (4, 3)))
+    ax.set(xlim=(-0.02, 1.02), xticks=np.arange(0, 1.01, 0.2), xlabel=label)
+    ax.set_xticklabels([percent(v) for v in np.arange(0, 1.01, 0.2)])
     fig.alt = f'Dot plot with 95 % intervals: {label} per arm. ' + listed(rows, void)
     return fig
 
 # %% ../../nbs/50_report.figures.ipynb #492d5284
 def accuracy_figure(
-    metrics:pd.DataFrame, # metrics table
-    delivery=None,        # what `prove_delivery` found
-    chance=None,          # accuracy of always giving the commonest answer
-):                        # Figure with `.alt`
+    metrics: pd.DataFrame,  # metrics table
+    delivery=None,  # what `prove_delivery` found
+    chance=None,  # accuracy of always giving the commonest answer
+):  # Figure with `.alt`
     "Accuracy per arm and model."
     return dots_figure(metrics, 'accuracy', 'accuracy', delivery=delivery, reference=chance)
 
 # %% ../../nbs/50_report.figures.ipynb #e4607602
 @styled
 def nfr_heatmap(
-    metrics:pd.DataFrame, # metrics table
-    delivery=None,        # what `prove_delivery` found
-):                        # Figure with `.alt`, or None where no row has it
+    metrics: pd.DataFrame,  # metrics table
+    delivery=None,  # what `prove_delivery` found
+):  # Figure with `.alt`, or None where no row has it
     "Negative flip rate per arm and model."
     from matplotlib.patches import Rectangle
+
     rows = pick(metrics, 'nfr')
-    if rows.empty: return None
-    models, order, void = sorted(set(rows.model)), list(dict.fromkeys(rows.arm)), void_arms(delivery)
-    fig, ax = canvas(2.4 + 1.45 * max(len(models), 2), .9 + .36 * len(order)); ax = ax[0, 0]
-    grid = rows.pivot(index='arm', columns='model', values='value').reindex(order)[models].to_numpy()
-    hidden = np.array([[is_void(pd.Series(dict(model=m, metric='nfr', arm=a)), void) for m in models] for a in order])
-    mesh = ax.pcolormesh(np.where(hidden, np.nan, grid), cmap='Blues', vmin=0, vmax=1, edgecolors='white', lw=1.5)
-    note, low, high = (rows.pivot(index='arm', columns='model', values=c).reindex(order)[models].to_numpy() for c in ('note', 'ci_low', 'ci_high'))
+    if rows.empty:
+        return None
+    models, order, void = (
+        sorted(set(rows.model)),
+        list(dict.fromkeys(rows.arm)),
+        void_arms(delivery),
+    )
+    fig, ax = canvas(2.4 + 1.45 * max(len(models), 2), 0.9 + 0.36 * len(order))
+    ax = ax[0, 0]
+    grid = (
+        rows.pivot(index='arm', columns='model', values='value').reindex(order)[models].to_numpy()
+    )
+    hidden = np.array(
+        [
+            [is_void(pd.Series(dict(model=m, metric='nfr', arm=a)), void) for m in models]
+            for a in order
+        ]
+    )
+    mesh = ax.pcolormesh(
+        np.where(hidden, np.nan, grid), cmap='Blues', vmin=0, vmax=1, edgecolors='white', lw=1.5
+    )
+    note, low, high = (
+        rows.pivot(index='arm', columns='model', values=c).reindex(order)[models].to_numpy()
+        for c in ('note', 'ci_low', 'ci_high')
+    )
     for i, j in np.ndindex(grid.shape):
         off = hidden[i, j] or not np.isfinite(grid[i, j])
-        if off: ax.add_patch(Rectangle((j, i), 1, 1, fc='white', ec='#999999', lw=0, hatch='////' if hidden[i, j] else ''))
-        text = 'void' if hidden[i, j] else f'{percent(grid[i, j])}  ({span(low[i, j], high[i, j], 0)})' if not off else 'suppressed' if 'suppressed' in str(note[i, j]) else DASH
-        ax.text(j + .5, i + .5, text, ha='center', va='center', fontsize=8, color='white' if not off and grid[i, j] > .55 else '#111111', bbox=dict(fc='white', ec='none', pad=1) if off else None)
-    ax.set(xticks=np.arange(len(models)) + .5, yticks=np.arange(len(order)) + .5, ylim=(len(order), 0)); ax.set_xticklabels([textwrap.fill(literal(m), 18) for m in models])
-    ax.set_yticklabels(order); ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False); ax.spines[:].set_visible(False)
-    fig.colorbar(mesh, ax=ax, shrink=.5, aspect=18, format=lambda v, _: percent(v)).outline.set_visible(False)
+        if off:
+            ax.add_patch(
+                Rectangle(
+                    (j, i),
+                    1,
+                    1,
+                    fc='white',
+                    ec='#999999',
+                    lw=0,
+                    hatch='////' if hidden[i, j] else '',
+                )
+            )
+        text = (
+            'void'
+            if hidden[i, j]
+            else f'{percent(grid[i, j])}  ({span(low[i, j], high[i, j], 0)})'
+            if not off
+            else 'suppressed'
+            if 'suppressed' in str(note[i, j])
+            else DASH
+        )
+        ax.text(
+            j + 0.5,
+            i + 0.5,
+            text,
+            ha='center',
+            va='center',
+            fontsize=8,
+            color='white' if not off and grid[i, j] > 0.55 else '#111111',
+            bbox=dict(fc='white', ec='none', pad=1) if off else None,
+        )
+    ax.set(
+        xticks=np.arange(len(models)) + 0.5,
+        yticks=np.arange(len(order)) + 0.5,
+        ylim=(len(order), 0),
+    )
+    ax.set_xticklabels([textwrap.fill(literal(m), 18) for m in models])
+    ax.set_yticklabels(order)
+    ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    ax.spines[:].set_visible(False)
+    fig.colorbar(
+        mesh, ax=ax, shrink=0.5, aspect=18, format=lambda v, _: percent(v)
+    ).outline.set_visible(False)
     fig.alt = 'Heat map of the negative flip rate per arm and model. ' + listed(rows, void)
     return fig
 
 # %% ../../nbs/50_report.figures.ipynb #f33866b4
 def shapley_points(
-    metrics:pd.DataFrame, # metrics table
-)->pd.DataFrame:          # model, subgroup, phi_image, phi_text with their ends image_low, image_high, text_low, text_high
+    metrics: pd.DataFrame,  # metrics table
+) -> pd.DataFrame:  # model, subgroup, phi_image, phi_text with their ends image_low, image_high, text_low, text_high
     "Shapley values over all and per finding."
     wanted = metrics[metrics.subgroup.eq('all') | metrics.subgroup.str.startswith('finding=')]
-    both = {w: pick(wanted, f'phi_{w}', '').set_index(['model', 'subgroup'])[['value', 'ci_low', 'ci_high']] for w in ('image', 'text')}
+    both = {
+        w: pick(wanted, f'phi_{w}', '').set_index(['model', 'subgroup'])[
+            ['value', 'ci_low', 'ci_high']
+        ]
+        for w in ('image', 'text')
+    }
     named = [d.set_axis([f'phi_{w}', f'{w}_low', f'{w}_high'], axis=1) for w, d in both.items()]
     return named[0].join(named[1], how='inner').dropna().reset_index()
 
 # %% ../../nbs/50_report.figures.ipynb #e4607603
 @styled
 def modality_plane(
-    metrics:pd.DataFrame, # metrics table
-    delivery=None,        # what `prove_delivery` found
-):                        # Figure with `.alt`, or None where the plan lacks one of the four arms
+    metrics: pd.DataFrame,  # metrics table
+    delivery=None,  # what `prove_delivery` found
+):  # Figure with `.alt`, or None where the plan lacks one of the four arms
     "What image and text contribute to the margin, per model, with intervals; models with a void arm among the four are left out."
     points, void = shapley_points(metrics), void_arms(delivery)
-    lost = sorted({m for m in points.model if any((m, a) in void for a in _SQUARE)}); points = points[~points.model.isin(lost)]
-    if points.empty: return None
-    styles = looks(sorted(set(metrics.model) - set(metrics.model[metrics.metric == 'accuracy_difference']))); styles = {m: s for m, s in styles.items() if m in set(points.model)}; ends = points[['image_low', 'image_high', 'text_low', 'text_high']].to_numpy()
-    low, high = min(ends.min(), 0), max(ends.max(), 0); pad = .08 * max(high - low, 1e-6); limits = (low - pad, high + pad)
-    fig, ax = canvas(6.4, 5.6); ax = ax[0, 0]
-    ax.axhline(0, color='#777777', lw=.8); ax.axvline(0, color='#777777', lw=.8); ax.plot(limits, limits, color='#777777', lw=.8, ls=(0, (4, 3)))
-    for r in points[points.subgroup != 'all'].itertuples(): ax.plot(r.phi_text, r.phi_image, ls='', ms=4, mec='none', alpha=.55, **styles[r.model])
+    lost = sorted({m for m in points.model if any((m, a) in void for a in _SQUARE)})
+    points = points[~points.model.isin(lost)]
+    if points.empty:
+        return None
+    styles = looks(
+        sorted(set(metrics.model) - set(metrics.model[metrics.metric == 'accuracy_difference']))
+    )
+    styles = {m: s for m, s in styles.items() if m in set(points.model)}
+    ends = points[['image_low', 'image_high', 'text_low', 'text_high']].to_numpy()
+    low, high = min(ends.min(), 0), max(ends.max(), 0)
+    pad = 0.08 * max(high - low, 1e-6)
+    limits = (low - pad, high + pad)
+    fig, ax = canvas(6.4, 5.6)
+    ax = ax[0, 0]
+    ax.axhline(0, color='#777777', lw=0.8)
+    ax.axvline(0, color='#777777', lw=0.8)
+    ax.plot(limits, limits, color='#777777', lw=0.8, ls=(0, (4, 3)))
+    for r in points[points.subgroup != 'all'].itertuples():
+        ax.plot(r.phi_text, r.phi_image, ls='', ms=4, mec='none', alpha=0.55, **styles[r.model])
     for r in points[points.subgroup == 'all'].itertuples():
-        c = styles[r.model]['color']; ax.plot([r.text_low, r.text_high], [r.phi_image] * 2, color=c, lw=1.6); ax.plot([r.phi_text] * 2, [r.image_low, r.image_high], color=c, lw=1.6)
+        c = styles[r.model]['color']
+        ax.plot([r.text_low, r.text_high], [r.phi_image] * 2, color=c, lw=1.6)
+        ax.plot([r.phi_text] * 2, [r.image_low, r.image_high], color=c, lw=1.6)
         ax.plot(r.phi_text, r.phi_image, ls='', ms=9, mec='white', mew=1, **styles[r.model])
-    for x, y, where, how in ((.02, .98, 'the image decides', dict(ha='left', va='top')), (.98, .02, 'the text decides', dict(ha='right', va='bottom'))):
-        ax.text(x, y, where, transform=ax.transAxes, color='#666666', style='italic', bbox=dict(fc='white', ec='none', pad=1.5), **how)
-    ax.set(xlim=limits, ylim=limits, aspect='equal', xlabel='φ text: margin owed to the text (log-odds)', ylabel='φ image: margin owed to the image (log-odds)'); ax.grid(color='#e6e7e8', lw=.6); legend(fig, styles)
+    for x, y, where, how in (
+        (0.02, 0.98, 'the image decides', dict(ha='left', va='top')),
+        (0.98, 0.02, 'the text decides', dict(ha='right', va='bottom')),
+    ):
+        ax.text(
+            x,
+            y,
+            where,
+            transform=ax.transAxes,
+            color='#666666',
+            style='italic',
+            bbox=dict(fc='white', ec='none', pad=1.5),
+            **how,
+        )
+    ax.set(
+        xlim=limits,
+        ylim=limits,
+        aspect='equal',
+        xlabel='φ text: margin owed to the text (log-odds)',
+        ylabel='φ image: margin owed to the image (log-odds)',
+    )
+    ax.grid(color='#e6e7e8', lw=0.6)
+    legend(fig, styles)
     said = points[points.subgroup == 'all']
-    fig.alt = 'Modality plane, φ image against φ text in log-odds. ' + ' '.join(f'{r.model}: φ image {rounded(r.phi_image)} (95 % CI {span(r.image_low, r.image_high, 1, 1)}), φ text {rounded(r.phi_text)} ({span(r.text_low, r.text_high, 1, 1)}).' for r in said.itertuples()) + ''.join(f' {m}: void.' for m in lost)
+    fig.alt = (
+        'Modality plane, φ image against φ text in log-odds. '
+        + ' '.join(
+            f'{r.model}: φ image {rounded(r.phi_image)} (95 % CI {span(r.image_low, r.image_high, 1, 1)}), φ text {rounded(r.phi_text)} ({span(r.text_low, r.text_high, 1, 1)}).'
+            for r in said.itertuples()
+        )
+        + ''.join(f' {m}: void.' for m in lost)
+    )
     return fig
 
 # %% ../../nbs/50_report.figures.ipynb #c10910c0
-PANELS = (('accuracy', 'original', 'accuracy, original'), ('nfr', 'image_swap', 'NFR, image_swap'), ('nfr', 'text_swap', 'NFR, text_swap')) # metric, arm, title
+PANELS = (
+    ('accuracy', 'original', 'accuracy, original'),
+    ('nfr', 'image_swap', 'NFR, image_swap'),
+    ('nfr', 'text_swap', 'NFR, text_swap'),
+)  # metric, arm, title
+
 
 @styled
 def subgroup_figure(
-    metrics:pd.DataFrame, # metrics table
-    delivery=None,        # what `prove_delivery` found
-    panels=PANELS,        # (metric, arm, title) per panel
-):                        # Figure with `.alt`, or None where there are no subgroups
+    metrics: pd.DataFrame,  # metrics table
+    delivery=None,  # what `prove_delivery` found
+    panels=PANELS,  # (metric, arm, title) per panel
+):  # Figure with `.alt`, or None where there are no subgroups
     "Accuracy and negative flip rate per subgroup, with intervals."
-    rows = pd.concat([pick(metrics, m, '', [a]).assign(panel=t, row=lambda d: d.subgroup) for m, a, t in panels])
+    rows = pd.concat(
+        [pick(metrics, m, '', [a]).assign(panel=t, row=lambda d: d.subgroup) for m, a, t in panels]
+    )
     rows = rows[~rows.row.str.startswith('variant=')]
-    order = sorted(set(rows.row), key=lambda r: (r != 'all', not r.startswith('finding='), r.replace('<', ' ')))
-    if len(order) < 2: return None
-    styles, void, titles = looks(sorted(set(rows.model))), void_arms(delivery), [t for _, _, t in panels if t in set(rows.panel)]
-    fig, axes = canvas(9.2, .95 + len(order) * max(.24, .15 * len(styles)), 1, len(titles), sharey=True)
+    order = sorted(
+        set(rows.row), key=lambda r: (r != 'all', not r.startswith('finding='), r.replace('<', ' '))
+    )
+    if len(order) < 2:
+        return None
+    styles, void, titles = (
+        looks(sorted(set(rows.model))),
+        void_arms(delivery),
+        [t for _, _, t in panels if t in set(rows.panel)],
+    )
+    fig, axes = canvas(
+        9.2, 0.95 + len(order) * max(0.24, 0.15 * len(styles)), 1, len(titles), sharey=True
+    )
     for ax, title in zip(axes[0], titles):
         draw_dots(ax, rows[rows.panel == title], order, styles, void)
-        ax.set(title=title, xlim=(-.03, 1.03), xticks=[0, .5, 1]); ax.set_xticklabels([percent(v) for v in (0, .5, 1)])
+        ax.set(title=title, xlim=(-0.03, 1.03), xticks=[0, 0.5, 1])
+        ax.set_xticklabels([percent(v) for v in (0, 0.5, 1)])
     legend(fig, styles)
-    fig.alt = 'Dot plot with 95 % intervals per subgroup. ' + ' '.join(f'{t}. {listed(rows[rows.panel == t], void)}' for t in titles)
+    fig.alt = 'Dot plot with 95 % intervals per subgroup. ' + ' '.join(
+        f'{t}. {listed(rows[rows.panel == t], void)}' for t in titles
+    )
     return fig

@@ -14,21 +14,65 @@ from .style import DASH, rounded, span
 
 # %% ../../nbs/51c_report.files.ipynb #a134f8b5
 def found_html(
-    found, # `FileAudit`, or None
-)->Html:
+    found,  # `FileAudit`, or None
+) -> Html:
     "Findings that matter as a list, the worst first; how many checks found nothing."
-    if found is None: return markup('<p class="absent">The files were not at hand when this run was made, so they were not audited.</p>')
-    told, quiet = found.findings[found.findings.severity.isin(SEVERITIES[:2])], int((~found.findings.severity.isin(SEVERITIES[:2])).sum())
-    lines = join(markup('<li><strong>{}</strong> ({}{}): {}</li>', r.severity, r.check, f', {r.subject}' if r.subject not in ('all', r.check) else '', r.sentence) for r in told.itertuples())
-    return markup('{}<p>{}</p>', markup('<ul>{}</ul>', lines) if len(told) else markup('<p>Nothing serious was found.</p>'), f'{quiet} further checks found little or nothing; all are listed below.')
+    if found is None:
+        return markup(
+            '<p class="absent">The files were not at hand when this run was made, so they were not audited.</p>'
+        )
+    told, quiet = (
+        found.findings[found.findings.severity.isin(SEVERITIES[:2])],
+        int((~found.findings.severity.isin(SEVERITIES[:2])).sum()),
+    )
+    lines = join(
+        markup(
+            '<li><strong>{}</strong> ({}{}): {}</li>',
+            r.severity,
+            r.check,
+            f', {r.subject}' if r.subject not in ('all', r.check) else '',
+            r.sentence,
+        )
+        for r in told.itertuples()
+    )
+    return markup(
+        '{}<p>{}</p>',
+        markup('<ul>{}</ul>', lines) if len(told) else markup('<p>Nothing serious was found.</p>'),
+        f'{quiet} further checks found little or nothing; all are listed below.',
+    )
 
 # %% ../../nbs/51c_report.files.ipynb #dd8ab125
 def checks_html(
-    found, # `FileAudit`, or None
-)->Html:
+    found,  # `FileAudit`, or None
+) -> Html:
     "Every check with its number, and the tables behind them."
-    if found is None: return Html()
+    if found is None:
+        return Html()
     interval = lambda r: f' ({span(r.low, r.high, 2, 1)})' if pd.notna(r.low) else ''
-    rows = pd.DataFrame([{'severity': r.severity, 'check': r.check, 'where': r.subject, 'found': DASH if pd.isna(r.value) else f'{rounded(r.value, 2)} {r.unit}{interval(r)}', 'of': r.n, 'what it does to an audit': r.sentence} for r in found.findings.itertuples()])
-    tables = [html_table(t.head(60), f'{name}{f" (the first 60 of {len(t)} rows)" if len(t) > 60 else ""}', digits=2) for name, t in found.tables.items() if len(t) and name != 'duplicates']
-    return details('All checks and the tables behind them', html_table(rows, 'Audit of the files'), *tables)
+    rows = pd.DataFrame(
+        [
+            {
+                'severity': r.severity,
+                'check': r.check,
+                'where': r.subject,
+                'found': DASH
+                if pd.isna(r.value)
+                else f'{rounded(r.value, 2)} {r.unit}{interval(r)}',
+                'of': r.n,
+                'what it does to an audit': r.sentence,
+            }
+            for r in found.findings.itertuples()
+        ]
+    )
+    tables = [
+        html_table(
+            t.head(60),
+            f'{name}{f" (the first 60 of {len(t)} rows)" if len(t) > 60 else ""}',
+            digits=2,
+        )
+        for name, t in found.tables.items()
+        if len(t) and name != 'duplicates'
+    ]
+    return details(
+        'All checks and the tables behind them', html_table(rows, 'Audit of the files'), *tables
+    )

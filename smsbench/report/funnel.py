@@ -13,69 +13,148 @@ from .style import COLOURS, DASH, canvas, literal, styled
 
 # %% ../../nbs/50f_report.funnel.ipynb #38ad78bb
 WHY = {
-    'broken row': 'the line of the table has another number of fields than the header', 'empty id': 'the row has no identifier', 'duplicate id': 'an earlier row has the same identifier', 'empty patient id': 'the patient is not known',
-    'unknown finding': 'the card has no question for the finding', 'uncertain label': 'the labeller was unsure, and the card leaves such labels out', 'unknown label': 'the card does not say what the label means',
-    'left out by the rule': 'the published rule gives no label', 'NaN label': 'there is no label', 'empty question': 'the row brings no question', 'missing text': 'the report is not there', 'unreadable text': 'the report cannot be read',
-    'wrong text encoding': 'the bytes of the report are no text in the encoding of the card', 'text too large': 'the file is too large for a report', 'no such section': 'the report has none of the sections that the card keeps',
-    'empty text': 'the report is empty', 'short report': 'what is kept of the report has too few characters', 'path outside the root': 'the file lies outside the data root', 'missing image': 'the image file is not there',
-    'empty file': 'the image file has no bytes', 'truncated image': 'the image file ends early', 'wrong extension': 'the image file is of another kind than its name says', 'too many pixels': 'the image is too large to be a film',
-    'multi-frame': 'the file holds several images', 'unreadable image': 'the image cannot be decoded', 'remote not allowed': 'the image lies on another machine', 'bad box': 'a box is broken or leaves its image',
-} # reason of an exclusion -> the sentence that explains it
+    'broken row': 'the line of the table has another number of fields than the header',
+    'empty id': 'the row has no identifier',
+    'duplicate id': 'an earlier row has the same identifier',
+    'empty patient id': 'the patient is not known',
+    'unknown finding': 'the card has no question for the finding',
+    'uncertain label': 'the labeller was unsure, and the card leaves such labels out',
+    'unknown label': 'the card does not say what the label means',
+    'left out by the rule': 'the published rule gives no label',
+    'NaN label': 'there is no label',
+    'empty question': 'the row brings no question',
+    'missing text': 'the report is not there',
+    'unreadable text': 'the report cannot be read',
+    'wrong text encoding': 'the bytes of the report are no text in the encoding of the card',
+    'text too large': 'the file is too large for a report',
+    'no such section': 'the report has none of the sections that the card keeps',
+    'empty text': 'the report is empty',
+    'short report': 'what is kept of the report has too few characters',
+    'path outside the root': 'the file lies outside the data root',
+    'missing image': 'the image file is not there',
+    'empty file': 'the image file has no bytes',
+    'truncated image': 'the image file ends early',
+    'wrong extension': 'the image file is of another kind than its name says',
+    'too many pixels': 'the image is too large to be a film',
+    'multi-frame': 'the file holds several images',
+    'unreadable image': 'the image cannot be decoded',
+    'remote not allowed': 'the image lies on another machine',
+    'bad box': 'a box is broken or leaves its image',
+}  # reason of an exclusion -> the sentence that explains it
+
 
 def _worth(steps):
     "How many samples one row of the table is worth at each step."
     before, at, out = 0, 1, []
     for name, left in zip(steps.step, steps.left):
-        if name == 'questions' and before: at = max(round(left / before), 1)
-        before = left; out.append(at)
+        if name == 'questions' and before:
+            at = max(round(left / before), 1)
+        before = left
+        out.append(at)
     return pd.Series(out, index=steps.index)
+
 
 def _hidden(removed, worth, access):
     "What stands for the numbers of `removed` that may not be shown; '' for the others."
-    small = pd.Series([shown(-(-n // k), access) != str(-(-n // k)) for n, k in zip(removed, worth)], index=removed.index) & (removed > 0)
+    small = pd.Series(
+        [shown(-(-n // k), access) != str(-(-n // k)) for n, k in zip(removed, worth)],
+        index=removed.index,
+    ) & (removed > 0)
     text = ('<' + (10 * worth).astype(str)).where(small, '')
-    if small.sum() == 1 and (rest := removed[~small & (removed > 0)]).size: text[rest.idxmin()] = 'withheld'
+    if small.sum() == 1 and (rest := removed[~small & (removed > 0)]).size:
+        text[rest.idxmin()] = 'withheld'
     return text
 
-def _number(n, about=''): return n if isinstance(n, str) else f"{about if n else ''}{n:,}".replace('-', '−')
+
+def _number(n, about=''):
+    return n if isinstance(n, str) else f"{about if n else ''}{n:,}".replace('-', '−')
+
 
 def funnel_table(
-    cohort:pd.DataFrame, # from `build_cohort`; `attrs['funnel']` is a list of dict(step, removed, left, why)
-)->pd.DataFrame:         # text columns step, removed, left, why; one row per step, in order
+    cohort: pd.DataFrame,  # from `build_cohort`; `attrs['funnel']` is a list of dict(step, removed, left, why)
+) -> pd.DataFrame:  # text columns step, removed, left, why; one row per step, in order
     "The steps from table to cohort; counts that may not be shown are '<10', 'withheld' or a dash."
-    steps = pd.DataFrame(cohort.attrs.get('funnel', []), columns=['step', 'removed', 'left', 'why']).astype(dict(step=str, why=str))
-    if steps.empty: return steps.astype(str)
+    steps = pd.DataFrame(
+        cohort.attrs.get('funnel', []), columns=['step', 'removed', 'left', 'why']
+    ).astype(dict(step=str, why=str))
+    if steps.empty:
+        return steps.astype(str)
     steps = steps.assign(why=steps.why.mask(steps.why == '', steps.step.map(WHY).fillna('')))
-    if cohort.attrs.get('sealed'): return steps.assign(**{c: [_number(n, '≈') for n in steps[c]] for c in ('removed', 'left')})
-    hidden = _hidden(steps.removed.astype(int), _worth(steps), cohort.attrs.get('access', 'open')); visible = hidden == ''
-    safe = visible.cummin() | visible[::-1].cummin()[::-1].shift(-1, fill_value=True).astype(bool)   # nothing hidden up to here, or nothing hidden from here on
-    return steps.assign(removed=steps.removed.map(_number).where(visible, hidden), left=steps.left.map(_number).where(safe, DASH))
+    if cohort.attrs.get('sealed'):
+        return steps.assign(**{c: [_number(n, '≈') for n in steps[c]] for c in ('removed', 'left')})
+    hidden = _hidden(steps.removed.astype(int), _worth(steps), cohort.attrs.get('access', 'open'))
+    visible = hidden == ''
+    safe = visible.cummin() | visible[::-1].cummin()[::-1].shift(-1, fill_value=True).astype(
+        bool
+    )  # nothing hidden up to here, or nothing hidden from here on
+    return steps.assign(
+        removed=steps.removed.map(_number).where(visible, hidden),
+        left=steps.left.map(_number).where(safe, DASH),
+    )
 
 # %% ../../nbs/50f_report.funnel.ipynb #abb9748a
 def _lengths(table):
     "What is left after each step, as far as the shown numbers tell: hidden counts are taken for 0 until the next number that is shown."
-    number, out = lambda t: int(t.replace(',', '').replace('−', '-').removeprefix('≈')) if t[0] != '<' and t not in ('withheld', DASH) else None, []
+    number, out = (
+        lambda t: (
+            int(t.replace(',', '').replace('−', '-').removeprefix('≈'))
+            if t[0] != '<' and t not in ('withheld', DASH)
+            else None
+        ),
+        [],
+    )
     for left, removed in zip(table.left.map(number), table.removed.map(number)):
-        out.append(int(left) if pd.notna(left) else (out[-1] if out else 0) - (int(removed) if pd.notna(removed) else 0))
+        out.append(
+            int(left)
+            if pd.notna(left)
+            else (out[-1] if out else 0) - (int(removed) if pd.notna(removed) else 0)
+        )
     return out
+
 
 @styled
 def draw_funnel(
-    cohort:pd.DataFrame, # from `build_cohort`
-):                       # Figure with `.alt`, or None where the cohort has no funnel
+    cohort: pd.DataFrame,  # from `build_cohort`
+):  # Figure with `.alt`, or None where the cohort has no funnel
     "The steps from table to cohort as bars."
     table = funnel_table(cohort)
-    if table.empty: return None
-    lefts = _lengths(table); top = max(*lefts, 1)
-    fig, ax = canvas(8.6, .75 + .46 * len(table)); ax = ax[0, 0]
+    if table.empty:
+        return None
+    lefts = _lengths(table)
+    top = max(*lefts, 1)
+    fig, ax = canvas(8.6, 0.75 + 0.46 * len(table))
+    ax = ax[0, 0]
     for i, r in enumerate(table.itertuples()):
         gone, hidden = max(lefts[i - 1] - lefts[i], 0) if i else 0, r.removed[0] in '<w'
-        ax.barh(i, lefts[i], .42, color='white' if hidden else COLOURS[0], ec=COLOURS[0], lw=.8)
-        if gone and not hidden: ax.barh(i, gone, .42, left=lefts[i], color='white', ec=COLOURS[1], hatch='/////', lw=.8)
-        for x, text, colour in ((1.17, '' if r.removed == '0' else r.removed, COLOURS[1]), (1.34, r.left, '#111111')): ax.text(x * top, i, text, va='center', ha='right', color=colour)
-        if r.why: ax.text(.006 * top, i + .37, literal(r.why, 120), va='center', fontsize=7.5, color='#555555')
-    for x, text in ((1.17, 'removed'), (1.34, 'left')): ax.text(x * top, -.62, text, ha='right', va='center', fontsize=8, color='#555555')
-    ax.set(yticks=range(len(table)), ylim=(len(table) - .45, -.8), xlim=(0, 1.35 * top), xticks=[]); ax.set_yticklabels([literal(s, 44) for s in table.step]); ax.tick_params(axis='y', length=0)
+        ax.barh(i, lefts[i], 0.42, color='white' if hidden else COLOURS[0], ec=COLOURS[0], lw=0.8)
+        if gone and not hidden:
+            ax.barh(
+                i, gone, 0.42, left=lefts[i], color='white', ec=COLOURS[1], hatch='/////', lw=0.8
+            )
+        for x, text, colour in (
+            (1.17, '' if r.removed == '0' else r.removed, COLOURS[1]),
+            (1.34, r.left, '#111111'),
+        ):
+            ax.text(x * top, i, text, va='center', ha='right', color=colour)
+        if r.why:
+            ax.text(
+                0.006 * top,
+                i + 0.37,
+                literal(r.why, 120),
+                va='center',
+                fontsize=7.5,
+                color='#555555',
+            )
+    for x, text in ((1.17, 'removed'), (1.34, 'left')):
+        ax.text(x * top, -0.62, text, ha='right', va='center', fontsize=8, color='#555555')
+    ax.set(
+        yticks=range(len(table)), ylim=(len(table) - 0.45, -0.8), xlim=(0, 1.35 * top), xticks=[]
+    )
+    ax.set_yticklabels([literal(s, 44) for s in table.step])
+    ax.tick_params(axis='y', length=0)
     ax.spines[:].set_visible(False)
-    fig.alt = 'Funnel of the cohort. ' + ' '.join(f"{r.step}: removed {r.removed}, left {r.left}{f' ({r.why})' if r.why else ''}." for r in table.itertuples())
+    fig.alt = 'Funnel of the cohort. ' + ' '.join(
+        f"{r.step}: removed {r.removed}, left {r.left}{f' ({r.why})' if r.why else ''}."
+        for r in table.itertuples()
+    )
     return fig

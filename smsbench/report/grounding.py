@@ -13,19 +13,31 @@ from types import SimpleNamespace
 import pandas as pd
 
 from .figures import pick
-from .grounding_figures import (MAP_WORDS, blind_figure, coverage_figure,
-    recalibration_figure, states_figure, void_or_baseline)
+from smsbench.report.grounding_figures import (
+    MAP_WORDS,
+    blind_figure,
+    coverage_figure,
+    recalibration_figure,
+    states_figure,
+    void_or_baseline,
+)
 from .html import Html, details, figure_html, html_table, join, markup
 from .sections import metric_table
 from .style import percent, rounded, span
 from .words import wording
-from ..sms.grounding import (COVERAGES, STATES, coverage_curves, measure_grounding,
-    sample_states, state_examples)
+from smsbench.sms.grounding import (
+    COVERAGES,
+    STATES,
+    coverage_curves,
+    measure_grounding,
+    sample_states,
+    state_examples,
+)
 
 # %% ../../nbs/51aa_report.grounding.ipynb #5adb423f
 def grounding_metrics(
-    results,       # `Results` of a run
-)->pd.DataFrame:   # metrics table with the rows of `measure_grounding`
+    results,  # `Results` of a run
+) -> pd.DataFrame:  # metrics table with the rows of `measure_grounding`
     "The metrics of a run, with those of this section added where they are missing."
     if results.metrics.metric.str.startswith(('kept_share', 'ece_expected')).any():
         return results.metrics
@@ -35,49 +47,54 @@ def grounding_metrics(
 
 # %% ../../nbs/51aa_report.grounding.ipynb #8f97e1e6
 def number_of(
-    metrics:pd.DataFrame, # metrics table
-    model:str,            # which model
-    metric:str,           # which metric
-    arm:str,              # which arm
-):                        # the row, or None where the number is missing or suppressed
+    metrics: pd.DataFrame,  # metrics table
+    model: str,  # which model
+    metric: str,  # which metric
+    arm: str,  # which arm
+):  # the row, or None where the number is missing or suppressed
     "One number over all samples."
     rows = pick(metrics[metrics.model == model], metric, arms=[arm])
     rows = rows[rows.value.notna()]
     return next(rows.itertuples(), None)
+
 
 def _with_ends(row, digits=0):
     return f'{percent(row.value, digits)} (95 % CI {span(row.ci_low, row.ci_high, digits)})'
 
 # %% ../../nbs/51aa_report.grounding.ipynb #31e47226
 def state_sentences(
-    metrics:pd.DataFrame, # metrics table with the rows of `measure_grounding`
-    model:str,            # which model
-    words:dict,           # from `wording`
-)->list[str]:
+    metrics: pd.DataFrame,  # metrics table with the rows of `measure_grounding`
+    model: str,  # which model
+    words: dict,  # from `wording`
+) -> list[str]:
     "Blind and robust answers, and how many kept answers reading errors could explain."
     names = ('state_blind', 'state_robust', 'kept_share', 'kept_if_read')
     blind, robust, kept, read = (number_of(metrics, model, n, 'image_swap') for n in names)
     same = number_of(metrics, model, 'state_robust', 'image_swap_same')
     image, other, out = words['image'], words['other'], []
     if blind:
-        out.append(f'{_with_ends(blind)} of its answers are consistent but blind: the same in all '
-                   f'wordings, and the same with a {image} of {other}.')
+        out.append(
+            f'{_with_ends(blind)} of its answers are consistent but blind: the same in all '
+            f'wordings, and the same with a {image} of {other}.'
+        )
     if robust:
         control = f' (with a {image} of the same class: {percent(same.value)})' if same else ''
         out.append(f'{_with_ends(robust)} are consistent and change with it{control}.')
     if kept and read:
         more = 'more' if kept.ci_low > read.ci_high else 'no more'
-        out.append(f'Altogether {_with_ends(kept)} of its answers stay, {more} than reading errors '
-                   f'can explain: a reader of the {image} alone that errs as often would keep '
-                   f'{_with_ends(read)}.')
+        out.append(
+            f'Altogether {_with_ends(kept)} of its answers stay, {more} than reading errors '
+            f'can explain: a reader of the {image} alone that errs as often would keep '
+            f'{_with_ends(read)}.'
+        )
     return out
 
 # %% ../../nbs/51aa_report.grounding.ipynb #7e1686f9
 def confidence_sentences(
-    metrics:pd.DataFrame, # metrics table with the rows of `measure_grounding`
-    model:str,            # which model
-    words:dict,           # from `wording`
-)->list[str]:
+    metrics: pd.DataFrame,  # metrics table with the rows of `measure_grounding`
+    model: str,  # which model
+    words: dict,  # from `wording`
+) -> list[str]:
     "Does low confidence warn of wrong, and of ungrounded, answers?"
     stay, out = f"stay under a {words['image']} of {words['other']}", []
     kinds = (('wrong', 'original', 'are wrong'), ('ungrounded', 'image_swap', stay))
@@ -87,13 +104,14 @@ def confidence_sentences(
             out += _all_or_none(number_of(metrics, model, f'aurc_{kind}_random', arm), what)
             continue
         how = f'Its confidence does not tell which answers {what}'
-        if flags.ci_low > .5:
+        if flags.ci_low > 0.5:
             how = f'Its confidence is lower in answers that {what}'
-        if flags.ci_high < .5:
+        if flags.ci_high < 0.5:
             how = f'It is surer of answers that {what} than of others'
         ends = f'{rounded(flags.value, 2)}, 95 % CI {span(flags.ci_low, flags.ci_high, 2, 1)}'
         out.append(f'{how} (AUROC of low confidence {ends}; 0.5: no information).')
     return out
+
 
 def _all_or_none(overall, what):
     "Where there is nothing to tell apart; nothing where the share itself is missing."
@@ -104,18 +122,20 @@ def _all_or_none(overall, what):
 
 # %% ../../nbs/51aa_report.grounding.ipynb #2182528c
 def calibration_sentences(
-    metrics:pd.DataFrame, # metrics table with the rows of `measure` and `measure_grounding`
-    model:str,            # which model
-)->list[str]:
+    metrics: pd.DataFrame,  # metrics table with the rows of `measure` and `measure_grounding`
+    model: str,  # which model
+) -> list[str]:
     "Is the calibration error more than chance, and what does recalibration leave?"
     names = ('ece', 'ece_expected', 'ece_expected_high')
     own, mean, high = (number_of(metrics, model, k, 'original') for k in names)
     if not (own and mean and high):
         return []
     more = 'more than' if own.value > high.value else 'no more than'
-    out = [f'Its expected calibration error is {rounded(own.value, 3)}, {more} chance alone would '
-           f'show: in studies of this size calibrated models have {rounded(mean.value, 3)} '
-           f'on average, and 95 % of them less than {rounded(high.value, 3)}.']
+    out = [
+        f'Its expected calibration error is {rounded(own.value, 3)}, {more} chance alone would '
+        f'show: in studies of this size calibrated models have {rounded(mean.value, 3)} '
+        f'on average, and 95 % of them less than {rounded(high.value, 3)}.'
+    ]
     left = {w: number_of(metrics, model, f'ece[{m}]', 'original') for m, w in MAP_WORDS.items()}
     each = ', '.join(f'{w} {rounded(r.value, 3)}' for w, r in left.items() if r)
     if each:
@@ -124,24 +144,26 @@ def calibration_sentences(
 
 # %% ../../nbs/51aa_report.grounding.ipynb #dc745f3d
 def paragraphs(
-    models,      # names, in the order of the figures
-    sentences,   # function model -> list of sentences
-    void,        # models that have none, because an arm never arrived
-)->Html:
+    models,  # names, in the order of the figures
+    sentences,  # function model -> list of sentences
+    void,  # models that have none, because an arm never arrived
+) -> Html:
     "One paragraph per model."
+
     def of(model):
         if model in void:
             return 'Void: an arm that is needed here never reached the model.'
         return ' '.join(sentences(model)) or 'Not measured, or too few samples to tell.'
+
     return join(markup('<p><strong>{}.</strong> {}</p>', m, of(m)) for m in models)
 
 # %% ../../nbs/51aa_report.grounding.ipynb #3e2b2b09
 def example_table(
-    results,    # `Results` of a run
-    states,     # from `sample_states`
-    void=(),    # models left out
-    most:int=3, # examples per model and state
-)->Html:
+    results,  # `Results` of a run
+    states,  # from `sample_states`
+    void=(),  # models left out
+    most: int = 3,  # examples per model and state
+) -> Html:
     "Samples of each state by id; of credentialed data nothing is listed."
     if not results.open:
         return markup('<p class="absent">Samples of credentialed data are not listed.</p>')
@@ -152,26 +174,33 @@ def example_table(
     table = chosen[columns].rename(columns=dict(sample_id='sample', said='answer'))
     return html_table(table, 'Samples of each state, those with the smallest trial ids', digits=2)
 
+
 def _keep_attrs(table, source):
     table.attrs = source.attrs
     return table
 
 # %% ../../nbs/51aa_report.grounding.ipynb #ba9e03a7
 def grounding_section(
-    results,   # `Results` of a run
-    keep=True, # keep the figures in the run directory
-)->Html:       # with its headings; nothing where the image was not swapped
+    results,  # `Results` of a run
+    keep=True,  # keep the figures in the run directory
+) -> Html:  # with its headings; nothing where the image was not swapped
     "Consistent or looking, confidence, and what the probabilities are worth."
     if 'image_swap' not in set(results.plan.arm) or 'original' not in set(results.plan.arm):
         return Html()
     metrics, states = grounding_metrics(results), sample_states(results.plan, results.predictions)
     shown = SimpleNamespace(metrics=metrics, delivery=results.delivery, open=results.open)
-    void = {a: {m for m, arm in void_or_baseline(results.delivery) if arm == a}
-            for a in ('original', 'image_swap')}
+    void = {
+        a: {m for m, arm in void_or_baseline(results.delivery) if arm == a}
+        for a in ('original', 'image_swap')
+    }
     about = dict(models=sorted(results.verdicts), run=results.path if keep else None)
-    return join([_states_part(results, shown, states, void=void['image_swap'], **about),
-                 _confidence_part(results, shown, states, void=void['image_swap'], **about),
-                 _calibration_part(shown, void=void['original'], **about)])
+    return join(
+        [
+            _states_part(results, shown, states, void=void['image_swap'], **about),
+            _confidence_part(results, shown, states, void=void['image_swap'], **about),
+            _calibration_part(shown, void=void['original'], **about),
+        ]
+    )
 
 # %% ../../nbs/51aa_report.grounding.ipynb #0445910d
 HEAD_STATES = (
@@ -182,10 +211,13 @@ HEAD_STATES = (
     '{} are the dangerous ones (after Sadanandan and Behzadan 2026). The thin bar is the '
     'control, with a {} of the same class: changes that it shows as well are not owed to what '
     'is shown. A single answer that stays is no proof: a reader who errs on one of the two '
-    'keeps it too.</p>')
+    'keeps it too.</p>'
+)
 NOT_REWORDED = (
     'The questions were not asked in other words, so whether answers are consistent was not '
-    'asked. An audit with rewordings (--paraphrases 3) tells.')
+    'asked. An audit with rewordings (--paraphrases 3) tells.'
+)
+
 
 def _states_part(results, shown, states, models, void, run):
     words = wording(results.plan.attrs['tasks'])
@@ -201,10 +233,14 @@ def _states_part(results, shown, states, models, void, run):
     tables = _state_tables(shown, figure is not None)
     return join([*parts, details('Numbers: states and kept answers', *tables)])
 
+
 def _state_tables(shown, asked):
     kinds = {f'state_{s}': (s, '%') for s in STATES}
-    kept = dict(consistent_share=('consistent', '%'), kept_share=('answer stays', '%'),
-                kept_if_read=('a reader would keep', '%'))
+    kept = dict(
+        consistent_share=('consistent', '%'),
+        kept_share=('answer stays', '%'),
+        kept_if_read=('a reader would keep', '%'),
+    )
     caption = 'Shares of the four states, with 95 % intervals'
     first = [metric_table(shown, kinds, '', caption=caption)] if asked else []
     caption = 'Consistent and kept answers, with 95 % intervals'
@@ -217,26 +253,39 @@ HEAD_CONFIDENCE = (
     ' {} of {}, where they should change? Confidence is the probability of the answer given. A '
     'curve that falls towards the left can be used to sort answers out; on the dashed line, the'
     ' overall share, confidence says nothing; a curve that rises towards the left belongs to a '
-    'model that is surest where it should not be.</p>')
+    'model that is surest where it should not be.</p>'
+)
 NO_CURVE = 'No probability was recorded, or too few patients to draw.'
+
 
 def _confidence_part(results, shown, states, models, void, run):
     words = wording(results.plan.attrs['tasks'])
     curves = coverage_curves(states, results.config['minimum'])
     figure = coverage_figure(curves, shown.metrics, shown.delivery)
     told = paragraphs(models, lambda m: confidence_sentences(shown.metrics, m, words), void)
-    captions = dict(wrong='Wrong answers: area under the risk-coverage curve, accuracy at coverage',
-                    ungrounded='Answers that stay: the same, and share of answers that move')
+    captions = dict(
+        wrong='Wrong answers: area under the risk-coverage curve, accuracy at coverage',
+        ungrounded='Answers that stay: the same, and share of answers that move',
+    )
     tables = [metric_table(shown, _area_columns(k), caption=c) for k, c in captions.items()]
-    return join([markup(HEAD_CONFIDENCE, words['image'], words['other']),
-                 figure_html(figure, name='grounding_confidence', run=run, absent=NO_CURVE), told,
-                 details('Numbers: risk and coverage', *tables)])
+    return join(
+        [
+            markup(HEAD_CONFIDENCE, words['image'], words['other']),
+            figure_html(figure, name='grounding_confidence', run=run, absent=NO_CURVE),
+            told,
+            details('Numbers: risk and coverage', *tables),
+        ]
+    )
+
 
 def _area_columns(kind):
     name = dict(wrong='accuracy', ungrounded='grounded')[kind]
-    ends = {f'aurc_{kind}': ('AURC', ''), f'aurc_{kind}_best': ('best possible', ''),
-            f'aurc_{kind}_random': ('no information', ''),
-            f'flags_{kind}': ('AUROC of low confidence', '')}
+    ends = {
+        f'aurc_{kind}': ('AURC', ''),
+        f'aurc_{kind}_best': ('best possible', ''),
+        f'aurc_{kind}_random': ('no information', ''),
+        f'flags_{kind}': ('AUROC of low confidence', ''),
+    }
     return ends | {f'{name}_at_{c}': (f'{name}, surest {c} %', '%') for c in COVERAGES}
 
 # %% ../../nbs/51aa_report.grounding.ipynb #8594ae9a
@@ -245,9 +294,14 @@ HEAD_CALIBRATION = (
     'never negative, so even a perfectly calibrated model shows one. The first line is what '
     'chance alone would show in a study of this size, with a bar up to what 95 % of such models'
     ' stay below. Recalibration maps each probability to what it is worth; every map was fitted'
-    ' on other patients.</p>')
-CHANGES = {f'{k}_change[{m}]': (f'{dict(ece="ECE", brier="Brier")[k]}, {w}', '')
-           for k in ('ece', 'brier') for m, w in MAP_WORDS.items()} # metric -> (heading, kind)
+    ' on other patients.</p>'
+)
+CHANGES = {
+    f'{k}_change[{m}]': (f'{dict(ece="ECE", brier="Brier")[k]}, {w}', '')
+    for k in ('ece', 'brier')
+    for m, w in MAP_WORDS.items()
+}  # metric -> (heading, kind)
+
 
 def _calibration_part(shown, models, void, run):
     figure = recalibration_figure(shown.metrics, shown.delivery)
@@ -255,5 +309,11 @@ def _calibration_part(shown, models, void, run):
     caption = 'Change by recalibration, paired, with 95 % intervals'
     changes = metric_table(shown, CHANGES, caption=caption)
     drawn = figure_html(figure, name='recalibration', run=run, absent=NO_CURVE)
-    return join([markup(HEAD_CALIBRATION), drawn, told,
-                 details('Numbers: change by recalibration', changes)])
+    return join(
+        [
+            markup(HEAD_CALIBRATION),
+            drawn,
+            told,
+            details('Numbers: change by recalibration', changes),
+        ]
+    )

@@ -15,57 +15,70 @@ from ..sms.grounding import STATES, SWAPS
 
 # %% ../../nbs/50m_report.grounding_figures.ipynb #02dab4d8
 def void_or_baseline(
-    delivery, # what `prove_delivery` found, or None
-)->set:       # of (model, arm)
+    delivery,  # what `prove_delivery` found, or None
+) -> set:  # of (model, arm)
     "Arms that never reached their model, or whose `original` did not."
     void = void_arms(delivery)
     lost = {m for m, a in void if a == 'original'}
     return void | {(m, a) for m in lost for a in SWAPS}
 
 # %% ../../nbs/50m_report.grounding_figures.ipynb #61bc6aa3
-STATE_STYLE = dict(robust=dict(color='#009E73'), fragile=dict(color='#56B4E9'),
-                   blind=dict(color='#D55E00', hatch='////'),
-                   neither=dict(color='#BBBBBB')) # state -> how it is drawn
-STATE_WORDS = dict(robust='robust: consistent, depends on the image',
-                   fragile='fragile: depends on the image, changes with the wording',
-                   blind='blind: consistent, does not depend on the image',
-                   neither='neither')
+STATE_STYLE = dict(
+    robust=dict(color='#009E73'),
+    fragile=dict(color='#56B4E9'),
+    blind=dict(color='#D55E00', hatch='////'),
+    neither=dict(color='#BBBBBB'),
+)  # state -> how it is drawn
+STATE_WORDS = dict(
+    robust='robust: consistent, depends on the image',
+    fragile='fragile: depends on the image, changes with the wording',
+    blind='blind: consistent, does not depend on the image',
+    neither='neither',
+)
 SWAP_WORDS = dict(image_swap='another class', image_swap_same='same class (control)')
 
 # %% ../../nbs/50m_report.grounding_figures.ipynb #e0c84786
 @styled
 def states_figure(
-    metrics:pd.DataFrame, # metrics table with the rows of `measure_grounding`
-    delivery=None,        # what `prove_delivery` found
-    subgroup:str='all',   # which subgroup
-):                        # Figure with `.alt`, or None where nothing was reworded
+    metrics: pd.DataFrame,  # metrics table with the rows of `measure_grounding`
+    delivery=None,  # what `prove_delivery` found
+    subgroup: str = 'all',  # which subgroup
+):  # Figure with `.alt`, or None where nothing was reworded
     "Shares of the four states per model, with the control below."
     from matplotlib.patches import Patch
+
     rows = pd.concat([pick(metrics, f'state_{s}', subgroup).assign(state=s) for s in STATES])
     if rows.empty:
         return None
     models, void = sorted(set(rows.model)), void_or_baseline(delivery)
-    fig, ax = canvas(9.2, .9 + .78 * len(models))
+    fig, ax = canvas(9.2, 0.9 + 0.78 * len(models))
     ax = ax[0, 0]
     for i, model in enumerate(models):
         for k, arm in enumerate(a for a in SWAPS if a in set(rows.arm)):
             part = rows[(rows.model == model) & (rows.arm == arm)]
-            _state_bar(ax, part.set_index('state'), i + .40 * k - .16, .34 - .12 * k, void)
+            _state_bar(ax, part.set_index('state'), i + 0.40 * k - 0.16, 0.34 - 0.12 * k, void)
     _state_axes(ax, models, [a for a in SWAPS if a in set(rows.arm)])
-    handles = [Patch(ec='white', fc=v['color'], hatch=v.get('hatch'), label=STATE_WORDS[s])
-               for s, v in STATE_STYLE.items()]
+    handles = [
+        Patch(ec='white', fc=v['color'], hatch=v.get('hatch'), label=STATE_WORDS[s])
+        for s, v in STATE_STYLE.items()
+    ]
     fig.legend(handles=handles, loc='outside upper left', ncols=2)
     fig.alt = _states_alt(rows, models, void)
     return fig
 
+
 def _state_axes(ax, models, arms):
-    ticks = [(i + .40 * k - .16, f'{literal(m, 28)}, {SWAP_WORDS[a]}' if k == 0 else SWAP_WORDS[a])
-             for i, m in enumerate(models) for k, a in enumerate(arms)]
-    ax.set(yticks=[y for y, _ in ticks], ylim=(len(models) - .45, -.45), xlim=(0, 1))
+    ticks = [
+        (i + 0.40 * k - 0.16, f'{literal(m, 28)}, {SWAP_WORDS[a]}' if k == 0 else SWAP_WORDS[a])
+        for i, m in enumerate(models)
+        for k, a in enumerate(arms)
+    ]
+    ax.set(yticks=[y for y, _ in ticks], ylim=(len(models) - 0.45, -0.45), xlim=(0, 1))
     ax.set_yticklabels([t for _, t in ticks])
-    ax.set(xticks=np.arange(0, 1.01, .25), xlabel='share of the samples')
-    ax.set_xticklabels([percent(v) for v in np.arange(0, 1.01, .25)])
+    ax.set(xticks=np.arange(0, 1.01, 0.25), xlabel='share of the samples')
+    ax.set_xticklabels([percent(v) for v in np.arange(0, 1.01, 0.25)])
     ax.tick_params(axis='y', length=0)
+
 
 def _state_bar(ax, part, y, height, void):
     "One stacked bar, or why there is none."
@@ -74,18 +87,19 @@ def _state_bar(ax, part, y, height, void):
         return
     if is_void(first, void) or not np.isfinite(part.value).all():
         why = 'void' if is_void(first, void) else missing(first)
-        ax.text(.01, y, why, va='center', fontsize=7.5, color='#333333')
+        ax.text(0.01, y, why, va='center', fontsize=7.5, color='#333333')
         return
-    left = 0.
+    left = 0.0
     for state, style in STATE_STYLE.items():
         value = part.value[state]
         hatch = style.get('hatch')
-        ax.barh(y, value, height, left, fc=style['color'], hatch=hatch, ec='white', lw=.8)
-        if value >= .06:
-            box = dict(fc='white', ec='none', pad=1, alpha=.8)
+        ax.barh(y, value, height, left, fc=style['color'], hatch=hatch, ec='white', lw=0.8)
+        if value >= 0.06:
+            box = dict(fc='white', ec='none', pad=1, alpha=0.8)
             how = dict(ha='center', va='center', fontsize=7.5, bbox=box)
             ax.text(left + value / 2, y, percent(value), **how)
         left += value
+
 
 def _states_alt(rows, models, void):
     def told(model, arm):
@@ -97,15 +111,16 @@ def _states_alt(rows, models, void):
         told = [percent(r.value) if np.isfinite(r.value) else missing(r) for r in part.itertuples()]
         each = ', '.join(f'{s} {v}' for s, v in zip(part.state, told))
         return f'{SWAP_WORDS[arm]}: {each}'
+
     each = [f"{m}, " + '; '.join(t for t in (told(m, a) for a in SWAPS) if t) for m in models]
     return f"Stacked bars: shares of the states {', '.join(STATES)} per model. {'. '.join(each)}."
 
 # %% ../../nbs/50m_report.grounding_figures.ipynb #ae0dbc0c
 @styled
 def blind_figure(
-    metrics:pd.DataFrame, # metrics table with the rows of `measure_grounding`
-    delivery=None,        # what `prove_delivery` found
-):                        # Figure with `.alt`, or None where fewer than two findings were reworded
+    metrics: pd.DataFrame,  # metrics table with the rows of `measure_grounding`
+    delivery=None,  # what `prove_delivery` found
+):  # Figure with `.alt`, or None where fewer than two findings were reworded
     "Share of consistent answers that do not depend on the image, over all and per finding."
     rows = pick(metrics, 'state_blind', '', ['image_swap'])
     rows = rows[rows.subgroup.eq('all') | rows.subgroup.str.startswith('finding=')]
@@ -114,12 +129,12 @@ def blind_figure(
     if len(order) < 3:
         return None
     styles, void = looks(sorted(set(rows.model))), void_or_baseline(delivery)
-    fig, ax = canvas(8.6, .9 + len(order) * max(.26, .16 * len(styles)))
+    fig, ax = canvas(8.6, 0.9 + len(order) * max(0.26, 0.16 * len(styles)))
     draw_dots(ax[0, 0], rows, order, styles, void)
     legend(fig, styles)
     label = 'consistent under rewording, and unmoved by an image of another class'
-    ax[0, 0].set(xlim=(-.02, 1.02), xticks=np.arange(0, 1.01, .25), xlabel=label)
-    ax[0, 0].set_xticklabels([percent(v) for v in np.arange(0, 1.01, .25)])
+    ax[0, 0].set(xlim=(-0.02, 1.02), xticks=np.arange(0, 1.01, 0.25), xlabel=label)
+    ax[0, 0].set_xticklabels([percent(v) for v in np.arange(0, 1.01, 0.25)])
     fig.alt = f'Dot plot with 95 % intervals per finding: {label}. ' + listed(rows, void)
     return fig
 
@@ -129,10 +144,10 @@ LOSS_WORDS = dict(wrong='wrong answers', ungrounded='answers unmoved by an image
 # %% ../../nbs/50m_report.grounding_figures.ipynb #48e8e5ba
 @styled
 def coverage_figure(
-    curves:pd.DataFrame,  # from `coverage_curves`
-    metrics:pd.DataFrame, # metrics table with the rows of `measure_grounding`
-    delivery=None,        # what `prove_delivery` found
-):                        # Figure with `.alt`, or None where there are no curves
+    curves: pd.DataFrame,  # from `coverage_curves`
+    metrics: pd.DataFrame,  # metrics table with the rows of `measure_grounding`
+    delivery=None,  # what `prove_delivery` found
+):  # Figure with `.alt`, or None where there are no curves
     "Share of wrong and of ungrounded answers among the surest, per model."
     if curves.empty:
         return None
@@ -144,25 +159,28 @@ def coverage_figure(
             if (model, 'image_swap' if kind == 'ungrounded' else 'original') not in void:
                 _curve(ax, curve, styles[model])
         ax.set(title=LOSS_WORDS[kind], xlabel='coverage: the surest first')
-        ax.set(xlim=(-.02, 1.02), ylim=(-.03, 1.03))
+        ax.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.03))
         for axis in (ax.xaxis, ax.yaxis):
-            axis.set_ticks([0, .25, .5, .75, 1])
+            axis.set_ticks([0, 0.25, 0.5, 0.75, 1])
             axis.set_major_formatter(lambda v, _: percent(v))
-        ax.grid(color='#e6e7e8', lw=.6)
+        ax.grid(color='#e6e7e8', lw=0.6)
     axes[0, 0].set_ylabel('share among them')
     legend(fig, styles)
     told = [_areas_alt(metrics, k, sorted(styles), void) for k in kinds]
     fig.alt = 'Risk-coverage curves. ' + ' '.join(told)
     return fig
 
+
 def _curve(ax, curve, style):
-    ax.axhline(curve.risk.iloc[-1], color=style['color'], lw=.8, ls=(0, (4, 3)), alpha=.7)
-    ax.plot(curve.coverage, curve.risk, ms=4, mec='white', mew=.5, lw=1.3, **style)
+    ax.axhline(curve.risk.iloc[-1], color=style['color'], lw=0.8, ls=(0, (4, 3)), alpha=0.7)
+    ax.plot(curve.coverage, curve.risk, ms=4, mec='white', mew=0.5, lw=1.3, **style)
+
 
 def _areas_alt(metrics, kind, models, void):
     arm = 'image_swap' if kind == 'ungrounded' else 'original'
     found = pick(metrics, f'aurc_{kind}', arms=[arm]).set_index('model')
     chance = pick(metrics, f'aurc_{kind}_random', arms=[arm]).set_index('model').value
+
     def told(model):
         if (model, arm) in void:
             return f'{model}: void'
@@ -171,16 +189,19 @@ def _areas_alt(metrics, kind, models, void):
         r = found.loc[model]
         area = f'{rounded(r.value, 2)} ({span(r.ci_low, r.ci_high, 2, 1)})'
         return f'{model}: area {area}, without information {rounded(chance.get(model), 2)}'
+
     return f"{LOSS_WORDS[kind].capitalize()}. {'; '.join(told(m) for m in models)}."
 
 # %% ../../nbs/50m_report.grounding_figures.ipynb #c612bd7d
-MAP_WORDS = dict(platt='Platt', isotonic='isotonic',
-                 temperature='temperature') # map -> how a report calls it
+MAP_WORDS = dict(
+    platt='Platt', isotonic='isotonic', temperature='temperature'
+)  # map -> how a report calls it
+
 
 def recalibration_rows(
-    metrics:pd.DataFrame, # metrics table with the rows of `measure` and `measure_grounding`
-    score:str,            # 'ece' or 'brier'
-)->pd.DataFrame:          # metrics rows with a column `row`: chance alone, as stated, then the maps
+    metrics: pd.DataFrame,  # metrics table with the rows of `measure` and `measure_grounding`
+    score: str,  # 'ece' or 'brier'
+) -> pd.DataFrame:  # metrics rows with a column `row`: chance alone, as stated, then the maps
     "A score as stated and after each map."
     rows = [pick(metrics, score, arms=['original']).assign(row='as stated')]
     for m, word in MAP_WORDS.items():
@@ -194,9 +215,9 @@ def recalibration_rows(
 # %% ../../nbs/50m_report.grounding_figures.ipynb #5c5813a6
 @styled
 def recalibration_figure(
-    metrics:pd.DataFrame, # metrics table with the rows of `measure` and `measure_grounding`
-    delivery=None,        # what `prove_delivery` found
-):                        # Figure with `.alt`, or None where no probability was recorded
+    metrics: pd.DataFrame,  # metrics table with the rows of `measure` and `measure_grounding`
+    delivery=None,  # what `prove_delivery` found
+):  # Figure with `.alt`, or None where no probability was recorded
     "Calibration error and Brier score as stated and after cross-fitted recalibration."
     rows = {k: recalibration_rows(metrics, k) for k in ('ece', 'brier')}
     if not rows['ece'].value.notna().any():
@@ -204,7 +225,7 @@ def recalibration_figure(
     styles, void = looks(sorted(set(rows['ece'].model))), void_arms(delivery)
     lines = ('chance alone', 'as stated', *MAP_WORDS.values())
     order = [r for r in lines if r in set(rows['ece'].row)]
-    fig, axes = canvas(9.2, 1.0 + len(order) * max(.28, .17 * len(styles)), 1, 2, sharey=True)
+    fig, axes = canvas(9.2, 1.0 + len(order) * max(0.28, 0.17 * len(styles)), 1, 2, sharey=True)
     words = dict(ece='expected calibration error', brier='Brier score')
     for ax, (k, label) in zip(axes[0], words.items()):
         draw_dots(ax, rows[k], order, styles, void)
@@ -212,5 +233,6 @@ def recalibration_figure(
     legend(fig, styles)
     number = lambda v: rounded(v, 3)
     fig.alt = 'Dot plot with 95 % intervals. ' + ' '.join(
-        f'{label.capitalize()}. {listed(rows[k], void, number)}' for k, label in words.items())
+        f'{label.capitalize()}. {listed(rows[k], void, number)}' for k, label in words.items()
+    )
     return fig

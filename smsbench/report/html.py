@@ -18,229 +18,381 @@ from .style import DASH, rounded
 from .words import sentence
 
 # %% ../../nbs/51_report.html.ipynb #5d14dfbc
-_all_ = ['sentence'] # what a report says about a verdict belongs to its vocabulary
+_all_ = ['sentence']  # what a report says about a verdict belongs to its vocabulary
 
 # %% ../../nbs/51_report.html.ipynb #f3f60df4
 class Html:
     "Markup that was made here; a notebook shows it as HTML. (No `str`: pandas would store it as one, and the difference would be lost.)"
-    def __init__(self,
-        text:str='', # the markup
-    ): self.text = text
-    def __str__(self): return self.text
-    def __eq__(self, other): return isinstance(other, Html) and self.text == other.text
-    def __hash__(self): return hash(self.text)
-    def _repr_html_(self): return self.text
+
+    def __init__(
+        self,
+        text: str = '',  # the markup
+    ):
+        self.text = text
+
+    def __str__(self):
+        return self.text
+
+    def __eq__(self, other):
+        return isinstance(other, Html) and self.text == other.text
+
+    def __hash__(self):
+        return hash(self.text)
+
+    def _repr_html_(self):
+        return self.text
 
 # %% ../../nbs/51_report.html.ipynb #cf066533
 def markup(
-    template:str, # HTML with {} for every value
-    *values,      # each is escaped, unless it is `Html`
-)->Html:
+    template: str,  # HTML with {} for every value
+    *values,  # each is escaped, unless it is `Html`
+) -> Html:
     "Fill values into markup."
-    return Html(template.format(*(v.text if isinstance(v, Html) else html.escape(str(v)) for v in values)))
+    return Html(
+        template.format(*(v.text if isinstance(v, Html) else html.escape(str(v)) for v in values))
+    )
 
 # %% ../../nbs/51_report.html.ipynb #642e1bff
 def join(
-    parts,      # pieces, each escaped unless it is `Html`
-    between='', # markup between them
-)->Html:
+    parts,  # pieces, each escaped unless it is `Html`
+    between='',  # markup between them
+) -> Html:
     "One piece of markup out of many."
     return Html(between.join(markup('{}', p).text for p in parts))
 
 # %% ../../nbs/51_report.html.ipynb #64884267
 def html_table(
-    df:pd.DataFrame,   # the table; cells that are `Html` stay as they are
-    caption:str='',    # what it shows
-    digits:int=3,      # decimal places of floats
-    formats=None,      # column -> function value -> text, instead of the default
-    numbers=(),        # further columns to align right, e.g. numbers written as text
-)->Html:
+    df: pd.DataFrame,  # the table; cells that are `Html` stay as they are
+    caption: str = '',  # what it shows
+    digits: int = 3,  # decimal places of floats
+    formats=None,  # column -> function value -> text, instead of the default
+    numbers=(),  # further columns to align right, e.g. numbers written as text
+) -> Html:
     "A table as escaped HTML."
-    right = {c for c in df if pd.api.types.is_numeric_dtype(df[c]) and not pd.api.types.is_bool_dtype(df[c])} | set(numbers)
+    right = {
+        c
+        for c in df
+        if pd.api.types.is_numeric_dtype(df[c]) and not pd.api.types.is_bool_dtype(df[c])
+    } | set(numbers)
+
     def cell(c, v):
-        if not isinstance(v, (list, tuple, dict)) and pd.isna(v): return DASH
-        return (formats or {}).get(c, lambda v: v if isinstance(v, Html) else rounded(v, digits) if isinstance(v, float) else f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else v)(v)
+        if not isinstance(v, (list, tuple, dict)) and pd.isna(v):
+            return DASH
+        return (formats or {}).get(
+            c,
+            lambda v: (
+                v
+                if isinstance(v, Html)
+                else rounded(v, digits)
+                if isinstance(v, float)
+                else f'{v:,}'
+                if isinstance(v, int) and not isinstance(v, bool)
+                else v
+            ),
+        )(v)
+
     attr = {c: Html(' class="num"' if c in right else '') for c in df}
     head = join(markup('<th scope="col"{}>{}</th>', attr[c], c) for c in df)
-    body = join(markup('<tr>{}</tr>', join(markup('<td{}>{}</td>', attr[c], cell(c, v)) for c, v in zip(df, r))) for r in df.astype(object).itertuples(index=False, name=None))
-    return markup('<div class="table" tabindex="0" role="region" aria-label="{}"><table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>', caption or 'table',
-                  markup('<caption>{}</caption>', caption) if caption else Html(), head, body)
+    body = join(
+        markup(
+            '<tr>{}</tr>', join(markup('<td{}>{}</td>', attr[c], cell(c, v)) for c, v in zip(df, r))
+        )
+        for r in df.astype(object).itertuples(index=False, name=None)
+    )
+    return markup(
+        '<div class="table" tabindex="0" role="region" aria-label="{}"><table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>',
+        caption or 'table',
+        markup('<caption>{}</caption>', caption) if caption else Html(),
+        head,
+        body,
+    )
 
 # %% ../../nbs/51_report.html.ipynb #8e38f8ff
 def details(
-    summary:str, # what the reader clicks
-    *content,    # what then opens
-)->Html:
+    summary: str,  # what the reader clicks
+    *content,  # what then opens
+) -> Html:
     "Content that is there but folded away; it opens by itself on paper."
     return markup('<details><summary>{}</summary>{}</details>', summary, join(content))
 
 # %% ../../nbs/51_report.html.ipynb #e34e6f39
 def figure_html(
-    fig,           # matplotlib Figure; None says that there is nothing to show
-    alt:str='',    # description; '' takes the figure's own `.alt`
-    name:str='',   # file name without ending
-    run=None,      # run directory (path), in which figures/NAME.png is kept; None keeps none
-    caption='',    # what stands below
-    absent:str='Not measured in this run.', # what is said where there is no figure
-)->Html:
+    fig,  # matplotlib Figure; None says that there is nothing to show
+    alt: str = '',  # description; '' takes the figure's own `.alt`
+    name: str = '',  # file name without ending
+    run=None,  # run directory (path), in which figures/NAME.png is kept; None keeps none
+    caption='',  # what stands below
+    absent: str = 'Not measured in this run.',  # what is said where there is no figure
+) -> Html:
     "A figure as <img> with its description; `InputError` where it has none."
-    if fig is None: return markup('<p class="absent">{}</p>', absent)
-    alt, out = ' '.join((alt or getattr(fig, 'alt', '')).split()), io.BytesIO()     # any Figure will do, also one that was made by pyplot
-    if not alt: raise InputError('a figure needs a description (alt) for those who cannot see it')
+    if fig is None:
+        return markup('<p class="absent">{}</p>', absent)
+    alt, out = (
+        ' '.join((alt or getattr(fig, 'alt', '')).split()),
+        io.BytesIO(),
+    )  # any Figure will do, also one that was made by pyplot
+    if not alt:
+        raise InputError('a figure needs a description (alt) for those who cannot see it')
     fig.savefig(out, format='png', dpi=192, metadata=dict(Software=None))
     if run is not None and name:
-        with atomic(Path(run)/f'figures/{name}.png') as tmp: tmp.write_bytes(out.getvalue())
-    return markup('<figure><img src="data:image/png;base64,{}" alt="{}" width="{}" height="{}">{}</figure>', base64.b64encode(out.getvalue()).decode(), alt, *(round(96 * s) for s in fig.get_size_inches()),
-                  markup('<figcaption>{}</figcaption>', caption) if caption else Html())
+        with atomic(Path(run) / f'figures/{name}.png') as tmp:
+            tmp.write_bytes(out.getvalue())
+    return markup(
+        '<figure><img src="data:image/png;base64,{}" alt="{}" width="{}" height="{}">{}</figure>',
+        base64.b64encode(out.getvalue()).decode(),
+        alt,
+        *(round(96 * s) for s in fig.get_size_inches()),
+        markup('<figcaption>{}</figcaption>', caption) if caption else Html(),
+    )
 
 # %% ../../nbs/51_report.html.ipynb #08ae65ab
 def show(
-    fig,         # matplotlib Figure, or None
-    alt:str='',  # description; '' takes the figure's own `.alt`
-    name:str='', # file name without ending
-    run=None,    # run directory (path)
-    **how,       # caption, absent: see `figure_html`
+    fig,  # matplotlib Figure, or None
+    alt: str = '',  # description; '' takes the figure's own `.alt`
+    name: str = '',  # file name without ending
+    run=None,  # run directory (path)
+    **how,  # caption, absent: see `figure_html`
 ):
     "Display a figure in a notebook, with a description that survives in the report."
     from IPython.display import HTML, display
+
     display(HTML(figure_html(fig, alt, name, run, **how).text))
 
 # %% ../../nbs/51_report.html.ipynb #15d91870
 def declared(
-    nb,        # notebook node
-    name:str,  # what messages call it
-)->dict:       # parameter -> default
+    nb,  # notebook node
+    name: str,  # what messages call it
+) -> dict:  # parameter -> default
     "Names and defaults of the `parameters` cell; `InputError` where there is none, or it holds anything but plain scalars."
-    cells = [c.source for c in nb.cells if c.cell_type == 'code' and 'parameters' in c.metadata.get('tags', [])]
-    if len(cells) != 1: raise InputError(f'{name}: {len(cells)} cells are tagged parameters; a run notebook has exactly one')
+    cells = [
+        c.source
+        for c in nb.cells
+        if c.cell_type == 'code' and 'parameters' in c.metadata.get('tags', [])
+    ]
+    if len(cells) != 1:
+        raise InputError(
+            f'{name}: {len(cells)} cells are tagged parameters; a run notebook has exactly one'
+        )
     out = {}
     for node in ast.parse(cells[0]).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
-        try: out[target.id] = ast.literal_eval(node.value)
-        except (AttributeError, ValueError): raise InputError(f'{name}: its parameters cell holds more than plain values ({ast.unparse(node)[:60]})') from None
+        target = (
+            node.target
+            if isinstance(node, ast.AnnAssign)
+            else node.targets[0]
+            if isinstance(node, ast.Assign) and len(node.targets) == 1
+            else None
+        )
+        try:
+            out[target.id] = ast.literal_eval(node.value)
+        except (AttributeError, ValueError):
+            raise InputError(
+                f'{name}: its parameters cell holds more than plain values ({ast.unparse(node)[:60]})'
+            ) from None
     return out
 
 # %% ../../nbs/51_report.html.ipynb #a0c9f3da
 def checked(
-    given:dict,    # parameter -> value
-    defaults:dict, # from `declared`
-    name:str='the notebook', # what messages call it
-)->dict:           # the same with numbers as numbers
+    given: dict,  # parameter -> value
+    defaults: dict,  # from `declared`
+    name: str = 'the notebook',  # what messages call it
+) -> dict:  # the same with numbers as numbers
     "Given parameters, if the notebook has them and their types fit; else `InputError`."
-    if unknown := [k for k in given if k not in defaults]: raise InputError(f"{name} has no parameter {', '.join(map(repr, unknown))}; it has {', '.join(defaults)}")
+    if unknown := [k for k in given if k not in defaults]:
+        raise InputError(
+            f"{name} has no parameter {', '.join(map(repr, unknown))}; it has {', '.join(defaults)}"
+        )
     out = {}
     for k, v in given.items():
         kind = type(defaults[k])
         fits = type(v) is kind or (kind is float and type(v) is int)
-        if not fits and kind in (int, float) and isinstance(v, str):                     # YAML takes 1e-3 for text
-            with _ignored(ValueError): v, fits = kind(v), True
-        if not fits: raise InputError(f'{name}: parameter {k} must be {kind.__name__}, not {v!r} ({type(v).__name__})')
+        if not fits and kind in (int, float) and isinstance(v, str):  # YAML takes 1e-3 for text
+            with _ignored(ValueError):
+                v, fits = kind(v), True
+        if not fits:
+            raise InputError(
+                f'{name}: parameter {k} must be {kind.__name__}, not {v!r} ({type(v).__name__})'
+            )
         out[k] = kind(v)
     return out
 
+
 def _ignored(*errors):
     import contextlib
+
     return contextlib.suppress(*errors)
 
 # %% ../../nbs/51_report.html.ipynb #008ac47e
 class _Page(HTMLParser):
     "Collects what a report must not have."
-    def __init__(self): super().__init__(); self.images, self.faults, self.in_style = 0, [], False
+
+    def __init__(self):
+        super().__init__()
+        self.images, self.faults, self.in_style = 0, [], False
+
     def handle_starttag(self, tag, attrs):
-        attrs = {k: v or '' for k, v in attrs}; self.in_style = tag == 'style'
+        attrs = {k: v or '' for k, v in attrs}
+        self.in_style = tag == 'style'
         self.images += tag == 'img'
-        if tag in ('script', 'iframe', 'object', 'embed', 'base', 'form'): self.faults.append(f'a <{tag}> element')
-        if tag == 'img' and not attrs.get('alt', '').strip(): self.faults.append('a figure without a description')
+        if tag in ('script', 'iframe', 'object', 'embed', 'base', 'form'):
+            self.faults.append(f'a <{tag}> element')
+        if tag == 'img' and not attrs.get('alt', '').strip():
+            self.faults.append('a figure without a description')
         self.faults += [f'an event handler {k}' for k in attrs if k.startswith('on')]
-        self.faults += [f'a reference to {v[:60]!r}' for k, v in attrs.items() if k in ('src', 'href', 'srcset', 'poster', 'data', 'action') and not v.startswith(('data:', '#'))]
-        if 'url(' in attrs.get('style', '').replace('url(data:', ''): self.faults.append('a reference in a style')
-    def handle_endtag(self, tag): self.in_style = False
+        self.faults += [
+            f'a reference to {v[:60]!r}'
+            for k, v in attrs.items()
+            if k in ('src', 'href', 'srcset', 'poster', 'data', 'action')
+            and not v.startswith(('data:', '#'))
+        ]
+        if 'url(' in attrs.get('style', '').replace('url(data:', ''):
+            self.faults.append('a reference in a style')
+
+    def handle_endtag(self, tag):
+        self.in_style = False
+
     def handle_data(self, data):
-        if self.in_style and re.search(r'@import|url\((?!["\']?data:)', data): self.faults.append('a reference in a style')
+        if self.in_style and re.search(r'@import|url\((?!["\']?data:)', data):
+            self.faults.append('a reference in a style')
 
 # %% ../../nbs/51_report.html.ipynb #20d586c9
 def check_page(
-    page:str,     # HTML
-    images:int=1, # figures it must have at least
+    page: str,  # HTML
+    images: int = 1,  # figures it must have at least
 ):
     "`RunError` where a page would fetch or run something, has a picture without a description, or lacks its figures."
-    p = _Page(); p.feed(page); p.close()
-    if p.faults: raise RunError(f"the report holds {p.faults[0]}{f' and {len(p.faults) - 1} more faults' * (len(p.faults) > 1)}; it would not be self-contained")
-    if p.images < images: raise RunError(f'the report holds {p.images} figures, at least {images} were expected')
+    p = _Page()
+    p.feed(page)
+    p.close()
+    if p.faults:
+        raise RunError(
+            f"the report holds {p.faults[0]}{f' and {len(p.faults) - 1} more faults' * (len(p.faults) > 1)}; it would not be self-contained"
+        )
+    if p.images < images:
+        raise RunError(f'the report holds {p.images} figures, at least {images} were expected')
 
 # %% ../../nbs/51_report.html.ipynb #01f098f4
 def find_notebook(
-    notebook, # path, or name of a run notebook that comes with the package
-)->Path:
+    notebook,  # path, or name of a run notebook that comes with the package
+) -> Path:
     "A run notebook by path or name; `InputError` lists those there are."
     path, name = Path(notebook), str(notebook).removesuffix('.ipynb')
-    if path.is_file(): return path
+    if path.is_file():
+        return path
     from importlib import resources
-    try: home = resources.files('smsbench.runs')
-    except ModuleNotFoundError: home = Path(str(resources.files('smsbench'))).parent/'nbs/runs'    # a checkout that was not installed
+
+    try:
+        home = resources.files('smsbench.runs')
+    except ModuleNotFoundError:
+        home = (
+            Path(str(resources.files('smsbench'))).parent / 'nbs/runs'
+        )  # a checkout that was not installed
     there = {p.stem: p for p in sorted(Path(str(home)).glob('*.ipynb'))}
-    if name not in there: raise InputError(f"{notebook}: no such notebook; give a path or one of {', '.join(there)}")
+    if name not in there:
+        raise InputError(f"{notebook}: no such notebook; give a path or one of {', '.join(there)}")
     return there[name]
 
 # %% ../../nbs/51_report.html.ipynb #a929517c
 def execute(
-    path:Path,       # notebook
-    parameters:dict, # checked
-    kernel:str='python3', # kernel to run it in
-):                   # the executed notebook node
+    path: Path,  # notebook
+    parameters: dict,  # checked
+    kernel: str = 'python3',  # kernel to run it in
+):  # the executed notebook node
     "Run a notebook; errors inside come out as one line."
     import logging, nbformat, papermill
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
     from nbclient.exceptions import DeadKernelError
-    try: KernelSpecManager().get_kernel_spec(kernel)
-    except NoSuchKernel: raise InputError(f'no Jupyter kernel {kernel!r} is installed; run: python -m pip install ipykernel && python -m ipykernel install --sys-prefix') from None
-    logging.getLogger('papermill').setLevel(logging.ERROR)      # it warns of parameters that it could not parse; they were read above
+
+    try:
+        KernelSpecManager().get_kernel_spec(kernel)
+    except NoSuchKernel:
+        raise InputError(
+            f'no Jupyter kernel {kernel!r} is installed; run: python -m pip install ipykernel && python -m ipykernel install --sys-prefix'
+        ) from None
+    logging.getLogger('papermill').setLevel(
+        logging.ERROR
+    )  # it warns of parameters that it could not parse; they were read above
     with tempfile.TemporaryDirectory() as d:
-        try: papermill.execute_notebook(str(path), f'{d}/run.ipynb', parameters=parameters, kernel_name=kernel, language='python', cwd=str(Path.cwd()), progress_bar=False, extra_arguments=['--log-level=ERROR'])
+        try:
+            papermill.execute_notebook(
+                str(path),
+                f'{d}/run.ipynb',
+                parameters=parameters,
+                kernel_name=kernel,
+                language='python',
+                cwd=str(Path.cwd()),
+                progress_bar=False,
+                extra_arguments=['--log-level=ERROR'],
+            )
         except papermill.PapermillExecutionError as e:
             line = (str(e.evalue).strip().splitlines() or [''])[0]
-            raise InputError(line) if e.ename == 'InputError' else RunError(line if e.ename == 'RunError' else f'{path.name}: {e.ename}: {line}') from None
-        except DeadKernelError: raise RunError(f'{path.name}: the kernel died (out of memory?)') from None
+            raise (
+                InputError(line)
+                if e.ename == 'InputError'
+                else RunError(line if e.ename == 'RunError' else f'{path.name}: {e.ename}: {line}')
+            ) from None
+        except DeadKernelError:
+            raise RunError(f'{path.name}: the kernel died (out of memory?)') from None
         return nbformat.read(f'{d}/run.ipynb', as_version=4)
 
 # %% ../../nbs/51_report.html.ipynb #76fd45ec
 def to_html(
-    nb,           # executed notebook node
-    title:str='', # of the page; '' takes the first heading
-)->str:
+    nb,  # executed notebook node
+    title: str = '',  # of the page; '' takes the first heading
+) -> str:
     "Text and outputs of a notebook as one page, without its code."
     from importlib import resources
     from nbconvert import HTMLExporter
-    heading = next((m[1] for c in nb.cells if c.cell_type == 'markdown' and (m := re.search(r'^# (.+)$', c.source, re.M))), '')
+
+    heading = next(
+        (
+            m[1]
+            for c in nb.cells
+            if c.cell_type == 'markdown' and (m := re.search(r'^# (.+)$', c.source, re.M))
+        ),
+        '',
+    )
     nb.metadata['title'] = title or heading or 'smsbench report'
-    exporter = HTMLExporter(template_name='offline', extra_template_basedirs=[str(resources.files('smsbench.report')/'template')], exclude_input=True, exclude_anchor_links=True)
+    exporter = HTMLExporter(
+        template_name='offline',
+        extra_template_basedirs=[str(resources.files('smsbench.report') / 'template')],
+        exclude_input=True,
+        exclude_anchor_links=True,
+    )
     page, _ = exporter.from_notebook_node(nb)
     return re.sub(r'\n{3,}', '\n\n', page)
 
 # %% ../../nbs/51_report.html.ipynb #9848a646
 def render(
-    notebook,         # run notebook: path, or name of one that comes with the package
-    out_dir,          # where the page goes; made where missing
-    parameters:dict,  # parameter -> value, for those that differ from the notebook's defaults
-    name:str='report.html', # file name of the page
-    images:int=1,     # figures that are expected at least
-    title:str='',     # of the page; '' takes the first heading
-    kernel:str='python3', # kernel to run it in
-)->Path:              # the page
+    notebook,  # run notebook: path, or name of one that comes with the package
+    out_dir,  # where the page goes; made where missing
+    parameters: dict,  # parameter -> value, for those that differ from the notebook's defaults
+    name: str = 'report.html',  # file name of the page
+    images: int = 1,  # figures that are expected at least
+    title: str = '',  # of the page; '' takes the first heading
+    kernel: str = 'python3',  # kernel to run it in
+) -> Path:  # the page
     "Run a notebook with parameters and write it as one HTML file; `InputError` before the run, `RunError` after it."
     import nbformat
+
     path = find_notebook(notebook)
-    try: nb = nbformat.read(path, as_version=4)
-    except Exception as e: raise InputError(f'{path}: not a notebook ({type(e).__name__})') from None   # nbformat raises whatever its parser meets
+    try:
+        nb = nbformat.read(path, as_version=4)
+    except Exception as e:
+        raise InputError(
+            f'{path}: not a notebook ({type(e).__name__})'
+        ) from None  # nbformat raises whatever its parser meets
     given = checked(parameters, declared(nb, path.name), path.name)
     page = to_html(execute(path, given, kernel), title)
     check_page(page, images)
-    with atomic(Path(out_dir)/name) as tmp: tmp.write_text(page, encoding='utf-8')
-    return Path(out_dir)/name
+    with atomic(Path(out_dir) / name) as tmp:
+        tmp.write_text(page, encoding='utf-8')
+    return Path(out_dir) / name
 
 # %% ../../nbs/51_report.html.ipynb #fcaa3d9d
 def render_run(
-    run_dir, # run directory of an audit
-)->Path:     # its report.html
+    run_dir,  # run directory of an audit
+) -> Path:  # its report.html
     "The report of a finished run, from its tables."
-    return render('sms_audit', run_dir, dict(out=str(Path(run_dir).resolve()), report_only=True), images=4)
+    return render(
+        'sms_audit', run_dir, dict(out=str(Path(run_dir).resolve()), report_only=True), images=4
+    )

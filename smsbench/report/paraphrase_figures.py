@@ -19,53 +19,84 @@ from ..sms.shifts import ARMS
 
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #967c8ada
 def strategy_rows(
-    metrics:pd.DataFrame, # metrics table
-    metric:str,           # a metric of `measure_wordings`
-    arm:str='original',   # which arm
-)->pd.DataFrame:          # metrics rows with a column `row`: all rewordings, not negated, then the strategies
+    metrics: pd.DataFrame,  # metrics table
+    metric: str,  # a metric of `measure_wordings`
+    arm: str = 'original',  # which arm
+) -> (
+    pd.DataFrame
+):  # metrics rows with a column `row`: all rewordings, not negated, then the strategies
     "Rows of one metric in the order in which a reader wants them."
     rows = metrics[(metrics.metric == metric) & (metrics.arm == arm)]
     rows = rows[rows.subgroup.eq('all') | rows.subgroup.str.startswith(('wordings=', 'strategy='))]
-    named = rows.subgroup.map(lambda s: {'all': 'all rewordings', 'wordings=not negated': 'all but negated'}.get(s, s.removeprefix('strategy=')))
+    named = rows.subgroup.map(
+        lambda s: {'all': 'all rewordings', 'wordings=not negated': 'all but negated'}.get(
+            s, s.removeprefix('strategy=')
+        )
+    )
     order = ['all rewordings', 'all but negated', *STRATEGIES]
-    return rows.assign(row=named).sort_values('row', key=lambda r: r.map(lambda x: (order.index(x), '') if x in order else (len(order), x)), kind='stable')
+    return rows.assign(row=named).sort_values(
+        'row',
+        key=lambda r: r.map(lambda x: (order.index(x), '') if x in order else (len(order), x)),
+        kind='stable',
+    )
 
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #4b37b480
 @styled
 def wording_figure(
-    metrics:pd.DataFrame, # metrics table
-    delivery=None,        # what `prove_delivery` found
-    arm:str='original',   # which arm
-):                        # Figure with `.alt`, or None where nothing was reworded
+    metrics: pd.DataFrame,  # metrics table
+    delivery=None,  # what `prove_delivery` found
+    arm: str = 'original',  # which arm
+):  # Figure with `.alt`, or None where nothing was reworded
     "Flips against variant 0, and what rewording does to accuracy, per strategy and model."
-    panels = [('wording_flips', 'answers that change with the wording', (-.02, 1.02)), ('wording_accuracy_change', 'change in accuracy (points)', None)]
+    panels = [
+        ('wording_flips', 'answers that change with the wording', (-0.02, 1.02)),
+        ('wording_accuracy_change', 'change in accuracy (points)', None),
+    ]
     rows = {m: strategy_rows(metrics, m, arm) for m, _, _ in panels}
-    if rows['wording_flips'].empty: return None
-    order, styles, void = list(dict.fromkeys(rows['wording_flips'].row)), looks(sorted(set(rows['wording_flips'].model))), void_arms(delivery)
-    fig, axes = canvas(9.2, 1.1 + len(order) * max(.28, .16 * len(styles)), 1, 2, sharey=True)
+    if rows['wording_flips'].empty:
+        return None
+    order, styles, void = (
+        list(dict.fromkeys(rows['wording_flips'].row)),
+        looks(sorted(set(rows['wording_flips'].model))),
+        void_arms(delivery),
+    )
+    fig, axes = canvas(9.2, 1.1 + len(order) * max(0.28, 0.16 * len(styles)), 1, 2, sharey=True)
     for ax, (metric, label, limits) in zip(axes[0], panels):
-        draw_dots(ax, rows[metric], order, styles, void); ax.set(xlabel=label)
-        if limits: ax.set(xlim=limits, xticks=np.arange(0, 1.01, .25)); ax.set_xticklabels([percent(v) for v in np.arange(0, 1.01, .25)])
-        else: ax.axvline(0, color='#555555', lw=.9); ax.xaxis.set_major_formatter(lambda v, _: rounded(100 * v, 0))
-        if 'negated' in order: ax.axhline(order.index('negated') - .5, color='#999999', lw=.6, ls=(0, (2, 2))); ax.axhline(order.index('negated') + .5, color='#999999', lw=.6, ls=(0, (2, 2)))
+        draw_dots(ax, rows[metric], order, styles, void)
+        ax.set(xlabel=label)
+        if limits:
+            ax.set(xlim=limits, xticks=np.arange(0, 1.01, 0.25))
+            ax.set_xticklabels([percent(v) for v in np.arange(0, 1.01, 0.25)])
+        else:
+            ax.axvline(0, color='#555555', lw=0.9)
+            ax.xaxis.set_major_formatter(lambda v, _: rounded(100 * v, 0))
+        if 'negated' in order:
+            ax.axhline(order.index('negated') - 0.5, color='#999999', lw=0.6, ls=(0, (2, 2)))
+            ax.axhline(order.index('negated') + 0.5, color='#999999', lw=0.6, ls=(0, (2, 2)))
     legend(fig, styles)
     fig.alt = f'Dot plot with 95 % intervals, {arm}: share of rewordings answered otherwise than the original question, per strategy. {listed(rows["wording_flips"], void)}'
     return fig
 
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #b1dbde65
 def answer_grid(
-    plan:pd.DataFrame,        # the plan
-    predictions:pd.DataFrame, # answers of one or more models
-    model:str,                # which one
-    arm:str='original',       # which arm
-    most:int=150,             # samples at most, those with the smallest trial ids
-)->pd.DataFrame:              # wording x sample: what the answer stands for, '' where it was not read
+    plan: pd.DataFrame,  # the plan
+    predictions: pd.DataFrame,  # answers of one or more models
+    model: str,  # which one
+    arm: str = 'original',  # which arm
+    most: int = 150,  # samples at most, those with the smallest trial ids
+) -> pd.DataFrame:  # wording x sample: what the answer stands for, '' where it was not read
     "Answers of one model, turned back where the question was negated; empty where nothing was reworded."
-    if 'inverted' not in plan: return pd.DataFrame()
-    rows = answer_table(plan, predictions[predictions.model == model]); rows = rows[(rows.arm == arm) & (rows.strategy != '')]
+    if 'inverted' not in plan:
+        return pd.DataFrame()
+    rows = answer_table(plan, predictions[predictions.model == model])
+    rows = rows[(rows.arm == arm) & (rows.strategy != '')]
     rows = rows.assign(stands=[opposite(a) if i else a for a, i in zip(rows.said, rows.inverted)])
     some = rows[rows.variant == 'plain'].sort_values('trial_id').sample_id.head(most)
-    grid = rows[rows.sample_id.isin(some)].pivot(index='variant', columns='sample_id', values='stands').fillna('')
+    grid = (
+        rows[rows.sample_id.isin(some)]
+        .pivot(index='variant', columns='sample_id', values='stands')
+        .fillna('')
+    )
     order = {s: i for i, s in enumerate(['original', *STRATEGIES])}
     kind = rows.drop_duplicates('variant').set_index('variant').strategy
     grid = grid.loc[sorted(grid.index, key=lambda v: (order.get(kind[v], 99), v))]
@@ -74,97 +105,207 @@ def answer_grid(
 
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #9e0ec24d
 def kept_share(
-    grid:pd.DataFrame, # from `answer_grid`
-)->float:              # share of answers to rewordings that are those to variant 0, of those that were read; NaN where there are none
+    grid: pd.DataFrame,  # from `answer_grid`
+) -> float:  # share of answers to rewordings that are those to variant 0, of those that were read; NaN where there are none
     "How much of a grid is stripes."
     asked = (grid.iloc[1:] != '') & (grid.loc['plain'] != '') if len(grid) > 1 else pd.DataFrame()
-    return float((grid.iloc[1:] == grid.loc['plain']).to_numpy()[asked.to_numpy()].mean()) if asked.to_numpy().any() else np.nan
+    return (
+        float((grid.iloc[1:] == grid.loc['plain']).to_numpy()[asked.to_numpy()].mean())
+        if asked.to_numpy().any()
+        else np.nan
+    )
 
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #4a261ba3
 @styled
 def answer_grid_figure(
-    plan:pd.DataFrame,        # the plan
-    predictions:pd.DataFrame, # answers of one or more models
-    models=None,              # which, None takes all
-    arm:str='original',       # which arm
-):                            # Figure with `.alt`, or None where nothing was reworded or the data are credentialed
+    plan: pd.DataFrame,  # the plan
+    predictions: pd.DataFrame,  # answers of one or more models
+    models=None,  # which, None takes all
+    arm: str = 'original',  # which arm
+):  # Figure with `.alt`, or None where nothing was reworded or the data are credentialed
     "Wordings in rows, samples in columns, one panel per model."
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
-    if plan.attrs.get('access') == 'credentialed' or 'inverted' not in plan: return None
-    models = models or sorted(set(predictions.model)); grids = {m: answer_grid(plan, predictions, m, arm) for m in models}
-    if all(len(g) < 2 for g in grids.values()): return None
-    said = sorted({a for g in grids.values() for a in np.unique(g)} - {''}, key=lambda a: (a.lower() != 'yes', a)); colours = ['#0072B2', '#F0E442', '#999999', '#CC79A7', '#009E73'][:len(said)]
-    fig, axes = canvas(9.2, .7 + sum(.42 + .155 * len(g) for g in grids.values()), len(models), 1, height_ratios=[max(len(g), 2) for g in grids.values()])
+
+    if plan.attrs.get('access') == 'credentialed' or 'inverted' not in plan:
+        return None
+    models = models or sorted(set(predictions.model))
+    grids = {m: answer_grid(plan, predictions, m, arm) for m in models}
+    if all(len(g) < 2 for g in grids.values()):
+        return None
+    said = sorted(
+        {a for g in grids.values() for a in np.unique(g)} - {''},
+        key=lambda a: (a.lower() != 'yes', a),
+    )
+    colours = ['#0072B2', '#F0E442', '#999999', '#CC79A7', '#009E73'][: len(said)]
+    fig, axes = canvas(
+        9.2,
+        0.7 + sum(0.42 + 0.155 * len(g) for g in grids.values()),
+        len(models),
+        1,
+        height_ratios=[max(len(g), 2) for g in grids.values()],
+    )
     for ax, (m, g) in zip(axes[:, 0], grids.items()):
-        ax.set_facecolor('#e9e9e9'); code = g.map(lambda a: said.index(a) if a in said else np.nan).astype(float)
-        ax.pcolormesh(code.to_numpy(), cmap=ListedColormap(colours), vmin=-.5, vmax=len(said) - .5, rasterized=True)
-        for i in range(1, len(g)): ax.axhline(i, color='white', lw=2.2 if g.index[i].rsplit('-', 1)[0] != g.index[i - 1].rsplit('-', 1)[0] else .7)
-        ax.set(yticks=np.arange(len(g)) + .5, ylim=(len(g), 0), xticks=[]); ax.set_yticklabels(['original' if v == 'plain' else literal(v) for v in g.index], fontsize=7.5)
-        ax.set_title(f'{literal(m)}: {percent(kept_share(g))} of rewordings keep the answer', fontsize=9); ax.tick_params(length=0); ax.spines[:].set_visible(False)
-    fig.supxlabel(f'{len(next(iter(grids.values())).columns)} samples, ordered by the answer to the original question', fontsize=8.5)
-    fig.legend(handles=[Patch(color=c, label=f'answer stands for {literal(a)}') for a, c in zip(said, colours)] + [Patch(color='#e9e9e9', label='not asked, or not read')] * any((g == '').any(axis=None) for g in grids.values()), loc='outside upper right', ncols=len(said) + 1)
-    fig.alt = f'Grid of answers, {arm}: wordings in rows, samples in columns. ' + ' '.join(f'{m}: {percent(kept_share(g))} of answers to rewordings are those to the original.' for m, g in grids.items() if len(g) > 1)
+        ax.set_facecolor('#e9e9e9')
+        code = g.map(lambda a: said.index(a) if a in said else np.nan).astype(float)
+        ax.pcolormesh(
+            code.to_numpy(),
+            cmap=ListedColormap(colours),
+            vmin=-0.5,
+            vmax=len(said) - 0.5,
+            rasterized=True,
+        )
+        for i in range(1, len(g)):
+            ax.axhline(
+                i,
+                color='white',
+                lw=2.2 if g.index[i].rsplit('-', 1)[0] != g.index[i - 1].rsplit('-', 1)[0] else 0.7,
+            )
+        ax.set(yticks=np.arange(len(g)) + 0.5, ylim=(len(g), 0), xticks=[])
+        ax.set_yticklabels(
+            ['original' if v == 'plain' else literal(v) for v in g.index], fontsize=7.5
+        )
+        ax.set_title(
+            f'{literal(m)}: {percent(kept_share(g))} of rewordings keep the answer', fontsize=9
+        )
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    fig.supxlabel(
+        f'{len(next(iter(grids.values())).columns)} samples, ordered by the answer to the original question',
+        fontsize=8.5,
+    )
+    fig.legend(
+        handles=[
+            Patch(color=c, label=f'answer stands for {literal(a)}') for a, c in zip(said, colours)
+        ]
+        + [Patch(color='#e9e9e9', label='not asked, or not read')]
+        * any((g == '').any(axis=None) for g in grids.values()),
+        loc='outside upper right',
+        ncols=len(said) + 1,
+    )
+    fig.alt = f'Grid of answers, {arm}: wordings in rows, samples in columns. ' + ' '.join(
+        f'{m}: {percent(kept_share(g))} of answers to rewordings are those to the original.'
+        for m, g in grids.items()
+        if len(g) > 1
+    )
     return fig
 
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #2666b60b
 def margin_moves(
-    plan:pd.DataFrame,        # the plan
-    predictions:pd.DataFrame, # answers of one or more models
-    arm:str='original',       # which arm
-    minimum:int=10,           # samples below which a wording is left out
-)->pd.DataFrame:              # model, variant, strategy, low, q25, median, q75, high (log-odds), n
+    plan: pd.DataFrame,  # the plan
+    predictions: pd.DataFrame,  # answers of one or more models
+    arm: str = 'original',  # which arm
+    minimum: int = 10,  # samples below which a wording is left out
+) -> pd.DataFrame:  # model, variant, strategy, low, q25, median, q75, high (log-odds), n
     "Quantiles (5, 25, 50, 75, 95 %) of the margin's movement per wording; empty where nothing was reworded or no probability recorded."
-    rows = beside_original(answer_table(plan, predictions)); rows = rows[rows.arm == arm] if len(rows) else rows
-    if rows.empty: return pd.DataFrame(columns=['model', 'variant', 'strategy', 'low', 'q25', 'median', 'q75', 'high', 'n'])
-    every = answer_table(plan, predictions); base = every[(every.variant == 'plain') & (every.arm == arm)].set_index(['model', 'sample_id']).margin
-    rows = rows.assign(move=rows.margin - base.reindex(pd.MultiIndex.from_frame(rows[['model', 'sample_id']])).to_numpy()).dropna(subset='move')
-    out = rows.groupby(['model', 'variant', 'strategy']).move.quantile([.05, .25, .5, .75, .95]).unstack().set_axis(['low', 'q25', 'median', 'q75', 'high'], axis=1)
+    rows = beside_original(answer_table(plan, predictions))
+    rows = rows[rows.arm == arm] if len(rows) else rows
+    if rows.empty:
+        return pd.DataFrame(
+            columns=['model', 'variant', 'strategy', 'low', 'q25', 'median', 'q75', 'high', 'n']
+        )
+    every = answer_table(plan, predictions)
+    base = (
+        every[(every.variant == 'plain') & (every.arm == arm)]
+        .set_index(['model', 'sample_id'])
+        .margin
+    )
+    rows = rows.assign(
+        move=rows.margin
+        - base.reindex(pd.MultiIndex.from_frame(rows[['model', 'sample_id']])).to_numpy()
+    ).dropna(subset='move')
+    out = (
+        rows.groupby(['model', 'variant', 'strategy'])
+        .move.quantile([0.05, 0.25, 0.5, 0.75, 0.95])
+        .unstack()
+        .set_axis(['low', 'q25', 'median', 'q75', 'high'], axis=1)
+    )
     out['n'] = rows.groupby(['model', 'variant', 'strategy']).patient_id.nunique()
     return out[out.n >= minimum].reset_index()
 
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #7bb9c1cc
 @styled
 def margin_figure(
-    moves:pd.DataFrame, # from `margin_moves`
-    arm:str='original', # which arm, for the description
-):                      # Figure with `.alt`, or None where there are none
+    moves: pd.DataFrame,  # from `margin_moves`
+    arm: str = 'original',  # which arm, for the description
+):  # Figure with `.alt`, or None where there are none
     "Movement of the margin per wording and model."
-    if moves.empty: return None
-    place = {s: i for i, s in enumerate(STRATEGIES)}; order = sorted(set(moves.variant), key=lambda v: (place.get(v.rsplit('-', 1)[0], 99), v)); styles = looks(sorted(set(moves.model))); step = min(.26, .8 / len(styles))
-    fig, ax = canvas(8.6, .9 + len(order) * max(.26, .17 * len(styles))); ax = ax[0, 0]
-    for i in range(0, len(order), 2): ax.axhspan(i - .5, i + .5, color='#f3f4f5', lw=0, zorder=0)
+    if moves.empty:
+        return None
+    place = {s: i for i, s in enumerate(STRATEGIES)}
+    order = sorted(set(moves.variant), key=lambda v: (place.get(v.rsplit('-', 1)[0], 99), v))
+    styles = looks(sorted(set(moves.model)))
+    step = min(0.26, 0.8 / len(styles))
+    fig, ax = canvas(8.6, 0.9 + len(order) * max(0.26, 0.17 * len(styles)))
+    ax = ax[0, 0]
+    for i in range(0, len(order), 2):
+        ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
     for r in moves.itertuples():
-        y = order.index(r.variant) + step * (list(styles).index(r.model) - (len(styles) - 1) / 2); c = styles[r.model]['color']
-        ax.plot([r.low, r.high], [y, y], color=c, lw=1); ax.plot([r.q25, r.q75], [y, y], color=c, lw=4.5, alpha=.55, solid_capstyle='butt'); ax.plot(r.median, y, ls='', ms=5, mec='white', **styles[r.model])
-    ax.axvline(0, color='#555555', lw=.9); ax.set(yticks=range(len(order)), ylim=(len(order) - .5, -.5), xlabel='margin of the right answer, less that of the original question (log-odds)'); ax.set_yticklabels([literal(o) for o in order]); ax.tick_params(axis='y', length=0); ax.grid(axis='x', color='#d9dbdd', lw=.6)
+        y = order.index(r.variant) + step * (list(styles).index(r.model) - (len(styles) - 1) / 2)
+        c = styles[r.model]['color']
+        ax.plot([r.low, r.high], [y, y], color=c, lw=1)
+        ax.plot([r.q25, r.q75], [y, y], color=c, lw=4.5, alpha=0.55, solid_capstyle='butt')
+        ax.plot(r.median, y, ls='', ms=5, mec='white', **styles[r.model])
+    ax.axvline(0, color='#555555', lw=0.9)
+    ax.set(
+        yticks=range(len(order)),
+        ylim=(len(order) - 0.5, -0.5),
+        xlabel='margin of the right answer, less that of the original question (log-odds)',
+    )
+    ax.set_yticklabels([literal(o) for o in order])
+    ax.tick_params(axis='y', length=0)
+    ax.grid(axis='x', color='#d9dbdd', lw=0.6)
     legend(fig, styles)
-    fig.alt = f'Movement of the margin per wording, {arm}, median and middle half. ' + ' '.join(f"{m}: {', '.join(f'{r.variant} {rounded(r.median)} ({span(r.q25, r.q75, 1, 1)})' for r in g.itertuples())}." for m, g in moves.groupby('model'))
+    fig.alt = f'Movement of the margin per wording, {arm}, median and middle half. ' + ' '.join(
+        f"{m}: {', '.join(f'{r.variant} {rounded(r.median)} ({span(r.q25, r.q75, 1, 1)})' for r in g.itertuples())}."
+        for m, g in moves.groupby('model')
+    )
     return fig
 
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #84b069c5
 def probe_rows(
-    metrics:pd.DataFrame, # metrics table
-)->pd.DataFrame:          # metrics rows of probes with columns `panel` and `row`
+    metrics: pd.DataFrame,  # metrics table
+) -> pd.DataFrame:  # metrics rows of probes with columns `panel` and `row`
     "What the probes of a plan found, as rows of two panels."
-    flips = pick(metrics, 'flips', arms=[a.name for a in ARMS.values() if a.probe]); flips = flips.assign(panel='answers that change', row=flips.arm)
-    said = pick(metrics, 'unmatched_share', 'variant=unmatched'); said = said.assign(panel='“unmatched” was answered', row=said.arm.map(lambda a: 'original (false alarms)' if a == 'original' else a))
-    return pd.concat([flips, said[~said.arm.isin(['text_only', 'text_only_told', 'image_only', 'image_only_swap', 'neither'])]])
+    flips = pick(metrics, 'flips', arms=[a.name for a in ARMS.values() if a.probe])
+    flips = flips.assign(panel='answers that change', row=flips.arm)
+    said = pick(metrics, 'unmatched_share', 'variant=unmatched')
+    said = said.assign(
+        panel='“unmatched” was answered',
+        row=said.arm.map(lambda a: 'original (false alarms)' if a == 'original' else a),
+    )
+    return pd.concat(
+        [
+            flips,
+            said[
+                ~said.arm.isin(
+                    ['text_only', 'text_only_told', 'image_only', 'image_only_swap', 'neither']
+                )
+            ],
+        ]
+    )
 
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #d9edf681
 @styled
 def probe_figure(
-    metrics:pd.DataFrame, # metrics table
-    delivery=None,        # what `prove_delivery` found
-):                        # Figure with `.alt`, or None where the plan has no probes
+    metrics: pd.DataFrame,  # metrics table
+    delivery=None,  # what `prove_delivery` found
+):  # Figure with `.alt`, or None where the plan has no probes
     "Flips under altered reports, and how often a contradiction was noticed."
     rows, void = probe_rows(metrics), void_arms(delivery)
-    if rows.empty: return None
+    if rows.empty:
+        return None
     panels, styles = list(dict.fromkeys(rows.panel)), looks(sorted(set(rows.model)))
     orders = {p: list(dict.fromkeys(rows[rows.panel == p].row)) for p in panels}
-    fig, axes = canvas(9.2, 1.1 + max(map(len, orders.values())) * max(.28, .16 * len(styles)), 1, len(panels))
+    fig, axes = canvas(
+        9.2, 1.1 + max(map(len, orders.values())) * max(0.28, 0.16 * len(styles)), 1, len(panels)
+    )
     for ax, p in zip(axes[0], panels):
-        draw_dots(ax, rows[rows.panel == p], orders[p], styles, void); ax.set(title=p, xlim=(-.03, 1.03), xticks=[0, .5, 1]); ax.set_xticklabels([percent(v) for v in (0, .5, 1)])
+        draw_dots(ax, rows[rows.panel == p], orders[p], styles, void)
+        ax.set(title=p, xlim=(-0.03, 1.03), xticks=[0, 0.5, 1])
+        ax.set_xticklabels([percent(v) for v in (0, 0.5, 1)])
     legend(fig, styles)
-    fig.alt = 'Dot plot of the probes with 95 % intervals. ' + ' '.join(f'{p}: {listed(rows[rows.panel == p], void)}' for p in panels)
+    fig.alt = 'Dot plot of the probes with 95 % intervals. ' + ' '.join(
+        f'{p}: {listed(rows[rows.panel == p], void)}' for p in panels
+    )
     return fig

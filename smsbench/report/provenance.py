@@ -19,142 +19,307 @@ from ..sms.shifts import ARMS
 
 # %% ../../nbs/51b_report.provenance.ipynb #4c616082
 def limited(
-    results, # `Results` of a run
-)->int:      # samples
+    results,  # `Results` of a run
+) -> int:  # samples
     "How many samples were left out only because a limit was asked for: those with a film, beyond the plan, that an arm could show."
-    c, plan, lost = results.cohort, results.plan, results.exclusions.get('plan', pd.DataFrame(columns=['sample_id', 'arm']))
-    if not results.config.get('limit'): return 0
-    barred = lost.groupby('sample_id').arm.nunique().loc[lambda n: n >= len(plan.attrs['arms'])].index
+    c, plan, lost = (
+        results.cohort,
+        results.plan,
+        results.exclusions.get('plan', pd.DataFrame(columns=['sample_id', 'arm'])),
+    )
+    if not results.config.get('limit'):
+        return 0
+    barred = (
+        lost.groupby('sample_id').arm.nunique().loc[lambda n: n >= len(plan.attrs['arms'])].index
+    )
     return int((~c.sample_id.isin({*plan.sample_id, *barred}) & (c.image.fillna('') != '')).sum())
 
 # %% ../../nbs/51b_report.provenance.ipynb #b0fee38f
 def funnel_rows(
-    results,      # `Results` of a run
-)->pd.DataFrame:  # step, samples, patients: from the data set's table to the answers
+    results,  # `Results` of a run
+) -> pd.DataFrame:  # step, samples, patients: from the data set's table to the answers
     "How many are left after each step; numbers as text, so that small ones can be hidden."
     cohort, plan, access = results.cohort, results.plan, results.config['cohort'].get('access', '')
     about = cohort.attrs
     rows = [('rows in the table of the data set', about['rows'], None)] if about.get('rows') else []
-    rows += [(f'left out by the filter: {k}', n, None) for k, n in about.get('filtered', {}).items()]
-    excluded = results.exclusions['cohort'].reason.value_counts() if 'cohort' in results.exclusions else about.get('excluded', {})   # the cohort knows its counts where the table is not there
+    rows += [
+        (f'left out by the filter: {k}', n, None) for k, n in about.get('filtered', {}).items()
+    ]
+    excluded = (
+        results.exclusions['cohort'].reason.value_counts()
+        if 'cohort' in results.exclusions
+        else about.get('excluded', {})
+    )  # the cohort knows its counts where the table is not there
     rows += [(f'excluded: {k}', n, None) for k, n in excluded.items()]
-    rows.append(('samples in the cohort (one question about one image)', len(cohort), cohort.patient_id.nunique()))
-    if n := limited(results): rows.append(('left out by --limit', n, None))
+    rows.append(
+        (
+            'samples in the cohort (one question about one image)',
+            len(cohort),
+            cohort.patient_id.nunique(),
+        )
+    )
+    if n := limited(results):
+        rows.append(('left out by --limit', n, None))
     rows.append(('samples in the plan', plan.sample_id.nunique(), plan.patient_id.nunique()))
     for model in model_names(results):
         p = results.predictions[results.predictions.model == model]
-        rows += [(f'trials answered by {model}', int((p.parse_status != 'error').sum()), None), (f'trials that failed for {model}', int((p.parse_status == 'error').sum()), None)]
-    count = lambda n: '' if n is None else n if isinstance(n, str) else shown(int(n), access) if n < 1000 else f'{n:,}'   # a sealed cohort states small counts as words
+        rows += [
+            (f'trials answered by {model}', int((p.parse_status != 'error').sum()), None),
+            (f'trials that failed for {model}', int((p.parse_status == 'error').sum()), None),
+        ]
+    count = lambda n: (
+        ''
+        if n is None
+        else n
+        if isinstance(n, str)
+        else shown(int(n), access)
+        if n < 1000
+        else f'{n:,}'
+    )  # a sealed cohort states small counts as words
     return pd.DataFrame([dict(step=s, count=count(n), patients=count(k)) for s, n, k in rows])
 
 # %% ../../nbs/51b_report.provenance.ipynb #cb811cbd
 def exclusion_rows(
-    results,      # `Results` of a run
-)->pd.DataFrame:  # arm, reason, samples
+    results,  # `Results` of a run
+) -> pd.DataFrame:  # arm, reason, samples
     "Samples that an arm could not show, and why."
-    table, access = results.exclusions.get('plan', pd.DataFrame(columns=['arm', 'reason'])), results.config['cohort'].get('access', '')
+    table, access = (
+        results.exclusions.get('plan', pd.DataFrame(columns=['arm', 'reason'])),
+        results.config['cohort'].get('access', ''),
+    )
     counts = table.groupby(['arm', 'reason'], sort=False).size()
-    return pd.DataFrame([dict(arm=a, reason=r, samples=shown(int(n), access)) for (a, r), n in counts.items()], columns=['arm', 'reason', 'samples'])
+    return pd.DataFrame(
+        [dict(arm=a, reason=r, samples=shown(int(n), access)) for (a, r), n in counts.items()],
+        columns=['arm', 'reason', 'samples'],
+    )
 
 # %% ../../nbs/51b_report.provenance.ipynb #a234eb7e
 def funnel(
-    results, # `Results` of a run
-)->Html:
+    results,  # `Results` of a run
+) -> Html:
     "Both tables."
     left_out = exclusion_rows(results)
-    return join([html_table(funnel_rows(results), 'From the data set to the answers', numbers=['count', 'patients']),
-                 html_table(left_out, 'Samples an arm could not show', numbers=['samples']) if len(left_out) else markup('<p>No sample was excluded from any arm.</p>')])
+    return join(
+        [
+            html_table(
+                funnel_rows(results),
+                'From the data set to the answers',
+                numbers=['count', 'patients'],
+            ),
+            html_table(left_out, 'Samples an arm could not show', numbers=['samples'])
+            if len(left_out)
+            else markup('<p>No sample was excluded from any arm.</p>'),
+        ]
+    )
 
 # %% ../../nbs/51b_report.provenance.ipynb #124a0bb4
-_IMAGE = {'own': 'its own', 'other': 'of another patient and class', 'same': 'of another patient, same class', 'near': 'the most similar one of another class', 'near_same': 'the most similar one of the same class', 'grey': 'uniform grey', 'occlude': 'its own, marked region greyed',
-          'elsewhere': 'its own, an equal region elsewhere greyed', 'shuffle': 'its own, patches permuted', 'none': 'none'}
-_TEXT = {'foil': 'its own, what it says about the question turned round', 'foil_other': 'its own, another statement turned round or its side swapped', 'removed': 'its own, without what it says about the question', 'removed_other': 'its own, without another statement',
-         'history': 'its own, after one of another patient and class as an earlier one', 'history_same': 'its own, after one of another patient, same class, as an earlier one'}
+_IMAGE = {
+    'own': 'its own',
+    'other': 'of another patient and class',
+    'same': 'of another patient, same class',
+    'near': 'the most similar one of another class',
+    'near_same': 'the most similar one of the same class',
+    'grey': 'uniform grey',
+    'occlude': 'its own, marked region greyed',
+    'elsewhere': 'its own, an equal region elsewhere greyed',
+    'shuffle': 'its own, patches permuted',
+    'none': 'none',
+}
+_TEXT = {
+    'foil': 'its own, what it says about the question turned round',
+    'foil_other': 'its own, another statement turned round or its side swapped',
+    'removed': 'its own, without what it says about the question',
+    'removed_other': 'its own, without another statement',
+    'history': 'its own, after one of another patient and class as an earlier one',
+    'history_same': 'its own, after one of another patient, same class, as an earlier one',
+}
+
 
 def arm_table(
-    plan, # the plan
-)->Html:
+    plan,  # the plan
+) -> Html:
     "What each arm of a plan shows."
-    rows = [{'arm': a.name, 'image': _IMAGE[a.image], 'text': {**_IMAGE, **_TEXT}[a.text] + (', and the prompt says that there is no image' if a.prompt == 'text_told' else ''), 'compared with': a.versus or DASH, 'controlled by': a.control or DASH}
-            for a in ARMS.values() if (plan.arm == a.name).any()]
+    rows = [
+        {
+            'arm': a.name,
+            'image': _IMAGE[a.image],
+            'text': {**_IMAGE, **_TEXT}[a.text]
+            + (', and the prompt says that there is no image' if a.prompt == 'text_told' else ''),
+            'compared with': a.versus or DASH,
+            'controlled by': a.control or DASH,
+        }
+        for a in ARMS.values()
+        if (plan.arm == a.name).any()
+    ]
     return html_table(pd.DataFrame(rows), 'What each arm shows')
 
 # %% ../../nbs/51b_report.provenance.ipynb #f1139e45
 def loading_flags(
-    results, # `Results` of a run
-    options=('dtype', 'revision', 'quantization'), # which
-)->list[str]:
+    results,  # `Results` of a run
+    options=('dtype', 'revision', 'quantization'),  # which
+) -> list[str]:
     "Options that say how the models were loaded, where it was the same for all of them; they move the last digits."
-    info = [i for m, i in results.predictions.attrs.get('models', {}).items() if m in results.config['models'] and 'imported' not in i and not m.startswith(('planted:', 'reference-'))]
+    info = [
+        i
+        for m, i in results.predictions.attrs.get('models', {}).items()
+        if m in results.config['models']
+        and 'imported' not in i
+        and not m.startswith(('planted:', 'reference-'))
+    ]
     same = {k: {str(i.get(k) or '') for i in info} for k in options}
-    return [f"--{k.replace('_', '-')} {shlex.quote(v)}" for k, (v, *more) in same.items() if v and not more and not v.startswith('files:')] if info else []
+    return (
+        [
+            f"--{k.replace('_', '-')} {shlex.quote(v)}"
+            for k, (v, *more) in same.items()
+            if v and not more and not v.startswith('files:')
+        ]
+        if info
+        else []
+    )
 
 # %% ../../nbs/51b_report.provenance.ipynb #e3db0b30
 def commands(
-    results, # `Results` of a run
-)->list[str]:
+    results,  # `Results` of a run
+) -> list[str]:
     "Shell lines that make the numbers again, and the report."
     c, info = results.config, results.predictions.attrs.get('models', {})
     flag = lambda name, v: [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None) else []
-    again = loading_flags(results, ('dtype', 'revision', 'quantization', 'attn_implementation')) + flag('seed', c['seed']) + flag('margin', c['margin']) + flag('margin-reason', c.get('margin_reason')) + flag('family', c.get('family')) + flag('primary', c.get('primary')) + flag('n-boot', c['n_boot']) + flag('system', c.get('system')) + flag('extra', c.get('extra')) + ['--out NEW']
+    again = (
+        loading_flags(results, ('dtype', 'revision', 'quantization', 'attn_implementation'))
+        + flag('seed', c['seed'])
+        + flag('margin', c['margin'])
+        + flag('margin-reason', c.get('margin_reason'))
+        + flag('family', c.get('family'))
+        + flag('primary', c.get('primary'))
+        + flag('n-boot', c['n_boot'])
+        + flag('system', c.get('system'))
+        + flag('extra', c.get('extra'))
+        + ['--out NEW']
+    )
     imported = [m for m in model_names(results) if 'imported' in info.get(m, {})]
-    data = ['--cohort RUN/cohort.parquet'] if results.open else flag('manifest', c['cohort'].get('manifest')) + ['--root DATA']
-    lists = flag('arms', ','.join(c['arms'])) + flag('match', ','.join(c['match'])) + flag('variants', '' if list(c['variants']) == ['plain'] else ','.join(c['variants'])) + flag('probes', ','.join(c.get('probes', [])))
+    data = (
+        ['--cohort RUN/cohort.parquet']
+        if results.open
+        else flag('manifest', c['cohort'].get('manifest')) + ['--root DATA']
+    )
+    lists = (
+        flag('arms', ','.join(c['arms']))
+        + flag('match', ','.join(c['match']))
+        + flag('variants', '' if list(c['variants']) == ['plain'] else ','.join(c['variants']))
+        + flag('probes', ','.join(c.get('probes', [])))
+    )
     lists += flag('donors', c.get('donors')) + flag('paraphrases', c.get('paraphrases'))
-    if c.get('wordings'): data, lists = ['--plan RUN/plan.parquet --cohort RUN/cohort.parquet'] + ([] if results.open else ['--root DATA']), []   # the plan holds the user's own words
-    lines = [['smsbench predictions ANSWERS.jsonl', '--plan RUN/plan.parquet', '--cohort RUN/cohort.parquet', *flag('name', m), *again] for m in imported] or [['smsbench audit', *data, *(f for m in c['models'] for f in flag('model', m)), *lists, *again]]
-    return [(' ' if sum(map(len, l)) < 100 else ' \\\n    ').join(l) for l in lines] + ['smsbench report RUN']
+    if c.get('wordings'):
+        data, lists = (
+            ['--plan RUN/plan.parquet --cohort RUN/cohort.parquet']
+            + ([] if results.open else ['--root DATA']),
+            [],
+        )  # the plan holds the user's own words
+    lines = [
+        [
+            'smsbench predictions ANSWERS.jsonl',
+            '--plan RUN/plan.parquet',
+            '--cohort RUN/cohort.parquet',
+            *flag('name', m),
+            *again,
+        ]
+        for m in imported
+    ] or [
+        [
+            'smsbench audit',
+            *data,
+            *(f for m in c['models'] for f in flag('model', m)),
+            *lists,
+            *again,
+        ]
+    ]
+    return [(' ' if sum(map(len, l)) < 100 else ' \\\n    ').join(l) for l in lines] + [
+        'smsbench report RUN'
+    ]
 
 # %% ../../nbs/51b_report.provenance.ipynb #af2565e5
 def provenance(
-    results, # `Results` of a run
-    registration:str='', # was the analysis registered before the first answer? a sentence
-)->Html:
+    results,  # `Results` of a run
+    registration: str = '',  # was the analysis registered before the first answer? a sentence
+) -> Html:
     "Registration, hashes, settings, models, packages and the commands."
     told = markup('<p>{}</p>', registration) if registration else Html()
     facts = {k: _told(v) for k, v in _facts(results).items()}
     rows = [dict(what=k, value=v) for k, v in facts.items() if v != DASH]
-    again = markup('<p>The same numbers again (RUN is this run’s directory, NEW another, DATA the '
-                   'folder of the data):</p><pre>{}</pre>', '\n'.join(commands(results)))
+    again = markup(
+        '<p>The same numbers again (RUN is this run’s directory, NEW another, DATA the '
+        'folder of the data):</p><pre>{}</pre>',
+        '\n'.join(commands(results)),
+    )
     table = html_table(pd.DataFrame(rows, dtype=object), 'Run')
     return join([told, table, _models(results), again])
 
+
 def _told(v):
     "A setting as text."
-    if v in (None, '', [], ()): return DASH
-    if isinstance(v, (list, tuple)): return ', '.join(map(str, v))
+    if v in (None, '', [], ()):
+        return DASH
+    if isinstance(v, (list, tuple)):
+        return ', '.join(map(str, v))
     return f'{v:g}' if isinstance(v, float) else v
+
 
 def _facts(results):
     "What was computed, on what and with what."
     c, env, about = results.config, results.environment, results.config['cohort']
-    log = Path(results.path)/'log.txt'
+    log = Path(results.path) / 'log.txt'
     last = log.read_text(encoding='utf-8').splitlines()[-1].split(' ')[0] if log.exists() else None
     return {
-        'config hash': results.config_hash, 'plan hash': results.plan.attrs.get('plan_hash'),
+        'config hash': results.config_hash,
+        'plan hash': results.plan.attrs.get('plan_hash'),
         'cohort hash': c.get('cohort_hash'),
         'data': f"{about.get('manifest')}, version {about.get('version')}",
-        'access': about.get('access'), 'licence': about.get('licence'),
+        'access': about.get('access'),
+        'licence': about.get('licence'),
         'citation': about.get('citation'),
-        'labels come from': about.get('label_source'), 'manifest hash': about.get('manifest_hash'),
-        'seed': c['seed'], 'matched on': c['match'],
-        'donors per sample': results.plan.attrs.get('donors'), 'prompt variants': c['variants'],
-        'margin': c['margin'], 'why this margin': c.get('margin_reason'),
-        'error rates hold over': c.get('family'), 'primary question': c.get('primary'),
-        'resamples of patients': c['n_boot'], 'smallest cell that is shown': c['minimum'],
+        'labels come from': about.get('label_source'),
+        'manifest hash': about.get('manifest_hash'),
+        'seed': c['seed'],
+        'matched on': c['match'],
+        'donors per sample': results.plan.attrs.get('donors'),
+        'prompt variants': c['variants'],
+        'margin': c['margin'],
+        'why this margin': c.get('margin_reason'),
+        'error rates hold over': c.get('family'),
+        'primary question': c.get('primary'),
+        'resamples of patients': c['n_boot'],
+        'smallest cell that is shown': c['minimum'],
         'finished': last,
-        'code': env.get('code'), 'python': env.get('python'), 'platform': env.get('platform'),
-        'packages': [f'{k} {v}' for k, v in env.get('packages', {}).items() if v]}
+        'code': env.get('code'),
+        'python': env.get('python'),
+        'platform': env.get('platform'),
+        'packages': [f'{k} {v}' for k, v in env.get('packages', {}).items() if v],
+    }
+
 
 def _models(results):
     "What is known of each model."
-    keys = ('id', 'revision', 'family', 'dtype', 'attn_implementation', 'device', 'n_parameters',
-            'trained_on', 'notes')
+    keys = (
+        'id',
+        'revision',
+        'family',
+        'dtype',
+        'attn_implementation',
+        'device',
+        'n_parameters',
+        'trained_on',
+        'notes',
+    )
     info, names = results.predictions.attrs.get('models', {}), model_names(results)
+
     def about(m, k):
         held = info.get(m, {}).get(k)
         return ' '.join(held or [DASH]) if k == 'notes' else _told(held)
-    rows = [{'what': k.replace('_', ' '), **{column(m): about(m, k) for m in names}}
-            for k in keys if any(info.get(m, {}).get(k) for m in names)]
+
+    rows = [
+        {'what': k.replace('_', ' '), **{column(m): about(m, k) for m in names}}
+        for k in keys
+        if any(info.get(m, {}).get(k) for m in names)
+    ]
     table = pd.DataFrame(rows, columns=['what', *map(column, names)], dtype=object)
     return html_table(table, 'Models')

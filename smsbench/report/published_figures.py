@@ -14,121 +14,262 @@ from ..sms.published import fault_summary
 from ..sms.results import ARMS
 
 # %% ../../nbs/50a_report.published_figures.ipynb #ee09bddb
-ARM_TITLES = {'No': 'No shift', 'Image': 'Image shift', 'Text': 'Text shift', 'Only_text': 'Only text', 'Only_image': 'Only image'}
+ARM_TITLES = {
+    'No': 'No shift',
+    'Image': 'Image shift',
+    'Text': 'Text shift',
+    'Only_text': 'Only text',
+    'Only_image': 'Only image',
+}
 _BLUE, _ORANGE = COLOURS[:2]
 
+
 def cells(
-    table:pd.DataFrame, # a table with the schema 'published'
-    metric:str,         # metric, as in the table
-    tokens:str='',      # '', 'lower' or 'upper'
-    dataset:str='',     # dataset; '' takes the first of the table
-)->pd.DataFrame:        # rows of that metric with the columns `state` ('figure', 'void', 'absent' or 'undefined') and `basis`
+    table: pd.DataFrame,  # a table with the schema 'published'
+    metric: str,  # metric, as in the table
+    tokens: str = '',  # '', 'lower' or 'upper'
+    dataset: str = '',  # dataset; '' takes the first of the table
+) -> pd.DataFrame:  # rows of that metric with the columns `state` ('figure', 'void', 'absent' or 'undefined') and `basis`
     "The rows a figure draws; `InputError` when there are none."
     dataset = dataset or (table.dataset.iloc[0] if len(table) else '')
-    t = table[(table.metric == metric) & (table.tokens == tokens) & (table.dataset == dataset)].copy()
-    if t.empty: raise InputError(f'no {metric} {tokens} of dataset {dataset!r} in this table')
+    t = table[
+        (table.metric == metric) & (table.tokens == tokens) & (table.dataset == dataset)
+    ].copy()
+    if t.empty:
+        raise InputError(f'no {metric} {tokens} of dataset {dataset!r} in this table')
     is_figure, is_void = t.corrected.notna(), t.note.str.startswith('void')
-    t['state'] = np.select([is_figure, is_void, t.note == 'arm not in the file'], ['figure', 'void', 'absent'], 'undefined')
+    t['state'] = np.select(
+        [is_figure, is_void, t.note == 'arm not in the file'],
+        ['figure', 'void', 'absent'],
+        'undefined',
+    )
     most = table[table.dataset == dataset].groupby('model').n.max()
-    t['basis'] = [f'on {n:,} of {most[m]:,}' if 0 < n < most[m] else '' for n, m in zip(t.n, t.model)]
+    t['basis'] = [
+        f'on {n:,} of {most[m]:,}' if 0 < n < most[m] else '' for n, m in zip(t.n, t.model)
+    ]
     return t
 
 # %% ../../nbs/50a_report.published_figures.ipynb #8fa0d5ce
 @styled
 def published_heatmap(
-    table:pd.DataFrame, # a table with the schema 'published'
-    dataset:str='',     # dataset; '' takes the first
-    tokens:str='',      # '' for the written answer, 'lower' or 'upper' for the first token
-):                      # Figure with `.alt`
+    table: pd.DataFrame,  # a table with the schema 'published'
+    dataset: str = '',  # dataset; '' takes the first
+    tokens: str = '',  # '' for the written answer, 'lower' or 'upper' for the first token
+):  # Figure with `.alt`
     "Recomputed negative flip rate per model and shifted arm; void arms crossed."
     from matplotlib.patches import Rectangle
+
     t = cells(table, 'first_token_nfr' if tokens else 'nfr', tokens, dataset)
     models, arms = list(dict.fromkeys(t.model)), [a for a in ARMS if a != 'No']
-    value = t.pivot(index='model', columns='arm', values='corrected').reindex(index=models, columns=arms)
-    fig, ax = canvas(7.2, 1.6 + .52*len(models)); ax = ax[0, 0]
-    top = max(.1, np.nanmax(np.r_[value.to_numpy().ravel(), 0]))
-    im = ax.imshow(np.ma.masked_invalid(value.to_numpy(float)), cmap='cividis', vmin=0, vmax=top, aspect='auto')
+    value = t.pivot(index='model', columns='arm', values='corrected').reindex(
+        index=models, columns=arms
+    )
+    fig, ax = canvas(7.2, 1.6 + 0.52 * len(models))
+    ax = ax[0, 0]
+    top = max(0.1, np.nanmax(np.r_[value.to_numpy().ravel(), 0]))
+    im = ax.imshow(
+        np.ma.masked_invalid(value.to_numpy(float)), cmap='cividis', vmin=0, vmax=top, aspect='auto'
+    )
     for r in t.itertuples():
         i, j = models.index(r.model), arms.index(r.arm)
         if r.state == 'figure':
-            write = dict(ha='center', va='center', color='white' if r.corrected < .6*top else 'black')
-            up = .1 if r.basis else 0
-            ax.text(j, i - .12 - up, f'{r.corrected:.2f}', fontsize=10, **write)
-            ax.text(j, i + .22 - up, f'{r.ci_low:.2f} to {r.ci_high:.2f}', fontsize=7.5, **write)
-            if r.basis: ax.text(j, i + .36, r.basis, fontsize=6.5, **write)
+            write = dict(
+                ha='center', va='center', color='white' if r.corrected < 0.6 * top else 'black'
+            )
+            up = 0.1 if r.basis else 0
+            ax.text(j, i - 0.12 - up, f'{r.corrected:.2f}', fontsize=10, **write)
+            ax.text(j, i + 0.22 - up, f'{r.ci_low:.2f} to {r.ci_high:.2f}', fontsize=7.5, **write)
+            if r.basis:
+                ax.text(j, i + 0.36, r.basis, fontsize=6.5, **write)
             continue
-        ax.add_patch(Rectangle((j - .5, i - .5), 1, 1, facecolor='#f4f4f4', edgecolor='#c8c8c8', hatch='////' if r.state == 'void' else None, lw=0))
-        said = {'void': 'void', 'absent': 'not in file', 'undefined': 'undefined'}[r.state] + (f'\n(published {r.as_published:.2f})' if pd.notna(r.as_published) else '')
-        ax.text(j, i, said, ha='center', va='center', fontsize=8, color='#333333', bbox=dict(facecolor='#f4f4f4', edgecolor='none', pad=1.5))
-        if r.state == 'void': ax.plot([j - .46, j - .3], [i - .4, i - .16], [j - .46, j - .3], [i - .16, i - .4], color=_ORANGE, lw=1.6)
-    ax.set_xticks(range(len(arms)), [ARM_TITLES[a] for a in arms]); ax.set_yticks(range(len(models)), [literal(m, 22) for m in models])
-    ax.tick_params(length=0); ax.xaxis.tick_top(); ax.spines[:].set_visible(False)
-    ax.set_xticks(np.arange(len(arms) + 1) - .5, minor=True); ax.set_yticks(np.arange(len(models) + 1) - .5, minor=True)
-    ax.grid(which='minor', color='white', lw=2); ax.tick_params(which='minor', length=0)
-    fig.colorbar(im, ax=ax, label='negative flip rate, recomputed', pad=.02)
+        ax.add_patch(
+            Rectangle(
+                (j - 0.5, i - 0.5),
+                1,
+                1,
+                facecolor='#f4f4f4',
+                edgecolor='#c8c8c8',
+                hatch='////' if r.state == 'void' else None,
+                lw=0,
+            )
+        )
+        said = {'void': 'void', 'absent': 'not in file', 'undefined': 'undefined'}[r.state] + (
+            f'\n(published {r.as_published:.2f})' if pd.notna(r.as_published) else ''
+        )
+        ax.text(
+            j,
+            i,
+            said,
+            ha='center',
+            va='center',
+            fontsize=8,
+            color='#333333',
+            bbox=dict(facecolor='#f4f4f4', edgecolor='none', pad=1.5),
+        )
+        if r.state == 'void':
+            ax.plot(
+                [j - 0.46, j - 0.3],
+                [i - 0.4, i - 0.16],
+                [j - 0.46, j - 0.3],
+                [i - 0.16, i - 0.4],
+                color=_ORANGE,
+                lw=1.6,
+            )
+    ax.set_xticks(range(len(arms)), [ARM_TITLES[a] for a in arms])
+    ax.set_yticks(range(len(models)), [literal(m, 22) for m in models])
+    ax.tick_params(length=0)
+    ax.xaxis.tick_top()
+    ax.spines[:].set_visible(False)
+    ax.set_xticks(np.arange(len(arms) + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(models) + 1) - 0.5, minor=True)
+    ax.grid(which='minor', color='white', lw=2)
+    ax.tick_params(which='minor', length=0)
+    fig.colorbar(im, ax=ax, label='negative flip rate, recomputed', pad=0.02)
     n = t.state.value_counts()
     best = t[t.state == 'figure'].sort_values('corrected')
-    most = f' Highest: {best.model.iloc[-1]}, {ARM_TITLES[best.arm.iloc[-1]]}, {best.corrected.iloc[-1]:.2f}.' if len(best) else ''
-    fig.alt = (f"Heat map of the recomputed negative flip rate, {len(models)} models by 4 shifted arms: {n.get('figure', 0)} figures, {n.get('void', 0)} void, {n.get('absent', 0)} not in the file.{most}")
+    most = (
+        f' Highest: {best.model.iloc[-1]}, {ARM_TITLES[best.arm.iloc[-1]]}, {best.corrected.iloc[-1]:.2f}.'
+        if len(best)
+        else ''
+    )
+    fig.alt = f"Heat map of the recomputed negative flip rate, {len(models)} models by 4 shifted arms: {n.get('figure', 0)} figures, {n.get('void', 0)} void, {n.get('absent', 0)} not in the file.{most}"
     return fig
 
 # %% ../../nbs/50a_report.published_figures.ipynb #8fa0d502
 @styled
 def published_dots(
-    table:pd.DataFrame,     # a table with the schema 'published'
-    metric:str='accuracy',  # metric, as in the table
-    dataset:str='',         # dataset; '' takes the first
-    tokens:str='',          # '' for the written answer, 'lower' or 'upper' for the first token
-):                          # Figure with `.alt`
+    table: pd.DataFrame,  # a table with the schema 'published'
+    metric: str = 'accuracy',  # metric, as in the table
+    dataset: str = '',  # dataset; '' takes the first
+    tokens: str = '',  # '' for the written answer, 'lower' or 'upper' for the first token
+):  # Figure with `.alt`
     "Published and recomputed figures per model and arm, with intervals."
     t = cells(table, metric, tokens, dataset)
     models, arms = list(dict.fromkeys(t.model)), [a for a in ARMS if a in set(t.arm)]
-    fig, axes = canvas(1.7 + 1.6*len(arms), 1.5 + .34*len(models), 1, len(arms), sharex=True, sharey=True)
+    fig, axes = canvas(
+        1.7 + 1.6 * len(arms), 1.5 + 0.34 * len(models), 1, len(arms), sharex=True, sharey=True
+    )
     for ax, a in zip(axes[0], arms):
-        g = t[t.arm == a]; y = np.array([models.index(m) for m in g.model]); ok, void = (g.state == 'figure').to_numpy(), (g.state == 'void').to_numpy()
+        g = t[t.arm == a]
+        y = np.array([models.index(m) for m in g.model])
+        ok, void = (g.state == 'figure').to_numpy(), (g.state == 'void').to_numpy()
         ax.axhspan(-1, len(models), color='#f4f4f4' if void.all() else 'white', zorder=0)
         ax.hlines(y[ok], g.ci_low[ok], g.ci_high[ok], color=_BLUE, lw=2.2, zorder=2)
-        ax.plot(g.corrected[ok], y[ok], 'o', color=_BLUE, ms=4.5, label='recomputed, 95 % interval', zorder=3)
-        ax.plot(g.as_published[~void], y[~void], 'D', mfc='none', mec='black', ms=8, mew=1, label='published', zorder=4)
-        ax.plot(g.as_published[void], y[void], 'x', color=_ORANGE, ms=8, mew=2, label='published, but the arm is void', zorder=4)
-        for yy in y[(g.state == 'absent').to_numpy()]: ax.text(.5, yy, 'not in file', transform=ax.get_yaxis_transform(), ha='center', va='center', fontsize=8, color='#555555')
-        ax.set_title(ARM_TITLES[a] + ('\n(void)' if void.all() else ''), fontsize=10); ax.grid(axis='x', color='#e0e0e0', lw=.8); ax.set_axisbelow(True)
-        ax.spines[['top', 'right', 'left']].set_visible(False); ax.tick_params(axis='y', length=0)
-    axes[0][0].set_yticks(range(len(models)), [literal(m, 22) for m in models]); axes[0][0].set_ylim(len(models) - .4, -.6)
+        ax.plot(
+            g.corrected[ok],
+            y[ok],
+            'o',
+            color=_BLUE,
+            ms=4.5,
+            label='recomputed, 95 % interval',
+            zorder=3,
+        )
+        ax.plot(
+            g.as_published[~void],
+            y[~void],
+            'D',
+            mfc='none',
+            mec='black',
+            ms=8,
+            mew=1,
+            label='published',
+            zorder=4,
+        )
+        ax.plot(
+            g.as_published[void],
+            y[void],
+            'x',
+            color=_ORANGE,
+            ms=8,
+            mew=2,
+            label='published, but the arm is void',
+            zorder=4,
+        )
+        for yy in y[(g.state == 'absent').to_numpy()]:
+            ax.text(
+                0.5,
+                yy,
+                'not in file',
+                transform=ax.get_yaxis_transform(),
+                ha='center',
+                va='center',
+                fontsize=8,
+                color='#555555',
+            )
+        ax.set_title(ARM_TITLES[a] + ('\n(void)' if void.all() else ''), fontsize=10)
+        ax.grid(axis='x', color='#e0e0e0', lw=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[['top', 'right', 'left']].set_visible(False)
+        ax.tick_params(axis='y', length=0)
+    axes[0][0].set_yticks(range(len(models)), [literal(m, 22) for m in models])
+    axes[0][0].set_ylim(len(models) - 0.4, -0.6)
     fig.supxlabel(metric.replace('_', ' ') + (f', {tokens} case' if tokens else ''), fontsize=10)
-    seen = {l: h for ax in axes[0] for h, l in zip(*ax.get_legend_handles_labels()) if len(h.get_xdata())}
-    fig.legend(seen.values(), seen.keys(), loc='outside upper center', ncols=3, frameon=False, fontsize=9)
+    seen = {
+        l: h
+        for ax in axes[0]
+        for h, l in zip(*ax.get_legend_handles_labels())
+        if len(h.get_xdata())
+    }
+    fig.legend(
+        seen.values(), seen.keys(), loc='outside upper center', ncols=3, frameon=False, fontsize=9
+    )
     shift = (t.corrected - t.as_published).abs()
-    far = f' Largest change: {t.model[shift.idxmax()]}, {ARM_TITLES[t.arm[shift.idxmax()]]}, from {t.as_published[shift.idxmax()]:.2f} to {t.corrected[shift.idxmax()]:.2f}.' if shift.notna().any() else ''
-    fig.alt = (f"{metric.replace('_', ' ').capitalize()} as published and recomputed, {len(models)} models, {len(arms)} arms; {(t.state == 'void').sum()} arms of models are void.{far}")
+    far = (
+        f' Largest change: {t.model[shift.idxmax()]}, {ARM_TITLES[t.arm[shift.idxmax()]]}, from {t.as_published[shift.idxmax()]:.2f} to {t.corrected[shift.idxmax()]:.2f}.'
+        if shift.notna().any()
+        else ''
+    )
+    fig.alt = f"{metric.replace('_', ' ').capitalize()} as published and recomputed, {len(models)} models, {len(arms)} arms; {(t.state == 'void').sum()} arms of models are void.{far}"
     return fig
 
 # %% ../../nbs/50a_report.published_figures.ipynb #133c6556
 def side_by_side(
-    table:pd.DataFrame,     # a table with the schema 'published'
-    metric:str='accuracy',  # metric, as in the table
-    dataset:str='',         # dataset; '' takes the first
-    tokens:str='',          # '', 'lower' or 'upper'
-    digits:int=4,           # decimals
-)->pd.DataFrame:            # model, then one text column per arm: 'published | recomputed [low, high] on n of N'
+    table: pd.DataFrame,  # a table with the schema 'published'
+    metric: str = 'accuracy',  # metric, as in the table
+    dataset: str = '',  # dataset; '' takes the first
+    tokens: str = '',  # '', 'lower' or 'upper'
+    digits: int = 4,  # decimals
+) -> (
+    pd.DataFrame
+):  # model, then one text column per arm: 'published | recomputed [low, high] on n of N'
     "Published and recomputed figures as text, one row per model; how many answers a figure rests on where it is not all."
     t = cells(table, metric, tokens, dataset)
     num = lambda v: rounded(v, digits)
     words = {'void': 'void', 'absent': 'not in file', 'undefined': 'undefined'}
     figure = lambda r: f'{num(r.corrected)} [{num(r.ci_low)}, {num(r.ci_high)}] {r.basis}'.strip()
-    t['text'] = [f'{num(r.as_published)} | ' + (figure(r) if r.state == 'figure' else words[r.state]) for r in t.itertuples()]
+    t['text'] = [
+        f'{num(r.as_published)} | ' + (figure(r) if r.state == 'figure' else words[r.state])
+        for r in t.itertuples()
+    ]
     arms = [a for a in ARMS if a in set(t.arm)]
-    wide = t.pivot(index='model', columns='arm', values='text').reindex(index=list(dict.fromkeys(t.model)), columns=arms)
+    wide = t.pivot(index='model', columns='arm', values='text').reindex(
+        index=list(dict.fromkeys(t.model)), columns=arms
+    )
     return wide.rename(columns=ARM_TITLES).rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/50a_report.published_figures.ipynb #df0bb729
 def fault_rows(
-    found:list,         # faults, as `published` returns them
-    table:pd.DataFrame, # its table
-)->pd.DataFrame:        # fault, where, rows, example: text columns
+    found: list,  # faults, as `published` returns them
+    table: pd.DataFrame,  # its table
+) -> pd.DataFrame:  # fault, where, rows, example: text columns
     "Faults by kind and dataset, as a table to read."
     t = fault_summary(found)
     models = {d: set(g.model) for d, g in table.groupby('dataset')}
-    where = [d + (': ' + ', '.join(ARM_TITLES.get(a, a) for a in arms.split(', ')) if arms else '') for d, arms in zip(t.dataset, t.arms)]
-    who = [f'all {len(models[d])} models' if len(models.get(d, ())) > 1 and set(m.split(', ')) == models[d] else m for d, m in zip(t.dataset, t.models)]
-    return pd.DataFrame(dict(fault=t.code.str.replace('_', ' '), where=[f'{w} ({m})' for w, m in zip(where, who)], rows=[f'{r:,} of {c:,}' for r, c in zip(t.rows, t.checked)], example=t.example))
+    where = [
+        d + (': ' + ', '.join(ARM_TITLES.get(a, a) for a in arms.split(', ')) if arms else '')
+        for d, arms in zip(t.dataset, t.arms)
+    ]
+    who = [
+        f'all {len(models[d])} models'
+        if len(models.get(d, ())) > 1 and set(m.split(', ')) == models[d]
+        else m
+        for d, m in zip(t.dataset, t.models)
+    ]
+    return pd.DataFrame(
+        dict(
+            fault=t.code.str.replace('_', ' '),
+            where=[f'{w} ({m})' for w, m in zip(where, who)],
+            rows=[f'{r:,} of {c:,}' for r, c in zip(t.rows, t.checked)],
+            example=t.example,
+        )
+    )

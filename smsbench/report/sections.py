@@ -16,42 +16,68 @@ import numpy as np, pandas as pd
 
 from ..core import InputError
 from ..data.manifest import shown
-from .examples import choose_examples, example_answers, example_figure, example_pictures
+from smsbench.report.examples import (
+    choose_examples,
+    example_answers,
+    example_figure,
+    example_pictures,
+)
 from .figures import is_void, missing, pick, void_arms
 from .style import DASH, percent, rounded, span
 from .html import Html, details, figure_html, html_table, join, markup
-from .paraphrase_figures import answer_grid_figure, margin_figure, margin_moves, probe_figure, wording_figure
-from .verdict_figures import deciding_row, donor_figure, donor_use, region_figure, verdict_figure
+from smsbench.report.paraphrase_figures import (
+    answer_grid_figure,
+    margin_figure,
+    margin_moves,
+    probe_figure,
+    wording_figure,
+)
+from smsbench.report.verdict_figures import (
+    deciding_row,
+    donor_figure,
+    donor_use,
+    region_figure,
+    verdict_figure,
+)
 from .words import family_note, instead, points, reading_note, sentence, wording
 from ..sms.shifts import ARMS, attainable
 
 # %% ../../nbs/51a_report.sections.ipynb #89d0369f
 def model_names(
-    results, # `Results` of a run
-)->list[str]:
+    results,  # `Results` of a run
+) -> list[str]:
     "Models in the order of the figures."
     return sorted(results.verdicts)
 
 # %% ../../nbs/51a_report.sections.ipynb #a14c9028
 def column(
-    model, # model name
-)->str:
+    model,  # model name
+) -> str:
     "A model's column in a table whose other columns have names too."
-    return f'model {model}' if model in ('arm', 'compared with', 'must be', 'contrast', 'what', '_') else model
+    return (
+        f'model {model}'
+        if model in ('arm', 'compared with', 'must be', 'contrast', 'what', '_')
+        else model
+    )
 
 # %% ../../nbs/51a_report.sections.ipynb #0bf78e5e
 _SIGNS = dict(relies='●', ignores='○', weak='◐', unstable='≈', reversed='⇄', undecided='?')
 _LONG = dict(weak='relies less than the margin', reversed='moves the wrong way')
 _SHORT = dict(reversed='wrong way')
-_LACKS = {'void': 'no verdict', 'does not answer': 'does not answer', 'not asked': 'not asked',
-          'too few': 'too few patients'}
+_LACKS = {
+    'void': 'no verdict',
+    'does not answer': 'does not answer',
+    'not asked': 'not asked',
+    'too few': 'too few patients',
+}
+
 
 def chip(
-    word,            # a verdict, None where there is none
-    modality:str='', # 'image', 'text' or ''
-    state:str='void', # where there is none: why
-    short:bool=False, # in a table, where there is little room?
-)->Html:
+    word,  # a verdict, None where there is none
+    modality: str = '',  # 'image', 'text' or ''
+    state: str = 'void',  # where there is none: why
+    short: bool = False,  # in a table, where there is little room?
+) -> Html:
     "A verdict as a label; colour only repeats what the word says."
     kind = word or ('undecided' if state in ('not asked', 'too few') else 'void')
     said = (_SHORT if short else _LONG).get(word, word) or _LACKS[state]
@@ -66,17 +92,22 @@ def _chip(v, modality='', short=False):
 
 # %% ../../nbs/51a_report.sections.ipynb #821c47d4
 def caveat_html(
-    caveat:dict, # kind, text, command
-)->Html:
+    caveat: dict,  # kind, text, command
+) -> Html:
     "One caveat, with the command that checks it."
-    if not caveat['command']: return markup('<div class="warning">{}</div>', caveat['text'])
-    return markup('<div class="warning">{} (RUN: this run’s directory, DATA: the folder of the data)'
-                  '<pre>{}</pre></div>', caveat['text'], caveat['command'])
+    if not caveat['command']:
+        return markup('<div class="warning">{}</div>', caveat['text'])
+    return markup(
+        '<div class="warning">{} (RUN: this run’s directory, DATA: the folder of the data)'
+        '<pre>{}</pre></div>',
+        caveat['text'],
+        caveat['command'],
+    )
 
 # %% ../../nbs/51a_report.sections.ipynb #8c6592ea
 def commonest(
-    plan:pd.DataFrame, # the plan
-)->float:              # 0..1
+    plan: pd.DataFrame,  # the plan
+) -> float:  # 0..1
     "Accuracy of always giving the commonest answer to each question."
     base = plan[plan.arm == ('original' if (plan.arm == 'original').any() else plan.arm.iloc[0])]
     base = base.drop_duplicates('sample_id')
@@ -85,44 +116,55 @@ def commonest(
 
 # %% ../../nbs/51a_report.sections.ipynb #eb6fdb2f
 def accuracy_sentence(
-    results,   # `Results` of a run
-    model:str, # model name
-)->str:        # '' where it was not measured
+    results,  # `Results` of a run
+    model: str,  # model name
+) -> str:  # '' where it was not measured
     "Accuracy with image and text untouched, beside the commonest answer."
     words = wording(results.plan.attrs['tasks'])
     rows = pick(results.metrics[results.metrics.model == model], 'accuracy', arms=['original'])
     rows = rows[rows.value.notna()]
-    if rows.empty: return ''
+    if rows.empty:
+        return ''
     r = rows.iloc[0]
-    return (f"With its own {words['image']} and {words['text']} it answers {percent(r.value, 1)} "
-            f'correctly (95 % CI {span(r.ci_low, r.ci_high)}, {r.n:,} samples); always giving the '
-            f'commonest answer would be right in {percent(commonest(results.plan), 1)}.')
+    return (
+        f"With its own {words['image']} and {words['text']} it answers {percent(r.value, 1)} "
+        f'correctly (95 % CI {span(r.ci_low, r.ci_high)}, {r.n:,} samples); always giving the '
+        f'commonest answer would be right in {percent(commonest(results.plan), 1)}.'
+    )
 
 # %% ../../nbs/51a_report.sections.ipynb #711119e9
 def verdict_card(
-    results,     # `Results` of a run
-    record:dict, # what verdicts.json holds
-    model:str,   # model name
-)->Html:
+    results,  # `Results` of a run
+    record: dict,  # what verdicts.json holds
+    model: str,  # model name
+) -> Html:
     "What one model does with image and text, and what weakens that."
     m, words = record['models'][model], wording(results.plan.attrs['tasks'])
     stop = instead(model, m)
-    said = [sentence(subject, k, m[f'relies_on_{k}'], words, results.open)
-            for subject, k in ((model, 'image'), ('It', 'text'))]
+    said = [
+        sentence(subject, k, m[f'relies_on_{k}'], words, results.open)
+        for subject, k in ((model, 'image'), ('It', 'text'))
+    ]
     body = [markup('<p>{}</p>', s) for s in (*said, accuracy_sentence(results, model)) if s]
-    if stop: body = [markup('<p class="warning">{}</p>', stop)]
+    if stop:
+        body = [markup('<p class="warning">{}</p>', stop)]
     told = 'does_not_answer' if m['answers']['state'] == 'does not answer' else ''
-    caveats = [caveat_html(c) for c in m['caveats'] if c['kind'] != told]   # that one stands above
+    caveats = [caveat_html(c) for c in m['caveats'] if c['kind'] != told]  # that one stands above
     chips = join((_chip(m[f'relies_on_{k}'], k) for k in ('image', 'text')), ' ')
-    return markup('<section class="verdict"><h2><span>{}</span> {}</h2>{}{}</section>',
-                  model, chips, join(body), join(caveats))
+    return markup(
+        '<section class="verdict"><h2><span>{}</span> {}</h2>{}{}</section>',
+        model,
+        chips,
+        join(body),
+        join(caveats),
+    )
 
 # %% ../../nbs/51a_report.sections.ipynb #90ca8b59
 def opening(
-    results,     # `Results` of a run
-    record:dict, # what verdicts.json holds
-    registration:str='', # was the analysis registered before the first answer? in a few words
-)->Html:
+    results,  # `Results` of a run
+    record: dict,  # what verdicts.json holds
+    registration: str = '',  # was the analysis registered before the first answer? in a few words
+) -> Html:
     "What was audited in one line, how to read the numbers, then the verdicts of each model."
     about, plan = results.config['cohort'], results.plan
     findings = sorted(plan.attrs['tasks'])
@@ -130,25 +172,34 @@ def opening(
     many = lambda n, what: f"{n:,} {what}{'s' * (n != 1)}"
     named = f"{', '.join(findings[:8])}{', …' * (len(findings) > 8)}"
     samples, patients = (plan[c].nunique() for c in ('sample_id', 'patient_id'))
-    counts = [f"{many(samples, 'sample')} of {many(patients, 'patient')}",
-              f"{many(len(findings), 'question')} ({named})", many(plan.arm.nunique(), 'arm'),
-              many(len(results.verdicts), 'model')]
+    counts = [
+        f"{many(samples, 'sample')} of {many(patients, 'patient')}",
+        f"{many(len(findings), 'question')} ({named})",
+        many(plan.arm.nunique(), 'arm'),
+        many(len(results.verdicts), 'model'),
+    ]
     closed = 'Credentialed data: no picture, no text and no small count is shown.'
     title = f"{about.get('title') or about.get('manifest')}{version}"
     told = f'The analysis was {registration}.' if registration else ''
-    return markup('<p class="lead">{}: {}. {}</p><p class="lead">{} {}</p>{}',
-                  title, ', '.join(counts), '' if results.open else closed,
-                  reading_note(record, wording(plan.attrs['tasks'])), told,
-                  join(verdict_card(results, record, m) for m in model_names(results)))
+    return markup(
+        '<p class="lead">{}: {}. {}</p><p class="lead">{} {}</p>{}',
+        title,
+        ', '.join(counts),
+        '' if results.open else closed,
+        reading_note(record, wording(plan.attrs['tasks'])),
+        told,
+        join(verdict_card(results, record, m) for m in model_names(results)),
+    )
 
 # %% ../../nbs/51a_report.sections.ipynb #f4752efc
 def estimate(
-    value, # a share or movement, None where there is none
-    low,   # lower end of its interval
+    value,  # a share or movement, None where there is none
+    low,  # lower end of its interval
     high,  # upper end
-)->str:
+) -> str:
     "An estimate in points with its interval."
-    if points(value) == DASH: return DASH
+    if points(value) == DASH:
+        return DASH
     return points(value) if span(low, high) == DASH else f'{points(value)} ({span(low, high)})'
 
 # %% ../../nbs/51a_report.sections.ipynb #5ecc6d0f
@@ -156,18 +207,22 @@ def _cells(v, modality, is_open):
     "What every table of verdicts shows of one."
     count = lambda n: DASH if n is None else shown(int(n), 'open' if is_open else 'credentialed')
     said = deciding_row(v)['said'] if v['state'] == 'ok' else DASH
-    return {'verdict': _chip(v, modality, True), 'what decides': said,
-            'excess': estimate(v['value'], v['ci_low'], v['ci_high']),
-            'patients (effective)': f"{count(v['n_patients'])} ({count(v['n_effective'])})"}
+    return {
+        'verdict': _chip(v, modality, True),
+        'what decides': said,
+        'excess': estimate(v['value'], v['ci_low'], v['ci_high']),
+        'patients (effective)': f"{count(v['n_patients'])} ({count(v['n_effective'])})",
+    }
 
 # %% ../../nbs/51a_report.sections.ipynb #60611128
 _NUMBERS = ['what decides', 'excess', 'partially pooled', 'patients (effective)']
 _POINTS = 'excess in points with 95 % intervals'
 
+
 def finding_table(
-    results,     # `Results` of a run
-    record:dict, # what verdicts.json holds
-)->Html:         # nothing where one question is asked
+    results,  # `Results` of a run
+    record: dict,  # what verdicts.json holds
+) -> Html:  # nothing where one question is asked
     "Verdicts per finding, raw and partially pooled estimates side by side, and their family."
     rows = []
     for model in model_names(results):
@@ -179,63 +234,82 @@ def finding_table(
                 row = dict(model=model, finding=finding) | _cells(v, k, results.open)
                 rows.append(row | {'partially pooled': pooled})
     table = pd.DataFrame(rows)
-    if table.finding.nunique() < 2: return Html()
+    if table.finding.nunique() < 2:
+        return Html()
     order = [c for c in table if c not in _NUMBERS] + _NUMBERS
     order = [c for c in order if c != 'partially pooled' or table[c].ne(DASH).any()]
-    pooled = ('A partially pooled estimate leans on the other findings, the more so the fewer '
-              'its own patients.') if 'partially pooled' in order else ''
+    pooled = (
+        (
+            'A partially pooled estimate leans on the other findings, the more so the fewer '
+            'its own patients.'
+        )
+        if 'partially pooled' in order
+        else ''
+    )
     told = markup('<p class="note">{} {}</p>', family_note(record['family']), pooled)
     caption = f'Verdict per finding, with the bound that decides; {_POINTS}'
-    return join([html_table(_once(table[order], 'model', 'finding'), caption, numbers=_NUMBERS), told])
+    return join(
+        [html_table(_once(table[order], 'model', 'finding'), caption, numbers=_NUMBERS), told]
+    )
+
 
 def _once(table, *columns):
     "The table with what repeats the row above left blank."
     out = table.copy()
     for i, c in enumerate(columns):
-        again = (table[list(columns[:i + 1])] == table[list(columns[:i + 1])].shift()).all(axis=1)
+        again = (table[list(columns[: i + 1])] == table[list(columns[: i + 1])].shift()).all(axis=1)
         out[c] = table[c].mask(again, '')
     return out
 
 # %% ../../nbs/51a_report.sections.ipynb #cc93b565
 def verdict_figures(
-    results,     # `Results` of a run
-    record:dict, # what verdicts.json holds
-    keep=True,   # keep the figures in the run directory
-)->Html:
+    results,  # `Results` of a run
+    record: dict,  # what verdicts.json holds
+    keep=True,  # keep the figures in the run directory
+) -> Html:
     "The numbers that decide, and the regions they lie in."
     how = dict(run=results.path if keep else None, absent='No verdict was given.')
-    drawn = [figure_html(verdict_figure(record), name='verdicts', **how),
-             figure_html(region_figure(record), name='regions', **how)]
+    drawn = [
+        figure_html(verdict_figure(record), name='verdicts', **how),
+        figure_html(region_figure(record), name='regions', **how),
+    ]
     return markup('<div class="pair">{}</div>', join(drawn))
 
 # %% ../../nbs/51a_report.sections.ipynb #87412fd2
 def subgroup_table(
-    results,     # `Results` of a run
-    record:dict, # what verdicts.json holds
-)->Html:
+    results,  # `Results` of a run
+    record: dict,  # what verdicts.json holds
+) -> Html:
     "Verdicts per subgroup."
-    held = [(model, group, k, part[f'relies_on_{k}']) for model in model_names(results)
-            for group, part in record['models'][model]['subgroups'].items()
-            for k in ('image', 'text')]
+    held = [
+        (model, group, k, part[f'relies_on_{k}'])
+        for model in model_names(results)
+        for group, part in record['models'][model]['subgroups'].items()
+        for k in ('image', 'text')
+    ]
     few = {g for _, g, _, v in held if not results.open and (v['n_patients'] or 0) < 10}
     held = [h for h in held if h[1] not in few]
     left = markup('<p class="note">Small subgroups left out: {}.</p>', len(few)) if few else Html()
-    if not held: return join([markup('<p class="absent">No verdict per subgroup.</p>'), left])
+    if not held:
+        return join([markup('<p class="absent">No verdict per subgroup.</p>'), left])
     rows = [dict(model=m, subgroup=g) | _cells(v, k, results.open) for m, g, k, v in held]
     table = _once(pd.DataFrame(rows), 'model', 'subgroup')
     caption = f'Verdict per subgroup, with the bound that decides; {_POINTS}'
     shown_table = html_table(table, caption, numbers=_NUMBERS)
     return join([_tally(held), left, details('Verdicts per subgroup', shown_table)])
 
+
 def _tally(held):
     "How many subgroups have which verdict, per model and modality."
     counts = {}
-    for model, _, k, v in held: counts.setdefault((model, k), Counter())[_said(v)] += 1
+    for model, _, k, v in held:
+        counts.setdefault((model, k), Counter())[_said(v)] += 1
     lines = []
     for (model, k), c in counts.items():
         told = ', '.join(f'{word} in {n} of {sum(c.values())}' for word, n in c.most_common())
         lines.append(markup('<li>{}, {}: {}</li>', model, k, told))
     return markup('<ul>{}</ul>', join(lines))
+
 
 def _said(v):
     "The word of a verdict, or why there is none."
@@ -243,60 +317,79 @@ def _said(v):
 
 # %% ../../nbs/51a_report.sections.ipynb #f0ecfd36
 def firmness_table(
-    results,     # `Results` of a run
-    record:dict, # what verdicts.json holds
-)->Html:
+    results,  # `Results` of a run
+    record: dict,  # what verdicts.json holds
+) -> Html:
     "Margins, donor draws and matching under which each verdict stands."
-    held = [(model, k, record['models'][model][f'relies_on_{k}'])
-            for model in model_names(results) for k in ('image', 'text')]
-    rows = [{'model': model, 'verdict': _chip(v, k, True),
-             'stands for margins of': _stands(v),
-             '“ignores” from a margin of': points(v['ignores_from']),
-             'each draw of donors alone': _draws(v['firmness']['draws']),
-             'donors matched on': _matched(v['firmness']['matched'], results.open)}
-            for model, k, v in held]
+    held = [
+        (model, k, record['models'][model][f'relies_on_{k}'])
+        for model in model_names(results)
+        for k in ('image', 'text')
+    ]
+    rows = [
+        {
+            'model': model,
+            'verdict': _chip(v, k, True),
+            'stands for margins of': _stands(v),
+            '“ignores” from a margin of': points(v['ignores_from']),
+            'each draw of donors alone': _draws(v['firmness']['draws']),
+            'donors matched on': _matched(v['firmness']['matched'], results.open),
+        }
+        for model, k, v in held
+    ]
     table = _once(pd.DataFrame(rows), 'model')
     return html_table(table, 'How firm each verdict is; margins in points')
+
 
 def _stands(v):
     "Margins over which a verdict stands."
     ends = points(v['stands_from']), points(v['stands_to'])
     return DASH if DASH in ends else f'{ends[0]} to {ends[1]}'
 
+
 def _draws(draws):
     "'2 of 3 relies, 1 of 3 undecided'."
     told = Counter(d['verdict'] or 'no verdict' for d in draws).most_common()
     return ', '.join(f'{n} of {len(draws)} {word}' for word, n in told) or DASH
 
+
 def _matched(runs, is_open):
     "'sex, view: relies (240 samples)'."
     count = lambda n: shown(int(n), 'open' if is_open else 'credentialed')
+
     def said(r):
-        if not r['n']: return 'no donor agrees'
+        if not r['n']:
+            return 'no donor agrees'
         return f"{r['verdict'] or 'no verdict'} ({count(r['n'])} samples)"
+
     return '; '.join(f"{', '.join(r['columns'])}: {said(r)}" for r in runs) or DASH
 
 # %% ../../nbs/51a_report.sections.ipynb #fee64b13
 def label_error_table(
-    results,     # `Results` of a run
-    record:dict, # what verdicts.json holds
-)->Html:         # nothing where labels do not come from the text
+    results,  # `Results` of a run
+    record: dict,  # what verdicts.json holds
+) -> Html:  # nothing where labels do not come from the text
     "Both verdicts of each model over a range of label error."
     rows = []
     for model in model_names(results):
         image, text = (record['models'][model][f'relies_on_{k}'] for k in ('image', 'text'))
         same = {e['error']: e for e in text['label_error']}
         for e in image['label_error']:
-            t = same.get(e['error'], text)                        # no label error touches the text
+            t = same.get(e['error'], text)  # no label error touches the text
             row = {'model': model, 'wrong labels': percent(e['error'])}
             rows.append(row | _both_ends('image', e) | _both_ends('text', t))
-    if not rows: return Html()
-    told = markup('<p>{}</p>', 'The labels of these data were taken from the reports. If some of '
-                  'them are wrong about the image, the excess under another image is larger than '
-                  'it looks; the excess under another text is not.')
+    if not rows:
+        return Html()
+    told = markup(
+        '<p>{}</p>',
+        'The labels of these data were taken from the reports. If some of '
+        'them are wrong about the image, the excess under another image is larger than '
+        'it looks; the excess under another text is not.',
+    )
     numbers = ['wrong labels', *(c for c in rows[0] if 'points' in c)]
     caption = 'Verdicts if a share of the labels is wrong'
     return join([told, html_table(pd.DataFrame(rows), caption, numbers=numbers)])
+
 
 def _both_ends(name, v):
     "Verdict and excess of one modality as two cells."
@@ -305,104 +398,162 @@ def _both_ends(name, v):
 
 # %% ../../nbs/51a_report.sections.ipynb #9b496755
 def missing_table(
-    results,     # `Results` of a run
-    record:dict, # what verdicts.json holds
-)->Html:
+    results,  # `Results` of a run
+    record: dict,  # what verdicts.json holds
+) -> Html:
     "How many answers are missing per model and modality, and the excess read either way."
-    held = [(model, k, record['models'][model][f'relies_on_{k}'])
-            for model in model_names(results) for k in ('image', 'text')]
+    held = [
+        (model, k, record['models'][model][f'relies_on_{k}'])
+        for model in model_names(results)
+        for k in ('image', 'text')
+    ]
     if not any(v['missing_share'] for _, _, v in held):
         return markup('<p>No answer is missing from the verdicts.</p>')
     stay = [f'{s}_if_missing_stay' for s in ('value', 'ci_low', 'ci_high')]
-    rows = [{'model': model, 'swapped': k, 'missing': percent(v['missing_share'], 1),
-             'excess if missing moved': estimate(v['value'], v['ci_low'], v['ci_high']),
-             'excess if missing stayed': estimate(*(v[s] for s in stay))} for model, k, v in held]
+    rows = [
+        {
+            'model': model,
+            'swapped': k,
+            'missing': percent(v['missing_share'], 1),
+            'excess if missing moved': estimate(v['value'], v['ci_low'], v['ci_high']),
+            'excess if missing stayed': estimate(*(v[s] for s in stay)),
+        }
+        for model, k, v in held
+    ]
     caption = 'Missing answers; excess in points (95 % CI)'
     return html_table(pd.DataFrame(rows), caption, numbers=list(rows[0])[2:])
 
 # %% ../../nbs/51a_report.sections.ipynb #bed31ae5
 def attainable_table(
-    results, # `Results` of a run
-)->Html:     # nothing where the plan swaps nothing
+    results,  # `Results` of a run
+) -> Html:  # nothing where the plan swaps nothing
     "Which verdicts the donors of the plan allow at this margin, known before anything is scored."
     able = attainable(results.plan, results.config['margin'])
-    if able.empty or not able.samples.any(): return Html()
+    if able.empty or not able.samples.any():
+        return Html()
     count = lambda n: shown(int(n), 'open' if results.open else 'credentialed')
     numbers = ['samples', 'patients', 'donors', 'effective']
-    rows = pd.DataFrame({
-        'finding': able.finding, 'class of the sample': able.label,
-        'samples': able.samples.map(count), 'patients': able.patients.map(count),
-        'donors': able.donors.map(count), 'effective': able.effective_donors.map(count),
-        'attainable': able.verdicts.replace('', 'none')})
+    rows = pd.DataFrame(
+        {
+            'finding': able.finding,
+            'class of the sample': able.label,
+            'samples': able.samples.map(count),
+            'patients': able.patients.map(count),
+            'donors': able.donors.map(count),
+            'effective': able.effective_donors.map(count),
+            'attainable': able.verdicts.replace('', 'none'),
+        }
+    )
     caption = 'What the plan could show: the arm with the fewest effective patients decides'
     return html_table(rows, caption, numbers=numbers)
 
 # %% ../../nbs/51a_report.sections.ipynb #252f010e
 def donor_section(
-    results,   # `Results` of a run
-    keep=True, # keep the figure in the run directory
-)->Html:
+    results,  # `Results` of a run
+    keep=True,  # keep the figure in the run directory
+) -> Html:
     "Donors per arm, finding and class: how many, how many effective, and the most used of them."
     cohort = results.cohort
     use = donor_use(results.plan, dict(zip(cohort.sample_id, cohort.patient_id)))
-    if use.empty: return markup('<p class="absent">No arm shows anything of another patient.</p>')
+    if use.empty:
+        return markup('<p class="absent">No arm shows anything of another patient.</p>')
     hide = [not results.open and n < 10 for n in use.donors]
     least = lambda n, h: '<10' if h or (not results.open and n < 10) else rounded(n, 0)
-    rows = pd.DataFrame({
-        'arm': use.arm, 'finding': use.finding, 'donor’s class': use.donor_class,
-        'samples': [least(n, False) for n in use.samples],
-        'donors': [least(n, h) for n, h in zip(use.donors, hide)],
-        'effective donors': [least(n, h) for n, h in zip(use.effective, hide)],
-        'most used donor': [DASH if h else percent(s, 1) for s, h in zip(use.most_used, hide)]})
-    figure = figure_html(donor_figure(use, 0 if results.open else 10), name='donors',
-                         run=results.path if keep else None, absent='Too few donors to be drawn.')
+    rows = pd.DataFrame(
+        {
+            'arm': use.arm,
+            'finding': use.finding,
+            'donor’s class': use.donor_class,
+            'samples': [least(n, False) for n in use.samples],
+            'donors': [least(n, h) for n, h in zip(use.donors, hide)],
+            'effective donors': [least(n, h) for n, h in zip(use.effective, hide)],
+            'most used donor': [DASH if h else percent(s, 1) for s, h in zip(use.most_used, hide)],
+        }
+    )
+    figure = figure_html(
+        donor_figure(use, 0 if results.open else 10),
+        name='donors',
+        run=results.path if keep else None,
+        absent='Too few donors to be drawn.',
+    )
     caption = 'Donors per arm, finding and class; the most used one as a share of the samples'
     table = html_table(rows, caption, numbers=list(rows)[3:])
     return join([figure, attainable_table(results), details('Numbers: who lent', table)])
 
 # %% ../../nbs/51a_report.sections.ipynb #c3d8b2eb
 def delivery_table(
-    results, # `Results` of a run
-)->Html:
+    results,  # `Results` of a run
+) -> Html:
     "Per arm: what must change, and for each model how many trials were checked and violated that."
-    found = results.delivery; models = model_names(results)
+    found = results.delivery
+    models = model_names(results)
+
     def state(m, a):
         v = found.get(m, {}).get(a)
-        if v is None: return DASH
+        if v is None:
+            return DASH
         text = dict(ok='✓ ok', void='✕ VOID', unproven='? unproven')[v['verdict']]
-        return markup('<span class="nowrap {}">{}</span> <span class="nowrap">{}/{}, {} violations</span>{}', 'bad' if v['verdict'] != 'ok' else '', text, v['checked'], v['trials'], v['violations'], f": {v['why'].split(': ', 1)[-1]}" if v['verdict'] == 'void' else '')
-    must = lambda a: 'baseline' if not a.versus else markup('<span class="nowrap">pixels {}, tokens {}</span>', a.pixels, a.tokens)
-    rows = [{'arm': a.name, 'compared with': a.versus or DASH, 'must be': must(a), **{column(m): state(m, a.name) for m in models}} for a in ARMS.values() if any(a.name in found.get(m, {}) for m in models)]
-    return html_table(pd.DataFrame(rows), 'Delivery per arm and model: verdict, trials checked / trials, violations')
+        return markup(
+            '<span class="nowrap {}">{}</span> <span class="nowrap">{}/{}, {} violations</span>{}',
+            'bad' if v['verdict'] != 'ok' else '',
+            text,
+            v['checked'],
+            v['trials'],
+            v['violations'],
+            f": {v['why'].split(': ', 1)[-1]}" if v['verdict'] == 'void' else '',
+        )
+
+    must = lambda a: (
+        'baseline'
+        if not a.versus
+        else markup('<span class="nowrap">pixels {}, tokens {}</span>', a.pixels, a.tokens)
+    )
+    rows = [
+        {
+            'arm': a.name,
+            'compared with': a.versus or DASH,
+            'must be': must(a),
+            **{column(m): state(m, a.name) for m in models},
+        }
+        for a in ARMS.values()
+        if any(a.name in found.get(m, {}) for m in models)
+    ]
+    return html_table(
+        pd.DataFrame(rows),
+        'Delivery per arm and model: verdict, trials checked / trials, violations',
+    )
 
 # %% ../../nbs/51a_report.sections.ipynb #20fa5508
 def written(
-    row,          # a metrics row
-    kind:str='%', # '%' share in per cent, '' plain number
-    void=False,   # did the arm never arrive?
-)->str:
+    row,  # a metrics row
+    kind: str = '%',  # '%' share in per cent, '' plain number
+    void=False,  # did the arm never arrive?
+) -> str:
     "A value with its interval, where it has one."
-    if void: return 'void'
-    if not np.isfinite(row.value): return missing(row)
+    if void:
+        return 'void'
+    if not np.isfinite(row.value):
+        return missing(row)
     value = percent(row.value, 1) if kind else rounded(row.value, 2)
     ends = span(row.ci_low, row.ci_high) if kind else span(row.ci_low, row.ci_high, 2, 1)
     return value if ends == DASH else f'{value} ({ends})'
 
 # %% ../../nbs/51a_report.sections.ipynb #55dee744
 def metric_table(
-    results,       # `Results` of a run
-    metrics:dict,  # metric -> (heading, '%' or '')
-    subgroup:str='all', # which subgroup; '' takes all
-    arms=None,     # arm names, None takes all
-    caption:str='', # what the table shows
-)->Html:
+    results,  # `Results` of a run
+    metrics: dict,  # metric -> (heading, '%' or '')
+    subgroup: str = 'all',  # which subgroup; '' takes all
+    arms=None,  # arm names, None takes all
+    caption: str = '',  # what the table shows
+) -> Html:
     "Metrics per model, subgroup and arm, each with its interval, and the donors behind them."
     void, cells = void_arms(results.delivery), {}
     for metric, (heading, kind) in metrics.items():
         for r in pick(results.metrics, metric, subgroup, arms).itertuples():
             row = cells.setdefault((r.model, r.subgroup, r.arm), _behind(r, results.open))
             row[heading] = written(r, kind, is_void(r, void))
-    if not cells: return markup('<p class="absent">Not measured in this run.</p>')
+    if not cells:
+        return markup('<p class="absent">Not measured in this run.</p>')
     place = {a: i for i, a in enumerate(['', *ARMS])}
     rank = lambda kv: (kv[0][0], kv[0][1] != 'all', kv[0][1], place[kv[0][2]])
     order = sorted(cells.items(), key=rank)
@@ -411,6 +562,7 @@ def metric_table(
     idle += ['donors (effective)'] * bool(table['donors (effective)'].eq(DASH).all())
     numbers = ['samples', 'donors (effective)', *(h for h, _ in metrics.values())]
     return html_table(table.drop(columns=idle), caption, numbers=numbers)
+
 
 def _behind(row, is_open):
     "Samples and donors behind a row; a table of a tool without donors has none."
@@ -422,24 +574,57 @@ def _behind(row, is_open):
 
 # %% ../../nbs/51a_report.sections.ipynb #9619c899
 def comparison_table(
-    results, # `Results` of a run
-)->Html:     # nothing where one model was audited
+    results,  # `Results` of a run
+) -> Html:  # nothing where one model was audited
     "Accuracy of models against each other, paired on the samples both answered."
-    rows = results.metrics[(results.metrics.metric == 'accuracy_difference') & (results.metrics.subgroup == 'all')]
-    if rows.empty: return Html()
-    return html_table(pd.DataFrame([{'models': r.model, 'arm': r.arm, 'difference in accuracy, points': f'{rounded(100 * r.value)} ({span(r.ci_low, r.ci_high)})', 'samples': r.n, 'McNemar test, clustered': r.note} for r in rows.itertuples()]),
-                      'Paired difference in accuracy between models', numbers=['difference in accuracy, points'])
+    rows = results.metrics[
+        (results.metrics.metric == 'accuracy_difference') & (results.metrics.subgroup == 'all')
+    ]
+    if rows.empty:
+        return Html()
+    return html_table(
+        pd.DataFrame(
+            [
+                {
+                    'models': r.model,
+                    'arm': r.arm,
+                    'difference in accuracy, points': f'{rounded(100 * r.value)} ({span(r.ci_low, r.ci_high)})',
+                    'samples': r.n,
+                    'McNemar test, clustered': r.note,
+                }
+                for r in rows.itertuples()
+            ]
+        ),
+        'Paired difference in accuracy between models',
+        numbers=['difference in accuracy, points'],
+    )
 
 # %% ../../nbs/51a_report.sections.ipynb #af5cacd1
-_SHOWN, _SAME, _NEAR, _APART = ('Image, with and without the report', 'Control: same class',
-                                'Most similar image', 'Where image and text disagree')
+_SHOWN, _SAME, _NEAR, _APART = (
+    'Image, with and without the report',
+    'Control: same class',
+    'Most similar image',
+    'Where image and text disagree',
+)
 
-CONTRASTS = ( # group, what, metric, arm, kind
+CONTRASTS = (  # group, what, metric, arm, kind
     (_SHOWN, 'flips when the image is swapped, report shown', 'flips', 'image_swap', '%'),
     (_SHOWN, 'flips when the image is swapped, no report', 'flips', 'image_only_swap', '%'),
     (_SHOWN, 'difference: what the report silences', 'silencing', '', '%'),
-    (_SHOWN, 'flips under an image of the same class, no report', 'flips', 'image_only_swap_same', '%'),
-    (_SHOWN, 'excess flips of the opposite class, no report', 'excess_flips', 'image_only_swap', '%'),
+    (
+        _SHOWN,
+        'flips under an image of the same class, no report',
+        'flips',
+        'image_only_swap_same',
+        '%',
+    ),
+    (
+        _SHOWN,
+        'excess flips of the opposite class, no report',
+        'excess_flips',
+        'image_only_swap',
+        '%',
+    ),
     (_SAME, 'flips under an image of the same class', 'flips', 'image_swap_same', '%'),
     (_SAME, 'excess flips of the opposite class, image', 'excess_flips', 'image_swap', '%'),
     (_SAME, 'flips under a text of the same class', 'flips', 'text_swap_same', '%'),
@@ -458,127 +643,337 @@ CONTRASTS = ( # group, what, metric, arm, kind
 
 # %% ../../nbs/51a_report.sections.ipynb #e4ec8ef5
 def contrast_table(
-    results, # `Results` of a run
-)->Html:
+    results,  # `Results` of a run
+) -> Html:
     "Contrasts in rows, models in columns."
     void, models, rows = void_arms(results.delivery), model_names(results), []
     for group, what, metric, arm, kind in CONTRASTS:
         held = pick(results.metrics, metric, arms=[arm])
         told = {r.model: written(r, kind, is_void(r, void)) for r in held.itertuples()}
-        if not told: continue
+        if not told:
+            continue
         new = not rows or rows[-1]['_'] != group
-        rows.append({'contrast': group if new else '', '_': group, 'what': what,
-                     **{column(m): told.get(m, DASH) for m in models}})
+        rows.append(
+            {
+                'contrast': group if new else '',
+                '_': group,
+                'what': what,
+                **{column(m): told.get(m, DASH) for m in models},
+            }
+        )
     table = pd.DataFrame(rows).drop(columns='_', errors='ignore')
     return html_table(table, 'Contrasts with 95 % intervals', numbers=[column(m) for m in models])
 
 # %% ../../nbs/51a_report.sections.ipynb #2fa9c317
 def answer_table_html(
-    results, # `Results` of a run
-)->Html:
+    results,  # `Results` of a run
+) -> Html:
     "Parsed share, answer mass and accuracy counted both ways, then how answers were read, per model."
-    columns = dict(parsed_share=('parsed', '%'), answer_mass=('answer mass', '%'), accuracy=('accuracy, unparsed left out', '%'), accuracy_unparsed_wrong=('accuracy, unparsed as wrong', '%'))
-    both = lambda arms, what: metric_table(results, columns, arms=arms, caption=f'Parsed share, answer mass and accuracy both ways, {what}')
+    columns = dict(
+        parsed_share=('parsed', '%'),
+        answer_mass=('answer mass', '%'),
+        accuracy=('accuracy, unparsed left out', '%'),
+        accuracy_unparsed_wrong=('accuracy, unparsed as wrong', '%'),
+    )
+    both = lambda arms, what: metric_table(
+        results,
+        columns,
+        arms=arms,
+        caption=f'Parsed share, answer mass and accuracy both ways, {what}',
+    )
     counts = results.predictions.groupby(['model', 'parse_status']).size().unstack(fill_value=0)
     hide = lambda n: '<10' if not results.open and 0 < n < 10 else f'{n:,}'
-    status = html_table(counts.map(hide).reset_index(), 'How answers were read: ok, tie (two choices equally likely), error, or what the parser found', numbers=list(counts))
-    return join([both(['original'], 'original'), status, details('Numbers for every arm', both(None, 'per arm'))])
+    status = html_table(
+        counts.map(hide).reset_index(),
+        'How answers were read: ok, tie (two choices equally likely), error, or what the parser found',
+        numbers=list(counts),
+    )
+    return join(
+        [
+            both(['original'], 'original'),
+            status,
+            details('Numbers for every arm', both(None, 'per arm')),
+        ]
+    )
 
 # %% ../../nbs/51a_report.sections.ipynb #1d1a3c59
 def example_html(
     results,  # `Results` of a run
-    number:int, # of the example
+    number: int,  # of the example
     example,  # a row of `choose_examples`
-    keep=True, # keep the figure in the run directory
-)->Html:
+    keep=True,  # keep the figure in the run directory
+) -> Html:
     "One example."
     words, texts = wording(results.plan.attrs['tasks']), results.cohort.set_index('sample_id').text
-    alt = f"Example {number}: own {words['image']}, {example.finding} {example.label}" + (f", beside the {words['image']} that was shown instead, {example.finding} {example.donor_label}." if example.image_id != example.sample_id else '.')
-    try: picture = figure_html(example_figure(example_pictures(results, example, words['image']), alt), name=f'example_{number}', run=results.path if keep else None)
-    except InputError as e: picture = markup('<p class="absent">The picture cannot be shown: {}</p>', e)
-    quotes = {f"Its own {words['text']}": texts[example.sample_id], **({f"Shown instead ({example.finding}: {example.donor_label})": texts[example.text_id]} if example.text_id not in ('', example.sample_id) else {})}
-    cut = lambda t, most=1500: t if len(t) <= most else f'{t[:most]} … ({len(t) - most:,} characters more)'
-    head = markup('<h3>{}. {}, {}: {} changes its answer from {} to {}</h3>', number, example.arm, example.finding, example.model, example.before, example.after)
-    answers = example_answers(results, example.sample_id, example.arm, (example.image_id, example.text_id)).rename(columns=dict(before='answer, original', p_before='P(label), original', after=f'answer, {example.arm}', p_after=f'P(label), {example.arm}'))
-    return markup('<section class="example">{}{}<div class="quotes">{}</div>{}</section>', head, picture, join(markup('<div><strong>{}</strong><blockquote>{}</blockquote></div>', k, cut(v)) for k, v in quotes.items()),
-                  html_table(answers, f'Answers about sample {example.sample_id}', digits=2))
+    alt = f"Example {number}: own {words['image']}, {example.finding} {example.label}" + (
+        f", beside the {words['image']} that was shown instead, {example.finding} {example.donor_label}."
+        if example.image_id != example.sample_id
+        else '.'
+    )
+    try:
+        picture = figure_html(
+            example_figure(example_pictures(results, example, words['image']), alt),
+            name=f'example_{number}',
+            run=results.path if keep else None,
+        )
+    except InputError as e:
+        picture = markup('<p class="absent">The picture cannot be shown: {}</p>', e)
+    quotes = {
+        f"Its own {words['text']}": texts[example.sample_id],
+        **(
+            {f"Shown instead ({example.finding}: {example.donor_label})": texts[example.text_id]}
+            if example.text_id not in ('', example.sample_id)
+            else {}
+        ),
+    }
+    cut = lambda t, most=1500: (
+        t if len(t) <= most else f'{t[:most]} … ({len(t) - most:,} characters more)'
+    )
+    head = markup(
+        '<h3>{}. {}, {}: {} changes its answer from {} to {}</h3>',
+        number,
+        example.arm,
+        example.finding,
+        example.model,
+        example.before,
+        example.after,
+    )
+    answers = example_answers(
+        results, example.sample_id, example.arm, (example.image_id, example.text_id)
+    ).rename(
+        columns=dict(
+            before='answer, original',
+            p_before='P(label), original',
+            after=f'answer, {example.arm}',
+            p_after=f'P(label), {example.arm}',
+        )
+    )
+    return markup(
+        '<section class="example">{}{}<div class="quotes">{}</div>{}</section>',
+        head,
+        picture,
+        join(
+            markup('<div><strong>{}</strong><blockquote>{}</blockquote></div>', k, cut(v))
+            for k, v in quotes.items()
+        ),
+        html_table(answers, f'Answers about sample {example.sample_id}', digits=2),
+    )
 
 # %% ../../nbs/51a_report.sections.ipynb #7e852cbd
 def example_section(
-    results,    # `Results` of a run
-    most:int=6, # examples at most
-)->Html:
+    results,  # `Results` of a run
+    most: int = 6,  # examples at most
+) -> Html:
     "Flips with pictures, or why there are none."
-    if not results.open: return markup('<p class="absent">The data are credentialed: no picture and no text of a patient is shown.</p>')
+    if not results.open:
+        return markup(
+            '<p class="absent">The data are credentialed: no picture and no text of a patient is shown.</p>'
+        )
     chosen = choose_examples(results, most=most)
-    if chosen.empty: return markup('<p class="absent">No answer that was right became wrong under image_swap or text_swap.</p>')
+    if chosen.empty:
+        return markup(
+            '<p class="absent">No answer that was right became wrong under image_swap or text_swap.</p>'
+        )
     return join(example_html(results, i, e) for i, e in enumerate(chosen.itertuples(), 1))
 
 # %% ../../nbs/51a_report.sections.ipynb #6beeb35c
 def wording_table(
-    results,    # `Results` of a run
-    most:int=3, # questions whose wordings are listed
-)->Html:        # nothing where the plan has none, or where its words may not be shown
+    results,  # `Results` of a run
+    most: int = 3,  # questions whose wordings are listed
+) -> Html:  # nothing where the plan has none, or where its words may not be shown
     "How the commonest questions were reworded."
-    if 'inverted' not in results.plan or (results.plan.question == '').any(): return Html()
-    asked = results.plan[results.plan.strategy != ''].merge(results.plan[results.plan.variant == 'plain'].drop_duplicates('sample_id')[['sample_id', 'question']].rename(columns=dict(question='own')), on='sample_id')
+    if 'inverted' not in results.plan or (results.plan.question == '').any():
+        return Html()
+    asked = results.plan[results.plan.strategy != ''].merge(
+        results.plan[results.plan.variant == 'plain']
+        .drop_duplicates('sample_id')[['sample_id', 'question']]
+        .rename(columns=dict(question='own')),
+        on='sample_id',
+    )
     common = asked[asked.variant == 'plain'].own.value_counts().index[:most]
     rows = asked[asked.own.isin(common)].drop_duplicates(['own', 'variant'])
-    return html_table(pd.DataFrame([{'question': r.own if r.variant == 'plain' else '', 'variant': r.variant, 'asked as': r.question, 'yes means': 'no' if r.inverted else 'yes'} for r in rows.itertuples()]), 'What was asked; yes to a negated wording is no to the original')
+    return html_table(
+        pd.DataFrame(
+            [
+                {
+                    'question': r.own if r.variant == 'plain' else '',
+                    'variant': r.variant,
+                    'asked as': r.question,
+                    'yes means': 'no' if r.inverted else 'yes',
+                }
+                for r in rows.itertuples()
+            ]
+        ),
+        'What was asked; yes to a negated wording is no to the original',
+    )
 
 # %% ../../nbs/51a_report.sections.ipynb #869882c8
 def wording_section(
-    results,   # `Results` of a run
-    keep=True, # keep the figures in the run directory
-)->Html:       # with its heading; nothing where nothing was reworded
+    results,  # `Results` of a run
+    keep=True,  # keep the figures in the run directory
+) -> Html:  # with its heading; nothing where nothing was reworded
     "The same question in other words."
-    if 'inverted' not in results.plan: return Html()
+    if 'inverted' not in results.plan:
+        return Html()
     how, plan, p = dict(run=results.path if keep else None), results.plan, results.predictions
     arm = next(a for a in ARMS if a in set(plan.arm))
-    changed = dict(wording_flips=('answers changed', '%'), wording_accuracy=('accuracy', '%'), wording_accuracy_change=('change in accuracy', '%'))
-    every = dict(wording_consistency=('all wordings agree', '%'), wording_right_in_all=('right in every wording', '%'), wording_entropy=('entropy, bits', ''), wording_margin_spread=('margin spread, log-odds', ''))
-    negated = ', some of them negated (“is it absent?”): there the right answer is the opposite, and answers are turned back before they are compared' if plan.inverted.any() else ''
-    head = markup('<h2 id="wordings">In other words</h2><p>Every question was asked again in other words{}. An answer that turns with the words was not read off the {}.</p>', negated, wording(plan.attrs['tasks'])['image'])
+    changed = dict(
+        wording_flips=('answers changed', '%'),
+        wording_accuracy=('accuracy', '%'),
+        wording_accuracy_change=('change in accuracy', '%'),
+    )
+    every = dict(
+        wording_consistency=('all wordings agree', '%'),
+        wording_right_in_all=('right in every wording', '%'),
+        wording_entropy=('entropy, bits', ''),
+        wording_margin_spread=('margin spread, log-odds', ''),
+    )
+    negated = (
+        ', some of them negated (“is it absent?”): there the right answer is the opposite, and answers are turned back before they are compared'
+        if plan.inverted.any()
+        else ''
+    )
+    head = markup(
+        '<h2 id="wordings">In other words</h2><p>Every question was asked again in other words{}. An answer that turns with the words was not read off the {}.</p>',
+        negated,
+        wording(plan.attrs['tasks'])['image'],
+    )
     moves = margin_moves(plan, p, arm, results.config['minimum'])
-    return join([head, figure_html(wording_figure(results.metrics, results.delivery, arm), name='wordings', **how), figure_html(answer_grid_figure(plan, p, arm=arm), name='wording_answers', absent='Single answers of credentialed data are not drawn.', **how),
-                 wording_table(results), details('How far the margin moves', figure_html(margin_figure(moves, arm), name='wording_margins', absent='No probability was recorded.', **how)),
-                 details('Numbers per strategy and arm', metric_table(results, changed, subgroup='', caption='Each rewording against the original question, with 95 % intervals'),
-                         metric_table(results, every, subgroup='', caption='All wordings of a question together, with 95 % intervals'))])
+    return join(
+        [
+            head,
+            figure_html(
+                wording_figure(results.metrics, results.delivery, arm), name='wordings', **how
+            ),
+            figure_html(
+                answer_grid_figure(plan, p, arm=arm),
+                name='wording_answers',
+                absent='Single answers of credentialed data are not drawn.',
+                **how,
+            ),
+            wording_table(results),
+            details(
+                'How far the margin moves',
+                figure_html(
+                    margin_figure(moves, arm),
+                    name='wording_margins',
+                    absent='No probability was recorded.',
+                    **how,
+                ),
+            ),
+            details(
+                'Numbers per strategy and arm',
+                metric_table(
+                    results,
+                    changed,
+                    subgroup='',
+                    caption='Each rewording against the original question, with 95 % intervals',
+                ),
+                metric_table(
+                    results,
+                    every,
+                    subgroup='',
+                    caption='All wordings of a question together, with 95 % intervals',
+                ),
+            ),
+        ]
+    )
 
 # %% ../../nbs/51a_report.sections.ipynb #715c192e
 def probe_section(
-    results,   # `Results` of a run
-    keep=True, # keep the figure in the run directory
-)->Html:       # with its heading; nothing where the plan has no probes
+    results,  # `Results` of a run
+    keep=True,  # keep the figure in the run directory
+) -> Html:  # with its heading; nothing where the plan has no probes
     "Altered reports, and contradictions that might be noticed."
     figure = probe_figure(results.metrics, results.delivery)
-    if figure is None: return Html()
+    if figure is None:
+        return Html()
     probes = [a.name for a in ARMS.values() if a.probe and (results.plan.arm == a.name).any()]
-    flips = metric_table(results, dict(nfr=('NFR', '%'), flips=('answers changed', '%'), excess_flips=('excess over control', '%'), text_following=('sides with the altered text', '%')), arms=probes, caption='Altered reports, with 95 % intervals') if probes else Html()
-    noticed = metric_table(results, dict(unmatched_share=('“unmatched”', '%'), unmatched_excess=('excess over original', '%'), unmatched_auroc=('AUROC', '')), subgroup='variant=unmatched', caption='Contradictions noticed: detection in altered arms, false alarms under original') if 'unmatched' in set(results.plan.variant) else Html()
-    head = markup('<h2 id="probes">Altered reports</h2><p>foil: the statement about what is asked is turned round; removed: it is taken out; history: a misleading earlier report stands before the own one. Each has a control of the same kind that should not matter (foil_other, removed_other, history_same). '
-                  'Where the answer “unmatched” was allowed, its share is the detection rate in the arms that contradict the {}, and the false alarms under original.</p>', wording(results.plan.attrs['tasks'])['image'])
-    return join([head, figure_html(figure, name='probes', run=results.path if keep else None), details('Numbers: altered reports', flips, noticed)])
+    flips = (
+        metric_table(
+            results,
+            dict(
+                nfr=('NFR', '%'),
+                flips=('answers changed', '%'),
+                excess_flips=('excess over control', '%'),
+                text_following=('sides with the altered text', '%'),
+            ),
+            arms=probes,
+            caption='Altered reports, with 95 % intervals',
+        )
+        if probes
+        else Html()
+    )
+    noticed = (
+        metric_table(
+            results,
+            dict(
+                unmatched_share=('“unmatched”', '%'),
+                unmatched_excess=('excess over original', '%'),
+                unmatched_auroc=('AUROC', ''),
+            ),
+            subgroup='variant=unmatched',
+            caption='Contradictions noticed: detection in altered arms, false alarms under original',
+        )
+        if 'unmatched' in set(results.plan.variant)
+        else Html()
+    )
+    head = markup(
+        '<h2 id="probes">Altered reports</h2><p>foil: the statement about what is asked is turned round; removed: it is taken out; history: a misleading earlier report stands before the own one. Each has a control of the same kind that should not matter (foil_other, removed_other, history_same). '
+        'Where the answer “unmatched” was allowed, its share is the detection rate in the arms that contradict the {}, and the false alarms under original.</p>',
+        wording(results.plan.attrs['tasks'])['image'],
+    )
+    return join(
+        [
+            head,
+            figure_html(figure, name='probes', run=results.path if keep else None),
+            details('Numbers: altered reports', flips, noticed),
+        ]
+    )
 
 # %% ../../nbs/51a_report.sections.ipynb #10102059
-_SECTIONS = { # anchor -> what it is called
-    'verdicts': 'verdicts', 'firmness': 'how firm', 'delivery': 'delivery', 'donors': 'donors',
-    'accuracy': 'accuracy', 'flips': 'flips', 'plane': 'modality plane', 'calibration': 'calibration',
-    'subgroups': 'subgroups', 'examples': 'examples', 'contrasts': 'contrasts',
-    'wordings': 'other words', 'probes': 'altered reports', 'grounding': 'consistent or looking',
-    'confidence': 'doubt', 'answers': 'missing answers',
-    'files': 'files', 'funnel': 'exclusions', 'method': 'method', 'provenance': 'provenance'}
+_SECTIONS = {  # anchor -> what it is called
+    'verdicts': 'verdicts',
+    'firmness': 'how firm',
+    'delivery': 'delivery',
+    'donors': 'donors',
+    'accuracy': 'accuracy',
+    'flips': 'flips',
+    'plane': 'modality plane',
+    'calibration': 'calibration',
+    'subgroups': 'subgroups',
+    'examples': 'examples',
+    'contrasts': 'contrasts',
+    'wordings': 'other words',
+    'probes': 'altered reports',
+    'grounding': 'consistent or looking',
+    'confidence': 'doubt',
+    'answers': 'missing answers',
+    'files': 'files',
+    'funnel': 'exclusions',
+    'method': 'method',
+    'provenance': 'provenance',
+}
+
 
 def contents(
-    results, # `Results` of a run
-)->Html:
+    results,  # `Results` of a run
+) -> Html:
     "Links to the sections that this report has."
     plan = results.plan
     probed = any(a.probe and (plan.arm == a.name).any() for a in ARMS.values())
     swapped = {'original', 'image_swap'} <= set(plan.arm)
-    there = dict(wordings='inverted' in plan, probes=probed or 'unmatched' in set(plan.variant),
-                 grounding=swapped, confidence=swapped)
-    links = [markup('<a href="#{}">{}</a>', anchor, name)
-             for anchor, name in _SECTIONS.items() if there.get(anchor, True)]
-    return markup('<nav class="contents" aria-label="Contents">Contents: {}</nav>',
-                  join(links, ' · '))
+    there = dict(
+        wordings='inverted' in plan,
+        probes=probed or 'unmatched' in set(plan.variant),
+        grounding=swapped,
+        confidence=swapped,
+    )
+    links = [
+        markup('<a href="#{}">{}</a>', anchor, name)
+        for anchor, name in _SECTIONS.items()
+        if there.get(anchor, True)
+    ]
+    return markup(
+        '<nav class="contents" aria-label="Contents">Contents: {}</nav>', join(links, ' · ')
+    )

@@ -14,105 +14,230 @@ from .style import COLOURS, canvas, literal, percent, rounded, span, styled
 # %% ../../nbs/50k_report.ssa_figures.ipynb #43d3f265
 RATES = ('sensitivity', 'specificity')
 
+
 def ssa_groups(
-    table:pd.DataFrame, # from `ssa`, of one model
-    classes=None,       # names of classes to show, in this order; None takes those that moved most
-    most:int=6,         # classes shown where none are named
-)->tuple[list,int]:     # subgroups of the table; number of classes left out
+    table: pd.DataFrame,  # from `ssa`, of one model
+    classes=None,  # names of classes to show, in this order; None takes those that moved most
+    most: int = 6,  # classes shown where none are named
+) -> tuple[list, int]:  # subgroups of the table; number of classes left out
     "The classes of a figure; `InputError` for a table of several models, of something else, or a class it does not hold."
-    if 'added' not in table or table.attrs.get('kind') != 'ssa': raise InputError('this is no table of a sequential sensitivity analysis (smsbench.clip.ssa)')
-    if table.model.nunique() != 1: raise InputError(f"a figure shows one model; the table holds {', '.join(sorted(set(table.model)))}")
+    if 'added' not in table or table.attrs.get('kind') != 'ssa':
+        raise InputError(
+            'this is no table of a sequential sensitivity analysis (smsbench.clip.ssa)'
+        )
+    if table.model.nunique() != 1:
+        raise InputError(
+            f"a figure shows one model; the table holds {', '.join(sorted(set(table.model)))}"
+        )
     there = [f'class={c}' for c in table.attrs['classes']]
     if classes is not None:
-        if lost := [c for c in classes if f'class={c}' not in there]: raise InputError(f"no class {lost[0]!r}; there are {', '.join(table.attrs['classes'])}")
+        if lost := [c for c in classes if f'class={c}' not in there]:
+            raise InputError(f"no class {lost[0]!r}; there are {', '.join(table.attrs['classes'])}")
         return [f'class={c}' for c in classes], 0
-    moved = table[table.metric.str.endswith('_effect')].assign(size=lambda t: t.value.abs()).groupby('subgroup')['size'].max()
-    kept = sorted(sorted(there, key=lambda c: -np.nan_to_num(moved.get(c, 0)))[:most], key=there.index)
+    moved = (
+        table[table.metric.str.endswith('_effect')]
+        .assign(size=lambda t: t.value.abs())
+        .groupby('subgroup')['size']
+        .max()
+    )
+    kept = sorted(
+        sorted(there, key=lambda c: -np.nan_to_num(moved.get(c, 0)))[:most], key=there.index
+    )
     return kept + ['all'] * ('all' in set(table.subgroup)), len(there) - len(kept)
 
-def _title(group, table): return f"mean of {len(table.attrs['classes'])} classes" if group == 'all' else literal(group.removeprefix('class='), 30)
+
+def _title(group, table):
+    return (
+        f"mean of {len(table.attrs['classes'])} classes"
+        if group == 'all'
+        else literal(group.removeprefix('class='), 30)
+    )
 
 # %% ../../nbs/50k_report.ssa_figures.ipynb #ec22b2ee
 @styled
 def ssa_figure(
-    table:pd.DataFrame, # from `ssa`, of one model
-    classes=None,       # names of classes to show; None takes those that moved most
-):                      # Figure with `.alt`
+    table: pd.DataFrame,  # from `ssa`, of one model
+    classes=None,  # names of classes to show; None takes those that moved most
+):  # Figure with `.alt`
     "Sensitivity and specificity along the steps, one panel per class."
     from matplotlib.lines import Line2D
+
     groups, left = ssa_groups(table, classes)
     names = [table.attrs['base'], *(f'+ {literal(s, 16)}' for s in table.attrs['steps'])]
-    cols = min(len(groups), 4); rows = -(-len(groups) // cols)
-    fig, axes = canvas(max(1 + 2.1 * cols, 4.2), .9 + 2.1 * rows, rows, cols, sharex=True, sharey=True)
-    for ax in axes.ravel()[len(groups):]: ax.set_axis_off()
+    cols = min(len(groups), 4)
+    rows = -(-len(groups) // cols)
+    fig, axes = canvas(
+        max(1 + 2.1 * cols, 4.2), 0.9 + 2.1 * rows, rows, cols, sharex=True, sharey=True
+    )
+    for ax in axes.ravel()[len(groups) :]:
+        ax.set_axis_off()
     for ax, g in zip(axes.ravel(), groups):
-        for m, colour, marker in zip(RATES, COLOURS, 'os'): _lines(ax, table[(table.subgroup == g) & (table.metric == m)], colour, marker, m)
-        ax.set(title=_title(g, table), xticks=range(len(names)), xlim=(-.25, len(names) - .75), ylim=(-.03, 1.03), yticks=[0, .5, 1]); ax.set_yticklabels(['0', '50', '100 %'])
-        ax.set_xticklabels(names, rotation=35, ha='right', rotation_mode='anchor'); ax.tick_params(labelbottom=True); ax.grid(axis='y', color='#e6e7e8', lw=.6)
+        for m, colour, marker in zip(RATES, COLOURS, 'os'):
+            _lines(ax, table[(table.subgroup == g) & (table.metric == m)], colour, marker, m)
+        ax.set(
+            title=_title(g, table),
+            xticks=range(len(names)),
+            xlim=(-0.25, len(names) - 0.75),
+            ylim=(-0.03, 1.03),
+            yticks=[0, 0.5, 1],
+        )
+        ax.set_yticklabels(['0', '50', '100 %'])
+        ax.set_xticklabels(names, rotation=35, ha='right', rotation_mode='anchor')
+        ax.tick_params(labelbottom=True)
+        ax.grid(axis='y', color='#e6e7e8', lw=0.6)
     keys, told = axes[0, 0].get_legend_handles_labels()
-    if table.attrs['n_orders'] > 1: keys, told = [*keys, Line2D([], [], color='#555555', lw=.6, alpha=.6)], [*told, 'other orders']
+    if table.attrs['n_orders'] > 1:
+        keys, told = (
+            [*keys, Line2D([], [], color='#555555', lw=0.6, alpha=0.6)],
+            [*told, 'other orders'],
+        )
     fig.legend(keys, told, loc='outside upper left', ncols=3, fontsize=8.5)
-    fig.alt = _told(table, groups) + (f' {left} classes that moved less are not shown.' if left else '')
+    fig.alt = _told(table, groups) + (
+        f' {left} classes that moved less are not shown.' if left else ''
+    )
     return fig
 
+
 def _lines(ax, t, colour, marker, name):
-    for _, g in t[t.order > 0].groupby('order'): ax.plot(g.step, g.value, color=colour, lw=.6, alpha=.3)
+    for _, g in t[t.order > 0].groupby('order'):
+        ax.plot(g.step, g.value, color=colour, lw=0.6, alpha=0.3)
     g = t[t.order == 0].sort_values('step')
-    ax.fill_between(g.step, g.ci_low, g.ci_high, color=colour, alpha=.18, lw=0)
-    ax.plot(g.step, g.value, color=colour, lw=1.6, marker=marker, ms=4, mec='white', mew=.6, label=name, zorder=3)
+    ax.fill_between(g.step, g.ci_low, g.ci_high, color=colour, alpha=0.18, lw=0)
+    ax.plot(
+        g.step,
+        g.value,
+        color=colour,
+        lw=1.6,
+        marker=marker,
+        ms=4,
+        mec='white',
+        mew=0.6,
+        label=name,
+        zorder=3,
+    )
+
 
 def _told(table, groups):
     said = []
     for g in groups:
         for m in RATES:
-            v = table[(table.subgroup == g) & (table.metric == m) & (table.order == 0)].sort_values('step').value
+            v = (
+                table[(table.subgroup == g) & (table.metric == m) & (table.order == 0)]
+                .sort_values('step')
+                .value
+            )
             said.append(f"{_title(g, table)}, {m}: {' → '.join(percent(x) for x in v)}.")
-    return f"{literal(table.model.iloc[0])}, steps {', '.join([table.attrs['base'], *table.attrs['steps']])}. " + ' '.join(said)
+    return (
+        f"{literal(table.model.iloc[0])}, steps {', '.join([table.attrs['base'], *table.attrs['steps']])}. "
+        + ' '.join(said)
+    )
 
 # %% ../../nbs/50k_report.ssa_figures.ipynb #ec22b202
 @styled
 def ssa_order_figure(
-    table:pd.DataFrame, # from `ssa`, of one model
-    classes=None,       # names of classes to show; None takes those that moved most
-):                      # Figure with `.alt`
+    table: pd.DataFrame,  # from `ssa`, of one model
+    classes=None,  # names of classes to show; None takes those that moved most
+):  # Figure with `.alt`
     "The inputs' mean effect on sensitivity and specificity, and their effect as the first and as the last one."
     (groups, left), steps = ssa_groups(table, classes), table.attrs['steps']
     lines = [(s, g) for s in steps for g in groups]
-    y = {line: -(i + i // len(groups) * .9) for i, line in enumerate(lines)}
-    fig, axes = canvas(7.4, .9 + .19 * len(lines) + .17 * len(steps), 1, 2, sharex=True, sharey=True)
+    y = {line: -(i + i // len(groups) * 0.9) for i, line in enumerate(lines)}
+    fig, axes = canvas(
+        7.4, 0.9 + 0.19 * len(lines) + 0.17 * len(steps), 1, 2, sharex=True, sharey=True
+    )
     for ax, m, colour in zip(axes[0], RATES, COLOURS):
-        for what, marker, size, face in (('first', '>', 26, 'none'), ('last', '<', 26, 'none'), ('effect', 'o', 24, colour)):
+        for what, marker, size, face in (
+            ('first', '>', 26, 'none'),
+            ('last', '<', 26, 'none'),
+            ('effect', 'o', 24, colour),
+        ):
             t = table[table.metric == f'{m}_{what}'].set_index(['added', 'subgroup'])
-            if t.empty: continue
-            rows = [t.loc[line] for line in lines]; at = list(y.values())
-            if what == 'effect': ax.hlines(at, [100 * r.ci_low for r in rows], [100 * r.ci_high for r in rows], color=colour, lw=1.4)
-            ax.scatter([100 * r.value for r in rows], at, s=size, marker=marker, facecolor=face, edgecolor=colour if what == 'effect' else '#555555', lw=.8, zorder=3, label={'effect': 'mean over orders', 'first': 'when first', 'last': 'when last'}[what])
-        ax.axvline(0, color='#777777', lw=.8); ax.grid(axis='x', color='#e6e7e8', lw=.6); ax.set_xlabel(f'change of {m}, points'); ax.set_ylim(min(y.values()) - .8, 1.3); ax.tick_params(axis='y', length=0)
-    for s in steps: axes[0, 0].text(-.02, y[s, groups[0]] + .85, f'+ {literal(s, 24)}', transform=axes[0, 0].get_yaxis_transform(), ha='right', va='center', fontsize=9, fontweight='bold')
+            if t.empty:
+                continue
+            rows = [t.loc[line] for line in lines]
+            at = list(y.values())
+            if what == 'effect':
+                ax.hlines(
+                    at,
+                    [100 * r.ci_low for r in rows],
+                    [100 * r.ci_high for r in rows],
+                    color=colour,
+                    lw=1.4,
+                )
+            ax.scatter(
+                [100 * r.value for r in rows],
+                at,
+                s=size,
+                marker=marker,
+                facecolor=face,
+                edgecolor=colour if what == 'effect' else '#555555',
+                lw=0.8,
+                zorder=3,
+                label={'effect': 'mean over orders', 'first': 'when first', 'last': 'when last'}[
+                    what
+                ],
+            )
+        ax.axvline(0, color='#777777', lw=0.8)
+        ax.grid(axis='x', color='#e6e7e8', lw=0.6)
+        ax.set_xlabel(f'change of {m}, points')
+        ax.set_ylim(min(y.values()) - 0.8, 1.3)
+        ax.tick_params(axis='y', length=0)
+    for s in steps:
+        axes[0, 0].text(
+            -0.02,
+            y[s, groups[0]] + 0.85,
+            f'+ {literal(s, 24)}',
+            transform=axes[0, 0].get_yaxis_transform(),
+            ha='right',
+            va='center',
+            fontsize=9,
+            fontweight='bold',
+        )
     axes[0, 0].set_yticks(list(y.values()), [_title(g, table) for _, g in lines])
     keys, told = axes[0, 0].get_legend_handles_labels()
     fig.legend(keys[::-1], told[::-1], loc='outside upper right', ncols=3, fontsize=8.5)
-    fig.alt = f"Effect of {', '.join(steps)} on {literal(table.model.iloc[0])}, {_orders(table)}. " + ' '.join(f'{r.added}, {r.group}: {r.sensitivity} points of sensitivity, {r.specificity} of specificity.' for r in ssa_table(table, classes).itertuples()) + (f' {left} classes that moved less are not shown.' if left else '')
+    fig.alt = (
+        f"Effect of {', '.join(steps)} on {literal(table.model.iloc[0])}, {_orders(table)}. "
+        + ' '.join(
+            f'{r.added}, {r.group}: {r.sensitivity} points of sensitivity, {r.specificity} of specificity.'
+            for r in ssa_table(table, classes).itertuples()
+        )
+        + (f' {left} classes that moved less are not shown.' if left else '')
+    )
     return fig
+
 
 def _orders(table):
     n, of = table.attrs['n_orders'], table.attrs['of_orders']
-    return f'mean over all {n} orders' if n == of else f'mean over {n} of {of} orders, drawn so that each input stands in each place equally often'
+    return (
+        f'mean over all {n} orders'
+        if n == of
+        else f'mean over {n} of {of} orders, drawn so that each input stands in each place equally often'
+    )
 
 # %% ../../nbs/50k_report.ssa_figures.ipynb #f74d4bb3
 def ssa_table(
-    table:pd.DataFrame, # from `ssa`, of one model
-    classes=None,       # names of classes; None takes those that moved most
-)->pd.DataFrame:        # added, group, known (rows where the input was not empty), then per rate its mean change with interval, first and last; note: what is blank or rests on few rows
+    table: pd.DataFrame,  # from `ssa`, of one model
+    classes=None,  # names of classes; None takes those that moved most
+) -> pd.DataFrame:  # added, group, known (rows where the input was not empty), then per rate its mean change with interval, first and last; note: what is blank or rests on few rows
     "What each input did to each class, in points, ready to print."
     out = []
     for s in table.attrs['steps']:
         for g in ssa_groups(table, classes)[0]:
-            t, line = table[(table.added == s) & (table.subgroup == g)].set_index('metric'), dict(added=s, group=_title(g, table), known=table.attrs['known'][s])
+            t, line = (
+                table[(table.added == s) & (table.subgroup == g)].set_index('metric'),
+                dict(added=s, group=_title(g, table), known=table.attrs['known'][s]),
+            )
             for m in RATES:
                 e = t.loc[f'{m}_effect']
                 line[m] = f'{rounded(100 * e.value)} ({span(e.ci_low, e.ci_high)})'
-                for w in ('first', 'last'): line[f'{m} {w}'] = rounded(100 * t.value.get(f'{m}_{w}', np.nan))
-            line['note'] = '; '.join(f'{m}: {n}' for m in RATES for n in t.note[f'{m}_effect'].split('; ') if 'suppressed' in n or 'rest on' in n)
+                for w in ('first', 'last'):
+                    line[f'{m} {w}'] = rounded(100 * t.value.get(f'{m}_{w}', np.nan))
+            line['note'] = '; '.join(
+                f'{m}: {n}'
+                for m in RATES
+                for n in t.note[f'{m}_effect'].split('; ')
+                if 'suppressed' in n or 'rest on' in n
+            )
             out.append(line)
     return pd.DataFrame(out)

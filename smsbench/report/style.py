@@ -14,59 +14,84 @@ import numpy as np
 # %% ../../nbs/49_report.style.ipynb #899234d1
 DASH = '–'
 
+
 def rounded(
-    value,        # a number, NaN or None
-    digits:int=1, # decimal places
-)->str:
+    value,  # a number, NaN or None
+    digits: int = 1,  # decimal places
+) -> str:
     "A number as it is printed: a true minus sign, no minus zero, a dash for what is missing."
-    if value is None or not np.isfinite(value): return DASH
-    text = f'{round(float(value), digits) + 0.:.{digits}f}'
+    if value is None or not np.isfinite(value):
+        return DASH
+    text = f'{round(float(value), digits) + 0.0:.{digits}f}'
     return text.replace('-', '−') if float(text) else text.lstrip('-')
 
 # %% ../../nbs/49_report.style.ipynb #fc84a4bc
 def percent(
-    value,        # a share, NaN or None
-    digits:int=0, # decimal places
-)->str:
+    value,  # a share, NaN or None
+    digits: int = 0,  # decimal places
+) -> str:
     "A share in per cent."
     text = rounded(None if value is None else 100 * value, digits)
     return text if text == DASH else text + ' %'
 
 # %% ../../nbs/49_report.style.ipynb #bb14939b
 def span(
-    low,          # lower end, NaN or None
-    high,         # upper end
-    digits:int=1, # decimal places
-    scale:float=100, # 100 prints shares as points
-)->str:
+    low,  # lower end, NaN or None
+    high,  # upper end
+    digits: int = 1,  # decimal places
+    scale: float = 100,  # 100 prints shares as points
+) -> str:
     "An interval: '−0.2 to 1.1'."
     ends = [rounded(None if v is None else scale * v, digits) for v in (low, high)]
     return DASH if DASH in ends else ' to '.join(ends)
 
 # %% ../../nbs/49_report.style.ipynb #dd1d6cc3
 def literal(
-    text,            # anything; what comes from data
-    width:int=40,    # characters after which it is cut
-)->str:              # what matplotlib draws exactly as it is
+    text,  # anything; what comes from data
+    width: int = 40,  # characters after which it is cut
+) -> str:  # what matplotlib draws exactly as it is
     "Text that is drawn as it stands: one line, no mathematics, not longer than `width`."
     line = ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).split())
-    return textwrap.shorten(line, width, placeholder='…').replace('$', r'\$') if len(line) <= width or ' ' in line[:width] else line[:width - 1].replace('$', r'\$') + '…'
+    return (
+        textwrap.shorten(line, width, placeholder='…').replace('$', r'\$')
+        if len(line) <= width or ' ' in line[:width]
+        else line[: width - 1].replace('$', r'\$') + '…'
+    )
 
 # %% ../../nbs/49_report.style.ipynb #dee47f85
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 MARKERS = 'osD^vPX'
-STYLE = {'font.size': 9, 'axes.titlesize': 9.5, 'axes.labelsize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#555555', 'axes.titlelocation': 'left',
-         'axes.axisbelow': True, 'legend.frameon': False, 'legend.handletextpad': .4, 'xtick.color': '#333333', 'ytick.color': '#333333', 'hatch.linewidth': .6, 'hatch.color': '#777777'}
+STYLE = {
+    'font.size': 9,
+    'axes.titlesize': 9.5,
+    'axes.labelsize': 9,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.edgecolor': '#555555',
+    'axes.titlelocation': 'left',
+    'axes.axisbelow': True,
+    'legend.frameon': False,
+    'legend.handletextpad': 0.4,
+    'xtick.color': '#333333',
+    'ytick.color': '#333333',
+    'hatch.linewidth': 0.6,
+    'hatch.color': '#777777',
+}
+
 
 def styled(
-    f, # a function that returns a Figure, or None where there is nothing to draw
+    f,  # a function that returns a Figure, or None where there is nothing to draw
 ):
     "Draw in the report's style, whatever the global settings are."
+
     @functools.wraps(f)
     def inner(*a, **k):
         import matplotlib as mpl
+
         plain = {k: v for k, v in mpl.rcParamsDefault.items() if not k.startswith('backend')}
-        with mpl.rc_context({**plain, **STYLE}): return f(*a, **k)
+        with mpl.rc_context({**plain, **STYLE}):
+            return f(*a, **k)
+
     return inner
 
 # %% ../../nbs/49_report.style.ipynb #31ddc478
@@ -74,30 +99,45 @@ def styled(
 def picture_class():
     "matplotlib's Figure with a description; made when first needed, because matplotlib is heavy."
     from matplotlib.figure import Figure
+
     class Picture(Figure):
         "A figure with `.alt`, what it shows in words."
+
         alt = ''
-        def png(self, dpi=192): out = io.BytesIO(); self.savefig(out, format='png', dpi=dpi, metadata=dict(Software=None)); return out.getvalue()
+
+        def png(self, dpi=192):
+            out = io.BytesIO()
+            self.savefig(out, format='png', dpi=dpi, metadata=dict(Software=None))
+            return out.getvalue()
+
         def _repr_mimebundle_(self, **_):
             width, height = (round(96 * s) for s in self.get_size_inches())
-            return {'image/png': self.png(), 'text/plain': f'Figure: {self.alt}'}, {'image/png': dict(alt=self.alt, width=width, height=height)}
+            return {'image/png': self.png(), 'text/plain': f'Figure: {self.alt}'}, {
+                'image/png': dict(alt=self.alt, width=width, height=height)
+            }
+
     return Picture
 
 # %% ../../nbs/49_report.style.ipynb #244a0b31
 def canvas(
-    width:float,  # inches
-    height:float, # inches
-    rows:int=1,   # panels
-    cols:int=1,
-    **how,        # of `Figure.subplots`
-):                # (figure, array of axes)
+    width: float,  # inches
+    height: float,  # inches
+    rows: int = 1,  # panels
+    cols: int = 1,
+    **how,  # of `Figure.subplots`
+):  # (figure, array of axes)
     "An empty figure."
     fig = picture_class()(figsize=(width, height), layout='constrained')
     return fig, fig.subplots(rows, cols, squeeze=False, **how)
 
 # %% ../../nbs/49_report.style.ipynb #55845c67
 def looks(
-    models, # names
-)->dict:    # name -> dict(color, marker), the same for the same list of names
+    models,  # names
+) -> dict:  # name -> dict(color, marker), the same for the same list of names
     "How each model is drawn."
-    return {m: dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]) for i, m in enumerate(models)}
+    return {
+        m: dict(
+            color=COLOURS[i % len(COLOURS)], marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]
+        )
+        for i, m in enumerate(models)
+    }

@@ -13,79 +13,174 @@ from .style import rounded, span
 
 # %% ../../nbs/50ga_report.tables.ipynb #c99dbab0
 def shareable(
-    metrics:pd.DataFrame, # metrics table
-    access:str,           # 'open' or 'credentialed'
-    minimum:int=10,       # fewest patients, and films on either side of a class
-)->pd.DataFrame:          # the table; credentialed numbers of few patients emptied
+    metrics: pd.DataFrame,  # metrics table
+    access: str,  # 'open' or 'credentialed'
+    minimum: int = 10,  # fewest patients, and films on either side of a class
+) -> pd.DataFrame:  # the table; credentialed numbers of few patients emptied
     "What may be shown of a metrics table: nothing of few patients or films, and no average of which a part is withheld."
-    if access != 'credentialed': return metrics
+    if access != 'credentialed':
+        return metrics
     few = (metrics.n_clusters < minimum).to_numpy() | _few_films(metrics, minimum)
-    counts = few & (metrics.value.notna() | metrics.note.str.contains('suppressed') & (metrics.n > 0)).to_numpy()   # what was never defined is part of no average
-    about = [metrics[c] for c in metrics if c not in ('metric', 'subgroup', 'value', 'ci_low', 'ci_high', 'n', 'n_clusters', 'n_effective', 'note')]
-    key, whole = [*zip(metrics.metric.str.removeprefix('macro_'), *about)], (metrics.subgroup == 'all').to_numpy()
+    counts = (
+        few
+        & (
+            metrics.value.notna() | metrics.note.str.contains('suppressed') & (metrics.n > 0)
+        ).to_numpy()
+    )  # what was never defined is part of no average
+    about = [
+        metrics[c]
+        for c in metrics
+        if c
+        not in (
+            'metric',
+            'subgroup',
+            'value',
+            'ci_low',
+            'ci_high',
+            'n',
+            'n_clusters',
+            'n_effective',
+            'note',
+        )
+    ]
+    key, whole = (
+        [*zip(metrics.metric.str.removeprefix('macro_'), *about)],
+        (metrics.subgroup == 'all').to_numpy(),
+    )
     lost = {k for k, hit in zip(key, counts & ~whole) if hit}
     average = np.array([w and k in lost for w, k in zip(whole, key)], bool) & ~few
     hide = lambda m: f'<{minimum}' if 0 < int(m[0]) < minimum else m[0]
-    out = metrics.assign(note=metrics.note.str.replace(r'(?<![\d.<])\d+(?= (?:of \d+ )?(?:films|rows|maps|marks|patients)\b)', hide, regex=True))
-    out.loc[few | average, ['value', 'ci_low', 'ci_high']] = np.nan; out.loc[few | average, ['n', 'n_clusters']] = 0
-    if 'n_effective' in out: out['n_effective'] = out.n_effective.where(~(few | average) & ~(out.n_effective < minimum))
-    out.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients or films'; out.loc[average, 'note'] = f'suppressed: a part of it rests on fewer than {minimum} patients or films; leave that part out for a number over the others'
+    out = metrics.assign(
+        note=metrics.note.str.replace(
+            r'(?<![\d.<])\d+(?= (?:of \d+ )?(?:films|rows|maps|marks|patients)\b)', hide, regex=True
+        )
+    )
+    out.loc[few | average, ['value', 'ci_low', 'ci_high']] = np.nan
+    out.loc[few | average, ['n', 'n_clusters']] = 0
+    if 'n_effective' in out:
+        out['n_effective'] = out.n_effective.where(~(few | average) & ~(out.n_effective < minimum))
+    out.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients or films'
+    out.loc[average, 'note'] = (
+        f'suppressed: a part of it rests on fewer than {minimum} patients or films; leave that part out for a number over the others'
+    )
     return validate(out, 'metrics')
+
 
 def _few_films(metrics, minimum):
     "Rows of classes with few films on a side; where classes exclude each other, also the smallest others, until those withheld are together not few."
-    share, few = metrics[(metrics.metric == 'prevalence') & metrics.value.notna() & metrics.subgroup.str.startswith('class=')], set()
+    share, few = (
+        metrics[
+            (metrics.metric == 'prevalence')
+            & metrics.value.notna()
+            & metrics.subgroup.str.startswith('class=')
+        ],
+        set(),
+    )
     for (model, arm), g in share.groupby(['model', 'arm']):
         there, exclusive = (g.value * g.n).to_numpy(), np.isclose(g.value.sum(), 1)
         hidden = np.minimum(there, g.n - there) < minimum - 1e-9
-        while exclusive and 0 < there[hidden].sum() < minimum - 1e-9 and not hidden.all(): hidden = hidden | (there == there[~hidden].min())
+        while exclusive and 0 < there[hidden].sum() < minimum - 1e-9 and not hidden.all():
+            hidden = hidden | (there == there[~hidden].min())
         few |= {(model, arm, c) for c in g.subgroup[hidden]}
     return np.array([k in few for k in zip(metrics.model, metrics.arm, metrics.subgroup)], bool)
 
 # %% ../../nbs/50ga_report.tables.ipynb #856e9d26
 def shareable_curve(
-    curve:pd.DataFrame, # of `few_shot`
-    access:str,         # 'open' or 'credentialed'
-    minimum:int=10,     # fewest patients
-)->pd.DataFrame:        # the table; credentialed rows of few patients emptied
+    curve: pd.DataFrame,  # of `few_shot`
+    access: str,  # 'open' or 'credentialed'
+    minimum: int = 10,  # fewest patients
+) -> pd.DataFrame:  # the table; credentialed rows of few patients emptied
     "What may be shown of a few-shot curve."
     few = (curve.n_clusters < minimum).to_numpy()
-    if access != 'credentialed' or not few.any(): return curve
+    if access != 'credentialed' or not few.any():
+        return curve
     out = curve.copy()
-    out.loc[few, ['value', 'ci_low', 'ci_high', 'seed_low', 'seed_high', 'C']] = np.nan; out.loc[few, ['n', 'n_clusters']] = 0; out.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
+    out.loc[few, ['value', 'ci_low', 'ci_high', 'seed_low', 'seed_high', 'C']] = np.nan
+    out.loc[few, ['n', 'n_clusters']] = 0
+    out.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
     return out
 
 # %% ../../nbs/50ga_report.tables.ipynb #b1b3fa23
 def class_table(
-    metrics:pd.DataFrame, # metrics table of one model and arm
-    shown=('prevalence', 'auroc', 'auprc', 'precision', 'recall', 'specificity', 'f1'), # columns, those that exist
-    digits:int=2,         # decimal places
-)->pd.DataFrame:          # text; index: classes, then the mean over classes
+    metrics: pd.DataFrame,  # metrics table of one model and arm
+    shown=(
+        'prevalence',
+        'auroc',
+        'auprc',
+        'precision',
+        'recall',
+        'specificity',
+        'f1',
+    ),  # columns, those that exist
+    digits: int = 2,  # decimal places
+) -> pd.DataFrame:  # text; index: classes, then the mean over classes
     "Numbers with intervals as a paper prints them."
-    rows = metrics[metrics.subgroup.str.startswith('class=') | metrics.metric.str.startswith('macro_')]
-    rows = rows.assign(row=rows.subgroup.str.removeprefix('class=').replace('all', 'mean over classes'), metric=rows.metric.str.removeprefix('macro_'))
-    cell = lambda r: rounded(r.value, digits) if not np.isfinite(r.ci_low) or r.metric == 'prevalence' else f'{rounded(r.value, digits)} ({span(r.ci_low, r.ci_high, digits, 1)})'
+    rows = metrics[
+        metrics.subgroup.str.startswith('class=') | metrics.metric.str.startswith('macro_')
+    ]
+    rows = rows.assign(
+        row=rows.subgroup.str.removeprefix('class=').replace('all', 'mean over classes'),
+        metric=rows.metric.str.removeprefix('macro_'),
+    )
+    cell = lambda r: (
+        rounded(r.value, digits)
+        if not np.isfinite(r.ci_low) or r.metric == 'prevalence'
+        else f'{rounded(r.value, digits)} ({span(r.ci_low, r.ci_high, digits, 1)})'
+    )
     held = {(r.row, r.metric): cell(r) for r in rows.itertuples()}
     order = [c for c in dict.fromkeys(rows.row) if c != 'mean over classes'] + ['mean over classes']
     columns = [m for m in shown if (rows.metric == m).any()]
-    return pd.DataFrame([[held.get((c, m), '–') for m in columns] for c in order], index=pd.Index(order, name='class'), columns=columns)
+    return pd.DataFrame(
+        [[held.get((c, m), '–') for m in columns] for c in order],
+        index=pd.Index(order, name='class'),
+        columns=columns,
+    )
 
 # %% ../../nbs/50ga_report.tables.ipynb #7d392559
 def latex_table(
-    table:pd.DataFrame, # any table
-    caption:str='',     # escaped like everything else
-    label:str='',       # for \ref; letters, digits, : and -
-    digits:int=2,       # decimal places of numbers
-)->str:                 # a table environment that needs booktabs
+    table: pd.DataFrame,  # any table
+    caption: str = '',  # escaped like everything else
+    label: str = '',  # for \ref; letters, digits, : and -
+    digits: int = 2,  # decimal places of numbers
+) -> str:  # a table environment that needs booktabs
     "A table in LaTeX, every name escaped."
     shown = table.rename(index=str, columns=str).rename_axis(table.index.name)
-    number = lambda v: (rounded(v, digits).replace('−', '-') if isinstance(v, float) else str(v))
+    number = lambda v: rounded(v, digits).replace('−', '-') if isinstance(v, float) else str(v)
     style = shown.map(lambda v: _tex(number(v))).rename(index=_tex, columns=_tex)
     style.index.name = _tex(shown.index.name or '')
     style.columns.name = None
     about = ''.join(c for c in label if c.isalnum() or c in ':-')
-    return style.style.to_latex(hrules=True, caption=_tex(caption) or None, label=about or None, position='t', position_float='centering')
+    return style.style.to_latex(
+        hrules=True,
+        caption=_tex(caption) or None,
+        label=about or None,
+        position='t',
+        position_float='centering',
+    )
 
-_TEX = {'\\': r'\textbackslash{}', '&': r'\&', '%': r'\%', '$': r'\$', '#': r'\#', '_': r'\_', '{': r'\{', '}': r'\}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '–': '--', '−': '$-$',
-        '[': '{[}', ']': '{]}', '*': '{*}', '<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}', '"': r'\textquotedbl{}'} # after a line end, [ and * would be read as its arguments
-def _tex(text): return ''.join(_TEX.get(c, c) for c in ' '.join(str(text).split()))
+
+_TEX = {
+    '\\': r'\textbackslash{}',
+    '&': r'\&',
+    '%': r'\%',
+    '$': r'\$',
+    '#': r'\#',
+    '_': r'\_',
+    '{': r'\{',
+    '}': r'\}',
+    '~': r'\textasciitilde{}',
+    '^': r'\textasciicircum{}',
+    '–': '--',
+    '−': '$-$',
+    '[': '{[}',
+    ']': '{]}',
+    '*': '{*}',
+    '<': r'\textless{}',
+    '>': r'\textgreater{}',
+    '|': r'\textbar{}',
+    '"': r'\textquotedbl{}',
+}  # after a line end, [ and * would be read as its arguments
+
+
+def _tex(text):
+    return ''.join(_TEX.get(c, c) for c in ' '.join(str(text).split()))

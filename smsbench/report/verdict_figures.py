@@ -20,50 +20,71 @@ from ..stats import effective_number
 
 # %% ../../nbs/50ca_report.verdict_figures.ipynb #42d9278d
 _SAID = dict(excess='excess', moved_other='change', moved_same='same')
-_NONE = {'void': 'no verdict: void', 'does not answer': 'does not answer', 'not asked': 'not asked',
-         'too few': 'too few patients'}
+_NONE = {
+    'void': 'no verdict: void',
+    'does not answer': 'does not answer',
+    'not asked': 'not asked',
+    'too few': 'too few patients',
+}
+
 
 def deciding_row(
-    v:dict, # one verdict, as verdicts.json holds it
-)->dict:    # what (excess, moved_other, moved_same, ''), value, low, high, said (bound in words)
+    v: dict,  # one verdict, as verdicts.json holds it
+) -> dict:  # what (excess, moved_other, moved_same, ''), value, low, high, said (bound in words)
     "The estimate and the bound that decides a verdict."
     nothing = dict(what='', value=np.nan, low=np.nan, high=np.nan)
-    if v['state'] != 'ok': return dict(nothing, said=_NONE[v['state']])
+    if v['state'] != 'ok':
+        return dict(nothing, said=_NONE[v['state']])
     if by_interval(v):
-        return dict(what='excess', value=v['value'], low=v['ci_low'], high=v['ci_high'],
-                    said=span(v['ci_low'], v['ci_high']))
+        return dict(
+            what='excess',
+            value=v['value'],
+            low=v['ci_low'],
+            high=v['ci_high'],
+            said=span(v['ci_low'], v['ci_high']),
+        )
     what, side = v['bound']['name'].rsplit('_', 1)
     value, bound = v['value' if what == 'excess' else what], v['bound']['value']
     ends = dict(low=value, high=bound) if side == 'high' else dict(low=bound, high=value)
     sign = '≤' if side == 'high' else '≥'
-    return dict(what=what, value=value, **ends,
-                said=f"{_SAID[what]} {sign} {limit(bound, v['margin'], side == 'high')}")
+    return dict(
+        what=what,
+        value=value,
+        **ends,
+        said=f"{_SAID[what]} {sign} {limit(bound, v['margin'], side == 'high')}",
+    )
 
 # %% ../../nbs/50ca_report.verdict_figures.ipynb #3f364e49
 def verdict_rows(
-    verdicts:dict, # model -> its verdicts
-)->pd.DataFrame:   # model, modality, row ('all' or finding), verdict, keys of `deciding_row`
+    verdicts: dict,  # model -> its verdicts
+) -> pd.DataFrame:  # model, modality, row ('all' or finding), verdict, keys of `deciding_row`
     "Every verdict over all and per finding, with the number that decides it."
-    held = [(model, modality, row, part[f'relies_on_{modality}'])
-            for model, m in verdicts.items() for row, part in (('all', m), *m['findings'].items())
-            for modality in ('image', 'text')]
-    return pd.DataFrame([
-        dict(model=m, modality=k, row=row, verdict=v['verdict'] or '', **deciding_row(v))
-        for m, k, row, v in held])
+    held = [
+        (model, modality, row, part[f'relies_on_{modality}'])
+        for model, m in verdicts.items()
+        for row, part in (('all', m), *m['findings'].items())
+        for modality in ('image', 'text')
+    ]
+    return pd.DataFrame(
+        [
+            dict(model=m, modality=k, row=row, verdict=v['verdict'] or '', **deciding_row(v))
+            for m, k, row, v in held
+        ]
+    )
 
 # %% ../../nbs/50ca_report.verdict_figures.ipynb #0b396116
 def root_scale(
-    ax,           # axes
-    margin:float, # 0..1, marked with lines
-    axis:str='x', # 'x' or 'y'
-    low:float=0., # where the axis begins, -1..1
+    ax,  # axes
+    margin: float,  # 0..1, marked with lines
+    axis: str = 'x',  # 'x' or 'y'
+    low: float = 0.0,  # where the axis begins, -1..1
 ):
     "A square-root scale of movements, marked at the margin and at round numbers."
     forward = lambda v: np.sign(v) * np.sqrt(np.abs(v))
     back = lambda v: np.sign(v) * np.square(v)
     getattr(ax, f'set_{axis}scale')('function', functions=(forward, back))
     getattr(ax, f'set_{axis}lim')(low, 1.04)
-    apart = [t for t in (.1, .25, .5, 1) if forward(t) - forward(margin) > .12]
+    apart = [t for t in (0.1, 0.25, 0.5, 1) if forward(t) - forward(margin) > 0.12]
     ticks = [t for t in (*(-t for t in reversed(apart)), -margin, 0, margin, *apart) if t >= low]
     names = [margin_points(t).replace('-', '−') for t in ticks]
     getattr(ax, f'set_{axis}ticks')(ticks, names)
@@ -71,54 +92,59 @@ def root_scale(
 
 # %% ../../nbs/50ca_report.verdict_figures.ipynb #45e4c86d
 def draw_deciding(
-    ax,                # axes, on the scale of `root_scale`
-    rows:pd.DataFrame, # of `verdict_rows`, one modality
-    order,             # names of the lines, from top to bottom
-    styles:dict,       # `looks` of the models
+    ax,  # axes, on the scale of `root_scale`
+    rows: pd.DataFrame,  # of `verdict_rows`, one modality
+    order,  # names of the lines, from top to bottom
+    styles: dict,  # `looks` of the models
 ):
     "Draw estimates and the bounds that decide; hollow where the whole change is meant."
     names, place = list(styles), {r: i for i, r in enumerate(order)}
-    step = min(.26, .8 / max(len(names), 1))
-    for i in range(0, len(order), 2): ax.axhspan(i - .5, i + .5, color='#f3f4f5', lw=0, zorder=0)
+    step = min(0.26, 0.8 / max(len(names), 1))
+    for i in range(0, len(order), 2):
+        ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
     for r in rows.itertuples():
         y = place[r.row] + step * (names.index(r.model) - (len(names) - 1) / 2)
         c, aside = styles[r.model]['color'], ax.get_yaxis_transform()
         ax.text(1.02, y, r.said, transform=aside, va='center', fontsize=8, color=c)
-        if not r.what: continue
+        if not r.what:
+            continue
         ax.plot([r.low, r.high], [y, y], color=c, lw=1.4, solid_capstyle='butt')
         ends = [x for x in (r.low, r.high) if x != r.value]
         ax.plot(ends, [y] * len(ends), ls='', marker='|', ms=7, mew=1.6, color=c)
         hollow = r.what != 'excess'
         face, edge = ('white', c) if hollow else (c, 'white')
-        ax.plot(r.value, y, ls='', ms=5.5, mfc=face, mec=edge, mew=.9, **styles[r.model])
-    ax.set(yticks=range(len(order)), ylim=(len(order) - .5, -.5))
+        ax.plot(r.value, y, ls='', ms=5.5, mfc=face, mec=edge, mew=0.9, **styles[r.model])
+    ax.set(yticks=range(len(order)), ylim=(len(order) - 0.5, -0.5))
     ax.set_yticklabels([textwrap.fill(literal(o), 18) for o in order])
     ax.tick_params(axis='y', length=0)
 
 # %% ../../nbs/50ca_report.verdict_figures.ipynb #ec848d22
 @styled
 def verdict_figure(
-    record:dict, # what verdicts.json holds
-):               # Figure with `.alt`, or None where no verdict was given
+    record: dict,  # what verdicts.json holds
+):  # Figure with `.alt`, or None where no verdict was given
     "Per model, modality and finding: the number that decides the verdict, beside the margin."
     rows, margin = verdict_rows(record['models']), record['margin']
-    if rows.empty or (rows.what == '').all(): return None
+    if rows.empty or (rows.what == '').all():
+        return None
     styles = looks(sorted(record['models']))
     order = sorted(set(rows.row), key=lambda r: (r != 'all', r))
-    panel = .42 + len(order) * max(.27, .17 * len(styles))
-    fig, axes = canvas(4.4, .8 + 2 * panel, 2, 1, sharex=True)
-    low = min(-1.5 * margin, rows.low.min() - .02)
+    panel = 0.42 + len(order) * max(0.27, 0.17 * len(styles))
+    fig, axes = canvas(4.4, 0.8 + 2 * panel, 2, 1, sharex=True)
+    low = min(-1.5 * margin, rows.low.min() - 0.02)
     for ax, modality in zip(axes[:, 0], ('image', 'text')):
         root_scale(ax, margin, low=low)
-        ax.axvspan(-margin, margin, color='#dfe7ec', lw=0, zorder=.5)
-        ax.axvline(0, color='#777777', lw=.8)
+        ax.axvspan(-margin, margin, color='#dfe7ec', lw=0, zorder=0.5)
+        ax.axvline(0, color='#777777', lw=0.8)
         draw_deciding(ax, rows[rows.modality == modality], order, styles)
         ax.set(title=f'{modality} swapped')
-    axes[1, 0].set(xlabel='points, square-root scale (band: the margin)\n'
-                          'filled: excess, hollow: whole change')
+    axes[1, 0].set(
+        xlabel='points, square-root scale (band: the margin)\nfilled: excess, hollow: whole change'
+    )
     legend(fig, styles, 52)
     fig.alt = _told(rows, margin)
     return fig
+
 
 def _told(rows, margin):
     "The rows as sentences."
@@ -131,10 +157,10 @@ def _told(rows, margin):
 
 # %% ../../nbs/50ca_report.verdict_figures.ipynb #b5f86e4e
 def regions(
-    other,        # movement under a donor of another class, 0..1, any shape
-    same,         # movement under a donor of the same class, 0..1
-    margin:float, # 0..1
-)->np.ndarray:    # the verdict that would be given if both were known
+    other,  # movement under a donor of another class, 0..1, any shape
+    same,  # movement under a donor of the same class, 0..1
+    margin: float,  # 0..1
+) -> np.ndarray:  # the verdict that would be given if both were known
     "The verdicts of many points at once, see `smsbench.sms.reliance.region`."
     other, same = np.broadcast_arrays(np.asarray(other, float), np.asarray(same, float))
     excess = other - same
@@ -142,160 +168,236 @@ def regions(
     return np.select(rules, ['relies', 'reversed', 'ignores', 'unstable'], 'weak')
 
 # %% ../../nbs/50ca_report.verdict_figures.ipynb #84517ebc
-_FILL = dict(relies='#d6e6f2', ignores='#e4e6e8', weak='#f6efc6', unstable='#efe0eb',
-             reversed='#f3e3d9')
-_NAMES = dict(relies='relies', ignores='ignores', unstable='unstable', weak='less than\nthe margin',
-              reversed='moves the\nwrong way')
+_FILL = dict(
+    relies='#d6e6f2', ignores='#e4e6e8', weak='#f6efc6', unstable='#efe0eb', reversed='#f3e3d9'
+)
+_NAMES = dict(
+    relies='relies',
+    ignores='ignores',
+    unstable='unstable',
+    weak='less than\nthe margin',
+    reversed='moves the\nwrong way',
+)
+
 
 def draw_regions(
-    ax,           # axes, on the scale of `root_scale` in both directions
-    margin:float, # 0..1
+    ax,  # axes, on the scale of `root_scale` in both directions
+    margin: float,  # 0..1
 ):
     "Shade the regions of the verdicts and name them where there is most room."
     from matplotlib.colors import ListedColormap
     from scipy.ndimage import distance_transform_edt
-    root = np.linspace(0, np.sqrt(1.04), 601)                       # even on the paper
-    held = regions(root[None]**2, root[:, None]**2, margin)
+
+    root = np.linspace(0, np.sqrt(1.04), 601)  # even on the paper
+    held = regions(root[None] ** 2, root[:, None] ** 2, margin)
     codes = np.select([held == w for w in _FILL], range(len(_FILL)))
-    ax.pcolormesh(root**2, root**2, codes, cmap=ListedColormap([*_FILL.values()]), vmin=-.5,
-                  vmax=len(_FILL) - .5, shading='nearest', rasterized=True, zorder=0)
+    ax.pcolormesh(
+        root**2,
+        root**2,
+        codes,
+        cmap=ListedColormap([*_FILL.values()]),
+        vmin=-0.5,
+        vmax=len(_FILL) - 0.5,
+        shading='nearest',
+        rasterized=True,
+        zorder=0,
+    )
     for word in _FILL:
         room = distance_transform_edt(np.pad(held == word, 1))[1:-1, 1:-1]
-        if not room.any(): continue
+        if not room.any():
+            continue
         y, x = np.unravel_index(room.argmax(), room.shape)
-        tight = room.max() < 36                           # a name that does not fit stands beside
+        tight = room.max() < 36  # a name that does not fit stands beside
         there = min(x + (150 if tight else 0), 600), max(y - (20 if tight else 0), 20)
-        line = dict(arrowstyle='-', color='#777777', lw=.6, shrinkA=1) if tight else None
-        ax.annotate(_NAMES[word], (root[x]**2, root[y]**2), tuple(root[i]**2 for i in there),
-                    ha='center', va='center', color='#4a4f55', style='italic', fontsize=8, zorder=1,
-                    rotation=45 if word == 'unstable' and not tight else 0, arrowprops=line)
+        line = dict(arrowstyle='-', color='#777777', lw=0.6, shrinkA=1) if tight else None
+        ax.annotate(
+            _NAMES[word],
+            (root[x] ** 2, root[y] ** 2),
+            tuple(root[i] ** 2 for i in there),
+            ha='center',
+            va='center',
+            color='#4a4f55',
+            style='italic',
+            fontsize=8,
+            zorder=1,
+            rotation=45 if word == 'unstable' and not tight else 0,
+            arrowprops=line,
+        )
 
 # %% ../../nbs/50ca_report.verdict_figures.ipynb #bbdf52c7
 def movement_rows(
-    verdicts:dict, # model -> its verdicts
-)->pd.DataFrame:   # model, modality, verdict, and moved_other, moved_same with _low and _high
+    verdicts: dict,  # model -> its verdicts
+) -> pd.DataFrame:  # model, modality, verdict, and moved_other, moved_same with _low and _high
     "The two movements of each model and modality that has a verdict."
     keys = [f'moved_{s}{e}' for s in ('other', 'same') for e in ('', '_low', '_high')]
-    found = [(model, modality, m[f'relies_on_{modality}'])
-             for model, m in verdicts.items() for modality in ('image', 'text')]
-    rows = [(m, k, v['verdict'], *(v[key] for key in keys))
-            for m, k, v in found if v['state'] == 'ok']
+    found = [
+        (model, modality, m[f'relies_on_{modality}'])
+        for model, m in verdicts.items()
+        for modality in ('image', 'text')
+    ]
+    rows = [
+        (m, k, v['verdict'], *(v[key] for key in keys)) for m, k, v in found if v['state'] == 'ok'
+    ]
     return pd.DataFrame(rows, columns=['model', 'modality', 'verdict', *keys])
 
 # %% ../../nbs/50ca_report.verdict_figures.ipynb #3b7c29b4
 @styled
 def region_figure(
-    record:dict, # what verdicts.json holds
-):               # Figure with `.alt`, or None where no verdict was given
+    record: dict,  # what verdicts.json holds
+):  # Figure with `.alt`, or None where no verdict was given
     "Each model and modality in the square of its two movements, with the regions of the verdicts."
     rows, margin = movement_rows(record['models']), record['margin']
-    if rows.empty: return None
+    if rows.empty:
+        return None
     styles = looks(sorted(record['models']))
     fig, ax = canvas(4.4, 5.1)
     ax = ax[0, 0]
-    for axis in 'xy': root_scale(ax, margin, axis)
+    for axis in 'xy':
+        root_scale(ax, margin, axis)
     draw_regions(ax, margin)
     for r in rows.itertuples():
         c, hollow = styles[r.model]['color'], r.modality == 'text'
         ax.plot([r.moved_other_low, r.moved_other_high], [r.moved_same] * 2, color=c, lw=1.3)
         ax.plot([r.moved_other] * 2, [r.moved_same_low, r.moved_same_high], color=c, lw=1.3)
-        ax.plot(r.moved_other, r.moved_same, ls='', ms=7, mfc='white' if hollow else c,
-                mec=c if hollow else 'white', mew=1.2, clip_on=False, zorder=4, **styles[r.model])
-    ax.set(aspect='equal', xlabel='change under another finding, points',
-           ylabel='change under the same finding, points')
+        ax.plot(
+            r.moved_other,
+            r.moved_same,
+            ls='',
+            ms=7,
+            mfc='white' if hollow else c,
+            mec=c if hollow else 'white',
+            mew=1.2,
+            clip_on=False,
+            zorder=4,
+            **styles[r.model],
+        )
+    ax.set(
+        aspect='equal',
+        xlabel='change under another finding, points',
+        ylabel='change under the same finding, points',
+    )
     ax.set_title('filled: image swapped, hollow: text swapped', fontsize=8)
     legend(fig, {m: styles[m] for m in styles if m in set(rows.model)}, 52)
     fig.alt = _placed(rows, margin)
     return fig
 
+
 def _placed(rows, margin):
     "The points as sentences."
-    said = [f'{r.model}, {r.modality}: {r.verdict}, {points(r.moved_other)} under another finding '
-            f'({span(r.moved_other_low, r.moved_other_high)}), {points(r.moved_same)} under the '
-            f'same ({span(r.moved_same_low, r.moved_same_high)}).' for r in rows.itertuples()]
-    return ('The square of the two movements in points, with the regions of the verdicts for a '
-            f'margin of {margin_points(margin)}. ' + ' '.join(said))
+    said = [
+        f'{r.model}, {r.modality}: {r.verdict}, {points(r.moved_other)} under another finding '
+        f'({span(r.moved_other_low, r.moved_other_high)}), {points(r.moved_same)} under the '
+        f'same ({span(r.moved_same_low, r.moved_same_high)}).'
+        for r in rows.itertuples()
+    ]
+    return (
+        'The square of the two movements in points, with the regions of the verdicts for a '
+        f'margin of {margin_points(margin)}. ' + ' '.join(said)
+    )
 
 # %% ../../nbs/50ca_report.verdict_figures.ipynb #2901ff2d
-_LENT = {'other', 'same', 'near', 'near_same', 'history', 'history_same'} # what needs a donor
+_LENT = {'other', 'same', 'near', 'near_same', 'history', 'history_same'}  # what needs a donor
+
 
 def lent(
-    plan:pd.DataFrame, # the plan
-)->pd.DataFrame:       # arm, finding, donor_class, sample_id, donor, draw: one row per loan
+    plan: pd.DataFrame,  # the plan
+) -> pd.DataFrame:  # arm, finding, donor_class, sample_id, donor, draw: one row per loan
     "Every loan of a plan: who was shown an image or a text of whom."
     found = []
     for name, g in plan.groupby('arm', sort=False):
         arm = ARMS[name]
         kind = next((k for k in ('image', 'text') if getattr(arm, k) in _LENT), '')
-        if not kind: continue
+        if not kind:
+            continue
         straight = g[~g.inverted.astype(bool)] if 'inverted' in g else g
         loan = dict(donor=straight[f'{kind}_id'], donor_class=straight[f'{kind}_label'])
         draw = straight['draw'] if 'draw' in straight else 0
         found.append(straight[['arm', 'finding', 'sample_id', 'label']].assign(**loan, draw=draw))
     columns = ['arm', 'finding', 'donor_class', 'sample_id', 'donor', 'draw']
-    if not found: return pd.DataFrame(columns=columns)
+    if not found:
+        return pd.DataFrame(columns=columns)
     return pd.concat(found)[columns].drop_duplicates().reset_index(drop=True)
 
 # %% ../../nbs/50ca_report.verdict_figures.ipynb #c6823fad
 def donor_use(
-    plan:pd.DataFrame, # the plan
-    patients=None,     # sample_id -> patient_id, also of those who only lend; None: as in the plan
-)->pd.DataFrame:       # arm, finding, donor_class, samples, donors, effective, most_used (0..1)
+    plan: pd.DataFrame,  # the plan
+    patients=None,  # sample_id -> patient_id, also of those who only lend; None: as in the plan
+) -> pd.DataFrame:  # arm, finding, donor_class, samples, donors, effective, most_used (0..1)
     "How many patients lend per arm, finding and class, and how evenly."
     known = dict(zip(plan.sample_id, plan.patient_id))
-    if patients is not None: known |= dict(patients)
+    if patients is not None:
+        known |= dict(patients)
     loans = lent(plan)
     if strange := set(loans.donor) - set(known):
-        raise InputError(f'{len(strange)} donors of this plan are in no cohort that is at hand; '
-                         'give the cohort it was made from')
+        raise InputError(
+            f'{len(strange)} donors of this plan are in no cohort that is at hand; '
+            'give the cohort it was made from'
+        )
     loans['patient'] = loans.donor.map(known)
     loans['use'] = 1 / loans.groupby(['arm', 'sample_id']).draw.transform('size')
-    rows = [dict(zip(('arm', 'finding', 'donor_class'), key)) | _uses(g)
-            for key, g in loans.groupby(['arm', 'finding', 'donor_class'], sort=False)]
+    rows = [
+        dict(zip(('arm', 'finding', 'donor_class'), key)) | _uses(g)
+        for key, g in loans.groupby(['arm', 'finding', 'donor_class'], sort=False)
+    ]
     columns = ['arm', 'finding', 'donor_class', 'samples', 'donors', 'effective', 'most_used']
     order = {a: i for i, a in enumerate(ARMS)}
     return pd.DataFrame(rows, columns=columns).sort_values(
-        ['arm', 'finding', 'donor_class'], key=lambda c: c.map(order) if c.name == 'arm' else c,
-        kind='stable', ignore_index=True)
+        ['arm', 'finding', 'donor_class'],
+        key=lambda c: c.map(order) if c.name == 'arm' else c,
+        kind='stable',
+        ignore_index=True,
+    )
+
 
 def _uses(loans):
     "Counts of the loans of one arm, finding and class."
     use = loans.groupby('patient').use.sum()
-    return dict(samples=loans.sample_id.nunique(), donors=len(use),
-                effective=effective_number(use.to_numpy()), most_used=float(use.max() / use.sum()))
+    return dict(
+        samples=loans.sample_id.nunique(),
+        donors=len(use),
+        effective=effective_number(use.to_numpy()),
+        most_used=float(use.max() / use.sum()),
+    )
 
 # %% ../../nbs/50ca_report.verdict_figures.ipynb #67a24d3a
 @styled
 def donor_figure(
-    use:pd.DataFrame, # of `donor_use`
-    smallest:int=0,   # fewest donors that may be shown; 10 for credentialed data
-):                    # Figure with `.alt`, or None where nobody lends
+    use: pd.DataFrame,  # of `donor_use`
+    smallest: int = 0,  # fewest donors that may be shown; 10 for credentialed data
+):  # Figure with `.alt`, or None where nobody lends
     "Donors and effective donors per arm, finding and class."
     from matplotlib.ticker import LogLocator, NullLocator
+
     shown = use[use.donors >= smallest]
-    if shown.empty: return None
+    if shown.empty:
+        return None
     lines = (use.finding + ': ' + use.donor_class).drop_duplicates().tolist()
     arms = list(dict.fromkeys(use.arm))
-    styles, step = looks(arms), .8 / len(arms)
-    fig, ax = canvas(4.4, 1. + len(lines) * max(.3, .13 * len(arms)))
+    styles, step = looks(arms), 0.8 / len(arms)
+    fig, ax = canvas(4.4, 1.0 + len(lines) * max(0.3, 0.13 * len(arms)))
     ax = ax[0, 0]
     for r in shown.itertuples():
         c, shift = styles[r.arm]['color'], step * (arms.index(r.arm) - (len(arms) - 1) / 2)
         y = lines.index(f'{r.finding}: {r.donor_class}') + shift
         ax.plot([r.effective, r.donors], [y, y], color=c, lw=1.2)
         ax.plot(r.donors, y, ls='', marker='|', ms=6, mew=1.5, color=c)
-        ax.plot(r.effective, y, ls='', ms=5, mec='white', mew=.7, **styles[r.arm])
-    ax.set(xscale='log', xlabel='donor patients (mark: effective, bar: all)',
-           yticks=range(len(lines)), ylim=(len(lines) - .5, -.5))
+        ax.plot(r.effective, y, ls='', ms=5, mec='white', mew=0.7, **styles[r.arm])
+    ax.set(
+        xscale='log',
+        xlabel='donor patients (mark: effective, bar: all)',
+        yticks=range(len(lines)),
+        ylim=(len(lines) - 0.5, -0.5),
+    )
     ax.set_yticklabels([textwrap.fill(literal(l, 60), 20) for l in lines])
     ax.set_xlim(shown.effective.min() / 1.4, shown.donors.max() * 1.4)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
     ax.xaxis.set_minor_locator(NullLocator())
     ax.tick_params(axis='y', length=0)
-    ax.grid(axis='x', color='#e6e7e8', lw=.6)
+    ax.grid(axis='x', color='#e6e7e8', lw=0.6)
     legend(fig, styles, 60)
     fig.alt = 'Donor patients, and effective donors in brackets. ' + ' '.join(
         f'{r.arm}, {r.finding}: {r.donor_class}: {r.donors} ({rounded(r.effective, 0)}).'
-        for r in shown.itertuples())
+        for r in shown.itertuples()
+    )
     return fig

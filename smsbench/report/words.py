@@ -16,20 +16,45 @@ from ..data.manifest import shown
 from .style import percent, rounded, span
 
 # %% ../../nbs/50c_report.words.ipynb #97e0ffb5
-_EXAMPLES = { # verdict -> movement under another class, the same, excess; what decides, error rate
-    'relies': ((.46, .40, .52), (.05, .02, .08), (.41, .35, .47), 'excess_low', .025),
-    'ignores': ((.004, 0., .042), (.003, 0., .041), (.001, -.051, .052), 'moved_other_high', .05),
-    'unstable': ((.30, .24, .36), (.31, .25, .37), (-.01, -.04, .02), 'moved_same_low', .05),
-    'weak': ((.08, .06, .10), (.04, .03, .05), (.04, .031, .047), 'excess_high', .05),
-    'reversed': ((.05, .02, .08), (.30, .24, .36), (-.25, -.33, -.17), 'excess_high', .025),
-    'undecided': ((.09, .05, .13), (.05, .02, .08), (.04, -.03, .11), 'moved_other_high', .05),
+_EXAMPLES = {  # verdict -> movement under another class, the same, excess; what decides, error rate
+    'relies': ((0.46, 0.40, 0.52), (0.05, 0.02, 0.08), (0.41, 0.35, 0.47), 'excess_low', 0.025),
+    'ignores': (
+        (0.004, 0.0, 0.042),
+        (0.003, 0.0, 0.041),
+        (0.001, -0.051, 0.052),
+        'moved_other_high',
+        0.05,
+    ),
+    'unstable': (
+        (0.30, 0.24, 0.36),
+        (0.31, 0.25, 0.37),
+        (-0.01, -0.04, 0.02),
+        'moved_same_low',
+        0.05,
+    ),
+    'weak': ((0.08, 0.06, 0.10), (0.04, 0.03, 0.05), (0.04, 0.031, 0.047), 'excess_high', 0.05),
+    'reversed': (
+        (0.05, 0.02, 0.08),
+        (0.30, 0.24, 0.36),
+        (-0.25, -0.33, -0.17),
+        'excess_high',
+        0.025,
+    ),
+    'undecided': (
+        (0.09, 0.05, 0.13),
+        (0.05, 0.02, 0.08),
+        (0.04, -0.03, 0.11),
+        'moved_other_high',
+        0.05,
+    ),
 }
+
 
 def example_verdict(
     word='ignores',  # a verdict; None where there is none
-    state:str='ok',  # 'ok', 'void', 'does not answer', 'not asked' or 'too few'
-    **changes,       # keys of the record that shall hold something else
-)->dict:             # one verdict, as it stands in verdicts.json
+    state: str = 'ok',  # 'ok', 'void', 'does not answer', 'not asked' or 'too few'
+    **changes,  # keys of the record that shall hold something else
+) -> dict:  # one verdict, as it stands in verdicts.json
     "A made-up verdict on one modality, for examples."
     names = [f'{s}{e}' for s in ('moved_other', 'moved_same') for e in ('', '_low', '_high')]
     names += ['value', 'ci_low', 'ci_high']
@@ -38,133 +63,176 @@ def example_verdict(
     held = {**numbers, 'excess_low': excess[1], 'excess_high': excess[2]}
     bound = dict(name=name, value=held[name], level=level) if name else None
     firm = dict(draws=[dict(draw=i, verdict=word) for i in range(3)] if word else [], matched=[])
-    stands = dict(relies=(0., .35), ignores=(.042, 1.), unstable=(.04, .25), weak=(.047, .06))
-    return dict(
-        verdict=word, state=state, **numbers, margin=.05, n=360, n_patients=150, n_donors=43,
-        n_effective=31.4, bound=bound, stands_from=stands.get(word, (None, None))[0],
-        stands_to=stands.get(word, (None, None))[1], ignores_from=numbers['moved_other_high'],
-        missing_share=0., value_if_missing_stay=excess[0], ci_low_if_missing_stay=excess[1],
-        ci_high_if_missing_stay=excess[2], patients_needed=900 if word == 'undecided' else None,
-        firmness=firm, label_error=[]) | changes
+    stands = dict(
+        relies=(0.0, 0.35), ignores=(0.042, 1.0), unstable=(0.04, 0.25), weak=(0.047, 0.06)
+    )
+    return (
+        dict(
+            verdict=word,
+            state=state,
+            **numbers,
+            margin=0.05,
+            n=360,
+            n_patients=150,
+            n_donors=43,
+            n_effective=31.4,
+            bound=bound,
+            stands_from=stands.get(word, (None, None))[0],
+            stands_to=stands.get(word, (None, None))[1],
+            ignores_from=numbers['moved_other_high'],
+            missing_share=0.0,
+            value_if_missing_stay=excess[0],
+            ci_low_if_missing_stay=excess[1],
+            ci_high_if_missing_stay=excess[2],
+            patients_needed=900 if word == 'undecided' else None,
+            firmness=firm,
+            label_error=[],
+        )
+        | changes
+    )
 
 # %% ../../nbs/50c_report.words.ipynb #43824a61
 def example_model(
-    image,              # verdict on the image: a word, or a record
-    text,               # verdict on the text
-    **changes,          # keys of the record that shall hold something else
-)->dict:                # one model, as it stands in verdicts.json
+    image,  # verdict on the image: a word, or a record
+    text,  # verdict on the text
+    **changes,  # keys of the record that shall hold something else
+) -> dict:  # one model, as it stands in verdicts.json
     "A made-up record of one model, for examples."
-    made = {f'relies_on_{m}': v if isinstance(v, dict) else example_verdict(v)
-            for m, v in dict(image=image, text=text).items()}
+    made = {
+        f'relies_on_{m}': v if isinstance(v, dict) else example_verdict(v)
+        for m, v in dict(image=image, text=text).items()
+    }
     answers = dict(state='answers', reasons=[], check='')
-    return made | dict(answers=answers, void_arms=[], unproven_arms=[], findings={}, subgroups={},
-                       caveats=[]) | changes
+    return (
+        made
+        | dict(
+            answers=answers, void_arms=[], unproven_arms=[], findings={}, subgroups={}, caveats=[]
+        )
+        | changes
+    )
 
 # %% ../../nbs/50c_report.words.ipynb #8a1d85bf
 def example_record(
-    models:dict,       # name -> `example_model`
-    **changes,         # keys of the record that shall hold something else
-)->dict:               # as it stands in verdicts.json
+    models: dict,  # name -> `example_model`
+    **changes,  # keys of the record that shall hold something else
+) -> dict:  # as it stands in verdicts.json
     "A made-up verdicts.json, for examples."
-    family = dict(name='run', sizes=dict(all=4, finding=8), method='Holm 1979', relies=.025,
-                  ignores=.05)
-    return dict(models=models, family=family, margin=.05,
-                margin_reason='the default, 1 answer in 20') | changes
+    family = dict(
+        name='run', sizes=dict(all=4, finding=8), method='Holm 1979', relies=0.025, ignores=0.05
+    )
+    return (
+        dict(models=models, family=family, margin=0.05, margin_reason='the default, 1 answer in 20')
+        | changes
+    )
 
 # %% ../../nbs/50c_report.words.ipynb #ee03f67f
-_KEYS = { # what a record of today holds
+_KEYS = {  # what a record of today holds
     'verdicts.json': set(example_record({})),
     'model': set(example_model('relies', 'ignores')),
     'verdict': set(example_verdict()),
 }
 
+
 def check_record(
-    record:dict,  # what verdicts.json holds
-    where='verdicts.json', # what the message calls it
-)->dict:          # the same
+    record: dict,  # what verdicts.json holds
+    where='verdicts.json',  # what the message calls it
+) -> dict:  # the same
     "The record itself where it is of today's form; else `InputError`."
     models = [*record.get('models', {}).values()]
-    parts = [g for m in models for g in (*m.get('findings', {}).values(),
-                                         *m.get('subgroups', {}).values())]
+    parts = [
+        g
+        for m in models
+        for g in (*m.get('findings', {}).values(), *m.get('subgroups', {}).values())
+    ]
     verdicts = [v for g in (*models, *parts) for k, v in g.items() if k.startswith('relies_on_')]
     held = {'verdicts.json': [record], 'model': models, 'verdict': verdicts}
     if lacking := {k for name, ds in held.items() for d in ds for k in _KEYS[name] - set(d)}:
-        raise InputError(f"{where}: verdicts of an earlier version (without {sorted(lacking)[0]}); "
-                         "run the audit again with a new --out")
+        raise InputError(
+            f"{where}: verdicts of an earlier version (without {sorted(lacking)[0]}); "
+            "run the audit again with a new --out"
+        )
     return record
 
 # %% ../../nbs/50c_report.words.ipynb #3f3541b6
 def verdict_record(
-    path, # run directory of an audit
-)->dict:  # models, family, margin, margin_reason
+    path,  # run directory of an audit
+) -> dict:  # models, family, margin, margin_reason
     "Everything that a run says about its verdicts; `InputError` where an earlier version wrote it."
-    file = Path(path)/'verdicts.json'
+    file = Path(path) / 'verdicts.json'
     return check_record(read_json(file), file)
 
 # %% ../../nbs/50c_report.words.ipynb #948fa5a9
 def wording(
-    tasks:dict, # finding -> {question, choices, noun, text_noun}
-)->dict:        # image, text: nouns; other, same: what is said of a donor's finding
+    tasks: dict,  # finding -> {question, choices, noun, text_noun}
+) -> dict:  # image, text: nouns; other, same: what is said of a donor's finding
     "The words for image, text and a donor's class that fit all tasks."
+
     def common(key, otherwise):
         nouns = {t.get(key) or otherwise for t in tasks.values()}
         return nouns.pop() if len(nouns) == 1 else otherwise
+
     two = all(len(t['choices']) == 2 for t in tasks.values())
-    return dict(image=common('noun', 'image'), text=common('text_noun', 'report'),
-                other='the opposite finding' if two else 'another finding', same='the same finding')
+    return dict(
+        image=common('noun', 'image'),
+        text=common('text_noun', 'report'),
+        other='the opposite finding' if two else 'another finding',
+        same='the same finding',
+    )
 
 # %% ../../nbs/50c_report.words.ipynb #7aad0583
 def points(
-    share,        # a movement, -1..1; None or NaN where there is none
-    digits:int=1, # decimal places
-)->str:
+    share,  # a movement, -1..1; None or NaN where there is none
+    digits: int = 1,  # decimal places
+) -> str:
     "A movement in points."
     return rounded(None if share is None else 100 * share, digits)
 
 # %% ../../nbs/50c_report.words.ipynb #a7065706
 def limit(
-    value:float,  # a bound, -1..1
-    margin:float, # what it is compared with, 0..1
-    upper:bool,   # is it an upper bound?
-)->str:
+    value: float,  # a bound, -1..1
+    margin: float,  # what it is compared with, 0..1
+    upper: bool,  # is it an upper bound?
+) -> str:
     "A bound in points, rounded to the safe side, with enough digits to differ from the margin."
     safe = math.ceil if upper else math.floor
     for digits in (1, 2, 3, 4):
         scaled = round(100 * abs(value) * 10**digits, 6)
         text = rounded(safe(math.copysign(scaled, value)) / 10**digits, digits)
-        if text.lstrip('−') != rounded(100 * margin, digits): break
+        if text.lstrip('−') != rounded(100 * margin, digits):
+            break
     return text
 
 # %% ../../nbs/50c_report.words.ipynb #97800bb7
 def margin_points(
-    margin:float, # 0..1
-)->str:
+    margin: float,  # 0..1
+) -> str:
     "The margin in points, without idle digits."
     return f'{round(100 * margin, 6):g}'
 
 # %% ../../nbs/50c_report.words.ipynb #4a0f5493
 def confidence(
-    level:float, # one-sided error rate, 0..1
-)->str:
+    level: float,  # one-sided error rate, 0..1
+) -> str:
     "How sure a bound is: '95 % confidence'."
     share = 1 - level
     return f'{percent(share, 0 if round(100 * share, 6).is_integer() else 1)} confidence'
 
 # %% ../../nbs/50c_report.words.ipynb #05edd007
 def people(
-    verdict:dict,     # one verdict, as verdicts.json holds it
-    is_open:bool=True, # may counts below 10 be shown?
-)->str:
+    verdict: dict,  # one verdict, as verdicts.json holds it
+    is_open: bool = True,  # may counts below 10 be shown?
+) -> str:
     "Patients and donors behind a verdict, and how many independent patients they are worth."
     count = lambda n: shown(int(n), 'open' if is_open else 'credentialed')
     said = [f"{count(verdict['n_patients'])} patients"]
-    if verdict['n_donors']: said.append(f"{count(verdict['n_donors'])} donors")
+    if verdict['n_donors']:
+        said.append(f"{count(verdict['n_donors'])} donors")
     if verdict['n_effective']:
         said.append(f"worth {count(verdict['n_effective'])} independent patients")
     return ', '.join(said)
 
 # %% ../../nbs/50c_report.words.ipynb #42a7bc43
-VERDICTS = { # verdict -> what it says of a model and a modality
+VERDICTS = {  # verdict -> what it says of a model and a modality
     'relies': '{} relies on the {}',
     'ignores': '{} ignores the {}',
     'unstable': '{} is unstable to the {}',
@@ -173,12 +241,14 @@ VERDICTS = { # verdict -> what it says of a model and a modality
     'undecided': 'Whether {} relies on the {} is undecided',
 }
 
+
 def by_interval(
-    v:dict, # one verdict with state 'ok', as verdicts.json holds it
-)->bool:
+    v: dict,  # one verdict with state 'ok', as verdicts.json holds it
+) -> bool:
     "Is no single bound near to deciding, so that the interval of the excess says more?"
     near = v['bound']['name'] == 'moved_other_high' and v['moved_other'] < v['margin']
     return v['verdict'] == 'undecided' and not near
+
 
 def _compared(v, words, noun):
     "What changes the answer, and by how much."
@@ -187,63 +257,76 @@ def _compared(v, words, noun):
     if v['bound']['name'] == 'moved_other_high' and not by_interval(v):
         return f"{swap} with {first} changes its answer by {points(v['moved_other'])} points"
     if v['verdict'] in ('unstable', 'weak'):
-        return (f"{swap} with {first} changes its answer by {points(v['moved_other'])} points, "
-                f"one with {second} by {points(v['moved_same'])}")
+        return (
+            f"{swap} with {first} changes its answer by {points(v['moved_other'])} points, "
+            f"one with {second} by {points(v['moved_same'])}"
+        )
     way = 'more' if e >= 0 or wrong else 'less'
-    return (f'{swap} with {first} changes its answer by {points(abs(e))} points {way} '
-            f'than one with {second}')
+    return (
+        f'{swap} with {first} changes its answer by {points(abs(e))} points {way} '
+        f'than one with {second}'
+    )
 
 # %% ../../nbs/50c_report.words.ipynb #4859cdbd
 def decided(
-    v:dict,     # one verdict with state 'ok', as verdicts.json holds it
-    words:dict, # from `wording`
-)->str:
+    v: dict,  # one verdict with state 'ok', as verdicts.json holds it
+    words: dict,  # from `wording`
+) -> str:
     "The number that decides, beside the margin."
     d = f"; the margin is {margin_points(v['margin'])}"
     if by_interval(v):
         return f"; anything from {span(v['ci_low'], v['ci_high'])} fits the data{d}"
     name, value = v['bound']['name'], v['bound']['value']
     what, upper = name.rsplit('_', 1)[0], name.endswith('_high')
-    if v['verdict'] == 'reversed': value, upper = -value, not upper
+    if v['verdict'] == 'reversed':
+        value, upper = -value, not upper
     least, most = 'at most' if upper else 'at least', limit(value, v['margin'], upper)
-    if v['verdict'] not in ('unstable', 'weak'): return f', {least} by {most}{d}'
-    named = dict(excess='the difference', moved_other=f"the change with {words['other']}",
-                 moved_same=f"the change with {words['same']}")
+    if v['verdict'] not in ('unstable', 'weak'):
+        return f', {least} by {most}{d}'
+    named = dict(
+        excess='the difference',
+        moved_other=f"the change with {words['other']}",
+        moved_same=f"the change with {words['same']}",
+    )
     return f'; {named[what]} is {least} {most}{d}'
 
 # %% ../../nbs/50c_report.words.ipynb #ff216af2
 def needed(
-    v:dict, # an undecided verdict, as verdicts.json holds it
-)->str:
+    v: dict,  # an undecided verdict, as verdicts.json holds it
+) -> str:
     "Whether more patients would decide, and how many."
     n = v['patients_needed']
-    if n: return f'About {n:,} patients would decide it.'
+    if n:
+        return f'About {n:,} patients would decide it.'
     return 'More patients alone would not decide it.'
 
 # %% ../../nbs/50c_report.words.ipynb #4262d61b
 def sentence(
-    subject:str,      # the model, or 'It'
-    modality:str,     # 'image' or 'text'
-    v:dict,           # one verdict, as verdicts.json holds it
-    words:dict,       # from `wording`
-    is_open:bool=True, # may counts below 10 be shown?
-)->str:               # plain text, not yet escaped
+    subject: str,  # the model, or 'It'
+    modality: str,  # 'image' or 'text'
+    v: dict,  # one verdict, as verdicts.json holds it
+    words: dict,  # from `wording`
+    is_open: bool = True,  # may counts below 10 be shown?
+) -> str:  # plain text, not yet escaped
     "A verdict in a sentence, with the number that decides it and the patients behind it."
-    if v['state'] != 'ok': return no_verdict(subject, modality, v, is_open)
+    if v['state'] != 'ok':
+        return no_verdict(subject, modality, v, is_open)
     word = v['verdict']
     who = 'it' if subject == 'It' and word == 'undecided' else subject
     sure = '95 % confidence' if by_interval(v) else confidence(v['bound']['level'])
-    said = (f'{VERDICTS[word].format(who, modality)}: {_compared(v, words, words[modality])}'
-            f'{decided(v, words)} ({sure}; {people(v, is_open)}).')
+    said = (
+        f'{VERDICTS[word].format(who, modality)}: {_compared(v, words, words[modality])}'
+        f'{decided(v, words)} ({sure}; {people(v, is_open)}).'
+    )
     return f'{said} {needed(v)}' if word == 'undecided' else said
 
 # %% ../../nbs/50c_report.words.ipynb #970c6e17
 def no_verdict(
-    subject:str,      # the model, or 'It'
-    modality:str,     # 'image' or 'text'
-    v:dict,           # a verdict whose state is not 'ok'
-    is_open:bool=True, # may counts below 10 be shown?
-)->str:
+    subject: str,  # the model, or 'It'
+    modality: str,  # 'image' or 'text'
+    v: dict,  # a verdict whose state is not 'ok'
+    is_open: bool = True,  # may counts below 10 be shown?
+) -> str:
     "Why there is no verdict on a modality, and what would bring one."
     few = shown(int(v['n_patients'] or 0), 'open' if is_open else 'credentialed')
     why = {
@@ -256,46 +339,60 @@ def no_verdict(
 
 # %% ../../nbs/50c_report.words.ipynb #6178c1aa
 def instead(
-    model:str,   # model name
-    record:dict, # the model, as verdicts.json holds it
-)->str:          # '' where verdicts are given
+    model: str,  # model name
+    record: dict,  # the model, as verdicts.json holds it
+) -> str:  # '' where verdicts are given
     "What stands in place of all verdicts of a model: it does not answer, or an arm is void."
     a = record['answers']
     if a['state'] == 'does not answer':
         why = '; '.join(r.rstrip('.') for r in a['reasons'])
         check = a['check'][:1].upper() + a['check'][1:].rstrip('.')
         return f'{model} does not answer the question, so it has no verdict: {why}. {check}.'
-    if not record['void_arms']: return ''
-    return (f'{model} has no verdict, because what was changed did not reach it. Check that its '
-            'prompt holds image and text and that both are passed on; the table of delivery says '
-            'which arms failed, and how.')
+    if not record['void_arms']:
+        return ''
+    return (
+        f'{model} has no verdict, because what was changed did not reach it. Check that its '
+        'prompt holds image and text and that both are passed on; the table of delivery says '
+        'which arms failed, and how.'
+    )
 
 # %% ../../nbs/50c_report.words.ipynb #242e9652
 def reading_note(
-    record:dict, # what verdicts.json holds
-    words:dict,  # from `wording`
-)->str:
+    record: dict,  # what verdicts.json holds
+    words: dict,  # from `wording`
+) -> str:
     "What points, margin and donor mean, in two sentences."
     reason = str(record['margin_reason'] or '').strip().rstrip('.') or 'no reason was given'
     d = margin_points(record['margin'])
-    return (f"How to read it: the {words['image']} or the {words['text']} was swapped for one of "
-            'another patient, the donor. 0 points: no answer changed; 100 points: every answer '
-            f'flipped. Less than {d} points, the margin, counts as no change that matters; it was '
-            f'chosen before the run ({reason}).')
+    return (
+        f"How to read it: the {words['image']} or the {words['text']} was swapped for one of "
+        'another patient, the donor. 0 points: no answer changed; 100 points: every answer '
+        f'flipped. Less than {d} points, the margin, counts as no change that matters; it was '
+        f'chosen before the run ({reason}).'
+    )
 
 # %% ../../nbs/50c_report.words.ipynb #985d3a9c
 _WHOSE = dict(run='of all models of this run', model='of each model')
-_KINDS = dict(all='{} overall verdicts', finding='{} verdicts per finding',
-              subgroup='{} verdicts per subgroup')
+_KINDS = dict(
+    all='{} overall verdicts',
+    finding='{} verdicts per finding',
+    subgroup='{} verdicts per subgroup',
+)
+
 
 def family_note(
-    family:dict, # what verdicts.json says of the verdicts that share an error rate
-)->str:
+    family: dict,  # what verdicts.json says of the verdicts that share an error rate
+) -> str:
     "For which verdicts together the error rates are kept."
-    rates = (f"{percent(family['relies'], 1)} for a false “relies”, "
-             f"{percent(family['ignores'], 1)} for a false “ignores”")
-    if family['name'] == 'none': return f'Each verdict has error rates of its own: {rates}.'
+    rates = (
+        f"{percent(family['relies'], 1)} for a false “relies”, "
+        f"{percent(family['ignores'], 1)} for a false “ignores”"
+    )
+    if family['name'] == 'none':
+        return f'Each verdict has error rates of its own: {rates}.'
     sizes = [_KINDS[k].format(n) for k, n in family['sizes'].items()]
     sizes = ' and '.join([', '.join(sizes[:-1]), sizes[-1]]) if len(sizes) > 1 else sizes[0]
-    return (f"Families, named before the run: the {sizes}, {_WHOSE[family['name']]}, are each kept "
-            f"as a whole at {rates} ({family['method']}).")
+    return (
+        f"Families, named before the run: the {sizes}, {_WHOSE[family['name']]}, are each kept "
+        f"as a whole at {rates} ({family['method']})."
+    )

@@ -18,16 +18,27 @@ from scipy.stats import binomtest
 from ..core import InputError
 from .choices import explicit, lettered, named, names_of
 from .languages import to_english
-from .statements import (HEDGE, IDIOM, NEGATION, UNSTATED, asked, clauses, plainly,
-                                     said_of, share, stated)
+from smsbench.sms.statements import (
+    HEDGE,
+    IDIOM,
+    NEGATION,
+    UNSTATED,
+    asked,
+    clauses,
+    plainly,
+    said_of,
+    share,
+    stated,
+)
 from .stripping import flat, strip_answer
 
 # %% ../../nbs/30ed_sms.answers.ipynb #cc4c3c8d
 class Reading(NamedTuple):
     "What was read in an answer, and which layer decided."
-    choice:str # one of the choices, or ''
-    status:str # ok, empty, refused, ambiguous, unparsed
-    layer:str  # see the table above; '' where none decided
+
+    choice: str  # one of the choices, or ''
+    status: str  # ok, empty, refused, ambiguous, unparsed
+    layer: str  # see the table above; '' where none decided
 
 # %% ../../nbs/30ed_sms.answers.ipynb #3fd41a94
 def _side_of(states, what, names):
@@ -36,20 +47,25 @@ def _side_of(states, what, names):
     sides = dict(present=present, absent=absent)
     return {names.sides[sides[s]] for s in states if s in sides}
 
+
 def _outright(said, what, names):
     choice, layer = explicit(said, names)
-    if layer != 'first' or not (names.sides and (what.named or what.base)): return choice, layer
+    if layer != 'first' or not (names.sides and (what.named or what.base)):
+        return choice, layer
     sentence = re.split(r'(?<=[.!?])\s+|\n', plainly(said))[0].partition(' ')[2]
     states = {said_of(what, c) for c in clauses(sentence) if share(what, c) == 1}
     return ('?' if _side_of(states, what, names) - {choice} else choice), layer
+
 
 def _keyed(said, what, names):
     "The choice behind 'finding: no'; a line about something else says nothing."
     lines = [m for l in said.split('\n') if (m := re.match(r'[\s•-]*(.{1,80})\s*[:=](.+)', l))]
     found = {m[1].lower(): names.of.get(m[2].strip(' ."\'!,').lower()) for m in lines}
-    told = {c for k, c in found.items() if c and (share(what, k) >= .8 or not what.keys)}
-    if not told or not names.sides or not what.keys and '\n' in said: return ''
+    told = {c for k, c in found.items() if c and (share(what, k) >= 0.8 or not what.keys)}
+    if not told or not names.sides or not what.keys and '\n' in said:
+        return ''
     return '?' if what.negative or len(told) > 1 else told.pop()
+
 
 def _statement(said, what, names):
     sides = _side_of(stated(said, what), what, names) if names.sides else ()
@@ -63,21 +79,30 @@ _DECLINES = re.compile(
     r"|not enough|cannot be|can't be)\b[^.]{0,40}\b(?:answer|determin|provid|assess|say|tell"
     r'|diagnos|identif|conclu|confirm|evaluat|interpret|ascertain)|\bconsult (?:a|your|with)\b|\bno information\b'
     r'|\bdo(?:es)? not (?:specify|mention|provide|contain (?:any )?information)\b'
-    r'|\bplease (?:provide|describe|upload|share)\b')
+    r'|\bplease (?:provide|describe|upload|share)\b'
+)
 
-def _declined(said): return bool(_DECLINES.search(said.lower()))
+
+def _declined(said):
+    return bool(_DECLINES.search(said.lower()))
+
 
 _CONCLUDES = re.compile(r'(?:therefore|thus|hence),? ')
-_LEADS_IN = re.compile(r'^(?:(?:therefore|thus|hence),? '
-                       r'|(?:according to|based on|in|from|on) [^,.]*, )+')
+_LEADS_IN = re.compile(
+    r'^(?:(?:therefore|thus|hence),? '
+    r'|(?:according to|based on|in|from|on) [^,.]*, )+'
+)
+
 
 def _denial(said, what, names, language):
     """'no' where the first clause, or a conclusion, denies and nothing is known of what was asked.
 
     That an abnormality is denied says nothing as long as it is unknown which was asked for.
     """
-    if what.negative or what.keys and language == 'en': return ''
-    if re.match(r'no\W{0,2}\d', said.lower()): return ''
+    if what.negative or what.keys and language == 'en':
+        return ''
+    if re.match(r'no\W{0,2}\d', said.lower()):
+        return ''
     sentences = re.split(r'(?<=[.!?])\s+|\n', plainly(said))
     decisive = sentences[:1] + [s for s in sentences[1:] if _CONCLUDES.match(s)]
     for clause in [clauses(_LEADS_IN.sub('', s) or '-')[:1] for s in decisive]:
@@ -85,14 +110,17 @@ def _denial(said, what, names, language):
         normal = 'normal' in clause and not re.search(r'\bnot (?:\w+ )?normal\b', clause)
         bare = len(clause.split()) < 2
         open_ = bare or normal or HEDGE.search(clause) or UNSTATED.search(clause)
-        if NEGATION.search(clause) and not open_: return names.sides['no']
+        if NEGATION.search(clause) and not open_:
+            return names.sides['no']
     return ''
+
 
 def _word(said, names):
     "A lone yes or no in a sentence: 'it is a yes from me'."
     pattern = r'(?<!\w\w: )\b(yes|no)\b(?=[.!,\n]|$| from\b)(?!\W{0,2}\d)'
     found = set(re.findall(pattern, said.lower()))
-    if 'yes' in found and NEGATION.search(said.lower()): return '?'
+    if 'yes' in found and NEGATION.search(said.lower()):
+        return '?'
     return '?' if len(found) > 1 else ''.join(names.sides[w] for w in found)
 
 # %% ../../nbs/30ed_sms.answers.ipynb #891a2b81
@@ -102,13 +130,20 @@ def _layers(said, what, also, names, language):
     yield _keyed(said, what, names), 'keyed'
     yield lettered(said, names), 'letter'
     yield _statement(said, what, names) or _statement(said, also, names), 'statement'
-    if _declined(said): yield '!', 'refusal'
-    if names.sides and not names.finding: yield _word(said, names), 'word'
-    if names.sides and 'unsure' in stated(said, what): yield '?', 'hedge'
-    if not names.sides or names.finding: yield named(said, names), 'named'
-    else: yield _denial(said, what, names, language), 'denial'
+    if _declined(said):
+        yield '!', 'refusal'
+    if names.sides and not names.finding:
+        yield _word(said, names), 'word'
+    if names.sides and 'unsure' in stated(said, what):
+        yield '?', 'hedge'
+    if not names.sides or names.finding:
+        yield named(said, names), 'named'
+    else:
+        yield _denial(said, what, names, language), 'denial'
+
 
 _SILENT = re.compile(r'\W*(?:(?:answer|response|output)\W*)?', re.I)
+
 
 @lru_cache(maxsize=65536)
 def _read(text, choices, finding, question, prompt, inverted, options):
@@ -119,24 +154,25 @@ def _read(text, choices, finding, question, prompt, inverted, options):
     said, language = to_english(said)
     names = names_of(choices, options)
     what = asked(names.finding) if names.finding else asked(finding, question, inverted)
-    told = names.finding or share(what, plainly(question)) >= .8   # the question names the finding
+    told = names.finding or share(what, plainly(question)) >= 0.8  # the question names the finding
     also = asked() if told else asked('', question, inverted)
     for choice, layer in _layers(said, what, also, names, language):
         status = {'?': 'ambiguous', '!': 'refused'}.get(choice, 'ok')
-        if choice: return Reading(choice if status == 'ok' else '', status, layer)
+        if choice:
+            return Reading(choice if status == 'ok' else '', status, layer)
     return Reading('', 'unparsed', '')
 
 # %% ../../nbs/30ed_sms.answers.ipynb #c5ad3176
 def reading(
-    text,                # what a model said, as its program returned it: text, list, object, None
-    choices=('yes', 'no'), # allowed answers
+    text,  # what a model said, as its program returned it: text, list, object, None
+    choices=('yes', 'no'),  # allowed answers
     *,
-    finding:str='',      # what is asked about, such as 'pleural effusion'
-    question:str='',     # the question; names what is asked about where `finding` is ''
-    prompt:str='',       # what the model was shown in words, whole or its end: an echo is taken off
-    inverted:bool=False, # whether the question asks for the absence
-    options=None,        # letter -> text, where options were listed
-)->Reading:              # (choice or '', status, layer)
+    finding: str = '',  # what is asked about, such as 'pleural effusion'
+    question: str = '',  # the question; names what is asked about where `finding` is ''
+    prompt: str = '',  # what the model was shown in words, whole or its end: an echo is taken off
+    inverted: bool = False,  # whether the question asks for the absence
+    options=None,  # letter -> text, where options were listed
+) -> Reading:  # (choice or '', status, layer)
     "Read one answer and tell which layer decided."
     listed = tuple((str(k), str(v)) for k, v in (options or {}).items())
     names = tuple(str(c) for c in choices)
@@ -145,41 +181,52 @@ def reading(
 
 # %% ../../nbs/30ed_sms.answers.ipynb #ea945a8b
 def read_answer(
-    text,                # what a model said, as its program returned it: text, list, object, None
-    choices=('yes', 'no'), # allowed answers
+    text,  # what a model said, as its program returned it: text, list, object, None
+    choices=('yes', 'no'),  # allowed answers
     *,
-    finding:str='',      # what is asked about, such as 'pleural effusion'
-    question:str='',     # the question; names what is asked about where `finding` is ''
-    prompt:str='',       # what the model was shown in words, whole or its end: an echo is taken off
-    inverted:bool=False, # whether the question asks for the absence
-    options=None,        # letter -> text, where options were listed
-)->tuple[str, str]:      # (choice or '', status)
+    finding: str = '',  # what is asked about, such as 'pleural effusion'
+    question: str = '',  # the question; names what is asked about where `finding` is ''
+    prompt: str = '',  # what the model was shown in words, whole or its end: an echo is taken off
+    inverted: bool = False,  # whether the question asks for the absence
+    options=None,  # letter -> text, where options were listed
+) -> tuple[str, str]:  # (choice or '', status)
     "Read one answer; the table above lists the statuses."
-    return reading(text, choices, finding=finding, question=question, prompt=prompt,
-                   inverted=inverted, options=options)[:2]
+    return reading(
+        text,
+        choices,
+        finding=finding,
+        question=question,
+        prompt=prompt,
+        inverted=inverted,
+        options=options,
+    )[:2]
 
 # %% ../../nbs/30ed_sms.answers.ipynb #638369fa
-_AFFIRMS = re.compile(r'\b(?:there (?:is|are)|shows?|seen|visible|present|suggests?'
-                      r'|consistent with)\b')
+_AFFIRMS = re.compile(
+    r'\b(?:there (?:is|are)|shows?|seen|visible|present|suggests?'
+    r'|consistent with)\b'
+)
+
 
 def apparent_side(
-    text:str,              # what a model said
-    choices=('yes', 'no'), # allowed answers
-)->str:                    # a choice, 'several' or 'neither'
+    text: str,  # what a model said
+    choices=('yes', 'no'),  # allowed answers
+) -> str:  # a choice, 'several' or 'neither'
     "The side that an unread answer looks like, by its words alone."
     names, said = names_of(tuple(choices)), plainly(to_english(flat(text))[0])
     if names.sides:
         no = bool(NEGATION.search(said) or re.search(r'\bnormal\b', said))
         yes = bool(re.search(r'\byes\b', said) or not no and _AFFIRMS.search(said))
         found = {names.sides[s] for s, there in (('yes', yes), ('no', no)) if there}
-    else: found = {names.of[n] for n in names.words if re.search(rf'\b{re.escape(n)}\b', said)}
+    else:
+        found = {names.of[n] for n in names.words if re.search(rf'\b{re.escape(n)}\b', said)}
     return 'several' if len(found) > 1 else (found or {'neither'}).pop()
 
 # %% ../../nbs/30ed_sms.answers.ipynb #12562652
 def unread_by_side(
-    table:pd.DataFrame,    # one row per answer: raw_text, answer ('' where unread)
-    choices=('yes', 'no'), # allowed answers
-)->pd.DataFrame:           # side, read, unread, lost: share of the answers of that side left unread
+    table: pd.DataFrame,  # one row per answer: raw_text, answer ('' where unread)
+    choices=('yes', 'no'),  # allowed answers
+) -> pd.DataFrame:  # side, read, unread, lost: share of the answers of that side left unread
     "How many answers of each apparent side were not read."
     unread = table.answer == ''
     sides = [apparent_side(t, choices) for t in table.raw_text[unread]]
@@ -187,29 +234,33 @@ def unread_by_side(
     rows = []
     for side in [*choices, 'several', 'neither']:
         read, lost = int((table.answer == side).sum()), int(counts.get(side, 0))
-        rows.append(dict(side=side, read=read, unread=lost, lost=lost/max(read + lost, 1)))
+        rows.append(dict(side=side, read=read, unread=lost, lost=lost / max(read + lost, 1)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/30ed_sms.answers.ipynb #e3249c69
 NO_SIDE = ('ambiguous', 'refused', 'empty', 'other')
 
+
 def outcome(
-    row:dict,   # a labelled answer: read, and alt where a second reading is accepted too
-    choice:str, # what the reader made of it
-)->str:         # right, opposite, invented, lost
+    row: dict,  # a labelled answer: read, and alt where a second reading is accepted too
+    choice: str,  # what the reader made of it
+) -> str:  # right, opposite, invented, lost
     "How a reading compares with a human's."
     accepted = {str(row[k]).lower() for k in ('read', 'alt') if row.get(k)}
-    if choice.lower() in accepted or not choice and accepted & set(NO_SIDE): return 'right'
-    if row['read'] in NO_SIDE: return 'invented'
+    if choice.lower() in accepted or not choice and accepted & set(NO_SIDE):
+        return 'right'
+    if row['read'] in NO_SIDE:
+        return 'invented'
     return 'opposite' if choice else 'lost'
 
 # %% ../../nbs/30ed_sms.answers.ipynb #a7146b3d
 def measure_reader(
-    rows,          # labelled answers: dicts, or the path of a JSON-lines file of them
-    told=('finding', 'question', 'inverted', 'options'), # fields that the reader is given too
-)->pd.DataFrame:   # kind, n, of, share, low, high
+    rows,  # labelled answers: dicts, or the path of a JSON-lines file of them
+    told=('finding', 'question', 'inverted', 'options'),  # fields that the reader is given too
+) -> pd.DataFrame:  # kind, n, of, share, low, high
     "Rates of the reader's errors on labelled answers: choices turned round, invented, lost."
-    if isinstance(rows, (str, Path)): rows = _labelled(Path(rows))
+    if isinstance(rows, (str, Path)):
+        rows = _labelled(Path(rows))
     known = [{k: r[k] for k in told if r.get(k)} for r in rows]
     read = [read_answer(r['answer'], r['choices'], **k)[0] for r, k in zip(rows, known)]
     made = [outcome(r, choice) for r, choice in zip(rows, read)]
@@ -217,28 +268,37 @@ def measure_reader(
     out = []
     sizes = dict(opposite=readable, lost=readable, invented=len(rows) - readable)
     for kind, of in sizes.items():
-        ends = binomtest(made.count(kind), of).proportion_ci(method='wilson') if of else (0., 1.)
+        ends = binomtest(made.count(kind), of).proportion_ci(method='wilson') if of else (0.0, 1.0)
         n = made.count(kind)
-        out.append(dict(kind=kind, n=n, of=of, share=n/max(of, 1), low=ends[0], high=ends[1]))
+        out.append(dict(kind=kind, n=n, of=of, share=n / max(of, 1), low=ends[0], high=ends[1]))
     return pd.DataFrame(out)
 
+
 def _labelled(path):
-    if not path.is_file(): raise InputError(f'{path}: no such file of labelled answers')
+    if not path.is_file():
+        raise InputError(f'{path}: no such file of labelled answers')
     lines = path.read_text(encoding='utf-8').split('\n')
     return [json.loads(line) for line in lines if line.strip()]
 
 # %% ../../nbs/30ed_sms.answers.ipynb #8ed446a7
-MEASURED = {'opposite': (0, 372), 'lost': (18, 372), 'invented': (2, 98)} # kind -> (errors, answers)
+MEASURED = {
+    'opposite': (0, 372),
+    'lost': (18, 372),
+    'invented': (2, 98),
+}  # kind -> (errors, answers)
+
 
 def misreading(
-    measured:dict=MEASURED, # kind -> (errors, answers)
-)->str:                     # one sentence, shares with 95 % intervals
+    measured: dict = MEASURED,  # kind -> (errors, answers)
+) -> str:  # one sentence, shares with 95 % intervals
     "How often the reader errs, in words."
     shares = {}
     for kind, (n, of) in measured.items():
         ends = binomtest(n, of).proportion_ci(method='wilson')
-        shares[kind] = f'{n/of:.1%} (95 % interval {ends[0]:.1%} to {ends[1]:.1%})'
-    return (f"On labelled answers of real models the reader gave the opposite choice in "
-            f"{shares['opposite']}, left {shares['lost']} unread, and made a choice of "
-            f"{shares['invented']} of those that have none. Its rules were written with these "
-            "answers in sight; expect more errors on other forms.")
+        shares[kind] = f'{n / of:.1%} (95 % interval {ends[0]:.1%} to {ends[1]:.1%})'
+    return (
+        f"On labelled answers of real models the reader gave the opposite choice in "
+        f"{shares['opposite']}, left {shares['lost']} unread, and made a choice of "
+        f"{shares['invented']} of those that have none. Its rules were written with these "
+        "answers in sight; expect more errors on other forms."
+    )

@@ -17,40 +17,70 @@ from .paraphrases import STRATEGIES, Variant, paraphrases, slug
 from .prompts import opposite
 
 # %% ../../nbs/30c_sms.asked.ipynb #f93a6925
-RULES = content_hash(rules.EXISTS, rules.IS, rules.FRAMES, rules.FREE, rules.FRONT, rules.SYNONYMS, rules.ADJECTIVES, rules.STATES) # name of the rules of rewording
+RULES = content_hash(
+    rules.EXISTS,
+    rules.IS,
+    rules.FRAMES,
+    rules.FREE,
+    rules.FRONT,
+    rules.SYNONYMS,
+    rules.ADJECTIVES,
+    rules.STATES,
+)  # name of the rules of rewording
+
 
 @lru_cache(4096)
 def reword(
-    question:str, # the sample's own question
-    variant:str,  # e.g. 'synonym-1'
-)->Variant:
+    question: str,  # the sample's own question
+    variant: str,  # e.g. 'synonym-1'
+) -> Variant:
     "One rewording by its name; `InputError` where the rules make none of that name."
     found = next((v for v in paraphrases(question) if v.id == variant), None)
-    if found is None: raise InputError(f'no rule makes {variant!r} of this question; make the plan again')
+    if found is None:
+        raise InputError(f'no rule makes {variant!r} of this question; make the plan again')
     return found
 
 # %% ../../nbs/30c_sms.asked.ipynb #b8e64e6c
 def row_wordings(
-    rows:dict, # sample_id -> row of the cohort, opened: with question, variant, and strategy or asked where the card has them
-)->tuple[dict, list]: # (sample_id of variant 0 -> list of (`Variant`, sample_id of the row that brings the words), sample_ids without a variant 0)
+    rows: dict,  # sample_id -> row of the cohort, opened: with question, variant, and strategy or asked where the card has them
+) -> tuple[
+    dict, list
+]:  # (sample_id of variant 0 -> list of (`Variant`, sample_id of the row that brings the words), sample_ids without a variant 0)
     "The rows of a cohort as wordings of its variant 0; `InputError` where it has no such rows."
-    if not all(hasattr(r, 'variant') and getattr(r, 'question', '') for r in rows.values()): raise InputError("this cohort does not bring wordings as rows: it needs a question per row and a column variant, '0' for the original")
+    if not all(hasattr(r, 'variant') and getattr(r, 'question', '') for r in rows.values()):
+        raise InputError(
+            "this cohort does not bring wordings as rows: it needs a question per row and a column variant, '0' for the original"
+        )
     key = lambda r: (r.patient_id, r.image, r.finding, getattr(r, 'asked', ''))
     base = {key(r): i for i, r in rows.items() if r.variant == '0'}
     out, lone = {i: [] for i in base.values()}, [i for i, r in rows.items() if key(r) not in base]
-    if not out: raise InputError("this cohort has no variant '0', the original that wordings are compared with; of credentialed data, values of fewer than ten patients are withheld")
+    if not out:
+        raise InputError(
+            "this cohort has no variant '0', the original that wordings are compared with; of credentialed data, values of fewer than ten patients are withheld"
+        )
     for i, r in sorted(rows.items(), key=lambda ir: (ir[1].variant.zfill(6), ir[0])):
-        if r.variant == '0' or key(r) not in base or r.question == rows[base[key(r)]].question: continue
+        if r.variant == '0' or key(r) not in base or r.question == rows[base[key(r)]].question:
+            continue
         own, strategy = base[key(r)], slug(getattr(r, 'strategy', 'own'))
         number = 1 + sum(v.strategy == strategy for v, _ in out[own])
-        out[own].append((Variant(r.question, strategy, r.label == opposite(rows[own].label) != rows[own].label, number), i))
+        out[own].append(
+            (
+                Variant(
+                    r.question,
+                    strategy,
+                    r.label == opposite(rows[own].label) != rows[own].label,
+                    number,
+                ),
+                i,
+            )
+        )
     return out, lone
 
 # %% ../../nbs/30c_sms.asked.ipynb #55fb023c
 def common_ids(
-    offered, # list of lists of `Variant`, one per question
-    n:int,   # how many names
-)->list[str]:
+    offered,  # list of lists of `Variant`, one per question
+    n: int,  # how many names
+) -> list[str]:
     "The first `n` names, in rounds of strategies, that at least half of the questions have."
     have = Counter(v.id for vs in offered for v in vs)
     places = {v.id: (v.number, list(STRATEGIES).index(v.strategy)) for vs in offered for v in vs}
@@ -59,74 +89,182 @@ def common_ids(
 # %% ../../nbs/30c_sms.asked.ipynb #4e72c074
 class Asking:
     "What each sample of a plan is asked beside its own question."
-    def __init__(self,
-        rows:dict,      # sample_id -> opened row of the cohort
-        tasks:dict,     # finding -> {question, choices, ...}
+
+    def __init__(
+        self,
+        rows: dict,  # sample_id -> opened row of the cohort
+        tasks: dict,  # finding -> {question, choices, ...}
         paraphrases=0,  # see the table above
-        access:str='open', # of the cohort: words of credentialed rows are not written down
+        access: str = 'open',  # of the cohort: words of credentialed rows are not written down
     ):
-        self.rows, self.tasks, self.closed, self.excluded, self.ids = rows, tasks, access == 'credentialed', [], []
-        self.source = 'none' if not paraphrases else 'cohort' if paraphrases == 'cohort' else 'table' if isinstance(paraphrases, dict) else 'rules'
-        if self.source == 'rules' and not (isinstance(paraphrases, int) and paraphrases > 0): raise InputError(f"paraphrases {paraphrases!r}: give a number, a table of wordings, or 'cohort'")
-        if self.source == 'table' and self.closed and any(getattr(r, 'question', '') for r in rows.values()): raise InputError('questions of credentialed rows cannot be reworded from a table; bring the wordings as rows of the cohort')
+        self.rows, self.tasks, self.closed, self.excluded, self.ids = (
+            rows,
+            tasks,
+            access == 'credentialed',
+            [],
+            [],
+        )
+        self.source = (
+            'none'
+            if not paraphrases
+            else 'cohort'
+            if paraphrases == 'cohort'
+            else 'table'
+            if isinstance(paraphrases, dict)
+            else 'rules'
+        )
+        if self.source == 'rules' and not (isinstance(paraphrases, int) and paraphrases > 0):
+            raise InputError(
+                f"paraphrases {paraphrases!r}: give a number, a table of wordings, or 'cohort'"
+            )
+        if (
+            self.source == 'table'
+            and self.closed
+            and any(getattr(r, 'question', '') for r in rows.values())
+        ):
+            raise InputError(
+                'questions of credentialed rows cannot be reworded from a table; bring the wordings as rows of the cohort'
+            )
         self.samples, self._of = list(rows), {}
         if self.source == 'cohort':
-            self._of, lone = row_wordings(rows); self.samples = list(self._of)
-            self.excluded = [dict(sample_id=i, stage='plan', arm='wordings', reason='no original wording beside it') for i in lone]
-        elif self.source != 'none': self._offer(paraphrases)
+            self._of, lone = row_wordings(rows)
+            self.samples = list(self._of)
+            self.excluded = [
+                dict(
+                    sample_id=i,
+                    stage='plan',
+                    arm='wordings',
+                    reason='no original wording beside it',
+                )
+                for i in lone
+            ]
+        elif self.source != 'none':
+            self._offer(paraphrases)
 
-    def question(self,
-        sample_id:str, # whose
-    )->str:
+    def question(
+        self,
+        sample_id: str,  # whose
+    ) -> str:
         "The sample's own question."
-        r = self.rows[sample_id]; own = getattr(r, 'question', '')
+        r = self.rows[sample_id]
+        own = getattr(r, 'question', '')
         return own if isinstance(own, str) and own else self.tasks[r.finding]['question']
 
     def _offer(self, how):
         by_question = {}
-        for i in self.samples: by_question.setdefault((self.question(i), tuple(self.tasks[self.rows[i].finding]['choices'])), []).append(i)
-        lists = {k: [v for v in (how.get(k[0], [None])[1:] if isinstance(how, dict) else paraphrases(k[0])[1:]) if not v.inverted or {'yes', 'no'} <= {c.lower() for c in k[1]}] for k in by_question}
-        if not any(lists.values()): raise InputError('no question of this cohort has a rewording' + (' in the table; its question or baseline_question must be the cohort’s, word by word' if isinstance(how, dict) else ''))
-        self.ids = sorted({v.id for vs in lists.values() for v in vs}) if isinstance(how, dict) else common_ids(list(lists.values()), how)
+        for i in self.samples:
+            by_question.setdefault(
+                (self.question(i), tuple(self.tasks[self.rows[i].finding]['choices'])), []
+            ).append(i)
+        lists = {
+            k: [
+                v
+                for v in (
+                    how.get(k[0], [None])[1:] if isinstance(how, dict) else paraphrases(k[0])[1:]
+                )
+                if not v.inverted or {'yes', 'no'} <= {c.lower() for c in k[1]}
+            ]
+            for k in by_question
+        }
+        if not any(lists.values()):
+            raise InputError(
+                'no question of this cohort has a rewording'
+                + (
+                    ' in the table; its question or baseline_question must be the cohort’s, word by word'
+                    if isinstance(how, dict)
+                    else ''
+                )
+            )
+        self.ids = (
+            sorted({v.id for vs in lists.values() for v in vs})
+            if isinstance(how, dict)
+            else common_ids(list(lists.values()), how)
+        )
         for k, vs in lists.items():
             have = {v.id: v for v in vs}
-            for i in by_question[k]: self._of[i] = [(have[n], '') for n in self.ids if n in have]
-            self.excluded += [dict(sample_id=i, stage='plan', arm='wordings', reason=f'its question has no rewording {n}') for n in self.ids if n not in have for i in by_question[k]]
+            for i in by_question[k]:
+                self._of[i] = [(have[n], '') for n in self.ids if n in have]
+            self.excluded += [
+                dict(
+                    sample_id=i,
+                    stage='plan',
+                    arm='wordings',
+                    reason=f'its question has no rewording {n}',
+                )
+                for n in self.ids
+                if n not in have
+                for i in by_question[k]
+            ]
 
-    def of(self,
-        sample_id:str, # a sample of the plan
-    )->list[dict]:     # one per rewording: variant, question, question_id, strategy, inverted
+    def of(
+        self,
+        sample_id: str,  # a sample of the plan
+    ) -> list[dict]:  # one per rewording: variant, question, question_id, strategy, inverted
         "The rewordings of a sample, as columns of the plan."
         own = bool(getattr(self.rows[sample_id], 'question', ''))
-        return [dict(variant=v.id, question='' if self.closed and own else v.text, question_id=i, strategy=v.strategy, inverted=v.inverted) for v, i in self._of.get(sample_id, ())]
+        return [
+            dict(
+                variant=v.id,
+                question='' if self.closed and own else v.text,
+                question_id=i,
+                strategy=v.strategy,
+                inverted=v.inverted,
+            )
+            for v, i in self._of.get(sample_id, ())
+        ]
 
-    def plain(self,
-        sample_id:str, # a sample of the plan
-        variant:str,   # 'plain' or 'unmatched'
-    )->dict:           # as `of`; empty where the plan has no rewordings
+    def plain(
+        self,
+        sample_id: str,  # a sample of the plan
+        variant: str,  # 'plain' or 'unmatched'
+    ) -> dict:  # as `of`; empty where the plan has no rewordings
         "The sample's own question, as columns of the plan."
-        if self.source == 'none': return {}
+        if self.source == 'none':
+            return {}
         own = bool(getattr(self.rows[sample_id], 'question', ''))
-        return dict(question='' if self.closed and own else self.question(sample_id), question_id='', strategy='original' if variant == 'plain' else '', inverted=False)
+        return dict(
+            question='' if self.closed and own else self.question(sample_id),
+            question_id='',
+            strategy='original' if variant == 'plain' else '',
+            inverted=False,
+        )
 
     @property
-    def about(self): return {} if self.source == 'none' else dict(wordings=dict(source=self.source, rules=RULES if self.source == 'rules' else '', ids=self.ids))
+    def about(self):
+        return (
+            {}
+            if self.source == 'none'
+            else dict(
+                wordings=dict(
+                    source=self.source, rules=RULES if self.source == 'rules' else '', ids=self.ids
+                )
+            )
+        )
 
 # %% ../../nbs/30c_sms.asked.ipynb #b8614bd3
 def asked_question(
-    trial,     # a row of a plan
-    own:str,   # the sample's own question
-    rows:dict, # sample_id -> opened row
-)->str:
+    trial,  # a row of a plan
+    own: str,  # the sample's own question
+    rows: dict,  # sample_id -> opened row
+) -> str:
     "The words of a trial: written in the plan, brought by a row of the cohort, or made by rule."
-    if getattr(trial, 'question', ''): return trial.question
-    if getattr(trial, 'question_id', ''): return rows[trial.question_id].question
-    return own if getattr(trial, 'strategy', '') in ('', 'original') else reword(own, trial.variant).text
+    if getattr(trial, 'question', ''):
+        return trial.question
+    if getattr(trial, 'question_id', ''):
+        return rows[trial.question_id].question
+    return (
+        own
+        if getattr(trial, 'strategy', '') in ('', 'original')
+        else reword(own, trial.variant).text
+    )
 
 # %% ../../nbs/30c_sms.asked.ipynb #a7dbd633
 def check_rules(
-    plan:pd.DataFrame, # a plan
+    plan: pd.DataFrame,  # a plan
 ):
     "`InputError` where its wordings are to be made by other rules than those of today."
     about = plan.attrs.get('wordings', {})
-    if about.get('rules') and about['rules'] != RULES and not plan.question.all(): raise InputError('the rules of rewording have changed since this plan was made; make it again')
+    if about.get('rules') and about['rules'] != RULES and not plan.question.all():
+        raise InputError(
+            'the rules of rewording have changed since this plan was made; make it again'
+        )

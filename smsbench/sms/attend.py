@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import InputError, Run, RunError, content_hash, progress, read_table, table_hash, write_json, write_table
+from smsbench.core import (
+    InputError,
+    Run,
+    RunError,
+    content_hash,
+    progress,
+    read_table,
+    table_hash,
+    write_json,
+    write_table,
+)
 from ..data.holding import hold
 from ..data.manifest import Built, shown
 from .audit import Source, by_image, prove_delivery, read_predictions
@@ -22,232 +32,425 @@ from .map_metrics import RANDOM, attention_metrics, with_baselines, without_rand
 from .map_store import KEEP, MapStore, attend_part, known_methods, maps_path
 from .map_tables import Regions, change_table, first_arm, look_table, pair_table
 from .metrics import answer_table, measure
-from .run import Results, _about, _keep_cohort, _read_run, _write_environment, mark_void, void_lines
+from smsbench.sms.run import (
+    Results,
+    _about,
+    _keep_cohort,
+    _read_run,
+    _write_environment,
+    mark_void,
+    void_lines,
+)
 from .score import Wordings, _same_model, check_model, model_name, open_model
 from .shifts import ARMS, cohort_hash, make_plan
 from ..vlm.baselines import randomised
 
 # %% ../../nbs/36c_sms.attend.ipynb #e5c0d205
-WITH_TEXT, WITHOUT_TEXT = ('original', 'image_swap', 'text_swap'), ('image_only', 'image_only_swap') # arms unless others are asked for: of a cohort with reports, and of one without
+WITH_TEXT, WITHOUT_TEXT = (
+    ('original', 'image_swap', 'text_swap'),
+    ('image_only', 'image_only_swap'),
+)  # arms unless others are asked for: of a cohort with reports, and of one without
+
 
 @dataclass(frozen=True)
 class AttendSettings(Wordings):
     "What a comparison of attention computes; rewordings are shown in the first arm only."
-    arms: tuple[str, ...] = ()              # arm names, all of which show a film; empty: `WITH_TEXT` or `WITHOUT_TEXT`
-    queries: tuple[str, ...] = ('answer', 'asked') # see `smsbench.sms.map_store.spelled_query`; the first one is reported
-    methods: tuple[str, ...] = ('raw',) # see `smsbench.vlm.maps.METHODS`
-    layers: str | tuple[int, ...] = 'all'   # of the maps that are measured: all, last_half, last_quarter or numbers
-    heads: str | int = 'mean'               # the same: mean, max, entropy or a number
-    keep: str = 'rows'                      # 'rows': every head; 'pooled': the mean over the heads of each layer
-    baseline: bool = True                   # ask the same model with random weights about the films with a region
-    seed: int = 0                           # of donors, random weights, halves and resampling
-    match: tuple[str, ...] = ()             # columns in which donor and sample must agree
-    limit: int = 0                          # samples at most, chosen by a hash of their names; 0: all
-    n_boot: int = 2000                      # resamples of patients
-    minimum: int = 10                       # samples below which a number is suppressed
-    max_failures: float = .05               # share of failing trials above which the run fails
-    system: str = ''                        # system prompt of every question; '' is the family's default
-    extra: str = ''                         # sentence behind every question; '' is the family's default
-    part_size: int = 32                     # trials per part
+
+    arms: tuple[
+        str, ...
+    ] = ()  # arm names, all of which show a film; empty: `WITH_TEXT` or `WITHOUT_TEXT`
+    queries: tuple[str, ...] = (
+        'answer',
+        'asked',
+    )  # see `smsbench.sms.map_store.spelled_query`; the first one is reported
+    methods: tuple[str, ...] = ('raw',)  # see `smsbench.vlm.maps.METHODS`
+    layers: str | tuple[int, ...] = (
+        'all'  # of the maps that are measured: all, last_half, last_quarter or numbers
+    )
+    heads: str | int = 'mean'  # the same: mean, max, entropy or a number
+    keep: str = 'rows'  # 'rows': every head; 'pooled': the mean over the heads of each layer
+    baseline: bool = True  # ask the same model with random weights about the films with a region
+    seed: int = 0  # of donors, random weights, halves and resampling
+    match: tuple[str, ...] = ()  # columns in which donor and sample must agree
+    limit: int = 0  # samples at most, chosen by a hash of their names; 0: all
+    n_boot: int = 2000  # resamples of patients
+    minimum: int = 10  # samples below which a number is suppressed
+    max_failures: float = 0.05  # share of failing trials above which the run fails
+    system: str = ''  # system prompt of every question; '' is the family's default
+    extra: str = ''  # sentence behind every question; '' is the family's default
+    part_size: int = 32  # trials per part
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, 'methods', known_methods(self.methods)); object.__setattr__(self, 'queries', tuple(dict.fromkeys(self.queries)))
-        if self.keep not in KEEP: raise InputError(f"keep {self.keep!r}: choose {' or '.join(KEEP)}")
-        if not self.queries: raise InputError('at least one query is needed: answer, asked, or a word of the prompt')
-        if blind := [a for a in self.arms if a in ARMS and ARMS[a].image == 'none']: raise InputError(f"{', '.join(blind)}: no film is shown there, so there is nothing to map; choose arms with an image")
-        if self.keep == 'pooled' and self.heads != 'mean': raise InputError(f'heads {self.heads!r} need --keep rows; --keep pooled keeps the mean over heads only')
+        object.__setattr__(self, 'methods', known_methods(self.methods))
+        object.__setattr__(self, 'queries', tuple(dict.fromkeys(self.queries)))
+        if self.keep not in KEEP:
+            raise InputError(f"keep {self.keep!r}: choose {' or '.join(KEEP)}")
+        if not self.queries:
+            raise InputError('at least one query is needed: answer, asked, or a word of the prompt')
+        if blind := [a for a in self.arms if a in ARMS and ARMS[a].image == 'none']:
+            raise InputError(
+                f"{', '.join(blind)}: no film is shown there, so there is nothing to map; choose arms with an image"
+            )
+        if self.keep == 'pooled' and self.heads != 'mean':
+            raise InputError(
+                f'heads {self.heads!r} need --keep rows; --keep pooled keeps the mean over heads only'
+            )
 
     @property
-    def asked(self): return {k: v for k, v in self.__dict__.items() if k not in ('paraphrases', 'wordings')} | self.worded
+    def asked(self):
+        return {
+            k: v for k, v in self.__dict__.items() if k not in ('paraphrases', 'wordings')
+        } | self.worded
 
 # %% ../../nbs/36c_sms.attend.ipynb #e57c2b3c
 def attend_plan(
-    cohort:pd.DataFrame, # cohort table
-    source,              # its `Source`
-    settings:AttendSettings=AttendSettings(), # what is computed
-)->tuple[pd.DataFrame, pd.DataFrame]: # (plan, exclusions)
+    cohort: pd.DataFrame,  # cohort table
+    source,  # its `Source`
+    settings: AttendSettings = AttendSettings(),  # what is computed
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # (plan, exclusions)
     "The frozen trials: the chosen arms and what they are compared with, of all samples or of `limit` of them. `InputError` for a cohort without images."
-    if not (cohort.image.fillna('') != '').any(): raise InputError('no sample of this cohort has an image; maps need films')
+    if not (cohort.image.fillna('') != '').any():
+        raise InputError('no sample of this cohort has an image; maps need films')
     texts = cohort.text.fillna('').str.strip() != ''
     arms = settings.arms or (WITH_TEXT if texts.any() else WITHOUT_TEXT)
-    if unknown := [a for a in arms if a not in ARMS]: raise InputError(f"unknown arm {', '.join(unknown)}; choose from {', '.join(n for n, a in ARMS.items() if a.image != 'none')}")
+    if unknown := [a for a in arms if a not in ARMS]:
+        raise InputError(
+            f"unknown arm {', '.join(unknown)}; choose from {', '.join(n for n, a in ARMS.items() if a.image != 'none')}"
+        )
     wanted = [n for n in ARMS if n in {*arms, *(ARMS[a].versus for a in arms)}]
     told = cohort.assign(image=cohort.image.fillna(''))[cohort.image.fillna('') != '']
-    if all(ARMS[a].text == 'none' for a in arms):                                          # no report is shown, so none is needed
-        told, wanted = told.assign(text='no report of ' + told.sample_id), [n for n in wanted if ARMS[n].text == 'none']
+    if all(ARMS[a].text == 'none' for a in arms):  # no report is shown, so none is needed
+        told, wanted = (
+            told.assign(text='no report of ' + told.sample_id),
+            [n for n in wanted if ARMS[n].text == 'none'],
+        )
     told.attrs = cohort.attrs
-    plan, excluded = make_plan(told, arms, settings.seed, settings.match, read_image=source.image, paraphrases=settings.rewordings, opened=source.rows)
+    plan, excluded = make_plan(
+        told,
+        arms,
+        settings.seed,
+        settings.match,
+        read_image=source.image,
+        paraphrases=settings.rewordings,
+        opened=source.rows,
+    )
     about = plan.attrs
-    few = sorted(plan.sample_id.unique(), key=lambda i: content_hash('attend', settings.seed, i))[:settings.limit or None]
-    plan = plan[plan.arm.isin(wanted) & plan.sample_id.isin(few) & ((plan.variant == 'plain') | (plan.arm == wanted[0]))].reset_index(drop=True)
-    plan.attrs = about | dict(arms=wanted, cohort_hash=cohort_hash(cohort), plan_hash=table_hash(plan))
-    return plan, excluded[excluded.arm.isin(wanted) & excluded.sample_id.isin({*few, *(set(cohort.sample_id) - set(plan.sample_id))})].reset_index(drop=True)
+    few = sorted(plan.sample_id.unique(), key=lambda i: content_hash('attend', settings.seed, i))[
+        : settings.limit or None
+    ]
+    plan = plan[
+        plan.arm.isin(wanted)
+        & plan.sample_id.isin(few)
+        & ((plan.variant == 'plain') | (plan.arm == wanted[0]))
+    ].reset_index(drop=True)
+    plan.attrs = about | dict(
+        arms=wanted, cohort_hash=cohort_hash(cohort), plan_hash=table_hash(plan)
+    )
+    return plan, excluded[
+        excluded.arm.isin(wanted)
+        & excluded.sample_id.isin({*few, *(set(cohort.sample_id) - set(plan.sample_id))})
+    ].reset_index(drop=True)
 
 # %% ../../nbs/36c_sms.attend.ipynb #57b1548a
 def check_attending(
-    spec:str, # see `open_attending`
-    **how,    # further options of `open_attending`
+    spec: str,  # see `open_attending`
+    **how,  # further options of `open_attending`
 ):
     "`InputError` for a name under which no model with attention is found; nothing is loaded."
-    if spec.startswith('planted:'): raise InputError(f'{spec}: a planted model has no attention; take reference-image-reader, reference-blind-follower, a folder or a Hugging Face id')
+    if spec.startswith('planted:'):
+        raise InputError(
+            f'{spec}: a planted model has no attention; take reference-image-reader, reference-blind-follower, a folder or a Hugging Face id'
+        )
     check_model(spec, how.get('revision'), how.get('trust_remote_code', False))
 
 # %% ../../nbs/36c_sms.attend.ipynb #9f465f5e
 def open_attending(
-    spec:str,  # 'reference-…', a folder or a Hugging Face id
-    settings:AttendSettings=AttendSettings(), # what is computed
-    **how,     # further options of `smsbench.sms.run.open_model`
-):             # an `HFModel`
+    spec: str,  # 'reference-…', a folder or a Hugging Face id
+    settings: AttendSettings = AttendSettings(),  # what is computed
+    **how,  # further options of `smsbench.sms.run.open_model`
+):  # an `HFModel`
     "Load a model whose attention can be read; `InputError` for one without, and for layers or heads that it does not have."
     from smsbench.vlm.attention import layer_kinds
     from smsbench.vlm.composed import vision_modules
+
     check_attending(spec, **how)
     model = open_model(spec, system=settings.system, extra=settings.extra, **how).model
-    if 'composed' in settings.methods: vision_modules(model)
-    layers, heads = list(layer_kinds(model)), getattr(model.model.config.get_text_config(), 'num_attention_heads', 1)
-    if not isinstance(settings.layers, str) and (off := sorted(set(settings.layers) - set(layers))): raise InputError(f'{model.name}: no layer {off[0]}; it has {layers[0]} to {layers[-1]}' + (f' ({len(layers)} that see the film)' if len(layers) <= layers[-1] else ''))
-    if isinstance(settings.layers, str) and settings.layers not in ('all', 'last_half', 'last_quarter'): raise InputError(f'layers {settings.layers!r}: choose all, last_half, last_quarter or numbers, e.g. 0,1')
-    if settings.heads not in ('mean', 'max', 'entropy') and not (isinstance(settings.heads, int) and 0 <= settings.heads < heads): raise InputError(f'heads {settings.heads!r}: choose mean, max, entropy or a number below {heads}')
+    if 'composed' in settings.methods:
+        vision_modules(model)
+    layers, heads = (
+        list(layer_kinds(model)),
+        getattr(model.model.config.get_text_config(), 'num_attention_heads', 1),
+    )
+    if not isinstance(settings.layers, str) and (off := sorted(set(settings.layers) - set(layers))):
+        raise InputError(
+            f'{model.name}: no layer {off[0]}; it has {layers[0]} to {layers[-1]}'
+            + (f' ({len(layers)} that see the film)' if len(layers) <= layers[-1] else '')
+        )
+    if isinstance(settings.layers, str) and settings.layers not in (
+        'all',
+        'last_half',
+        'last_quarter',
+    ):
+        raise InputError(
+            f'layers {settings.layers!r}: choose all, last_half, last_quarter or numbers, e.g. 0,1'
+        )
+    if settings.heads not in ('mean', 'max', 'entropy') and not (
+        isinstance(settings.heads, int) and 0 <= settings.heads < heads
+    ):
+        raise InputError(
+            f'heads {settings.heads!r}: choose mean, max, entropy or a number below {heads}'
+        )
     return model
 
 # %% ../../nbs/36c_sms.attend.ipynb #640c4b76
 def attend_model(
-    model,               # an `HFModel`, or a function that loads it when it is needed
-    name:str,            # its name
-    plan:pd.DataFrame,   # trials
-    source,              # a `Source`
-    run:Run,             # run directory
-    settings:AttendSettings, # what is computed
-)->pd.DataFrame:         # predictions, in the order of the plan
+    model,  # an `HFModel`, or a function that loads it when it is needed
+    name: str,  # its name
+    plan: pd.DataFrame,  # trials
+    source,  # a `Source`
+    run: Run,  # run directory
+    settings: AttendSettings,  # what is computed
+) -> pd.DataFrame:  # predictions, in the order of the plan
     "Ask one model all trials, part by part; what is there is not asked again, and a model that has nothing to do is not loaded. `RunError` above `max_failures`."
     trials, parts, loaded = by_image(plan, source), [], None
-    cuts = [trials[i:i + settings.part_size] for i in range(0, len(trials), settings.part_size)]
+    cuts = [trials[i : i + settings.part_size] for i in range(0, len(trials), settings.part_size)]
     bar = progress(None, f'looking at {name}', total=len(trials), unit='trial')
     for k, some in enumerate(cuts):
         done = _finished(run, name, k, some, plan.attrs['plan_hash'])
         if done is None:
             loaded = loaded or (model() if callable(model) else model)
-            done = attend_part(k, some, run, source, loaded, settings.queries, settings.keep, settings.methods, plan.attrs['plan_hash'], bar.update)
-        else: bar.update(len(some))
+            done = attend_part(
+                k,
+                some,
+                run,
+                source,
+                loaded,
+                settings.queries,
+                settings.keep,
+                settings.methods,
+                plan.attrs['plan_hash'],
+                bar.update,
+            )
+        else:
+            bar.update(len(some))
         parts.append(done)
     bar.close()
     out = pd.concat(parts, ignore_index=True).set_index('trial_id').loc[plan.trial_id].reset_index()
     failed = out[out.parse_status == 'error']
-    if len(failed) > settings.max_failures*len(out): raise RunError(f'{name}: {len(failed)} of {len(out)} trials failed (first: {failed.error.iloc[0]}); the others are kept, mend the cause and run again')
+    if len(failed) > settings.max_failures * len(out):
+        raise RunError(
+            f'{name}: {len(failed)} of {len(out)} trials failed (first: {failed.error.iloc[0]}); the others are kept, mend the cause and run again'
+        )
     return out
+
 
 def _finished(run, name, number, trials, plan_hash):
     "A part that is there and whole, or None."
     from smsbench.sms.audit import part_path
+
     path = part_path(run, name, number)
-    if not (path.exists() and maps_path(run, name, number).exists()): return None
+    if not (path.exists() and maps_path(run, name, number).exists()):
+        return None
     done = read_table(path, 'predictions')
-    whole = done.attrs['plan_hash'] == plan_hash and not (done.parse_status == 'error').any() and {t.trial_id for t in trials} == set(done.trial_id)
+    whole = (
+        done.attrs['plan_hash'] == plan_hash
+        and not (done.parse_status == 'error').any()
+        and {t.trial_id for t in trials} == set(done.trial_id)
+    )
     return done if whole else None
 
 # %% ../../nbs/36c_sms.attend.ipynb #aa40b304
 def attend(
-    cohort,              # cohort table with its metadata; or `Built`
-    models,              # one or two (or more) model specs: 'reference-…', folders, Hugging Face ids
-    out,                 # run directory; a run that stopped goes on here
-    settings:AttendSettings=AttendSettings(), # what is computed
-    regions=None,        # table of regions, see `smsbench.sms.map_tables.Regions`; None: masks or boxes of the cohort
-    root='',             # folder of the images; '' takes the cohort's own
-    remote:bool=False,   # whether images may be fetched from other machines
-    **how,               # options of `open_model`: device, dtype, revision, quantization, ...
-)->Run:                  # the run directory, with everything but the report in it
+    cohort,  # cohort table with its metadata; or `Built`
+    models,  # one or two (or more) model specs: 'reference-…', folders, Hugging Face ids
+    out,  # run directory; a run that stopped goes on here
+    settings: AttendSettings = AttendSettings(),  # what is computed
+    regions=None,  # table of regions, see `smsbench.sms.map_tables.Regions`; None: masks or boxes of the cohort
+    root='',  # folder of the images; '' takes the cohort's own
+    remote: bool = False,  # whether images may be fetched from other machines
+    **how,  # options of `open_model`: device, dtype, revision, quantization, ...
+) -> Run:  # the run directory, with everything but the report in it
     "cohort → plan → answers and rows of attention → tables → metrics."
     names = [model_name(m) for m in models]
-    if len(set(names)) < len(names) or not names: raise InputError(f'models {names}: at least one, each with a name of its own')
-    if settings.baseline and how.get('quantization'): raise InputError('quantization: the weights of a quantised model cannot be put in random order; add --no-baseline (baseline=False)')
-    if not (Path(out)/'config.json').exists(): [check_attending(m, **how) for m in models]     # a typing error leaves nothing behind
+    if len(set(names)) < len(names) or not names:
+        raise InputError(f'models {names}: at least one, each with a name of its own')
+    if settings.baseline and how.get('quantization'):
+        raise InputError(
+            'quantization: the weights of a quantised model cannot be put in random order; add --no-baseline (baseline=False)'
+        )
+    if not (Path(out) / 'config.json').exists():
+        [check_attending(m, **how) for m in models]  # a typing error leaves nothing behind
     exclusions = cohort.exclusions if isinstance(cohort, Built) else None
     run, held = Run(out), hold(cohort, root)
     cohort, source = held.cohort, Source(held, root, remote=remote)
     about = _about(cohort)
     marked = Regions(source, regions)
-    frozen = dict(kind='attend', models=names, cohort=about, cohort_hash=cohort_hash(cohort), regions=table_hash(regions) if regions is not None else '', **settings.asked)
-    fresh = not (run/'config.json').exists()
-    made = attend_plan(cohort, source, settings) if fresh or not (run/'plan.parquet').exists() else None
-    first = _before_the_first_trial(models, made[0], source, marked, settings, how) if fresh else None
+    frozen = dict(
+        kind='attend',
+        models=names,
+        cohort=about,
+        cohort_hash=cohort_hash(cohort),
+        regions=table_hash(regions) if regions is not None else '',
+        **settings.asked,
+    )
+    fresh = not (run / 'config.json').exists()
+    made = (
+        attend_plan(cohort, source, settings)
+        if fresh or not (run / 'plan.parquet').exists()
+        else None
+    )
+    first = (
+        _before_the_first_trial(models, made[0], source, marked, settings, how) if fresh else None
+    )
     run.freeze(frozen, root=str(source.root), **how)
-    if made: write_table(made[1], run/'plan_exclusions.parquet'); write_table(made[0], run/'plan.parquet', 'plan')
-    plan = read_table(run/'plan.parquet', 'plan')
+    if made:
+        write_table(made[1], run / 'plan_exclusions.parquet')
+        write_table(made[0], run / 'plan.parquet', 'plan')
+    plan = read_table(run / 'plan.parquet', 'plan')
     _keep_cohort(run, cohort, exclusions)
-    if regions is not None and about['access'] == 'open': write_table(regions, run/'regions.parquet')
-    run.log(f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of {shown(plan.sample_id.nunique(), about['access'])} samples, {shown(plan.patient_id.nunique(), about['access'])} patients, arms {', '.join(plan.attrs['arms'])}")
-    for spec in models: _one_model(spec, plan, source, run, settings, marked, how, first if spec == models[0] else None); first = None
+    if regions is not None and about['access'] == 'open':
+        write_table(regions, run / 'regions.parquet')
+    run.log(
+        f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of {shown(plan.sample_id.nunique(), about['access'])} samples, {shown(plan.patient_id.nunique(), about['access'])} patients, arms {', '.join(plan.attrs['arms'])}"
+    )
+    for spec in models:
+        _one_model(
+            spec, plan, source, run, settings, marked, how, first if spec == models[0] else None
+        )
+        first = None
     _write_environment(run, plan, about, how.get('device', ''))
     conclude_attention(run, settings, marked)
     return run
 
+
 def _before_the_first_trial(models, plan, source, marked, settings, how):
     "The first model, opened. What is wrong with a region, or with a layer, head or method of any model, is said now and leaves no half-made run."
     marked.check(dict.fromkeys(i for i in plan.image_id if i in source.rows))
-    for spec in reversed(models): first = None; first = open_attending(spec, settings, **how)
+    for spec in reversed(models):
+        first = None
+        first = open_attending(spec, settings, **how)
     return first
 
+
 def _one_model(spec, plan, source, run, settings, marked, how, opened=None):
-    name = model_name(spec); _same_model(run, name, spec, how)
+    name = model_name(spec)
+    _same_model(run, name, spec, how)
     once = dict(model=opened)
-    def loaded(): once['model'] = once['model'] or open_attending(spec, settings, **how); return once['model']
+
+    def loaded():
+        once['model'] = once['model'] or open_attending(spec, settings, **how)
+        return once['model']
+
     p = attend_model(loaded, name, plan, source, run, settings)
-    store = MapStore(run); run.log(f"{name}: {len(p)} trials, {(p.parse_status == 'error').sum()} failed, {store.nbytes/max(len(store.where), 1)/1024:.0f} KiB kept per trial")
+    store = MapStore(run)
+    run.log(
+        f"{name}: {len(p)} trials, {(p.parse_status == 'error').sum()} failed, {store.nbytes / max(len(store.where), 1) / 1024:.0f} KiB kept per trial"
+    )
     first = plan[(plan.arm == first_arm(plan)) & (plan.variant == 'plain')]
-    if not settings.baseline: return
-    shapes = {t.trial_id: store.rows(name, t.trial_id).layout.shape for t in first.itertuples() if (name, t.trial_id) in store.where}
-    some = first[[t.trial_id in shapes and marked(t.image_id, shapes[t.trial_id]) is not None for t in first.itertuples()]].reset_index(drop=True)
+    if not settings.baseline:
+        return
+    shapes = {
+        t.trial_id: store.rows(name, t.trial_id).layout.shape
+        for t in first.itertuples()
+        if (name, t.trial_id) in store.where
+    }
+    some = first[
+        [
+            t.trial_id in shapes and marked(t.image_id, shapes[t.trial_id]) is not None
+            for t in first.itertuples()
+        ]
+    ].reset_index(drop=True)
     some.attrs = plan.attrs
     with ExitStack() as stack:
-        def forgotten(): lost = stack.enter_context(randomised(loaded(), settings.seed)); lost.name = name + RANDOM; return lost
-        if len(some): attend_model(forgotten, name + RANDOM, some, source, run, settings)
+
+        def forgotten():
+            lost = stack.enter_context(randomised(loaded(), settings.seed))
+            lost.name = name + RANDOM
+            return lost
+
+        if len(some):
+            attend_model(forgotten, name + RANDOM, some, source, run, settings)
 
 # %% ../../nbs/36c_sms.attend.ipynb #2505472c
 def conclude_attention(
-    run:Run,                 # run directory with plan, predictions and maps
-    settings:AttendSettings, # what is computed
-    marked,                  # `Regions`
+    run: Run,  # run directory with plan, predictions and maps
+    settings: AttendSettings,  # what is computed
+    marked,  # `Regions`
 ):
     "Tables and metrics of a run: looks, profile, pairs, changes, metrics.parquet and delivery.json."
-    plan, said, store = read_table(run/'plan.parquet', 'plan'), read_predictions(run), MapStore(run, cache=256)
+    plan, said, store = (
+        read_table(run / 'plan.parquet', 'plan'),
+        read_predictions(run),
+        MapStore(run, cache=256),
+    )
     own = without_random(said)
     models = list(dict.fromkeys(own.model))
-    delivery = prove_delivery(plan, own); write_json(delivery, run/'delivery.json')
+    delivery = prove_delivery(plan, own)
+    write_json(delivery, run / 'delivery.json')
     boot = dict(n_boot=settings.n_boot, seed=settings.seed, minimum=settings.minimum)
     measured, worded = measure(plan, own, **boot), measure_wordings(plan, own, **boot)
-    if len(worded): about = measured.attrs; measured = pd.concat([measured, worded], ignore_index=True); measured.attrs = about
+    if len(worded):
+        about = measured.attrs
+        measured = pd.concat([measured, worded], ignore_index=True)
+        measured.attrs = about
     shown_as = dict(layers=settings.layers, heads=settings.heads)
-    looks, profile = look_table(plan, store, marked, [*models, *(m for m in dict.fromkeys(said.model) if m.endswith(RANDOM))], **shown_as, methods=settings.methods)
-    pairs = pd.concat([pair_table(plan, store, (a, b), **shown_as) for i, a in enumerate(models) for b in models[i + 1:]] or [pd.DataFrame()], ignore_index=True)
+    looks, profile = look_table(
+        plan,
+        store,
+        marked,
+        [*models, *(m for m in dict.fromkeys(said.model) if m.endswith(RANDOM))],
+        **shown_as,
+        methods=settings.methods,
+    )
+    pairs = pd.concat(
+        [
+            pair_table(plan, store, (a, b), **shown_as)
+            for i, a in enumerate(models)
+            for b in models[i + 1 :]
+        ]
+        or [pd.DataFrame()],
+        ignore_index=True,
+    )
     changes = change_table(plan, store, answer_table(plan, own), models, **shown_as)
     full = with_baselines(looks, profile, settings.seed)
-    for name, t in dict(looks=full, profile=profile, pairs=pairs, changes=changes).items(): write_table(t, run/f'{name}.parquet')
+    for name, t in dict(looks=full, profile=profile, pairs=pairs, changes=changes).items():
+        write_table(t, run / f'{name}.parquet')
     metrics = attention_metrics(full, pairs, changes, plan, own, measured, **boot)
-    write_table(mark_void(metrics, delivery), run/'metrics.parquet', 'metrics')
-    for line in void_lines(delivery): run.log(line)
+    write_table(mark_void(metrics, delivery), run / 'metrics.parquet', 'metrics')
+    for line in void_lines(delivery):
+        run.log(line)
 
 # %% ../../nbs/36c_sms.attend.ipynb #fe902f3b
 @dataclass
 class AttendResults(Results):
     "Everything that a run of `attend` holds; `store` has the maps."
-    looks: pd.DataFrame = None   # one row per map, baselines beside
-    profile: pd.DataFrame = None # one row per map of an unchanged film, layer and head
-    pairs: pd.DataFrame = None   # likeness of two models' maps
-    changes: pd.DataFrame = None # how maps and answers moved while the film stayed
-    regions: pd.DataFrame = None # table of regions that was given, or None
+
+    looks: pd.DataFrame = None  # one row per map, baselines beside
+    profile: pd.DataFrame = None  # one row per map of an unchanged film, layer and head
+    pairs: pd.DataFrame = None  # likeness of two models' maps
+    changes: pd.DataFrame = None  # how maps and answers moved while the film stayed
+    regions: pd.DataFrame = None  # table of regions that was given, or None
 
     @property
-    def models(self): return list(self.config['models'])
+    def models(self):
+        return list(self.config['models'])
+
     @property
-    def store(self): return MapStore(self.path)
+    def store(self):
+        return MapStore(self.path)
 
 # %% ../../nbs/36c_sms.attend.ipynb #d5312aad
 def load_attention(
-    path, # run directory
-)->AttendResults:
+    path,  # run directory
+) -> AttendResults:
     "Read a finished run; `InputError` names what is missing."
     run, held = _read_run(path, 'looks.parquet', 'run of smsbench attend', 'run it')
     held['predictions'] = without_random(held['predictions'])
-    tables = {n: read_table(run/f'{n}.parquet') for n in ('looks', 'profile', 'pairs', 'changes')}
-    return AttendResults(**held, verdicts=dict.fromkeys(held['config']['models'], {}), **tables, regions=read_table(run/'regions.parquet') if (run/'regions.parquet').exists() else None)
+    tables = {n: read_table(run / f'{n}.parquet') for n in ('looks', 'profile', 'pairs', 'changes')}
+    return AttendResults(
+        **held,
+        verdicts=dict.fromkeys(held['config']['models'], {}),
+        **tables,
+        regions=read_table(run / 'regions.parquet') if (run / 'regions.parquet').exists() else None,
+    )

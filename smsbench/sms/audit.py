@@ -14,7 +14,17 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, RunError, Run, array_hash, content_hash, progress, read_table, validate, write_table
+from smsbench.core import (
+    InputError,
+    RunError,
+    Run,
+    array_hash,
+    content_hash,
+    progress,
+    read_table,
+    validate,
+    write_table,
+)
 from ..data.film import read_phantom
 from ..data.holding import hold
 from ..data.readers import FileError, read_image
@@ -26,140 +36,234 @@ from .shifts import ARMS
 from ..vlm.models import Inputs
 
 # %% ../../nbs/32_sms.audit.ipynb #cad0533e
-READS_TOO = (read_phantom,) # importing this reader lets `read_image` resolve 'phantom:…' references
+READS_TOO = (
+    read_phantom,
+)  # importing this reader lets `read_image` resolve 'phantom:…' references
 
 # %% ../../nbs/32_sms.audit.ipynb #d09a9ef8
 class Source:
     "The images and texts of a cohort, loaded when asked, and what each trial shows."
-    def __init__(self,
-        cohort,            # cohort table with `tasks` in its metadata, sealed or not; or its `Holding`
-        root='',           # folder below which the images lie; '' takes the cohort's own
-        cache:int=256,     # decoded images to keep
-        remote:bool=False, # whether images may be fetched from other machines
+
+    def __init__(
+        self,
+        cohort,  # cohort table with `tasks` in its metadata, sealed or not; or its `Holding`
+        root='',  # folder below which the images lie; '' takes the cohort's own
+        cache: int = 256,  # decoded images to keep
+        remote: bool = False,  # whether images may be fetched from other machines
     ):
-        held = hold(cohort, root); opened = validate(held.opened, 'cohort')
-        self.rows, self.root, self.sealed, self.remote = {r.sample_id: r for r in opened.itertuples(index=False)}, root or opened.attrs.get('root', '.'), bool(held.key), remote
+        held = hold(cohort, root)
+        opened = validate(held.opened, 'cohort')
+        self.rows, self.root, self.sealed, self.remote = (
+            {r.sample_id: r for r in opened.itertuples(index=False)},
+            root or opened.attrs.get('root', '.'),
+            bool(held.key),
+            remote,
+        )
         self.tasks = {f: Task(**t) for f, t in opened.attrs['tasks'].items()}
-        self.known = dict(zip(opened.image, opened.image_sha)) if 'image_sha' in opened else {}   # reference -> hash of the pixels
+        self.known = (
+            dict(zip(opened.image, opened.image_sha)) if 'image_sha' in opened else {}
+        )  # reference -> hash of the pixels
         self._image = lru_cache(cache)(self._read)
 
     def _read(self, ref):
         try:
             image = read_image(self.root, ref, remote=self.remote)
-            if self.known.get(ref) and array_hash(image) != self.known[ref]: raise FileError(f'{ref}: the picture has changed since the cohort was made; make the cohort again', 'the picture has changed since the cohort was made')
+            if self.known.get(ref) and array_hash(image) != self.known[ref]:
+                raise FileError(
+                    f'{ref}: the picture has changed since the cohort was made; make the cohort again',
+                    'the picture has changed since the cohort was made',
+                )
             return image
         except (FileError, RunError) as e:
-            if not self.sealed: raise
+            if not self.sealed:
+                raise
             what = getattr(e, 'reason', 'there is not enough memory')
-            raise FileError(what, what) from None   # the message names the file, and its name may name the patient
+            raise FileError(
+                what, what
+            ) from None  # the message names the file, and its name may name the patient
 
-    def image(self,
-        sample_id:str, # whose image
-    )->np.ndarray:     # (H,W) or (H,W,3) uint8
+    def image(
+        self,
+        sample_id: str,  # whose image
+    ) -> np.ndarray:  # (H,W) or (H,W,3) uint8
         "The decoded image of a sample; `InputError` where it cannot be read."
         return self._image(self.rows[sample_id].image)
 
-    def task(self,
-        trial, # a row of the plan
-    )->Task:   # with the words of the trial, or the sample's own question where the cohort has one per sample
+    def task(
+        self,
+        trial,  # a row of the plan
+    ) -> Task:  # with the words of the trial, or the sample's own question where the cohort has one per sample
         "What the trial asks."
         question = asked_question(trial, self.question(trial), self.rows)
         return replace(self.tasks[trial.finding], question=question)
 
-    def question(self,
-        trial, # a row of the plan
-    )->str:
+    def question(
+        self,
+        trial,  # a row of the plan
+    ) -> str:
         "The sample's own question, whatever the trial's words are."
         own = getattr(self.rows[trial.sample_id], 'question', '')
         return own if isinstance(own, str) and own else self.tasks[trial.finding].question
 
-    def text(self,
-        trial, # a row of the plan
-    )->str:    # '' where none is shown
+    def text(
+        self,
+        trial,  # a row of the plan
+    ) -> str:  # '' where none is shown
         "The report of a trial, altered where its arm alters it; `InputError` where that cannot be done any more."
-        if not trial.text_id: return ''
-        done = shift_text(ARMS[trial.arm].text, self.rows[trial.sample_id], self.question(trial), self.rows[trial.text_id].text, self.tasks[trial.finding].text_noun)
-        if done.why: raise InputError(f'{done.why}; the report or the rules have changed since the plan was made')
+        if not trial.text_id:
+            return ''
+        done = shift_text(
+            ARMS[trial.arm].text,
+            self.rows[trial.sample_id],
+            self.question(trial),
+            self.rows[trial.text_id].text,
+            self.tasks[trial.finding].text_noun,
+        )
+        if done.why:
+            raise InputError(
+                f'{done.why}; the report or the rules have changed since the plan was made'
+            )
         return done.text
 
-    def inputs(self,
-        trial, # a row of the plan
-    )->Inputs: # pixels, prompt, choices
+    def inputs(
+        self,
+        trial,  # a row of the plan
+    ) -> Inputs:  # pixels, prompt, choices
         "What the model is shown in this trial."
         arm, task = ARMS[trial.arm], self.task(trial)
         image = None
-        if trial.image_id: image = shift_image(arm.image, self.image(trial.image_id), json.loads(trial.region or '[]'), trial.trial_id)
-        return Inputs(image, render(task, arm.prompt, self.text(trial), trial.variant), variant_choices(task, trial.variant))
+        if trial.image_id:
+            image = shift_image(
+                arm.image,
+                self.image(trial.image_id),
+                json.loads(trial.region or '[]'),
+                trial.trial_id,
+            )
+        return Inputs(
+            image,
+            render(task, arm.prompt, self.text(trial), trial.variant),
+            variant_choices(task, trial.variant),
+        )
 
 # %% ../../nbs/32_sms.audit.ipynb #e17f8226
 def _answer_row(trial, answer, choices, seconds):
     "The predictions row of one answered trial."
     lp = np.asarray(answer.logprobs, dtype=float)
-    if lp.shape != (len(choices),) or np.isnan(lp).any(): raise RunError(f'the model gave log-probabilities {answer.logprobs} for the choices {list(choices)}')
+    if lp.shape != (len(choices),) or np.isnan(lp).any():
+        raise RunError(
+            f'the model gave log-probabilities {answer.logprobs} for the choices {list(choices)}'
+        )
     best = np.flatnonzero(lp == lp.max())
     said, status = (choices[best[0]], 'ok') if len(best) == 1 else ('', 'tie')
-    return dict(trial_id=trial.trial_id, answer=said, parse_status=status, logprobs=lp.tolist(), answer_mass=float(answer.answer_mass), raw_text=answer.raw_text, pixel_sha=answer.pixel_sha,
-                token_sha=answer.token_sha, delivered_sha=answer.delivered_sha, seconds=seconds, error='')
+    return dict(
+        trial_id=trial.trial_id,
+        answer=said,
+        parse_status=status,
+        logprobs=lp.tolist(),
+        answer_mass=float(answer.answer_mass),
+        raw_text=answer.raw_text,
+        pixel_sha=answer.pixel_sha,
+        token_sha=answer.token_sha,
+        delivered_sha=answer.delivered_sha,
+        seconds=seconds,
+        error='',
+    )
 
 # %% ../../nbs/32_sms.audit.ipynb #e5532af9
 def _error_row(trial, error):
     "The predictions row of a trial that failed; the error's first line goes with it."
     what = f'{type(error).__name__}: {error}'.split('\n')[0][:300]
-    return dict(trial_id=trial.trial_id, answer='', parse_status='error', logprobs=[], answer_mass=np.nan, raw_text='', pixel_sha='', token_sha='', delivered_sha='', seconds=np.nan, error=what)
+    return dict(
+        trial_id=trial.trial_id,
+        answer='',
+        parse_status='error',
+        logprobs=[],
+        answer_mass=np.nan,
+        raw_text='',
+        pixel_sha='',
+        token_sha='',
+        delivered_sha='',
+        seconds=np.nan,
+        error=what,
+    )
 
 # %% ../../nbs/32_sms.audit.ipynb #962cfcc2
 def score_trials(
-    trials,          # rows of a plan (named tuples)
-    source,          # a `Source`
-    model,           # a `smsbench.vlm.models.Model`
-    batch_size:int=16, # trials per call of the model
-)->list[dict]:       # predictions rows, in order
+    trials,  # rows of a plan (named tuples)
+    source,  # a `Source`
+    model,  # a `smsbench.vlm.models.Model`
+    batch_size: int = 16,  # trials per call of the model
+) -> list[dict]:  # predictions rows, in order
     "Ask the model; what fails is asked again in halves, so that only the trial at fault is an error row."
     shown, rows = [_show(t, source) for t in trials], {}
     good = [i for i, x in enumerate(shown) if isinstance(x, Inputs)]
-    if hasattr(model, 'score_each'): size = max(len(good), 1)
-    else: size, good = batch_size, sorted(good, key=lambda i: (shown[i].image is None, len(shown[i].prompt), i))
-    for start in range(0, len(good), size): rows.update(_ask_halving([(i, trials[i], shown[i]) for i in good[start:start + size]], model))
+    if hasattr(model, 'score_each'):
+        size = max(len(good), 1)
+    else:
+        size, good = (
+            batch_size,
+            sorted(good, key=lambda i: (shown[i].image is None, len(shown[i].prompt), i)),
+        )
+    for start in range(0, len(good), size):
+        rows.update(
+            _ask_halving([(i, trials[i], shown[i]) for i in good[start : start + size]], model)
+        )
     return [rows.get(i) or _error_row(t, shown[i]) for i, t in enumerate(trials)]
+
 
 def _show(trial, source):
     "The inputs of a trial, or the error that making them raised."
-    try: return source.inputs(trial)
-    except Exception as e: return e
+    try:
+        return source.inputs(trial)
+    except Exception as e:
+        return e
+
 
 def _ask(some, inputs, model):
     begin = time.perf_counter()
     answers = model.score_each(inputs) if hasattr(model, 'score_each') else model.score(inputs)
     each = (time.perf_counter() - begin) / len(some)
-    if len(answers) != len(some): raise RunError(f'the model gave {len(answers)} answers to {len(some)} inputs')
+    if len(answers) != len(some):
+        raise RunError(f'the model gave {len(answers)} answers to {len(some)} inputs')
     return [_row(t, a, x.choices, each) for t, a, x in zip(some, answers, inputs)]
 
+
 def _row(trial, answer, choices, seconds):
-    try: return _error_row(trial, answer) if isinstance(answer, Exception) else _answer_row(trial, answer, choices, seconds)
-    except RunError as e: return _error_row(trial, e)
+    try:
+        return (
+            _error_row(trial, answer)
+            if isinstance(answer, Exception)
+            else _answer_row(trial, answer, choices, seconds)
+        )
+    except RunError as e:
+        return _error_row(trial, e)
+
 
 def _ask_halving(some, model):
     "Place -> predictions row of (place, trial, inputs)."
     places, trials, inputs = zip(*some)
-    try: return dict(zip(places, _ask(trials, inputs, model)))
+    try:
+        return dict(zip(places, _ask(trials, inputs, model)))
     except Exception as e:
-        if isinstance(e, RunError) and hasattr(model, 'score_each'): raise   # something was delivered to a trial that is not its own: no answer of this model may count
-        if len(some) == 1: return {places[0]: _error_row(trials[0], e)}
+        if isinstance(e, RunError) and hasattr(model, 'score_each'):
+            raise  # something was delivered to a trial that is not its own: no answer of this model may count
+        if len(some) == 1:
+            return {places[0]: _error_row(trials[0], e)}
     half = len(some) // 2
     return _ask_halving(some[:half], model) | _ask_halving(some[half:], model)
 
 # %% ../../nbs/32_sms.audit.ipynb #642cb94a
 def part_path(
-    run:Run,    # the run directory
-    model:str,  # the model's name
-    number:int, # which part
-)->Path:        # its file
+    run: Run,  # the run directory
+    model: str,  # the model's name
+    number: int,  # which part
+) -> Path:  # its file
     "Where a part of a model's predictions lies; the name is readable and unique."
     slug = re.sub(r'[^A-Za-z0-9._]+', '-', model).strip('-.')[-60:]
-    return run/'predictions'/f'part-{slug}-{content_hash(model)[:6]}-{number:05d}.parquet'
+    return run / 'predictions' / f'part-{slug}-{content_hash(model)[:6]}-{number:05d}.parquet'
 
 # %% ../../nbs/32_sms.audit.ipynb #65a881ae
-PART_SIZE = 512 # trials per part
+PART_SIZE = 512  # trials per part
 
 # %% ../../nbs/32_sms.audit.ipynb #56c2495d
 def _score_part(path, trials, plan_hash, source, model, batch_size):
@@ -167,105 +271,180 @@ def _score_part(path, trials, plan_hash, source, model, batch_size):
     old = {}
     if path.exists():
         done = read_table(path, 'predictions')
-        if done.attrs['plan_hash'] != plan_hash: raise InputError(f'{path.parent.parent} holds predictions of another plan; choose another --out')
+        if done.attrs['plan_hash'] != plan_hash:
+            raise InputError(
+                f'{path.parent.parent} holds predictions of another plan; choose another --out'
+            )
         old = {r['trial_id']: r for r in done.to_dict('records') if r['parse_status'] != 'error'}
     todo = [t for t in trials if t.trial_id not in old]
-    if not todo: return done
-    new = {r['trial_id']: dict(model=model.name, **r) for r in score_trials(todo, source, model, batch_size)}
+    if not todo:
+        return done
+    new = {
+        r['trial_id']: dict(model=model.name, **r)
+        for r in score_trials(todo, source, model, batch_size)
+    }
     part = pd.DataFrame([{**old, **new}[t.trial_id] for t in trials])
     write_table(part, path, 'predictions', plan_hash=plan_hash, model=model.info)
-    return read_table(path)   # what a resumed run would read
+    return read_table(path)  # what a resumed run would read
 
 # %% ../../nbs/32_sms.audit.ipynb #1506b0f8
 def by_image(
-    plan:pd.DataFrame, # the plan
-    source,            # a `Source`
-)->list:               # its rows (named tuples): trials of one image together, those without an image last
+    plan: pd.DataFrame,  # the plan
+    source,  # a `Source`
+) -> list:  # its rows (named tuples): trials of one image together, those without an image last
     "The order in which trials are asked."
     image = lambda t: source.rows[t.image_id].image if t.image_id else ''
     return sorted(plan.itertuples(index=False), key=lambda t: (not t.image_id, image(t)))
 
 # %% ../../nbs/32_sms.audit.ipynb #705821b2
 def score_plan(
-    plan:pd.DataFrame,   # the plan, with its hash in the metadata
-    source,              # a `Source`
-    model,               # a `Model`
-    run:Run,             # run directory
-    batch_size:int=16,   # trials per call of the model
-    part_size:int=PART_SIZE, # trials per part; fixed, or a resumed run would batch differently
-    max_failures:float=.05, # share of failing trials above which the run fails
-)->pd.DataFrame:         # predictions, in the order of the plan
+    plan: pd.DataFrame,  # the plan, with its hash in the metadata
+    source,  # a `Source`
+    model,  # a `Model`
+    run: Run,  # run directory
+    batch_size: int = 16,  # trials per call of the model
+    part_size: int = PART_SIZE,  # trials per part; fixed, or a resumed run would batch differently
+    max_failures: float = 0.05,  # share of failing trials above which the run fails
+) -> pd.DataFrame:  # predictions, in the order of the plan
     "Ask a model every trial of a plan; started again, it goes on where it stopped. `RunError` above `max_failures`."
     check_rules(plan)
     trials, parts = by_image(plan, source), []
     for k in progress(range(-(-len(trials) // part_size)), f'scoring {model.name}', unit='part'):
-        parts.append(_score_part(part_path(run, model.name, k), trials[k*part_size:(k+1)*part_size], plan.attrs['plan_hash'], source, model, batch_size))
-    out = validate(pd.concat(parts).set_index('trial_id').loc[plan.trial_id].reset_index(), 'predictions')
+        parts.append(
+            _score_part(
+                part_path(run, model.name, k),
+                trials[k * part_size : (k + 1) * part_size],
+                plan.attrs['plan_hash'],
+                source,
+                model,
+                batch_size,
+            )
+        )
+    out = validate(
+        pd.concat(parts).set_index('trial_id').loc[plan.trial_id].reset_index(), 'predictions'
+    )
     out.attrs = dict(plan_hash=plan.attrs['plan_hash'], model=model.info)
     failed = out[out.parse_status == 'error']
     if len(failed) > max_failures * len(out):
-        raise RunError(f'{model.name}: {len(failed)} of {len(out)} trials failed (first: {failed.error.iloc[0]}); the others are kept, mend the cause and run again')
+        raise RunError(
+            f'{model.name}: {len(failed)} of {len(out)} trials failed (first: {failed.error.iloc[0]}); the others are kept, mend the cause and run again'
+        )
     return out
 
 # %% ../../nbs/32_sms.audit.ipynb #a789ddf1
 def read_predictions(
-    run:Run,      # run directory
-)->pd.DataFrame:  # all models' predictions
+    run: Run,  # run directory
+) -> pd.DataFrame:  # all models' predictions
     "The predictions of a run; metadata holds each model's `info`. `InputError` where there are none."
-    parts = [read_table(p) for p in sorted((run/'predictions').glob('part-*.parquet'))]
-    if not parts: raise InputError(f'{run.path}: no predictions here yet')
+    parts = [read_table(p) for p in sorted((run / 'predictions').glob('part-*.parquet'))]
+    if not parts:
+        raise InputError(f'{run.path}: no predictions here yet')
     out = validate(pd.concat(parts, ignore_index=True), 'predictions')
-    out.attrs = dict(plan_hash=parts[0].attrs.get('plan_hash', ''), models={p.model.iloc[0]: p.attrs.get('model', {}) for p in parts})
+    out.attrs = dict(
+        plan_hash=parts[0].attrs.get('plan_hash', ''),
+        models={p.model.iloc[0]: p.attrs.get('model', {}) for p in parts},
+    )
     return out
 
 # %% ../../nbs/32_sms.audit.ipynb #10f11109
 def delivery_faults(
-    arm,             # an `Arm`
-    shown:pd.DataFrame, # hashes of this arm's trials
-    base:pd.DataFrame,  # hashes of the arm it is compared with, same rows in the same order
-)->pd.Series:        # '' or what is wrong, one per trial
+    arm,  # an `Arm`
+    shown: pd.DataFrame,  # hashes of this arm's trials
+    base: pd.DataFrame,  # hashes of the arm it is compared with, same rows in the same order
+) -> pd.Series:  # '' or what is wrong, one per trial
     "What each trial's hashes say against the definition of its arm."
-    differ = {c: shown[c].to_numpy() != base[c].to_numpy() for c in ('pixel_sha', 'token_sha', 'delivered_sha')}
+    differ = {
+        c: shown[c].to_numpy() != base[c].to_numpy()
+        for c in ('pixel_sha', 'token_sha', 'delivered_sha')
+    }
     faults = np.full(len(shown), '', dtype=object)
-    if (arm.pixels != 'same') or arm.tokens == 'differ': faults[~differ['delivered_sha']] = 'the change did not reach the language model'
-    faults[differ['token_sha'] if arm.tokens == 'same' else ~differ['token_sha']] = f"tokens must {'be the same' if arm.tokens == 'same' else 'differ'}"
-    wrong = {'same': differ['pixel_sha'], 'differ': ~differ['pixel_sha'] | (shown.pixel_sha == '').to_numpy(), 'absent': (shown.pixel_sha != '').to_numpy()}[arm.pixels]
-    faults[wrong] = {'same': 'pixels must be the same', 'differ': 'pixels must differ', 'absent': 'there must be no pixels'}[arm.pixels]
+    if (arm.pixels != 'same') or arm.tokens == 'differ':
+        faults[~differ['delivered_sha']] = 'the change did not reach the language model'
+    faults[differ['token_sha'] if arm.tokens == 'same' else ~differ['token_sha']] = (
+        f"tokens must {'be the same' if arm.tokens == 'same' else 'differ'}"
+    )
+    wrong = {
+        'same': differ['pixel_sha'],
+        'differ': ~differ['pixel_sha'] | (shown.pixel_sha == '').to_numpy(),
+        'absent': (shown.pixel_sha != '').to_numpy(),
+    }[arm.pixels]
+    faults[wrong] = {
+        'same': 'pixels must be the same',
+        'differ': 'pixels must differ',
+        'absent': 'there must be no pixels',
+    }[arm.pixels]
     return pd.Series(faults, index=shown.index)
 
 # %% ../../nbs/32_sms.audit.ipynb #bb4dceee
 def prove_delivery(
-    plan:pd.DataFrame,        # the plan
-    predictions:pd.DataFrame, # one or more models' answers
-)->dict:                      # model -> arm -> trials, checked, violations, verdict (ok, void, unproven), why
+    plan: pd.DataFrame,  # the plan
+    predictions: pd.DataFrame,  # one or more models' answers
+) -> dict:  # model -> arm -> trials, checked, violations, verdict (ok, void, unproven), why
     "Check each arm of each model against its definition."
     at, out = ['sample_id', 'variant'], {}
     for model, p in predictions[predictions.parse_status != 'error'].groupby('model', sort=False):
         rows = plan.merge(p, on='trial_id')
-        by_arm = {a: g.set_index(at)[['pixel_sha', 'token_sha', 'delivered_sha']] for a, g in rows.groupby('arm')}
-        out[model] = {a: _arm_delivery(ARMS[a], by_arm, int((plan.arm == a).sum()), ARMS[a].versus in set(plan.arm)) for a in ARMS if (plan.arm == a).any()}
+        by_arm = {
+            a: g.set_index(at)[['pixel_sha', 'token_sha', 'delivered_sha']]
+            for a, g in rows.groupby('arm')
+        }
+        out[model] = {
+            a: _arm_delivery(
+                ARMS[a], by_arm, int((plan.arm == a).sum()), ARMS[a].versus in set(plan.arm)
+            )
+            for a in ARMS
+            if (plan.arm == a).any()
+        }
     return out
+
 
 def _arm_delivery(arm, by_arm, trials, compared):
     shown = by_arm.get(arm.name, pd.DataFrame(columns=['pixel_sha', 'token_sha', 'delivered_sha']))
-    if not shown.empty and not (shown != '').any(axis=None): return dict(trials=trials, checked=0, violations=0, verdict='unproven', why='the answers came without hashes of what was delivered')
-    if not compared:     # nothing in the plan to compare it with: a baseline
+    if not shown.empty and not (shown != '').any(axis=None):
+        return dict(
+            trials=trials,
+            checked=0,
+            violations=0,
+            verdict='unproven',
+            why='the answers came without hashes of what was delivered',
+        )
+    if not compared:  # nothing in the plan to compare it with: a baseline
         none = arm.image == 'none'
-        faults = ((shown.pixel_sha == '') != none).map({True: f"there must be {'no ' * none}pixels", False: ''})
+        faults = ((shown.pixel_sha == '') != none).map(
+            {True: f"there must be {'no ' * none}pixels", False: ''}
+        )
     else:
         base = by_arm.get(arm.versus, shown.iloc[:0])
-        both = shown[shown.index.isin(base.index)]                  # each draw of donors stands against the same baseline
+        both = shown[
+            shown.index.isin(base.index)
+        ]  # each draw of donors stands against the same baseline
         faults = delivery_faults(arm, both, base.loc[both.index])
-    faults = faults.mask((faults == '').to_numpy() & _not_reworded(shown, shown.index.isin(faults.index)), 'the other wording did not reach the model')
+    faults = faults.mask(
+        (faults == '').to_numpy() & _not_reworded(shown, shown.index.isin(faults.index)),
+        'the other wording did not reach the model',
+    )
     bad = faults[faults != '']
-    if faults.empty: return dict(trials=trials, checked=0, violations=0, verdict='void', why='no trial could be checked')
+    if faults.empty:
+        return dict(
+            trials=trials, checked=0, violations=0, verdict='void', why='no trial could be checked'
+        )
     why = '' if bad.empty else f'{len(bad)} of {len(faults)} trials: {bad.mode().iloc[0]}'
-    return dict(trials=trials, checked=len(faults), violations=len(bad), verdict='ok' if bad.empty else 'void', why=why)
+    return dict(
+        trials=trials,
+        checked=len(faults),
+        violations=len(bad),
+        verdict='ok' if bad.empty else 'void',
+        why=why,
+    )
+
 
 def _not_reworded(shown, on):
     "Of the trials `on`, which (sample, variant) brought the model the very tokens of variant 0, though they ask in other words."
     variant = shown.index.get_level_values('variant')
     own = shown.token_sha[variant == 'plain'].droplevel('variant')
     own = own[~own.index.duplicated()]
-    same = own.reindex(shown.index.get_level_values('sample_id')).to_numpy() == shown.token_sha.to_numpy()
+    same = (
+        own.reindex(shown.index.get_level_values('sample_id')).to_numpy()
+        == shown.token_sha.to_numpy()
+    )
     return ((variant != 'plain') & (shown.token_sha != '').to_numpy() & same)[on]

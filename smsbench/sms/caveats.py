@@ -13,146 +13,256 @@ import dataclasses, re, shlex
 from .score import AuditSettings
 
 # %% ../../nbs/34c_sms.caveats.ipynb #5378df56
-KINDS = ('does_not_answer', 'void', 'unproven', 'files', 'training', 'labels', 'missing') # in the order of a list of caveats
+KINDS = (
+    'does_not_answer',
+    'void',
+    'unproven',
+    'files',
+    'training',
+    'labels',
+    'missing',
+)  # in the order of a list of caveats
+
 
 def _caveat(kind, text, command=''):
     "One caveat."
     return dict(kind=kind, text=' '.join(text.split()), command=command)
 
+
 def _points(x):
     "A share as points: -0.0 is 0.0."
     return f'{round(100 * x, 1) + 0:.1f}'
+
 
 def _interval(low, high):
     "The 95 % interval of a number of points."
     return f'95 % CI {_points(low)} to {_points(high)}'
 
 # %% ../../nbs/34c_sms.caveats.ipynb #5194e102
-def _sentence(text): return text[:1].upper() + text[1:] + '.' * (text[-1] not in '.!?')
+def _sentence(text):
+    return text[:1].upper() + text[1:] + '.' * (text[-1] not in '.!?')
+
 
 def answer_caveats(
-    verdict:dict, # a model's verdicts
-)->list:          # one caveat, or none
+    verdict: dict,  # a model's verdicts
+) -> list:  # one caveat, or none
     "That a model does not answer, why that is thought, and what to check."
     answers = verdict.get('answers') or {}
-    if answers.get('state', 'answers') == 'answers': return []
-    told = ' '.join(_sentence(s) for s in (*answers.get('reasons', []), answers.get('check', '')) if s)
-    return [_caveat('does_not_answer', f'This model does not answer, so there is no verdict. {told}')]
+    if answers.get('state', 'answers') == 'answers':
+        return []
+    told = ' '.join(
+        _sentence(s) for s in (*answers.get('reasons', []), answers.get('check', '')) if s
+    )
+    return [
+        _caveat('does_not_answer', f'This model does not answer, so there is no verdict. {told}')
+    ]
 
 # %% ../../nbs/34c_sms.caveats.ipynb #8ce387aa
 def delivery_caveats(
-    verdict:dict,  # a model's verdicts
-    delivery:dict, # its arms, as `prove_delivery` found them
-)->list:           # caveats, two at most
+    verdict: dict,  # a model's verdicts
+    delivery: dict,  # its arms, as `prove_delivery` found them
+) -> list:  # caveats, two at most
     "Arms that did not arrive, and arms of which nobody knows."
     reasons, out = {}, []
     for arm in verdict.get('void_arms', []):
         why = delivery.get(arm, {}).get('why') or 'not delivered'
-        reasons.setdefault(why.split(' trials: ', 1)[-1], []).append(arm)    # without the counts
+        reasons.setdefault(why.split(' trials: ', 1)[-1], []).append(arm)  # without the counts
     if reasons:
         arms = '; '.join(f"{', '.join(arms)} ({why})" for why, arms in reasons.items())
-        out.append(_caveat('void', f'Void: {arms}. What did not reach the model says nothing about it, so no verdict '
-                                   'is given and the numbers of these arms are no findings.'))
+        out.append(
+            _caveat(
+                'void',
+                f'Void: {arms}. What did not reach the model says nothing about it, so no verdict '
+                'is given and the numbers of these arms are no findings.',
+            )
+        )
     if unproven := verdict.get('unproven_arms', []):
         named = ', '.join(unproven[:4]) + ', …' * (len(unproven) > 4)
         arms = f'1 arm ({named})' if len(unproven) == 1 else f'{len(unproven)} arms ({named})'
-        out.append(_caveat('unproven', f'Delivery is unproven for {arms}: the answers came without '
-                                       'hashes of what was delivered. The verdict holds only if every change reached the model.'))
+        out.append(
+            _caveat(
+                'unproven',
+                f'Delivery is unproven for {arms}: the answers came without '
+                'hashes of what was delivered. The verdict holds only if every change reached the model.',
+            )
+        )
     return out
 
 # %% ../../nbs/34c_sms.caveats.ipynb #004ee621
 def can_match(
-    files,      # `FileAudit`
-    column:str, # an attribute
-)->bool:
+    files,  # `FileAudit`
+    column: str,  # an attribute
+) -> bool:
     "Is there a level of the attribute that holds samples of two classes, so that donors can be matched on it?"
     counts = files.tables.get('strata')
-    if counts is None or not len(counts): return False
+    if counts is None or not len(counts):
+        return False
     mine = counts[(counts.stratum == column) & (counts.level != '(rare)')]
     return bool(len(mine) and (mine.groupby(['finding', 'level']).label.nunique() > 1).any())
 
 # %% ../../nbs/34c_sms.caveats.ipynb #34487904
-_LISTS = ('arms', 'variants', 'probes') # settings that are lists, as options of the same name
-_VALUES = ('seed', 'margin', 'margin_reason', 'family', 'primary', 'donors', 'paraphrases') # options of plan and audit
-_AUDIT = ('n_boot', 'system', 'extra') # options of audit alone
-_LOADING = dict(device='auto', dtype='auto', revision=None, quantization=None, attn_implementation=None) # how models are loaded, and the default
+_LISTS = ('arms', 'variants', 'probes')  # settings that are lists, as options of the same name
+_VALUES = (
+    'seed',
+    'margin',
+    'margin_reason',
+    'family',
+    'primary',
+    'donors',
+    'paraphrases',
+)  # options of plan and audit
+_AUDIT = ('n_boot', 'system', 'extra')  # options of audit alone
+_LOADING = dict(
+    device='auto', dtype='auto', revision=None, quantization=None, attn_implementation=None
+)  # how models are loaded, and the default
 
-def _flag(name, value): return [f"--{name.replace('_', '-')}", str(value)]
+
+def _flag(name, value):
+    return [f"--{name.replace('_', '-')}", str(value)]
+
 
 def _options(asked, names, lists):
     "Options of those settings that are not the default."
     usual = {f.name: f.default for f in dataclasses.fields(AuditSettings)}
     config = {**usual, **asked.get('config', {})}
-    if config.get('plan_hash'): config |= {k: v for k, v in asked.get('plan', {}).items() if k in ('arms', 'variants', 'seed')}
+    if config.get('plan_hash'):
+        config |= {
+            k: v for k, v in asked.get('plan', {}).items() if k in ('arms', 'variants', 'seed')
+        }
     out = []
     for k in lists:
-        if list(config[k]) != list(usual[k]): out += _flag(k, ','.join(config[k]))
+        if list(config[k]) != list(usual[k]):
+            out += _flag(k, ','.join(config[k]))
     for k in names:
-        if config[k] != usual[k]: out += _flag(k, config[k])
+        if config[k] != usual[k]:
+            out += _flag(k, config[k])
     return out + (_flag('paraphrases', 'WORDINGS.csv') if config.get('wordings') else [])
 
 # %% ../../nbs/34c_sms.caveats.ipynb #eff303ed
 def matched_command(
-    asked:dict,     # config.json of the run: config, loose; and plan: the attributes of its plan
-    columns,        # in which donor and sample shall agree as well
-    imported:bool=False, # were the answers made elsewhere? Then only the plan can be made here
-)->str:             # shell line; RUN is the run's directory, DATA the folder of the data
+    asked: dict,  # config.json of the run: config, loose; and plan: the attributes of its plan
+    columns,  # in which donor and sample shall agree as well
+    imported: bool = False,  # were the answers made elsewhere? Then only the plan can be made here
+) -> str:  # shell line; RUN is the run's directory, DATA the folder of the data
     "The same audit with donors matched on these columns."
     config, loose = asked.get('config', {}), asked.get('loose', {})
     before = asked.get('plan', {}).get('match') or config.get('match') or ()
     match = _flag('match', ','.join(dict.fromkeys([*before, *columns])))
     options = _options(asked, _VALUES, _LISTS)
     if imported:
-        return shlex.join(['smsbench', 'plan', 'RUN/cohort.parquet', '--root', 'DATA', *match, *options, '--out', 'RUN-matched/plan.parquet'])
+        return shlex.join(
+            [
+                'smsbench',
+                'plan',
+                'RUN/cohort.parquet',
+                '--root',
+                'DATA',
+                *match,
+                *options,
+                '--out',
+                'RUN-matched/plan.parquet',
+            ]
+        )
     models = [f for m in config.get('models', []) for f in _flag('model', m)]
-    loading = [f for k, usual in _LOADING.items() if loose.get(k, usual) != usual for f in _flag(k, loose[k])]
+    loading = [
+        f
+        for k, usual in _LOADING.items()
+        if loose.get(k, usual) != usual
+        for f in _flag(k, loose[k])
+    ]
     remote = ['--trust-remote-code'] * bool(loose.get('trust_remote_code'))
-    return shlex.join(['smsbench', 'audit', '--cohort', 'RUN/cohort.parquet', '--root', 'DATA', *models, *match, *options,
-                       *_options(asked, _AUDIT, ()), *loading, *remote, '--out', 'RUN-matched'])
+    return shlex.join(
+        [
+            'smsbench',
+            'audit',
+            '--cohort',
+            'RUN/cohort.parquet',
+            '--root',
+            'DATA',
+            *models,
+            *match,
+            *options,
+            *_options(asked, _AUDIT, ()),
+            *loading,
+            *remote,
+            '--out',
+            'RUN-matched',
+        ]
+    )
 
 # %% ../../nbs/34c_sms.caveats.ipynb #5a55c7b4
 def fill_command(
-    command:str,     # with RUN, DATA and names of models
-    run='RUN',       # run directory
-    root='DATA',     # folder of the data; '' leaves the option out
-    specs:dict=None, # name of a model -> what was given as --model
-)->str:
+    command: str,  # with RUN, DATA and names of models
+    run='RUN',  # run directory
+    root='DATA',  # folder of the data; '' leaves the option out
+    specs: dict = None,  # name of a model -> what was given as --model
+) -> str:
     "A command that can be pasted."
     words, out = shlex.split(command), []
     for before, word in zip(['', *words], words):
-        if before == '--model': word = (specs or {}).get(word, word)
-        elif word == 'DATA': word = str(root)
-        elif word == 'RUN' or word.startswith(('RUN/', 'RUN-')): word = f'{run}{word[3:]}'
+        if before == '--model':
+            word = (specs or {}).get(word, word)
+        elif word == 'DATA':
+            word = str(root)
+        elif word == 'RUN' or word.startswith(('RUN/', 'RUN-')):
+            word = f'{run}{word[3:]}'
         out.append(word)
     at = out.index('--root') if '--root' in out and not str(root) else None
-    return shlex.join(out if at is None else out[:at] + out[at + 2:])
+    return shlex.join(out if at is None else out[:at] + out[at + 2 :])
 
 # %% ../../nbs/34c_sms.caveats.ipynb #c20c487f
-_ATTRIBUTES = ('shortcut', 'missing by class') # checks whose subject is an attribute of the samples
-MEASURED = {'burnt-in marker': 'marker'} # what the file audit measures -> cohort column that may hold it
+_ATTRIBUTES = (
+    'shortcut',
+    'missing by class',
+)  # checks whose subject is an attribute of the samples
+MEASURED = {
+    'burnt-in marker': 'marker'
+}  # what the file audit measures -> cohort column that may hold it
+
 
 def file_caveats(
-    files,          # `FileAudit`; None where the files were not audited
-    asked:dict,     # as `matched_command` takes it
-    imported:bool=False, # were the answers made elsewhere?
-    columns=(),     # columns of the cohort
-)->list:            # caveats; the one with a command first
+    files,  # `FileAudit`; None where the files were not audited
+    asked: dict,  # as `matched_command` takes it
+    imported: bool = False,  # were the answers made elsewhere?
+    columns=(),  # columns of the cohort
+) -> list:  # caveats; the one with a command first
     "The serious findings of the file audit, and the matched run that tells whether they made the verdict."
     if files is None:
-        return [_caveat('files', 'The files were not audited: whether something beside the finding tells the label is not known.')]
+        return [
+            _caveat(
+                'files',
+                'The files were not audited: whether something beside the finding tells the label is not known.',
+            )
+        ]
     before = {*(asked.get('plan', {}).get('match') or asked.get('config', {}).get('match') or ())}
     matched, rest = {}, []
     for r in files.findings[files.findings.severity == 'serious'].itertuples():
-        attribute = r.check in _ATTRIBUTES and len(files.tables.get('strata', ())) and (files.tables['strata'].stratum == r.subject).any()
-        if attribute and r.subject in before: rest.append(f'{r.sentence} Donors were matched on it, so it cannot decide the verdict.')
-        elif attribute and can_match(files, r.subject): matched.setdefault(r.subject, []).append(r.sentence)
-        elif r.check in _ATTRIBUTES and MEASURED.get(r.subject) in {*columns} - before: matched.setdefault(MEASURED[r.subject], []).append(r.sentence)
-        elif r.check in _ATTRIBUTES and r.subject in MEASURED and MEASURED[r.subject] not in columns:
-            rest.append(f'{r.sentence} To see whether that made the verdict, give the cohort a column {MEASURED[r.subject]} and match donors on it (--match {MEASURED[r.subject]}).')
-        elif attribute: rest.append(f'{r.sentence} Donors cannot be matched on it: none of its values occurs in two classes.')
-        else: rest.append(r.sentence)
+        attribute = (
+            r.check in _ATTRIBUTES
+            and len(files.tables.get('strata', ()))
+            and (files.tables['strata'].stratum == r.subject).any()
+        )
+        if attribute and r.subject in before:
+            rest.append(f'{r.sentence} Donors were matched on it, so it cannot decide the verdict.')
+        elif attribute and can_match(files, r.subject):
+            matched.setdefault(r.subject, []).append(r.sentence)
+        elif r.check in _ATTRIBUTES and MEASURED.get(r.subject) in {*columns} - before:
+            matched.setdefault(MEASURED[r.subject], []).append(r.sentence)
+        elif (
+            r.check in _ATTRIBUTES and r.subject in MEASURED and MEASURED[r.subject] not in columns
+        ):
+            rest.append(
+                f'{r.sentence} To see whether that made the verdict, give the cohort a column {MEASURED[r.subject]} and match donors on it (--match {MEASURED[r.subject]}).'
+            )
+        elif attribute:
+            rest.append(
+                f'{r.sentence} Donors cannot be matched on it: none of its values occurs in two classes.'
+            )
+        else:
+            rest.append(r.sentence)
     out = [_caveat('files', f'Serious in the files: {text}') for text in rest]
-    if not matched: return out
+    if not matched:
+        return out
     text = ' '.join(s for many in matched.values() for s in many)
     told = f"Serious in the files: {text} To see whether that made the verdict, run the same audit with donors matched on {', '.join(matched)}"
     told += ': make this plan, and have it answered.' if imported else '.'
@@ -160,88 +270,119 @@ def file_caveats(
 
 # %% ../../nbs/34c_sms.caveats.ipynb #cc50b806
 def training_note(
-    info:dict,   # what the predictions' metadata say about the model
-    cohort:dict, # name and title of the manifest
-)->str:          # '' where the model was trained for this data, or nobody says
+    info: dict,  # what the predictions' metadata say about the model
+    cohort: dict,  # name and title of the manifest
+) -> str:  # '' where the model was trained for this data, or nobody says
     "A sentence where a model's own card says that it was trained on something else."
     trained, name = str(info.get('trained_on') or ''), str(cohort.get('manifest') or '')
-    if not trained or (name and re.search(rf'(?<!\w){re.escape(name)}(?!\w)', trained, re.I)): return ''
-    return (f"Not trained for this data: its card says it was trained on {trained.strip().rstrip('.')}, and the data here are "
-            f"{cohort.get('title') or name}. Its answers show its habits, not its skill.")
+    if not trained or (name and re.search(rf'(?<!\w){re.escape(name)}(?!\w)', trained, re.I)):
+        return ''
+    return (
+        f"Not trained for this data: its card says it was trained on {trained.strip().rstrip('.')}, and the data here are "
+        f"{cohort.get('title') or name}. Its answers show its habits, not its skill."
+    )
 
 # %% ../../nbs/34c_sms.caveats.ipynb #cdc9bcf7
 def label_note(
-    verdict:dict, # a model's verdicts; `label_error` of the image tells what wrong labels would do
-    cohort:dict,  # label_source, as a card states it
-)->str:           # '' where the labels do not come from the report
+    verdict: dict,  # a model's verdicts; `label_error` of the image tells what wrong labels would do
+    cohort: dict,  # label_source, as a card states it
+) -> str:  # '' where the labels do not come from the report
     "A sentence where labels come from the report, or nobody says from where."
     source = cohort.get('label_source') or ''
     image, text = (verdict.get(f'relies_on_{m}') or {} for m in ('image', 'text'))
     if not source:
-        return ('The card does not state where the labels come from (label_source). Were they read off the report, '
-                'the audit would lean towards “repeats the report”.')
-    if source != 'report': return ''
+        return (
+            'The card does not state where the labels come from (label_source). Were they read off the report, '
+            'the audit would lean towards “repeats the report”.'
+        )
+    if source != 'report':
+        return ''
     if text.get('state') == 'not asked':
-        return ('The labels were read off reports that are not shown here. Where they are wrong about the image, '
-                'the image seems to count for less than it does.')
-    first = ('The labels were read off the report under test, so the text always agrees with them, and the image does not '
-             'where the report is wrong: image excess shrinks by (1 − 2ε)² with a share ε of wrong labels, text excess does not.')
-    told = '; '.join(f"ε = {100 * r['error']:g} %: {r.get('verdict') or 'no verdict'} ({_points(r['value'])} points, "
-                     f"{_interval(r['ci_low'], r['ci_high'])})" for r in image.get('label_error') or [])
+        return (
+            'The labels were read off reports that are not shown here. Where they are wrong about the image, '
+            'the image seems to count for less than it does.'
+        )
+    first = (
+        'The labels were read off the report under test, so the text always agrees with them, and the image does not '
+        'where the report is wrong: image excess shrinks by (1 − 2ε)² with a share ε of wrong labels, text excess does not.'
+    )
+    told = '; '.join(
+        f"ε = {100 * r['error']:g} %: {r.get('verdict') or 'no verdict'} ({_points(r['value'])} points, "
+        f"{_interval(r['ci_low'], r['ci_high'])})"
+        for r in image.get('label_error') or []
+    )
     beside = f" The verdict on the text stays: {text['verdict']}." if text.get('verdict') else ''
     return f'{first} Verdict on the image if {told}.{beside}' if told else first + beside
 
 # %% ../../nbs/34c_sms.caveats.ipynb #ac62e8d4
 def missing_note(
-    verdict:dict, # a model's verdicts
-    cohort:dict,  # access
-)->str:           # '' where nothing is missing
+    verdict: dict,  # a model's verdicts
+    cohort: dict,  # access
+) -> str:  # '' where nothing is missing
     "How many answers are missing, and the excess if they had stayed."
     out = []
     for modality in ('image', 'text'):
         v = verdict.get(f'relies_on_{modality}') or {}
-        share, n = v.get('missing_share') or 0., v.get('n') or 0
-        if not share: continue
+        share, n = v.get('missing_share') or 0.0, v.get('n') or 0
+        if not share:
+            continue
         few = cohort.get('access') != 'open' and round(share * n) < 10
-        part = 'fewer than 10 samples' if few else f"{'under 1' if share < .01 else f'{100 * share:.0f}'} % of the samples"
-        text = (f'Under the {modality} swaps an answer is missing in {part} that were answered before (refused, tied or unreadable); '
-                'it counts as moved.')
+        part = (
+            'fewer than 10 samples'
+            if few
+            else f"{'under 1' if share < 0.01 else f'{100 * share:.0f}'} % of the samples"
+        )
+        text = (
+            f'Under the {modality} swaps an answer is missing in {part} that were answered before (refused, tied or unreadable); '
+            'it counts as moved.'
+        )
         if v.get('value_if_missing_stay') is not None:
-            text += (f" Counted as unmoved, the excess is {_points(v['value_if_missing_stay'])} points "
-                     f"({_interval(v['ci_low_if_missing_stay'], v['ci_high_if_missing_stay'])}), not {_points(v['value'])}.")
+            text += (
+                f" Counted as unmoved, the excess is {_points(v['value_if_missing_stay'])} points "
+                f"({_interval(v['ci_low_if_missing_stay'], v['ci_high_if_missing_stay'])}), not {_points(v['value'])}."
+            )
         out.append(text)
     return ' '.join(out)
 
 # %% ../../nbs/34c_sms.caveats.ipynb #67bfce01
 def gather_caveats(
-    model:str,     # its name
-    verdict:dict,  # its verdicts, still without caveats
-    delivery:dict, # its arms, as `prove_delivery` found them
-    files,         # `FileAudit`; None where the files were not audited
-    info:dict,     # what the predictions' metadata say about the model
-    cohort:dict,   # what the run says about its data: manifest, title, access, label_source
-    command:dict,  # config.json of the run (config, loose), plan: attributes of its plan, and columns: those of the cohort; makes the command of the matched run
-)->list:           # dicts of kind, text and command, in the order of `KINDS`
+    model: str,  # its name
+    verdict: dict,  # its verdicts, still without caveats
+    delivery: dict,  # its arms, as `prove_delivery` found them
+    files,  # `FileAudit`; None where the files were not audited
+    info: dict,  # what the predictions' metadata say about the model
+    cohort: dict,  # what the run says about its data: manifest, title, access, label_source
+    command: dict,  # config.json of the run (config, loose), plan: attributes of its plan, and columns: those of the cohort; makes the command of the matched run
+) -> list:  # dicts of kind, text and command, in the order of `KINDS`
     "Everything that limits the verdicts of one model."
     out = answer_caveats(verdict) + delivery_caveats(verdict, delivery)
     out += file_caveats(files, command, 'imported' in info, command.get('columns', ()))
-    notes = dict(training=training_note(info, cohort), labels=label_note(verdict, cohort), missing=missing_note(verdict, cohort))
+    notes = dict(
+        training=training_note(info, cohort),
+        labels=label_note(verdict, cohort),
+        missing=missing_note(verdict, cohort),
+    )
     return out + [_caveat(kind, text) for kind, text in notes.items() if text]
 
 # %% ../../nbs/34c_sms.caveats.ipynb #c9363368
-_BOUNDS = { # what a bound is a bound of
-    'excess_low': 'excess movement at least', 'excess_high': 'excess movement at most',
-    'moved_other_low': 'moves at least', 'moved_other_high': 'moves at most',
-    'moved_same_low': 'moves within the class at least', 'moved_same_high': 'moves within the class at most',
+_BOUNDS = {  # what a bound is a bound of
+    'excess_low': 'excess movement at least',
+    'excess_high': 'excess movement at most',
+    'moved_other_low': 'moves at least',
+    'moved_other_high': 'moves at most',
+    'moved_same_low': 'moves within the class at least',
+    'moved_same_high': 'moves within the class at most',
 }
 
+
 def deciding_line(
-    modality:str, # 'image' or 'text'
-    verdict:dict, # one verdict
-)->str:           # '' where nothing was decided
+    modality: str,  # 'image' or 'text'
+    verdict: dict,  # one verdict
+) -> str:  # '' where nothing was decided
     "The number that decides a verdict."
     bound = verdict.get('bound') or {}
-    if verdict.get('state', 'ok') != 'ok' or bound.get('value') is None: return ''
+    if verdict.get('state', 'ok') != 'ok' or bound.get('value') is None:
+        return ''
     more = verdict.get('patients_needed')
     needed = f'; about {more:,} patients would decide' if more else ''
     what = _BOUNDS.get(bound['name'], bound['name'].replace('_', ' '))
@@ -249,22 +390,24 @@ def deciding_line(
 
 # %% ../../nbs/34c_sms.caveats.ipynb #83b07a7a
 def first_sentence(
-    text:str, # some sentences
-)->str:
+    text: str,  # some sentences
+) -> str:
     "The first sentence of a text: up to a full stop before a capital letter."
     return re.split(r'(?<=[.!?])\s+(?=[A-Z“])', text, maxsplit=1)[0]
 
+
 def caveat_lines(
-    models:dict,     # model -> its verdicts with their caveats
-    run='RUN',       # run directory, for commands
-    root='DATA',     # folder of the data, for commands
-    specs:dict=None, # name of a model -> what was given as --model
-)->list:             # lines, those of a model in the order of its caveats
+    models: dict,  # model -> its verdicts with their caveats
+    run='RUN',  # run directory, for commands
+    root='DATA',  # folder of the data, for commands
+    specs: dict = None,  # name of a model -> what was given as --model
+) -> list:  # lines, those of a model in the order of its caveats
     "Caveats as a person reads them in a terminal."
     out = []
     for name, verdict in models.items():
         start = f'{name}: ' if len(models) > 1 else ''
         for c in verdict.get('caveats', []):
             out.append(start + first_sentence(c['text']))
-            if c['command']: out.append(f"    {fill_command(c['command'], run, root, specs)}")
+            if c['command']:
+                out.append(f"    {fill_command(c['command'], run, root, specs)}")
     return out

@@ -17,24 +17,31 @@ from .statements import HEDGE, NEGATION, THAN, clauses
 @dataclass(frozen=True)
 class Names:
     "What stands for which choice; made by `names_of`."
-    of:dict = field(default_factory=dict)    # name in lower case -> choice
-    sides:dict = field(default_factory=dict) # 'yes' and 'no' -> choice, where the choices are sides
-    finding:str = ''                         # the choice that is a finding, if one is its absence
-    words:tuple[str, ...] = ()               # names longer than a letter, longest first
-    letters:frozenset = frozenset()          # names of one letter, in capitals
+
+    of: dict = field(default_factory=dict)  # name in lower case -> choice
+    sides: dict = field(
+        default_factory=dict
+    )  # 'yes' and 'no' -> choice, where the choices are sides
+    finding: str = ''  # the choice that is a finding, if one is its absence
+    words: tuple[str, ...] = ()  # names longer than a letter, longest first
+    letters: frozenset = frozenset()  # names of one letter, in capitals
 
     @property
-    def by_letter(self): return all(len(c) == 1 for c in self.of.values()) # texts only of options
+    def by_letter(self):
+        return all(len(c) == 1 for c in self.of.values())  # texts only of options
 
 # %% ../../nbs/30ec_sms.choices.ipynb #aa847049
-_NOTHING = re.compile(r'(?:normal|healthy|negative|none|no findings?|control|absent'
-                      r'|(?:no|non|not|without)[ -].*)$')
+_NOTHING = re.compile(
+    r'(?:normal|healthy|negative|none|no findings?|control|absent'
+    r'|(?:no|non|not|without)[ -].*)$'
+)
+
 
 @lru_cache(maxsize=4096)
 def names_of(
-    choices:tuple,    # allowed answers
-    options:tuple=(), # pairs (letter, text)
-)->Names:
+    choices: tuple,  # allowed answers
+    options: tuple = (),  # pairs (letter, text)
+) -> Names:
     "Every name of every choice."
     of = {c.strip().lower(): c for c in choices}
     own = dict(of)
@@ -42,20 +49,25 @@ def names_of(
         pair = letter.strip().lower(), text.strip().lower().rstrip('.')
         choice = own.get(pair[0]) or own.get(pair[1])
         if choice:
-            for name in pair: of.setdefault(name, choice)
+            for name in pair:
+                of.setdefault(name, choice)
     letters = {n.upper() for n in of if len(n) == 1 and n.isascii() and n.isalpha()}
     sides, finding = _sides(own)
     if sides and not finding:
-        for word, side in SENSE.items(): of.setdefault(word, sides[side])
+        for word, side in SENSE.items():
+            of.setdefault(word, sides[side])
     long = sorted((n for n in of if len(n) > 1 or not n.isascii()), key=len, reverse=True)
     return Names(of, sides, finding, tuple(long), frozenset(letters))
+
 
 def _sides(own):
     "The choices that mean yes and no, and the finding that one of two choices is."
     sides = {SENSE[n]: c for n, c in own.items() if n in SENSE}
-    if len(sides) == 2: return sides, ''
+    if len(sides) == 2:
+        return sides, ''
     nothing = [n for n in own if _NOTHING.match(n)]
-    if len(own) != 2 or len(nothing) != 1: return {}, ''
+    if len(own) != 2 or len(nothing) != 1:
+        return {}, ''
     other = next(n for n in own if n not in nothing)
     return dict(yes=own[other], no=own[nothing[0]]), other
 
@@ -64,24 +76,30 @@ _LETTER = re.compile(r"\(?([A-Za-z])(?:\)|(?=\s*(?:$|[.,:)\n]|(?:and|or|&|/) [A-
 _BECAUSE = re.compile(r'([A-Z])\s+(?=because|since|as|which|\()')
 _ENDED = re.compile(r"\s*(?:$|[.,;:!?)\"'\n–—(]|-(?!\w))")
 _GOES_ON = re.compile(r'\s+(?:there|it|this|the|these|that|they|i|he|she|because|since|as)\b', re.I)
-_DESCRIBES = {'present', 'absent', 'positive', 'negative', 'y', 'n'} # and answer only on their own
+_DESCRIBES = {'present', 'absent', 'positive', 'negative', 'y', 'n'}  # and answer only on their own
+
 
 def _leading(s, names, marked):
     "The name with which `s` begins, and what follows it; ('', s) where it begins with none."
     letter = _LETTER.match(s)
     if not (letter and letter[1].upper() in names.letters):
         letter = _BECAUSE.match(s) if marked else None
-    if letter and letter[1].upper() in names.letters: return letter[1].lower(), s[letter.end():]
+    if letter and letter[1].upper() in names.letters:
+        return letter[1].lower(), s[letter.end() :]
     low = s.lower()
     for name in names.words:
-        if not low.startswith(name) or re.match(r'\w', s[len(name):]) and name.isascii(): continue
-        rest = s[len(name):]
-        if _answers(name, rest, marked): return name, rest
+        if not low.startswith(name) or re.match(r'\w', s[len(name) :]) and name.isascii():
+            continue
+        rest = s[len(name) :]
+        if _answers(name, rest, marked):
+            return name, rest
     return '', s
+
 
 def _answers(name, rest, marked):
     "Whether a name, followed by `rest`, answers."
-    if name in _DESCRIBES and name in SENSE: return bool(re.match(r'\s*[.!]?\s*(?:$|\n)', rest))
+    if name in _DESCRIBES and name in SENSE:
+        return bool(re.match(r'\s*[.!]?\s*(?:$|\n)', rest))
     if SENSE.get(name) == 'no':
         counts = re.match(r'\W{0,2}\s*\d', rest)
         return not counts and bool(_ENDED.match(rest) or _GOES_ON.match(rest))
@@ -91,18 +109,21 @@ def _answers(name, rest, marked):
 # %% ../../nbs/30ec_sms.choices.ipynb #13a7fdfe
 _AND, _BARE = re.compile(r'\s*(?:,?\s*(?:and|or|/|&)|,)\s*'), re.compile(r'\s*(?:$|[.,!)\n])')
 
+
 def opening(
-    text:str,          # what a model said
-    names:Names,       # from `names_of`
-    marked:bool=False, # whether it stands behind "the answer is": then less is needed
-)->str:
+    text: str,  # what a model said
+    names: Names,  # from `names_of`
+    marked: bool = False,  # whether it stands behind "the answer is": then less is needed
+) -> str:
     "The choice with which a text begins; '?' for several, '' for none."
     name, rest = _leading(text.lstrip(' "\'-:>'), names, marked)
-    if not name: return ''
+    if not name:
+        return ''
     other = re.match(r'\s+(yes|no)\b', rest, re.I)
-    if other and SENSE.get(name) not in (None, other[1].lower()): return '?'
+    if other and SENSE.get(name) not in (None, other[1].lower()):
+        return '?'
     more = _AND.match(rest)
-    second, end = _leading(rest[more.end():], names, False) if more else ('', '')
+    second, end = _leading(rest[more.end() :], names, False) if more else ('', '')
     both = second and names.of[second] != names.of[name] and _BARE.match(end)
     return '?' if both else names.of[name]
 
@@ -112,37 +133,49 @@ _MARK = re.compile(
     r'|result|classification|impression|assessment|decision)'
     r"\b['\"]?\s*(?:(?:is|are|(?:would|should|must|will) be|[:=-]|->|→)\s*)+"
     r'(?:(?:that|option|choice|(?:most )?likely|probably|definitely|clearly|thus|therefore|:)\s*)*'
-    r'|(?:정답|答案|答え)\s*:\s*|\b(?:choose|select|pick)\s+', re.I)
-_THUS = re.compile(r'(?:therefore|thus|so|hence|in conclusion|in summary|overall|finally|it is)'
-                   r',?\s*', re.I)
+    r'|(?:정답|答案|答え)\s*:\s*|\b(?:choose|select|pick)\s+',
+    re.I,
+)
+_THUS = re.compile(
+    r'(?:therefore|thus|so|hence|in conclusion|in summary|overall|finally|it is)'
+    r',?\s*',
+    re.I,
+)
 _SURELY = re.compile(
     r"(?:absolutely|definitely|certainly|clearly|probably|(?:most |very )?likely|of course|surely"
-    r"|i would say|i'd say|i think|i believe|it is|it's)(?: a)?,? (?=(?:yes|no|not)\b)", re.I)
+    r"|i would say|i'd say|i think|i believe|it is|it's)(?: a)?,? (?=(?:yes|no|not)\b)",
+    re.I,
+)
+
 
 def final(
-    text:str,    # what a model said
-    names:Names, # from `names_of`
-)->str:
+    text: str,  # what a model said
+    names: Names,  # from `names_of`
+) -> str:
     "The choice that a text ends on or calls its answer; '?' for several, '' for none."
-    marked = [c for m in _MARK.finditer(text) if (c := opening(text[m.end():], names, True))]
-    if marked: return marked[-1]
+    marked = [c for m in _MARK.finditer(text) if (c := opening(text[m.end() :], names, True))]
+    if marked:
+        return marked[-1]
     lines = text.strip().split('\n')
     whole = names.of.get(lines[-1].strip(' ."\'!()').lower(), '') if len(lines) > 1 else ''
     last = re.split(r'(?<=[.!?])\s+|\n', text.strip())[-1]
-    return whole or (opening(last[m.end():], names, True) if (m := _THUS.match(last)) else '')
+    return whole or (opening(last[m.end() :], names, True) if (m := _THUS.match(last)) else '')
+
 
 def explicit(
-    text:str,    # what a model said
-    names:Names, # from `names_of`
-)->tuple[str, str]: # (choice, layer); the choice is '?' where two are named, '' where none is
+    text: str,  # what a model said
+    names: Names,  # from `names_of`
+) -> tuple[str, str]:  # (choice, layer); the choice is '?' where two are named, '' where none is
     "The choice of an answer that names it outright."
     text = _SURELY.sub('', text.strip(), count=1)
     whole = text.strip(' ."\'!()\n').lower()
-    if whole in names.of: return names.of[whole], 'whole'
+    if whole in names.of:
+        return names.of[whole], 'whole'
     if names.sides and re.fullmatch('not(?: really| at all| exactly)?', whole):
         return names.sides['no'], 'first'
     first, last = '' if _MARK.match(text) else opening(text, names), final(text, names)
-    if first and last and first != last: return '?', 'final'
+    if first and last and first != last:
+        return '?', 'final'
     return (last, 'final') if last else (first, 'first' if first else '')
 
 # %% ../../nbs/30ec_sms.choices.ipynb #3a143e44
@@ -152,50 +185,60 @@ _AT = re.compile(r'\b(?:as|in|on|from|of)' + _VAGUELY)
 _ANEW = re.compile(r'\b(?:is|are|it|shows?)\b')
 _COMPARES = re.compile(
     r'\b(?:than|compared|comparison|most|more|(?:bigg|larg|small|great|dark|bright|high|low|thick'
-    r'|thinn|wid|long|short|dens|heavi)(?:er|est))\b')
+    r'|thinn|wid|long|short|dens|heavi)(?:er|est))\b'
+)
+
 
 def _named_in(clause, names):
     "Choices that a clause names and does not deny, and those of them that it asserts."
     named, asserted = [], []
     for name in names.words:
-        if name in SENSE and SENSE[name] in names.sides: continue
+        if name in SENSE and SENSE[name] in names.sides:
+            continue
         pattern = re.compile(rf'(?<![\w-]){re.escape(name)}(?:s|es)?(?!\w)')
         for m in pattern.finditer(clause):
-            before = clause[:m.start()]
+            before = clause[: m.start()]
             denials = list(NEGATION.finditer(before))
-            if denials and not _ANEW.search(before[denials[-1].end():]): continue
+            if denials and not _ANEW.search(before[denials[-1].end() :]):
+                continue
             named.append(names.of[name])
             lies = _IS.search(before) or not names.by_letter and _AT.search(before)
-            if lies: asserted.append(names.of[name])
+            if lies:
+                asserted.append(names.of[name])
         clause = pattern.sub(lambda m: '_' * len(m[0]), clause)
     return named, asserted
 
+
 def named(
-    text:str,    # what a model said
-    names:Names, # from `names_of`
-)->str:
+    text: str,  # what a model said
+    names: Names,  # from `names_of`
+) -> str:
     "The choice that a text asserts in a sentence; '?' for several, '' for none."
     found = []
     for clause in clauses(text):
         some, asserted = _named_in(THAN.sub('', clause), names)
-        if names.by_letter: some = asserted
+        if names.by_letter:
+            some = asserted
         if some and not HEDGE.search(THAN.sub('', clause)):
             found.append((some, some if _COMPARES.search(clause) and not asserted else asserted))
     every = {c for some, _ in found for c in some}
-    if len(every) < 2: return ''.join(every)
+    if len(every) < 2:
+        return ''.join(every)
     first = set(found[0][1])
     return first.pop() if len(first) == 1 else '?'
 
 # %% ../../nbs/30ec_sms.choices.ipynb #70748e08
 _BRACKET = re.compile(r'\(([A-J])\)|\b[Oo]ption ([A-J])\b')
 
+
 def lettered(
-    text:str,    # what a model said
-    names:Names, # from `names_of`
-)->str:
+    text: str,  # what a model said
+    names: Names,  # from `names_of`
+) -> str:
     "The choice whose letter stands in brackets or behind 'option'; '?' for several, '' for none."
     opens = re.split(r'(?<=[.!?])\s|\n', text.strip())[0]
     for part in (text, opens):
         letters = {a or b for a, b in _BRACKET.findall(part)} & names.letters
-        if len(letters) == 1: return names.of[letters.pop().lower()]
+        if len(letters) == 1:
+            return names.of[letters.pop().lower()]
     return '?' if _BRACKET.search(text) and names.letters else ''

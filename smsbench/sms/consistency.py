@@ -15,13 +15,20 @@ from ..stats import Interval, auroc_interval
 
 # %% ../../nbs/33b_sms.consistency.ipynb #9bdf00eb
 def beside_original(
-    rows:pd.DataFrame, # from `answer_table`
-)->pd.DataFrame:       # its rows that are rewordings, with stands (answer as to the original), base_stands, base_correct, pair (both were read), flip
+    rows: pd.DataFrame,  # from `answer_table`
+) -> pd.DataFrame:  # its rows that are rewordings, with stands (answer as to the original), base_stands, base_correct, pair (both were read), flip
     "Every answer to a rewording beside the answer to variant 0 of the same sample, arm and model."
-    if 'inverted' not in rows: return rows.iloc[:0].assign(stands='', base_stands='', base_correct=False, pair=False, flip=False)
+    if 'inverted' not in rows:
+        return rows.iloc[:0].assign(
+            stands='', base_stands='', base_correct=False, pair=False, flip=False
+        )
     rows = rows.assign(stands=[opposite(a) if i else a for a, i in zip(rows.said, rows.inverted)])
     at = ['model', 'arm', 'sample_id']
-    base = rows[rows.variant == 'plain'].set_index(at)[['stands', 'correct', 'parsed']].add_prefix('base_')
+    base = (
+        rows[rows.variant == 'plain']
+        .set_index(at)[['stands', 'correct', 'parsed']]
+        .add_prefix('base_')
+    )
     out = rows[~rows.strategy.isin(('', 'original'))].join(base, on=at)
     out['pair'] = out.parsed & out.base_parsed.eq(True)
     out['flip'] = out.pair & (out.stands != out.base_stands)
@@ -29,81 +36,114 @@ def beside_original(
 
 # %% ../../nbs/33b_sms.consistency.ipynb #023f0d92
 def rewording_terms(
-    beside:pd.DataFrame, # rows of `beside_original`, of one model and arm
-)->list[Term]:
+    beside: pd.DataFrame,  # rows of `beside_original`, of one model and arm
+) -> list[Term]:
     "What is measured per rewording."
     arm = beside.arm.iloc[0] if len(beside) else ''
-    pair, flip, ok, right, was = (beside[c].to_numpy(bool) for c in ('pair', 'flip', 'parsed', 'correct', 'base_correct'))
-    return [Term('wording_flips', arm, flip, pair), Term('wording_accuracy', arm, ok & right, ok),
-            Term('wording_accuracy_change', arm, pair * (right.astype(float) - was), pair, (-1, 1))]
+    pair, flip, ok, right, was = (
+        beside[c].to_numpy(bool) for c in ('pair', 'flip', 'parsed', 'correct', 'base_correct')
+    )
+    return [
+        Term('wording_flips', arm, flip, pair),
+        Term('wording_accuracy', arm, ok & right, ok),
+        Term('wording_accuracy_change', arm, pair * (right.astype(float) - was), pair, (-1, 1)),
+    ]
 
 # %% ../../nbs/33b_sms.consistency.ipynb #d3d9d52b
 def sample_terms(
-    rows:pd.DataFrame,  # from `answer_table`, with stands, of one model and arm: variant 0 and rewordings
-)->tuple[list[Term], np.ndarray]: # terms over samples, and the patient of each
+    rows: pd.DataFrame,  # from `answer_table`, with stands, of one model and arm: variant 0 and rewordings
+) -> tuple[list[Term], np.ndarray]:  # terms over samples, and the patient of each
     "What is measured per sample, over all its wordings that were read; samples with fewer than two do not count."
     read = rows[rows.parsed].groupby('sample_id')
     many = read.variant.nunique() > 1
     one, right, spread = read.stands.nunique() == 1, read.correct.all(), read.margin.std(ddof=0)
-    bits = answer_entropy(rows[rows.parsed].groupby(['sample_id', 'stands']).size().unstack(fill_value=0)).reindex(one.index)
+    bits = answer_entropy(
+        rows[rows.parsed].groupby(['sample_id', 'stands']).size().unstack(fill_value=0)
+    ).reindex(one.index)
     patients, arm = read.patient_id.first(), rows.arm.iloc[0] if len(rows) else ''
     known = many & spread.notna()
-    terms = [Term('wording_consistency', arm, many & one, many), Term('wording_right_in_all', arm, many & right, many), Term('wording_entropy', arm, many * bits, many, (0, np.log2(max(rows.stands.nunique(), 2)))),
-             Term('wording_margin_spread', arm, np.where(known, spread, 0.), known, (0, np.inf))]
-    return [Term(t.metric, t.arm, np.asarray(t.num), np.asarray(t.den), t.bounds) for t in terms], patients.to_numpy()
+    terms = [
+        Term('wording_consistency', arm, many & one, many),
+        Term('wording_right_in_all', arm, many & right, many),
+        Term(
+            'wording_entropy', arm, many * bits, many, (0, np.log2(max(rows.stands.nunique(), 2)))
+        ),
+        Term('wording_margin_spread', arm, np.where(known, spread, 0.0), known, (0, np.inf)),
+    ]
+    return [
+        Term(t.metric, t.arm, np.asarray(t.num), np.asarray(t.den), t.bounds) for t in terms
+    ], patients.to_numpy()
 
 # %% ../../nbs/33b_sms.consistency.ipynb #80a50fd8
 def answer_entropy(
-    counts:pd.DataFrame, # how often each answer (columns) was given, one row per sample
-)->pd.Series:            # bits, per sample
+    counts: pd.DataFrame,  # how often each answer (columns) was given, one row per sample
+) -> pd.Series:  # bits, per sample
     "Shannon entropy of the answers given."
     share = counts.div(counts.sum(axis=1), axis=0)
-    return -(share * np.log2(share.where(share > 0, 1))).sum(axis=1) + 0.
+    return -(share * np.log2(share.where(share > 0, 1))).sum(axis=1) + 0.0
 
 # %% ../../nbs/33b_sms.consistency.ipynb #a422c002
 def measure_wordings(
-    plan:pd.DataFrame,        # the plan
-    predictions:pd.DataFrame, # answers of one or more models
-    n_boot:int=2000,          # resamples of patients
-    level:float=.95,          # confidence level
-    seed:int=0,               # of the resampling
-    minimum:int=10,           # samples below which a number is suppressed
-)->pd.DataFrame:              # metrics table; empty where the plan has no rewordings
+    plan: pd.DataFrame,  # the plan
+    predictions: pd.DataFrame,  # answers of one or more models
+    n_boot: int = 2000,  # resamples of patients
+    level: float = 0.95,  # confidence level
+    seed: int = 0,  # of the resampling
+    minimum: int = 10,  # samples below which a number is suppressed
+) -> pd.DataFrame:  # metrics table; empty where the plan has no rewordings
     "Consistency per model, arm and strategy, each with its patient-clustered interval."
     how, out = dict(n_boot=n_boot, level=level, seed=seed, minimum=minimum), []
     rows = answer_table(plan, predictions)
-    if 'draw' in rows: rows = rows[rows['draw'] == 0]      # rewordings are asked with the first donor
+    if 'draw' in rows:
+        rows = rows[rows['draw'] == 0]  # rewordings are asked with the first donor
     beside = beside_original(rows)
     for (model, arm), mine in beside.groupby(['model', 'arm'], sort=True):
         whole = pd.concat([_variant_0(rows, model, arm), mine])
         for name, part, every in _parts(mine, whole):
             found = term_rows(rewording_terms(part), part.patient_id.to_numpy(), **how)
-            if every is not None: terms, who = sample_terms(every); found += term_rows(terms, who, **how)
+            if every is not None:
+                terms, who = sample_terms(every)
+                found += term_rows(terms, who, **how)
             out += [dict(model=model, subgroup=name, **r) for r in found]
     return metrics_table(out, plan.attrs, **how)
+
 
 def _variant_0(rows, model, arm):
     base = rows[(rows.model == model) & (rows.arm == arm) & (rows.variant == 'plain')]
     return base.assign(stands=base.said)
 
+
 def _parts(mine, whole):
     "(subgroup, rewordings, all wordings or None) of one model and arm."
     yield 'all', mine, whole
-    if mine.inverted.any() and not mine.inverted.all(): yield 'wordings=not negated', mine[~mine.inverted.astype(bool)], whole[~whole.inverted.astype(bool)]
-    for strategy, part in mine.groupby('strategy', sort=True): yield f'strategy={strategy}', part, None
+    if mine.inverted.any() and not mine.inverted.all():
+        yield (
+            'wordings=not negated',
+            mine[~mine.inverted.astype(bool)],
+            whole[~whole.inverted.astype(bool)],
+        )
+    for strategy, part in mine.groupby('strategy', sort=True):
+        yield f'strategy={strategy}', part, None
 
 # %% ../../nbs/33b_sms.consistency.ipynb #06d8d0c7
 def map_change_predicts_flip(
-    divergences,     # (n,) change of the map of each rewording, bits
-    flips,           # (n,) bool: did the answer change as well?
-    patients,        # (n,) clusters
-    n_boot:int=2000, # resamples of patients
-    level:float=.95, # confidence level
-    seed:int=0,      # of the resampling
-)->Interval:         # AUROC: 1 where every flip goes with a greater change than every answer that stayed
+    divergences,  # (n,) change of the map of each rewording, bits
+    flips,  # (n,) bool: did the answer change as well?
+    patients,  # (n,) clusters
+    n_boot: int = 2000,  # resamples of patients
+    level: float = 0.95,  # confidence level
+    seed: int = 0,  # of the resampling
+) -> Interval:  # AUROC: 1 where every flip goes with a greater change than every answer that stayed
     "Area under the ROC curve of map change for a flipped answer, with its patient-clustered interval; NaN where all answers or none flipped. `InputError` on NaN or unequal lengths."
     d, f, who = np.asarray(divergences, float), np.asarray(flips), np.asarray(patients)
-    if not len(d) == len(f) == len(who): raise InputError(f'{len(d)} divergences, {len(f)} flips and {len(who)} patients do not belong together')
-    if np.isnan(d).any() or not np.isin(f, (0, 1)).all(): raise InputError('divergences must be numbers and flips true or false: leave out rewordings without a map or an answer')
-    if not len(d): return Interval(np.nan, np.nan, np.nan, 0, 0, level, 'no rewording')
+    if not len(d) == len(f) == len(who):
+        raise InputError(
+            f'{len(d)} divergences, {len(f)} flips and {len(who)} patients do not belong together'
+        )
+    if np.isnan(d).any() or not np.isin(f, (0, 1)).all():
+        raise InputError(
+            'divergences must be numbers and flips true or false: leave out rewordings without a map or an answer'
+        )
+    if not len(d):
+        return Interval(np.nan, np.nan, np.nan, 0, 0, level, 'no rewording')
     return auroc_interval(d, f.astype(int), who, n_boot=n_boot, level=level, seed=seed)

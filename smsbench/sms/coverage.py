@@ -27,36 +27,40 @@ from ..stats import exact_bounds
 # %% ../../nbs/37a_sms.coverage.ipynb #15e8548a
 class Limits(Card):
     "The rates that are accepted, each a share in 0..1."
-    coverage: float = .93  # least coverage of a 95 % interval
-    patients: int = 30     # patients in the denominator from which coverage is judged
-    relies: float = .035   # most false 'relies' in a setting: .01 above the stated .025
-    ignores: float = .06   # most false 'ignores' in a setting: .01 above the stated .05
+
+    coverage: float = 0.93  # least coverage of a 95 % interval
+    patients: int = 30  # patients in the denominator from which coverage is judged
+    relies: float = 0.035  # most false 'relies' in a setting: .01 above the stated .025
+    ignores: float = 0.06  # most false 'ignores' in a setting: .01 above the stated .05
 
 # %% ../../nbs/37a_sms.coverage.ipynb #b10f1855
 class Entry(Card):
     "One setting of the grid, with its name and what is asked of it."
-    name: str                            # shown in table and figure
-    says: str = ''                       # in words
-    asks: tuple[Literal['intervals', 'verdicts'], ...] = ('verdicts',) # what is judged
-    shows: tuple[str, ...] = ()          # intervals that a table prints: METRIC or 'METRIC ARM'
-    audits: int = Field(400, ge=2)       # studies to simulate
-    small: bool = False                  # part of the small suite?
-    least_patients: int | None = None    # patients from which coverage is judged; None: the limit's
-    setting: Setting                     # the study
+
+    name: str  # shown in table and figure
+    says: str = ''  # in words
+    asks: tuple[Literal['intervals', 'verdicts'], ...] = ('verdicts',)  # what is judged
+    shows: tuple[str, ...] = ()  # intervals that a table prints: METRIC or 'METRIC ARM'
+    audits: int = Field(400, ge=2)  # studies to simulate
+    small: bool = False  # part of the small suite?
+    least_patients: int | None = None  # patients from which coverage is judged; None: the limit's
+    setting: Setting  # the study
 
     @property
-    def key(self)->str:
+    def key(self) -> str:
         "Name of what is simulated."
         return content_hash(self.setting.model_dump_json(), self.asks, self.audits)
 
 # %% ../../nbs/37a_sms.coverage.ipynb #75f3a773
 class Grid(Card):
     "A whole suite."
-    limits: Limits = Limits()      # accepted rates
-    entries: tuple[Entry, ...]     # what is simulated
+
+    limits: Limits = Limits()  # accepted rates
+    entries: tuple[Entry, ...]  # what is simulated
 
 # %% ../../nbs/37a_sms.coverage.ipynb #d6b3f364
 _OF_ENTRY = ('says', 'asks', 'shows', 'audits', 'small', 'least_patients')
+
 
 def _crossed(each):
     "Every combination of values; 'a, b' names settings whose values go together."
@@ -67,6 +71,7 @@ def _crossed(each):
     joined = lambda parts: {k: v for part in parts for k, v in part.items()}
     return [joined(parts) for parts in itertools.product(*lists)]
 
+
 def _with(given, changes):
     "Settings with some changed; 'model.noise' is a key within `model`."
     out = dict(given)
@@ -75,6 +80,7 @@ def _with(given, changes):
         out[head] = {**(out.get(head) or {}), tail: value} if tail else value
     return out
 
+
 def _short(name, value):
     "A changed setting as it stands in a name."
     text = '-'.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -82,31 +88,37 @@ def _short(name, value):
 
 # %% ../../nbs/37a_sms.coverage.ipynb #5e22937f
 def make_entries(
-    line:dict,     # one line of the grid, as the file holds it
-    defaults:dict, # what every line has unless it says otherwise
-)->list[Entry]:
+    line: dict,  # one line of the grid, as the file holds it
+    defaults: dict,  # what every line has unless it says otherwise
+) -> list[Entry]:
     "The entries that a line stands for; `InputError` naming the one that is wrong."
     line = {**defaults, **line}
     each, name = line.pop('each', None) or {}, line.pop('name', '')
-    if not name: raise InputError('a setting of the grid lacks its name')
+    if not name:
+        raise InputError('a setting of the grid lacks its name')
     own, out = {k: line.pop(k) for k in _OF_ENTRY if k in line}, []
     for changes in _crossed(each):
         shown = ', '.join(_short(k, v) for k, v in changes.items())
         full = f'{name}: {shown}' if shown else name
-        try: out.append(Entry(name=full, setting=make_setting(_with(line, changes)), **own))
+        try:
+            out.append(Entry(name=full, setting=make_setting(_with(line, changes)), **own))
         except ValidationError as e:
             fault = e.errors(include_url=False)[0]
             where = '.'.join(map(str, fault['loc']))
             raise InputError(f"{full}: {where}: {fault['msg']}") from None
-        except InputError as e: raise InputError(f'{full}: {e}') from None
+        except InputError as e:
+            raise InputError(f'{full}: {e}') from None
     return out
 
 # %% ../../nbs/37a_sms.coverage.ipynb #55a6e8bc
 def _read_yaml(path):
     "What a grid file holds; `InputError` in one line where it is no grid."
     import yaml
-    try: given = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except FileNotFoundError: raise InputError(f'{path}: no such file') from None
+
+    try:
+        given = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise InputError(f'{path}: no such file') from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise InputError(f'{path}: not valid YAML ({str(e).splitlines()[0]})') from None
     if not isinstance(given, dict) or not isinstance(given.get('settings'), list):
@@ -116,16 +128,16 @@ def _read_yaml(path):
     return given
 
 # %% ../../nbs/37a_sms.coverage.ipynb #a66ebe9b
-def grid_file()->Path:
+def grid_file() -> Path:
     "Where the grid that comes with the package lies."
-    return Path(str(files('smsbench.sms')/'coverage.yaml'))
+    return Path(str(files('smsbench.sms') / 'coverage.yaml'))
 
 # %% ../../nbs/37a_sms.coverage.ipynb #169fb20e
 def read_grid(
-    path=None,            # YAML file; None takes the grid that comes with the package
-    small:bool=False,     # only the small suite?
-    audits:int|None=None, # studies per setting, whatever the file says
-)->Grid:
+    path=None,  # YAML file; None takes the grid that comes with the package
+    small: bool = False,  # only the small suite?
+    audits: int | None = None,  # studies per setting, whatever the file says
+) -> Grid:
     "Read a grid; `InputError` in one line for what is wrong."
     path = Path(path) if path is not None else grid_file()
     given = _read_yaml(path)
@@ -135,22 +147,28 @@ def read_grid(
         limits = Limits(**(given.get('limits') or {}))
     except (ValidationError, TypeError, AttributeError) as e:
         raise InputError(f"{path}: {' '.join(str(e).split())[:200]}") from None
-    if small: entries = [e for e in entries if e.small]
+    if small:
+        entries = [e for e in entries if e.small]
     audits = audits or (given.get('small_audits', 40) if small else None)
     if len({e.name for e in entries}) < len(entries):
         raise InputError(f'{path}: two settings have the same name')
-    if not entries: raise InputError(f'{path}: no setting to simulate')
+    if not entries:
+        raise InputError(f'{path}: no setting to simulate')
     changed = [e.model_copy(update=dict(audits=audits)) for e in entries] if audits else entries
     return Grid(limits=limits, entries=changed)
 
 # %% ../../nbs/37a_sms.coverage.ipynb #33d78ab1
 FIELDS = ('kind', 'name', 'arm', 'value', 'low', 'high', 'patients', 'verdict')
-PARTS = dict( # true quantity -> where a verdict keeps its estimate and interval
+PARTS = dict(  # true quantity -> where a verdict keeps its estimate and interval
     excess=('value', 'ci_low', 'ci_high'),
     moved=('moved_other', 'moved_other_low', 'moved_other_high'),
-    moved_same=('moved_same', 'moved_same_low', 'moved_same_high'))
+    moved_same=('moved_same', 'moved_same_low', 'moved_same_high'),
+)
 
-def _word(v): return v['verdict'] or v.get('state') or 'none'
+
+def _word(v):
+    return v['verdict'] or v.get('state') or 'none'
+
 
 def _verdict_rows(found):
     "Rows of the verdicts of one model."
@@ -164,24 +182,27 @@ def _verdict_rows(found):
             v = one[f'relies_on_{modality}']
             yield 'finding', modality, finding, v.get('value'), None, None, n, _word(v)
 
+
 def _metric_rows(table):
     "Rows of the metrics of all samples together."
     for r in table[table.subgroup == 'all'].itertuples():
         yield 'metric', r.metric, r.arm, r.value, r.ci_low, r.ci_high, r.n_clusters, ''
 
 # %% ../../nbs/37a_sms.coverage.ipynb #0036e3ae
-ENGINE = (measure, give_verdicts) # the two functions under test
+ENGINE = (measure, give_verdicts)  # the two functions under test
+
 
 def audit_once(
-    setting:Setting,                # the study, nothing left to solve
-    seed:int,                       # which draw
-    asks=('intervals', 'verdicts'), # what is wanted
-    engine=ENGINE,                  # functions with the arguments of `measure` and `give_verdicts`
-)->list[tuple]:                     # rows, see `FIELDS`
+    setting: Setting,  # the study, nothing left to solve
+    seed: int,  # which draw
+    asks=('intervals', 'verdicts'),  # what is wanted
+    engine=ENGINE,  # functions with the arguments of `measure` and `give_verdicts`
+) -> list[tuple]:  # rows, see `FIELDS`
     "Simulate one study and audit it."
     plan, answers, delivery = simulate(setting, seed)
     measured, verdicts, rows = *engine, []
-    if 'intervals' in asks: rows += _metric_rows(measured(plan, answers))
+    if 'intervals' in asks:
+        rows += _metric_rows(measured(plan, answers))
     if {'image_swap', 'text_swap'} & set(plan.arm):
         found = verdicts(plan, answers, delivery, margin=setting.margin)
         rows += _verdict_rows(found['models']['simulated'])
@@ -189,11 +210,11 @@ def audit_once(
 
 # %% ../../nbs/37a_sms.coverage.ipynb #5c6d7d4c
 def run_chunk(
-    setting:Setting, # the study
-    seeds,           # draws
-    asks,            # see `audit_once`
-    engine=ENGINE,   # the two functions under test
-)->tuple[list[tuple], float]: # rows with the seed in front, seconds
+    setting: Setting,  # the study
+    seeds,  # draws
+    asks,  # see `audit_once`
+    engine=ENGINE,  # the two functions under test
+) -> tuple[list[tuple], float]:  # rows with the seed in front, seconds
     "Several audits of a setting."
     start = time.perf_counter()
     rows = [(s, *r) for s in seeds for r in audit_once(setting, s, asks, engine)]
@@ -201,86 +222,117 @@ def run_chunk(
 
 # %% ../../nbs/37a_sms.coverage.ipynb #2317fde1
 def judge(
-    count:int,    # studies counted
-    n:int,        # studies looked at
-    limit:float,  # the rate that is accepted, 0..1
-    least:bool,   # is the limit a least rate (coverage), or a most (errors)?
-    rates:int=1,  # rates of the whole suite
-)->str:           # 'holds', 'within error', 'broken', or '' without studies
+    count: int,  # studies counted
+    n: int,  # studies looked at
+    limit: float,  # the rate that is accepted, 0..1
+    least: bool,  # is the limit a least rate (coverage), or a most (errors)?
+    rates: int = 1,  # rates of the whole suite
+) -> str:  # 'holds', 'within error', 'broken', or '' without studies
     "Does a counted rate keep its limit?"
     from scipy.stats import binom
-    if not n: return ''
-    if (count / n >= limit) if least else (count / n <= limit): return 'holds'
+
+    if not n:
+        return ''
+    if (count / n >= limit) if least else (count / n <= limit):
+        return 'holds'
     p = binom.cdf(count, n, limit) if least else binom.sf(count - 1, n, limit)
-    return 'broken' if p < .01 / rates else 'within error'
+    return 'broken' if p < 0.01 / rates else 'within error'
 
 # %% ../../nbs/37a_sms.coverage.ipynb #cf8a64c8
 def counted(
-    count:int, # studies counted
-    n:int,     # studies looked at
-)->dict:       # rate, error (standard error), low and high (exact 95 %), n, count
+    count: int,  # studies counted
+    n: int,  # studies looked at
+) -> dict:  # rate, error (standard error), low and high (exact 95 %), n, count
     "A rate with its Monte Carlo error."
-    if not n: return dict(rate=float('nan'), error=float('nan'), low=0., high=1., n=0, count=0)
+    if not n:
+        return dict(rate=float('nan'), error=float('nan'), low=0.0, high=1.0, n=0, count=0)
     p, (low, high) = count / n, exact_bounds(count / n, n)
     error = float(np.sqrt(p * (1 - p) / n))
     return dict(rate=p, error=error, low=low, high=high, n=int(n), count=int(count))
 
 # %% ../../nbs/37a_sms.coverage.ipynb #6a53eafb
 def coverage_rows(
-    rows:pd.DataFrame, # rows of all audits of a setting, see `FIELDS`
-    true:dict,         # (metric, arm) -> true value
-    patients:int=30,   # patients from which coverage is judged
-)->list[dict]:         # per interval: coverage, misses on either side, mean ends, width, ideal
+    rows: pd.DataFrame,  # rows of all audits of a setting, see `FIELDS`
+    true: dict,  # (metric, arm) -> true value
+    patients: int = 30,  # patients from which coverage is judged
+) -> list[dict]:  # per interval: coverage, misses on either side, mean ends, width, ideal
     "How often each interval covers its true value, and how wide it is."
     out, near = [], 1e-9
     whole = rows[['value', 'low', 'high']].notna().all(axis=1) & rows.kind.isin(['metric', 'part'])
     for key, g in rows[whole].groupby(['name', 'arm'], sort=False):
         t = true.get(key, np.nan)
         g = g[g.patients >= patients]
-        if not np.isfinite(t) or not len(g): continue
+        if not np.isfinite(t) or not len(g):
+            continue
         below, above = int((g.high < t - near).sum()), int((g.low > t + near).sum())
         mean = {f'mean_{k}': float(g[k].mean()) for k in ('value', 'low', 'high', 'patients')}
-        out.append(dict(metric=key[0], arm=key[1], true=float(t), **mean,
-                        width=mean['mean_high'] - mean['mean_low'], below=below, above=above,
-                        ideal=float(2 * 1.96 * g.value.std()),
-                        **counted(len(g) - below - above, len(g))))
+        out.append(
+            dict(
+                metric=key[0],
+                arm=key[1],
+                true=float(t),
+                **mean,
+                width=mean['mean_high'] - mean['mean_low'],
+                below=below,
+                above=above,
+                ideal=float(2 * 1.96 * g.value.std()),
+                **counted(len(g) - below - above, len(g)),
+            )
+        )
     return out
 
 # %% ../../nbs/37a_sms.coverage.ipynb #72713171
-TOLERANCE = 1e-3 # a truth that lies so near the margin counts as lying on it
+TOLERANCE = 1e-3  # a truth that lies so near the margin counts as lying on it
+
 
 def regions(
-    excess:float,  # true excess movement E, -1..1
-    other:float,   # true movement under another class O, 0..1
-    same:float,    # true movement under the same class S, 0..1
-    margin:float,  # smallest movement that matters
-)->dict[str, bool]: # verdict -> is it true?
+    excess: float,  # true excess movement E, -1..1
+    other: float,  # true movement under another class O, 0..1
+    same: float,  # true movement under the same class S, 0..1
+    margin: float,  # smallest movement that matters
+) -> dict[str, bool]:  # verdict -> is it true?
     "Which verdicts would be true."
     d, near = margin, TOLERANCE
     within, moved = abs(excess) <= d + near, other > d - near
-    return dict(relies=excess > d + near, reversed=excess < -d - near, ignores=other < d - near,
-                unstable=within and moved and same > d - near,
-                weak=within and moved and same < d + near)
+    return dict(
+        relies=excess > d + near,
+        reversed=excess < -d - near,
+        ignores=other < d - near,
+        unstable=within and moved and same > d - near,
+        weak=within and moved and same < d + near,
+    )
 
 # %% ../../nbs/37a_sms.coverage.ipynb #899be096
 def verdict_rows(
-    rows:pd.DataFrame, # rows of all audits of a setting, see `FIELDS`
-    true:dict,         # (quantity, '') -> true value
-    margin:float,      # smallest movement that matters
-)->list[dict]:         # one per modality: shares of the verdicts, and of the false ones
+    rows: pd.DataFrame,  # rows of all audits of a setting, see `FIELDS`
+    true: dict,  # (quantity, '') -> true value
+    margin: float,  # smallest movement that matters
+) -> list[dict]:  # one per modality: shares of the verdicts, and of the false ones
     "How often each verdict is given, and how often it is false."
     out = []
     for modality, g in rows[rows.kind == 'verdict'].groupby('name', sort=False):
         e, o, s = (true.get((f'{k}_{modality}', '')) for k in PARTS)
-        if e is None: continue
+        if e is None:
+            continue
         right, counts = regions(e, o, s, margin), g.verdict.value_counts()
         wrong = [k for k, is_true in right.items() if not is_true]
         false = {k: counted(counts.get(k, 0), len(g)) for k in wrong}
-        out.append(dict(modality=modality, excess=e, moved=o, moved_same=s, margin=margin,
-                        true=[k for k, v in right.items() if v], n=len(g),
-                        shares={k: float(c / len(g)) for k, c in counts.items()},
-                        false=false, any_finding=_any_finding(rows, modality, wrong)))
+        out.append(
+            dict(
+                modality=modality,
+                excess=e,
+                moved=o,
+                moved_same=s,
+                margin=margin,
+                true=[k for k, v in right.items() if v],
+                n=len(g),
+                shares={k: float(c / len(g)) for k, c in counts.items()},
+                false=false,
+                any_finding=_any_finding(rows, modality, wrong),
+            )
+        )
     return out
+
 
 def _any_finding(rows, modality, wrong):
     "How often any finding of an audit has a false verdict, where several share one truth."
@@ -290,83 +342,104 @@ def _any_finding(rows, modality, wrong):
 
 # %% ../../nbs/37a_sms.coverage.ipynb #eeae2777
 def summarise(
-    entry:Entry,      # what was simulated
-    solved:Setting,   # its setting, nothing left to solve
-    true:dict,        # (metric, arm) -> true value
-    rows:list[tuple], # rows of all audits, the seed in front
-    seconds:float,    # time that the audits took together
-    patients:int=30,  # patients from which coverage is judged
-)->dict:              # JSON-ready
+    entry: Entry,  # what was simulated
+    solved: Setting,  # its setting, nothing left to solve
+    true: dict,  # (metric, arm) -> true value
+    rows: list[tuple],  # rows of all audits, the seed in front
+    seconds: float,  # time that the audits took together
+    patients: int = 30,  # patients from which coverage is judged
+) -> dict:  # JSON-ready
     "Coverage and verdict errors of one setting."
     table = pd.DataFrame(rows, columns=['seed', *FIELDS])
     table = table.astype(dict.fromkeys(['value', 'low', 'high', 'patients'], float))
     least = patients if entry.least_patients is None else entry.least_patients
     alike = len(set(np.atleast_1d(solved.prevalence))) == 1
     judged = table if alike else table[table.kind != 'finding']
-    return dict(says=entry.says, asks=list(entry.asks), shows=list(entry.shows), key=entry.key,
-                audits=entry.audits, setting=solved.model_dump(mode='json', exclude_defaults=True),
-                coverage=coverage_rows(table, true, least), seconds=round(seconds, 1),
-                verdicts=verdict_rows(judged, true, solved.margin))
+    return dict(
+        says=entry.says,
+        asks=list(entry.asks),
+        shows=list(entry.shows),
+        key=entry.key,
+        audits=entry.audits,
+        setting=solved.model_dump(mode='json', exclude_defaults=True),
+        coverage=coverage_rows(table, true, least),
+        seconds=round(seconds, 1),
+        verdicts=verdict_rows(judged, true, solved.margin),
+    )
 
 # %% ../../nbs/37a_sms.coverage.ipynb #135b7d33
 def all_rates(
-    settings:dict, # name -> what `summarise` made
-    limits:Limits, # accepted rates
-)->list[dict]:     # setting, what, count, n, limit, least
+    settings: dict,  # name -> what `summarise` made
+    limits: Limits,  # accepted rates
+) -> list[dict]:  # setting, what, count, n, limit, least
     "Every rate of a suite that has a limit."
     out = []
     for name, s in settings.items():
+
         def put(what, r, limit, least=False, name=name):
-            out.append(dict(setting=name, what=what, count=r['count'], n=r['n'], limit=limit,
-                            least=least))
+            out.append(
+                dict(setting=name, what=what, count=r['count'], n=r['n'], limit=limit, least=least)
+            )
+
         for r in s['coverage']:
             put(f"coverage of {r['metric']} {r['arm']}".strip(), r, limits.coverage, True)
         for v in s['verdicts']:
             for k in [k for k in ('relies', 'ignores') if k in v['false']]:
                 limit, about = getattr(limits, k), f"'{k}' ({v['modality']})"
                 put(f'false {about}', v['false'][k], limit)
-                if k not in v['any_finding']: continue
+                if k not in v['any_finding']:
+                    continue
                 put(f'any finding falsely {about}', v['any_finding'][k], limit)
     return out
 
 # %% ../../nbs/37a_sms.coverage.ipynb #717caa3e
 def pooled_errors(
-    settings:dict, # name -> what `summarise` made
-    verdict:str,   # 'relies' or 'ignores'
-)->dict:           # rate with its error, settings, worst setting, share undecided
+    settings: dict,  # name -> what `summarise` made
+    verdict: str,  # 'relies' or 'ignores'
+) -> dict:  # rate with its error, settings, worst setting, share undecided
     "False verdicts over all settings whose truth lies on the margin."
     at = dict(relies='excess', ignores='moved')[verdict]
     given = [v for s in settings.values() for v in s['verdicts']]
     null = [v for v in given if abs(v[at] - v['margin']) <= TOLERANCE]
-    if not null: return dict(**counted(0, 0), settings=0, worst=np.nan, undecided=np.nan)
+    if not null:
+        return dict(**counted(0, 0), settings=0, worst=np.nan, undecided=np.nan)
     n = sum(v['n'] for v in null)
-    return dict(**counted(sum(v['false'][verdict]['count'] for v in null), n), settings=len(null),
-                worst=max(v['false'][verdict]['rate'] for v in null),
-                undecided=sum(v['shares'].get('undecided', 0) * v['n'] for v in null) / n)
+    return dict(
+        **counted(sum(v['false'][verdict]['count'] for v in null), n),
+        settings=len(null),
+        worst=max(v['false'][verdict]['rate'] for v in null),
+        undecided=sum(v['shares'].get('undecided', 0) * v['n'] for v in null) / n,
+    )
 
 # %% ../../nbs/37a_sms.coverage.ipynb #acc53888
 def judge_all(
-    settings:dict,      # name -> what `summarise` made
-    limits:Limits|None=None, # accepted rates; None takes the usual ones
-)->dict:                # audits, outcomes, lowest coverage, pooled errors, rates beyond a limit
+    settings: dict,  # name -> what `summarise` made
+    limits: Limits | None = None,  # accepted rates; None takes the usual ones
+) -> dict:  # audits, outcomes, lowest coverage, pooled errors, rates beyond a limit
     "The suite in a few numbers."
     rates = all_rates(settings, limits or Limits())
     for r in rates:
         r['rate'] = r['count'] / r['n'] if r['n'] else float('nan')
         r['outcome'] = judge(r['count'], r['n'], r['limit'], r['least'], len(rates))
     outcomes = [r['outcome'] for r in rates]
-    return dict(audits=sum(s['audits'] for s in settings.values()),
-                rates={k: outcomes.count(k) for k in ('holds', 'within error', 'broken')},
-                lowest_coverage=min((r['rate'] for r in rates if r['least']), default=float('nan')),
-                at_the_margin={k: pooled_errors(settings, k) for k in ('relies', 'ignores')},
-                beyond=[r for r in rates if r['outcome'] not in ('holds', '')])
+    return dict(
+        audits=sum(s['audits'] for s in settings.values()),
+        rates={k: outcomes.count(k) for k in ('holds', 'within error', 'broken')},
+        lowest_coverage=min((r['rate'] for r in rates if r['least']), default=float('nan')),
+        at_the_margin={k: pooled_errors(settings, k) for k in ('relies', 'ignores')},
+        beyond=[r for r in rates if r['outcome'] not in ('holds', '')],
+    )
 
 # %% ../../nbs/37a_sms.coverage.ipynb #217e17c6
-def engine_hash()->str: # 16 hexadecimal digits
+def engine_hash() -> str:  # 16 hexadecimal digits
     "Name of the code that the suite tests."
     folders = [files('smsbench'), files('smsbench.sms')]
-    code = {f'{d.name}/{f.name}': f.read_text(encoding='utf-8')
-            for d in folders for f in d.iterdir() if f.name.endswith('.py')}
+    code = {
+        f'{d.name}/{f.name}': f.read_text(encoding='utf-8')
+        for d in folders
+        for f in d.iterdir()
+        if f.name.endswith('.py')
+    }
     return content_hash(*(name + code[name] for name in sorted(code)))
 
 # %% ../../nbs/37a_sms.coverage.ipynb #eea8ac47
@@ -375,24 +448,27 @@ def _prepare(entry):
     solved = solve(entry.setting)
     return entry.name, (solved, truth(solved, curves='intervals' in entry.asks))
 
+
 def _chunk(entry, solved, seeds, engine):
     "Name of an entry and what `run_chunk` makes of some of its audits."
     return entry.name, len(seeds), run_chunk(solved, seeds, entry.asks, engine)
 
 # %% ../../nbs/37a_sms.coverage.ipynb #3b9af206
 def parallel(
-    workers:int, # processes; 1 runs in this one
-    jobs,        # delayed calls
-):               # iterator over results, in the order in which they come
+    workers: int,  # processes; 1 runs in this one
+    jobs,  # delayed calls
+):  # iterator over results, in the order in which they come
     "Run calls in several processes, each with one thread."
     from joblib import Parallel
+
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     return Parallel(n_jobs=workers, return_as='generator_unordered', batch_size=1)(jobs)
 
 # %% ../../nbs/37a_sms.coverage.ipynb #283b1dc0
 def _kept(out, grid, code):
     "Settings that a former start of the same suite finished."
-    if out is None or not Path(out).exists(): return {}
+    if out is None or not Path(out).exists():
+        return {}
     old = read_json(out)
     if not isinstance(old, dict) or not isinstance(old.get('settings'), dict):
         raise InputError(f'{out}: is no file of this suite; choose another --out')
@@ -400,19 +476,26 @@ def _kept(out, grid, code):
     fits = lambda e: same and old['settings'].get(e.name, {}).get('key') == e.key
     return {e.name: old['settings'][e.name] for e in grid.entries if fits(e)}
 
+
 def _file(grid, done, code):
     "What the file holds."
     ordered = {e.name: done[e.name] for e in grid.entries if e.name in done}
-    return dict(complete=len(ordered) == len(grid.entries), summary=judge_all(ordered, grid.limits),
-                limits=grid.limits.model_dump(), engine=code, settings=ordered)
+    return dict(
+        complete=len(ordered) == len(grid.entries),
+        summary=judge_all(ordered, grid.limits),
+        limits=grid.limits.model_dump(),
+        engine=code,
+        settings=ordered,
+    )
 
 # %% ../../nbs/37a_sms.coverage.ipynb #5df3b4c6
 def _audit_all(ready, todo, workers, engine, size):
     "Yield (entry, rows, seconds) of each entry whose audits are all done."
     from joblib import delayed
+
     jobs = [(e, range(i, min(i + size, e.audits))) for e in todo for i in range(0, e.audits, size)]
     left = {e.name: e.audits for e in todo}
-    rows, spent, of = {n: [] for n in left}, dict.fromkeys(left, 0.), {e.name: e for e in todo}
+    rows, spent, of = {n: [] for n in left}, dict.fromkeys(left, 0.0), {e.name: e for e in todo}
     calls = [delayed(_chunk)(e, ready[e.name][0], s, engine) for e, s in jobs]
     with progress(None, 'audits', sum(left.values()), 'audit') as bar:
         for name, n, (got, seconds) in parallel(workers, calls) if calls else ():
@@ -420,18 +503,20 @@ def _audit_all(ready, todo, workers, engine, size):
             spent[name] += seconds
             left[name] -= n
             bar.update(n)
-            if not left[name]: yield of[name], rows.pop(name), spent[name]
+            if not left[name]:
+                yield of[name], rows.pop(name), spent[name]
 
 # %% ../../nbs/37a_sms.coverage.ipynb #00540deb
 def run_grid(
-    grid:Grid,             # what to simulate
-    out=None,              # JSON file to write and to resume from; None keeps nothing
-    workers:int|None=None, # processes; default: one per core
-    engine=ENGINE,         # the two functions under test
-    size:int=10,           # audits that a process does at a time
-)->dict:                   # complete, summary, limits, engine, settings: JSON-ready
+    grid: Grid,  # what to simulate
+    out=None,  # JSON file to write and to resume from; None keeps nothing
+    workers: int | None = None,  # processes; default: one per core
+    engine=ENGINE,  # the two functions under test
+    size: int = 10,  # audits that a process does at a time
+) -> dict:  # complete, summary, limits, engine, settings: JSON-ready
     "Simulate, audit and count every setting."
     from joblib import cpu_count, delayed
+
     workers, code = workers or cpu_count(), engine_hash()
     done = _kept(out, grid, code)
     todo = [e for e in grid.entries if e.name not in done]
@@ -439,14 +524,15 @@ def run_grid(
     ready = dict(progress(drawn, 'truth', len(todo), 'setting'))
     for entry, rows, seconds in _audit_all(ready, todo, workers, engine, size):
         done[entry.name] = summarise(entry, *ready[entry.name], rows, seconds, grid.limits.patients)
-        if out is not None: write_json(_file(grid, done, code), out)
+        if out is not None:
+            write_json(_file(grid, done, code), out)
     return _file(grid, done, code)
 
 # %% ../../nbs/37a_sms.coverage.ipynb #523f3afe
 def coverage_table(
-    found:dict,          # what `run_grid` returned or wrote
-    every:bool=False,    # all intervals, not only those that an entry shows?
-)->pd.DataFrame:         # setting, interval, true, coverage, error, ends, width, ideal, studies
+    found: dict,  # what `run_grid` returned or wrote
+    every: bool = False,  # all intervals, not only those that an entry shows?
+) -> pd.DataFrame:  # setting, interval, true, coverage, error, ends, width, ideal, studies
     "Coverage of the intervals."
     rows = []
     for name, s in found['settings'].items():
@@ -454,34 +540,47 @@ def coverage_table(
         least = min(wanted, key=lambda r: r['rate'], default=None)
         for r in s['coverage']:
             title = f"{r['metric']} {r['arm']}".strip()
-            if not (every or r is least or {title, r['metric']} & set(s['shows'])): continue
-            rows.append(dict(setting=name, interval=title, true=r['true'], coverage=r['rate'],
-                             error=r['error'], low=r['mean_low'], high=r['mean_high'],
-                             width=r['width'], ideal=r['ideal'], studies=r['n']))
+            if not (every or r is least or {title, r['metric']} & set(s['shows'])):
+                continue
+            rows.append(
+                dict(
+                    setting=name,
+                    interval=title,
+                    true=r['true'],
+                    coverage=r['rate'],
+                    error=r['error'],
+                    low=r['mean_low'],
+                    high=r['mean_high'],
+                    width=r['width'],
+                    ideal=r['ideal'],
+                    studies=r['n'],
+                )
+            )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/37a_sms.coverage.ipynb #c2af2f27
 def verdict_table(
-    found:dict,      # what `run_grid` returned or wrote
-)->pd.DataFrame:     # setting, modality, truth, shares of the verdicts and of the false ones
+    found: dict,  # what `run_grid` returned or wrote
+) -> pd.DataFrame:  # setting, modality, truth, shares of the verdicts and of the false ones
     "Shares of the verdicts."
     rows = []
     for name, s in found['settings'].items():
         for v in s['verdicts']:
             rate = lambda k, v=v: v['false'].get(k, {}).get('rate', np.nan)
             false = {f'false {k}': rate(k) for k in ('relies', 'ignores')}
-            shares = {k: v['shares'].get(k, 0.) for k in ('relies', 'ignores', 'undecided')}
+            shares = {k: v['shares'].get(k, 0.0) for k in ('relies', 'ignores', 'undecided')}
             error = max((r['error'] for r in v['false'].values()), default=np.nan)
             truth_of = {k: v[k] for k in ('modality', 'excess', 'moved')}
-            rows.append(dict(setting=name, **truth_of, **shares, **false, error=error,
-                             studies=v['n']))
+            rows.append(
+                dict(setting=name, **truth_of, **shares, **false, error=error, studies=v['n'])
+            )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/37a_sms.coverage.ipynb #1c1ae94f
 def grid_lines(
-    found:dict,       # what `run_grid` returned or wrote
-    every:bool=False, # all intervals?
-)->list[str]:
+    found: dict,  # what `run_grid` returned or wrote
+    every: bool = False,  # all intervals?
+) -> list[str]:
     "What a person reads about a suite."
     s, lines = found['summary'], []
     for table in (coverage_table(found, every), verdict_table(found)):
@@ -490,11 +589,17 @@ def grid_lines(
         lines += [text, ''] if len(table) else []
     for k, p in s['at_the_margin'].items():
         if p['settings']:
-            lines.append(f"at the margin ({p['settings']} settings, {p['n']} verdicts): "
-                         f"false '{k}' "
-                         f"{p['rate']:.4f} ± {p['error']:.4f}, worst setting {p['worst']:.3f}, "
-                         f"undecided {p['undecided']:.2f}")
-    lines += [f"{r['outcome']}: {r['setting']}, {r['what']} {r['rate']:.3f} in {r['n']} studies "
-              f"(limit {r['limit']})" for r in s['beyond'] if r['outcome'] == 'broken' or every]
+            lines.append(
+                f"at the margin ({p['settings']} settings, {p['n']} verdicts): "
+                f"false '{k}' "
+                f"{p['rate']:.4f} ± {p['error']:.4f}, worst setting {p['worst']:.3f}, "
+                f"undecided {p['undecided']:.2f}"
+            )
+    lines += [
+        f"{r['outcome']}: {r['setting']}, {r['what']} {r['rate']:.3f} in {r['n']} studies "
+        f"(limit {r['limit']})"
+        for r in s['beyond']
+        if r['outcome'] == 'broken' or every
+    ]
     counts = ', '.join(f'{n} {k}' for k, n in s['rates'].items())
     return [*lines, f"{s['audits']} audits; of the rates with a limit {counts}"]

@@ -25,56 +25,80 @@ from ..vlm.models import Answer
 
 # %% ../../nbs/32a_sms.exchange.ipynb #5fa06602
 def export_trials(
-    plan:pd.DataFrame, # the plan
-    source,            # a `Source`
-    path,              # JSON-lines file; pictures go into the folder '<name>_images' beside it
-)->int:                # trials written
+    plan: pd.DataFrame,  # the plan
+    source,  # a `Source`
+    path,  # JSON-lines file; pictures go into the folder '<name>_images' beside it
+) -> int:  # trials written
     "Write the trials for a program elsewhere; each distinct picture once."
     from PIL import Image
-    check_rules(plan); path, names, lines = Path(path), {}, []
+
+    check_rules(plan)
+    path, names, lines = Path(path), {}, []
     folder = path.with_name(path.stem + '_images')
     for t in progress(list(plan.itertuples(index=False)), 'writing trials', unit='trial'):
         x = source.inputs(t)
         key = (ARMS[t.arm].image in ('own', 'other', 'same', 'near') and t.image_id) or t.trial_id
         if x.image is not None and key not in names:
             names[key] = f'{folder.name}/{content_hash(key)}.png'
-            with atomic(path.parent/names[key]) as tmp: Image.fromarray(x.image).save(tmp, 'PNG')
-        lines.append(json.dumps(dict(trial_id=t.trial_id, image=None if x.image is None else names[key], prompt=x.prompt, choices=list(x.choices)), ensure_ascii=False))
-    with atomic(path) as tmp: tmp.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+            with atomic(path.parent / names[key]) as tmp:
+                Image.fromarray(x.image).save(tmp, 'PNG')
+        lines.append(
+            json.dumps(
+                dict(
+                    trial_id=t.trial_id,
+                    image=None if x.image is None else names[key],
+                    prompt=x.prompt,
+                    choices=list(x.choices),
+                ),
+                ensure_ascii=False,
+            )
+        )
+    with atomic(path) as tmp:
+        tmp.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     return len(lines)
 
 # %% ../../nbs/32a_sms.exchange.ipynb #d87341e1
 def _finite(v):
     "Whether `v` is a number that fits into a float."
-    try: return isinstance(v, (int, float)) and not isinstance(v, bool) and bool(np.isfinite(float(v)))
-    except OverflowError: return False
+    try:
+        return (
+            isinstance(v, (int, float)) and not isinstance(v, bool) and bool(np.isfinite(float(v)))
+        )
+    except OverflowError:
+        return False
 
 # %% ../../nbs/32a_sms.exchange.ipynb #47a5fed9
 def _asked_in(
-    trial,       # a row of the plan
-    tasks:dict,  # finding -> `Task`
-    source=None, # a `Source`, where the questions are those of the samples
-)->dict:         # choices, finding, question, prompt, inverted, as `reading` takes them
+    trial,  # a row of the plan
+    tasks: dict,  # finding -> `Task`
+    source=None,  # a `Source`, where the questions are those of the samples
+) -> dict:  # choices, finding, question, prompt, inverted, as `reading` takes them
     "What the reader is told of a trial."
     task = source.task(trial) if source else tasks[trial.finding]
     own = '' if source else getattr(trial, 'question', '')
-    if own: task = replace(task, question=own)
-    return dict(choices=variant_choices(task, trial.variant), finding=trial.finding,
-                question=task.question, prompt=render(task, 'none', variant=trial.variant),
-                inverted=bool(getattr(trial, 'inverted', False)))
+    if own:
+        task = replace(task, question=own)
+    return dict(
+        choices=variant_choices(task, trial.variant),
+        finding=trial.finding,
+        question=task.question,
+        prompt=render(task, 'none', variant=trial.variant),
+        inverted=bool(getattr(trial, 'inverted', False)),
+    )
 
 # %% ../../nbs/32a_sms.exchange.ipynb #b8924904
 def _line(text, number, trials):
     "One line of an import as an object whose trial is in the plan."
     where = f'line {number}'
-    try: r = json.loads(text)
+    try:
+        r = json.loads(text)
     except (ValueError, RecursionError) as e:
         why = getattr(e, 'msg', type(e).__name__)
         raise InputError(f'{where}: not valid JSON ({why})') from None
     trial_id = r.get('trial_id') if isinstance(r, dict) else None
     if not isinstance(trial_id, str) or trial_id not in trials:
         raise InputError(f'{where}: trial_id {trial_id!r} is not in the plan')
-    if not _finite(r.get('seconds', 0.)):
+    if not _finite(r.get('seconds', 0.0)):
         raise InputError(f"{where}: seconds must be a number, not {r['seconds']!r}")
     if r.get('logprobs') is None and 'raw_text' not in r:
         raise InputError(f'{where}: needs logprobs or raw_text')
@@ -86,93 +110,126 @@ def _logprobs(given, choices, number):
     lp = [given.get(c) for c in choices] if isinstance(given, dict) else given
     fits = isinstance(lp, list) and len(lp) == len(choices)
     if not fits or not all(_finite(v) and v <= 1e-6 for v in lp):
-        raise InputError(f'line {number}: logprobs must give one finite number, at most 0, '
-                         f'per choice {list(choices)}')
+        raise InputError(
+            f'line {number}: logprobs must give one finite number, at most 0, '
+            f'per choice {list(choices)}'
+        )
     total = float(np.exp(lp).sum())
     if total > 1.001:
-        raise InputError(f'line {number}: the probabilities of the choices add up to {total:.2f}; '
-                         'give log-probabilities (log-softmax over the vocabulary), not raw scores')
+        raise InputError(
+            f'line {number}: the probabilities of the choices add up to {total:.2f}; '
+            'give log-probabilities (log-softmax over the vocabulary), not raw scores'
+        )
     return tuple(lp)
 
 # %% ../../nbs/32a_sms.exchange.ipynb #c176dc36
 def _imported_row(
-    r:dict,      # one line
-    trial,       # its row of the plan
-    told:dict,   # from `_asked_in`
-    number:int,  # of the line
-)->tuple:        # (row of the predictions, what its text says: choice or '')
+    r: dict,  # one line
+    trial,  # its row of the plan
+    told: dict,  # from `_asked_in`
+    number: int,  # of the line
+) -> tuple:  # (row of the predictions, what its text says: choice or '')
     "The predictions row of one imported line."
     hashes = {k: str(r.get(k) or '') for k in ('pixel_sha', 'token_sha', 'delivered_sha')}
     seconds, text = r.get('seconds', np.nan), flat(r.get('raw_text', ''))
     read = reading(r.get('raw_text', ''), **told)
     if r.get('logprobs') is not None:
         lp = _logprobs(r['logprobs'], told['choices'], number)
-        answer = Answer(lp, min(float(np.exp(lp).sum()), 1.), raw_text=text, **hashes)
+        answer = Answer(lp, min(float(np.exp(lp).sum()), 1.0), raw_text=text, **hashes)
         return _answer_row(trial, answer, told['choices'], seconds), read.choice
-    return dict(trial_id=trial.trial_id, answer=read.choice, parse_status=read.status, logprobs=[],
-                answer_mass=np.nan, raw_text=text, **hashes, seconds=seconds, error=''), read.choice
+    return dict(
+        trial_id=trial.trial_id,
+        answer=read.choice,
+        parse_status=read.status,
+        logprobs=[],
+        answer_mass=np.nan,
+        raw_text=text,
+        **hashes,
+        seconds=seconds,
+        error='',
+    ), read.choice
 
 # %% ../../nbs/32a_sms.exchange.ipynb #ce1e0536
 def _still_asks(text, told):
     "Whether the question stands in an answer after everything that is known of its prompt is gone."
     bare = strip_answer(text, told['prompt'], told['question'], told['choices'])
     question = words(told['question'].lower())
-    long = len(question) > 3                              # a word or two may stand in any answer
+    long = len(question) > 3  # a word or two may stand in any answer
     return long and ' '.join(question) in ' '.join(words(bare.lower()))
 
+
 def _check_texts(
-    rows:list,   # predictions rows whose answer was read from text
-    told:dict,   # trial_id -> what the reader was told
-    quote:bool,  # whether the message may show an answer
+    rows: list,  # predictions rows whose answer was read from text
+    told: dict,  # trial_id -> what the reader was told
+    quote: bool,  # whether the message may show an answer
 ):
     "`InputError` where the texts are no answers."
-    if not rows: return
+    if not rows:
+        return
     shown = [' '.join(r['raw_text'].split())[:60] for r in rows]
     asks = [_still_asks(r['raw_text'], told[r['trial_id']]) for r in rows]
-    if 2*sum(asks) > len(rows):
+    if 2 * sum(asks) > len(rows):
         example = f', such as {shown[asks.index(True)]!r}' if quote else ''
-        raise InputError(f'the question still stands in {sum(asks)} of {len(rows)} answers'
-                         f'{example}; give only what the model wrote, without the prompt')
-    if any(r['answer'] for r in rows): return
+        raise InputError(
+            f'the question still stands in {sum(asks)} of {len(rows)} answers'
+            f'{example}; give only what the model wrote, without the prompt'
+        )
+    if any(r['answer'] for r in rows):
+        return
     kinds = ', '.join(f'{n} {k}' for k, n in Counter(r['parse_status'] for r in rows).most_common())
     example = f', such as {shown[0]!r}' if quote else ''
-    raise InputError(f'none of {len(rows)} answers could be read as one of the choices ({kinds})'
-                     f'{example}; check raw_text, or give logprobs')
+    raise InputError(
+        f'none of {len(rows)} answers could be read as one of the choices ({kinds})'
+        f'{example}; check raw_text, or give logprobs'
+    )
 
 # %% ../../nbs/32a_sms.exchange.ipynb #7a157d4d
 def _read_from(
-    rows:list,    # predictions rows
-    texts:list,   # what each text says: choice or ''
-    choices:tuple, # allowed answers
-)->dict:          # counts: from_text, unread, unread_by_side, both, disagree
+    rows: list,  # predictions rows
+    texts: list,  # what each text says: choice or ''
+    choices: tuple,  # allowed answers
+) -> dict:  # counts: from_text, unread, unread_by_side, both, disagree
     "How the answers of an import were read."
     by_text = [r for r in rows if not r['logprobs']]
     both = [(r, t) for r, t in zip(rows, texts) if r['logprobs'] and t and r['answer']]
     sides = unread_by_side(pd.DataFrame(by_text, columns=['raw_text', 'answer']), choices)
-    return dict(from_text=len(by_text), unread=sum(not r['answer'] for r in by_text),
-                unread_by_side={s: int(n) for s, n in zip(sides.side, sides.unread) if n},
-                both=len(both), disagree=sum(r['answer'] != t for r, t in both))
+    return dict(
+        from_text=len(by_text),
+        unread=sum(not r['answer'] for r in by_text),
+        unread_by_side={s: int(n) for s, n in zip(sides.side, sides.unread) if n},
+        both=len(both),
+        disagree=sum(r['answer'] != t for r, t in both),
+    )
+
 
 def _read_sentences(counts):
     "The counts of `_read_from` in words."
     out = []
     if counts['from_text']:
         looks = ', '.join(f'{n} look like {s}' for s, n in counts['unread_by_side'].items())
-        out.append(f"{counts['from_text']} answers were read from text, {counts['unread']} of them "
-                   f"could not be read{f' ({looks})' if looks else ''}")
+        out.append(
+            f"{counts['from_text']} answers were read from text, {counts['unread']} of them "
+            f"could not be read{f' ({looks})' if looks else ''}"
+        )
     if counts['both']:
-        out.append(f"where log-probabilities and text are given, the log-probabilities decide; the "
-                   f"text says another choice in {counts['disagree']} of {counts['both']} answers")
+        out.append(
+            f"where log-probabilities and text are given, the log-probabilities decide; the "
+            f"text says another choice in {counts['disagree']} of {counts['both']} answers"
+        )
     return out
 
 # %% ../../nbs/32a_sms.exchange.ipynb #022b0954
 def _lines(path):
     "The lines of a file that say something, with their numbers."
-    if not path.is_file(): raise InputError(f'{path}: no such file')
-    try: text = path.read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError: raise InputError(f'{path}: not UTF-8 text') from None
-    lines = enumerate(text.split('\n'), 1)            # JSON may hold other separators
+    if not path.is_file():
+        raise InputError(f'{path}: no such file')
+    try:
+        text = path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError:
+        raise InputError(f'{path}: not UTF-8 text') from None
+    lines = enumerate(text.split('\n'), 1)  # JSON may hold other separators
     return [(i, line) for i, line in lines if line.strip()]
+
 
 def _read_file(path, plan, source, max_missing):
     "Predictions rows, what their texts say, and what the reader was told, of every line."
@@ -189,20 +246,22 @@ def _read_file(path, plan, source, max_missing):
         texts.append(text)
     if len(told) < len(rows):
         raise InputError(f'{path}: {len(rows) - len(told)} trial ids occur twice')
-    if len(trials) - len(told) > max_missing*len(trials):
-        raise InputError(f'{path}: answers for {len(told)} of {len(trials)} trials; '
-                         f'at least {1 - max_missing:.0%} are needed')
+    if len(trials) - len(told) > max_missing * len(trials):
+        raise InputError(
+            f'{path}: answers for {len(told)} of {len(trials)} trials; '
+            f'at least {1 - max_missing:.0%} are needed'
+        )
     return rows, texts, told
 
 # %% ../../nbs/32a_sms.exchange.ipynb #4c3a4a96
 def import_predictions(
-    path,               # JSON-lines file of answers
-    plan:pd.DataFrame,  # the plan they answer
-    run:Run,            # run directory
-    name:str='',        # what to call the model; '' takes the file's name
-    max_missing:float=.05, # share of the plan that may lack an answer
-    source=None,        # a `Source` of the cohort, where its samples have questions of their own
-)->pd.DataFrame:        # predictions, in the order of the plan
+    path,  # JSON-lines file of answers
+    plan: pd.DataFrame,  # the plan they answer
+    run: Run,  # run directory
+    name: str = '',  # what to call the model; '' takes the file's name
+    max_missing: float = 0.05,  # share of the plan that may lack an answer
+    source=None,  # a `Source` of the cohort, where its samples have questions of their own
+) -> pd.DataFrame:  # predictions, in the order of the plan
     """Read answers made elsewhere; what is missing is an error row.
 
     `InputError` names the first line that cannot be used.
@@ -210,11 +269,15 @@ def import_predictions(
     path = Path(path)
     name, sealed = name or path.stem, plan.attrs.get('access') == 'credentialed'
     rows, texts, told = _read_file(path, plan, source, max_missing)
-    try: _check_texts([r for r in rows if not r['logprobs']], told, quote=not sealed)
-    except InputError as e: raise InputError(f'{path}: {e}') from None
+    try:
+        _check_texts([r for r in rows if not r['logprobs']], told, quote=not sealed)
+    except InputError as e:
+        raise InputError(f'{path}: {e}') from None
     counts = _read_from(rows, texts, next(iter(told.values()), {}).get('choices', ('yes', 'no')))
-    for sentence in _read_sentences(counts): run.log(f'{name}: {sentence}')
-    if sealed: rows = [{**r, 'raw_text': ''} for r in rows]      # it may quote what the model read
+    for sentence in _read_sentences(counts):
+        run.log(f'{name}: {sentence}')
+    if sealed:
+        rows = [{**r, 'raw_text': ''} for r in rows]  # it may quote what the model read
     got = {r['trial_id']: r for r in rows}
     lacking = InputError('no answer was imported')
     out = [got.get(t.trial_id) or _error_row(t, lacking) for t in plan.itertuples(index=False)]

@@ -12,26 +12,38 @@ import numpy as np, pandas as pd
 from .results import ARMS, LOGITS, TOKENS, by_arm, fault
 
 # %% ../../nbs/33f_sms.faults.ipynb #1282c0e9
-MIN_ROWS = 5      # fewer equal rows are no evidence
-NEARLY_ALL = .95  # from here on an arm is unchanged whatever rounding could do
-VOID_SHARE = .5   # share of the rows from which on an arm is void
-_VOIDS = ('constant_output', 'identical_to_baseline', 'baseline_of_another_sample', 'identical_to_other_arm')
+MIN_ROWS = 5  # fewer equal rows are no evidence
+NEARLY_ALL = 0.95  # from here on an arm is unchanged whatever rounding could do
+VOID_SHARE = 0.5  # share of the rows from which on an arm is void
+_VOIDS = (
+    'constant_output',
+    'identical_to_baseline',
+    'baseline_of_another_sample',
+    'identical_to_other_arm',
+)
 
 # %% ../../nbs/33f_sms.faults.ipynb #f2c106bd
 def rounding_step(
-    x:np.ndarray, # (n, k) logits
-)->np.ndarray:    # (k,) distance of neighbouring values on the grid they were rounded to; 0 for a constant
+    x: np.ndarray,  # (n, k) logits
+) -> (
+    np.ndarray
+):  # (k,) distance of neighbouring values on the grid they were rounded to; 0 for a constant
     "The smallest gap among the largest values of each column: floating-point spacing doubles with each power of two, so the largest values have the widest grid."
+
     def step(v):
-        u = np.unique(np.abs(v)); u = u[u >= 2.**np.floor(np.log2(max(u[-1], 1e-30)))]
-        return np.diff(u).min() if len(u) > 1 else 0.
+        u = np.unique(np.abs(v))
+        u = u[u >= 2.0 ** np.floor(np.log2(max(u[-1], 1e-30)))]
+        return np.diff(u).min() if len(u) > 1 else 0.0
+
     return np.array([step(v) for v in x.T])
 
 # %% ../../nbs/33f_sms.faults.ipynb #1f2cc37c
 def repeats(
-    arm:np.ndarray,  # (n, k) logits of an arm
-    base:np.ndarray, # (n, k) logits of the same samples in the baseline
-)->tuple:            # (rows that are equal, share of the other rows that moved by at most one rounding step)
+    arm: np.ndarray,  # (n, k) logits of an arm
+    base: np.ndarray,  # (n, k) logits of the same samples in the baseline
+) -> (
+    tuple
+):  # (rows that are equal, share of the other rows that moved by at most one rounding step)
     "How many rows an arm leaves unchanged, and what rounding explains."
     same = (arm == base).all(1)
     near = (np.abs(arm - base) <= rounding_step(base)).all(1) & ~same
@@ -39,183 +51,393 @@ def repeats(
 
 # %% ../../nbs/33f_sms.faults.ipynb #779113b3
 def borrowed(
-    arm:np.ndarray,    # (m, k) logits of an arm
-    own:np.ndarray,    # (m, k) baseline logits of the same samples
-    pool:np.ndarray,   # (n, k) all baseline logits
-)->tuple:              # (mask (m,) of rows equal to another sample's baseline row, share of the other rows that are one step from a baseline row,
-                      #  share of `pool` rows that occur twice, row numbers (m,) and (n,) of arm and pool: equal rows share a number)
+    arm: np.ndarray,  # (m, k) logits of an arm
+    own: np.ndarray,  # (m, k) baseline logits of the same samples
+    pool: np.ndarray,  # (n, k) all baseline logits
+) -> tuple:  # (mask (m,) of rows equal to another sample's baseline row, share of the other rows that are one step from a baseline row,
+    #  share of `pool` rows that occur twice, row numbers (m,) and (n,) of arm and pool: equal rows share a number)
     "Which rows are other samples' baseline rows, and what rounding explains."
     from scipy.spatial import cKDTree
-    _, row = np.unique(np.vstack([pool, arm]) + 0., axis=0, return_inverse=True)   # + 0. makes -0 equal to 0
-    row = row.ravel(); p, a = row[:len(pool)], row[len(pool):]
-    uses = np.bincount(p, minlength=row.max() + 1)[a]                               # how often a row occurs in the baseline
+
+    _, row = np.unique(
+        np.vstack([pool, arm]) + 0.0, axis=0, return_inverse=True
+    )  # + 0. makes -0 equal to 0
+    row = row.ravel()
+    p, a = row[: len(pool)], row[len(pool) :]
+    uses = np.bincount(p, minlength=row.max() + 1)[a]  # how often a row occurs in the baseline
     known, same = uses > 0, (arm == own).all(1)
-    step = rounding_step(pool); step[step == 0] = 1.
-    far = cKDTree(pool / step).query(arm[~known] / step, p=np.inf, distance_upper_bound=1.001)[0] if (~known).any() else np.array([])
-    return uses > same, float(np.isfinite(far).mean()) if len(far) else 0., float((np.bincount(p)[p] > 1).mean()), a, p
+    step = rounding_step(pool)
+    step[step == 0] = 1.0
+    far = (
+        cKDTree(pool / step).query(arm[~known] / step, p=np.inf, distance_upper_bound=1.001)[0]
+        if (~known).any()
+        else np.array([])
+    )
+    return (
+        uses > same,
+        float(np.isfinite(far).mean()) if len(far) else 0.0,
+        float((np.bincount(p)[p] > 1).mean()),
+        a,
+        p,
+    )
 
 # %% ../../nbs/33f_sms.faults.ipynb #1a6c4c66
-_MEANING = {'Image': 'the image swap never reached the model', 'Text': 'the text swap never reached the model',
-            'Only_text': 'leaving the image out changes nothing, so the baseline had no image either', 'Only_image': 'leaving the text out changes nothing, so the baseline had no text either'}
+_MEANING = {
+    'Image': 'the image swap never reached the model',
+    'Text': 'the text swap never reached the model',
+    'Only_text': 'leaving the image out changes nothing, so the baseline had no image either',
+    'Only_image': 'leaving the text out changes nothing, so the baseline had no text either',
+}
 
-def _count(rows, checked): return f'All {checked}' if rows == checked else f'{rows} of {checked}'
+
+def _count(rows, checked):
+    return f'All {checked}' if rows == checked else f'{rows} of {checked}'
+
 
 def _constant(arm, x):
     "(rows, evidence) when at least half of the rows of an arm share one set of logits."
-    _, n = np.unique(x + 0., axis=0, return_counts=True)
+    _, n = np.unique(x + 0.0, axis=0, return_counts=True)
     n = np.sort(n)[::-1]
-    if n[0] < max(MIN_ROWS, len(x) / 2): return None
-    seen = 'what should differ between samples never reached the model' if arm != 'Only_image' else \
-           'the image did not reach the model, neither here nor, probably, in the other arms that show one'
-    return n[0], f"{_count(n[0], len(x))} {arm} rows share one set of {x.shape[1]} logits{f'; the next most frequent set has {n[1]}' if len(n) > 1 else ''}: {seen}."
+    if n[0] < max(MIN_ROWS, len(x) / 2):
+        return None
+    seen = (
+        'what should differ between samples never reached the model'
+        if arm != 'Only_image'
+        else 'the image did not reach the model, neither here nor, probably, in the other arms that show one'
+    )
+    return (
+        n[0],
+        f"{_count(n[0], len(x))} {arm} rows share one set of {x.shape[1]} logits{f'; the next most frequent set has {n[1]}' if len(n) > 1 else ''}: {seen}.",
+    )
 
 # %% ../../nbs/33f_sms.faults.ipynb #272b025c
 def _unchanged(arm, a, b):
     "(rows, evidence) when an arm repeats the baseline more often than rounding can."
-    rows, chance = repeats(a, b); share = rows / max(len(a), 1)
-    if rows < MIN_ROWS or share < NEARLY_ALL and share <= max(.05, 2*chance): return None
+    rows, chance = repeats(a, b)
+    share = rows / max(len(a), 1)
+    if rows < MIN_ROWS or share < NEARLY_ALL and share <= max(0.05, 2 * chance):
+        return None
     near = f'; {chance:.1%} of the others moved by no more than rounding' if rows < len(a) else ''
-    return rows, f'{_count(rows, len(a))} {arm} rows equal the No row of the same sample in all {a.shape[1]} logits{near}: {_MEANING[arm]}.'
+    return (
+        rows,
+        f'{_count(rows, len(a))} {arm} rows equal the No row of the same sample in all {a.shape[1]} logits{near}: {_MEANING[arm]}.',
+    )
+
 
 def _others(arm, a, b, pool, labels, pool_labels, no_image):
     "(rows, evidence) when an arm's rows are baseline rows of other samples more often than baseline rows coincide."
-    hit, near, twice, row, known = borrowed(a, b, pool); rows, share = int(hit.sum()), hit.mean()
-    if rows < MIN_ROWS or share <= twice + .05 or share < NEARLY_ALL and share <= 2*near: return None
-    opposite = sum(np.isin(row[hit & (labels == label)], known[pool_labels != label]).sum() for label in ('yes', 'no'))
-    uses = np.bincount(row[hit]); uses = uses[uses > 0]
-    doubt = ' Only_image is constant here, so the model may never have seen an image, and then a text swap alone looks the same.' if no_image else ''
-    return rows, (f'{_count(rows, len(a))} {arm} rows equal the No row of another sample in all {a.shape[1]} logits ({opposite} of them one with the opposite label; '
-                  f'{len(uses)} different rows, one used {uses.max()} times; {twice:.1%} of the No rows equal another No row): image and text came from the donor together.{doubt}')
+    hit, near, twice, row, known = borrowed(a, b, pool)
+    rows, share = int(hit.sum()), hit.mean()
+    if rows < MIN_ROWS or share <= twice + 0.05 or share < NEARLY_ALL and share <= 2 * near:
+        return None
+    opposite = sum(
+        np.isin(row[hit & (labels == label)], known[pool_labels != label]).sum()
+        for label in ('yes', 'no')
+    )
+    uses = np.bincount(row[hit])
+    uses = uses[uses > 0]
+    doubt = (
+        ' Only_image is constant here, so the model may never have seen an image, and then a text swap alone looks the same.'
+        if no_image
+        else ''
+    )
+    return rows, (
+        f'{_count(rows, len(a))} {arm} rows equal the No row of another sample in all {a.shape[1]} logits ({opposite} of them one with the opposite label; '
+        f'{len(uses)} different rows, one used {uses.max()} times; {twice:.1%} of the No rows equal another No row): image and text came from the donor together.{doubt}'
+    )
 
 # %% ../../nbs/33f_sms.faults.ipynb #a00ccc7e
 def delivery_faults(
-    arms:dict,    # arm -> rows indexed by sample, from `by_arm`
-    where:tuple,  # (model, dataset)
-)->list:          # faults
+    arms: dict,  # arm -> rows indexed by sample, from `by_arm`
+    where: tuple,  # (model, dataset)
+) -> list:  # faults
     "Which arms did not deliver what their name says."
     cols = [c for c in LOGITS if any(g[c].notna().any() for g in arms.values())]
     full = {a: g[g[cols].notna().all(axis=1)] for a, g in arms.items()} if cols else {}
     out, base = {}, full.get('No')
     for a, g in full.items():
-        if len(g) < MIN_ROWS: out[a] = ('few_rows', len(g), len(g), f'{a} has {len(g)} rows with logits; fewer than {MIN_ROWS} cannot show whether the shift was delivered.')
-        elif c := _constant(a, g[cols].to_numpy()): out[a] = ('constant_output', c[0], len(g), c[1])
+        if len(g) < MIN_ROWS:
+            out[a] = (
+                'few_rows',
+                len(g),
+                len(g),
+                f'{a} has {len(g)} rows with logits; fewer than {MIN_ROWS} cannot show whether the shift was delivered.',
+            )
+        elif c := _constant(a, g[cols].to_numpy()):
+            out[a] = ('constant_output', c[0], len(g), c[1])
     no_image = out.get('Only_image', '')[:1] == ('constant_output',)
-    for a in [a for a in full if a != 'No' and a not in out and base is not None and out.get('No', '')[:1] != ('constant_output',)]:
+    for a in [
+        a
+        for a in full
+        if a != 'No'
+        and a not in out
+        and base is not None
+        and out.get('No', '')[:1] != ('constant_output',)
+    ]:
         ids = full[a].index.intersection(base.index)
-        x, y, pool = full[a].loc[ids, cols].to_numpy(), base.loc[ids, cols].to_numpy(), base[cols].to_numpy()
-        if len(ids) < MIN_ROWS: out[a] = ('few_rows', len(ids), len(ids), f'{a} and No share {len(ids)} samples; fewer than {MIN_ROWS} cannot show whether the shift was delivered.')
-        elif c := _unchanged(a, x, y): out[a] = ('identical_to_baseline', c[0], len(ids), c[1])
-        elif c := _others(a, x, y, pool, base.truth[ids].to_numpy(), base.truth.to_numpy(), no_image): out[a] = ('baseline_of_another_sample', c[0], len(ids), c[1])
+        x, y, pool = (
+            full[a].loc[ids, cols].to_numpy(),
+            base.loc[ids, cols].to_numpy(),
+            base[cols].to_numpy(),
+        )
+        if len(ids) < MIN_ROWS:
+            out[a] = (
+                'few_rows',
+                len(ids),
+                len(ids),
+                f'{a} and No share {len(ids)} samples; fewer than {MIN_ROWS} cannot show whether the shift was delivered.',
+            )
+        elif c := _unchanged(a, x, y):
+            out[a] = ('identical_to_baseline', c[0], len(ids), c[1])
+        elif c := _others(
+            a, x, y, pool, base.truth[ids].to_numpy(), base.truth.to_numpy(), no_image
+        ):
+            out[a] = ('baseline_of_another_sample', c[0], len(ids), c[1])
     out |= _twins({a: g[cols] for a, g in full.items() if a != 'No' and a not in out})
     return [fault(*where, a, *out[a]) for a in ARMS if a in out]
+
 
 def _twins(frames):
     "Pairs of shifted arms that are one and the same; the fault goes to the first of the two."
     names, out = list(frames), {}
-    for a, b in [(a, b) for i, a in enumerate(names) for b in names[i+1:]]:
+    for a, b in [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]:
         ids = frames[a].index.intersection(frames[b].index)
-        rows, chance = repeats(frames[a].loc[ids].to_numpy(), frames[b].loc[ids].to_numpy()) if len(ids) >= MIN_ROWS else (0, 1.)
-        if rows >= MIN_ROWS and rows / len(ids) >= NEARLY_ALL: out[a] = ('identical_to_other_arm', rows, len(ids), f'{_count(rows, len(ids))} {a} rows equal the {b} row of the same sample: both arms delivered the same.')
+        rows, chance = (
+            repeats(frames[a].loc[ids].to_numpy(), frames[b].loc[ids].to_numpy())
+            if len(ids) >= MIN_ROWS
+            else (0, 1.0)
+        )
+        if rows >= MIN_ROWS and rows / len(ids) >= NEARLY_ALL:
+            out[a] = (
+                'identical_to_other_arm',
+                rows,
+                len(ids),
+                f'{_count(rows, len(ids))} {a} rows equal the {b} row of the same sample: both arms delivered the same.',
+            )
     return out
 
 # %% ../../nbs/33f_sms.faults.ipynb #3c2b9b84
 def answer_faults(
-    arms:dict,    # arm -> rows indexed by sample, from `by_arm`
-    where:tuple,  # (model, dataset)
-)->list:          # faults
+    arms: dict,  # arm -> rows indexed by sample, from `by_arm`
+    where: tuple,  # (model, dataset)
+) -> list:  # faults
     "What happens to the written answers on their way to a published figure."
     out, said = [], ('yes', 'no')
     scored = {a: g.index[g.published.isin(said)] for a, g in arms.items()}
     for a, g in arms.items():
-        add = lambda code, rows, evidence, a=a, g=g, checked=None: rows and out.append(fault(*where, a, code, rows, len(g) if checked is None else checked, evidence))
+        add = lambda code, rows, evidence, a=a, g=g, checked=None: (
+            rows
+            and out.append(
+                fault(*where, a, code, rows, len(g) if checked is None else checked, evidence)
+            )
+        )
         if a != 'No' and 'No' in arms:
-            base = arms['No']; odd, present = scored[a].symmetric_difference(scored['No']), g.index.symmetric_difference(base.index)
-            add('unequal_samples', len(odd), f"Published figures rest on {len(scored[a])} of {len(g)} {a} rows and on {len(scored['No'])} of {len(base)} No rows; {len(odd)} samples count in one arm only "
-                f"({len(odd.intersection(present))} because a row is missing, the others because the parser dropped one).", checked=len(g.index.union(base.index)))
-            ids = g.index.intersection(base.index); differ = int((g.truth[ids] != base.truth[ids]).sum())
-            add('label_differs', differ, f'{differ} of {len(ids)} {a} rows have another ground truth than the No row of the same sample; recomputed figures use that of the No row.', checked=len(ids))
-        lost, wrong = (g.published == '') & g.answer.isin(said), (g.published != '') & (g.published != g.answer)
-        add('unparsed_recoverable', lost.sum(), f'The published parser leaves out {lost.sum()} of {len(g)} {a} answers that say yes or no, such as {_quote(g.prediction[lost])}.')
-        add('misread', wrong.sum(), f'The published parser reads {wrong.sum()} of {len(g)} {a} answers as something they do not say, such as {_quote(g.prediction[wrong])}.')
+            base = arms['No']
+            odd, present = (
+                scored[a].symmetric_difference(scored['No']),
+                g.index.symmetric_difference(base.index),
+            )
+            add(
+                'unequal_samples',
+                len(odd),
+                f"Published figures rest on {len(scored[a])} of {len(g)} {a} rows and on {len(scored['No'])} of {len(base)} No rows; {len(odd)} samples count in one arm only "
+                f"({len(odd.intersection(present))} because a row is missing, the others because the parser dropped one).",
+                checked=len(g.index.union(base.index)),
+            )
+            ids = g.index.intersection(base.index)
+            differ = int((g.truth[ids] != base.truth[ids]).sum())
+            add(
+                'label_differs',
+                differ,
+                f'{differ} of {len(ids)} {a} rows have another ground truth than the No row of the same sample; recomputed figures use that of the No row.',
+                checked=len(ids),
+            )
+        lost, wrong = (
+            (g.published == '') & g.answer.isin(said),
+            (g.published != '') & (g.published != g.answer),
+        )
+        add(
+            'unparsed_recoverable',
+            lost.sum(),
+            f'The published parser leaves out {lost.sum()} of {len(g)} {a} answers that say yes or no, such as {_quote(g.prediction[lost])}.',
+        )
+        add(
+            'misread',
+            wrong.sum(),
+            f'The published parser reads {wrong.sum()} of {len(g)} {a} answers as something they do not say, such as {_quote(g.prediction[wrong])}.',
+        )
         none = g.answer == ''
-        add('unparsed', none.sum(), f"{none.sum()} of {len(g)} {a} answers say neither yes nor no ({', '.join(f'{n} {s}' for s, n in g.status[none].value_counts().items())}).")
+        add(
+            'unparsed',
+            none.sum(),
+            f"{none.sum()} of {len(g)} {a} answers say neither yes nor no ({', '.join(f'{n} {s}' for s, n in g.status[none].value_counts().items())}).",
+        )
         told, yes = g.answer[~none], (g.published == 'yes').sum()
         if len(told) >= MIN_ROWS and told.nunique() == 1:
-            add('one_answer', len(told), f"All {len(told)} readable {a} answers are {told.iloc[0]!r}: {'accuracy only restates the share of that class' if told.iloc[0] in said else 'no accuracy can be read from them'}.", checked=len(told))
-        if not yes: add('undefined_precision', len(g), f'None of the {len(scored[a])} scored {a} answers is yes; the published code prints precision 0.0 where the quotient is 0/0.')
+            add(
+                'one_answer',
+                len(told),
+                f"All {len(told)} readable {a} answers are {told.iloc[0]!r}: {'accuracy only restates the share of that class' if told.iloc[0] in said else 'no accuracy can be read from them'}.",
+                checked=len(told),
+            )
+        if not yes:
+            add(
+                'undefined_precision',
+                len(g),
+                f'None of the {len(scored[a])} scored {a} answers is yes; the published code prints precision 0.0 where the quotient is 0/0.',
+            )
     return out
+
 
 def _quote(texts):
     "Up to three answers, the short ones word for word."
-    return ', '.join(dict.fromkeys(repr(t) if len(t) <= 20 else 'a text of more than 20 characters' for t in sorted(texts.unique(), key=len)[:3]))
+    return ', '.join(
+        dict.fromkeys(
+            repr(t) if len(t) <= 20 else 'a text of more than 20 characters'
+            for t in sorted(texts.unique(), key=len)[:3]
+        )
+    )
 
 # %% ../../nbs/33f_sms.faults.ipynb #efb50b40
 def probabilities(
-    g:pd.DataFrame, # rows with the four logit columns
-)->bool:            # True when all values lie in 0..1
+    g: pd.DataFrame,  # rows with the four logit columns
+) -> bool:  # True when all values lie in 0..1
     "Do the columns hold probabilities, as their names say, rather than logits?"
-    x = g[LOGITS].to_numpy(); x = x[np.isfinite(x)]
+    x = g[LOGITS].to_numpy()
+    x = x[np.isfinite(x)]
     return bool(x.size and x.min() >= 0 and x.max() <= 1)
 
 # %% ../../nbs/33f_sms.faults.ipynb #d8bbbdba
 def pair_shares(
-    g:pd.DataFrame, # rows with the four logit columns
-)->dict:            # tokens -> (n,) share in 0..1
+    g: pd.DataFrame,  # rows with the four logit columns
+) -> dict:  # tokens -> (n,) share in 0..1
     "Mass of each pair: of all when the file has probabilities, else of the four tokens (an upper bound)."
     p = {t: g[list(pair)].to_numpy() for t, pair in TOKENS.items()}
-    if probabilities(g): return {t: v.sum(1) for t, v in p.items()}
-    with np.errstate(invalid='ignore'):                                    # a missing logit gives a missing share
-        mass = {t: np.logaddexp(*v.T) for t, v in p.items()}; total = np.logaddexp(*mass.values())
+    if probabilities(g):
+        return {t: v.sum(1) for t, v in p.items()}
+    with np.errstate(invalid='ignore'):  # a missing logit gives a missing share
+        mass = {t: np.logaddexp(*v.T) for t, v in p.items()}
+        total = np.logaddexp(*mass.values())
         return {t: np.exp(m - total) for t, m in mass.items()}
 
 # %% ../../nbs/33f_sms.faults.ipynb #42b45a10
 def token_faults(
-    arms:dict,    # arm -> rows indexed by sample, from `by_arm`
-    where:tuple,  # (model, dataset)
-)->list:          # faults
+    arms: dict,  # arm -> rows indexed by sample, from `by_arm`
+    where: tuple,  # (model, dataset)
+) -> list:  # faults
     "What the first-token logits of a file cannot support."
-    rows = pd.concat(arms.values()); x = rows[LOGITS].to_numpy(); finite = np.isfinite(x)
+    rows = pd.concat(arms.values())
+    x = rows[LOGITS].to_numpy()
+    finite = np.isfinite(x)
     out = []
     if finite.any() and not probabilities(rows):
         beyond = (finite & ((x < 0) | (x > 1))).any(1)
-        out.append(fault(*where, '', 'logits_not_probabilities', beyond.sum(), len(rows), f'Columns named p_ hold values from {x[finite].min():g} to {x[finite].max():g}, which are logits: '
-                         'how much of the whole probability the four tokens carry cannot be known from this file.'))
+        out.append(
+            fault(
+                *where,
+                '',
+                'logits_not_probabilities',
+                beyond.sum(),
+                len(rows),
+                f'Columns named p_ hold values from {x[finite].min():g} to {x[finite].max():g}, which are logits: '
+                'how much of the whole probability the four tokens carry cannot be known from this file.',
+            )
+        )
     for a, g in arms.items():
-        tied = {t: (g[y] == g[n]).to_numpy() for t, (y, n) in TOKENS.items()}; either = np.any(list(tied.values()), axis=0)
-        counts = ', '.join(f"{v.sum()} between {' and '.join(TOKENS[t])}" for t, v in tied.items() if v.any())
-        if either.any(): out.append(fault(*where, a, 'ties', either.sum(), len(g), f'Ties in {either.sum()} of {len(g)} {a} rows ({counts}): the published rule counts each as no.'))
+        tied = {t: (g[y] == g[n]).to_numpy() for t, (y, n) in TOKENS.items()}
+        either = np.any(list(tied.values()), axis=0)
+        counts = ', '.join(
+            f"{v.sum()} between {' and '.join(TOKENS[t])}" for t, v in tied.items() if v.any()
+        )
+        if either.any():
+            out.append(
+                fault(
+                    *where,
+                    a,
+                    'ties',
+                    either.sum(),
+                    len(g),
+                    f'Ties in {either.sum()} of {len(g)} {a} rows ({counts}): the published rule counts each as no.',
+                )
+            )
         for t, share in pair_shares(g).items():
-            low = share < .01
-            if low.sum() > np.isfinite(share).sum() / 2: out.append(fault(*where, a, 'low_pair_mass', low.sum(), np.isfinite(share).sum(),
-                f"{' and '.join(TOKENS[t])} together hold under 1 % of the {'' if probabilities(rows) else 'four tokens’ '}mass in {low.sum()} of {len(g)} {a} rows (median {np.nanmedian(share):.2g}): which of the two is larger is not the answer."))
+            low = share < 0.01
+            if low.sum() > np.isfinite(share).sum() / 2:
+                out.append(
+                    fault(
+                        *where,
+                        a,
+                        'low_pair_mass',
+                        low.sum(),
+                        np.isfinite(share).sum(),
+                        f"{' and '.join(TOKENS[t])} together hold under 1 % of the {'' if probabilities(rows) else 'four tokens’ '}mass in {low.sum()} of {len(g)} {a} rows (median {np.nanmedian(share):.2g}): which of the two is larger is not the answer.",
+                    )
+                )
         first = g.prediction.str.extract(r'^\s*(yes|Yes|no|No)\b')[0]
-        against = {w: (g[f'p_{w}'] < g[f"p_{ {'yes': 'no', 'no': 'yes', 'Yes': 'No', 'No': 'Yes'}[w]}"]) & (first == w) for w in ('yes', 'no', 'Yes', 'No')}
-        wrong = sum(v.sum() for v in against.values()); asked = int(first.notna().sum())
-        if wrong >= MIN_ROWS and wrong > .05 * asked: out.append(fault(*where, a, 'logits_contradict_answer', wrong, asked,
-            f'{wrong} of {asked} {a} answers begin with a token whose opposite has the higher logit; greedy decoding cannot do that, so the logits belong to another step, prompt or spelling of the token.'))
+        against = {
+            w: (g[f'p_{w}'] < g[f"p_{ {'yes': 'no', 'no': 'yes', 'Yes': 'No', 'No': 'Yes'}[w] }"])
+            & (first == w)
+            for w in ('yes', 'no', 'Yes', 'No')
+        }
+        wrong = sum(v.sum() for v in against.values())
+        asked = int(first.notna().sum())
+        if wrong >= MIN_ROWS and wrong > 0.05 * asked:
+            out.append(
+                fault(
+                    *where,
+                    a,
+                    'logits_contradict_answer',
+                    wrong,
+                    asked,
+                    f'{wrong} of {asked} {a} answers begin with a token whose opposite has the higher logit; greedy decoding cannot do that, so the logits belong to another step, prompt or spelling of the token.',
+                )
+            )
     return out
 
 # %% ../../nbs/33f_sms.faults.ipynb #bec42e94
 def faults(
-    table:pd.DataFrame, # from `read_results`
-)->list:                # faults, those of the reader included, in the order of the files
+    table: pd.DataFrame,  # from `read_results`
+) -> list:  # faults, those of the reader included, in the order of the files
     "Audit every file in a long table."
     out = list(table.attrs.get('faults', []))
     for where, g in table.groupby(['model', 'dataset'], sort=False):
         arms = by_arm(g)
         for a in ARMS:
-            if a not in arms: out.append(fault(*where, a, 'missing_arm', 0, len(g), f"No {a} row in the file{'; without the baseline nothing can be compared' if a == 'No' else ''}."))
+            if a not in arms:
+                out.append(
+                    fault(
+                        *where,
+                        a,
+                        'missing_arm',
+                        0,
+                        len(g),
+                        f"No {a} row in the file{'; without the baseline nothing can be compared' if a == 'No' else ''}.",
+                    )
+                )
         out += delivery_faults(arms, where) + answer_faults(arms, where) + token_faults(arms, where)
     order = {w: i for i, w in enumerate(dict.fromkeys((f['dataset'], f['model']) for f in out))}
     return sorted(out, key=lambda f: order[f['dataset'], f['model']])
 
 # %% ../../nbs/33f_sms.faults.ipynb #899df363
 def void_arms(
-    found:list, # faults
-)->dict:        # (model, dataset, arm) -> why it is void
+    found: list,  # faults
+) -> dict:  # (model, dataset, arm) -> why it is void
     "Arms that may not be read as what they are called: at least `VOID_SHARE` of their rows show a fault of delivery."
-    never = {'Image': 'image never changed', 'Text': 'text never changed', 'Only_text': 'leaving the image out changed nothing', 'Only_image': 'leaving the text out changed nothing'}
-    why = dict(identical_to_baseline=never, baseline_of_another_sample='image and text both came from another sample, or no image was ever delivered',
-               constant_output='one output for all samples, the input was not delivered', identical_to_other_arm='same as another shifted arm')
-    return {(f['model'], f['dataset'], f['arm']): 'void: ' + (w[f['arm']] if isinstance(w := why[f['code']], dict) else w)
-            for f in found if f['code'] in _VOIDS and f['rows'] >= VOID_SHARE * f['checked']}
+    never = {
+        'Image': 'image never changed',
+        'Text': 'text never changed',
+        'Only_text': 'leaving the image out changed nothing',
+        'Only_image': 'leaving the text out changed nothing',
+    }
+    why = dict(
+        identical_to_baseline=never,
+        baseline_of_another_sample='image and text both came from another sample, or no image was ever delivered',
+        constant_output='one output for all samples, the input was not delivered',
+        identical_to_other_arm='same as another shifted arm',
+    )
+    return {
+        (f['model'], f['dataset'], f['arm']): 'void: '
+        + (w[f['arm']] if isinstance(w := why[f['code']], dict) else w)
+        for f in found
+        if f['code'] in _VOIDS and f['rows'] >= VOID_SHARE * f['checked']
+    }

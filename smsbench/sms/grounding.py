@@ -14,24 +14,34 @@ from ..core import InputError
 from ..inference import Mean, area_of, interval_of, mean_of
 from ..recalibration import METHODS, cross_fit_all, ece_floor, recalibration_table
 from ..risk_coverage import aurc, aurc_of, risk_at_of, risk_coverage
-from .metrics import (Cells, Term, answer_table, arm_terms, curve_rows, flipped,
-    metrics_table, term_rows)
+from smsbench.sms.metrics import (
+    Cells,
+    Term,
+    answer_table,
+    arm_terms,
+    curve_rows,
+    flipped,
+    metrics_table,
+    term_rows,
+)
 from .prompts import Task, opposite, variant_choices
 
 # %% ../../nbs/33d_sms.grounding.ipynb #3f91d0cf
-STATES = dict(robust=(True, True), fragile=(False, True), blind=(True, False),
-              neither=(False, False)) # state -> (consistent under rewording, depends on the image)
-SWAPS = ('image_swap', 'image_swap_same') # donor of another class, and its control
+STATES = dict(
+    robust=(True, True), fragile=(False, True), blind=(True, False), neither=(False, False)
+)  # state -> (consistent under rewording, depends on the image)
+SWAPS = ('image_swap', 'image_swap_same')  # donor of another class, and its control
 
 # %% ../../nbs/33d_sms.grounding.ipynb #d1ef84f4
 def consistent_samples(
-    rows:pd.DataFrame, # `answer_table` rows of one model
-)->pd.Series:          # sample_id -> bool; samples without rewordings are absent
+    rows: pd.DataFrame,  # `answer_table` rows of one model
+) -> pd.Series:  # sample_id -> bool; samples without rewordings are absent
     "Was every rewording of `original` answered, and as variant 0 was?"
     rows = rows[rows.arm == 'original']
     if 'inverted' not in rows:
         return pd.Series(dtype=bool)
-    if 'draw' in rows: rows = rows[rows['draw'] == 0]
+    if 'draw' in rows:
+        rows = rows[rows['draw'] == 0]
     base = rows[rows.variant == 'plain'].set_index('sample_id').said
     asked = rows[~rows.strategy.isin(('', 'original'))]
     stands = [opposite(a) if i else a for a, i in zip(asked.said, asked.inverted)]
@@ -40,10 +50,10 @@ def consistent_samples(
 
 # %% ../../nbs/33d_sms.grounding.ipynb #8afa784d
 def state_terms(
-    cells:Cells,          # one model's answers to variant 0
-    consistent:pd.Series, # from `consistent_samples`
-    arm:str='image_swap', # whose donors are shown: `image_swap`, or its control
-)->list[Term]:            # one per state; they share a denominator
+    cells: Cells,  # one model's answers to variant 0
+    consistent: pd.Series,  # from `consistent_samples`
+    arm: str = 'image_swap',  # whose donors are shown: `image_swap`, or its control
+) -> list[Term]:  # one per state; they share a denominator
     "The share of samples in each state."
     known = cells.samples.sample_id.map(consistent)
     alike, asked = known.eq(True).to_numpy(), known.notna().to_numpy()
@@ -54,14 +64,14 @@ def state_terms(
 
 # %% ../../nbs/33d_sms.grounding.ipynb #a2da3060
 def kept_if_read(
-    cells:Cells,          # one model's answers to variant 0
-    arm:str='image_swap', # the swap
-)->Mean:                  # 0..1; NaN where a question has more than two choices or lacks a class
+    cells: Cells,  # one model's answers to variant 0
+    arm: str = 'image_swap',  # the swap
+) -> Mean:  # 0..1; NaN where a question has more than two choices or lacks a class
     "How often a reader of the image alone, with this model's hit rates, would keep its answer."
     w = cells.weight(arm) * cells('original', 'parsed')
     right = cells('original', 'correct').astype(float)
     first = (cells.samples.label == cells.samples['first']).to_numpy()
-    value, influence = (0. if w.any() else np.nan), np.zeros(cells.n)
+    value, influence = (0.0 if w.any() else np.nan), np.zeros(cells.n)
     for _, at in cells.samples.groupby('finding').indices.items():
         on = np.zeros(cells.n)
         on[at] = w[at]
@@ -71,6 +81,7 @@ def kept_if_read(
         kept = np.nan if cells.samples.label[on > 0].nunique() > 2 else kept
         value, influence = value + on.sum() / w.sum() * kept, influence + on.sum() / w.sum() * slope
     return mean_of(cells.dyads, influence, value, [w * first, w * ~first], share=False)
+
 
 def _kept(pos, neg, right):
     "a(1 - b) + (1 - a)b and its influence values; NaN and zeros where a class is absent."
@@ -83,15 +94,20 @@ def _kept(pos, neg, right):
 
 # %% ../../nbs/33d_sms.grounding.ipynb #1a003847
 def with_confidence(
-    rows:pd.DataFrame, # from `answer_table`
-    tasks:dict,        # finding -> its task, from the plan's metadata
-)->pd.DataFrame:       # with the column confidence; NaN where no probability was recorded
+    rows: pd.DataFrame,  # from `answer_table`
+    tasks: dict,  # finding -> its task, from the plan's metadata
+) -> pd.DataFrame:  # with the column confidence; NaN where no probability was recorded
     "Add the probability of the answer given."
-    choices = {(f, v): variant_choices(Task(**tasks[f]), v)
-               for f, v in rows[['finding', 'variant']].drop_duplicates().itertuples(index=False)}
-    sure = [_probability(p, a, choices[f, v])
-            for p, a, f, v in zip(rows.probs, rows.said, rows.finding, rows.variant)]
+    choices = {
+        (f, v): variant_choices(Task(**tasks[f]), v)
+        for f, v in rows[['finding', 'variant']].drop_duplicates().itertuples(index=False)
+    }
+    sure = [
+        _probability(p, a, choices[f, v])
+        for p, a, f, v in zip(rows.probs, rows.said, rows.finding, rows.variant)
+    ]
     return rows.assign(confidence=sure)
+
 
 def _probability(probs, answer, choices):
     if probs is None or len(probs) != len(choices) or answer not in choices:
@@ -99,19 +115,34 @@ def _probability(probs, answer, choices):
     return float(probs[choices.index(answer)])
 
 # %% ../../nbs/33d_sms.grounding.ipynb #b9fefcca
-COLUMNS = ['model', 'sample_id', 'patient_id', 'finding', 'label', 'trial_id', 'said', 'correct',
-           'confidence', 'consistent', 'moved_other', 'moved_same', 'state'] # of `sample_states`
+COLUMNS = [
+    'model',
+    'sample_id',
+    'patient_id',
+    'finding',
+    'label',
+    'trial_id',
+    'said',
+    'correct',
+    'confidence',
+    'consistent',
+    'moved_other',
+    'moved_same',
+    'state',
+]  # of `sample_states`
+
 
 def sample_states(
-    plan:pd.DataFrame,        # the plan
-    predictions:pd.DataFrame, # answers of one or more models
-)->pd.DataFrame:              # `COLUMNS`, one row per model and sample
+    plan: pd.DataFrame,  # the plan
+    predictions: pd.DataFrame,  # answers of one or more models
+) -> pd.DataFrame:  # `COLUMNS`, one row per model and sample
     "State, confidence and correctness of each sample whose `original` was answered."
     rows = with_confidence(answer_table(plan, predictions), plan.attrs['tasks'])
     parts = [_states_of(part).assign(model=m) for m, part in rows.groupby('model', sort=True)]
     out = pd.concat(parts, ignore_index=True)[COLUMNS] if parts else pd.DataFrame(columns=COLUMNS)
     out.attrs = dict(access=plan.attrs.get('access'))
     return out
+
 
 def _states_of(rows):
     plain = rows[rows.variant == 'plain']
@@ -123,12 +154,14 @@ def _states_of(rows):
     other, same = moved.values()
     return base.assign(consistent=consistent, moved_other=other, moved_same=same, state=state)
 
+
 def _moved_share(cells, arm):
     "sample_id -> share of its donors under whom the answer moved."
     w = cells.weight(arm)
     moved = np.bincount(cells.sample, w * flipped(cells, arm, 'original'))
-    names = cells.samples.sample_id.to_numpy()[::cells.k]
+    names = cells.samples.sample_id.to_numpy()[:: cells.k]
     return pd.Series(moved, names)[np.bincount(cells.sample, w) > 0]
+
 
 def _state(consistent, moved):
     "A word for a sample; donors may disagree where several were drawn."
@@ -140,9 +173,9 @@ def _state(consistent, moved):
 
 # %% ../../nbs/33d_sms.grounding.ipynb #90db87d4
 def state_examples(
-    states:pd.DataFrame, # from `sample_states`
-    most:int=3,          # examples per model and state
-)->pd.DataFrame:         # rows of `states`
+    states: pd.DataFrame,  # from `sample_states`
+    most: int = 3,  # examples per model and state
+) -> pd.DataFrame:  # rows of `states`
     "Samples of each state; `InputError` unless the data are open."
     if states.attrs.get('access') != 'open':
         raise InputError('samples of credentialed data are not listed')
@@ -153,14 +186,16 @@ def state_examples(
     return chosen.sort_values(['model', 'state', 'trial_id'], key=place)
 
 # %% ../../nbs/33d_sms.grounding.ipynb #5e299855
-COVERAGES = (50, 80) # per cent of the samples, the surest first
-LOSSES = dict(wrong=('original', 'accuracy'),
-              ungrounded=('image_swap', 'grounded')) # loss -> (arm, name of its opposite)
+COVERAGES = (50, 80)  # per cent of the samples, the surest first
+LOSSES = dict(
+    wrong=('original', 'accuracy'), ungrounded=('image_swap', 'grounded')
+)  # loss -> (arm, name of its opposite)
+
 
 def losses(
-    cells:Cells, # one model's answers to variant 0, with confidence
-    kind:str,    # key of `LOSSES`
-)->tuple[np.ndarray, np.ndarray]: # (n,) loss 0 or 1, (n,) weight
+    cells: Cells,  # one model's answers to variant 0, with confidence
+    kind: str,  # key of `LOSSES`
+) -> tuple[np.ndarray, np.ndarray]:  # (n,) loss 0 or 1, (n,) weight
     "What confidence should warn of, and which rows count."
     arm = LOSSES[kind][0]
     known = ~np.isnan(cells('original', 'confidence'))
@@ -170,12 +205,12 @@ def losses(
 
 # %% ../../nbs/33d_sms.grounding.ipynb #1a4fc0e5
 def mean_row(
-    metric:str,      # its name
-    arm:str,         # whose donors take part
-    mean:Mean,       # the number
-    level:float=.95, # confidence level
-    minimum:int=10,  # samples below which a number is suppressed
-)->dict:             # metrics row without model and subgroup
+    metric: str,  # its name
+    arm: str,  # whose donors take part
+    mean: Mean,  # the number
+    level: float = 0.95,  # confidence level
+    minimum: int = 10,  # samples below which a number is suppressed
+) -> dict:  # metrics row without model and subgroup
     "A `Mean` as a metrics row."
     low, high = interval_of(mean, level)
     row = dict(metric=metric, arm=arm, value=mean.value, ci_low=low, ci_high=high, n=mean.n)
@@ -189,16 +224,16 @@ def mean_row(
 
 # %% ../../nbs/33d_sms.grounding.ipynb #8ffdedc0
 def confidence_rows(
-    cells:Cells,     # one model's answers to variant 0, with confidence
-    kind:str,        # key of `LOSSES`
-    level:float=.95, # confidence level
-    minimum:int=10,  # samples below which a number is suppressed
-)->list[dict]:       # metrics rows without model and subgroup
+    cells: Cells,  # one model's answers to variant 0, with confidence
+    kind: str,  # key of `LOSSES`
+    level: float = 0.95,  # confidence level
+    minimum: int = 10,  # samples below which a number is suppressed
+) -> list[dict]:  # metrics rows without model and subgroup
     "Does low confidence warn of wrong, or of ungrounded, answers?"
     (arm, name), (loss, w) = LOSSES[kind], losses(cells, kind)
     if not w.any():
         return []
-    sure = np.where(w > 0, cells('original', 'confidence'), 0.)
+    sure = np.where(w > 0, cells('original', 'confidence'), 0.0)
     area = aurc_of(cells.dyads, sure, loss, w, arm)
     flags = area_of(cells.dyads, -sure, loss == 1, w, arm)
     means = {f'aurc_{kind}': area, f'flags_{kind}': flags}
@@ -213,13 +248,13 @@ def confidence_rows(
 
 # %% ../../nbs/33d_sms.grounding.ipynb #7a1e2f3b
 def coverage_curves(
-    states:pd.DataFrame, # from `sample_states`
-    minimum:int=10,      # patients that each step adds at least
-)->pd.DataFrame:         # model, loss, coverage, risk, confidence, n_clusters
+    states: pd.DataFrame,  # from `sample_states`
+    minimum: int = 10,  # patients that each step adds at least
+) -> pd.DataFrame:  # model, loss, coverage, risk, confidence, n_clusters
     "Risk-coverage curves of wrong and of ungrounded answers."
     parts = []
     for model, mine in states[states.confidence.notna()].groupby('model', sort=True):
-        for kind, loss in dict(wrong=1. - mine.correct, ungrounded=1 - mine.moved_other).items():
+        for kind, loss in dict(wrong=1.0 - mine.correct, ungrounded=1 - mine.moved_other).items():
             on = loss.notna()
             if not on.any():
                 continue
@@ -231,8 +266,8 @@ def coverage_curves(
 
 # %% ../../nbs/33d_sms.grounding.ipynb #f41e9426
 def stated_events(
-    cells:Cells, # one model's answers to variant 0, with confidence
-)->tuple[np.ndarray, np.ndarray, np.ndarray]: # (m,) probability, (m,) bool outcome, (m,) patient
+    cells: Cells,  # one model's answers to variant 0, with confidence
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (m,) probability, (m,) bool outcome, (m,) patient
     "One probability and what came of it per sample, under `original`."
     once = np.r_[True, np.diff(cells.sample) > 0] & (cells.weight('original') > 0)
     many = {0 if p is None else len(p) for p in cells('original', 'probs')[once]}
@@ -246,13 +281,13 @@ def stated_events(
 
 # %% ../../nbs/33d_sms.grounding.ipynb #85750a4f
 def probability_rows(
-    cells:Cells,         # one model's answers to variant 0, with confidence
-    recalibrate=METHODS, # maps to try; () for none
-    n_boot:int=2000,     # resamples of patients
-    level:float=.95,     # confidence level
-    seed:int=0,          # of the simulation and of the resampling
-    minimum:int=10,      # samples below which a number is suppressed
-)->list[dict]:           # metrics rows without model and subgroup
+    cells: Cells,  # one model's answers to variant 0, with confidence
+    recalibrate=METHODS,  # maps to try; () for none
+    n_boot: int = 2000,  # resamples of patients
+    level: float = 0.95,  # confidence level
+    seed: int = 0,  # of the simulation and of the resampling
+    minimum: int = 10,  # samples below which a number is suppressed
+) -> list[dict]:  # metrics rows without model and subgroup
     "Calibration error that chance alone would show, and what recalibration leaves of it."
     prob, happened, who = stated_events(cells)
     if len(prob) < minimum:
@@ -261,10 +296,13 @@ def probability_rows(
     note = f'of a perfectly calibrated model; correlation within patients {floor.icc:.2f}'
     sizes = dict(arm='original', n=len(prob), n_clusters=len(set(who)))
     sizes |= dict(ci_low=np.nan, ci_high=np.nan)
-    rows = [dict(metric='ece_expected', value=floor.mean, note=note, **sizes),
-            dict(metric='ece_expected_high', value=floor.high, note=note, **sizes)]
+    rows = [
+        dict(metric='ece_expected', value=floor.mean, note=note, **sizes),
+        dict(metric='ece_expected_high', value=floor.high, note=note, **sizes),
+    ]
     how = dict(n_boot=n_boot, level=level, seed=seed, minimum=minimum)
     return rows + _recalibrated(prob, happened, who, recalibrate, how, sizes)
+
 
 def _recalibrated(prob, happened, who, methods, how, sizes):
     "Metrics rows of all maps, or those that say why there are none."
@@ -283,6 +321,7 @@ def _recalibrated(prob, happened, who, methods, how, sizes):
     changes = changes.assign(metric=names, arm='original', note='').drop(columns='method')
     return out + changes.to_dict('records')
 
+
 def _score_rows(prob, happened, who, method, how):
     "ECE and Brier score of probabilities, with the intervals that those of the model itself have."
     ids = np.arange(len(prob)).astype(str)
@@ -299,11 +338,11 @@ def _score_rows(prob, happened, who, method, how):
 
 # %% ../../nbs/33d_sms.grounding.ipynb #f2c645fd
 def state_rows(
-    cells:Cells,          # one model's answers to variant 0
-    consistent:pd.Series, # from `consistent_samples`
-    level:float=.95,      # confidence level
-    minimum:int=10,       # samples below which a number is suppressed
-)->list[dict]:            # metrics rows without model and subgroup
+    cells: Cells,  # one model's answers to variant 0
+    consistent: pd.Series,  # from `consistent_samples`
+    level: float = 0.95,  # confidence level
+    minimum: int = 10,  # samples below which a number is suppressed
+) -> list[dict]:  # metrics rows without model and subgroup
     "Shares of the four states, of consistent and of kept answers."
     arms = [a for a in SWAPS if a in cells.arms]
     answered, terms = cells('original', 'parsed'), []
@@ -319,13 +358,13 @@ def state_rows(
 
 # %% ../../nbs/33d_sms.grounding.ipynb #c6022a96
 def measure_grounding(
-    plan:pd.DataFrame,        # the plan
-    predictions:pd.DataFrame, # answers of one or more models
-    n_boot:int=2000,          # resamples of patients
-    level:float=.95,          # confidence level
-    seed:int=0,               # of the resampling and of the simulation
-    minimum:int=10,           # samples below which a number is suppressed
-)->pd.DataFrame:              # metrics table, see above
+    plan: pd.DataFrame,  # the plan
+    predictions: pd.DataFrame,  # answers of one or more models
+    n_boot: int = 2000,  # resamples of patients
+    level: float = 0.95,  # confidence level
+    seed: int = 0,  # of the resampling and of the simulation
+    minimum: int = 10,  # samples below which a number is suppressed
+) -> pd.DataFrame:  # metrics table, see above
     "States, confidence and probabilities per model, over all and per finding."
     how, out = dict(n_boot=n_boot, level=level, seed=seed, minimum=minimum), []
     rows = with_confidence(answer_table(plan, predictions), plan.attrs['tasks'])
@@ -333,6 +372,7 @@ def measure_grounding(
         for name, part in _grounding_parts(mine):
             out += [dict(model=model, subgroup=name, **r) for r in _grounding_rows(part, name, how)]
     return metrics_table(out, plan.attrs, **how)
+
 
 def _grounding_parts(rows):
     "(subgroup, rows) of one model."
@@ -342,6 +382,7 @@ def _grounding_parts(rows):
     if rows.finding.nunique() > 1:
         for finding, part in rows.groupby('finding', sort=True):
             yield f'finding={finding}', part
+
 
 def _grounding_rows(rows, name, how):
     "Metrics rows of one model and subgroup."

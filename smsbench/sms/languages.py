@@ -9,54 +9,92 @@ __all__ = ['WORDS', 'MARKS', 'SENSE', 'language_of', 'to_english']
 import re
 
 # %% ../../nbs/30e_sms.languages.ipynb #91bb482b
-WORDS = { # language -> English word -> regular expression of the words that say it
+WORDS = {  # language -> English word -> regular expression of the words that say it
     'de': {
         'possible': 'nicht ausgeschlossen|nicht auszuschließen|möglich|möglicherweise|vielleicht'
-                    '|eventuell|unklar|fraglich|ob',
+        '|eventuell|unklar|fraglich|ob',
         'not': 'nicht|kein|keine|keinen|keiner|keinem|keinerlei|ohne|weder',
-        'yes': 'ja', 'no': 'nein', 'normal': 'unauffällig|regelrecht', 'but': 'aber|jedoch',
-        'there is': 'es gibt|zeigt|zeigen|liegt vor|besteht|vorhanden|hat', 'answer': 'antwort'},
+        'yes': 'ja',
+        'no': 'nein',
+        'normal': 'unauffällig|regelrecht',
+        'but': 'aber|jedoch',
+        'there is': 'es gibt|zeigt|zeigen|liegt vor|besteht|vorhanden|hat',
+        'answer': 'antwort',
+    },
     'fr': {
         'possible': 'pas exclue?|être exclue?|pas exclure|possible|possiblement|peut-être'
-                    '|incertaine?',
+        '|incertaine?',
         'not': "ne|n'|pas|aucune?|sans|absence|ni",
-        'yes': 'oui', 'no': 'non', 'normal': 'normale?s?|normaux', 'but': 'mais',
-        'there is': 'il y a|y a|montre|présente', 'answer': 'réponse'},
+        'yes': 'oui',
+        'no': 'non',
+        'normal': 'normale?s?|normaux',
+        'but': 'mais',
+        'there is': 'il y a|y a|montre|présente',
+        'answer': 'réponse',
+    },
     'es': {
         'possible': 'no se puede descartar|no se puede excluir|posible|posiblemente|quizás'
-                    '|tal vez|incierto|dudoso',
+        '|tal vez|incierto|dudoso',
         'not': 'sin|ninguna?|ausencia|tampoco',
-        'yes': 'sí|si', 'no': 'no', 'but': 'pero', 'answer': 'respuesta',
-        'there is': 'hay|muestra|presenta|tiene|existe|se observa'},
+        'yes': 'sí|si',
+        'no': 'no',
+        'but': 'pero',
+        'answer': 'respuesta',
+        'there is': 'hay|muestra|presenta|tiene|existe|se observa',
+    },
     'pt': {
         'possible': 'não se pode excluir|não pode ser excluída|possível|possivelmente|talvez'
-                    '|incerto',
+        '|incerto',
         'not': 'sem|nenhuma?|ausência|nem',
-        'yes': 'sim', 'no': 'não', 'but': 'mas', 'answer': 'resposta',
-        'there is': 'há|mostra|apresenta|tem|existe|observa-se'},
+        'yes': 'sim',
+        'no': 'não',
+        'but': 'mas',
+        'answer': 'resposta',
+        'there is': 'há|mostra|apresenta|tem|existe|observa-se',
+    },
     'it': {
         'possible': 'non si può escludere|non può essere esclusa|possibile|possibilmente|forse'
-                    '|incerto|dubbio',
+        '|incerto|dubbio',
         'not': 'non|nessuna?|senza|assenza|né',
-        'yes': 'sì|si', 'no': 'no', 'normal': 'normale|normali', 'but': 'ma|però',
-        'there is': "c'è|ci sono|mostra|presenta|presente", 'answer': 'risposta'},
+        'yes': 'sì|si',
+        'no': 'no',
+        'normal': 'normale|normali',
+        'but': 'ma|però',
+        'there is': "c'è|ci sono|mostra|presenta|presente",
+        'answer': 'risposta',
+    },
     'nl': {
         'possible': 'niet uitgesloten|niet uit te sluiten|mogelijk|misschien|wellicht|onduidelijk',
         'not': 'niet|geen|zonder|noch',
-        'yes': 'ja', 'no': 'nee|neen', 'normal': 'normaal|normale', 'but': 'maar|echter',
-        'there is': 'er is|er zijn|toont|heeft|aanwezig', 'answer': 'antwoord'},
+        'yes': 'ja',
+        'no': 'nee|neen',
+        'normal': 'normaal|normale',
+        'but': 'maar|echter',
+        'there is': 'er is|er zijn|toont|heeft|aanwezig',
+        'answer': 'antwoord',
+    },
     'zh': {
         'possible': '不能排除|无法排除|不确定|无法确定|不清楚|是否|可能|疑似|或许',
         'not': '未见|没有|不存在|不是|并无|未|无|不',
-        'no': '否', 'yes': '是的|是|有的|对', 'normal': '正常', 'but': '但',
-        'there is': '存在|可见|显示|有', 'answer': '答案'},
+        'no': '否',
+        'yes': '是的|是|有的|对',
+        'normal': '正常',
+        'but': '但',
+        'there is': '存在|可见|显示|有',
+        'answer': '答案',
+    },
     'ja': {
         'possible': '否定できません|否定できない|可能性|かもしれ|不明|わかりません|疑い',
         'not': 'ありません|認めません|認めない|見られません|見られない|なし|ない',
-        'no': 'いいえ|いえ', 'yes': 'はい|ええ', 'normal': '正常', 'but': 'しかし',
-        'there is': 'あります|認めます|認める|見られます', 'answer': '答え'},
+        'no': 'いいえ|いえ',
+        'yes': 'はい|ええ',
+        'normal': '正常',
+        'but': 'しかし',
+        'there is': 'あります|認めます|認める|見られます',
+        'answer': '答え',
+    },
 }
-MARKS = { # language -> frequent words that tell it from the others
+MARKS = {  # language -> frequent words that tell it from the others
     'en': 'the a is are of in and there to an this it has',
     'de': 'der die das ist eine ein und im auf des es kann kein keine keinen nicht ohne',
     'fr': "le la les est dans une des du de il n' y a pas sur aucun aucune sans",
@@ -71,26 +109,34 @@ _SAYS = {
     'yes': 'yes yeah yep yup correct true positive affirmative present y',
     'no': 'no nope nah incorrect false negative absent n',
 }
-SENSE = {w: side for side, ws in _SAYS.items() for w in ws.split()} # word -> yes or no
+SENSE = {w: side for side, ws in _SAYS.items() for w in ws.split()}  # word -> yes or no
 for _table in WORDS.values():
     for _side in ('yes', 'no'):
-        for _word in _table.get(_side, '').split('|'): SENSE.setdefault(_word, _side)
+        for _word in _table.get(_side, '').split('|'):
+            SENSE.setdefault(_word, _side)
 
 # %% ../../nbs/30e_sms.languages.ipynb #85f89c2d
 _KANA, _ASIAN = re.compile(r'[\u3040-\u30ff]'), re.compile(r'[\u3040-\u30ff\u4e00-\u9fff]')
 _MARKS = {language: set(words.split()) for language, words in MARKS.items()}
-_ANSWERS = {k: {w for side in ('yes', 'no') for w in WORDS[k][side].split('|')} - {'no'}
-            for k in MARKS if k != 'en'}
+_ANSWERS = {
+    k: {w for side in ('yes', 'no') for w in WORDS[k][side].split('|')} - {'no'}
+    for k in MARKS
+    if k != 'en'
+}
+
 
 def language_of(
-    text:str, # what a model said
-)->str:       # two letters, a key of `WORDS` or 'en'
+    text: str,  # what a model said
+) -> str:  # two letters, a key of `WORDS` or 'en'
     "Language of an answer, told by its script or its frequent words."
-    if _ASIAN.search(text): return 'ja' if _KANA.search(text) else 'zh'
+    if _ASIAN.search(text):
+        return 'ja' if _KANA.search(text) else 'zh'
     words = re.findall(r"[^\W\d_]+'?", text[:400].lower())
-    if not words: return 'en'
+    if not words:
+        return 'en'
     hits = {language: sum(w in marks for w in words) for language, marks in _MARKS.items()}
-    for language, answers in _ANSWERS.items(): hits[language] += words[0] in answers
+    for language, answers in _ANSWERS.items():
+        hits[language] += words[0] in answers
     best = max(hits, key=hits.get)
     return best if hits[best] > hits['en'] else 'en'
 
@@ -99,15 +145,19 @@ def _compiled(language):
     "Pairs (pattern, English word) of a language; words written without spaces have no edges."
     edges = ('(?:', ')') if language in ('zh', 'ja') else (r'(?<![\w-])(?:', r')(?!\w)')
     return [(re.compile(edges[0] + w + edges[1]), f' {e} ') for e, w in WORDS[language].items()]
+
+
 _COMPILED = {language: _compiled(language) for language in WORDS}
 
 # %% ../../nbs/30e_sms.languages.ipynb #9c1d0314
 def to_english(
-    text:str, # what a model said, in any language
-)->tuple[str, str]: # (the text with its deciding words in English, its language)
+    text: str,  # what a model said, in any language
+) -> tuple[str, str]:  # (the text with its deciding words in English, its language)
     "Translate yes, no, negation and doubt; an English text comes back as it is."
     language = language_of(text)
-    if language == 'en': return text, language
+    if language == 'en':
+        return text, language
     text = text.lower()
-    for pattern, english in _COMPILED[language]: text = pattern.sub(english, text)
+    for pattern, english in _COMPILED[language]:
+        text = pattern.sub(english, text)
     return re.sub(r'[ \t]+(?=[ \t.,;:!?])', '', text).strip(), language

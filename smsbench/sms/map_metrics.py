@@ -18,51 +18,107 @@ from .metrics import Cells, answer_table, term_rows, Term, subgroups
 from ..stats import holm, mean, together
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #6d9a7f0e
-COLUMNS = {**{f'share_{g}': (0, 1) for g in ('image', 'report', 'question', 'special', 'template', 'beside')}, 'entropy': (0, np.inf), 'focus': (0, 1), 'gini': (0, 1), 'x': (0, 1), 'y': (0, 1), 'region': (0, 1), 'empty': (0, 1),
-           **{m + b: (0, 1) for b in ('', '_uniform', '_centre', '_random', '_chosen') for m in MEASURES}, **{f'{m}_over{b}': (-1, 1) for b in ('_uniform', '_centre', '_random') for m in MEASURES},
-           **{f'{m}_chosen_over{b}': (-1, 1) for b in ('_uniform', '_centre', '_random') for m in MEASURES},
-           **{f'{m}_chosen{b}': (0, 1) for b in ('_uniform', '_centre', '_random') for m in HEAD_MEASURES}} # column -> range of its values
+COLUMNS = {
+    **{
+        f'share_{g}': (0, 1)
+        for g in ('image', 'report', 'question', 'special', 'template', 'beside')
+    },
+    'entropy': (0, np.inf),
+    'focus': (0, 1),
+    'gini': (0, 1),
+    'x': (0, 1),
+    'y': (0, 1),
+    'region': (0, 1),
+    'empty': (0, 1),
+    **{m + b: (0, 1) for b in ('', '_uniform', '_centre', '_random', '_chosen') for m in MEASURES},
+    **{f'{m}_over{b}': (-1, 1) for b in ('_uniform', '_centre', '_random') for m in MEASURES},
+    **{
+        f'{m}_chosen_over{b}': (-1, 1) for b in ('_uniform', '_centre', '_random') for m in MEASURES
+    },
+    **{f'{m}_chosen{b}': (0, 1) for b in ('_uniform', '_centre', '_random') for m in HEAD_MEASURES},
+}  # column -> range of its values
+
 
 def mean_rows(
-    table:pd.DataFrame,   # one row per map, with patient_id
-    columns,              # column names
-    bounds=None,          # column -> (lowest, highest); None takes `COLUMNS`
-    n_boot:int=2000, level:float=.95, seed:int=0, minimum:int=10, # resamples; confidence level; of the resampling; rows below which a number is suppressed
-)->list[dict]:            # metric, value, ci_low, ci_high, n, n_clusters, n_effective, note
+    table: pd.DataFrame,  # one row per map, with patient_id
+    columns,  # column names
+    bounds=None,  # column -> (lowest, highest); None takes `COLUMNS`
+    n_boot: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    minimum: int = 10,  # resamples; confidence level; of the resampling; rows below which a number is suppressed
+) -> list[dict]:  # metric, value, ci_low, ci_high, n, n_clusters, n_effective, note
     "Mean of each column over the rows that have it."
-    bounds, columns = COLUMNS if bounds is None else bounds, [c for c in columns if c in table and table[c].notna().any()]
-    if not columns: return []
+    bounds, columns = (
+        COLUMNS if bounds is None else bounds,
+        [c for c in columns if c in table and table[c].notna().any()],
+    )
+    if not columns:
+        return []
     x = {c: table[c].to_numpy(float) for c in columns}
-    got, out = together(*[mean(x[c], ~np.isnan(x[c]), bounds.get(c, (-np.inf, np.inf)), c) for c in columns]).bootstrap(table.patient_id.to_numpy(), n_boot, level, seed=seed), []
+    got, out = (
+        together(
+            *[mean(x[c], ~np.isnan(x[c]), bounds.get(c, (-np.inf, np.inf)), c) for c in columns]
+        ).bootstrap(table.patient_id.to_numpy(), n_boot, level, seed=seed),
+        [],
+    )
     for k, c in enumerate(columns):
         one = got[k] if len(columns) > 1 else got
-        row = dict(metric=c, value=float(one.value), ci_low=float(one.low), ci_high=float(one.high), n=int(one.n), n_clusters=int(one.n_clusters), n_effective=float(one.n_effective), note=str(one.note))
-        if row['n'] < minimum: row |= dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, note=f'suppressed: fewer than {minimum} maps')
+        row = dict(
+            metric=c,
+            value=float(one.value),
+            ci_low=float(one.low),
+            ci_high=float(one.high),
+            n=int(one.n),
+            n_clusters=int(one.n_clusters),
+            n_effective=float(one.n_effective),
+            note=str(one.note),
+        )
+        if row['n'] < minimum:
+            row |= dict(
+                value=np.nan,
+                ci_low=np.nan,
+                ci_high=np.nan,
+                note=f'suppressed: fewer than {minimum} maps',
+            )
         out.append(row)
     return out
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #546ae3d3
 def sign_flip(
-    differences, # (n,) paired differences; NaN do not count
-    patients,    # (n,) whose
-    n:int=9999,  # flips
-    seed:int=0,  # of the flips
-)->float:        # two-sided p; 1 where nothing differs; NaN without a pair
+    differences,  # (n,) paired differences; NaN do not count
+    patients,  # (n,) whose
+    n: int = 9999,  # flips
+    seed: int = 0,  # of the flips
+) -> float:  # two-sided p; 1 where nothing differs; NaN without a pair
     "Sign-flip permutation test of the patients' summed differences: every pattern of signs where there are few patients, else `n` random ones (the own one among them)."
-    d = pd.Series(np.asarray(differences, float)).groupby(np.asarray(patients)).sum(min_count=1).dropna().sort_index().to_numpy()
-    if not len(d): return float('nan')
-    if not d.any(): return 1.
-    few = 2**len(d) <= n
+    d = (
+        pd.Series(np.asarray(differences, float))
+        .groupby(np.asarray(patients))
+        .sum(min_count=1)
+        .dropna()
+        .sort_index()
+        .to_numpy()
+    )
+    if not len(d):
+        return float('nan')
+    if not d.any():
+        return 1.0
+    few = 2 ** len(d) <= n
     rng = np.random.default_rng(seed)
-    signs = [(np.arange(2**len(d))[:, None] >> np.arange(len(d)) & 1)*2. - 1] if few else (rng.choice((-1., 1.), (min(1000, n - i), len(d))) for i in range(0, n, 1000))   # in blocks, for memory
-    beyond = sum(int((abs(s @ d) >= abs(d.sum())*(1 - 1e-12)).sum()) for s in signs)
-    return beyond/2**len(d) if few else (beyond + 1)/(n + 1)
+    signs = (
+        [(np.arange(2 ** len(d))[:, None] >> np.arange(len(d)) & 1) * 2.0 - 1]
+        if few
+        else (rng.choice((-1.0, 1.0), (min(1000, n - i), len(d))) for i in range(0, n, 1000))
+    )  # in blocks, for memory
+    beyond = sum(int((abs(s @ d) >= abs(d.sum()) * (1 - 1e-12)).sum()) for s in signs)
+    return beyond / 2 ** len(d) if few else (beyond + 1) / (n + 1)
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #65d568f7
 def halves(
-    patients,   # (n,) patient names
-    seed:int=0, # which halving
-)->np.ndarray:  # (n,) 0 or 1
+    patients,  # (n,) patient names
+    seed: int = 0,  # which halving
+) -> np.ndarray:  # (n,) 0 or 1
     "One half or the other, the same for all films of a patient, and as many patients in each."
     names = sorted(set(patients), key=lambda p: content_hash('half', seed, p))
     place = {p: i % 2 for i, p in enumerate(names)}
@@ -70,167 +126,351 @@ def halves(
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #5217dc8d
 def cross_fitted(
-    profile:pd.DataFrame, # rows of `look_table`'s second table, of one model, method, query and arm
-    least:int=5,          # films of a finding in each half, at least
-    seed:int=0,           # which halving
-)->pd.DataFrame:          # trial_id, pixel_auroc_chosen, mass_chosen, pointing_chosen, the same with _uniform and _centre on the raster of the heads, chosen_layer, chosen_head (−1: mean over heads)
+    profile: pd.DataFrame,  # rows of `look_table`'s second table, of one model, method, query and arm
+    least: int = 5,  # films of a finding in each half, at least
+    seed: int = 0,  # which halving
+) -> pd.DataFrame:  # trial_id, pixel_auroc_chosen, mass_chosen, pointing_chosen, the same with _uniform and _centre on the raster of the heads, chosen_layer, chosen_head (−1: mean over heads)
     "Localisation of the layer and head that localised best on the other half of the patients, finding by finding."
-    marked, out, kept = profile[profile.pixel_auroc.notna()], [], [c for c in profile if c.split('_uniform')[0].split('_centre')[0] in HEAD_MEASURES]
+    marked, out, kept = (
+        profile[profile.pixel_auroc.notna()],
+        [],
+        [c for c in profile if c.split('_uniform')[0].split('_centre')[0] in HEAD_MEASURES],
+    )
     for _, g in marked.groupby('finding'):
         half = halves(g.patient_id.to_numpy(), seed)
         for k in (0, 1):
             there, here = g[half != k], g[half == k]
-            if min(there.trial_id.nunique(), here.trial_id.nunique()) < least: continue
+            if min(there.trial_id.nunique(), here.trial_id.nunique()) < least:
+                continue
             layer, head = there.groupby(['layer', 'head']).pixel_auroc.mean().idxmax()
             best = here[(here.layer == layer) & (here['head'] == head)]
-            out.append(best[['trial_id', *kept]].rename(columns=dict(zip(kept, map(_chosen, kept)))).assign(chosen_layer=layer, chosen_head=head))
-    return pd.concat(out, ignore_index=True) if out else pd.DataFrame(columns=['trial_id', *map(_chosen, kept), 'chosen_layer', 'chosen_head'])
+            out.append(
+                best[['trial_id', *kept]]
+                .rename(columns=dict(zip(kept, map(_chosen, kept))))
+                .assign(chosen_layer=layer, chosen_head=head)
+            )
+    return (
+        pd.concat(out, ignore_index=True)
+        if out
+        else pd.DataFrame(columns=['trial_id', *map(_chosen, kept), 'chosen_layer', 'chosen_head'])
+    )
 
-def _chosen(name): return next((name.removesuffix(b) + '_chosen' + b for b in ('_uniform', '_centre') if name.endswith(b)), name + '_chosen')
+
+def _chosen(name):
+    return next(
+        (name.removesuffix(b) + '_chosen' + b for b in ('_uniform', '_centre') if name.endswith(b)),
+        name + '_chosen',
+    )
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #6e87604e
-RANDOM = ' (random weights)' # behind a model's name: the baseline
+RANDOM = ' (random weights)'  # behind a model's name: the baseline
+
 
 def without_random(
-    table:pd.DataFrame, # with a column model
-)->pd.DataFrame:        # the same, metadata kept
+    table: pd.DataFrame,  # with a column model
+) -> pd.DataFrame:  # the same, metadata kept
     "The rows of models, without those of their baselines."
-    out = table[~table.model.str.endswith(RANDOM)].reset_index(drop=True); out.attrs = table.attrs
+    out = table[~table.model.str.endswith(RANDOM)].reset_index(drop=True)
+    out.attrs = table.attrs
     return out
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #c90db3b4
 def with_baselines(
-    looks:pd.DataFrame,   # first table of `look_table`
-    profile:pd.DataFrame, # its second
-    seed:int=0,           # of the halving
-)->pd.DataFrame:          # one row per map of a model, with _random, _chosen and _over_… columns
+    looks: pd.DataFrame,  # first table of `look_table`
+    profile: pd.DataFrame,  # its second
+    seed: int = 0,  # of the halving
+) -> pd.DataFrame:  # one row per map of a model, with _random, _chosen and _over_… columns
     "Every localisation beside its baselines, paired by film."
     keys = ['model', 'arm', 'query', 'method']
-    chosen = [cross_fitted(g, seed=seed).assign(**dict(zip(keys, k))) for k, g in profile.groupby(keys)] if len(profile) else []
-    full = looks.merge(pd.concat(chosen), on=[*keys, 'trial_id'], how='left') if any(map(len, chosen)) else looks.assign(**{f'{m}_chosen': np.nan for m in MEASURES})
+    chosen = (
+        [cross_fitted(g, seed=seed).assign(**dict(zip(keys, k))) for k, g in profile.groupby(keys)]
+        if len(profile)
+        else []
+    )
+    full = (
+        looks.merge(pd.concat(chosen), on=[*keys, 'trial_id'], how='left')
+        if any(map(len, chosen))
+        else looks.assign(**{f'{m}_chosen': np.nan for m in MEASURES})
+    )
     own, random = full[~full.model.str.endswith(RANDOM)], full[full.model.str.endswith(RANDOM)]
     columns = [m + s for s in ('', '_chosen') for m in MEASURES if m + s in full]
-    random = random.assign(model=random.model.str.removesuffix(RANDOM))[['model', 'trial_id', 'query', 'method', *columns]].rename(columns={c: c.replace('_chosen', '') + ('_chosen' if '_chosen' in c else '') + '_random' for c in columns})
+    random = random.assign(model=random.model.str.removesuffix(RANDOM))[
+        ['model', 'trial_id', 'query', 'method', *columns]
+    ].rename(
+        columns={
+            c: c.replace('_chosen', '') + ('_chosen' if '_chosen' in c else '') + '_random'
+            for c in columns
+        }
+    )
     out = own.merge(random, on=['model', 'trial_id', 'query', 'method'], how='left')
     for m in (m for m in MEASURES if m in out):
         for b in ('uniform', 'centre', 'random'):
-            if f'{m}_{b}' in out: out[f'{m}_over_{b}'] = out[m] - out[f'{m}_{b}']
-            if f'{m}_chosen_{b}' in out: out[f'{m}_chosen_over_{b}'] = out[f'{m}_chosen'] - out[f'{m}_chosen_{b}']
+            if f'{m}_{b}' in out:
+                out[f'{m}_over_{b}'] = out[m] - out[f'{m}_{b}']
+            if f'{m}_chosen_{b}' in out:
+                out[f'{m}_chosen_over_{b}'] = out[f'{m}_chosen'] - out[f'{m}_chosen_{b}']
     return out
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #cbd799c7
 def _groups(t):
     "('all', …), then findings, queries and methods."
-    first = t[(t['query'] == t['query'].iloc[0]) & (t.method == 'raw')] if 'method' in t else t[t['query'] == t['query'].iloc[0]]
+    first = (
+        t[(t['query'] == t['query'].iloc[0]) & (t.method == 'raw')]
+        if 'method' in t
+        else t[t['query'] == t['query'].iloc[0]]
+    )
     yield 'all', first
-    if first.finding.nunique() > 1: yield from ((f'finding={f}', g) for f, g in first.groupby('finding'))
-    yield from ((f'query={q}', g) for q, g in t[t['query'] != t['query'].iloc[0]].pipe(lambda d: d[d.method == 'raw'] if 'method' in d else d).groupby('query'))
-    if 'method' in t: yield from ((f'method={m}', g) for m, g in t[(t.method != 'raw') & (t['query'] == t['query'].iloc[0])].groupby('method'))
+    if first.finding.nunique() > 1:
+        yield from ((f'finding={f}', g) for f, g in first.groupby('finding'))
+    yield from (
+        (f'query={q}', g)
+        for q, g in t[t['query'] != t['query'].iloc[0]]
+        .pipe(lambda d: d[d.method == 'raw'] if 'method' in d else d)
+        .groupby('query')
+    )
+    if 'method' in t:
+        yield from (
+            (f'method={m}', g)
+            for m, g in t[(t.method != 'raw') & (t['query'] == t['query'].iloc[0])].groupby(
+                'method'
+            )
+        )
 
-CROSS = 'by construction: the film enters by cross-attention' # why a share of the film of 1 is no finding
 
-def _cross(t): return 'cross' in t and bool(t.cross.fillna(False).astype(bool).any())
+CROSS = 'by construction: the film enters by cross-attention'  # why a share of the film of 1 is no finding
+
+
+def _cross(t):
+    return 'cross' in t and bool(t.cross.fillna(False).astype(bool).any())
+
 
 def map_rows(
-    full:pd.DataFrame, # from `with_baselines`
-    **boot,            # n_boot, level, seed, minimum
-)->list[dict]:         # metrics rows
+    full: pd.DataFrame,  # from `with_baselines`
+    **boot,  # n_boot, level, seed, minimum
+) -> list[dict]:  # metrics rows
     "Means per model, arm and subgroup; the differences from baselines with their p-values in the note."
     out = []
     for (model, arm), t in full[full.variant == 'plain'].groupby(['model', 'arm']):
         for name, g in _groups(t):
             for r in mean_rows(g, COLUMNS, **boot):
-                if '_over_' in r['metric'] and np.isfinite(r['value']): r['note'] = '; '.join(x for x in (f"p = {sign_flip(g[r['metric']], g.patient_id, seed=boot.get('seed', 0)):.2g}", r['note']) if x)
-                if r['metric'] == 'share_image' and np.isfinite(r['value']) and _cross(g): r['note'] = CROSS
-                if r['metric'] == 'pixel_auroc_uniform' and np.isfinite(r['value']): r |= dict(ci_low=.5, ci_high=.5, note='by construction')
+                if '_over_' in r['metric'] and np.isfinite(r['value']):
+                    r['note'] = '; '.join(
+                        x
+                        for x in (
+                            f"p = {sign_flip(g[r['metric']], g.patient_id, seed=boot.get('seed', 0)):.2g}",
+                            r['note'],
+                        )
+                        if x
+                    )
+                if r['metric'] == 'share_image' and np.isfinite(r['value']) and _cross(g):
+                    r['note'] = CROSS
+                if r['metric'] == 'pixel_auroc_uniform' and np.isfinite(r['value']):
+                    r |= dict(ci_low=0.5, ci_high=0.5, note='by construction')
                 out.append(dict(model=model, arm=arm, subgroup=name, **r))
     return out
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #f88f6389
-COMPARED = ('share_image', 'share_report', 'focus', 'gini', 'mass', 'pointing', 'iou', 'pixel_auroc', 'pixel_auroc_chosen') # what two models are compared in
+COMPARED = (
+    'share_image',
+    'share_report',
+    'focus',
+    'gini',
+    'mass',
+    'pointing',
+    'iou',
+    'pixel_auroc',
+    'pixel_auroc_chosen',
+)  # what two models are compared in
+
 
 def between_rows(
-    full:pd.DataFrame,  # from `with_baselines`
-    pairs:pd.DataFrame, # from `pair_table`
-    **boot,             # n_boot, level, seed, minimum
-)->list[dict]:          # metrics rows of models 'A − B' and 'A × B'
+    full: pd.DataFrame,  # from `with_baselines`
+    pairs: pd.DataFrame,  # from `pair_table`
+    **boot,  # n_boot, level, seed, minimum
+) -> list[dict]:  # metrics rows of models 'A − B' and 'A × B'
     "Two models on the same films: differences, and how alike their maps are. No difference of shares, and no test, where one is 1 by construction."
     out, tested, keys = [], [], ['trial_id', 'query', 'method']
     pairs = pairs[pairs.variant == 'plain'] if len(pairs) else pairs
     for a, b in combinations(sorted(set(full.model)), 2):
         across = _cross(full[full.model.isin([a, b])])
-        both = full[full.model == a].merge(full[full.model == b][[*keys, *(c for c in COMPARED if c in full)]], on=keys, suffixes=('', '_b'))
-        for c in (c for c in COMPARED if c in full): both[c] = both[c] - both[f'{c}_b']
+        both = full[full.model == a].merge(
+            full[full.model == b][[*keys, *(c for c in COMPARED if c in full)]],
+            on=keys,
+            suffixes=('', '_b'),
+        )
+        for c in (c for c in COMPARED if c in full):
+            both[c] = both[c] - both[f'{c}_b']
         for arm, t in both[both.variant == 'plain'].groupby('arm') if len(both) else ():
             for name, g in _groups(t):
-                rows = [dict(r, metric=r['metric'] + '_difference', model=f'{a} − {b}', arm=arm, subgroup=name) for r in mean_rows(g, COMPARED, dict.fromkeys(COMPARED, (-1, 1)), **boot)]
-                for r in (r for r in rows if across and r['metric'] == 'share_image_difference'): r |= dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, note=CROSS)
-                tested += [(r, sign_flip(g[r['metric'].removesuffix('_difference')], g.patient_id, seed=boot.get('seed', 0))) for r in rows if np.isfinite(r['value'])]
+                rows = [
+                    dict(
+                        r,
+                        metric=r['metric'] + '_difference',
+                        model=f'{a} − {b}',
+                        arm=arm,
+                        subgroup=name,
+                    )
+                    for r in mean_rows(g, COMPARED, dict.fromkeys(COMPARED, (-1, 1)), **boot)
+                ]
+                for r in (r for r in rows if across and r['metric'] == 'share_image_difference'):
+                    r |= dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, note=CROSS)
+                tested += [
+                    (
+                        r,
+                        sign_flip(
+                            g[r['metric'].removesuffix('_difference')],
+                            g.patient_id,
+                            seed=boot.get('seed', 0),
+                        ),
+                    )
+                    for r in rows
+                    if np.isfinite(r['value'])
+                ]
                 out += rows
-    for (r, _), p in zip(tested, holm([p for _, p in tested]) if tested else ()): r['note'] = '; '.join(x for x in (f'p (Holm) = {p:.2g}', r['note']) if x)
+    for (r, _), p in zip(tested, holm([p for _, p in tested]) if tested else ()):
+        r['note'] = '; '.join(x for x in (f'p (Holm) = {p:.2g}', r['note']) if x)
     for (a, b, arm), t in pairs.groupby(['model_a', 'model_b', 'arm']) if len(pairs) else ():
-        for name, g in _groups(t): out += [dict(r, model=f'{a} × {b}', arm=arm, subgroup=name) for r in mean_rows(g, ['js', 'cosine', 'ssim'], dict(js=(0, 1), cosine=(0, 1), ssim=(-1, 1)), **boot)]
+        for name, g in _groups(t):
+            out += [
+                dict(r, model=f'{a} × {b}', arm=arm, subgroup=name)
+                for r in mean_rows(
+                    g,
+                    ['js', 'cosine', 'ssim'],
+                    dict(js=(0, 1), cosine=(0, 1), ssim=(-1, 1)),
+                    **boot,
+                )
+            ]
     return out
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #4ce65d86
 def agreement_rows(
-    plan:pd.DataFrame,        # the plan
-    predictions:pd.DataFrame, # answers of two or more models
-    **boot,                   # n_boot, level, seed, minimum
-)->list[dict]:                # metrics rows of models 'A × B'
+    plan: pd.DataFrame,  # the plan
+    predictions: pd.DataFrame,  # answers of two or more models
+    **boot,  # n_boot, level, seed, minimum
+) -> list[dict]:  # metrics rows of models 'A × B'
     "Share of trials answered alike, arm by arm."
     out, (_, rows) = [], next(subgroups(answer_table(plan, predictions)))
     cells = {m: Cells(g) for m, g in rows.groupby('model', sort=True)}
     for a, b in combinations(cells, 2):
         for arm in cells[a].arms:
             both = cells[a](arm, 'parsed') & cells[b](arm, 'parsed')
-            out += [dict(r, model=f'{a} × {b}', subgroup='all') for r in term_rows([Term('agreement', arm, both & (cells[a](arm, 'said') == cells[b](arm, 'said')), both)], cells[a].patients, **boot)] if both.any() else []
+            out += (
+                [
+                    dict(r, model=f'{a} × {b}', subgroup='all')
+                    for r in term_rows(
+                        [
+                            Term(
+                                'agreement',
+                                arm,
+                                both & (cells[a](arm, 'said') == cells[b](arm, 'said')),
+                                both,
+                            )
+                        ],
+                        cells[a].patients,
+                        **boot,
+                    )
+                ]
+                if both.any()
+                else []
+            )
     return out
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #3aae26c6
 def _change_groups(changes):
     "(model, arm, subgroup, rows): each arm in which the film stayed; all rewordings, and those of each strategy."
     worded = changes.variant != 'plain'
-    for (model, arm), t in changes[~worded].groupby(['model', 'arm']): yield from ((model, arm, name, g) for name, g in _groups(t))
+    for (model, arm), t in changes[~worded].groupby(['model', 'arm']):
+        yield from ((model, arm, name, g) for name, g in _groups(t))
     for model, t in changes[worded].groupby('model'):
-        yield from ((model, '', 'wording' if name == 'all' else f'wording, {name}', g) for name, g in _groups(t))
-        yield from ((model, '', f'wording, strategy={s}', g) for s, g in t[t['query'] == t['query'].iloc[0]].groupby('strategy'))
+        yield from (
+            (model, '', 'wording' if name == 'all' else f'wording, {name}', g)
+            for name, g in _groups(t)
+        )
+        yield from (
+            (model, '', f'wording, strategy={s}', g)
+            for s, g in t[t['query'] == t['query'].iloc[0]].groupby('strategy')
+        )
+
 
 def _flips_told(g, minimum, how):
     "Whether the change of the map tells of a flip, as part of a metrics row."
-    row = dict(metric='map_change_auroc', n=len(g), n_clusters=g.patient_id.nunique(), value=np.nan, ci_low=np.nan, ci_high=np.nan)
-    if len(g) < minimum: return row | dict(note='suppressed: fewer maps than are reported')
-    if g.flipped.nunique() < 2: return row | dict(note='undefined: every answer flipped' if g.flipped.any() else 'undefined: no answer flipped')
+    row = dict(
+        metric='map_change_auroc',
+        n=len(g),
+        n_clusters=g.patient_id.nunique(),
+        value=np.nan,
+        ci_low=np.nan,
+        ci_high=np.nan,
+    )
+    if len(g) < minimum:
+        return row | dict(note='suppressed: fewer maps than are reported')
+    if g.flipped.nunique() < 2:
+        return row | dict(
+            note='undefined: every answer flipped'
+            if g.flipped.any()
+            else 'undefined: no answer flipped'
+        )
     got = map_change_predicts_flip(g.js, g.flipped, g.patient_id, **how)
-    return row | dict(value=float(got.value), ci_low=float(got.low), ci_high=float(got.high), n_effective=float(got.n_effective), note=str(got.note))
+    return row | dict(
+        value=float(got.value),
+        ci_low=float(got.low),
+        ci_high=float(got.high),
+        n_effective=float(got.n_effective),
+        note=str(got.note),
+    )
+
 
 def change_rows(
-    changes:pd.DataFrame, # from `change_table`
-    **boot,               # n_boot, level, seed, minimum
-)->list[dict]:            # metrics rows: map_change (JS, bits), answer_change (of the probability), flips_same_film, map_change_auroc (of flips)
+    changes: pd.DataFrame,  # from `change_table`
+    **boot,  # n_boot, level, seed, minimum
+) -> list[
+    dict
+]:  # metrics rows: map_change (JS, bits), answer_change (of the probability), flips_same_film, map_change_auroc (of flips)
     "How far maps and answers moved while the film stayed, and whether the one tells of the other."
-    if not len(changes): return []
+    if not len(changes):
+        return []
     out, how = [], {k: v for k, v in boot.items() if k != 'minimum'}
     named = dict(js='map_change', moved='answer_change', flipped='flips_same_film')
-    for model, arm, subgroup, g in _change_groups(changes.assign(flipped=changes.flipped.astype(float))):
-        found = [dict(r, metric=named[r['metric']]) for r in mean_rows(g, list(named), dict.fromkeys(named, (0, 1)), **boot)]
-        out += [dict(model=model, arm=arm, subgroup=subgroup, **r) for r in (*found, _flips_told(g, boot.get('minimum', 10), how))]
+    for model, arm, subgroup, g in _change_groups(
+        changes.assign(flipped=changes.flipped.astype(float))
+    ):
+        found = [
+            dict(r, metric=named[r['metric']])
+            for r in mean_rows(g, list(named), dict.fromkeys(named, (0, 1)), **boot)
+        ]
+        out += [
+            dict(model=model, arm=arm, subgroup=subgroup, **r)
+            for r in (*found, _flips_told(g, boot.get('minimum', 10), how))
+        ]
     return out
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #a52091bd
 def attention_metrics(
-    full, pairs, changes,           # tables of `with_baselines`, `pair_table`, `change_table`
-    plan, predictions,              # what was asked and answered, baselines left out
-    measured,                       # metrics table of `smsbench.sms.metrics.measure`
-    **boot,                         # n_boot, level, seed, minimum
-)->pd.DataFrame:                    # metrics table
+    full,
+    pairs,
+    changes,  # tables of `with_baselines`, `pair_table`, `change_table`
+    plan,
+    predictions,  # what was asked and answered, baselines left out
+    measured,  # metrics table of `smsbench.sms.metrics.measure`
+    **boot,  # n_boot, level, seed, minimum
+) -> pd.DataFrame:  # metrics table
     "Answers and maps in one metrics table; counts below ten are hidden where data are credentialed."
-    rows = map_rows(full, **boot) + between_rows(full, pairs, **boot) + agreement_rows(plan, predictions, **boot) + change_rows(changes, **boot)
+    rows = (
+        map_rows(full, **boot)
+        + between_rows(full, pairs, **boot)
+        + agreement_rows(plan, predictions, **boot)
+        + change_rows(changes, **boot)
+    )
     table = pd.DataFrame(rows).reindex(columns=list(measured.columns))
     table = table.fillna(dict(n_donors=0, n_effective=table.n_clusters)).astype(dict(n_donors=int))
     if plan.attrs.get('access') == 'credentialed':
         few = table.n_clusters < boot.get('minimum', 10)
-        table['n_effective'] = table.n_effective.where(table.n_effective >= boot.get('minimum', 10), 0)
-        table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan; table.loc[few, ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0; table.loc[few, 'note'] = f"suppressed: fewer than {boot.get('minimum', 10)} patients"
-    out = pd.concat([measured, table], ignore_index=True); out.attrs = measured.attrs
+        table['n_effective'] = table.n_effective.where(
+            table.n_effective >= boot.get('minimum', 10), 0
+        )
+        table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan
+        table.loc[few, ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0
+        table.loc[few, 'note'] = f"suppressed: fewer than {boot.get('minimum', 10)} patients"
+    out = pd.concat([measured, table], ignore_index=True)
+    out.attrs = measured.attrs
     return validate(out, 'metrics')

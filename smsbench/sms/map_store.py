@@ -22,222 +22,351 @@ from ..vlm.models import Answer, HFModel, Inputs, _door, choice_logprobs, few_th
 
 # %% ../../nbs/36_sms.map_store.ipynb #976a25d5
 def spelled_query(
-    query:str,    # 'answer', 'asked' or a word of the prompt
-    question:str, # what the trial asks
-)->str:           # as `attention_rows` takes it
+    query: str,  # 'answer', 'asked' or a word of the prompt
+    question: str,  # what the trial asks
+) -> str:  # as `attention_rows` takes it
     "The word behind a query's name."
-    words = [w for w in ''.join(c if c.isalnum() else ' ' for c in question).split() if not w.isdigit()]
-    if query == 'asked' and not words: raise InputError(f'the question {question!r} holds no word to ask for; leave the query asked out')
+    words = [
+        w for w in ''.join(c if c.isalnum() else ' ' for c in question).split() if not w.isdigit()
+    ]
+    if query == 'asked' and not words:
+        raise InputError(
+            f'the question {question!r} holds no word to ask for; leave the query asked out'
+        )
     return words[-1] if query == 'asked' else query
 
 # %% ../../nbs/36_sms.map_store.ipynb #850b07fb
 def asked_queries(
-    queries, # see `spelled_query`
-    trial,   # a row of the plan
-)->tuple[str, ...]:
+    queries,  # see `spelled_query`
+    trial,  # a row of the plan
+) -> tuple[str, ...]:
     "What is read of a trial: in a rewording no word by name, which another may have taken the place of."
-    if getattr(trial, 'variant', 'plain') == 'plain': return tuple(queries)
+    if getattr(trial, 'variant', 'plain') == 'plain':
+        return tuple(queries)
     return tuple(q for q in queries if q in ('answer', 'asked')) or ('answer',)
 
 # %% ../../nbs/36_sms.map_store.ipynb #8403e752
 def look(
-    model:HFModel, # a loaded model
-    x:Inputs,      # what it is asked, with an image
-    queries:tuple[str, ...]=('answer',), # 'answer', or words of the prompt
-    report:str='', # the part of the prompt that is the report
-)->tuple[Answer, Rows]:
+    model: HFModel,  # a loaded model
+    x: Inputs,  # what it is asked, with an image
+    queries: tuple[str, ...] = ('answer',),  # 'answer', or words of the prompt
+    report: str = '',  # the part of the prompt that is the report
+) -> tuple[Answer, Rows]:
     "The answer to a trial and the attention behind it, from one forward pass."
     import torch
+
     encoded, seen, once = model.encode(x), [], copy.copy(model)
-    once.encode = lambda _: encoded                                                        # decoded and tokenized once
-    handle = model.model.register_forward_hook(lambda module, args, out: seen.append(out.logits[0, -1].detach().float()))
+    once.encode = lambda _: encoded  # decoded and tokenized once
+    handle = model.model.register_forward_hook(
+        lambda module, args, out: seen.append(out.logits[0, -1].detach().float())
+    )
     try:
-        with _door(model.model, model.start is not None) as delivered: rows = attention_rows(once, x, queries, report)
-    finally: handle.remove()
+        with _door(model.model, model.start is not None) as delivered:
+            rows = attention_rows(once, x, queries, report)
+    finally:
+        handle.remove()
     row, sha = encoded
     first, spelled = seen[0].log_softmax(-1).cpu(), model.spelled(x.choices)
     with torch.inference_mode(), few_threads(model.model):
-        logprob = {s: float(first[s[0]] if len(s) == 1 else model._sequence(row, s)) for ss in spelled.values() for s in ss}
+        logprob = {
+            s: float(first[s[0]] if len(s) == 1 else model._sequence(row, s))
+            for ss in spelled.values()
+            for s in ss
+        }
     lp = choice_logprobs(spelled, logprob)
-    return Answer(tuple(lp), min(float(np.exp(lp).sum()), 1.), sha, model._token_sha(row), delivered()), rows
+    return Answer(
+        tuple(lp), min(float(np.exp(lp).sum()), 1.0), sha, model._token_sha(row), delivered()
+    ), rows
 
 # %% ../../nbs/36_sms.map_store.ipynb #60f524df
-KEEP = ('rows', 'pooled') # every head, or the mean over the heads of each layer
+KEEP = ('rows', 'pooled')  # every head, or the mean over the heads of each layer
 _GROUPS = ('image', 'report', 'question', 'special', 'template', 'said')
 
+
 def pack(
-    rows:Rows,       # attention rows of a trial
-    keep:str='rows', # 'rows' or 'pooled'
-)->dict:             # name -> array, for an npz archive
+    rows: Rows,  # attention rows of a trial
+    keep: str = 'rows',  # 'rows' or 'pooled'
+) -> dict:  # name -> array, for an npz archive
     "Rows and where their keys lie on the film, as arrays."
-    if keep not in KEEP: raise InputError(f"keep {keep!r}: choose {' or '.join(KEEP)}")
+    if keep not in KEEP:
+        raise InputError(f"keep {keep!r}: choose {' or '.join(KEEP)}")
     w = rows.weights if keep == 'rows' else rows.weights.mean(1, keepdims=True)
     top, lay = np.maximum(w.max(-1, keepdims=True), 1e-30), rows.layout
     groups = np.full(w.shape[-1], 255, np.uint8)
-    for g, at in rows.groups.items(): groups[at] = _GROUPS.index(g)
-    about = dict(layers=rows.layers, kinds=rows.kinds, queries=rows.queries, positions=rows.positions, groups=list(rows.groups), about=rows.about | dict(kept=keep), family=lay.family,
-                 shape=lay.shape, keys=lay.keys, cross=lay.cross, views=[(v.name, v.kind, v.grid, v.box) for v in lay.views])
-    plain = json.dumps(about, default=lambda o: o.item() if isinstance(o, np.generic) else o.tolist())
-    return dict(weights=(w/top).astype(np.float16), top=top.astype(np.float32), groups=groups, cells=np.concatenate([v.positions.ravel() for v in lay.views]).astype(np.int32),
-                beside=lay.beside.astype(np.int32), about=np.frombuffer(plain.encode(), np.uint8))
+    for g, at in rows.groups.items():
+        groups[at] = _GROUPS.index(g)
+    about = dict(
+        layers=rows.layers,
+        kinds=rows.kinds,
+        queries=rows.queries,
+        positions=rows.positions,
+        groups=list(rows.groups),
+        about=rows.about | dict(kept=keep),
+        family=lay.family,
+        shape=lay.shape,
+        keys=lay.keys,
+        cross=lay.cross,
+        views=[(v.name, v.kind, v.grid, v.box) for v in lay.views],
+    )
+    plain = json.dumps(
+        about, default=lambda o: o.item() if isinstance(o, np.generic) else o.tolist()
+    )
+    return dict(
+        weights=(w / top).astype(np.float16),
+        top=top.astype(np.float32),
+        groups=groups,
+        cells=np.concatenate([v.positions.ravel() for v in lay.views]).astype(np.int32),
+        beside=lay.beside.astype(np.int32),
+        about=np.frombuffer(plain.encode(), np.uint8),
+    )
 
 # %% ../../nbs/36_sms.map_store.ipynb #f3589b25
 def unpack(
-    arrays:dict, # from `pack`
-)->Rows:
+    arrays: dict,  # from `pack`
+) -> Rows:
     "The rows again."
     a = json.loads(bytes(arrays['about']).decode())
-    cells, views = iter(np.split(arrays['cells'], np.cumsum([r*c for _, _, (r, c), _ in a['views']])[:-1])), []
-    for name, kind, grid, box in a['views']: views.append(View(name, kind, next(cells).astype(int).reshape(grid), tuple(box)))
-    lay = Layout(a['family'], tuple(a['shape']), tuple(views), arrays['beside'].astype(int), a['keys'], a['cross'])
+    cells, views = (
+        iter(np.split(arrays['cells'], np.cumsum([r * c for _, _, (r, c), _ in a['views']])[:-1])),
+        [],
+    )
+    for name, kind, grid, box in a['views']:
+        views.append(View(name, kind, next(cells).astype(int).reshape(grid), tuple(box)))
+    lay = Layout(
+        a['family'],
+        tuple(a['shape']),
+        tuple(views),
+        arrays['beside'].astype(int),
+        a['keys'],
+        a['cross'],
+    )
     groups = {g: np.flatnonzero(arrays['groups'] == _GROUPS.index(g)) for g in a['groups']}
-    return Rows(arrays['weights'].astype(np.float32)*arrays['top'], tuple(a['layers']), tuple(a['kinds']), tuple(a['queries']), tuple(a['positions']), groups, lay, a['about'])
+    return Rows(
+        arrays['weights'].astype(np.float32) * arrays['top'],
+        tuple(a['layers']),
+        tuple(a['kinds']),
+        tuple(a['queries']),
+        tuple(a['positions']),
+        groups,
+        lay,
+        a['about'],
+    )
 
 # %% ../../nbs/36_sms.map_store.ipynb #960d5b09
 def maps_path(
-    run:Run,    # run directory
-    model:str,  # name of the model
-    number:int, # of the part
-)->Path:        # its npz archive
+    run: Run,  # run directory
+    model: str,  # name of the model
+    number: int,  # of the part
+) -> Path:  # its npz archive
     "Where the rows of a part lie."
-    return run/'maps'/part_path(run, model, number).with_suffix('.npz').name
+    return run / 'maps' / part_path(run, model, number).with_suffix('.npz').name
+
 
 def _write_maps(path, packed):
-    with atomic(path) as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, **{f'{t}.{m}.{k}': v for t, by in packed.items() for m, arrays in by.items() for k, v in arrays.items()})
+    with atomic(path) as tmp, open(tmp, 'wb') as f:
+        np.savez_compressed(
+            f,
+            **{
+                f'{t}.{m}.{k}': v
+                for t, by in packed.items()
+                for m, arrays in by.items()
+                for k, v in arrays.items()
+            },
+        )
+
 
 def _opened(path):
     "trial -> method -> arrays, of a part; its list of names is read once."
     z, names = np.load(path, allow_pickle=False), {}
-    for n in z.files: names.setdefault(n.split('.')[0], []).append(n)
+    for n in z.files:
+        names.setdefault(n.split('.')[0], []).append(n)
+
     def arrays(trial):
         out = {}
-        for n in names.get(trial, ()): _, method, array = n.split('.'); out.setdefault(method, {})[array] = z[n]
+        for n in names.get(trial, ()):
+            _, method, array = n.split('.')
+            out.setdefault(method, {})[array] = z[n]
         return out
+
     return arrays
 
 # %% ../../nbs/36_sms.map_store.ipynb #a4796466
 def known_methods(
-    names, # of methods
-)->tuple[str, ...]: # the same, 'raw' first
+    names,  # of methods
+) -> tuple[str, ...]:  # the same, 'raw' first
     "`InputError` for a method there is not."
     from smsbench.vlm.maps import METHODS
-    if unknown := [n for n in names if n not in METHODS]: raise InputError(f"unknown method {', '.join(unknown)}; choose from {', '.join(METHODS)}")
+
+    if unknown := [n for n in names if n not in METHODS]:
+        raise InputError(f"unknown method {', '.join(unknown)}; choose from {', '.join(METHODS)}")
     return ('raw', *(n for n in dict.fromkeys(names) if n != 'raw'))
 
 # %% ../../nbs/36_sms.map_store.ipynb #7c5f7e23
 def look_at(
-    trial,         # a row of the plan
-    source,        # a `Source`
-    model:HFModel, # a loaded model
-    queries=('answer',), # see `spelled_query`
-    keep:str='rows', # 'rows' or 'pooled'
-    methods=('raw',), # keys of `smsbench.vlm.maps.METHODS`
-)->tuple[dict, dict]: # a predictions row; method -> packed rows, empty where the trial failed
+    trial,  # a row of the plan
+    source,  # a `Source`
+    model: HFModel,  # a loaded model
+    queries=('answer',),  # see `spelled_query`
+    keep: str = 'rows',  # 'rows' or 'pooled'
+    methods=('raw',),  # keys of `smsbench.vlm.maps.METHODS`
+) -> tuple[dict, dict]:  # a predictions row; method -> packed rows, empty where the trial failed
     "Ask one trial; an error becomes its row."
     import dataclasses, time
     from smsbench.vlm.maps import rows_of
+
     begin = time.perf_counter()
     try:
         queries = asked_queries(queries, trial)
-        x, words = source.inputs(trial), tuple(spelled_query(q, source.task(trial).question) for q in queries)
-        if x.image is None: raise InputError(f'the arm {trial.arm} shows no image, so there is nothing to map')
+        x, words = (
+            source.inputs(trial),
+            tuple(spelled_query(q, source.task(trial).question) for q in queries),
+        )
+        if x.image is None:
+            raise InputError(f'the arm {trial.arm} shows no image, so there is nothing to map')
         report = source.text(trial).strip()
         answer, rows = look(model, x, words, report)
-        found = dict(raw=rows) | {m: rows_of(model, x, m, words, report) for m in methods if m != 'raw'}
-        packed = {m: pack(dataclasses.replace(r, queries=tuple(queries)), keep) for m, r in found.items()}
+        found = dict(raw=rows) | {
+            m: rows_of(model, x, m, words, report) for m in methods if m != 'raw'
+        }
+        packed = {
+            m: pack(dataclasses.replace(r, queries=tuple(queries)), keep) for m, r in found.items()
+        }
         return _answer_row(trial, answer, x.choices, time.perf_counter() - begin), packed
-    except Exception as e: return _error_row(trial, e), {}                                # counted, and too many of them fail the run
+    except Exception as e:
+        return _error_row(trial, e), {}  # counted, and too many of them fail the run
 
 # %% ../../nbs/36_sms.map_store.ipynb #c84dfa24
 def attend_part(
-    number:int,          # of the part
-    trials:list,         # its trials (rows of a plan)
-    run:Run,             # run directory
-    source,              # a `Source`
-    model:HFModel,       # a loaded model
-    queries=('answer',), # see `spelled_query`
-    keep:str='rows',     # 'rows' or 'pooled'
-    methods=('raw',), # keys of `smsbench.vlm.maps.METHODS`
-    plan_hash:str='',    # of the plan
-    tick=lambda: None,   # called after each trial
-)->pd.DataFrame:         # predictions of the part
+    number: int,  # of the part
+    trials: list,  # its trials (rows of a plan)
+    run: Run,  # run directory
+    source,  # a `Source`
+    model: HFModel,  # a loaded model
+    queries=('answer',),  # see `spelled_query`
+    keep: str = 'rows',  # 'rows' or 'pooled'
+    methods=('raw',),  # keys of `smsbench.vlm.maps.METHODS`
+    plan_hash: str = '',  # of the plan
+    tick=lambda: None,  # called after each trial
+) -> pd.DataFrame:  # predictions of the part
     "Ask what this part still lacks and write it."
     path, maps = part_path(run, model.name, number), maps_path(run, model.name, number)
     old, kept = {}, {}
     if path.exists() and maps.exists():
         done = read_table(path, 'predictions')
-        if done.attrs['plan_hash'] != plan_hash: raise InputError(f'{run.path} holds maps of another plan; choose another --out')
+        if done.attrs['plan_hash'] != plan_hash:
+            raise InputError(f'{run.path} holds maps of another plan; choose another --out')
         old = {r['trial_id']: r for r in done.to_dict('records') if r['parse_status'] != 'error'}
-        part = _opened(maps); kept = {t: part(t) for t in old}
+        part = _opened(maps)
+        kept = {t: part(t) for t in old}
     for t in trials:
         if t.trial_id not in old:
             row, packed = look_at(t, source, model, queries, keep, methods)
             old[t.trial_id] = dict(model=model.name, **row)
-            if packed: kept[t.trial_id] = packed
+            if packed:
+                kept[t.trial_id] = packed
         tick()
     _write_maps(maps, kept)
-    write_table(pd.DataFrame([old[t.trial_id] for t in trials]), path, 'predictions', plan_hash=plan_hash, model=model.info)
+    write_table(
+        pd.DataFrame([old[t.trial_id] for t in trials]),
+        path,
+        'predictions',
+        plan_hash=plan_hash,
+        model=model.info,
+    )
     return read_table(path)
 
 # %% ../../nbs/36_sms.map_store.ipynb #2da6bd10
 class MapStore:
     "The kept rows of a run: `store.rows(model, trial_id)`, and what a map may be made of."
-    def __init__(self,
-        run,           # run directory (path or `Run`)
-        cache:int=64,  # trials held in memory
+
+    def __init__(
+        self,
+        run,  # run directory (path or `Run`)
+        cache: int = 64,  # trials held in memory
     ):
         self.run, self.where = run if isinstance(run, Run) else Run(run), {}
-        for p in sorted((self.run/'predictions').glob('part-*.parquet')):
+        for p in sorted((self.run / 'predictions').glob('part-*.parquet')):
             t = read_table(p)
-            self.where.update({(m, i): p.with_suffix('.npz').name for m, i, s in zip(t.model, t.trial_id, t.parse_status) if s != 'error'})
-        if not self.where: raise InputError(f'{self.run.path}: no maps here yet; run smsbench attend with this --out')
+            self.where.update(
+                {
+                    (m, i): p.with_suffix('.npz').name
+                    for m, i, s in zip(t.model, t.trial_id, t.parse_status)
+                    if s != 'error'
+                }
+            )
+        if not self.where:
+            raise InputError(
+                f'{self.run.path}: no maps here yet; run smsbench attend with this --out'
+            )
         self._rows, self._part = lru_cache(cache)(self._read), lru_cache(4)(_opened)
 
-    def rows(self,
-        model:str,    # name of the model
-        trial_id:str, # which trial
-        method:str='raw', # keys of `smsbench.vlm.maps.METHODS`
-    )->Rows:
+    def rows(
+        self,
+        model: str,  # name of the model
+        trial_id: str,  # which trial
+        method: str = 'raw',  # keys of `smsbench.vlm.maps.METHODS`
+    ) -> Rows:
         "Rows of a trial; `InputError` where there are none."
-        if (model, trial_id) not in self.where: raise InputError(f'no maps of {model} for trial {trial_id}; it failed, or was never asked')
+        if (model, trial_id) not in self.where:
+            raise InputError(
+                f'no maps of {model} for trial {trial_id}; it failed, or was never asked'
+            )
         found = self._rows(model, trial_id)
-        if method not in found: raise InputError(f"method {method!r} was not kept; this run has {', '.join(found)}")
+        if method not in found:
+            raise InputError(f"method {method!r} was not kept; this run has {', '.join(found)}")
         return found[method]
 
     def _read(self, model, trial_id):
-        path = self.run/'maps'/self.where[model, trial_id]
+        path = self.run / 'maps' / self.where[model, trial_id]
         found = self._part(path)(trial_id) if path.exists() else {}
-        if not found: raise InputError(f'{self.run.path}: the rows of trial {trial_id} are gone; run smsbench attend again with this --out')
+        if not found:
+            raise InputError(
+                f'{self.run.path}: the rows of trial {trial_id} are gone; run smsbench attend again with this --out'
+            )
         return {m: unpack(a) for m, a in found.items()}
 
     @property
     def nbytes(self):
         "Bytes on disk, all trials."
-        return sum((self.run/'maps'/n).stat().st_size for n in set(self.where.values()))
+        return sum((self.run / 'maps' / n).stat().st_size for n in set(self.where.values()))
 
 # %% ../../nbs/36_sms.map_store.ipynb #9c2217bb
 def kept_map(
-    rows:Rows,          # from a `MapStore`
-    query:str='answer', # one of its queries
-    layers='all',       # see `smsbench.vlm.attention.chosen_layers`
-    heads='mean',       # see `smsbench.vlm.attention.pooled`
-)->AttentionMap:
+    rows: Rows,  # from a `MapStore`
+    query: str = 'answer',  # one of its queries
+    layers='all',  # see `smsbench.vlm.attention.chosen_layers`
+    heads='mean',  # see `smsbench.vlm.attention.pooled`
+) -> AttentionMap:
     "The map of a query; `InputError` where only the mean over heads was kept and another choice is asked for."
     return attention_map(rows, query, *_choice(rows, layers, heads))
 
+
 def _choice(rows, layers, heads):
-    if rows.kinds == ('joined',): return 'all', 'mean'
-    if rows.about.get('kept') == 'pooled' and heads != 'mean': raise InputError(f'heads {heads!r}: this run kept the mean over heads only; run smsbench attend again with --keep rows')
+    if rows.kinds == ('joined',):
+        return 'all', 'mean'
+    if rows.about.get('kept') == 'pooled' and heads != 'mean':
+        raise InputError(
+            f'heads {heads!r}: this run kept the mean over heads only; run smsbench attend again with --keep rows'
+        )
     return layers, heads
 
 # %% ../../nbs/36_sms.map_store.ipynb #4e201f43
 def kept_shares(
-    rows:Rows,          # from a `MapStore`
-    query:str='answer', # one of its queries
-    layers='all',       # see `smsbench.vlm.attention.chosen_layers`
-    heads='mean',       # see `smsbench.vlm.attention.pooled`
-)->dict:                # group of tokens -> share, 0..1; empty where the query has no weight at all, as a gradient may have none
+    rows: Rows,  # from a `MapStore`
+    query: str = 'answer',  # one of its queries
+    layers='all',  # see `smsbench.vlm.attention.chosen_layers`
+    heads='mean',  # see `smsbench.vlm.attention.pooled`
+) -> dict:  # group of tokens -> share, 0..1; empty where the query has no weight at all, as a gradient may have none
     "What the attention of a query fell on, also where nothing of it fell on the film."
     at = rows.queries.index(query)
-    try: return shares(replace(rows, weights=rows.weights[:, :, at:at + 1], queries=(query,)), *_choice(rows, layers, heads)).iloc[0].to_dict()
-    except RunError: return {}
+    try:
+        return (
+            shares(
+                replace(rows, weights=rows.weights[:, :, at : at + 1], queries=(query,)),
+                *_choice(rows, layers, heads),
+            )
+            .iloc[0]
+            .to_dict()
+        )
+    except RunError:
+        return {}

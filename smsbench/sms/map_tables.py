@@ -18,100 +18,193 @@ from ..data.readers import read_image
 from .map_store import kept_map, kept_shares
 from .prompts import opposite
 from .shifts import ARMS
-from ..vlm.map_stats import centre_of_mass, centre_prior, cosine, entropy, focus, gini, jensen_shannon, localisation, region, ssim
+from smsbench.vlm.map_stats import (
+    centre_of_mass,
+    centre_prior,
+    cosine,
+    entropy,
+    focus,
+    gini,
+    jensen_shannon,
+    localisation,
+    region,
+    ssim,
+)
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #7186b39f
 REGION_COLUMNS = ('x0', 'y0', 'x1', 'y1')
 
+
 class Regions:
     "The marked region of a sample's finding: `regions(sample_id, shape)`."
-    def __init__(self,
-        source,     # a `Source`
-        table=None, # DataFrame: sample_id or image, and mask (path below the data root) or x0, y0, x1, y1 (pixels of the film); several rows make one region
+
+    def __init__(
+        self,
+        source,  # a `Source`
+        table=None,  # DataFrame: sample_id or image, and mask (path below the data root) or x0, y0, x1, y1 (pixels of the film); several rows make one region
     ):
         self.source, self.table = source, {}
-        if table is None: return
+        if table is None:
+            return
         key = next((k for k in ('sample_id', 'image') if k in table), None)
-        if key is None or ('mask' not in table and set(REGION_COLUMNS) - set(table)): raise InputError('a table of regions needs the column sample_id or image, and the column mask or the columns x0, y0, x1, y1')
-        names = {str(getattr(r, key)): i for i, r in source.rows.items()} if key == 'sample_id' else None
+        if key is None or ('mask' not in table and set(REGION_COLUMNS) - set(table)):
+            raise InputError(
+                'a table of regions needs the column sample_id or image, and the column mask or the columns x0, y0, x1, y1'
+            )
+        names = (
+            {str(getattr(r, key)): i for i, r in source.rows.items()}
+            if key == 'sample_id'
+            else None
+        )
         for n, r in enumerate(table.to_dict('records'), 1):
             marked = n, self._checked(n, r)
-            for i in ([names.get(str(r[key]))] if names else [i for i, s in source.rows.items() if s.image == r[key]]):
-                if i: self.table.setdefault(i, []).append(marked)
-        if not self.table: raise InputError(f'no {key} of the table of regions is one of the cohort')
+            for i in (
+                [names.get(str(r[key]))]
+                if names
+                else [i for i, s in source.rows.items() if s.image == r[key]]
+            ):
+                if i:
+                    self.table.setdefault(i, []).append(marked)
+        if not self.table:
+            raise InputError(f'no {key} of the table of regions is one of the cohort')
 
-    def __call__(self,
-        sample_id:str, # whose film, and whose finding
-        shape:tuple[int, int], # height and width of the film
-    )->np.ndarray|None: # (H,W) bool; None where nothing is marked
+    def __call__(
+        self,
+        sample_id: str,  # whose film, and whose finding
+        shape: tuple[int, int],  # height and width of the film
+    ) -> np.ndarray | None:  # (H,W) bool; None where nothing is marked
         "The region; `InputError` for a mask of another size than the film, and for one that marks nothing. Errors name files of open data only."
         r = self.source.rows[sample_id]
-        if self.table: return self._union([self._file(n, t, shape) if isinstance(t, str) else self._boxes(f'regions, row {n}', [t], shape) for n, t in self.table.get(sample_id, [])])
-        if r.image.startswith('phantom:'): return self._union([phantom_masks(r.image)[r.finding]])
-        if isinstance(getattr(r, 'mask', None), str): return self._union([self._file(list(self.source.rows).index(sample_id) + 1, r.mask, shape)] if r.mask else [])
+        if self.table:
+            return self._union(
+                [
+                    self._file(n, t, shape)
+                    if isinstance(t, str)
+                    else self._boxes(f'regions, row {n}', [t], shape)
+                    for n, t in self.table.get(sample_id, [])
+                ]
+            )
+        if r.image.startswith('phantom:'):
+            return self._union([phantom_masks(r.image)[r.finding]])
+        if isinstance(getattr(r, 'mask', None), str):
+            return self._union(
+                [self._file(list(self.source.rows).index(sample_id) + 1, r.mask, shape)]
+                if r.mask
+                else []
+            )
         boxes = json.loads(getattr(r, 'boxes', '') or '[]')
-        return self._boxes(f'sample {sample_id}' if not self.source.sealed else f'row {list(self.source.rows).index(sample_id) + 1}', boxes, shape) if boxes else None
+        return (
+            self._boxes(
+                f'sample {sample_id}'
+                if not self.source.sealed
+                else f'row {list(self.source.rows).index(sample_id) + 1}',
+                boxes,
+                shape,
+            )
+            if boxes
+            else None
+        )
 
-    def check(self,
-        sample_ids, # whose films will be shown
+    def check(
+        self,
+        sample_ids,  # whose films will be shown
     ):
         "`InputError` for the first region that cannot be used, before any model runs. A film that cannot be read is left to its trial."
         for i in progress(list(sample_ids), 'reading regions', unit='film'):
-            if not self.marks(i): continue
-            try: shape = self.source.image(i).shape[:2]
-            except InputError: continue
+            if not self.marks(i):
+                continue
+            try:
+                shape = self.source.image(i).shape[:2]
+            except InputError:
+                continue
             self(i, shape)
 
     def marks(self, sample_id):
         "Is anything marked on this sample's film?"
         r = self.source.rows[sample_id]
-        if self.table: return sample_id in self.table
+        if self.table:
+            return sample_id in self.table
         mask = getattr(r, 'mask', None)
-        return r.image.startswith('phantom:') or bool(mask if isinstance(mask, str) else json.loads(getattr(r, 'boxes', '') or '[]'))
+        return r.image.startswith('phantom:') or bool(
+            mask if isinstance(mask, str) else json.loads(getattr(r, 'boxes', '') or '[]')
+        )
 
     def _checked(self, number, row):
         "The mask's path, or the corners of a box."
-        if isinstance(row.get('mask'), str) and row['mask'].strip(): return row['mask']
-        try: box = [float(row.get(c)) for c in REGION_COLUMNS]
-        except (TypeError, ValueError): box = [np.nan]
-        if not np.isfinite(box).all(): raise InputError(f'regions, row {number}: neither a mask nor four numbers')
+        if isinstance(row.get('mask'), str) and row['mask'].strip():
+            return row['mask']
+        try:
+            box = [float(row.get(c)) for c in REGION_COLUMNS]
+        except (TypeError, ValueError):
+            box = [np.nan]
+        if not np.isfinite(box).all():
+            raise InputError(f'regions, row {number}: neither a mask nor four numbers')
         return box
 
     def _boxes(self, what, boxes, shape):
-        try: return region(boxes, shape)
-        except InputError as e: raise InputError(f'{what}: {e}') from None
+        try:
+            return region(boxes, shape)
+        except InputError as e:
+            raise InputError(f'{what}: {e}') from None
 
-    def _union(self, masks): return np.logical_or.reduce(masks) if masks and np.any(masks) else None
+    def _union(self, masks):
+        return np.logical_or.reduce(masks) if masks and np.any(masks) else None
 
     def _file(self, number, path, shape):
         from PIL import Image
+
         what = f'regions, row {number}: the mask' + ('' if self.source.sealed else f' {path}')
-        try: mask = read_image(self.source.root, path)
-        except InputError as e: raise (InputError(f"{what} cannot be read ({getattr(e, 'reason', 'unknown')})") if self.source.sealed else e) from None
+        try:
+            mask = read_image(self.source.root, path)
+        except InputError as e:
+            raise (
+                InputError(f"{what} cannot be read ({getattr(e, 'reason', 'unknown')})")
+                if self.source.sealed
+                else e
+            ) from None
         mask = (mask if mask.ndim == 2 else mask.max(-1)) > 0
-        if abs(mask.shape[0]*shape[1]/(mask.shape[1]*shape[0]) - 1) > .03: raise InputError(f'{what} has the shape {mask.shape}, its film {tuple(shape)}; a mask covers the whole film')
-        if not mask.any(): raise InputError(f'{what} marks nothing; leave the cell empty where there is nothing to mark')
-        return np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(shape[::-1], Image.NEAREST)) > 0
+        if abs(mask.shape[0] * shape[1] / (mask.shape[1] * shape[0]) - 1) > 0.03:
+            raise InputError(
+                f'{what} has the shape {mask.shape}, its film {tuple(shape)}; a mask covers the whole film'
+            )
+        if not mask.any():
+            raise InputError(
+                f'{what} marks nothing; leave the cell empty where there is nothing to mark'
+            )
+        return (
+            np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(shape[::-1], Image.NEAREST))
+            > 0
+        )
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #e5c47c21
-RASTER = 128 # pixels along the longer side
+RASTER = 128  # pixels along the longer side
+
 
 def raster(
-    layout,          # `Layout`
-    most:int=RASTER, # pixels along the longer side, at most
-):                   # the same layout over a smaller film
+    layout,  # `Layout`
+    most: int = RASTER,  # pixels along the longer side, at most
+):  # the same layout over a smaller film
     "Geometry of a film that is looked at through a coarser raster."
     h, w = layout.shape
-    f = min(1, most/max(h, w))
-    shape = max(1, round(h*f)), max(1, round(w*f))
-    sx, sy = shape[1]/w, shape[0]/h
-    return replace(layout, shape=shape, views=tuple(replace(v, box=tuple(float(b*s) for b, s in zip(v.box, (sx, sy, sx, sy)))) for v in layout.views))
+    f = min(1, most / max(h, w))
+    shape = max(1, round(h * f)), max(1, round(w * f))
+    sx, sy = shape[1] / w, shape[0] / h
+    return replace(
+        layout,
+        shape=shape,
+        views=tuple(
+            replace(v, box=tuple(float(b * s) for b, s in zip(v.box, (sx, sy, sx, sy))))
+            for v in layout.views
+        ),
+    )
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #29bbec41
 def film_map(
-    found,           # `AttentionMap`
-    most:int=RASTER, # pixels along the longer side
-)->np.ndarray:       # (h, w): share of attention per pixel of the raster; NaN where the model was not shown the film
+    found,  # `AttentionMap`
+    most: int = RASTER,  # pixels along the longer side
+) -> (
+    np.ndarray
+):  # (h, w): share of attention per pixel of the raster; NaN where the model was not shown the film
     "All views of a map laid on the film."
     small = replace(found, layout=raster(found.layout, most))
     maps = np.stack([small.on_film(v.name) for v in small.layout.views])
@@ -119,185 +212,321 @@ def film_map(
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #d50a6ce7
 def fit_mask(
-    mask:np.ndarray, # (H,W) bool, on the film
-    shape:tuple[int, int], # of the raster
-)->np.ndarray:       # bool, of that shape
+    mask: np.ndarray,  # (H,W) bool, on the film
+    shape: tuple[int, int],  # of the raster
+) -> np.ndarray:  # bool, of that shape
     "A region on the raster: the pixels of which half is marked, or the most marked ones where none is."
-    if mask.shape == tuple(shape): return mask
+    if mask.shape == tuple(shape):
+        return mask
     from PIL import Image
+
     part = np.asarray(Image.fromarray(mask.astype(np.float32)).resize(shape[::-1], Image.BOX))
-    return part >= min(.5, part.max())*(1 - 1e-6)
+    return part >= min(0.5, part.max()) * (1 - 1e-6)
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #c4b61137
 MEASURES = ('mass', 'pointing', 'iou', 'iou_mean', 'pixel_auroc')
 
+
 def map_line(
-    found,             # `AttentionMap`
-    mask=None,         # (H,W) bool on the film, or None
-    most:int=RASTER,   # pixels along the longer side
-)->dict:               # share_… per group, cross (does the film enter by cross-attention, so that its share is 1 by construction?), entropy (bits), focus, gini, x and y (of width and height), region (its size); mass … pixel_auroc, and the same with _uniform and _centre
+    found,  # `AttentionMap`
+    mask=None,  # (H,W) bool on the film, or None
+    most: int = RASTER,  # pixels along the longer side
+) -> dict:  # share_… per group, cross (does the film enter by cross-attention, so that its share is 1 by construction?), entropy (bits), focus, gini, x and y (of width and height), region (its size); mass … pixel_auroc, and the same with _uniform and _centre
     "What is measured of a map."
     cells = np.concatenate([g.ravel() for g in found.grids.values()])
     film = film_map(found, most)
     x, y = centre_of_mass(film)
     line = {f'share_{k}': float(v) for k, v in found.shares.items() if k != 'said'}
-    line |= dict(cross=bool(found.layout.cross), entropy=entropy(cells), focus=focus(cells), gini=gini(cells), x=x/film.shape[1], y=y/film.shape[0], region=np.nan)
+    line |= dict(
+        cross=bool(found.layout.cross),
+        entropy=entropy(cells),
+        focus=focus(cells),
+        gini=gini(cells),
+        x=x / film.shape[1],
+        y=y / film.shape[0],
+        region=np.nan,
+    )
     small = fit_mask(mask, film.shape) if mask is not None else None
     seen = ~np.isnan(film)
-    if small is None or not small[seen].any() or small[seen].all(): return line
+    if small is None or not small[seen].any() or small[seen].all():
+        return line
     t = localisation(film, small).rename(columns=dict(auroc='pixel_auroc'))
-    return line | dict(region=t.attrs['size'], **{m if k == 'map' else f'{m}_{k}': float(t.loc[k, m]) for k in ('map', 'uniform', 'centre') for m in MEASURES})
+    return line | dict(
+        region=t.attrs['size'],
+        **{
+            m if k == 'map' else f'{m}_{k}': float(t.loc[k, m])
+            for k in ('map', 'uniform', 'centre')
+            for m in MEASURES
+        },
+    )
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #59df513b
 def film_values(
-    rows,        # `Rows`
-    query:int=0, # index of the query
-    most:int=48, # pixels along the longer side
-)->tuple[np.ndarray, tuple]: # (layers, heads, pixels) share per pixel, NaN where not shown; shape of the raster
+    rows,  # `Rows`
+    query: int = 0,  # index of the query
+    most: int = 48,  # pixels along the longer side
+) -> tuple[
+    np.ndarray, tuple
+]:  # (layers, heads, pixels) share per pixel, NaN where not shown; shape of the raster
     "The maps of every layer and head on the film."
     lay = raster(rows.layout, most)
-    w, total, seen = rows.weights[:, :, query], 0., False
-    y, x = np.mgrid[.5:lay.shape[0], .5:lay.shape[1]]
+    w, total, seen = rows.weights[:, :, query], 0.0, False
+    y, x = np.mgrid[0.5 : lay.shape[0], 0.5 : lay.shape[1]]
     for v in lay.views:
         r, c = (np.floor(a).astype(int).ravel() for a in v.where(x, y))
         on = (r >= 0) & (r < v.grid[0]) & (c >= 0) & (c < v.grid[1])
         at = v.positions[np.where(on, r, 0), np.where(on, c, 0)]
-        total, seen = total + np.where(on, w[..., at], 0)/np.linalg.det(v.affine[:, :2]), seen | on
+        total, seen = (
+            total + np.where(on, w[..., at], 0) / np.linalg.det(v.affine[:, :2]),
+            seen | on,
+        )
     return np.where(seen, total, np.nan), lay.shape
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #794bdefd
-HEAD_MEASURES = ('pixel_auroc', 'mass', 'pointing') # what is measured of every head
+HEAD_MEASURES = ('pixel_auroc', 'mass', 'pointing')  # what is measured of every head
+
 
 def _located(p, inside):
     "`HEAD_MEASURES` of maps (…, pixels), first axis."
     from scipy.stats import rankdata
+
     k, n = int(inside.sum()), p.shape[-1]
-    top = p >= p.max(-1, keepdims=True)*(1 - 1e-6)
-    return np.stack([(rankdata(p, axis=-1)[..., inside].sum(-1) - k*(k + 1)/2)/(k*(n - k)), p[..., inside].sum(-1)/np.maximum(p.sum(-1), 1e-30), (top & inside).sum(-1)/top.sum(-1)])
+    top = p >= p.max(-1, keepdims=True) * (1 - 1e-6)
+    return np.stack(
+        [
+            (rankdata(p, axis=-1)[..., inside].sum(-1) - k * (k + 1) / 2) / (k * (n - k)),
+            p[..., inside].sum(-1) / np.maximum(p.sum(-1), 1e-30),
+            (top & inside).sum(-1) / top.sum(-1),
+        ]
+    )
+
 
 def head_lines(
-    rows,        # `Rows`
-    mask,        # (H,W) bool on the film, or None
-    query:int=0, # index of the query
-    most:int=48, # pixels along the longer side
-)->list[dict]:   # layer, head (−1: mean over heads), share (on the image); pixel_auroc, mass, pointing, and the same with _uniform and _centre on this raster: NaN without a region
+    rows,  # `Rows`
+    mask,  # (H,W) bool on the film, or None
+    query: int = 0,  # index of the query
+    most: int = 48,  # pixels along the longer side
+) -> list[
+    dict
+]:  # layer, head (−1: mean over heads), share (on the image); pixel_auroc, mass, pointing, and the same with _uniform and _centre on this raster: NaN without a region
     "Share and localisation of every layer and head, and of the mean over the heads of each layer."
     w, (n_layers, n_heads) = rows.weights[:, :, query], rows.weights.shape[:2]
     film, shape = film_values(rows, query, most)
-    film = np.concatenate([film, film.mean(1, keepdims=True)], 1); seen = ~np.isnan(film[0, 0])
-    share = w[..., rows.layout.image].sum(-1); share = np.concatenate([share, share.mean(1, keepdims=True)], 1)
+    film = np.concatenate([film, film.mean(1, keepdims=True)], 1)
+    seen = ~np.isnan(film[0, 0])
+    share = w[..., rows.layout.image].sum(-1)
+    share = np.concatenate([share, share.mean(1, keepdims=True)], 1)
     inside = None if mask is None else fit_mask(mask, shape).ravel()[seen]
-    found, beside = np.full((3, n_layers, n_heads + 1), np.nan), dict.fromkeys((f'{m}_{b}' for b in ('uniform', 'centre') for m in HEAD_MEASURES), np.nan)
+    found, beside = (
+        np.full((3, n_layers, n_heads + 1), np.nan),
+        dict.fromkeys((f'{m}_{b}' for b in ('uniform', 'centre') for m in HEAD_MEASURES), np.nan),
+    )
     if inside is not None and inside.any() and not inside.all():
         found = _located(film[..., seen], inside)
-        for j, b in enumerate(('uniform', 'centre')): beside |= {f'{m}_{b}': float(v) for m, v in zip(HEAD_MEASURES, _located(np.stack([np.ones(len(inside)), centre_prior(shape).ravel()[seen]])[j], inside))}
-    return [dict(layer=rows.layers[l], head=h if h < n_heads else -1, share=float(share[l, h]), **dict(zip(HEAD_MEASURES, found[:, l, h])), **beside) for l in range(n_layers) for h in range(n_heads + 1)]
+        for j, b in enumerate(('uniform', 'centre')):
+            beside |= {
+                f'{m}_{b}': float(v)
+                for m, v in zip(
+                    HEAD_MEASURES,
+                    _located(
+                        np.stack([np.ones(len(inside)), centre_prior(shape).ravel()[seen]])[j],
+                        inside,
+                    ),
+                )
+            }
+    return [
+        dict(
+            layer=rows.layers[l],
+            head=h if h < n_heads else -1,
+            share=float(share[l, h]),
+            **dict(zip(HEAD_MEASURES, found[:, l, h])),
+            **beside,
+        )
+        for l in range(n_layers)
+        for h in range(n_heads + 1)
+    ]
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #4d958ad1
 def own_film(
-    arm:str, # name of an arm
-)->bool:
+    arm: str,  # name of an arm
+) -> bool:
     "Does the arm show the sample's own film, unchanged?"
     return ARMS[arm].image == 'own'
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #4e7cb831
 def first_arm(
-    plan:pd.DataFrame, # the plan
-)->str:
+    plan: pd.DataFrame,  # the plan
+) -> str:
     "The arm that all others are compared with."
     return next(a for a in ARMS if a in set(plan.arm))
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #5d84a082
 def _region_of(trial, regions, shape):
     "Region of the film that was shown (its lender's), or None."
-    return regions(trial.image_id, shape) if ARMS[trial.arm].image in ('own', 'other', 'same', 'near') else None
+    return (
+        regions(trial.image_id, shape)
+        if ARMS[trial.arm].image in ('own', 'other', 'same', 'near')
+        else None
+    )
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #b12671bc
 def _line(rows, query, layers, heads, mask):
     "What is measured of one map; where nothing fell on the film, on what it fell."
-    try: return dict(empty=False) | map_line(kept_map(rows, query, layers, heads), mask)
-    except RunError: return dict(empty=True) | {f'share_{g}': float(v) for g, v in kept_shares(rows, query, layers, heads).items() if g != 'said'}
+    try:
+        return dict(empty=False) | map_line(kept_map(rows, query, layers, heads), mask)
+    except RunError:
+        return dict(empty=True) | {
+            f'share_{g}': float(v)
+            for g, v in kept_shares(rows, query, layers, heads).items()
+            if g != 'said'
+        }
+
 
 def _film(rows, query, layers, heads, most):
     "A map on the film, or None where nothing fell on it."
-    try: return film_map(kept_map(rows, query, layers, heads), most)
-    except RunError: return None
+    try:
+        return film_map(kept_map(rows, query, layers, heads), most)
+    except RunError:
+        return None
+
 
 def look_table(
-    plan,                  # the plan
-    store,                 # `MapStore`
-    regions,               # `Regions`
-    models,                # names of models
-    layers='all',          # see `smsbench.vlm.attention.chosen_layers`
-    heads='mean',          # see `smsbench.vlm.attention.pooled`
-    methods=('raw',), # see `smsbench.vlm.maps.METHODS`
-)->tuple[pd.DataFrame, pd.DataFrame]: # one row per model, trial, query and method; one row per model, trial of an unchanged film, query, method that has layers, layer and head
+    plan,  # the plan
+    store,  # `MapStore`
+    regions,  # `Regions`
+    models,  # names of models
+    layers='all',  # see `smsbench.vlm.attention.chosen_layers`
+    heads='mean',  # see `smsbench.vlm.attention.pooled`
+    methods=('raw',),  # see `smsbench.vlm.maps.METHODS`
+) -> tuple[
+    pd.DataFrame, pd.DataFrame
+]:  # one row per model, trial, query and method; one row per model, trial of an unchanged film, query, method that has layers, layer and head
     "Every map measured."
-    lines, profile, carried = [], [], ['trial_id', 'sample_id', 'patient_id', 'finding', 'arm', 'variant', 'label']
+    lines, profile, carried = (
+        [],
+        [],
+        ['trial_id', 'sample_id', 'patient_id', 'finding', 'arm', 'variant', 'label'],
+    )
     for model in models:
         trials = [t for t in plan.itertuples(index=False) if (model, t.trial_id) in store.where]
         for t in progress(trials, f'measuring {model}', unit='trial'):
             mask = _region_of(t, regions, store.rows(model, t.trial_id).layout.shape)
             for method in methods:
-                rows, about = store.rows(model, t.trial_id, method), dict(model=model, **{c: getattr(t, c) for c in carried}, method=method)
-                lines += [dict(about, query=q, **_line(rows, q, layers, heads, mask)) for q in rows.queries]
-                if own_film(t.arm) and rows.kinds != ('joined',): profile += [dict(about, query=q, **l) for i, q in enumerate(rows.queries) for l in head_lines(rows, mask, i)]
+                rows, about = (
+                    store.rows(model, t.trial_id, method),
+                    dict(model=model, **{c: getattr(t, c) for c in carried}, method=method),
+                )
+                lines += [
+                    dict(about, query=q, **_line(rows, q, layers, heads, mask))
+                    for q in rows.queries
+                ]
+                if own_film(t.arm) and rows.kinds != ('joined',):
+                    profile += [
+                        dict(about, query=q, **l)
+                        for i, q in enumerate(rows.queries)
+                        for l in head_lines(rows, mask, i)
+                    ]
     return pd.DataFrame(lines), pd.DataFrame(profile)
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #829b4b31
 def likeness(
-    a, # (h, w) map; NaN: not seen
-    b, # another on the same raster
-)->dict: # js (bits, 0 equal to 1 disjoint), cosine (0 to 1), ssim (−1 to 1, over what both see)
+    a,  # (h, w) map; NaN: not seen
+    b,  # another on the same raster
+) -> dict:  # js (bits, 0 equal to 1 disjoint), cosine (0 to 1), ssim (−1 to 1, over what both see)
     "How alike two maps of a film are."
-    small = min((~(np.isnan(a) | np.isnan(b))).any(k).sum() for k in (0, 1)) < 5          # too little in common for a window
+    small = (
+        min((~(np.isnan(a) | np.isnan(b))).any(k).sum() for k in (0, 1)) < 5
+    )  # too little in common for a window
     return dict(js=jensen_shannon(a, b), cosine=cosine(a, b), ssim=np.nan if small else ssim(a, b))
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #a582adff
 def pair_table(
-    plan,              # the plan
-    store,             # `MapStore`
-    models,            # two names
-    layers='all',      # see `chosen_layers`
-    heads='mean',      # see `pooled`
-    most:int=64,       # pixels along the longer side of the common raster
-)->pd.DataFrame:       # model_a, model_b, trial_id, sample_id, patient_id, finding, arm, variant, query, js, cosine, ssim
+    plan,  # the plan
+    store,  # `MapStore`
+    models,  # two names
+    layers='all',  # see `chosen_layers`
+    heads='mean',  # see `pooled`
+    most: int = 64,  # pixels along the longer side of the common raster
+) -> pd.DataFrame:  # model_a, model_b, trial_id, sample_id, patient_id, finding, arm, variant, query, js, cosine, ssim
     "How alike the maps of two models are, trial by trial."
     a, b = models
     out = []
     for t in plan.itertuples(index=False):
-        if not {(a, t.trial_id), (b, t.trial_id)} <= set(store.where): continue
+        if not {(a, t.trial_id), (b, t.trial_id)} <= set(store.where):
+            continue
         one, two = store.rows(a, t.trial_id), store.rows(b, t.trial_id)
         for q in (q for q in one.queries if q in two.queries):
             films = [_film(r, q, layers, heads, most) for r in (one, two)]
-            if not any(f is None for f in films): out.append(dict(model_a=a, model_b=b, trial_id=t.trial_id, sample_id=t.sample_id, patient_id=t.patient_id, finding=t.finding, arm=t.arm, variant=t.variant, query=q, **likeness(*films)))
+            if not any(f is None for f in films):
+                out.append(
+                    dict(
+                        model_a=a,
+                        model_b=b,
+                        trial_id=t.trial_id,
+                        sample_id=t.sample_id,
+                        patient_id=t.patient_id,
+                        finding=t.finding,
+                        arm=t.arm,
+                        variant=t.variant,
+                        query=q,
+                        **likeness(*films),
+                    )
+                )
     return pd.DataFrame(out)
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #a1f125f5
 def change_table(
-    plan,              # the plan
-    store,             # `MapStore`
-    answers,           # `answer_table` rows
-    models,            # names of models
-    layers='all',      # see `chosen_layers`
-    heads='mean',      # see `pooled`
-    most:int=64,       # pixels along the longer side
-)->pd.DataFrame:       # model, trial_id, sample_id, patient_id, finding, arm, variant, strategy, query, js, cosine, ssim, moved (of the probability of the label against the best other choice, 0..1), flipped
+    plan,  # the plan
+    store,  # `MapStore`
+    answers,  # `answer_table` rows
+    models,  # names of models
+    layers='all',  # see `chosen_layers`
+    heads='mean',  # see `pooled`
+    most: int = 64,  # pixels along the longer side
+) -> pd.DataFrame:  # model, trial_id, sample_id, patient_id, finding, arm, variant, strategy, query, js, cosine, ssim, moved (of the probability of the label against the best other choice, 0..1), flipped
     "Same film, other text or other words: how far the map moved, and how far the answer."
     lead = first_arm(plan)
-    base = {t.sample_id: t.trial_id for t in plan.itertuples(index=False) if t.arm == lead and t.variant == 'plain'}
+    base = {
+        t.sample_id: t.trial_id
+        for t in plan.itertuples(index=False)
+        if t.arm == lead and t.variant == 'plain'
+    }
     said = {(r.model, r.trial_id): r for r in answers.itertuples()}
     out = []
     for model in models:
         for t in plan.itertuples(index=False):
             first = base.get(t.sample_id)
-            if first in (None, t.trial_id) or not own_film(t.arm) or not {(model, first), (model, t.trial_id)} <= set(store.where): continue
+            if (
+                first in (None, t.trial_id)
+                or not own_film(t.arm)
+                or not {(model, first), (model, t.trial_id)} <= set(store.where)
+            ):
+                continue
             one, two = store.rows(model, first), store.rows(model, t.trial_id)
             p, q = said[model, first], said[model, t.trial_id]
-            if not (p.parsed and q.parsed): continue                                              # an answer that was not read did not flip
-            was = opposite(p.said) if getattr(t, 'inverted', False) else p.said           # yes to 'is it absent?' is no to 'is it there?'
-            moved = abs(1/(1 + np.exp(-p.margin)) - 1/(1 + np.exp(-q.margin)))
+            if not (p.parsed and q.parsed):
+                continue  # an answer that was not read did not flip
+            was = (
+                opposite(p.said) if getattr(t, 'inverted', False) else p.said
+            )  # yes to 'is it absent?' is no to 'is it there?'
+            moved = abs(1 / (1 + np.exp(-p.margin)) - 1 / (1 + np.exp(-q.margin)))
             for name in (q for q in one.queries if q in two.queries):
                 films = [_film(r, name, layers, heads, most) for r in (one, two)]
-                if not any(f is None for f in films): out.append(dict(model=model, trial_id=t.trial_id, sample_id=t.sample_id, patient_id=t.patient_id, finding=t.finding, arm=t.arm, variant=t.variant, strategy=getattr(t, 'strategy', ''), query=name, **likeness(*films), moved=moved, flipped=was != q.said))
+                if not any(f is None for f in films):
+                    out.append(
+                        dict(
+                            model=model,
+                            trial_id=t.trial_id,
+                            sample_id=t.sample_id,
+                            patient_id=t.patient_id,
+                            finding=t.finding,
+                            arm=t.arm,
+                            variant=t.variant,
+                            strategy=getattr(t, 'strategy', ''),
+                            query=name,
+                            **likeness(*films),
+                            moved=moved,
+                            flipped=was != q.said,
+                        )
+                    )
     return pd.DataFrame(out)

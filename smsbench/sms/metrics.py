@@ -17,20 +17,29 @@ from scipy.stats import t as student
 
 from ..calibration import bin_sums, gap_ends
 from ..core import InputError, validate
-from smsbench.inference import (Dyads, area_of, average_of, difference_of, exact_bounds, interval_of,
-    mean_of, ratio_of)
+from smsbench.inference import (
+    Dyads,
+    area_of,
+    average_of,
+    difference_of,
+    exact_bounds,
+    interval_of,
+    mean_of,
+    ratio_of,
+)
 from .prompts import Task, variant_choices
 from .shifts import ARMS, UNKNOWN
 from ..stats import holm, mcnemar_clustered
 
 # %% ../../nbs/33_sms.metrics.ipynb #d7e3dd4a
 def answer_table(
-    plan:pd.DataFrame,        # the plan, with `tasks` in its metadata
-    predictions:pd.DataFrame, # answers of one or more models
-)->pd.DataFrame:              # plan columns, then donor, 'same COLUMN' per stratum (does the donor agree?), model, tried, parsed, said, correct, margin, p, answer_mass, probs
+    plan: pd.DataFrame,  # the plan, with `tasks` in its metadata
+    predictions: pd.DataFrame,  # answers of one or more models
+) -> pd.DataFrame:  # plan columns, then donor, 'same COLUMN' per stratum (does the donor agree?), model, tried, parsed, said, correct, margin, p, answer_mass, probs
     "Plan and answers joined, with what every metric is made of."
     unknown = set(predictions.trial_id) - set(plan.trial_id)
-    if unknown: raise InputError(f'{len(unknown)} predictions belong to no trial of this plan')
+    if unknown:
+        raise InputError(f'{len(unknown)} predictions belong to no trial of this plan')
     rows = _every_trial(plan, validate(predictions, 'predictions'))
     rows['tried'] = ~rows.parse_status.isin(('error', 'missing'))
     rows['parsed'], rows['said'] = rows.parse_status == 'ok', rows.answer
@@ -46,9 +55,11 @@ def answer_table(
         rows.loc[place, 'probs'] = pd.Series(list(scored[1]), index=place, dtype=object)
     return rows
 
+
 def _plain_strings(table):
     "Text columns as Python strings, which are many times faster to go through."
     return table.astype({c: object for c in table.columns[table.dtypes == 'str']})
+
 
 def _every_trial(plan, predictions):
     "Each model's row for every trial of the arms and variants that it answered."
@@ -61,18 +72,22 @@ def _every_trial(plan, predictions):
     told = _plain_strings(pd.DataFrame(predictions))
     kinds = told[['trial_id', 'model']].merge(asked[['trial_id', 'arm', 'variant']], on='trial_id')
     kinds = kinds[['model', 'arm', 'variant']].drop_duplicates()
-    rows = asked.merge(kinds, on=['arm', 'variant']).merge(told, on=['trial_id', 'model'], how='left')
+    rows = asked.merge(kinds, on=['arm', 'variant']).merge(
+        told, on=['trial_id', 'model'], how='left'
+    )
     lost = rows.parse_status.isna()
     rows.loc[lost, ['parse_status', 'answer']] = ['missing', '']
     rows.attrs = {}
     return rows
+
 
 def _scores(logprobs, choices, labels):
     "(margin of the label (n,), probabilities (n, choices)), NaN where there are no log-probabilities."
     k, n = len(choices), len(labels)
     known = np.array([x is not None and np.ndim(x) == 1 and len(x) == k for x in logprobs])
     margin, probs = np.full(n, np.nan), np.full((n, k), np.nan)
-    if not known.any(): return margin, probs
+    if not known.any():
+        return margin, probs
     lp = np.stack([np.asarray(x, float) for x in logprobs[known]])
     own = np.array([choices.index(label) for label in labels[known]])
     at = np.arange(len(lp))
@@ -84,12 +99,13 @@ def _scores(logprobs, choices, labels):
 
 # %% ../../nbs/33_sms.metrics.ipynb #76a40893
 def donor_samples(
-    plan:pd.DataFrame, # rows of a plan
-)->pd.Series:          # sample that lends; '' where nobody does
+    plan: pd.DataFrame,  # rows of a plan
+) -> pd.Series:  # sample that lends; '' where nobody does
     "The sample whose image or text each trial borrows."
     own = plan.image_id.isin(['']) | (plan.image_id == plan.sample_id)
     lends = plan.image_id.where(~own, plan.text_id)
     return lends.where(lends != plan.sample_id, '')
+
 
 def _of_donor(plan, lends, column):
     "What the plan says of the sample that lends."
@@ -97,23 +113,27 @@ def _of_donor(plan, lends, column):
     return lends.map(known)
 
 # %% ../../nbs/33_sms.metrics.ipynb #be8705aa
-ANY = (-np.inf, np.inf) # range of log-odds
+ANY = (-np.inf, np.inf)  # range of log-odds
+
 
 @dataclass
 class Term:
     "One metric as a ratio of sums over samples, less another or averaged with others."
+
     metric: str
     arm: str
-    num: np.ndarray        # (n,) per sample
-    den: np.ndarray        # (n,) per sample; 0 where the sample does not count
-    bounds: tuple = (0, 1) # range of the ratio
-    minus: 'Term | None' = None # what is taken off, over the same samples
-    also: tuple = ()       # further terms, averaged with this one
-    lends: str = ''        # the arm whose donors take part, where it is not `arm`
-    share: bool|None = None # bound it like a share? None: where every row lies at an end of its range
+    num: np.ndarray  # (n,) per sample
+    den: np.ndarray  # (n,) per sample; 0 where the sample does not count
+    bounds: tuple = (0, 1)  # range of the ratio
+    minus: 'Term | None' = None  # what is taken off, over the same samples
+    also: tuple = ()  # further terms, averaged with this one
+    lends: str = ''  # the arm whose donors take part, where it is not `arm`
+    share: bool | None = (
+        None  # bound it like a share? None: where every row lies at an end of its range
+    )
 
     @property
-    def value(self)->float:
+    def value(self) -> float:
         "The metric itself; NaN where no sample counts."
         parts = [self, *self.also]
         with np.errstate(invalid='ignore', divide='ignore'):
@@ -121,12 +141,24 @@ class Term:
         return mean - self.minus.value if self.minus else mean
 
 # %% ../../nbs/33_sms.metrics.ipynb #dc83d00f
-_EMPTY = dict(tried=False, parsed=False, correct=False, said='', image_label='', text_label='', donor='', probs=None)
+_EMPTY = dict(
+    tried=False,
+    parsed=False,
+    correct=False,
+    said='',
+    image_label='',
+    text_label='',
+    donor='',
+    probs=None,
+)
+
 
 class Cells:
     "One model's answers as arrays over samples (times draws): `cells(arm, column)`, 0 (or NaN for floats) where an arm lacks the sample."
-    def __init__(self,
-        rows:pd.DataFrame, # `answer_table` rows of one model
+
+    def __init__(
+        self,
+        rows: pd.DataFrame,  # `answer_table` rows of one model
     ):
         draw = rows['draw'].to_numpy() if 'draw' in rows else np.zeros(len(rows), int)
         keys = (rows.sample_id + '\0' + rows.variant).to_numpy(object)
@@ -142,44 +174,57 @@ class Cells:
         self._several = {a: bool(draw[i].any()) for a, i in rows.groupby('arm').indices.items()}
         self._kept = {}
 
-    def __call__(self,
-        arm:str,   # arm name
-        column:str, # column of `answer_table`
-    )->np.ndarray: # (n,)
+    def __call__(
+        self,
+        arm: str,  # arm name
+        column: str,  # column of `answer_table`
+    ) -> np.ndarray:  # (n,)
         "A column of an arm, laid out over samples and draws; an arm that is not drawn several times stands in every draw."
-        if (arm, column) not in self._kept: self._kept[arm, column] = self._laid_out(arm, column)
+        if (arm, column) not in self._kept:
+            self._kept[arm, column] = self._laid_out(arm, column)
         return self._kept[arm, column]
 
     def _laid_out(self, arm, column):
         empty = False if column.startswith('same ') else _EMPTY.get(column, np.nan)
-        out = np.full(self.n, empty, dtype=type(empty) if isinstance(empty, (bool, float)) else object)
-        if arm not in self._at: return out
+        out = np.full(
+            self.n, empty, dtype=type(empty) if isinstance(empty, (bool, float)) else object
+        )
+        if arm not in self._at:
+            return out
         at, rows = self._at[arm]
         out[at] = rows[column].to_numpy()
-        return out if self._several[arm] else np.repeat(out[::self.k], self.k)
+        return out if self._several[arm] else np.repeat(out[:: self.k], self.k)
 
-    def weight(self,
-        arm:str,   # arm name
-    )->np.ndarray: # (n,) share of its sample that each row stands for; 0 where the plan has no trial
+    def weight(
+        self,
+        arm: str,  # arm name
+    ) -> (
+        np.ndarray
+    ):  # (n,) share of its sample that each row stands for; 0 where the plan has no trial
         "The trials of an arm in the plan, answered or not, averaged within the sample."
         planned = np.zeros(self.n)
-        if arm not in self._at: return planned
-        planned[self._at[arm][0]] = 1.
-        if not self._several[arm]: planned = np.repeat(planned[::self.k], self.k)
+        if arm not in self._at:
+            return planned
+        planned[self._at[arm][0]] = 1.0
+        if not self._several[arm]:
+            planned = np.repeat(planned[:: self.k], self.k)
         many = np.bincount(self.sample, planned)[self.sample]
         return planned / np.maximum(many, 1)
 
-    def has(self,
-        arm:str,   # arm name
-    )->np.ndarray: # (n,) bool
+    def has(
+        self,
+        arm: str,  # arm name
+    ) -> np.ndarray:  # (n,) bool
         "Samples that the plan shows under an arm at all."
         return np.bincount(self.sample, self.weight(arm))[self.sample] > 0
 
-    def probabilities(self,
-        arm:str,   # arm name
-    )->np.ndarray: # (n, choices), NaN where unknown
+    def probabilities(
+        self,
+        arm: str,  # arm name
+    ) -> np.ndarray:  # (n, choices), NaN where unknown
         "Probabilities of the choices; rows with fewer choices are filled up with 0."
-        if ('p', arm) not in self._kept: self._kept['p', arm] = self._stacked(self(arm, 'probs'))
+        if ('p', arm) not in self._kept:
+            self._kept['p', arm] = self._stacked(self(arm, 'probs'))
         return self._kept['p', arm]
 
     def _stacked(self, rows):
@@ -187,11 +232,11 @@ class Cells:
         out = np.full((self.n, max(length.max(initial=0), 1)), np.nan)
         for k in set(length) - {0}:
             at = length == k
-            out[at, :k], out[at, k:] = np.stack(rows[at]), 0.
+            out[at, :k], out[at, k:] = np.stack(rows[at]), 0.0
         return out
 
     @property
-    def dyads(self)->Dyads:
+    def dyads(self) -> Dyads:
         "Who is asked and who lends, per arm."
         if 'dyads' not in self._kept:
             donors = {a: self(a, 'donor') for a in self.arms}
@@ -200,14 +245,17 @@ class Cells:
 
 # %% ../../nbs/33_sms.metrics.ipynb #9077fa14
 def arm_terms(
-    cells:Cells, # one model's answers
-    arm:str,     # arm name
-)->list[Term]:   # accuracy, parsed share, answer mass, margin, Brier score, confusion metrics
+    cells: Cells,  # one model's answers
+    arm: str,  # arm name
+) -> list[Term]:  # accuracy, parsed share, answer mass, margin, Brier score, confusion metrics
     "What is measured within one arm."
     w = cells.weight(arm)
     ok, right, said = w * cells(arm, 'parsed'), cells(arm, 'correct'), cells(arm, 'said')
-    terms = [Term('accuracy', arm, ok * right, ok), Term('accuracy_unparsed_wrong', arm, ok * right, w),
-             Term('parsed_share', arm, ok, w)]
+    terms = [
+        Term('accuracy', arm, ok * right, ok),
+        Term('accuracy_unparsed_wrong', arm, ok * right, w),
+        Term('parsed_share', arm, ok, w),
+    ]
     terms.append(_known_mean(cells, 'answer_mass', arm, cells(arm, 'answer_mass'), (0, 1)))
     terms.append(_known_mean(cells, 'margin', arm, cells(arm, 'margin')))
     if 'unmatched' in set(cells.samples.variant):
@@ -217,121 +265,166 @@ def arm_terms(
         terms.append(_known_mean(cells, 'brier', arm, off**2, (0, 1)))
     return terms + _confusion_terms(cells, arm)
 
+
 def _known_mean(cells, name, arm, x, bounds=ANY):
     "Mean of x where it is known."
     known = cells.weight(arm or 'original') * ~np.isnan(x)
     return Term(name, arm, known * np.nan_to_num(x), known, bounds)
 
-def _binary(cells): return cells.samples.groupby('finding').label.nunique().max() <= 2
+
+def _binary(cells):
+    return cells.samples.groupby('finding').label.nunique().max() <= 2
+
 
 def _confusion_terms(cells, arm):
     "Sensitivity and its relatives; per class where there are more than two."
     ok, said = cells.weight(arm) * cells(arm, 'parsed'), cells(arm, 'said')
     label, first = cells.samples.label.to_numpy(), cells.samples['first'].to_numpy()
-    if _binary(cells): sides = [('', label == first, said == first)]
-    else: sides = [(f'[{c}]', label == c, said == c) for c in sorted(set(label))]
+    if _binary(cells):
+        sides = [('', label == first, said == first)]
+    else:
+        sides = [(f'[{c}]', label == c, said == c) for c in sorted(set(label))]
     terms = []
     for suffix, pos, hit in sides:
         tp, fp, fn, tn = ok * (pos & hit), ok * (~pos & hit), ok * (pos & ~hit), ok * (~pos & ~hit)
-        terms += [Term('sensitivity' + suffix, arm, tp, tp + fn), Term('specificity' + suffix, arm, tn, tn + fp),
-                  Term('precision' + suffix, arm, tp, tp + fp), Term('f1' + suffix, arm, 2 * tp, 2 * tp + fp + fn)]
+        terms += [
+            Term('sensitivity' + suffix, arm, tp, tp + fn),
+            Term('specificity' + suffix, arm, tn, tn + fp),
+            Term('precision' + suffix, arm, tp, tp + fp),
+            Term('f1' + suffix, arm, 2 * tp, 2 * tp + fp + fn),
+        ]
     return terms
 
 # %% ../../nbs/33_sms.metrics.ipynb #5f830979
 def pair_terms(
-    cells:Cells, # one model's answers
-    arm:str,     # an arm with `versus`
-)->list[Term]:   # nfr, flips, movement and their relatives, with their excess over the control
+    cells: Cells,  # one model's answers
+    arm: str,  # an arm with `versus`
+) -> list[Term]:  # nfr, flips, movement and their relatives, with their excess over the control
     "What changed against the arm it is compared with."
     a = ARMS[arm]
     base = cells.weight(arm) * cells(arm, 'tried') * cells(a.versus, 'parsed')
     was, now = cells(a.versus, 'correct'), cells(arm, 'parsed') & cells(arm, 'correct')
     apart = total_variation(cells, arm, a.versus)
     known = base * ~np.isnan(apart)
-    terms = [Term('nfr', arm, base * (was & ~now), base), Term('positive_flips', arm, base * (~was & now), base),
-             Term('flips', arm, base * flipped(cells, arm, a.versus), base),
-             Term('movement', arm, base * movement(cells, arm, a.versus), base),
-             Term('total_variation', arm, known * np.nan_to_num(apart), known)]
+    terms = [
+        Term('nfr', arm, base * (was & ~now), base),
+        Term('positive_flips', arm, base * (~was & now), base),
+        Term('flips', arm, base * flipped(cells, arm, a.versus), base),
+        Term('movement', arm, base * movement(cells, arm, a.versus), base),
+        Term('total_variation', arm, known * np.nan_to_num(apart), known),
+    ]
     terms += _if_missing_stay(cells, arm) + [_accuracy_change(cells, arm)]
-    if a.control in cells.arms: terms += [excess(cells, arm, 'excess_flips'), excess(cells, arm, 'excess_movement')]
+    if a.control in cells.arms:
+        terms += [excess(cells, arm, 'excess_flips'), excess(cells, arm, 'excess_movement')]
     return terms + _unmatched_excess(cells, arm)
+
 
 def _if_missing_stay(cells, arm):
     "The same with missing answers counted as no movement; nothing where none is missing."
     versus = ARMS[arm].versus
     base = cells.weight(arm) * cells(arm, 'tried') * cells(versus, 'parsed')
     came = cells(arm, 'parsed')
-    if not (base * ~came).any(): return []
+    if not (base * ~came).any():
+        return []
     flips, moves = flipped(cells, arm, versus), movement(cells, arm, versus)
-    return [Term('flips_if_missing_stay', arm, base * came * flips, base),
-            Term('movement_if_missing_stay', arm, base * came * moves, base)]
+    return [
+        Term('flips_if_missing_stay', arm, base * came * flips, base),
+        Term('movement_if_missing_stay', arm, base * came * moves, base),
+    ]
+
 
 def _accuracy_change(cells, arm):
     "Accuracy less that of the arm compared with, on the same samples; an answer that cannot be read is not right."
     versus = ARMS[arm].versus
     on = cells.weight(arm) * cells.has(versus)
     right = lambda a: on * (cells(a, 'parsed') & cells(a, 'correct'))
-    return Term('accuracy_change', arm, right(arm), on, (0, 1), Term('', arm, right(versus), on, lends=versus))
+    return Term(
+        'accuracy_change',
+        arm,
+        right(arm),
+        on,
+        (0, 1),
+        Term('', arm, right(versus), on, lends=versus),
+    )
+
 
 def _unmatched_excess(cells, arm):
-    if 'unmatched' not in set(cells.samples.variant): return []
+    if 'unmatched' not in set(cells.samples.variant):
+        return []
     versus = ARMS[arm].versus
     both = cells.weight(arm) * (cells(arm, 'parsed') & cells(versus, 'parsed'))
     said = lambda a: both * (cells(a, 'said') == 'unmatched')
-    return [Term('unmatched_excess', arm, said(arm), both, (0, 1), Term('', arm, said(versus), both, lends=versus))]
+    return [
+        Term(
+            'unmatched_excess',
+            arm,
+            said(arm),
+            both,
+            (0, 1),
+            Term('', arm, said(versus), both, lends=versus),
+        )
+    ]
 
 # %% ../../nbs/33_sms.metrics.ipynb #39d8cb7a
 def flipped(
-    cells:Cells, # one model's answers
-    arm:str,     # one arm
-    versus:str,  # another
-)->np.ndarray:   # (n,) bool; False where `versus` has no answer
+    cells: Cells,  # one model's answers
+    arm: str,  # one arm
+    versus: str,  # another
+) -> np.ndarray:  # (n,) bool; False where `versus` has no answer
     "Where an answer to `versus` became another answer, or none, under `arm`."
-    return cells(versus, 'parsed') & (~cells(arm, 'parsed') | (cells(arm, 'said') != cells(versus, 'said')))
+    return cells(versus, 'parsed') & (
+        ~cells(arm, 'parsed') | (cells(arm, 'said') != cells(versus, 'said'))
+    )
 
 # %% ../../nbs/33_sms.metrics.ipynb #e49e85ea
 def total_variation(
-    cells:Cells, # one model's answers
-    arm:str,     # one arm
-    versus:str,  # another
-)->np.ndarray:   # (n,) in 0..1, NaN where probabilities are unknown or an answer is missing
+    cells: Cells,  # one model's answers
+    arm: str,  # one arm
+    versus: str,  # another
+) -> np.ndarray:  # (n,) in 0..1, NaN where probabilities are unknown or an answer is missing
     "Total variation distance between the probabilities of the choices in two arms."
     a, b = cells.probabilities(arm), cells.probabilities(versus)
     wide = max(a.shape[1], b.shape[1])
     a, b = (np.pad(x, ((0, 0), (0, wide - x.shape[1])), constant_values=np.nan) for x in (a, b))
     both = cells(arm, 'parsed') & cells(versus, 'parsed')
-    return np.where(both, .5 * np.abs(a - b).sum(1), np.nan)
+    return np.where(both, 0.5 * np.abs(a - b).sum(1), np.nan)
 
 # %% ../../nbs/33_sms.metrics.ipynb #b3b0bbce
 def movement(
-    cells:Cells, # one model's answers
-    arm:str,     # one arm
-    versus:str,  # another
-)->np.ndarray:   # (n,) in 0..1, 0 where `versus` has no answer
+    cells: Cells,  # one model's answers
+    arm: str,  # one arm
+    versus: str,  # another
+) -> np.ndarray:  # (n,) in 0..1, 0 where `versus` has no answer
     "How far each answer moved: 1 for a flip or an answer that is missing now, else the total variation."
     return np.fmax(flipped(cells, arm, versus).astype(float), total_variation(cells, arm, versus))
 
 # %% ../../nbs/33_sms.metrics.ipynb #c5c11666
-_MOVED = {'excess_flips': flipped, 'excess_movement': movement} # excess -> what it counts
+_MOVED = {'excess_flips': flipped, 'excess_movement': movement}  # excess -> what it counts
+
 
 def excess(
-    cells:Cells, # one model's answers
-    arm:str,     # an arm with a control
-    metric:str,  # key of `_MOVED`
-    keep=None,   # function arm -> (n,) bool, rows that count; None takes all
-    stay:bool=False, # count missing answers as no movement
-)->Term:
+    cells: Cells,  # one model's answers
+    arm: str,  # an arm with a control
+    metric: str,  # key of `_MOVED`
+    keep=None,  # function arm -> (n,) bool, rows that count; None takes all
+    stay: bool = False,  # count missing answers as no movement
+) -> Term:
     "Movement under an arm less that under its control, on the samples shown under both."
     a, measure_of = ARMS[arm], _MOVED[metric]
-    weight = lambda one: cells.weight(one) if keep is None else _again_whole(cells, cells.weight(one) * keep(one))
+    weight = lambda one: (
+        cells.weight(one) if keep is None else _again_whole(cells, cells.weight(one) * keep(one))
+    )
+
     def part(one, other):
         both = np.bincount(cells.sample, weight(other) * cells(other, 'tried'))[cells.sample] > 0
         base = weight(one) * cells(one, 'tried') * cells(a.versus, 'parsed') * both
         moved = measure_of(cells, one, a.versus) * (cells(one, 'parsed') if stay else 1)
         return Term(metric, one, base * moved, base)
+
     made = part(arm, a.control)
     made.minus = part(a.control, arm)
     return made
+
 
 def _again_whole(cells, weight):
     "Weights of some draws, with as much of every sample as of the others."
@@ -340,78 +433,123 @@ def _again_whole(cells, weight):
 
 # %% ../../nbs/33_sms.metrics.ipynb #34f8f99d
 def following_terms(
-    cells:Cells, # one model's answers
-)->list[Term]:   # text_following per arm and over both modalities, its chance level, donor_following
+    cells: Cells,  # one model's answers
+) -> list[
+    Term
+]:  # text_following per arm and over both modalities, its chance level, donor_following
     "With whom does the answer side?"
     found = {arm: _sides_with_text(cells, arm) for arm in cells.arms}
     found = {arm: t for arm, t in found.items() if t.den.any()}
     terms = list(found.values())
     if {'image_swap', 'text_swap'} <= set(found):
         image, text = (found[a] for a in ('image_swap', 'text_swap'))
-        terms.append(Term('text_following', '', image.num, image.den, lends='image_swap',
-                          also=(Term('', '', text.num, text.den, lends='text_swap'),)))
+        terms.append(
+            Term(
+                'text_following',
+                '',
+                image.num,
+                image.den,
+                lends='image_swap',
+                also=(Term('', '', text.num, text.den, lends='text_swap'),),
+            )
+        )
     donor = cells.weight('both_swap') * cells('both_swap', 'parsed')
     sided = cells('both_swap', 'said') == cells('both_swap', 'image_label')
-    return terms + ([Term('donor_following', 'both_swap', donor * sided, donor)] if donor.any() else [])
+    return terms + (
+        [Term('donor_following', 'both_swap', donor * sided, donor)] if donor.any() else []
+    )
+
 
 def _sides_with_text(cells, arm):
     apart = _apart(cells, arm)
-    return Term('text_following', arm, apart * (cells(arm, 'said') == cells(arm, 'text_label')), apart)
+    return Term(
+        'text_following', arm, apart * (cells(arm, 'said') == cells(arm, 'text_label')), apart
+    )
+
 
 def _apart(cells, arm):
     "Weight of the answered trials in which image and text stand for different classes."
     image, text = cells(arm, 'image_label'), cells(arm, 'text_label')
-    return cells.weight(arm) * (cells(arm, 'parsed') & (image != '') & (text != '') & (image != text))
+    return cells.weight(arm) * (
+        cells(arm, 'parsed') & (image != '') & (text != '') & (image != text)
+    )
 
 # %% ../../nbs/33_sms.metrics.ipynb #ce32291a
 def chance_rows(
-    cells:Cells, # one model's answers
-)->list[dict]:   # metrics rows: text_following_chance per arm and over both modalities
+    cells: Cells,  # one model's answers
+) -> list[dict]:  # metrics rows: text_following_chance per arm and over both modalities
     "How often an answer would side with the text if it sided with neither: each answer as often as it is given."
     levels = {}
     for arm in cells.arms:
         apart = _apart(cells, arm)
-        if not apart.any(): continue
-        told, said = (pd.Series(apart).groupby(cells(arm, c)).sum() / apart.sum() for c in ('text_label', 'said'))
+        if not apart.any():
+            continue
+        told, said = (
+            pd.Series(apart).groupby(cells(arm, c)).sum() / apart.sum()
+            for c in ('text_label', 'said')
+        )
         levels[arm] = float(told.mul(said, fill_value=0).sum())
     both = [levels[a] for a in ('image_swap', 'text_swap') if a in levels]
-    if len(both) == 2: levels[''] = float(np.mean(both))
+    if len(both) == 2:
+        levels[''] = float(np.mean(both))
     n = lambda a: len(np.unique(cells.sample[_apart(cells, a or 'image_swap') > 0]))
-    return [_row('text_following_chance', a, v, np.nan, np.nan, n(a), note='chance level') for a, v in levels.items()]
+    return [
+        _row('text_following_chance', a, v, np.nan, np.nan, n(a), note='chance level')
+        for a, v in levels.items()
+    ]
 
-def _row(metric, arm, value, low, high, n, n_patients=0, n_donors=0, n_effective=0., note=''):
-    return dict(metric=metric, arm=arm, value=value, ci_low=low, ci_high=high, n=n, n_clusters=n_patients,
-                n_donors=n_donors, n_effective=n_effective, note=note)
+
+def _row(metric, arm, value, low, high, n, n_patients=0, n_donors=0, n_effective=0.0, note=''):
+    return dict(
+        metric=metric,
+        arm=arm,
+        value=value,
+        ci_low=low,
+        ci_high=high,
+        n=n,
+        n_clusters=n_patients,
+        n_donors=n_donors,
+        n_effective=n_effective,
+        note=note,
+    )
 
 # %% ../../nbs/33_sms.metrics.ipynb #b3cf75e1
 def across_terms(
-    cells:Cells, # one model's answers
-)->list[Term]:   # phi_image, phi_text, interaction, silencing, region_dependence, noise_floor
+    cells: Cells,  # one model's answers
+) -> list[Term]:  # phi_image, phi_text, interaction, silencing, region_dependence, noise_floor
     "What needs several arms at once."
     names = ('original', 'image_only', 'text_only', 'text_only_told', 'neither', 'identity')
     it, i, t, told, o, again = (cells(a, 'margin') for a in names)
-    means = dict(phi_image=((i - o) + (it - t)) / 2, phi_text=((t - o) + (it - i)) / 2, interaction=it - i - t + o,
-                 phi_image_told=((i - o) + (it - told)) / 2, phi_text_told=((told - o) + (it - i)) / 2)
+    means = dict(
+        phi_image=((i - o) + (it - t)) / 2,
+        phi_text=((t - o) + (it - i)) / 2,
+        interaction=it - i - t + o,
+        phi_image_told=((i - o) + (it - told)) / 2,
+        phi_text_told=((told - o) + (it - i)) / 2,
+    )
     terms = [_known_mean(cells, name, '', x) for name, x in means.items()]
     terms.append(_known_mean(cells, 'noise_floor', 'identity', np.abs(again - it)))
     terms.append(_contrast(cells, 'silencing', 'image_only_swap', 'image_swap'))
     terms.append(_contrast(cells, 'region_dependence', 'occlude_finding', 'occlude_elsewhere'))
     return [t for t in terms if t.den.any()]
 
+
 def _contrast(cells, name, one, two):
     "Flips under one arm less flips under another, each against its own baseline, on the same samples."
     answered = cells(ARMS[one].versus, 'parsed') & cells(ARMS[two].versus, 'parsed')
+
     def part(arm, other):
         base = cells.weight(arm) * answered * cells.has(other)
         return Term(name, '', base * flipped(cells, arm, ARMS[arm].versus), base, lends=arm)
+
     made = part(one, two)
     made.minus = part(two, one)
     return made
 
 # %% ../../nbs/33_sms.metrics.ipynb #4e38c7b5
 def all_terms(
-    cells:Cells, # one model's answers
-)->list[Term]:
+    cells: Cells,  # one model's answers
+) -> list[Term]:
     "Every ratio metric of a model."
     within = [t for a in cells.arms for t in arm_terms(cells, a)]
     pairs = [t for a in cells.arms if ARMS[a].versus in cells.arms for t in pair_terms(cells, a)]
@@ -419,67 +557,98 @@ def all_terms(
 
 # %% ../../nbs/33_sms.metrics.ipynb #1816e2f3
 def term_rows(
-    terms:list[Term],     # metrics as ratios of sums
-    who,                  # `Dyads` of the rows, or (n,) patients where nobody lends
-    level:float=.95,      # confidence level
-    minimum:int=10,       # samples below which a number is suppressed
-    **_,                  # n_boot, seed: what callers that resample pass along
-)->list[dict]:            # metrics rows without model and subgroup
+    terms: list[Term],  # metrics as ratios of sums
+    who,  # `Dyads` of the rows, or (n,) patients where nobody lends
+    level: float = 0.95,  # confidence level
+    minimum: int = 10,  # samples below which a number is suppressed
+    **_,  # n_boot, seed: what callers that resample pass along
+) -> list[dict]:  # metrics rows without model and subgroup
     "Value and interval of each term."
     dyads = who if isinstance(who, Dyads) else Dyads(who)
     return [_suppressed(term_row(t, dyads, level), minimum) for t in terms]
 
-def term_row(term, dyads, level=.95):
+
+def term_row(term, dyads, level=0.95):
     "One metrics row, not yet suppressed."
     first = _mean_of_term(term, dyads)
-    if term.minus is None and tuple(term.bounds) != (-1, 1): return _mean_row(term, first, interval_of(first, level))
+    if term.minus is None and tuple(term.bounds) != (-1, 1):
+        return _mean_row(term, first, interval_of(first, level))
     first, second = _two_parts(term, dyads)
     value, low, high = difference_of(dyads, first, second, level)
     row = _mean_row(term, first, (low, high))
-    return row | dict(value=value, n_donors=max(first.n_donors, second.n_donors),
-                      n_effective=min(first.n_effective, second.n_effective))
+    return row | dict(
+        value=value,
+        n_donors=max(first.n_donors, second.n_donors),
+        n_effective=min(first.n_effective, second.n_effective),
+    )
+
 
 def _mean_of_term(term, dyads):
-    parts = [ratio_of(dyads, t.num, t.den, t.lends or t.arm or term.lends, t.bounds, t.share) for t in (term, *term.also)]
-    if len(parts) == 1: return parts[0]
+    parts = [
+        ratio_of(dyads, t.num, t.den, t.lends or t.arm or term.lends, t.bounds, t.share)
+        for t in (term, *term.also)
+    ]
+    if len(parts) == 1:
+        return parts[0]
     counts = np.any([t.den > 0 for t in (term, *term.also)], axis=0)
     mean = average_of(dyads, parts, np.full(len(parts), 1 / len(parts)))
     return replace(mean, n=len(np.unique(dyads.samples[counts])))
 
+
 def _two_parts(term, dyads):
     "A difference as the two shares it is made of."
-    if term.minus is not None: return _mean_of_term(term, dyads), _mean_of_term(term.minus, dyads)
+    if term.minus is not None:
+        return _mean_of_term(term, dyads), _mean_of_term(term.minus, dyads)
     arm, num = term.lends or term.arm, np.asarray(term.num, float)
-    return tuple(ratio_of(dyads, np.maximum(sign * num, 0), term.den, arm, share=True) for sign in (1, -1))
+    return tuple(
+        ratio_of(dyads, np.maximum(sign * num, 0), term.den, arm, share=True) for sign in (1, -1)
+    )
+
 
 def _mean_row(term, mean, ends):
-    return _row(term.metric, term.arm, mean.value, *ends, mean.n, mean.n_patients, mean.n_donors, mean.n_effective)
+    return _row(
+        term.metric,
+        term.arm,
+        mean.value,
+        *ends,
+        mean.n,
+        mean.n_patients,
+        mean.n_donors,
+        mean.n_effective,
+    )
+
 
 def _suppressed(row, minimum):
     "A row without its numbers where it rests on too few samples."
-    if row['n'] >= minimum: return row
+    if row['n'] >= minimum:
+        return row
     why = f'suppressed: fewer than {minimum} samples' if row['n'] else 'undefined: no sample counts'
     return row | dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, note=why)
 
 # %% ../../nbs/33_sms.metrics.ipynb #81ae191a
 def curve_rows(
-    cells:Cells,     # one model's answers
-    level:float=.95, # confidence level
-    minimum:int=10,  # samples below which a number is suppressed
-    pooled:bool=False, # also the AUROC over all findings pooled
-    seed:int=0,      # of the interval of the ECE
-    **_,             # n_boot: what callers that resample pass along
-)->list[dict]:       # metrics rows without model and subgroup
+    cells: Cells,  # one model's answers
+    level: float = 0.95,  # confidence level
+    minimum: int = 10,  # samples below which a number is suppressed
+    pooled: bool = False,  # also the AUROC over all findings pooled
+    seed: int = 0,  # of the interval of the ECE
+    **_,  # n_boot: what callers that resample pass along
+) -> list[dict]:  # metrics rows without model and subgroup
     "AUROC (mean over findings) and ECE (10 equal-width bins) of each arm."
     rows = []
     for arm in cells.arms:
         w = cells.weight(arm) * ~np.isnan(cells(arm, 'p'))
         n = len(np.unique(cells.sample[w > 0]))
         classes = cells.samples.label[w > 0].nunique()
-        if n < minimum or classes < 2: continue
-        if classes == 2: rows += [_area_row(cells, arm, w, level)] + ([_pooled_row(cells, arm, w, level)] if pooled else [])
+        if n < minimum or classes < 2:
+            continue
+        if classes == 2:
+            rows += [_area_row(cells, arm, w, level)] + (
+                [_pooled_row(cells, arm, w, level)] if pooled else []
+            )
         rows.append(_ece_row(cells, arm, w, level, seed))
     return rows
+
 
 def _area_row(cells, arm, w, level):
     "AUROC, averaged over the findings that have both classes."
@@ -487,26 +656,54 @@ def _area_row(cells, arm, w, level):
     codes = pd.factorize(cells.samples.finding)[0]
     areas = [area_of(cells.dyads, p, y, w * (codes == c), arm) for c in np.unique(codes)]
     areas = [a for a in areas if not np.isnan(a.value)]
-    if not areas: return _row('auroc', arm, np.nan, np.nan, np.nan, 0, note='undefined: no finding has both classes')
-    mean = average_of(cells.dyads, areas, np.full(len(areas), 1 / len(areas))) if len(areas) > 1 else areas[0]
+    if not areas:
+        return _row(
+            'auroc', arm, np.nan, np.nan, np.nan, 0, note='undefined: no finding has both classes'
+        )
+    mean = (
+        average_of(cells.dyads, areas, np.full(len(areas), 1 / len(areas)))
+        if len(areas) > 1
+        else areas[0]
+    )
     note = f'mean of {len(areas)} findings' if len(areas) > 1 else ''
     n = sum(a.n for a in areas)
-    return _row('auroc', arm, mean.value, *interval_of(mean, level), n, mean.n_patients, mean.n_donors, mean.n_effective, note)
+    return _row(
+        'auroc',
+        arm,
+        mean.value,
+        *interval_of(mean, level),
+        n,
+        mean.n_patients,
+        mean.n_donors,
+        mean.n_effective,
+        note,
+    )
+
 
 def _pooled_row(cells, arm, w, level):
     y = (cells.samples.label == cells.samples['first']).to_numpy()
     mean = area_of(cells.dyads, cells(arm, 'p'), y, w, arm)
-    return _row('auroc_pooled', arm, mean.value, *interval_of(mean, level), mean.n, mean.n_patients, mean.n_donors,
-                mean.n_effective, 'findings pooled: mixes prevalence with reading')
+    return _row(
+        'auroc_pooled',
+        arm,
+        mean.value,
+        *interval_of(mean, level),
+        mean.n,
+        mean.n_patients,
+        mean.n_donors,
+        mean.n_effective,
+        'findings pooled: mixes prevalence with reading',
+    )
 
 # %% ../../nbs/33_sms.metrics.ipynb #602ce951
-DRAWS = 2000 # of the gaps of the calibration bins
+DRAWS = 2000  # of the gaps of the calibration bins
+
 
 def _ece_row(cells, arm, w, level, seed):
     "Expected calibration error (Naeini et al. 2015) with its interval."
     on = w > 0
     prob, y = _stated(cells, arm)
-    prob = np.where(on, prob, 0.)
+    prob = np.where(on, prob, 0.0)
     sums, unfold, _ = bin_sums(prob, y, 10)
     inside = unfold(sums)
     gaps = w[:, None] * (inside[..., 1] - inside[..., 2])
@@ -518,13 +715,25 @@ def _ece_row(cells, arm, w, level, seed):
     tail = (1 - level) / 2
     low, high = gap_ends(at + noise, at, np.abs, np.sign, tail).ravel()
     most = exact_bounds(value, base.n_effective, level)[1]
-    return _row('ece', arm, value, float(low), float(max(min(high, 1), most)), base.n, base.n_patients, base.n_donors,
-                base.n_effective)
+    return _row(
+        'ece',
+        arm,
+        value,
+        float(low),
+        float(max(min(high, 1), most)),
+        base.n,
+        base.n_patients,
+        base.n_donors,
+        base.n_effective,
+    )
+
 
 def _stated(cells, arm):
     "(probability, did it happen?): of the first of two choices, of the given answer where there are more (Guo et al. 2017)."
-    if _binary(cells): return cells(arm, 'p'), (cells.samples.label == cells.samples['first']).to_numpy()
+    if _binary(cells):
+        return cells(arm, 'p'), (cells.samples.label == cells.samples['first']).to_numpy()
     return cells.probabilities(arm).max(1), cells(arm, 'correct')
+
 
 def _correlated(dyads, influence, arm, effective, seed):
     "Draws (DRAWS, bins) with the dyadic covariance of the columns, and the tails of few patients."
@@ -533,57 +742,82 @@ def _correlated(dyads, influence, arm, effective, seed):
     values, vectors = np.linalg.eigh((spread + spread.T) / 2)
     root = vectors * np.sqrt(np.maximum(values, 0))
     rng = np.random.default_rng(seed)
-    df = max(effective - 1, 1.)
+    df = max(effective - 1, 1.0)
     heavy = np.sqrt(df / rng.chisquare(df, (DRAWS, 1)))
     return heavy * rng.normal(size=(DRAWS, len(values))) @ root.T
 
 # %% ../../nbs/33_sms.metrics.ipynb #886107ac
 def detection_rows(
-    cells:Cells,     # one model's answers under the variant 'unmatched'
-    level:float=.95, # confidence level
-    minimum:int=10,  # samples below which a number is suppressed
-    **_,             # n_boot, seed: what callers that resample pass along
-)->list[dict]:       # metrics rows without model and subgroup
+    cells: Cells,  # one model's answers under the variant 'unmatched'
+    level: float = 0.95,  # confidence level
+    minimum: int = 10,  # samples below which a number is suppressed
+    **_,  # n_boot, seed: what callers that resample pass along
+) -> list[dict]:  # metrics rows without model and subgroup
     "How well the probability of 'unmatched' tells each arm from the one it is compared with."
     rows = []
     for arm in [a for a in cells.arms if ARMS[a].versus in cells.arms]:
         now, before = (_unmatched_probability(cells, a) for a in (arm, ARMS[arm].versus))
         both = ~np.isnan(now) & ~np.isnan(before)
-        if both.sum() < minimum: continue
+        if both.sum() < minimum:
+            continue
         area = _told_apart(cells, arm, now, before, both)
-        rows.append(_row('unmatched_auroc', arm, area.value, *interval_of(area, level), int(both.sum()), area.n_patients,
-                         area.n_donors, area.n_effective))
+        rows.append(
+            _row(
+                'unmatched_auroc',
+                arm,
+                area.value,
+                *interval_of(area, level),
+                int(both.sum()),
+                area.n_patients,
+                area.n_donors,
+                area.n_effective,
+            )
+        )
     return rows
+
 
 def _unmatched_probability(cells, arm):
     return np.array([p[-1] if p is not None and len(p) else np.nan for p in cells(arm, 'probs')])
 
+
 def _told_apart(cells, arm, now, before, both):
     "Area over the answers of two arms, each sample in both."
     lends, n = cells(arm, 'donor'), cells.n
-    dyads = Dyads(np.tile(cells.patients, 2), {arm: np.r_[lends, np.full(n, '', object)]}, np.tile(cells.sample, 2))
-    return area_of(dyads, np.r_[now, before], np.r_[np.ones(n, bool), np.zeros(n, bool)], np.tile(both, 2).astype(float), arm)
+    dyads = Dyads(
+        np.tile(cells.patients, 2),
+        {arm: np.r_[lends, np.full(n, '', object)]},
+        np.tile(cells.sample, 2),
+    )
+    return area_of(
+        dyads,
+        np.r_[now, before],
+        np.r_[np.ones(n, bool), np.zeros(n, bool)],
+        np.tile(both, 2).astype(float),
+        arm,
+    )
 
 # %% ../../nbs/33_sms.metrics.ipynb #9a8e780c
 def subgroups(
-    rows:pd.DataFrame, # `answer_table` rows
-    strata=(),         # columns to split by
-):                     # yields (name, rows)
+    rows: pd.DataFrame,  # `answer_table` rows
+    strata=(),  # columns to split by
+):  # yields (name, rows)
     "'all', then 'finding=…', 'column=value' and 'variant=…'."
     base = rows.variant.iloc[0] if 'plain' not in set(rows.variant) else 'plain'
     plain = rows[rows.variant == base]
     yield 'all', plain
     for column in [*(['finding'] if plain.finding.nunique() > 1 else []), *strata]:
-        for value, g in plain[~plain[column].astype(str).isin(UNKNOWN)].groupby(column): yield f'{column}={value}', g
-    for variant, g in rows[rows.variant != base].groupby('variant'): yield f'variant={variant}', g
+        for value, g in plain[~plain[column].astype(str).isin(UNKNOWN)].groupby(column):
+            yield f'{column}={value}', g
+    for variant, g in rows[rows.variant != base].groupby('variant'):
+        yield f'variant={variant}', g
 
 # %% ../../nbs/33_sms.metrics.ipynb #166606ba
 def compare_models(
-    rows:pd.DataFrame, # `answer_table` rows of all models
-    level:float=.95,   # confidence level
-    minimum:int=10,    # samples below which a number is suppressed
-    **_,               # n_boot, seed: what callers that resample pass along
-)->list[dict]:         # metrics rows: accuracy_difference per pair and arm, Holm's p in the note
+    rows: pd.DataFrame,  # `answer_table` rows of all models
+    level: float = 0.95,  # confidence level
+    minimum: int = 10,  # samples below which a number is suppressed
+    **_,  # n_boot, seed: what callers that resample pass along
+) -> list[dict]:  # metrics rows: accuracy_difference per pair and arm, Holm's p in the note
     "Paired differences in accuracy between models, arm by arm; an answer that cannot be read is not right."
     by_model, out, ps = dict(list(rows.groupby('model', sort=True))), [], []
     for a, b in combinations(by_model, 2):
@@ -598,69 +832,107 @@ def compare_models(
         r['note'] = '; '.join(x for x in (f'p (Holm) {_p_text(p)}', r['note']) if x)
     return out
 
-def _p_text(p): return f'= {p:.3g}' if p >= 1e-4 else '< 0.0001'
+
+def _p_text(p):
+    return f'= {p:.3g}' if p >= 1e-4 else '< 0.0001'
+
 
 def _difference(one, two, arm):
     w = one.weight(arm)
     right = lambda c: w * (c(arm, 'parsed') & c(arm, 'correct'))
     return Term('accuracy_difference', arm, right(one), w, (0, 1), Term('', arm, right(two), w))
 
+
 def _difference_p(term, cells, arm):
     "Two-sided p of a paired difference."
     on, dyads = term.den > 0, cells.dyads
     if arm not in dyads.lends:
-        keep = on & np.r_[True, np.diff(cells.sample) > 0]      # one row a sample, however many draws
+        keep = on & np.r_[True, np.diff(cells.sample) > 0]  # one row a sample, however many draws
         return mcnemar_clustered(term.num[keep] > 0, term.minus.num[keep] > 0, cells.patients[keep])
     change = ratio_of(dyads, term.num - term.minus.num, term.den, arm, ANY)
-    if change.variance == 0 or change.n_effective <= 1: return 1.
-    return float(2 * student.sf(abs(change.value) / np.sqrt(change.variance), change.n_effective - 1))
+    if change.variance == 0 or change.n_effective <= 1:
+        return 1.0
+    return float(
+        2 * student.sf(abs(change.value) / np.sqrt(change.variance), change.n_effective - 1)
+    )
 
 # %% ../../nbs/33_sms.metrics.ipynb #7ac01eee
 def _tells_of_few(table, few):
     "Rows from whose count, taken off that of all samples, a suppressed count would follow."
     beside = table.groupby(['model', 'arm', 'subgroup']).n_clusters
-    return few.groupby([table.model, table.arm, table.subgroup]).transform('any') & (table.n_clusters < beside.transform('max'))
+    return few.groupby([table.model, table.arm, table.subgroup]).transform('any') & (
+        table.n_clusters < beside.transform('max')
+    )
+
 
 def metrics_table(
-    rows:list[dict],  # metrics rows
-    about:dict,       # metadata of the plan: access, plan_hash
-    minimum:int=10,   # patients below which a number of credentialed data is suppressed
-    **boot,           # n_boot, level, seed: go into the metadata
-)->pd.DataFrame:      # metrics table
+    rows: list[dict],  # metrics rows
+    about: dict,  # metadata of the plan: access, plan_hash
+    minimum: int = 10,  # patients below which a number of credentialed data is suppressed
+    **boot,  # n_boot, level, seed: go into the metadata
+) -> pd.DataFrame:  # metrics table
     "Rows as a metrics table; of credentialed data, cells of few patients are suppressed."
-    table = pd.DataFrame(rows, columns=['model', 'metric', 'arm', 'subgroup', 'value', 'ci_low', 'ci_high', 'n', 'n_clusters', 'n_donors', 'n_effective', 'note'])
-    table = table.fillna(dict(n_donors=0, n_effective=table.n_clusters)).astype(dict(n_donors=int, n_effective=float))
-    if about.get('access') == 'credentialed':                    # few patients stay few, however many questions each is asked; n is 0 where it may not be told
+    table = pd.DataFrame(
+        rows,
+        columns=[
+            'model',
+            'metric',
+            'arm',
+            'subgroup',
+            'value',
+            'ci_low',
+            'ci_high',
+            'n',
+            'n_clusters',
+            'n_donors',
+            'n_effective',
+            'note',
+        ],
+    )
+    table = table.fillna(dict(n_donors=0, n_effective=table.n_clusters)).astype(
+        dict(n_donors=int, n_effective=float)
+    )
+    if (
+        about.get('access') == 'credentialed'
+    ):  # few patients stay few, however many questions each is asked; n is 0 where it may not be told
         few = table.n_clusters < minimum
         table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan
         table.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
-        table.loc[few | _tells_of_few(table, few), ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0
-        for c in ('n_donors', 'n_effective'): table.loc[table[c] < minimum, c] = 0     # who lends is a small count too
+        table.loc[
+            few | _tells_of_few(table, few), ['n', 'n_clusters', 'n_donors', 'n_effective']
+        ] = 0
+        for c in ('n_donors', 'n_effective'):
+            table.loc[table[c] < minimum, c] = 0  # who lends is a small count too
     table.attrs = dict(plan_hash=about.get('plan_hash', ''), minimum=minimum, **boot)
     return validate(table, 'metrics') if len(table) else table
 
 # %% ../../nbs/33_sms.metrics.ipynb #184c5253
 def measure(
-    plan:pd.DataFrame,        # the plan
-    predictions:pd.DataFrame, # answers of one or more models
-    n_boot:int=2000,          # recorded with the table; the intervals here need no resampling
-    level:float=.95,          # confidence level
-    seed:int=0,               # of the interval of the ECE
-    minimum:int=10,           # samples below which a number is suppressed
-    pooled:bool=False,        # also the AUROC over all findings pooled
-)->pd.DataFrame:              # metrics table
+    plan: pd.DataFrame,  # the plan
+    predictions: pd.DataFrame,  # answers of one or more models
+    n_boot: int = 2000,  # recorded with the table; the intervals here need no resampling
+    level: float = 0.95,  # confidence level
+    seed: int = 0,  # of the interval of the ECE
+    minimum: int = 10,  # samples below which a number is suppressed
+    pooled: bool = False,  # also the AUROC over all findings pooled
+) -> pd.DataFrame:  # metrics table
     "Every metric per model, arm and subgroup, with an interval over the patients who are asked and who lend."
     rows, out = answer_table(plan, predictions), []
     how = dict(level=level, minimum=minimum)
     for model, mine in rows.groupby('model', sort=True):
         for name, part in subgroups(mine, plan.attrs.get('strata', [])):
             cells = Cells(part)
-            got = term_rows(all_terms(cells), cells.dyads, **how) + _with_minimum(chance_rows(cells), minimum)
+            got = term_rows(all_terms(cells), cells.dyads, **how) + _with_minimum(
+                chance_rows(cells), minimum
+            )
             if name == 'all' or name.startswith(('finding=', 'variant=')):
                 got += curve_rows(cells, **how, seed=seed, pooled=pooled)
-            if name == 'variant=unmatched': got += detection_rows(cells, **how)
+            if name == 'variant=unmatched':
+                got += detection_rows(cells, **how)
             out += [dict(model=model, subgroup=name, **r) for r in got]
     out += compare_models(next(subgroups(rows))[1], **how)
     return metrics_table(out, plan.attrs, n_boot=n_boot, seed=seed, **how)
 
-def _with_minimum(rows, minimum): return [_suppressed(r, minimum) for r in rows]
+
+def _with_minimum(rows, minimum):
+    return [_suppressed(r, minimum) for r in rows]

@@ -17,7 +17,7 @@ from ..core import InputError
 from ..data.tables import whole_csv
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #99f142b4
-STRATEGIES = { # strategy -> what it changes; the order decides which rewordings come first
+STRATEGIES = {  # strategy -> what it changes; the order decides which rewordings come first
     'synonym': 'the finding has another of its names',
     'phrasing': 'another ordinary way to ask',
     'register': 'clinical shorthand, formal or polite wording',
@@ -27,45 +27,89 @@ STRATEGIES = { # strategy -> what it changes; the order decides which rewordings
     'combined': 'two of the other changes at once',
 }
 
+
 @dataclass(frozen=True)
 class Variant:
     "One wording of a question."
-    text: str              # the question as it is asked
-    strategy: str          # a key of `STRATEGIES`, 'original', or the user's own word
-    inverted: bool = False # is yes here what no is to the original?
-    number: int = 0        # counts the wordings of a strategy, from 1
+
+    text: str  # the question as it is asked
+    strategy: str  # a key of `STRATEGIES`, 'original', or the user's own word
+    inverted: bool = False  # is yes here what no is to the original?
+    number: int = 0  # counts the wordings of a strategy, from 1
 
     @property
-    def id(self): return 'plain' if self.strategy == 'original' else f'{self.strategy}-{self.number}'
+    def id(self):
+        return 'plain' if self.strategy == 'original' else f'{self.strategy}-{self.number}'
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #578afb91
-SYNONYMS = ( # groups of names for one thing, with the article each needs
-    ('pleural effusion', 'pleural fluid'), ('cardiomegaly', 'cardiac enlargement', 'an enlarged heart'),
-    ('a lung opacity', 'a pulmonary opacity', 'an opacity of the lung'), ('a lung nodule', 'a pulmonary nodule', 'a nodule of the lung'),
-    ('a pneumothorax', 'pleural air'), ('a medical device', 'medical hardware'), ('pulmonary edema', 'pulmonary oedema', 'lung edema'),
-    ('consolidation', 'consolidated lung tissue'), ('atelectasis', 'atelectatic lung tissue'), ('COVID-19 pneumonia', 'SARS-CoV-2 pneumonia'),
-    ('diabetic retinopathy', 'retinopathy due to diabetes'), ('diabetic macular edema', 'macular edema due to diabetes'),
-    ('macular edema', 'macular oedema', 'edema of the macula'), ('a melanoma', 'a malignant melanoma'), ('a rib fracture', 'a fractured rib'),
-    ('a skull fracture', 'a fractured skull'), ('midline shift', 'shift of the midline'), ('lymphadenopathy', 'enlarged lymph nodes'),
-    ('hemorrhage', 'haemorrhage', 'bleeding'), ('an infarct', 'an infarction'), ('pneumoperitoneum', 'free intraperitoneal air'),
-    ('a bowel obstruction', 'an intestinal obstruction'), ('gallstones', 'cholelithiasis'), ('kidney stones', 'renal calculi'),
+SYNONYMS = (  # groups of names for one thing, with the article each needs
+    ('pleural effusion', 'pleural fluid'),
+    ('cardiomegaly', 'cardiac enlargement', 'an enlarged heart'),
+    ('a lung opacity', 'a pulmonary opacity', 'an opacity of the lung'),
+    ('a lung nodule', 'a pulmonary nodule', 'a nodule of the lung'),
+    ('a pneumothorax', 'pleural air'),
+    ('a medical device', 'medical hardware'),
+    ('pulmonary edema', 'pulmonary oedema', 'lung edema'),
+    ('consolidation', 'consolidated lung tissue'),
+    ('atelectasis', 'atelectatic lung tissue'),
+    ('COVID-19 pneumonia', 'SARS-CoV-2 pneumonia'),
+    ('diabetic retinopathy', 'retinopathy due to diabetes'),
+    ('diabetic macular edema', 'macular edema due to diabetes'),
+    ('macular edema', 'macular oedema', 'edema of the macula'),
+    ('a melanoma', 'a malignant melanoma'),
+    ('a rib fracture', 'a fractured rib'),
+    ('a skull fracture', 'a fractured skull'),
+    ('midline shift', 'shift of the midline'),
+    ('lymphadenopathy', 'enlarged lymph nodes'),
+    ('hemorrhage', 'haemorrhage', 'bleeding'),
+    ('an infarct', 'an infarction'),
+    ('pneumoperitoneum', 'free intraperitoneal air'),
+    ('a bowel obstruction', 'an intestinal obstruction'),
+    ('gallstones', 'cholelithiasis'),
+    ('kidney stones', 'renal calculi'),
     ('pericardial effusion', 'pericardial fluid'),
 )
-ADJECTIVES = {'enlarged': 'increased in size', 'fractured': 'broken', 'increased': 'raised', 'edematous': 'swollen', 'widened': 'broadened', 'dilated': '', 'normal': '', 'abnormal': '',
-              'clear': '', 'hyperinflated': 'overinflated', 'collapsed': '', 'inflamed': '', 'thickened': '', 'deviated': 'displaced', 'intact': '', 'calcified': '', 'obstructed': 'blocked',
-              'symmetric': 'symmetrical', 'displaced': '', 'flattened': '', 'elevated': 'raised', 'midline': ''} # what an organ may be called -> the same in another word
-STATES = {('heart', 'enlarged'): 'cardiomegaly', ('cardiac silhouette', 'enlarged'): 'cardiomegaly', ('skull', 'fractured'): 'a skull fracture'} # (organ, adjective) -> the finding it is
+ADJECTIVES = {
+    'enlarged': 'increased in size',
+    'fractured': 'broken',
+    'increased': 'raised',
+    'edematous': 'swollen',
+    'widened': 'broadened',
+    'dilated': '',
+    'normal': '',
+    'abnormal': '',
+    'clear': '',
+    'hyperinflated': 'overinflated',
+    'collapsed': '',
+    'inflamed': '',
+    'thickened': '',
+    'deviated': 'displaced',
+    'intact': '',
+    'calcified': '',
+    'obstructed': 'blocked',
+    'symmetric': 'symmetrical',
+    'displaced': '',
+    'flattened': '',
+    'elevated': 'raised',
+    'midline': '',
+}  # what an organ may be called -> the same in another word
+STATES = {
+    ('heart', 'enlarged'): 'cardiomegaly',
+    ('cardiac silhouette', 'enlarged'): 'cardiomegaly',
+    ('skull', 'fractured'): 'a skull fracture',
+}  # (organ, adjective) -> the finding it is
+
 
 def bare(
-    name:str, # a noun phrase, perhaps with a or an
-)->str:
+    name: str,  # a noun phrase, perhaps with a or an
+) -> str:
     "A name without its article."
     return re.sub(r'^(an?|any|some) ', '', name)
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #c36f3674
 def synonyms(
-    name:str,  # a noun phrase, with or without article
-)->list[str]:  # the other names, as they follow 'Is there'; empty where none is listed
+    name: str,  # a noun phrase, with or without article
+) -> list[str]:  # the other names, as they follow 'Is there'; empty where none is listed
     "Other names of the same thing."
     group = next((g for g in SYNONYMS if bare(name).lower() in (bare(s).lower() for s in g)), ())
     return [s for s in group if bare(s).lower() != bare(name).lower()]
@@ -74,197 +118,342 @@ def synonyms(
 @dataclass(frozen=True)
 class Asked:
     "What a question asks; `kind` is 'exists', 'is' or '' where it was not taken apart."
+
     kind: str
-    thing: str = ''    # exists: the finding, with its article; is: what it is said to be
+    thing: str = ''  # exists: the finding, with its article; is: what it is said to be
     subject: str = ''  # is: of what; exists: the image or patient in which it is looked for
-    place: str = ''    # ' in the left lung', with a leading blank
-    plural: bool = False # does the verb stand in the plural?
+    place: str = ''  # ' in the left lung', with a leading blank
+    plural: bool = False  # does the verb stand in the plural?
     yes_no: bool = True  # can it be answered by yes or no?
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #4082434c
-_NEGATED = re.compile(r"\b(no|not|without|absent|absence|free of|ruled out|excluded|lacks?|never|neither|nor)\b|n't\b", re.I)
+_NEGATED = re.compile(
+    r"\b(no|not|without|absent|absence|free of|ruled out|excluded|lacks?|never|neither|nor)\b|n't\b",
+    re.I,
+)
 _SEEN = r'(?:present|seen|visible|visuali[sz]ed|evident|noted|identified|demonstrated|shown|found|apparent)'
-_PLACE = re.compile(r' (?:in|on|at|within|near|inside|along|across|around|over|under|behind) (?:the|this|that|these|those|both|either|each) .+$', re.I)
-_EXISTS = [re.compile(p, re.I) for p in (
-    rf"(?P<verb>is|are|was|were) there (?:any |some )?(?:evidence of |signs? of )?(?P<thing>.+?)(?: {_SEEN})?(?P<place> (?:in|on|at) th(?:e|is|at|ese) .+?)?(?: {_SEEN})?$",
-    r"(?:does|do|did) (?P<subject>(?:the|this|that) [\w -]+?) (?:show|have|demonstrate|reveal|display|depict|exhibit) (?:any |some )?(?:evidence of |signs? of )?(?P<thing>.+)$",
-    rf"(?P<verb>is|are) (?!there\b)(?:any |some )?(?P<thing>.+?) {_SEEN}(?P<place> .+)?$",
-    r"(?:do|can) you see (?:any |some )?(?P<thing>.+)$", r"can (?P<thing>.+?) be (?:seen|identified)(?P<place> .+)?$")]
-_IS = re.compile(rf"(?P<verb>is|are) (?P<subject>(?:the|this|that|these|those)(?: [\w'-]+){{0,8}}?) (?P<thing>(?:{'|'.join(ADJECTIVES)})|an? [\w -]+)$", re.I)
+_PLACE = re.compile(
+    r' (?:in|on|at|within|near|inside|along|across|around|over|under|behind) (?:the|this|that|these|those|both|either|each) .+$',
+    re.I,
+)
+_EXISTS = [
+    re.compile(p, re.I)
+    for p in (
+        rf"(?P<verb>is|are|was|were) there (?:any |some )?(?:evidence of |signs? of )?(?P<thing>.+?)(?: {_SEEN})?(?P<place> (?:in|on|at) th(?:e|is|at|ese) .+?)?(?: {_SEEN})?$",
+        r"(?:does|do|did) (?P<subject>(?:the|this|that) [\w -]+?) (?:show|have|demonstrate|reveal|display|depict|exhibit) (?:any |some )?(?:evidence of |signs? of )?(?P<thing>.+)$",
+        rf"(?P<verb>is|are) (?!there\b)(?:any |some )?(?P<thing>.+?) {_SEEN}(?P<place> .+)?$",
+        r"(?:do|can) you see (?:any |some )?(?P<thing>.+)$",
+        r"can (?P<thing>.+?) be (?:seen|identified)(?P<place> .+)?$",
+    )
+]
+_IS = re.compile(
+    rf"(?P<verb>is|are) (?P<subject>(?:the|this|that|these|those)(?: [\w'-]+){{0,8}}?) (?P<thing>(?:{'|'.join(ADJECTIVES)})|an? [\w -]+)$",
+    re.I,
+)
+
 
 def many(
-    name:str, # a noun phrase
-)->bool:
+    name: str,  # a noun phrase
+) -> bool:
     "Does it look like a plural? Asked only where the question leaves it open ('Is/Are ...')."
     head = re.split(r' (?:of|due to|in|on) ', name.lower())[0]
-    return bool(re.search(r'(?<!ss)(?<!is)(?<!us)(?<!os)(?<=s)$|(sulci|gyri|hila|ganglia|bronchi|vertebrae|fossae|calculi|apices)$', head)) and not re.search(r'(pancreas|ascites|pons|lens|diabetes|series)$', head)
+    return bool(
+        re.search(
+            r'(?<!ss)(?<!is)(?<!us)(?<!os)(?<=s)$|(sulci|gyri|hila|ganglia|bronchi|vertebrae|fossae|calculi|apices)$',
+            head,
+        )
+    ) and not re.search(r'(pancreas|ascites|pons|lens|diabetes|series)$', head)
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #6932e804
 def core(
-    question:str, # as it was written
-)->str:           # without question mark, 'yes/no' tag and doubled words; 'Is/Are' becomes 'Is'
+    question: str,  # as it was written
+) -> str:  # without question mark, 'yes/no' tag and doubled words; 'Is/Are' becomes 'Is'
     "The words of a question."
-    q = re.sub(r'\s+', ' ', re.sub(r'\?\s*-?\s*yes/no\s*$', '?', question.strip(), flags=re.I)).rstrip(' ?.')
+    q = re.sub(
+        r'\s+', ' ', re.sub(r'\?\s*-?\s*yes/no\s*$', '?', question.strip(), flags=re.I)
+    ).rstrip(' ?.')
     q = re.sub(r'\b(the|an?|is|are|of|in) \1\b', r'\1', q, flags=re.I)
     return re.sub(r'^is/are\b', 'Is', q, flags=re.I)
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #5a503b28
 def understand(
-    question:str, # a question
-)->Asked:
+    question: str,  # a question
+) -> Asked:
     "What is asked, where the rules can take it apart."
     q = core(question)
-    unknown = Asked('', yes_no=bool(re.match(r'(is|are|was|were|do|does|did|has|have|can|could|will|would|should)\b', q, re.I)))
-    if not unknown.yes_no or _NEGATED.search(q): return unknown
+    unknown = Asked(
+        '',
+        yes_no=bool(
+            re.match(
+                r'(is|are|was|were|do|does|did|has|have|can|could|will|would|should)\b', q, re.I
+            )
+        ),
+    )
+    if not unknown.yes_no or _NEGATED.search(q):
+        return unknown
     loose = dict(verb='') if re.match(r'\s*is/are\b', question, re.I) else {}
     for pattern in _EXISTS:
-        if (m := pattern.fullmatch(q)) and (found := _exists(m.groupdict() | loose)): return found
+        if (m := pattern.fullmatch(q)) and (found := _exists(m.groupdict() | loose)):
+            return found
     m = _IS.fullmatch(q)
-    if m and not re.search(r'\b(and|or|there)\b|\b(than|in|of|to|at|on|by|with)$', q[:m.end('subject')], re.I): return Asked('is', m['thing'], m['subject'], plural=many(m['subject']) if loose else m['verb'].lower() == 'are')
+    if m and not re.search(
+        r'\b(and|or|there)\b|\b(than|in|of|to|at|on|by|with)$', q[: m.end('subject')], re.I
+    ):
+        return Asked(
+            'is',
+            m['thing'],
+            m['subject'],
+            plural=many(m['subject']) if loose else m['verb'].lower() == 'are',
+        )
     return unknown
+
 
 def _exists(g):
     "What was found to exist, or None where it is more than a noun phrase."
     thing, place = g['thing'], g.get('place') or ''
-    if not place and (m := _PLACE.search(thing)): thing, place = thing[:m.start()], m[0]
-    simple = re.fullmatch(r"[\w'/-]+( [\w'/-]+){0,6}", thing) and not re.search(r'\b(and|or|that|which|who|than|are|is|there|you|both|these|any\w+|some\w+|wrong|least|more|other)\b|^(the|this|that|it)\b', thing, re.I)
-    if not simple or re.search(r'[,:;]| (and|or) ', place): return None
+    if not place and (m := _PLACE.search(thing)):
+        thing, place = thing[: m.start()], m[0]
+    simple = re.fullmatch(r"[\w'/-]+( [\w'/-]+){0,6}", thing) and not re.search(
+        r'\b(and|or|that|which|who|than|are|is|there|you|both|these|any\w+|some\w+|wrong|least|more|other)\b|^(the|this|that|it)\b',
+        thing,
+        re.I,
+    )
+    if not simple or re.search(r'[,:;]| (and|or) ', place):
+        return None
     verb = (g.get('verb') or '').lower()
-    return Asked('exists', thing, g.get('subject') or '', place, verb in ('are', 'were') or (not verb and many(thing)))
+    return Asked(
+        'exists',
+        thing,
+        g.get('subject') or '',
+        place,
+        verb in ('are', 'were') or (not verb and many(thing)),
+    )
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #b14afc5f
-EXISTS = { # strategy -> templates of 'is there X?'
-    'phrasing': ('{Is} {a} present{in_}?', 'Would you say that there {is_} {a}{in_}?', 'Is there evidence of {a}{in_}?', '{Is} there {a}{in_}?'),
-    'register': ('Any {x}{in_}?', 'Is the presence of {a}{in_} confirmed?', 'Please tell me, {is_} there {a}{in_}?'),
-    'negated': ('{Is} {a} absent{in_}?', 'Is it true that there {is_} no {x}{in_}?', 'Can {a} be ruled out{in_}?'),
+EXISTS = {  # strategy -> templates of 'is there X?'
+    'phrasing': (
+        '{Is} {a} present{in_}?',
+        'Would you say that there {is_} {a}{in_}?',
+        'Is there evidence of {a}{in_}?',
+        '{Is} there {a}{in_}?',
+    ),
+    'register': (
+        'Any {x}{in_}?',
+        'Is the presence of {a}{in_} confirmed?',
+        'Please tell me, {is_} there {a}{in_}?',
+    ),
+    'negated': (
+        '{Is} {a} absent{in_}?',
+        'Is it true that there {is_} no {x}{in_}?',
+        'Can {a} be ruled out{in_}?',
+    ),
     'voice': ('Can {a} be identified{in_}?', 'Can one identify {a}{in_}?'),
     'order': ('As for {a}, {is_} {it} present{in_}?', 'Regarding {x}, {is_} {it} present{in_}?'),
-    'combined': ('As for {a}, can {it} be identified{in_}?', 'Please tell me, can {a} be identified{in_}?'),
+    'combined': (
+        'As for {a}, can {it} be identified{in_}?',
+        'Please tell me, can {a} be identified{in_}?',
+    ),
 }
-FREE = 'Is {s} free of {x}?'              # negated, where the question names image or patient
-FRONT = '{In_}, {is_} there {a}?'         # order, where the question names a place
-IS = { # strategy -> templates of 'is S so?'
+FREE = 'Is {s} free of {x}?'  # negated, where the question names image or patient
+FRONT = '{In_}, {is_} there {a}?'  # order, where the question names a place
+IS = {  # strategy -> templates of 'is S so?'
     'phrasing': ('Would you say that {s} {is_} {x}?', 'Is it right to say that {s} {is_} {x}?'),
     'register': ('{Is} {s} found to be {x}?', 'Please tell me, {is_} {s} {x}?'),
-    'negated': ('Is it true that {s} {is_} not {x}?', 'Would it be wrong to say that {s} {is_} {x}?'),
+    'negated': (
+        'Is it true that {s} {is_} not {x}?',
+        'Would it be wrong to say that {s} {is_} {x}?',
+    ),
     'voice': ('Can {s} be described as {x}?', 'Would one describe {s} as {x}?'),
     'order': ('As for {s}, {is_} {it} {x}?', 'Regarding {s}, {is_} {it} {x}?'),
-    'combined': ('Regarding {s}, can {it} be described as {x}?', 'Please tell me, can {s} be described as {x}?'),
+    'combined': (
+        'Regarding {s}, can {it} be described as {x}?',
+        'Please tell me, can {s} be described as {x}?',
+    ),
 }
-FRAMES = { # what fits round any question
-    'phrasing': ('The question is this: {q}?',), 'register': ('Please tell me: {q}?',), 'negated': ("Is 'no' the right answer to this: {q}?",),
+FRAMES = {  # what fits round any question
+    'phrasing': ('The question is this: {q}?',),
+    'register': ('Please tell me: {q}?',),
+    'negated': ("Is 'no' the right answer to this: {q}?",),
 }
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #338e3773
 def filled(
-    asked:Asked,  # from `understand`
-    template:str, # from `EXISTS`, `IS`, `FREE` or `FRONT`
-)->str:
+    asked: Asked,  # from `understand`
+    template: str,  # from `EXISTS`, `IS`, `FREE` or `FRONT`
+) -> str:
     "A template with its words."
     in_ = (f' in {asked.subject}' if asked.kind == 'exists' and asked.subject else '') + asked.place
     is_ = 'are' if asked.plural else 'is'
-    said = template.format(a=asked.thing, x=bare(asked.thing) if asked.kind == 'exists' else asked.thing, in_=in_, In_=in_.strip()[:1].upper() + in_.strip()[1:],
-                           is_=is_, Is=is_.capitalize(), it='they' if asked.plural else 'it', s=asked.subject)
+    said = template.format(
+        a=asked.thing,
+        x=bare(asked.thing) if asked.kind == 'exists' else asked.thing,
+        in_=in_,
+        In_=in_.strip()[:1].upper() + in_.strip()[1:],
+        is_=is_,
+        Is=is_.capitalize(),
+        it='they' if asked.plural else 'it',
+        s=asked.subject,
+    )
     return said[:1].upper() + said[1:]
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #82478e6d
 def renamed(
-    asked:Asked, # from `understand`
-)->list[Asked]:  # the same question under other names
+    asked: Asked,  # from `understand`
+) -> list[Asked]:  # the same question under other names
     "Synonyms of what is asked; empty where none is listed."
     numbered = lambda s: replace(asked, thing=s, plural=many(s))
-    if asked.kind == 'exists': return [numbered(s) for s in synonyms(asked.thing)]
-    organ = re.sub(r'^(the|this|that|these|those) ', '', asked.subject.lower()); state = STATES.get((organ, asked.thing.lower()))
+    if asked.kind == 'exists':
+        return [numbered(s) for s in synonyms(asked.thing)]
+    organ = re.sub(r'^(the|this|that|these|those) ', '', asked.subject.lower())
+    state = STATES.get((organ, asked.thing.lower()))
     states = [Asked('exists', s) for s in [state, *synonyms(state)]] if state else []
     adjective = ADJECTIVES.get(asked.thing.lower(), '')
-    return states + ([replace(asked, thing=adjective)] if adjective else []) + [replace(asked, thing=s) for s in (synonyms(asked.thing) if re.match('an? ', asked.thing) else ())]
+    return (
+        states
+        + ([replace(asked, thing=adjective)] if adjective else [])
+        + [
+            replace(asked, thing=s)
+            for s in (synonyms(asked.thing) if re.match('an? ', asked.thing) else ())
+        ]
+    )
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #6297ddbc
 def wordings(
-    question:str, # a question
-)->dict[str, list[str]]: # strategy -> rewordings, without repeats
+    question: str,  # a question
+) -> dict[str, list[str]]:  # strategy -> rewordings, without repeats
     "What every strategy makes of a question."
     asked, seen = understand(question), {core(question).lower()}
     made = _framed(question, asked) if not asked.kind else _rebuilt(asked)
     out = {}
     for strategy in STRATEGIES:
         for text in made.get(strategy, ()):
-            if core(text).lower() not in seen: seen.add(core(text).lower()); out.setdefault(strategy, []).append(text)
+            if core(text).lower() not in seen:
+                seen.add(core(text).lower())
+                out.setdefault(strategy, []).append(text)
     return out
+
 
 def _framed(question, asked):
     "Frames round a question that was not taken apart; a negated one only round a yes/no question."
-    q = core(question); q = q[:1].lower() + q[1:] if not re.match(r'[A-Z]{2}', q) else q
-    return {k: [t.format(q=q) for t in ts] for k, ts in FRAMES.items() if asked.yes_no or k != 'negated'}
+    q = core(question)
+    q = q[:1].lower() + q[1:] if not re.match(r'[A-Z]{2}', q) else q
+    return {
+        k: [t.format(q=q) for t in ts] for k, ts in FRAMES.items() if asked.yes_no or k != 'negated'
+    }
+
 
 def _rebuilt(asked):
     "Rewordings of a question that was understood."
     templates = EXISTS if asked.kind == 'exists' else IS
     made = {k: [filled(asked, t) for t in ts] for k, ts in templates.items()}
-    if asked.kind == 'exists' and asked.subject: made['negated'].insert(0, filled(asked, FREE))
-    if asked.kind == 'exists' and (asked.subject or asked.place): made['order'].insert(0, filled(asked, FRONT))
+    if asked.kind == 'exists' and asked.subject:
+        made['negated'].insert(0, filled(asked, FREE))
+    if asked.kind == 'exists' and (asked.subject or asked.place):
+        made['order'].insert(0, filled(asked, FRONT))
     own = renamed(asked)
     plain = lambda a: filled(a, EXISTS['phrasing'][3] if a.kind == 'exists' else '{Is} {s} {x}?')
     made['synonym'] = [plain(a) for a in own]
-    made['combined'] = [filled(a, (EXISTS if a.kind == 'exists' else IS)[k][0]) for k in ('voice', 'register') for a in own[:1]] + made['combined']
-    made['negated'] += [filled(a, (EXISTS if a.kind == 'exists' else IS)['negated'][0]) for a in own[:1]]
+    made['combined'] = [
+        filled(a, (EXISTS if a.kind == 'exists' else IS)[k][0])
+        for k in ('voice', 'register')
+        for a in own[:1]
+    ] + made['combined']
+    made['negated'] += [
+        filled(a, (EXISTS if a.kind == 'exists' else IS)['negated'][0]) for a in own[:1]
+    ]
     return made
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #f9bea80e
 def paraphrases(
-    question:str,    # a yes/no question
-    n:int|None=None, # rewordings beside the original, at most; None: all that the rules give
-    strategies=tuple(STRATEGIES), # which strategies; a subset of `STRATEGIES`
-)->list[Variant]:    # variant 0 is the question as it stands
+    question: str,  # a yes/no question
+    n: int | None = None,  # rewordings beside the original, at most; None: all that the rules give
+    strategies=tuple(STRATEGIES),  # which strategies; a subset of `STRATEGIES`
+) -> list[Variant]:  # variant 0 is the question as it stands
     "The question and its rewordings; `InputError` for an unknown strategy, an empty question, or a negative n."
-    if unknown := [s for s in strategies if s not in STRATEGIES]: raise InputError(f"unknown strategy {', '.join(unknown)}; choose from {', '.join(STRATEGIES)}")
-    if not question.strip(): raise InputError('there is no question to reword')
-    if n is not None and n < 0: raise InputError(f'{n} rewordings: the number cannot be negative')
-    made = [Variant(t, s, s == 'negated', i) for s, ts in wordings(question).items() if s in strategies for i, t in enumerate(ts, 1)]
-    made.sort(key=lambda v: v.number)                       # stable: within a round the order of STRATEGIES
+    if unknown := [s for s in strategies if s not in STRATEGIES]:
+        raise InputError(
+            f"unknown strategy {', '.join(unknown)}; choose from {', '.join(STRATEGIES)}"
+        )
+    if not question.strip():
+        raise InputError('there is no question to reword')
+    if n is not None and n < 0:
+        raise InputError(f'{n} rewordings: the number cannot be negative')
+    made = [
+        Variant(t, s, s == 'negated', i)
+        for s, ts in wordings(question).items()
+        if s in strategies
+        for i, t in enumerate(ts, 1)
+    ]
+    made.sort(key=lambda v: v.number)  # stable: within a round the order of STRATEGIES
     return [Variant(question, 'original'), *made[:n]]
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #ea774a07
 _NEEDS = ('question_variant', 'strategy')
 
+
 def slug(
-    strategy:str, # free text
-)->str:           # letters, digits and hyphens
+    strategy: str,  # free text
+) -> str:  # letters, digits and hyphens
     "A user's word for a strategy as part of a variant's name."
     return re.sub(r'[^a-z0-9]+', '-', strategy.lower()).strip('-') or 'own'
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #2196967c
 def own_wordings(
-    table:pd.DataFrame,       # text columns, see above
-)->dict[str, list[Variant]]:  # question -> its wordings, variant 0 first
+    table: pd.DataFrame,  # text columns, see above
+) -> dict[str, list[Variant]]:  # question -> its wordings, variant 0 first
     "A user's rewordings by question; `InputError` names the first row that cannot be used."
-    if missing := [c for c in _NEEDS if c not in table]: raise InputError(f"a table of wordings needs the columns {', '.join(_NEEDS)}; it lacks {', '.join(missing)}")
+    if missing := [c for c in _NEEDS if c not in table]:
+        raise InputError(
+            f"a table of wordings needs the columns {', '.join(_NEEDS)}; it lacks {', '.join(missing)}"
+        )
     base = next((c for c in ('baseline_question', 'question') if c in table), None)
-    if base is None: raise InputError('a table of wordings needs baseline_question or question, the original of each wording')
+    if base is None:
+        raise InputError(
+            'a table of wordings needs baseline_question or question, the original of each wording'
+        )
     out, answers = {}, {}
     for i, r in enumerate(table.to_dict('records'), 2):
         said, text = str(r[base]).strip(), str(r['question_variant']).strip()
-        if not said or not text: raise InputError(f'wordings, row {i}: {base} or question_variant is empty')
+        if not said or not text:
+            raise InputError(f'wordings, row {i}: {base} or question_variant is empty')
         known = out.setdefault(said, [Variant(said, 'original')])
-        if core(said).lower() == core(text).lower(): answers.setdefault(said, str(r.get('answer', '')).strip().lower()); continue
-        if any(v.text == text for v in known): continue                 # the same wording beside another image
-        known.append(Variant(text, slug(r['strategy']), _inverted(r, i, answers.get(said, ''), bool(_NEGATED.search(said))), 1 + sum(v.strategy == slug(r['strategy']) for v in known)))
+        if core(said).lower() == core(text).lower():
+            answers.setdefault(said, str(r.get('answer', '')).strip().lower())
+            continue
+        if any(v.text == text for v in known):
+            continue  # the same wording beside another image
+        known.append(
+            Variant(
+                text,
+                slug(r['strategy']),
+                _inverted(r, i, answers.get(said, ''), bool(_NEGATED.search(said))),
+                1 + sum(v.strategy == slug(r['strategy']) for v in known),
+            )
+        )
     return out
+
 
 def _inverted(r, row, answer, negated):
     "Does the row say that its answer is the other one?"
     told = str(r.get('inverted', '')).strip().lower()
-    if told: return told in ('1', 'true', 'yes')
+    if told:
+        return told in ('1', 'true', 'yes')
     own = str(r.get('answer', '')).strip().lower()
-    if own and answer: return own != answer
-    if bool(_NEGATED.search(r['question_variant'])) != negated: raise InputError(f"wordings, row {row}: {r['question_variant'][:60]!r} reads as negated; say in a column inverted (yes or no) whether its answer is the other one")
+    if own and answer:
+        return own != answer
+    if bool(_NEGATED.search(r['question_variant'])) != negated:
+        raise InputError(
+            f"wordings, row {row}: {r['question_variant'][:60]!r} reads as negated; say in a column inverted (yes or no) whether its answer is the other one"
+        )
     return False
 
 # %% ../../nbs/30a_sms.paraphrases.ipynb #c7fbf8ad
 def read_wordings(
-    path, # CSV file, see `own_wordings`
-)->dict[str, list[Variant]]: # question -> its wordings
+    path,  # CSV file, see `own_wordings`
+) -> dict[str, list[Variant]]:  # question -> its wordings
     "Wordings from a file; `InputError` where it is missing or no table."
     table = whole_csv(path)
-    try: return own_wordings(table)
-    except InputError as e: raise InputError(f'{path}: {e}') from None
+    try:
+        return own_wordings(table)
+    except InputError as e:
+        raise InputError(f'{path}: {e}') from None

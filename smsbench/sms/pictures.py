@@ -12,50 +12,70 @@ from ..core import content_hash
 
 # %% ../../nbs/30d_sms.pictures.ipynb #cfabb2e2
 def thumbnail(
-    image:np.ndarray, # (H,W) or (H,W,3) uint8
-    side:int=24,      # pixels of the thumbnail's side
-)->np.ndarray:        # (side*side,) float32, mean 0 and norm 1; zeros for a uniform picture
+    image: np.ndarray,  # (H,W) or (H,W,3) uint8
+    side: int = 24,  # pixels of the thumbnail's side
+) -> np.ndarray:  # (side*side,) float32, mean 0 and norm 1; zeros for a uniform picture
     "A picture as a short vector, for a plain image distance."
     from PIL import Image
-    small = np.asarray(Image.fromarray(image).convert('L').resize((side, side), Image.BOX), dtype=np.float32).ravel()
+
+    small = np.asarray(
+        Image.fromarray(image).convert('L').resize((side, side), Image.BOX), dtype=np.float32
+    ).ravel()
     small -= small.mean()
     return small / max(float(np.linalg.norm(small)), 1e-6)
 
 # %% ../../nbs/30d_sms.pictures.ipynb #f8c4bea8
 def region_elsewhere(
-    boxes,           # list of [x0, y0, x1, y1] in pixels
-    shape,           # (H, W) of the picture
-    key:str='',      # decides the place
-)->list:             # boxes of the same sizes, overlapping none of `boxes`; [] where there is no room
+    boxes,  # list of [x0, y0, x1, y1] in pixels
+    shape,  # (H, W) of the picture
+    key: str = '',  # decides the place
+) -> list:  # boxes of the same sizes, overlapping none of `boxes`; [] where there is no room
     "Another region of equal area."
     (h, w), out = shape[:2], []
     for n, (x0, y0, x1, y1) in enumerate(boxes):
         bw, bh = x1 - x0, y1 - y0
-        xs, ys = (np.unique(np.linspace(0, m, 17).round().astype(int)) for m in (max(w - bw, 0), max(h - bh, 0)))
-        free = [(int(x), int(y)) for x in xs for y in ys if x + bw <= w and y + bh <= h
-                and all(x >= b[2] or x + bw <= b[0] or y >= b[3] or y + bh <= b[1] for b in [*boxes, *out])]
-        if not free: return []
+        xs, ys = (
+            np.unique(np.linspace(0, m, 17).round().astype(int))
+            for m in (max(w - bw, 0), max(h - bh, 0))
+        )
+        free = [
+            (int(x), int(y))
+            for x in xs
+            for y in ys
+            if x + bw <= w
+            and y + bh <= h
+            and all(
+                x >= b[2] or x + bw <= b[0] or y >= b[3] or y + bh <= b[1] for b in [*boxes, *out]
+            )
+        ]
+        if not free:
+            return []
         x, y = min(free, key=lambda p: content_hash(key, n, *p))
         out.append([x, y, x + bw, y + bh])
     return out
 
 # %% ../../nbs/30d_sms.pictures.ipynb #7988b07b
 def shift_image(
-    op:str,           # image operation of the arm
-    image:np.ndarray, # the lender's picture, (H,W) or (H,W,3) uint8
-    region=(),        # boxes to grey, for occlude and elsewhere
-    key:str='',       # decides the permutation of shuffle
-    grid:int=8,       # shuffle permutes grid x grid patches
-)->np.ndarray|None:   # the picture to deliver; None where the arm shows none
+    op: str,  # image operation of the arm
+    image: np.ndarray,  # the lender's picture, (H,W) or (H,W,3) uint8
+    region=(),  # boxes to grey, for occlude and elsewhere
+    key: str = '',  # decides the permutation of shuffle
+    grid: int = 8,  # shuffle permutes grid x grid patches
+) -> np.ndarray | None:  # the picture to deliver; None where the arm shows none
     "Apply an image operation. Grey is 128."
-    if op == 'none': return None
-    if op == 'grey': return np.full_like(image, 128)
-    if op not in ('occlude', 'elsewhere', 'shuffle'): return image   # not a copy: a part of a plan shows each picture many times
+    if op == 'none':
+        return None
+    if op == 'grey':
+        return np.full_like(image, 128)
+    if op not in ('occlude', 'elsewhere', 'shuffle'):
+        return image  # not a copy: a part of a plan shows each picture many times
     out = image.copy()
     if op in ('occlude', 'elsewhere'):
-        for x0, y0, x1, y1 in region: out[int(y0):int(np.ceil(y1)), int(x0):int(np.ceil(x1))] = 128
+        for x0, y0, x1, y1 in region:
+            out[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = 128
     if op == 'shuffle':
         h, w = image.shape[0] // grid, image.shape[1] // grid
         places = [(r * h, c * w) for r in range(grid) for c in range(grid)]
-        for (y, x), (v, u) in zip(places, sorted(places, key=lambda p: content_hash(key, *p))): out[y:y+h, x:x+w] = image[v:v+h, u:u+w]
+        for (y, x), (v, u) in zip(places, sorted(places, key=lambda p: content_hash(key, *p))):
+            out[y : y + h, x : x + w] = image[v : v + h, u : u + w]
     return out

@@ -22,31 +22,34 @@ from .simulate import Setting, make_setting, solve
 # %% ../../nbs/37b_sms.power.ipynb #c3cc8a42
 class Question(Card):
     "A verdict to plan for, and the study that shall reach it."
+
     verdict: Literal['relies', 'ignores'] = 'relies'  # what shall be concluded
-    modality: Literal['image', 'text'] = 'image'      # about what
-    effect: float = Field(.2, ge=0, le=1)             # true excess (relies) or movement (ignores)
-    margin: float = Field(.05, gt=0, lt=1)            # smallest movement that matters
-    prevalence: float = Field(.5, gt=0, lt=1)         # share of the rarer answer
-    films: int | tuple[int, int] = 1                  # images per patient, or fewest and most
-    icc: float = Field(0., ge=0, lt=1)                # correlation within a patient, latent
-    findings: int = Field(1, ge=1, le=100)            # questions per image
-    donors: int | Literal['auto'] = 'auto'            # donors per sample
+    modality: Literal['image', 'text'] = 'image'  # about what
+    effect: float = Field(0.2, ge=0, le=1)  # true excess (relies) or movement (ignores)
+    margin: float = Field(0.05, gt=0, lt=1)  # smallest movement that matters
+    prevalence: float = Field(0.5, gt=0, lt=1)  # share of the rarer answer
+    films: int | tuple[int, int] = 1  # images per patient, or fewest and most
+    icc: float = Field(0.0, ge=0, lt=1)  # correlation within a patient, latent
+    findings: int = Field(1, ge=1, le=100)  # questions per image
+    donors: int | Literal['auto'] = 'auto'  # donors per sample
 
     @model_validator(mode='after')
     def _is_true(self):
         "The wanted verdict must be the true one."
         relies = self.verdict == 'relies'
-        if (self.effect > self.margin) if relies else (self.effect < self.margin): return self
+        if (self.effect > self.margin) if relies else (self.effect < self.margin):
+            return self
         side = 'above' if relies else 'below'
         true = f"'{self.verdict}' is true only {side} the margin of {self.margin}"
         raise ValueError(f'effect {self.effect}: {true}')
 
 # %% ../../nbs/37b_sms.power.ipynb #b30ff256
 def make_question(
-    **given, # fields of `Question`
-)->Question:
+    **given,  # fields of `Question`
+) -> Question:
     "A checked question; `InputError` in one line for what is wrong."
-    try: return Question(**given)
+    try:
+        return Question(**given)
     except ValidationError as e:
         fault = e.errors(include_url=False)[0]
         where = ''.join(f'{k}: ' for k in fault['loc'][:1])
@@ -54,33 +57,41 @@ def make_question(
 
 # %% ../../nbs/37b_sms.power.ipynb #cf4b2a8a
 def planned_setting(
-    question:Question, # what is planned for
-    n:int=40_000,      # samples with which the effect is set
-)->Setting:            # a study whose patients are still to be set
+    question: Question,  # what is planned for
+    n: int = 40_000,  # samples with which the effect is set
+) -> Setting:  # a study whose patients are still to be set
     "The simulated study behind a question."
     q, image = question, question.modality == 'image'
     share = 'visible' if image else 'stated'
     weights = dict(image_weight=2 if image else 1, text_weight=1 if image else 2)
     quantity = f"{'excess' if q.verdict == 'relies' else 'moved'}_{q.modality}"
     goal = dict(unknown=share, quantity=quantity, value=q.effect)
-    given = dict(films=q.films, icc=q.icc, findings=q.findings,
-                 correlation=.3 if q.findings > 1 else 0, prevalence=q.prevalence,
-                 margin=q.margin, donors=q.donors, model=weights,
-                 arms=['image_swap', 'text_swap'])
-    aim = {share: 0.} if q.effect == 0 else dict(solve=goal)
+    given = dict(
+        films=q.films,
+        icc=q.icc,
+        findings=q.findings,
+        correlation=0.3 if q.findings > 1 else 0,
+        prevalence=q.prevalence,
+        margin=q.margin,
+        donors=q.donors,
+        model=weights,
+        arms=['image_swap', 'text_swap'],
+    )
+    aim = {share: 0.0} if q.effect == 0 else dict(solve=goal)
     return solve(make_setting({**given, **aim}), n)
 
 # %% ../../nbs/37b_sms.power.ipynb #6950e31b
 def probability(
-    setting:Setting,   # the study
-    question:Question, # what is planned for
-    wanted:float=.8,   # probability that decides when to stop, 0..1
-    studies:int=100,   # studies at most
-    workers:int=1,     # processes
-    bar=None,          # progress bar to move
-)->dict:               # patients, rate, error, low, high, n, count, per_finding
+    setting: Setting,  # the study
+    question: Question,  # what is planned for
+    wanted: float = 0.8,  # probability that decides when to stop, 0..1
+    studies: int = 100,  # studies at most
+    workers: int = 1,  # processes
+    bar=None,  # progress bar to move
+) -> dict:  # patients, rate, error, low, high, n, count, per_finding
     "How often a study reaches the wanted verdict."
     from joblib import delayed
+
     verdicts, per_finding, batch = [], [], max(10, 5 * workers)
     while len(verdicts) < studies:
         seeds = np.arange(len(verdicts), min(len(verdicts) + batch, studies))
@@ -90,20 +101,22 @@ def probability(
         mine = [(kind, word) for _, kind, name, *_, word in rows if name == question.modality]
         verdicts += [w == question.verdict for kind, w in mine if kind == 'verdict']
         per_finding += [w == question.verdict for kind, w in mine if kind == 'finding']
-        if bar is not None: bar.update(len(seeds))
+        if bar is not None:
+            bar.update(len(seeds))
         found = counted(sum(verdicts), len(verdicts))
-        if not found['low'] <= wanted <= found['high']: break
+        if not found['low'] <= wanted <= found['high']:
+            break
     share = float(np.mean(per_finding)) if per_finding else None
     return dict(patients=setting.patients, **found, per_finding=share)
 
 # %% ../../nbs/37b_sms.power.ipynb #689aeec7
 def patients_needed(
-    points:list[dict], # patients, n, count of each size tried
-    wanted:float=.8,   # probability, 0..1
-)->tuple[float, float, float]: # (patients, low, high)
+    points: list[dict],  # patients, n, count of each size tried
+    wanted: float = 0.8,  # probability, 0..1
+) -> tuple[float, float, float]:  # (patients, low, high)
     "Where the probit curve through counted shares crosses the wanted probability."
     x = np.log([p['patients'] for p in points])
-    k, n = (np.array([p[c] for p in points], float) + s for c, s in (('count', .5), ('n', 1)))
+    k, n = (np.array([p[c] for p in points], float) + s for c, s in (('count', 0.5), ('n', 1)))
     centre = x.mean()
     start, slope = _probit(x - centre, k, n)
     at = (ndtri(wanted) - start) / slope
@@ -111,26 +124,32 @@ def patients_needed(
     error = float(np.sqrt(gradient @ _probit_covariance(x - centre, n, start, slope) @ gradient))
     return tuple(float(np.exp(centre + at + d * error)) for d in (0, -1.96, 1.96))
 
+
 def _probit(x, k, n):
     "Intercept and positive slope of the probit curve with the greatest likelihood."
+
     def loss(v):
         z = v[0] + np.exp(v[1]) * x
         return -(k * log_ndtr(z) + (n - k) * log_ndtr(-z)).sum()
-    best = minimize(loss, [0., np.log(2.)], method='L-BFGS-B', bounds=[(-30, 30), (-2, 5)])
+
+    best = minimize(loss, [0.0, np.log(2.0)], method='L-BFGS-B', bounds=[(-30, 30), (-2, 5)])
     return best.x[0], float(np.exp(best.x[1]))
+
 
 def _probit_covariance(x, n, start, slope):
     "Covariance of intercept and slope (inverse Fisher information)."
     z = np.clip(start + slope * x, -6, 6)
-    weight = n * np.exp(-z**2) / (2 * np.pi * ndtr(z) * ndtr(-z))
+    weight = n * np.exp(-(z**2)) / (2 * np.pi * ndtr(z) * ndtr(-z))
     design = np.column_stack([np.ones(len(x)), x])
     return np.linalg.pinv(design.T @ (weight[:, None] * design))
 
 # %% ../../nbs/37b_sms.power.ipynb #20a203c7
-SIZES = (20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960, 1280, 1920) # patients tried first
+SIZES = (20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960, 1280, 1920)  # patients tried first
+
 
 class _Search:
     "Sizes that were tried for a question."
+
     def __init__(self, question, wanted, **how):
         self.question, self.wanted, self.how = question, wanted, how
         self.setting, self.tried = planned_setting(question), {}
@@ -163,20 +182,21 @@ class _Search:
 
 # %% ../../nbs/37b_sms.power.ipynb #d6e2bde7
 def plan_verdict(
-    question:Question, # what is planned for
-    wanted:float=.8,   # wanted probability of the verdict, 0..1
-    studies:int=100,   # studies per size at most
-    most:int=1920,     # largest number of patients tried
-    workers:int=1,     # processes
-    bar=None,          # progress bar to move
-)->dict:               # question, patients (None where `most` are too few), low, high, points
+    question: Question,  # what is planned for
+    wanted: float = 0.8,  # wanted probability of the verdict, 0..1
+    studies: int = 100,  # studies per size at most
+    most: int = 1920,  # largest number of patients tried
+    workers: int = 1,  # processes
+    bar=None,  # progress bar to move
+) -> dict:  # question, patients (None where `most` are too few), low, high, points
     "The number of patients with which a verdict is reached with the wanted probability."
     search = _Search(question, wanted, studies=studies, workers=workers, bar=bar)
     low, high = search.bracket([s for s in SIZES if s < most] + [most])
-    if low and high: low, high = search.narrow(low, high)
+    if low and high:
+        low, high = search.narrow(low, high)
     points = [search.tried[n] for n in sorted(search.tried)]
     out = dict(question=question.model_dump(), wanted=wanted, points=points, patients=high)
-    if not (low and high):                # even the largest is too small, or the smallest is enough
+    if not (low and high):  # even the largest is too small, or the smallest is enough
         return {**out, 'low': None, 'high': None}
     n, *error = patients_needed(points, wanted)
     n = int(np.ceil(min(max(n, low + 1), high)))
@@ -185,8 +205,8 @@ def plan_verdict(
 
 # %% ../../nbs/37b_sms.power.ipynb #d62b4107
 def plan_table(
-    plans:list[dict], # what `plan_verdict` returned
-)->pd.DataFrame:      # what was asked, patients with interval, images, probability there
+    plans: list[dict],  # what `plan_verdict` returned
+) -> pd.DataFrame:  # what was asked, patients with interval, images, probability there
     "Plans as a table, one row each."
     rows = []
     for p in plans:
@@ -197,6 +217,13 @@ def plan_table(
         at_end = '' if p['patients'] is None else 'at most'
         error = f"{p['low']} to {p['high']}" if p['low'] else at_end
         shown = {k: q[k] for k in ('verdict', 'modality', 'effect', 'margin', 'prevalence')}
-        rows.append({**shown, 'films': films, **{k: q[k] for k in ('icc', 'findings', 'donors')},
-                     'patients': number, 'Monte Carlo 95 %': error})
+        rows.append(
+            {
+                **shown,
+                'films': films,
+                **{k: q[k] for k in ('icc', 'findings', 'donors')},
+                'patients': number,
+                'Monte Carlo 95 %': error,
+            }
+        )
     return pd.DataFrame(rows)

@@ -18,150 +18,253 @@ from .paraphrases import bare, synonyms, understand
 @dataclass(frozen=True)
 class Altered:
     "A report after an operation, or why it was left alone."
+
     text: str
-    change: str = '' # what was done, in words
-    why: str = ''    # why nothing could be done; '' where it was
+    change: str = ''  # what was done, in words
+    why: str = ''  # why nothing could be done; '' where it was
 
 # %% ../../nbs/30b_sms.probes.ipynb #c47f66b1
 def named_in_reports(
-    question:str, # what is asked
-    finding:str,  # its key in the card
-)->re.Pattern:    # finds the finding in lower-case text
+    question: str,  # what is asked
+    finding: str,  # its key in the card
+) -> re.Pattern:  # finds the finding in lower-case text
     "How reports name what a question asks: its own words and listed synonyms, and for the findings of the phantom their report terms."
-    if finding in TERMS: return TERMS[finding]
+    if finding in TERMS:
+        return TERMS[finding]
     asked, key = understand(question), finding.replace('_', ' ').lower()
-    names = {bare(t).lower() for t in ([asked.thing, *synonyms(asked.thing)] if asked.kind == 'exists' else [])}
-    if asked.kind == 'is': names.add(re.sub(r'^(the|this|that|these|those) ', '', asked.subject.lower()))
-    if not names or re.search(rf'\b{re.escape(key)}', question.lower()): names.add(key)      # 'edema' in 'Is there pulmonary edema?': reports say it so
+    names = {
+        bare(t).lower()
+        for t in ([asked.thing, *synonyms(asked.thing)] if asked.kind == 'exists' else [])
+    }
+    if asked.kind == 'is':
+        names.add(re.sub(r'^(the|this|that|these|those) ', '', asked.subject.lower()))
+    if not names or re.search(rf'\b{re.escape(key)}', question.lower()):
+        names.add(key)  # 'edema' in 'Is there pulmonary edema?': reports say it so
     return re.compile('|'.join(rf'\b{re.escape(n)}' for n in sorted(names, key=len, reverse=True)))
 
 # %% ../../nbs/30b_sms.probes.ipynb #b39b29ff
 def statements(
-    text:str, # a report
-)->list[str]: # sentences, with their final mark
+    text: str,  # a report
+) -> list[str]:  # sentences, with their final mark
     "The statements of a report."
     return [s for s in re.split(r'(?<=[.;!])\s+|\n+', text.strip()) if s.strip()]
 
 # %% ../../nbs/30b_sms.probes.ipynb #de97b71e
-_NO = re.compile(r"\b(no|not|without|free of|negative for|absence of|absent|denies|normal|sharp|clear|unremarkable)\b", re.I)
-_ASIDE = re.compile(r'^(indication|history|clinical (question|information)|comparison|technique)\b', re.I)
-_TO_YES = [(re.compile(a, re.I), b) for a, b in (
-    (r'\b(heart|cardiac silhouette)( size)? (is|appears) (normal|not enlarged)( in size)?', r'\1 is enlarged'), (r'\bnormal (heart|cardiac) size\b', 'enlarged heart'), (r'\b(costophrenic angles?) (are|is) (sharp|clear)', r'\1 \2 blunted'),
-    (r'\b(is|are|was|were) not (seen|present|identified|evident|visible|noted|enlarged|demonstrated)', r'\1 \2'), (r'\b(is|are) absent\b', r'\1 present'), (r'\bthere (is|are) no\b', r'there \1'), (r'\b(is|are) free of\b', r'\1 positive for'),
-    (r'\bnegative for\b', 'positive for'), (r'^no (.+?)([.;!]?)$', r'there is \1\2'), (r'\bwithout\b', 'with'))]
-_TO_NO = [(re.compile(a, re.I), b) for a, b in (
-    (r'\b(cannot|can not|could not) be (excluded|ruled out)', 'is not seen'), (r'\bmay be enlarged', 'is not enlarged'), (r'\b(is|are|was|were) (present|seen|identified|evident|visible|noted|enlarged|demonstrated|blunted)', r'\1 not \2'),
-    (r'\bthere (is|are) (?:an? )?', r'there \1 no '), (r'^findings (are in keeping with|are consistent with|may represent|suggest) (?:an? )?', 'there is no '), (r'\bpositive for\b', 'negative for'),
-    (r'^(?:possible |suspected |probable |marked |an? )*((?:(?! is | are | was | were | has | have | may ).)+?)([.;!]?)$', r'no \1\2'))]
-_LIST = re.compile(r'^(?P<lead>(?:there (?:is|are) )?(?P<no>no )?(?:evidence of )?)(?P<items>[^.;]+?)(?P<end>[.;!]?)$', re.I)
+_NO = re.compile(
+    r"\b(no|not|without|free of|negative for|absence of|absent|denies|normal|sharp|clear|unremarkable)\b",
+    re.I,
+)
+_ASIDE = re.compile(
+    r'^(indication|history|clinical (question|information)|comparison|technique)\b', re.I
+)
+_TO_YES = [
+    (re.compile(a, re.I), b)
+    for a, b in (
+        (
+            r'\b(heart|cardiac silhouette)( size)? (is|appears) (normal|not enlarged)( in size)?',
+            r'\1 is enlarged',
+        ),
+        (r'\bnormal (heart|cardiac) size\b', 'enlarged heart'),
+        (r'\b(costophrenic angles?) (are|is) (sharp|clear)', r'\1 \2 blunted'),
+        (
+            r'\b(is|are|was|were) not (seen|present|identified|evident|visible|noted|enlarged|demonstrated)',
+            r'\1 \2',
+        ),
+        (r'\b(is|are) absent\b', r'\1 present'),
+        (r'\bthere (is|are) no\b', r'there \1'),
+        (r'\b(is|are) free of\b', r'\1 positive for'),
+        (r'\bnegative for\b', 'positive for'),
+        (r'^no (.+?)([.;!]?)$', r'there is \1\2'),
+        (r'\bwithout\b', 'with'),
+    )
+]
+_TO_NO = [
+    (re.compile(a, re.I), b)
+    for a, b in (
+        (r'\b(cannot|can not|could not) be (excluded|ruled out)', 'is not seen'),
+        (r'\bmay be enlarged', 'is not enlarged'),
+        (
+            r'\b(is|are|was|were) (present|seen|identified|evident|visible|noted|enlarged|demonstrated|blunted)',
+            r'\1 not \2',
+        ),
+        (r'\bthere (is|are) (?:an? )?', r'there \1 no '),
+        (
+            r'^findings (are in keeping with|are consistent with|may represent|suggest) (?:an? )?',
+            'there is no ',
+        ),
+        (r'\bpositive for\b', 'negative for'),
+        (
+            r'^(?:possible |suspected |probable |marked |an? )*((?:(?! is | are | was | were | has | have | may ).)+?)([.;!]?)$',
+            r'no \1\2',
+        ),
+    )
+]
+_LIST = re.compile(
+    r'^(?P<lead>(?:there (?:is|are) )?(?P<no>no )?(?:evidence of )?)(?P<items>[^.;]+?)(?P<end>[.;!]?)$',
+    re.I,
+)
+
 
 def denies(
-    sentence:str, # a statement about one finding
-)->bool:
+    sentence: str,  # a statement about one finding
+) -> bool:
     "Does it say that the finding is not there?"
-    return bool(_NO.search(re.sub(r'\b(can ?not|could not) be (excluded|ruled out)', '', sentence, flags=re.I)))
+    return bool(
+        _NO.search(
+            re.sub(r'\b(can ?not|could not) be (excluded|ruled out)', '', sentence, flags=re.I)
+        )
+    )
 
 # %% ../../nbs/30b_sms.probes.ipynb #808530b5
 def turned(
-    sentence:str,     # a statement
-    about:re.Pattern, # what names the finding in lower-case text
-)->str:               # the opposite statement; '' where no rule can turn it round alone
+    sentence: str,  # a statement
+    about: re.Pattern,  # what names the finding in lower-case text
+) -> str:  # the opposite statement; '' where no rule can turn it round alone
     "A statement turned round; a heading before it ('Findings: ...') stays."
-    if m := re.match(r"([\w /-]{1,40}:\s+)(.*[^.;!\s].*)$", sentence): return m[1] + said if (said := turned(m[2], about)) else ''
+    if m := re.match(r"([\w /-]{1,40}:\s+)(.*[^.;!\s].*)$", sentence):
+        return m[1] + said if (said := turned(m[2], about)) else ''
     alone, rest = _alone(sentence, about)
-    if alone is None: return ''
-    for pattern, new in (_TO_YES if denies(alone) else _TO_NO):
+    if alone is None:
+        return ''
+    for pattern, new in _TO_YES if denies(alone) else _TO_NO:
         if pattern.search(alone):
-            said = pattern.sub(new, alone, count=1); said = said[:1].upper() + said[1:]
-            return f'{rest} {said}'.strip() if denies(said) != denies(alone) and about.search(said.lower()) else ''
+            said = pattern.sub(new, alone, count=1)
+            said = said[:1].upper() + said[1:]
+            return (
+                f'{rest} {said}'.strip()
+                if denies(said) != denies(alone) and about.search(said.lower())
+                else ''
+            )
     return ''
+
 
 def _alone(sentence, about):
     "(the statement about the finding alone, the rest of a list); (None, '') where it cannot be taken apart."
-    if not re.search(r',| and | or |/', sentence): return sentence, ''
+    if not re.search(r',| and | or |/', sentence):
+        return sentence, ''
     m = _LIST.match(sentence)
     items = [i for i in re.split(r',\s*(?:and |or )?| and | or ', m['items']) if i] if m else []
     mine = [i for i in items if about.search(i.lower())]
-    if len(items) < 2 or len(mine) != 1 or re.search(r'\b(is|are|was|were|has|have|may|but|with|which)\b', m['items'], re.I): return None, ''
-    lead, others, end = m['lead'] or ('no ' if m['no'] else ''), [i for i in items if i not in mine], m['end'] or '.'
-    return f'{lead}{mine[0]}{end}', f"{lead}{' or '.join(others) if m['no'] else ' and '.join(others)}{end}"
+    if (
+        len(items) < 2
+        or len(mine) != 1
+        or re.search(r'\b(is|are|was|were|has|have|may|but|with|which)\b', m['items'], re.I)
+    ):
+        return None, ''
+    lead, others, end = (
+        m['lead'] or ('no ' if m['no'] else ''),
+        [i for i in items if i not in mine],
+        m['end'] or '.',
+    )
+    return (
+        f'{lead}{mine[0]}{end}',
+        f"{lead}{' or '.join(others) if m['no'] else ' and '.join(others)}{end}",
+    )
 
 # %% ../../nbs/30b_sms.probes.ipynb #557aa076
 def foil(
-    text:str,         # a report
-    about:re.Pattern, # names the asked finding
-)->Altered:
+    text: str,  # a report
+    about: re.Pattern,  # names the asked finding
+) -> Altered:
     "Every statement about the finding turned round."
-    parts = statements(text); at = [i for i, s in enumerate(parts) if about.search(s.lower()) and not _ASIDE.search(s)]
-    if not at: return Altered(text, why='the report says nothing about what is asked')
+    parts = statements(text)
+    at = [i for i, s in enumerate(parts) if about.search(s.lower()) and not _ASIDE.search(s)]
+    if not at:
+        return Altered(text, why='the report says nothing about what is asked')
     new = {i: turned(parts[i], about) for i in at}
-    if not all(new.values()): return Altered(text, why='no rule can turn the statement round alone')
-    return Altered(' '.join(new.get(i, s) for i, s in enumerate(parts)), 'negation removed' if denies(parts[at[-1]]) else 'negation inserted')
+    if not all(new.values()):
+        return Altered(text, why='no rule can turn the statement round alone')
+    return Altered(
+        ' '.join(new.get(i, s) for i, s in enumerate(parts)),
+        'negation removed' if denies(parts[at[-1]]) else 'negation inserted',
+    )
 
 # %% ../../nbs/30b_sms.probes.ipynb #0924a3bc
 def removed(
-    text:str,         # a report
-    about:re.Pattern, # names the asked finding
-)->Altered:
+    text: str,  # a report
+    about: re.Pattern,  # names the asked finding
+) -> Altered:
     "The report without its statements about the finding."
-    parts = statements(text); kept = [s for s in parts if not about.search(s.lower()) or _ASIDE.search(s)]
-    if len(kept) == len(parts): return Altered(text, why='the report says nothing about what is asked')
-    if not kept: return Altered(text, why='nothing else is in the report')
+    parts = statements(text)
+    kept = [s for s in parts if not about.search(s.lower()) or _ASIDE.search(s)]
+    if len(kept) == len(parts):
+        return Altered(text, why='the report says nothing about what is asked')
+    if not kept:
+        return Altered(text, why='nothing else is in the report')
     return Altered(' '.join(kept), 'statement removed')
 
 # %% ../../nbs/30b_sms.probes.ipynb #c2fad267
 _SIDES = {'left': 'right', 'right': 'left'}
 
+
 def foil_other(
-    text:str,         # a report
-    about:re.Pattern, # names the asked finding
-    key:str='',       # decides which statement
-)->Altered:
+    text: str,  # a report
+    about: re.Pattern,  # names the asked finding
+    key: str = '',  # decides which statement
+) -> Altered:
     "One statement about something else, its side swapped or turned round."
-    parts = statements(text); anything = re.compile(r'\w')
+    parts = statements(text)
+    anything = re.compile(r'\w')
     for i in sorted(range(len(parts)), key=lambda i: content_hash(key, i)):
         s = parts[i]
-        if about.search(s.lower()) or _ASIDE.search(s): continue
+        if about.search(s.lower()) or _ASIDE.search(s):
+            continue
         swapped = re.sub(r'\b(left|right)\b', lambda m: _SIDES[m[0]], s)
         new = swapped if swapped != s else turned(s, anything)
-        if new: return Altered(' '.join([*parts[:i], new, *parts[i + 1:]]), 'side swapped' if swapped != s else 'other statement turned round')
+        if new:
+            return Altered(
+                ' '.join([*parts[:i], new, *parts[i + 1 :]]),
+                'side swapped' if swapped != s else 'other statement turned round',
+            )
     return Altered(text, why='no other statement that a rule can alter')
 
 # %% ../../nbs/30b_sms.probes.ipynb #5a53c062
 def removed_other(
-    text:str,         # a report
-    about:re.Pattern, # names the asked finding
-    key:str='',       # decides which statement
-)->Altered:
+    text: str,  # a report
+    about: re.Pattern,  # names the asked finding
+    key: str = '',  # decides which statement
+) -> Altered:
     "The report without one statement about something else."
-    parts = statements(text); other = [i for i, s in enumerate(parts) if not about.search(s.lower())]
-    if not other or len(parts) < 2: return Altered(text, why='no other statement to remove')
+    parts = statements(text)
+    other = [i for i, s in enumerate(parts) if not about.search(s.lower())]
+    if not other or len(parts) < 2:
+        return Altered(text, why='no other statement to remove')
     gone = min(other, key=lambda i: content_hash(key, i))
     return Altered(' '.join(s for i, s in enumerate(parts) if i != gone), 'other statement removed')
 
 # %% ../../nbs/30b_sms.probes.ipynb #6c320a6d
 def history(
-    text:str,  # the report
-    prior:str, # the report that is said to be earlier
-    noun:str='report', # what the text is called
-)->Altered:
+    text: str,  # the report
+    prior: str,  # the report that is said to be earlier
+    noun: str = 'report',  # what the text is called
+) -> Altered:
     "An earlier report before the own one."
-    return Altered(f'Earlier {noun}, of another day:\n{prior.strip()}\n\nCurrent {noun}:\n{text.strip()}', 'earlier report put in front')
+    return Altered(
+        f'Earlier {noun}, of another day:\n{prior.strip()}\n\nCurrent {noun}:\n{text.strip()}',
+        'earlier report put in front',
+    )
 
 # %% ../../nbs/30b_sms.probes.ipynb #e347f9e8
-TEXT_OPS = { # text operation -> (statements about the finding, text, key, prior, noun) -> `Altered`
-    'foil': lambda about, text, key, prior, noun: foil(text, about), 'foil_other': lambda about, text, key, prior, noun: foil_other(text, about, key),
-    'removed': lambda about, text, key, prior, noun: removed(text, about), 'removed_other': lambda about, text, key, prior, noun: removed_other(text, about, key),
-    'history': lambda about, text, key, prior, noun: history(text, prior, noun), 'history_same': lambda about, text, key, prior, noun: history(text, prior, noun),
+TEXT_OPS = {  # text operation -> (statements about the finding, text, key, prior, noun) -> `Altered`
+    'foil': lambda about, text, key, prior, noun: foil(text, about),
+    'foil_other': lambda about, text, key, prior, noun: foil_other(text, about, key),
+    'removed': lambda about, text, key, prior, noun: removed(text, about),
+    'removed_other': lambda about, text, key, prior, noun: removed_other(text, about, key),
+    'history': lambda about, text, key, prior, noun: history(text, prior, noun),
+    'history_same': lambda about, text, key, prior, noun: history(text, prior, noun),
 }
 
+
 def shift_text(
-    op:str,        # text operation of an arm
-    row,           # the sample: sample_id, text, finding
-    question:str,  # what it is asked
-    lender='',     # the text of the lender: shown instead (other, same), or as history
-    noun:str='report', # what the text is called
-)->Altered:
+    op: str,  # text operation of an arm
+    row,  # the sample: sample_id, text, finding
+    question: str,  # what it is asked
+    lender='',  # the text of the lender: shown instead (other, same), or as history
+    noun: str = 'report',  # what the text is called
+) -> Altered:
     "Apply a text operation; one that is not in `TEXT_OPS` shows the lender's text as it is."
-    if op not in TEXT_OPS: return Altered(lender)
-    return TEXT_OPS[op](named_in_reports(question, row.finding), row.text, row.sample_id, lender, noun)
+    if op not in TEXT_OPS:
+        return Altered(lender)
+    return TEXT_OPS[op](
+        named_in_reports(question, row.finding), row.text, row.sample_id, lender, noun
+    )

@@ -15,64 +15,88 @@ from ..core import InputError
 @dataclass(frozen=True)
 class Task:
     "One question that every sample of a finding is asked."
-    question: str                            # e.g. 'Is there pleural effusion?'
-    choices: tuple[str, ...] = ('yes', 'no') # allowed answers, in the order in which log-probabilities are stored
-    noun: str = 'image'                      # what the image is called in the prompt
-    text_noun: str = 'report'                # what the text is called in the prompt
+
+    question: str  # e.g. 'Is there pleural effusion?'
+    choices: tuple[str, ...] = (
+        'yes',
+        'no',
+    )  # allowed answers, in the order in which log-probabilities are stored
+    noun: str = 'image'  # what the image is called in the prompt
+    text_noun: str = 'report'  # what the text is called in the prompt
 
     def __post_init__(self):
         object.__setattr__(self, 'choices', tuple(self.choices))
         lowered = [c.strip().lower() for c in self.choices]
         if len(lowered) < 2 or len(set(lowered)) < len(lowered) or '' in lowered:
-            raise InputError(f'choices {list(self.choices)}: a task needs at least two different, non-empty answers')
-        if not self.question.strip(): raise InputError('a task needs a question')
+            raise InputError(
+                f'choices {list(self.choices)}: a task needs at least two different, non-empty answers'
+            )
+        if not self.question.strip():
+            raise InputError('a task needs a question')
 
 # %% ../../nbs/30_sms.prompts.ipynb #a0013896
-LEADS = { # prompt kind -> how the prompt opens
+LEADS = {  # prompt kind -> how the prompt opens
     'both': 'Here are a {noun} and its {text_noun}.',
     'image': 'Here is a {noun}.',
     'text': 'Here is a {text_noun}.',
     'text_told': 'Here is a {text_noun}. The {noun} is not available.',
     'none': '',
 }
-VARIANTS = { # prompt variant -> choice it adds, and how that choice is explained
+VARIANTS = {  # prompt variant -> choice it adds, and how that choice is explained
     'plain': ('', ''),
-    'unmatched': ('unmatched', ' Answer unmatched if the {noun} and the {text_noun} contradict each other.'),
+    'unmatched': (
+        'unmatched',
+        ' Answer unmatched if the {noun} and the {text_noun} contradict each other.',
+    ),
 }
-WORDING = re.compile(r'[a-z][a-z0-9-]*-[1-9][0-9]*') # name of a rewording: its strategy and a number, e.g. synonym-1
+WORDING = re.compile(
+    r'[a-z][a-z0-9-]*-[1-9][0-9]*'
+)  # name of a rewording: its strategy and a number, e.g. synonym-1
 
 # %% ../../nbs/30_sms.prompts.ipynb #430d5970
 def opposite(
-    answer:str, # a choice
-)->str:         # yes for no and no for yes, in the same letter case; anything else stays as it is
+    answer: str,  # a choice
+) -> str:  # yes for no and no for yes, in the same letter case; anything else stays as it is
     "The answer that means the same to a negated question."
     other = {'yes': 'no', 'no': 'yes'}.get(answer.strip().lower(), answer)
-    return other.upper() if answer.isupper() else other.capitalize() if answer[:1].isupper() else other
+    return (
+        other.upper() if answer.isupper() else other.capitalize() if answer[:1].isupper() else other
+    )
 
 # %% ../../nbs/30_sms.prompts.ipynb #a19eb029
 def variant_choices(
-    task:Task,            # the task
-    variant:str='plain',  # a key of `VARIANTS`, or a rewording such as 'synonym-1'
-)->tuple[str, ...]:       # the task's choices, then the one the variant adds
+    task: Task,  # the task
+    variant: str = 'plain',  # a key of `VARIANTS`, or a rewording such as 'synonym-1'
+) -> tuple[str, ...]:  # the task's choices, then the one the variant adds
     "The answers allowed under a prompt variant."
-    if variant not in VARIANTS and not WORDING.fullmatch(variant): raise InputError(f"unknown prompt variant {variant!r}; choose from {', '.join(VARIANTS)}, or a rewording such as synonym-1")
+    if variant not in VARIANTS and not WORDING.fullmatch(variant):
+        raise InputError(
+            f"unknown prompt variant {variant!r}; choose from {', '.join(VARIANTS)}, or a rewording such as synonym-1"
+        )
     extra = VARIANTS.get(variant, VARIANTS['plain'])[0]
     return task.choices + ((extra,) if extra and extra not in task.choices else ())
 
 # %% ../../nbs/30_sms.prompts.ipynb #b8a5306a
 def render(
-    task:Task,           # what is asked
-    kind:str,            # a key of `LEADS`
-    text:str='',         # the report or note; used by the kinds that show text
-    variant:str='plain', # a key of `VARIANTS`, or a rewording: its words are in `task`
-)->str:                  # the prompt, without chat template and image token
+    task: Task,  # what is asked
+    kind: str,  # a key of `LEADS`
+    text: str = '',  # the report or note; used by the kinds that show text
+    variant: str = 'plain',  # a key of `VARIANTS`, or a rewording: its words are in `task`
+) -> str:  # the prompt, without chat template and image token
     "The prompt of a trial."
-    if kind not in LEADS: raise InputError(f"unknown prompt kind {kind!r}; choose from {', '.join(LEADS)}")
+    if kind not in LEADS:
+        raise InputError(f"unknown prompt kind {kind!r}; choose from {', '.join(LEADS)}")
     shows_text = kind in ('both', 'text', 'text_told')
-    if shows_text and not text.strip(): raise InputError(f'prompt kind {kind!r} needs a text')
+    if shows_text and not text.strip():
+        raise InputError(f'prompt kind {kind!r} needs a text')
     words = dict(noun=task.noun, text_noun=task.text_noun)
     choices = variant_choices(task, variant)
     listed = ', '.join(choices[:-1]) + ' or ' + choices[-1]
-    parts = [LEADS[kind].format(**words), f'{task.text_noun.capitalize()}: {text.strip()}' if shows_text else '', f'Question: {task.question}',
-             f'Answer with one of: {listed}.' + VARIANTS.get(variant, VARIANTS['plain'])[1].format(**words)]
+    parts = [
+        LEADS[kind].format(**words),
+        f'{task.text_noun.capitalize()}: {text.strip()}' if shows_text else '',
+        f'Question: {task.question}',
+        f'Answer with one of: {listed}.'
+        + VARIANTS.get(variant, VARIANTS['plain'])[1].format(**words),
+    ]
     return '\n'.join(p for p in parts if p)

@@ -21,99 +21,157 @@ from .results import ARMS, TOKENS, by_arm, find_results, read_results
 from ..stats import ratio
 
 # %% ../../nbs/34_sms.published.ipynb #6a05c582
-SHAPES = ('accuracy', 'precision', 'recall', 'specificity')  # metrics of one arm that are ratios of counts
+SHAPES = (
+    'accuracy',
+    'precision',
+    'recall',
+    'specificity',
+)  # metrics of one arm that are ratios of counts
+
 
 def metric_name(
-    metric:str, # 'accuracy', 'precision', 'recall', 'specificity', 'nfr' or 'ece'
-    tokens:str, # '' for the written answer, 'lower' for yes/no, 'upper' for Yes/No
-)->str:         # as it stands in the table
+    metric: str,  # 'accuracy', 'precision', 'recall', 'specificity', 'nfr' or 'ece'
+    tokens: str,  # '' for the written answer, 'lower' for yes/no, 'upper' for Yes/No
+) -> str:  # as it stands in the table
     "Name of a metric in the table of published figures."
     return f'first_token_{metric}' if tokens else metric
 
 # %% ../../nbs/34_sms.published.ipynb #a0fa1bf7
 def published_shapes(
-    said:np.ndarray,  # (n,) 'yes' or 'no'
-    truth:np.ndarray, # (n,) 'yes' or 'no'
-)->dict:              # accuracy, precision, recall, specificity
+    said: np.ndarray,  # (n,) 'yes' or 'no'
+    truth: np.ndarray,  # (n,) 'yes' or 'no'
+) -> dict:  # accuracy, precision, recall, specificity
     "The four figures as the published code prints them."
     yes, pos = said == 'yes', truth == 'yes'
     over = lambda a, b, empty: a.sum() / b.sum() if b.any() else empty
-    return dict(accuracy=over(yes == pos, np.ones(len(yes), bool), np.nan), precision=over(yes & pos, yes, 0.), recall=over(yes & pos, pos, 0.), specificity=over(~yes & ~pos, ~pos, np.nan))
+    return dict(
+        accuracy=over(yes == pos, np.ones(len(yes), bool), np.nan),
+        precision=over(yes & pos, yes, 0.0),
+        recall=over(yes & pos, pos, 0.0),
+        specificity=over(~yes & ~pos, ~pos, np.nan),
+    )
 
 # %% ../../nbs/34_sms.published.ipynb #e00eab9c
 def published_ece(
-    p:np.ndarray,   # (n,) P(yes) in 0..1
-    pos:np.ndarray, # (n,) bool, truth is yes
-)->float:           # NaN where the published code fails: a value on a bin edge makes its two kinds of bins disagree in number
+    p: np.ndarray,  # (n,) P(yes) in 0..1
+    pos: np.ndarray,  # (n,) bool, truth is yes
+) -> float:  # NaN where the published code fails: a value on a bin edge makes its two kinds of bins disagree in number
     "Calibration error as published: frequencies from right-closed bins, weights from left-closed ones."
-    if not len(p): return np.nan
+    if not len(p):
+        return np.nan
     edges = np.linspace(0, 1, 11)
     right, weight = np.searchsorted(edges[1:-1], p), np.histogram(p, edges)[0]
-    n = np.bincount(right, minlength=10); used = n > 0
-    gap = np.abs(np.bincount(right, pos, 10)[used] / n[used] - np.bincount(right, p, 10)[used] / n[used])
+    n = np.bincount(right, minlength=10)
+    used = n > 0
+    gap = np.abs(
+        np.bincount(right, pos, 10)[used] / n[used] - np.bincount(right, p, 10)[used] / n[used]
+    )
     weight = weight[weight > 0] / len(p)
     return float((weight * gap).sum()) if len(weight) in (1, len(gap)) or len(gap) == 1 else np.nan
 
 # %% ../../nbs/34_sms.published.ipynb #1d0d5b66
 def softmax_yes(
-    yes:np.ndarray, # (n,) logit of yes
-    no:np.ndarray,  # (n,) logit of no
-)->np.ndarray:      # (n,) in 0..1, NaN where a logit is missing
+    yes: np.ndarray,  # (n,) logit of yes
+    no: np.ndarray,  # (n,) logit of no
+) -> np.ndarray:  # (n,) in 0..1, NaN where a logit is missing
     "Two-way softmax: P(yes) among the pair."
-    with np.errstate(invalid='ignore', under='ignore'): return np.exp(-np.logaddexp(0, no - yes))
+    with np.errstate(invalid='ignore', under='ignore'):
+        return np.exp(-np.logaddexp(0, no - yes))
 
 # %% ../../nbs/34_sms.published.ipynb #c6926502
 def as_published(
-    rows:pd.DataFrame, # rows of one file, from `read_results`
-)->pd.DataFrame:       # arm, metric, tokens, as_published, n_published; every arm of `ARMS`, also those the file lacks
+    rows: pd.DataFrame,  # rows of one file, from `read_results`
+) -> (
+    pd.DataFrame
+):  # arm, metric, tokens, as_published, n_published; every arm of `ARMS`, also those the file lacks
     "Every figure of a file as the published code computes it."
     out = []
     for tokens in ('', *TOKENS):
         pair = TOKENS.get(tokens, ())
-        t = rows[rows.published.isin(['yes', 'no'])] if not tokens else rows[rows[list(pair)].notna().all(axis=1)]
-        t = t.assign(said=t.published if not tokens else np.where(t[pair[0]] > t[pair[1]], 'yes', 'no'))
+        t = (
+            rows[rows.published.isin(['yes', 'no'])]
+            if not tokens
+            else rows[rows[list(pair)].notna().all(axis=1)]
+        )
+        t = t.assign(
+            said=t.published if not tokens else np.where(t[pair[0]] > t[pair[1]], 'yes', 'no')
+        )
         lacking = bool(tokens) and bool(rows[list(pair)].isna().all().any())
         base = t.loc[t.arm == 'No', ['sample_id', 'truth', 'said']]
         for a in ARMS:
             g = t[t.arm == a]
             figures = published_shapes(g.said.to_numpy(), g.truth.to_numpy())
-            if tokens: figures['ece'] = published_ece(softmax_yes(*(g[c].to_numpy() for c in pair)), (g.truth == 'yes').to_numpy())
+            if tokens:
+                figures['ece'] = published_ece(
+                    softmax_yes(*(g[c].to_numpy() for c in pair)), (g.truth == 'yes').to_numpy()
+                )
             if a != 'No':
                 both = base.merge(g[['sample_id', 'said']], on='sample_id')
-                figures['nfr'] = ((both.said_x == both.truth) & (both.said_y != both.truth)).sum() / len(both) if len(both) else np.nan
-            out += [(a, metric_name(m, tokens), tokens, np.nan if lacking else v, len(both) if m == 'nfr' else len(g)) for m, v in figures.items()]
+                figures['nfr'] = (
+                    ((both.said_x == both.truth) & (both.said_y != both.truth)).sum() / len(both)
+                    if len(both)
+                    else np.nan
+                )
+            out += [
+                (
+                    a,
+                    metric_name(m, tokens),
+                    tokens,
+                    np.nan if lacking else v,
+                    len(both) if m == 'nfr' else len(g),
+                )
+                for m, v in figures.items()
+            ]
     return pd.DataFrame(out, columns=['arm', 'metric', 'tokens', 'as_published', 'n_published'])
 
 # %% ../../nbs/34_sms.published.ipynb #eb807180
 class Sheet:
     "One file on a grid of samples x arms. `yes[source][arm]` (n,) is 1, 0, 1/2 or NaN; `use[source][arm]` (n,) marks the samples that count; source is '', 'lower' or 'upper'."
-    def __init__(self,
-        arms:dict, # arm -> rows indexed by sample, from `by_arm`
+
+    def __init__(
+        self,
+        arms: dict,  # arm -> rows indexed by sample, from `by_arm`
     ):
         self.ids = pd.Index(sorted(set().union(*(g.index for g in arms.values()))))
         self.rows = {a: g.reindex(self.ids) for a, g in arms.items()}
-        first = pd.concat(arms.values()); first = first[~first.index.duplicated()].loc[self.ids]       # `by_arm` puts the baseline first
+        first = pd.concat(arms.values())
+        first = first[~first.index.duplicated()].loc[self.ids]  # `by_arm` puts the baseline first
         self.pos, self.clusters = (first.truth == 'yes').to_numpy(), first.patient_id.to_numpy()
-        scale = probabilities(pd.concat(arms.values()))                                                 # else they are logits
+        scale = probabilities(pd.concat(arms.values()))  # else they are logits
         self.yes = {s: {a: self._yes(g, s) for a, g in self.rows.items()} for s in ('', *TOKENS)}
         self.p = {s: {a: self._p(g, s, scale) for a, g in self.rows.items()} for s in TOKENS}
-        have = {s: {a: g.truth.notna().to_numpy() & (~np.isnan(self.yes[s][a]) if s else True) for a, g in self.rows.items()} for s in self.yes}
+        have = {
+            s: {
+                a: g.truth.notna().to_numpy() & (~np.isnan(self.yes[s][a]) if s else True)
+                for a, g in self.rows.items()
+            }
+            for s in self.yes
+        }
         self.use = {s: self._common(h) for s, h in have.items()}
-        self.minor = {a: {s for s, share in pair_shares(g).items() if np.nanmedian(np.r_[share, 1 if np.isnan(share).all() else np.nan]) < .01} for a, g in self.rows.items()}
+        self.minor = {
+            a: {
+                s
+                for s, share in pair_shares(g).items()
+                if np.nanmedian(np.r_[share, 1 if np.isnan(share).all() else np.nan]) < 0.01
+            }
+            for a, g in self.rows.items()
+        }
 
     def _yes(self, g, source):
-        if not source: return g.answer.map({'yes': 1., 'no': 0.}).to_numpy(float)
+        if not source:
+            return g.answer.map({'yes': 1.0, 'no': 0.0}).to_numpy(float)
         y, n = (g[c].to_numpy(float) for c in TOKENS[source])
-        return np.where(np.isnan(y + n), np.nan, np.where(y == n, .5, y > n))
+        return np.where(np.isnan(y + n), np.nan, np.where(y == n, 0.5, y > n))
 
     def _p(self, g, source, scale):
         y, n = (g[c].to_numpy(float) for c in TOKENS[source])
-        if not scale: return softmax_yes(y, n)
-        return np.where(y == n, .5, y / np.where(y + n == 0, 1, y + n))
+        if not scale:
+            return softmax_yes(y, n)
+        return np.where(y == n, 0.5, y / np.where(y + n == 0, 1, y + n))
 
     def _common(self, have):
         most = max(h.sum() for h in have.values())
-        wide = np.logical_and.reduce([h for h in have.values() if 2*h.sum() >= most])
+        wide = np.logical_and.reduce([h for h in have.values() if 2 * h.sum() >= most])
         return {a: h & wide for a, h in have.items()}
 
     def read(self, source, arm):
@@ -127,19 +185,20 @@ class Sheet:
 
 # %% ../../nbs/34_sms.published.ipynb #0e201d9b
 def ece_where(
-    p:np.ndarray,   # (n,) P(yes); anything where a sample does not count
-    pos:np.ndarray, # (n,) bool, truth is yes
-    use:np.ndarray, # (n,) bool, samples that count
-)->Statistic:       # calibration error, 10 bins of equal width; NaN where no sample counts
+    p: np.ndarray,  # (n,) P(yes); anything where a sample does not count
+    pos: np.ndarray,  # (n,) bool, truth is yes
+    use: np.ndarray,  # (n,) bool, samples that count
+) -> Statistic:  # calibration error, 10 bins of equal width; NaN where no sample counts
     "Expected calibration error of P(yes) over some of the samples."
-    if not use.any(): return ratio(0 * use, 0 * use, (0, 1))
+    if not use.any():
+        return ratio(0 * use, 0 * use, (0, 1))
     s = ece(np.where(use, p, 0), pos)
     return replace(s, sums=s.sums * use[:, None], used=use)
 
 # %% ../../nbs/34_sms.published.ipynb #8613b301
 def corrected_figures(
-    sheet:Sheet, # one file
-)->list:         # (arm, metric, tokens, Statistic); NFR for shifted arms only
+    sheet: Sheet,  # one file
+) -> list:  # (arm, metric, tokens, Statistic); NFR for shifted arms only
     "Every figure of a file, recomputed, as a statistic of sums, not yet resampled."
     out, pos = [], sheet.pos
     for source, use in sheet.use.items():
@@ -147,12 +206,17 @@ def corrected_figures(
             y, right, read = sheet.yes[source][a], sheet.right(source, a), sheet.read(source, a)
             said, denied = np.nan_to_num(y), np.nan_to_num(1 - y)
             over = lambda num, den, u=read: ratio(num * u, den * u, (0, 1))
-            figures = dict(accuracy=over(right, 1.), precision=over(said * pos, said),
-                           recall=over(said * pos, pos), specificity=over(denied * ~pos, ~pos))
-            if source: figures['ece'] = ece_where(sheet.p[source][a], pos, read)
+            figures = dict(
+                accuracy=over(right, 1.0),
+                precision=over(said * pos, said),
+                recall=over(said * pos, pos),
+                specificity=over(denied * ~pos, ~pos),
+            )
+            if source:
+                figures['ece'] = ece_where(sheet.p[source][a], pos, read)
             if a != 'No' and 'No' in use:
                 lost = sheet.right(source, 'No') * (1 - right)
-                figures['nfr'] = over(lost, 1., read & sheet.read(source, 'No'))
+                figures['nfr'] = over(lost, 1.0, read & sheet.read(source, 'No'))
             out += [(a, metric_name(m, source), source, f) for m, f in figures.items()]
     return out
 
@@ -166,141 +230,323 @@ def _among(sheet, arm, metric):
     kind = sheet.pos if metric == 'recall' else ~sheet.pos if metric == 'specificity' else True
     return use & kind, read & kind, hit
 
+
 def _unread_note(sheet, arm, metric):
     "How many answers a figure rests on, and what it would be were the others counted as not right."
     use, read, hit = _among(sheet, arm, metric)
     lost, n = use & ~read, int(use.sum())
-    if not lost.any() or metric == 'precision': return ''
-    if not read.any(): return f'none of {n:,} answers says yes or no'
+    if not lost.any() or metric == 'precision':
+        return ''
+    if not read.any():
+        return f'none of {n:,} answers says yes or no'
     unmatched = int((sheet.rows[arm].answer[lost] == 'unmatched').sum())
     kind = f', {unmatched:,} of the others are “unmatched”' if unmatched else ''
     what = 'pairs of answers' if metric == 'nfr' else 'answers'
-    return (f'on {read.sum():,} of {n:,} {what} that say yes or no{kind}; '
-            f'with the others counted as not right it would be {hit[use].mean():.4f}')
+    return (
+        f'on {read.sum():,} of {n:,} {what} that say yes or no{kind}; '
+        f'with the others counted as not right it would be {hit[use].mean():.4f}'
+    )
+
 
 def _notes(sheet, arm, metric, tokens, value, n, n_published):
     "What a reader must know about one figure that is not void."
     u, out = sheet.use[tokens][arm], []
     y = sheet.yes[tokens][arm]
     unread = '' if tokens else _unread_note(sheet, arm, metric)
-    if unread: out.append(unread)
-    elif np.isnan(value): out.append('undefined: 0/0' if n else 'no logits' if tokens and np.isnan(y).all() else 'no usable row on samples common to all arms')
-    ties = int((u & (y == .5)).sum())
-    if ties and not metric.endswith('ece'): out.append(f'{ties} ties count half')
-    if tokens in sheet.minor[arm]: out.append('the other pair of tokens outweighs this one a hundredfold')
-    if n_published != n: out.append(f'published on {n_published}')
+    if unread:
+        out.append(unread)
+    elif np.isnan(value):
+        out.append(
+            'undefined: 0/0'
+            if n
+            else 'no logits'
+            if tokens and np.isnan(y).all()
+            else 'no usable row on samples common to all arms'
+        )
+    ties = int((u & (y == 0.5)).sum())
+    if ties and not metric.endswith('ece'):
+        out.append(f'{ties} ties count half')
+    if tokens in sheet.minor[arm]:
+        out.append('the other pair of tokens outweighs this one a hundredfold')
+    if n_published != n:
+        out.append(f'published on {n_published}')
     return out
 
 # %% ../../nbs/34_sms.published.ipynb #a5a6711d
 def corrected(
-    rows:pd.DataFrame, # rows of one file, from `read_results`
-    found:list=(),     # its faults, from `sms.faults.faults`; void arms get no figure
-    n_boot:int=2000,   # resamples
-    seed:int=0,        # any integer
-)->pd.DataFrame:       # arm, metric, tokens, as_published, corrected, ci_low, ci_high, n, note; arms the file lacks included
+    rows: pd.DataFrame,  # rows of one file, from `read_results`
+    found: list = (),  # its faults, from `sms.faults.faults`; void arms get no figure
+    n_boot: int = 2000,  # resamples
+    seed: int = 0,  # any integer
+) -> pd.DataFrame:  # arm, metric, tokens, as_published, corrected, ci_low, ci_high, n, note; arms the file lacks included
     "Published figures of a file with the recomputed ones beside them."
     sheet, where = Sheet(by_arm(rows)), (rows.model.iloc[0], rows.dataset.iloc[0])
     void = {k[2]: v for k, v in void_arms(found).items() if k[:2] == where}
-    part = {f['arm']: f"{f['code']} in {f['rows']} of {f['checked']} rows" for f in found if (f['model'], f['dataset']) == where and f['arm'] not in void
-            and f['code'] in ('identical_to_baseline', 'baseline_of_another_sample', 'constant_output')}
+    part = {
+        f['arm']: f"{f['code']} in {f['rows']} of {f['checked']} rows"
+        for f in found
+        if (f['model'], f['dataset']) == where
+        and f['arm'] not in void
+        and f['code'] in ('identical_to_baseline', 'baseline_of_another_sample', 'constant_output')
+    }
     figures = corrected_figures(sheet)
     ci = together(*[f[3] for f in figures]).bootstrap(sheet.clusters, n_boot=n_boot, seed=seed)
-    of = {f[:3]: (ci.value[i], ci.low[i], ci.high[i], '' if np.isnan(ci.value[i]) else ci.note[i]) for i, f in enumerate(figures)}
+    of = {
+        f[:3]: (ci.value[i], ci.low[i], ci.high[i], '' if np.isnan(ci.value[i]) else ci.note[i])
+        for i, f in enumerate(figures)
+    }
     table = as_published(rows)
     keys = list(zip(table.arm, table.metric, table.tokens))
-    why = [void.get(a) or (f"{void['No']} (the baseline)" if m.endswith('nfr') and 'No' in void else '') or ('' if (a, m, t) in of else _absent(sheet, a)) for a, m, t in keys]
+    why = [
+        void.get(a)
+        or (f"{void['No']} (the baseline)" if m.endswith('nfr') and 'No' in void else '')
+        or ('' if (a, m, t) in of else _absent(sheet, a))
+        for a, m, t in keys
+    ]
     blank = (np.nan, np.nan, np.nan, '')
-    table[['corrected', 'ci_low', 'ci_high', 'quiet']] = pd.DataFrame([blank if w else of[k] for k, w in zip(keys, why)])
-    table['n'] = [_answers(sheet, a, t, pairs=m.endswith('nfr') and (a, m, t) in of) for a, m, t in keys]
-    table['note'] = ['; '.join([w] if w else [n for n in (*_notes(sheet, *k, r.corrected, r.n, r.n_published), r.quiet, part.get(k[0], '')) if n])
-                     for k, w, r in zip(keys, why, table.itertuples())]
+    table[['corrected', 'ci_low', 'ci_high', 'quiet']] = pd.DataFrame(
+        [blank if w else of[k] for k, w in zip(keys, why)]
+    )
+    table['n'] = [
+        _answers(sheet, a, t, pairs=m.endswith('nfr') and (a, m, t) in of) for a, m, t in keys
+    ]
+    table['note'] = [
+        '; '.join(
+            [w]
+            if w
+            else [
+                n
+                for n in (
+                    *_notes(sheet, *k, r.corrected, r.n, r.n_published),
+                    r.quiet,
+                    part.get(k[0], ''),
+                )
+                if n
+            ]
+        )
+        for k, w, r in zip(keys, why, table.itertuples())
+    ]
     table[['model', 'dataset']] = where
-    return table[['model', 'dataset', 'arm', 'metric', 'tokens', 'as_published', 'corrected', 'ci_low', 'ci_high', 'n', 'note']]
+    return table[
+        [
+            'model',
+            'dataset',
+            'arm',
+            'metric',
+            'tokens',
+            'as_published',
+            'corrected',
+            'ci_low',
+            'ci_high',
+            'n',
+            'note',
+        ]
+    ]
+
 
 def _answers(sheet, arm, tokens, pairs):
     "Answers that a figure rests on."
-    if arm not in sheet.rows: return 0
+    if arm not in sheet.rows:
+        return 0
     return int((sheet.read(tokens, arm) & (sheet.read(tokens, 'No') if pairs else True)).sum())
 
-def _absent(sheet, arm): return 'no baseline in the file' if arm in sheet.rows else 'arm not in the file'
+
+def _absent(sheet, arm):
+    return 'no baseline in the file' if arm in sheet.rows else 'arm not in the file'
 
 # %% ../../nbs/34_sms.published.ipynb #260ba974
 def fault_summary(
-    found:list, # faults
-)->pd.DataFrame: # one row per code and dataset: code, dataset, arms, models, rows, checked, example
+    found: list,  # faults
+) -> (
+    pd.DataFrame
+):  # one row per code and dataset: code, dataset, arms, models, rows, checked, example
     "Faults of the same kind in one row, most telling first; the example is the one with most rows."
-    order = {c: i for i, c in enumerate(('unreadable_file', 'identical_to_baseline', 'baseline_of_another_sample', 'constant_output', 'identical_to_other_arm', 'missing_arm', 'logits_contradict_answer',
-                                         'unequal_samples', 'unparsed_recoverable', 'misread', 'unparsed', 'ties', 'low_pair_mass', 'one_answer', 'undefined_precision'))}
-    t = pd.DataFrame(found, columns=['model', 'dataset', 'arm', 'code', 'rows', 'checked', 'evidence'])
+    order = {
+        c: i
+        for i, c in enumerate(
+            (
+                'unreadable_file',
+                'identical_to_baseline',
+                'baseline_of_another_sample',
+                'constant_output',
+                'identical_to_other_arm',
+                'missing_arm',
+                'logits_contradict_answer',
+                'unequal_samples',
+                'unparsed_recoverable',
+                'misread',
+                'unparsed',
+                'ties',
+                'low_pair_mass',
+                'one_answer',
+                'undefined_precision',
+            )
+        )
+    }
+    t = pd.DataFrame(
+        found, columns=['model', 'dataset', 'arm', 'code', 'rows', 'checked', 'evidence']
+    )
     t['example'] = t.model + ': ' + t.evidence
     listed = lambda c: ', '.join(dict.fromkeys(v for v in c if v))
-    g = t.sort_values('rows', ascending=False, kind='stable').groupby(['code', 'dataset'], sort=False).agg(
-        arms=('arm', lambda c: listed(a for a in ARMS if a in set(c))), models=('model', lambda c: listed(sorted(c))), rows=('rows', 'sum'), checked=('checked', 'sum'), example=('example', 'first'))
-    return g.reset_index().sort_values('code', key=lambda c: c.map(order).fillna(len(order)), kind='stable').reset_index(drop=True)
+    g = (
+        t.sort_values('rows', ascending=False, kind='stable')
+        .groupby(['code', 'dataset'], sort=False)
+        .agg(
+            arms=('arm', lambda c: listed(a for a in ARMS if a in set(c))),
+            models=('model', lambda c: listed(sorted(c))),
+            rows=('rows', 'sum'),
+            checked=('checked', 'sum'),
+            example=('example', 'first'),
+        )
+    )
+    return (
+        g.reset_index()
+        .sort_values('code', key=lambda c: c.map(order).fillna(len(order)), kind='stable')
+        .reset_index(drop=True)
+    )
 
 # %% ../../nbs/34_sms.published.ipynb #803b48f2
 def _changed_most(table):
     "A sentence about the accuracy that reading the answers properly changes most; none where nothing can be compared."
     t = table[(table.metric == 'accuracy') & table.corrected.notna() & table.as_published.notna()]
-    if t.empty: return []
+    if t.empty:
+        return []
     r = t.loc[(t.corrected - t.as_published).abs().idxmax()]
-    return [f'The accuracy that changes most when it is recomputed is {r.model}, {r.dataset}, {r.arm}: published '
-            f'{r.as_published:.4f}, recomputed {r.corrected:.4f} [{r.ci_low:.4f}, {r.ci_high:.4f}]' + (f' ({r.note}).' if r.note else '.')]
+    return [
+        f'The accuracy that changes most when it is recomputed is {r.model}, {r.dataset}, {r.arm}: published '
+        f'{r.as_published:.4f}, recomputed {r.corrected:.4f} [{r.ci_low:.4f}, {r.ci_high:.4f}]'
+        + (f' ({r.note}).' if r.note else '.')
+    ]
+
 
 def _rests_on_few(table):
     "A sentence about accuracies that rest on fewer than half of the answers; none where there are none."
     t = table[(table.metric == 'accuracy') & table.corrected.notna()]
-    t = t.assign(whole=t.note.str.extract(r'^on [\d,]+ of ([\d,]+) answers')[0].str.replace(',', '').astype(float))
+    t = t.assign(
+        whole=t.note.str.extract(r'^on [\d,]+ of ([\d,]+) answers')[0]
+        .str.replace(',', '')
+        .astype(float)
+    )
     few = t[t.n < t.whole / 2].sort_values('n')
-    each = [f'{r.model}, {r.dataset}, {r.arm}: {r.corrected:.4f} on {r.n:,} of {int(r.whole):,}' for r in few.itertuples()]
-    return [f"Accuracies that rest on fewer than half of the answers: {'; '.join(each)}."] if each else []
+    each = [
+        f'{r.model}, {r.dataset}, {r.arm}: {r.corrected:.4f} on {r.n:,} of {int(r.whole):,}'
+        for r in few.itertuples()
+    ]
+    return (
+        [f"Accuracies that rest on fewer than half of the answers: {'; '.join(each)}."]
+        if each
+        else []
+    )
 
 # %% ../../nbs/34_sms.published.ipynb #ba2ded64
 def findings(
-    table:pd.DataFrame, # the table of `published`
-    found:list,         # its faults
-)->list:                # sentences, most important first
+    table: pd.DataFrame,  # the table of `published`
+    found: list,  # its faults
+) -> list:  # sentences, most important first
     "What the re-analysis says, in plain sentences."
     files, void = table[['model', 'dataset']].drop_duplicates(), void_arms(found)
-    out = [f"{files.model.nunique()} models in {len(files)} result files of {', '.join(files.dataset.unique())}."]
-    for arm, what in (('Image', 'image swap'), ('Text', 'text swap'), ('Only_text', 'text alone'), ('Only_image', 'image alone')):
-        why = pd.Series([v.removeprefix('void: ') for k, v in void.items() if k[2] == arm], dtype=str).value_counts()
-        out += [f'The {arm} arm ({what}) is void in {n} of {len(files)} files: {w}.' for w, n in why.items()]
-    both = sum({(*w, 'Image'), (*w, 'Text')} <= set(void) for w in files.itertuples(index=False, name=None))
-    if both: out.append(f'Both swap arms are void in {both} of {len(files)} files: nothing there compares reliance on the image with reliance on the text.')
+    out = [
+        f"{files.model.nunique()} models in {len(files)} result files of {', '.join(files.dataset.unique())}."
+    ]
+    for arm, what in (
+        ('Image', 'image swap'),
+        ('Text', 'text swap'),
+        ('Only_text', 'text alone'),
+        ('Only_image', 'image alone'),
+    ):
+        why = pd.Series(
+            [v.removeprefix('void: ') for k, v in void.items() if k[2] == arm], dtype=str
+        ).value_counts()
+        out += [
+            f'The {arm} arm ({what}) is void in {n} of {len(files)} files: {w}.'
+            for w, n in why.items()
+        ]
+    both = sum(
+        {(*w, 'Image'), (*w, 'Text')} <= set(void) for w in files.itertuples(index=False, name=None)
+    )
+    if both:
+        out.append(
+            f'Both swap arms are void in {both} of {len(files)} files: nothing there compares reliance on the image with reliance on the text.'
+        )
     shown = {a for a in ARMS if a != 'No'}
-    shifted = table[(table.metric == 'nfr') & table.arm.isin(shown) & ~table.note.str.startswith('void') & (table.note != 'arm not in the file')]
-    out.append(f'{len(shifted)} of {len(files) * 4} shifted arms applied the change they are named after.' if len(shifted) else 'Not one shifted arm applied the change it is named after.')
-    count = lambda code: (sum(f['rows'] for f in found if f['code'] == code), sum(f['code'] == code for f in found))
-    for code, text in (('unparsed_recoverable', 'Answers that say yes or no, but that the published parser leaves out: {}, in arms: {}.'),
-                       ('unequal_samples', 'Arms scored on other samples than their baseline: {1} ({0} samples in all).'),
-                       ('logits_contradict_answer', 'Answers that begin with a token whose opposite has the higher logit: {}, in arms: {}.'), ('missing_arm', 'Missing arms: {1}.')):
-        if count(code)[1]: out.append(text.format(*count(code)))
+    shifted = table[
+        (table.metric == 'nfr')
+        & table.arm.isin(shown)
+        & ~table.note.str.startswith('void')
+        & (table.note != 'arm not in the file')
+    ]
+    out.append(
+        f'{len(shifted)} of {len(files) * 4} shifted arms applied the change they are named after.'
+        if len(shifted)
+        else 'Not one shifted arm applied the change it is named after.'
+    )
+    count = lambda code: (
+        sum(f['rows'] for f in found if f['code'] == code),
+        sum(f['code'] == code for f in found),
+    )
+    for code, text in (
+        (
+            'unparsed_recoverable',
+            'Answers that say yes or no, but that the published parser leaves out: {}, in arms: {}.',
+        ),
+        (
+            'unequal_samples',
+            'Arms scored on other samples than their baseline: {1} ({0} samples in all).',
+        ),
+        (
+            'logits_contradict_answer',
+            'Answers that begin with a token whose opposite has the higher logit: {}, in arms: {}.',
+        ),
+        ('missing_arm', 'Missing arms: {1}.'),
+    ):
+        if count(code)[1]:
+            out.append(text.format(*count(code)))
     return out + _rests_on_few(table) + _changed_most(table)
 
 # %% ../../nbs/34_sms.published.ipynb #62d12f68
 def published(
-    results_dir,     # folder in the official layout
-    dataset:str,     # dataset name, several separated by commas, or '' for all
-    out,             # run directory
-    n_boot:int=2000, # resamples
-    seed:int=0,      # any integer
-    echo:bool=False, # also print what is logged
-)->tuple:            # (table with the schema 'published', list of faults)
+    results_dir,  # folder in the official layout
+    dataset: str,  # dataset name, several separated by commas, or '' for all
+    out,  # run directory
+    n_boot: int = 2000,  # resamples
+    seed: int = 0,  # any integer
+    echo: bool = False,  # also print what is logged
+) -> tuple:  # (table with the schema 'published', list of faults)
     "Reproduce, audit and recompute published result files; `InputError` when none can be used."
     files = find_results(results_dir, dataset)
-    inputs = {f'{m}/{d}': hashlib.blake2b(Path(p).read_bytes(), digest_size=8).hexdigest() for m, d, p in files}
-    config, done = dict(verb='published', dataset=dataset, n_boot=n_boot, seed=seed, files=inputs), Path(out)/'published.parquet'
-    rows = None if done.exists() else read_results(results_dir, dataset)         # before the directory is made: input that cannot be used leaves none
+    inputs = {
+        f'{m}/{d}': hashlib.blake2b(Path(p).read_bytes(), digest_size=8).hexdigest()
+        for m, d, p in files
+    }
+    config, done = (
+        dict(verb='published', dataset=dataset, n_boot=n_boot, seed=seed, files=inputs),
+        Path(out) / 'published.parquet',
+    )
+    rows = (
+        None if done.exists() else read_results(results_dir, dataset)
+    )  # before the directory is made: input that cannot be used leaves none
     run = Run(out)
     name = run.freeze(config, results=str(results_dir))
-    if rows is None: return read_table(done, 'published'), read_json(run/'faults.json')
-    write_json(environment(), run/'environment.json')
-    run.log(f'published {name}: {len(files)} files, {len(rows)} rows of {dataset or "all datasets"}', echo)
+    if rows is None:
+        return read_table(done, 'published'), read_json(run / 'faults.json')
+    write_json(environment(), run / 'environment.json')
+    run.log(
+        f'published {name}: {len(files)} files, {len(rows)} rows of {dataset or "all datasets"}',
+        echo,
+    )
     found = faults(rows)
-    table = pd.concat([corrected(g, found, n_boot, seed) for _, g in rows.groupby(['model', 'dataset'], sort=False)], ignore_index=True)
-    table.attrs = dict(dataset=dataset, n_boot=n_boot, seed=seed, arms=ARMS, config_hash=name, files=inputs)
-    write_json(found, run/'faults.json')
-    write_table(table, done, 'published')                                        # last: where it stands, the run is whole
-    for s in findings(table, found): run.log(s, echo)
+    table = pd.concat(
+        [
+            corrected(g, found, n_boot, seed)
+            for _, g in rows.groupby(['model', 'dataset'], sort=False)
+        ],
+        ignore_index=True,
+    )
+    table.attrs = dict(
+        dataset=dataset, n_boot=n_boot, seed=seed, arms=ARMS, config_hash=name, files=inputs
+    )
+    write_json(found, run / 'faults.json')
+    write_table(table, done, 'published')  # last: where it stands, the run is whole
+    for s in findings(table, found):
+        run.log(s, echo)
     return table, found

@@ -32,27 +32,28 @@ FAMILIES = {
     'model': 'all verdicts of one model together',
     'none': 'each verdict by itself',
 }
-RATES = {'relies': .025, 'ignores': .05} # stated rate of a false verdict, one-sided
+RATES = {'relies': 0.025, 'ignores': 0.05}  # stated rate of a false verdict, one-sided
 
 # %% ../../nbs/34b_sms.registration.ipynb #cd66492e
 class Registration(Card):
     "What an audit is going to do."
-    registered: str = Field(pattern=r'^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$') # when, UTC
-    tool: str                # program and version that wrote it
-    data: str                # name and version of the data set
-    plan_hash: str           # which trials
-    cohort_hash: str         # which samples
-    primary: Literal['image', 'text'] # the question that the study is about
-    margin: float = Field(gt=0, lt=1) # smallest movement of the answer that matters
-    margin_reason: str       # why it is that wide; '' where nobody said
-    family: Literal['run', 'model', 'none'] # verdicts over which the error rates are kept together
+
+    registered: str = Field(pattern=r'^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$')  # when, UTC
+    tool: str  # program and version that wrote it
+    data: str  # name and version of the data set
+    plan_hash: str  # which trials
+    cohort_hash: str  # which samples
+    primary: Literal['image', 'text']  # the question that the study is about
+    margin: float = Field(gt=0, lt=1)  # smallest movement of the answer that matters
+    margin_reason: str  # why it is that wide; '' where nobody said
+    family: Literal['run', 'model', 'none']  # verdicts over which the error rates are kept together
     rates: dict[str, float]  # verdict -> stated rate of a false one
-    seed: int                # of the donors and of the resampling
-    donors: int | str        # donors per sample; 'auto' where the plan chose
-    arms: list[str]          # what is shown
-    match: list[str]         # columns in which donor and sample agree
-    variants: list[str]      # prompt variants
-    findings: list[str]      # what is asked
+    seed: int  # of the donors and of the resampling
+    donors: int | str  # donors per sample; 'auto' where the plan chose
+    arms: list[str]  # what is shown
+    match: list[str]  # columns in which donor and sample agree
+    variants: list[str]  # prompt variants
+    findings: list[str]  # what is asked
 
     @field_validator('margin_reason', 'data', 'tool')
     @classmethod
@@ -61,31 +62,40 @@ class Registration(Card):
         return ' '.join(''.join(c if c.isprintable() else ' ' for c in v).split())
 
     @property
-    def hash(self)->str:
+    def hash(self) -> str:
         "Hash of the content; comments and the order of the lines do not matter."
         return content_hash(json.dumps(self.model_dump(mode='json'), sort_keys=True))
 
 # %% ../../nbs/34b_sms.registration.ipynb #cf966383
-def utc_now()->str: # e.g. 2026-07-01T12:00:00Z
+def utc_now() -> str:  # e.g. 2026-07-01T12:00:00Z
     "The time in UTC, to the second, so that two of them can be compared as text."
     return datetime.now(UTC).strftime('%Y-%m-%dT%H:%M:%SZ')
 
 # %% ../../nbs/34b_sms.registration.ipynb #464bceec
 def register(
-    plan:pd.DataFrame,      # the frozen plan
-    settings:AuditSettings, # what the audit will compute
-)->Registration:            # dated now
+    plan: pd.DataFrame,  # the frozen plan
+    settings: AuditSettings,  # what the audit will compute
+) -> Registration:  # dated now
     "Registration of an audit of this plan with these settings."
     about = plan.attrs
     return Registration(
-        registered=utc_now(), tool=f'smsbench {__version__}',
+        registered=utc_now(),
+        tool=f'smsbench {__version__}',
         data=f"{about.get('manifest', '')}, version {about.get('version', '')}",
-        plan_hash=about['plan_hash'], cohort_hash=about['cohort_hash'],
-        primary=settings.primary, margin=settings.margin, margin_reason=settings.margin_reason,
-        family=settings.family, rates=RATES,
-        seed=settings.seed, donors=about.get('donors', settings.donors),
-        arms=list(about['arms']), match=list(about['match']), variants=list(about['variants']),
-        findings=sorted(about['tasks']))
+        plan_hash=about['plan_hash'],
+        cohort_hash=about['cohort_hash'],
+        primary=settings.primary,
+        margin=settings.margin,
+        margin_reason=settings.margin_reason,
+        family=settings.family,
+        rates=RATES,
+        seed=settings.seed,
+        donors=about.get('donors', settings.donors),
+        arms=list(about['arms']),
+        match=list(about['match']),
+        variants=list(about['variants']),
+        findings=sorted(about['tasks']),
+    )
 
 # %% ../../nbs/34b_sms.registration.ipynb #f9ab14f2
 _HEAD = """\
@@ -95,110 +105,154 @@ _HEAD = """\
 """
 _NOTES = {'primary': PRIMARIES, 'family': FAMILIES}
 
+
 def registration_text(
-    record:Registration,
-)->str: # YAML
+    record: Registration,
+) -> str:  # YAML
     "The registration as a person reads it."
     lines = []
     for key, value in record.model_dump(mode='json').items():
-        line = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=100).rstrip('\n')
+        line = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=100).rstrip(
+            '\n'
+        )
         lines.append(f'{line}   # {_NOTES[key][value]}' if key in _NOTES else line)
     return _HEAD + '\n'.join([*lines, f"hash: '{record.hash}'"]) + '\n'
 
+
 def write_registration(
-    record:Registration,
-    path, # file to write, .yaml
+    record: Registration,
+    path,  # file to write, .yaml
 ):
     "Write the registration, atomically."
-    with atomic(path) as tmp: tmp.write_text(registration_text(record), encoding='utf-8')
+    with atomic(path) as tmp:
+        tmp.write_text(registration_text(record), encoding='utf-8')
 
 # %% ../../nbs/34b_sms.registration.ipynb #636b7eae
 def read_registration(
-    path, # a file from `write_registration`
-)->Registration:
+    path,  # a file from `write_registration`
+) -> Registration:
     "Read a registration; `InputError` where it is none, or was edited."
     name = Path(path).name
-    try: given = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError: raise InputError(f'{path}: no such file') from None
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise InputError(f'{path}: no such file') from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         raise InputError(f'{name}: not a registration that smsbench plan wrote') from None
     if not isinstance(given, dict) or not isinstance(given.get('hash'), str):
         raise InputError(f'{name}: not a registration that smsbench plan wrote (it has no hash)')
     stated = given.pop('hash')
-    try: record = Registration(**{str(k): v for k, v in given.items()})
+    try:
+        record = Registration(**{str(k): v for k, v in given.items()})
     except ValidationError as e:
         where = '.'.join(map(str, e.errors()[0]['loc']))
         raise InputError(f'{name}: not a registration that smsbench plan wrote ({where})') from None
     if record.hash != stated:
-        raise InputError(f'{name}: was edited after it was written (its hash is {stated}, its content has '
-                         f'{record.hash}); register again with smsbench plan')
+        raise InputError(
+            f'{name}: was edited after it was written (its hash is {stated}, its content has '
+            f'{record.hash}); register again with smsbench plan'
+        )
     return record
 
 # %% ../../nbs/34b_sms.registration.ipynb #7c1f76fe
 def check_registration(
-    record:Registration,    # what was registered
-    settings:AuditSettings, # what is asked for
-    cohort_hash:str,        # of the cohort at hand
-    plan_hash:str='',       # of the plan at hand; '' where there is none yet
+    record: Registration,  # what was registered
+    settings: AuditSettings,  # what is asked for
+    cohort_hash: str,  # of the cohort at hand
+    plan_hash: str = '',  # of the plan at hand; '' where there is none yet
 ):
     "`InputError` of one line that names what deviates from the registration."
-    asked = dict(cohort=cohort_hash, plan=plan_hash or record.plan_hash, primary=settings.primary,
-                 margin=settings.margin, family=settings.family, seed=settings.seed)
-    kept = dict(cohort=record.cohort_hash, plan=record.plan_hash, primary=record.primary,
-                margin=record.margin, family=record.family, seed=record.seed)
+    asked = dict(
+        cohort=cohort_hash,
+        plan=plan_hash or record.plan_hash,
+        primary=settings.primary,
+        margin=settings.margin,
+        family=settings.family,
+        seed=settings.seed,
+    )
+    kept = dict(
+        cohort=record.cohort_hash,
+        plan=record.plan_hash,
+        primary=record.primary,
+        margin=record.margin,
+        family=record.family,
+        seed=record.seed,
+    )
     other = next((k for k in kept if asked[k] != kept[k]), None)
-    if other is None: return
+    if other is None:
+        return
     hint = '; give the plan that was registered with --plan' if other == 'plan' else ''
-    raise InputError(f'the registration of {record.registered} names another {other} ({kept[other]}) than this '
-                     f'audit ({asked[other]}){hint}; audit as registered, or register anew before the first answer')
+    raise InputError(
+        f'the registration of {record.registered} names another {other} ({kept[other]}) than this '
+        f'audit ({asked[other]}){hint}; audit as registered, or register anew before the first answer'
+    )
 
 # %% ../../nbs/34b_sms.registration.ipynb #ff323024
-FOLLOWED = ('margin', 'margin_reason', 'family', 'primary', 'seed', 'donors', 'arms', 'match', 'variants') # settings that a registration knows
+FOLLOWED = (
+    'margin',
+    'margin_reason',
+    'family',
+    'primary',
+    'seed',
+    'donors',
+    'arms',
+    'match',
+    'variants',
+)  # settings that a registration knows
+
 
 def follow_registration(
-    given:dict,          # settings by name, as they stand
-    record:Registration, # what was registered
-    asked=(),            # names of those that were asked for
-)->dict:                 # a copy
+    given: dict,  # settings by name, as they stand
+    record: Registration,  # what was registered
+    asked=(),  # names of those that were asked for
+) -> dict:  # a copy
     "Settings with what the registration says where nothing else was asked for."
     known = record.model_dump()
-    fill = {k: tuple(known[k]) if isinstance(known[k], list) else known[k] for k in FOLLOWED if k not in asked}
+    fill = {
+        k: tuple(known[k]) if isinstance(known[k], list) else known[k]
+        for k in FOLLOWED
+        if k not in asked
+    }
     return {**given, **fill}
 
 # %% ../../nbs/34b_sms.registration.ipynb #84c96bfe
 def keep_registration(
-    run:Run,                # run directory
-    source,                 # file of a registration; True registers now; '' or None keeps none
-    plan:pd.DataFrame,      # the frozen plan
-    settings:AuditSettings, # what the audit computes
+    run: Run,  # run directory
+    source,  # file of a registration; True registers now; '' or None keeps none
+    plan: pd.DataFrame,  # the frozen plan
+    settings: AuditSettings,  # what the audit computes
 ):
     "Check the registration and put it into the run directory; `InputError` where the audit deviates from it, or another one is there."
-    kept = run/'registration.yaml'
-    if not source or (source is True and kept.exists()): return
+    kept = run / 'registration.yaml'
+    if not source or (source is True and kept.exists()):
+        return
     record = register(plan, settings) if source is True else read_registration(source)
     check_registration(record, settings, plan.attrs['cohort_hash'], plan.attrs['plan_hash'])
     if kept.exists() and read_registration(kept).hash != record.hash:
         raise InputError(f'{run.path} was run under another registration; choose another --out')
-    if kept.exists(): return
+    if kept.exists():
+        return
     text = registration_text(record) if source is True else Path(source).read_text(encoding='utf-8')
-    with atomic(kept) as tmp: tmp.write_text(text, encoding='utf-8')
+    with atomic(kept) as tmp:
+        tmp.write_text(text, encoding='utf-8')
 
 # %% ../../nbs/34b_sms.registration.ipynb #7a1a1ebe
 def mark_first_answer(
-    run:Run,          # run directory
-    known:bool=True,  # False where the answers were made elsewhere, nobody knows when
+    run: Run,  # run directory
+    known: bool = True,  # False where the answers were made elsewhere, nobody knows when
 ):
     "Write down when scoring starts, before the first answer; once there are answers, later calls change nothing."
-    file, answered = run/'first_answer.json', any((run/'predictions').glob('part-*.parquet'))
-    if file.exists() and answered: return
+    file, answered = run / 'first_answer.json', any((run / 'predictions').glob('part-*.parquet'))
+    if file.exists() and answered:
+        return
     write_json(dict(time=utc_now() if known and not answered else None), file)
 
 # %% ../../nbs/34b_sms.registration.ipynb #be0866ea
 def first_answer(
-    run:Run, # run directory
-)->str:      # UTC; '' where it is not known
+    run: Run,  # run directory
+) -> str:  # UTC; '' where it is not known
     "When the first answer of a run was asked for."
-    file = run/'first_answer.json'
+    file = run / 'first_answer.json'
     return (read_json(file)['time'] or '') if file.exists() else ''
 
 # %% ../../nbs/34b_sms.registration.ipynb #bf67d0e2
@@ -206,36 +260,56 @@ def _date(time):
     "2026-07-01 12:00 UTC."
     return f'{time[:10]} {time[11:16]} UTC'
 
+
 def _registered_text(record, first):
     "What `registration_note` says of a registration that stands."
     when = f'Registered {_date(record.registered)}'
-    if not first: order = ', but nobody knows when the first answer was given, so it may be younger'
-    elif record.registered <= first: order = f', before the first answer ({_date(first)})'
-    else: order = f', after the first answer ({_date(first)}): it did not bind this analysis'
+    if not first:
+        order = ', but nobody knows when the first answer was given, so it may be younger'
+    elif record.registered <= first:
+        order = f', before the first answer ({_date(first)})'
+    else:
+        order = f', after the first answer ({_date(first)}): it did not bind this analysis'
     older = record.registered <= first if first else None
-    short = {True: 'registered before the first answer', False: 'registered after the first answer',
-             None: 'registered, but when the first answer was given is not known'}[older]
+    short = {
+        True: 'registered before the first answer',
+        False: 'registered after the first answer',
+        None: 'registered, but when the first answer was given is not known',
+    }[older]
     why = f'stated reason: {record.margin_reason}' if record.margin_reason else 'no reason given'
-    text = (f'{when}{order}. Primary question: {PRIMARIES[record.primary]} Margin {100 * record.margin:g} points ({why}). '
-            f'Error rates hold for {FAMILIES[record.family]}. Registration {record.hash}.')
+    text = (
+        f'{when}{order}. Primary question: {PRIMARIES[record.primary]} Margin {100 * record.margin:g} points ({why}). '
+        f'Error rates hold for {FAMILIES[record.family]}. Registration {record.hash}.'
+    )
     return dict(sentence=text, short=short, registered=True, older=older)
 
 # %% ../../nbs/34b_sms.registration.ipynb #bdca2e8e
-UNREGISTERED = ('Not registered before: margin, primary question and family of verdicts were not written down '
-                'before the answers were there.')
+UNREGISTERED = (
+    'Not registered before: margin, primary question and family of verdicts were not written down '
+    'before the answers were there.'
+)
+
 
 def registration_note(
-    run, # run directory, or its path
-)->dict: # sentence; short, without times; registered (bool); older: is it older than the first answer? None where that is not known
+    run,  # run directory, or its path
+) -> dict:  # sentence; short, without times; registered (bool); older: is it older than the first answer? None where that is not known
     "What a report says about the registration of a run."
     run = run if isinstance(run, Run) else Run(run)
     none = dict(sentence=UNREGISTERED, short='not registered before', registered=False, older=None)
-    if not (run/'registration.yaml').exists(): return none
-    config, plan = read_json(run/'config.json')['config'], read_table(run/'plan.parquet', 'plan')
+    if not (run / 'registration.yaml').exists():
+        return none
+    config, plan = (
+        read_json(run / 'config.json')['config'],
+        read_table(run / 'plan.parquet', 'plan'),
+    )
     fields = {k: v for k, v in config.items() if k in ('margin', 'primary', 'family', 'seed')}
     try:
-        record = read_registration(run/'registration.yaml')
-        check_registration(record, AuditSettings(**fields), plan.attrs['cohort_hash'], plan.attrs['plan_hash'])
+        record = read_registration(run / 'registration.yaml')
+        check_registration(
+            record, AuditSettings(**fields), plan.attrs['cohort_hash'], plan.attrs['plan_hash']
+        )
     except InputError as e:
-        return none | dict(sentence=f'{UNREGISTERED} The registration that lies here does not count: {e}.')
+        return none | dict(
+            sentence=f'{UNREGISTERED} The registration that lies here does not count: {e}.'
+        )
     return _registered_text(record, first_answer(run))

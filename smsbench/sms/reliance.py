@@ -54,9 +54,7 @@ def bounds_of(
     e, low, high = joined(other, same, r, wide, ends[0])
     _, low_90, high_90 = joined(other, same, r, narrow, ends[1])
     (_, (same_low, _)), (o, (_, same_high)) = ends
-    return Bounds(
-        other.value, same.value, e, low, high, low_90, high_90, *o, same_low, same_high
-    )
+    return Bounds(other.value, same.value, e, low, high, low_90, high_90, *o, same_low, same_high)
 
 # %% ../../nbs/33ba_sms.reliance.ipynb #d885f3aa
 def word_for(

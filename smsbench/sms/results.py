@@ -18,130 +18,257 @@ from .answers import read_answer, reading
 from .statements import asked, stated
 
 # %% ../../nbs/33e_sms.results.ipynb #b4831579
-ARMS = {'No': 'original', 'Image': 'image_swap', 'Text': 'text_swap', 'Only_text': 'text_only', 'Only_image': 'image_only'} # published name -> our arm
-TOKENS = {'lower': ('p_yes', 'p_no'), 'upper': ('p_Yes', 'p_No')}   # which pair of first tokens is compared
+ARMS = {
+    'No': 'original',
+    'Image': 'image_swap',
+    'Text': 'text_swap',
+    'Only_text': 'text_only',
+    'Only_image': 'image_only',
+}  # published name -> our arm
+TOKENS = {
+    'lower': ('p_yes', 'p_no'),
+    'upper': ('p_Yes', 'p_No'),
+}  # which pair of first tokens is compared
 LOGITS = ['p_yes', 'p_no', 'p_Yes', 'p_No']
 
 # %% ../../nbs/33e_sms.results.ipynb #0a83402e
 def fault(
-    model:str,    # model, '' when it concerns none
-    dataset:str,  # dataset
-    arm:str,      # published arm name; '' when the whole file is meant
-    code:str,     # kind of fault
-    rows:int,     # rows that show it
-    checked:int,  # rows that were looked at
-    evidence:str, # a plain sentence with the figures
-)->dict:          # JSON-ready
+    model: str,  # model, '' when it concerns none
+    dataset: str,  # dataset
+    arm: str,  # published arm name; '' when the whole file is meant
+    code: str,  # kind of fault
+    rows: int,  # rows that show it
+    checked: int,  # rows that were looked at
+    evidence: str,  # a plain sentence with the figures
+) -> dict:  # JSON-ready
     "One fault."
-    return dict(model=str(model), dataset=str(dataset), arm=str(arm), code=code, rows=int(rows), checked=int(checked), evidence=evidence)
+    return dict(
+        model=str(model),
+        dataset=str(dataset),
+        arm=str(arm),
+        code=code,
+        rows=int(rows),
+        checked=int(checked),
+        evidence=evidence,
+    )
 
 # %% ../../nbs/33e_sms.results.ipynb #b8c58045
-_MEANS_NO = re.compile(r'\b(no (evidence|abnormalities|significant change|focal consolidation|acute cardiopulmonary process|pneumothorax|pleural effusion|signs of glaucoma|'
-                       r'thinning retinal nerve fiber layer)|within normal limits|clear lungs|does not (have|show|reveal|appear to have glaucoma)|appears to be normal|'
-                       r'normal intraocular pressure|full visual fields)\b')
-DISEASE_WORDS = ('glaucoma', 'optic nerve damage', 'optic nerve head damage', 'elevated intraocular pressure', 'increased cup:disc ratio', 'cupping of the optic nerve',
-                 'visual field defects', 'pulmonary edema', 'pneumothorax', 'cardiomegaly', 'consolidation', 'infiltrate', 'opacification', 'infection', 'pneumonia')
+_MEANS_NO = re.compile(
+    r'\b(no (evidence|abnormalities|significant change|focal consolidation|acute cardiopulmonary process|pneumothorax|pleural effusion|signs of glaucoma|'
+    r'thinning retinal nerve fiber layer)|within normal limits|clear lungs|does not (have|show|reveal|appear to have glaucoma)|appears to be normal|'
+    r'normal intraocular pressure|full visual fields)\b'
+)
+DISEASE_WORDS = (
+    'glaucoma',
+    'optic nerve damage',
+    'optic nerve head damage',
+    'elevated intraocular pressure',
+    'increased cup:disc ratio',
+    'cupping of the optic nerve',
+    'visual field defects',
+    'pulmonary edema',
+    'pneumothorax',
+    'cardiomegaly',
+    'consolidation',
+    'infiltrate',
+    'opacification',
+    'infection',
+    'pneumonia',
+)
 _DISEASE = re.compile(rf"\b({'|'.join(DISEASE_WORDS)})\b")
 
 # %% ../../nbs/33e_sms.results.ipynb #0179a070
 @lru_cache(maxsize=65536)
 def published_label(
-    text:str,             # what the model wrote
-    unmatched:bool=False, # the prompt also allowed "unmatched"
-)->str:                   # 'yes', 'no', 'unmatched', or '' for unknown
+    text: str,  # what the model wrote
+    unmatched: bool = False,  # the prompt also allowed "unmatched"
+) -> str:  # 'yes', 'no', 'unmatched', or '' for unknown
     "The label the published code gives an answer; for reproduction only."
     s = text.lower().strip().replace('.', '')
-    if s in ('yes', 'y', 'no', 'n'): return 'yes' if s[0] == 'y' else 'no'
-    if unmatched and s in ('unmatched', 'unmatch', 'unmatched response', 'unmatched response:', 'missmatch'): return 'unmatched'
-    if _MEANS_NO.search(s): return 'no'
-    if _DISEASE.search(s): return 'yes'
-    if 'does not have' in s or 'does not show' in s or s.startswith(('no ', 'no,')): return 'no'
+    if s in ('yes', 'y', 'no', 'n'):
+        return 'yes' if s[0] == 'y' else 'no'
+    if unmatched and s in (
+        'unmatched',
+        'unmatch',
+        'unmatched response',
+        'unmatched response:',
+        'missmatch',
+    ):
+        return 'unmatched'
+    if _MEANS_NO.search(s):
+        return 'no'
+    if _DISEASE.search(s):
+        return 'yes'
+    if 'does not have' in s or 'does not show' in s or s.startswith(('no ', 'no,')):
+        return 'no'
     return 'yes' if s.startswith(('yes ', 'yes,')) else ''
 
 # %% ../../nbs/33e_sms.results.ipynb #bd03d1f9
 _OUTRIGHT = ('whole', 'first', 'final', 'keyed', 'letter')
 
+
 @lru_cache(maxsize=65536)
 def robust_label(
-    text:str,                 # what the model wrote
-    choices:tuple=('yes', 'no'), # allowed answers
-)->tuple[str, str]:           # (choice or '', status as in `read_answer`)
+    text: str,  # what the model wrote
+    choices: tuple = ('yes', 'no'),  # allowed answers
+) -> tuple[str, str]:  # (choice or '', status as in `read_answer`)
     "Read an answer properly; a statement about a known disease word counts, a guess does not."
     outright = reading(text, choices)
-    if outright.layer in _OUTRIGHT or outright.status == 'empty': return outright[:2]
+    if outright.layer in _OUTRIGHT or outright.status == 'empty':
+        return outright[:2]
     named = [w for w in (*DISEASE_WORDS, 'pleural effusion') if re.search(rf'\b{w}', text.lower())]
     about = [read_answer(text, choices, finding=w) for w in named]
-    if any(choice == 'yes' for choice, _ in about): return 'yes', 'ok'
-    if about and all(choice == 'no' for choice, _ in about): return 'no', 'ok'
-    if about: return '', 'refused' if outright.status == 'refused' else 'ambiguous'
+    if any(choice == 'yes' for choice, _ in about):
+        return 'yes', 'ok'
+    if about and all(choice == 'no' for choice, _ in about):
+        return 'no', 'ok'
+    if about:
+        return '', 'refused' if outright.status == 'refused' else 'ambiguous'
     normal = stated(text, asked('disease')) == {'absent'}
     return ('no', 'ok') if normal and not outright.choice else outright[:2]
 
 # %% ../../nbs/33e_sms.results.ipynb #c7170f1c
 def find_results(
-    folder,         # results folder: <model>/<dataset>_base_shifted[_unmatched].csv
-    dataset:str='', # one dataset, or several separated by commas; '' takes all. A name brings its _unmatched files along
-)->list[tuple]:     # (model, dataset, path); plain files before _unmatched ones
+    folder,  # results folder: <model>/<dataset>_base_shifted[_unmatched].csv
+    dataset: str = '',  # one dataset, or several separated by commas; '' takes all. A name brings its _unmatched files along
+) -> list[tuple]:  # (model, dataset, path); plain files before _unmatched ones
     "Result files in the official layout; `InputError` when there are none."
     folder = Path(folder)
-    if not folder.is_dir(): raise InputError(f'{folder}: no such folder; give the folder that holds <model>/<dataset>_base_shifted.csv')
+    if not folder.is_dir():
+        raise InputError(
+            f'{folder}: no such folder; give the folder that holds <model>/<dataset>_base_shifted.csv'
+        )
     found = []
     for p in sorted(folder.rglob('*.csv')):
-        m, parts = re.fullmatch(r'(.+)_base_shifted(_unmatched)?\.csv', p.name), p.relative_to(folder).parts
-        if m and not any(q.startswith('.') for q in parts): found.append((m[2] or '', m[1], '/'.join(parts[:-1]) or folder.resolve().name, p))
-    if not found: raise InputError(f'{folder}: no file <model>/<dataset>_base_shifted.csv in it')
+        m, parts = (
+            re.fullmatch(r'(.+)_base_shifted(_unmatched)?\.csv', p.name),
+            p.relative_to(folder).parts,
+        )
+        if m and not any(q.startswith('.') for q in parts):
+            found.append((m[2] or '', m[1], '/'.join(parts[:-1]) or folder.resolve().name, p))
+    if not found:
+        raise InputError(f'{folder}: no file <model>/<dataset>_base_shifted.csv in it')
     wanted = {d.strip() for d in dataset.split(',')} - {''}
     lacking = wanted - {n for u, d, m, p in found for n in (d, d + u)}
-    if lacking: raise InputError(f"no result file for dataset {', '.join(sorted(lacking))}; {folder} has {', '.join(sorted({d + u for u, d, m, p in found}))}")
+    if lacking:
+        raise InputError(
+            f"no result file for dataset {', '.join(sorted(lacking))}; {folder} has {', '.join(sorted({d + u for u, d, m, p in found}))}"
+        )
     return [(m, d + u, p) for u, d, m, p in sorted(found) if not wanted or wanted & {d, d + u}]
 
 # %% ../../nbs/33e_sms.results.ipynb #2cd1785d
 def _load(path):
     "The file's cells as text; `InputError` with one line when it is no comma-separated result table."
-    try: df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except pd.errors.EmptyDataError: raise InputError(f'{path.name}: the file is empty') from None
-    except UnicodeDecodeError: raise InputError(f'{path.name}: not UTF-8 text; save it as CSV in UTF-8') from None
-    except (pd.errors.ParserError, OSError, ValueError) as e: raise InputError(f"{path.name}: not a readable CSV file ({' '.join(str(e).split())[:120]})") from None
-    if not isinstance(df.index, pd.RangeIndex): raise InputError(f'{path.name}: its rows have more fields than its header; quote text that holds commas')
+    try:
+        df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
+    except pd.errors.EmptyDataError:
+        raise InputError(f'{path.name}: the file is empty') from None
+    except UnicodeDecodeError:
+        raise InputError(f'{path.name}: not UTF-8 text; save it as CSV in UTF-8') from None
+    except (pd.errors.ParserError, OSError, ValueError) as e:
+        raise InputError(
+            f"{path.name}: not a readable CSV file ({' '.join(str(e).split())[:120]})"
+        ) from None
+    if not isinstance(df.index, pd.RangeIndex):
+        raise InputError(
+            f'{path.name}: its rows have more fields than its header; quote text that holds commas'
+        )
     df.columns = [str(c).strip() for c in df.columns]
     missing = [c for c in ('ground_truth', 'prediction', 'shift') if c not in df]
-    wrong = [name for name, sep in (('semicolons', ';'), ('tabs', '\t'), ('bars', '|')) if len(missing) == 3 and any(sep in c for c in df.columns)]
-    if wrong: raise InputError(f'{path.name}: fields are separated by {wrong[0]}; save it with commas')
-    if missing: raise InputError(f"{path.name}: lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}")
-    if not len(df): raise InputError(f'{path.name}: has a header but no rows')
-    return df.fillna('').astype(object)                                  # plain strings: several times faster here than Arrow's
+    wrong = [
+        name
+        for name, sep in (('semicolons', ';'), ('tabs', '\t'), ('bars', '|'))
+        if len(missing) == 3 and any(sep in c for c in df.columns)
+    ]
+    if wrong:
+        raise InputError(f'{path.name}: fields are separated by {wrong[0]}; save it with commas')
+    if missing:
+        raise InputError(
+            f"{path.name}: lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        )
+    if not len(df):
+        raise InputError(f'{path.name}: has a header but no rows')
+    return df.fillna('').astype(object)  # plain strings: several times faster here than Arrow's
 
 # %% ../../nbs/33e_sms.results.ipynb #803ecf1a
-_IDS = ('filename', 'dicom_id', 'image_id', 'file_name', 'file', 'image', 'sample_id', 'study_id', 'id')
+_IDS = (
+    'filename',
+    'dicom_id',
+    'image_id',
+    'file_name',
+    'file',
+    'image',
+    'sample_id',
+    'study_id',
+    'id',
+)
 _PATIENTS = ('patient_id', 'subject_id', 'patient', 'PatientID')
+
 
 def _id_column(df, name):
     "The column that names the samples; `InputError` when there is none."
-    others = [c for c in df if c not in ('ground_truth', 'prediction', 'shift', *LOGITS, *_IDS) and c and not c.startswith('Unnamed:')]
+    others = [
+        c
+        for c in df
+        if c not in ('ground_truth', 'prediction', 'shift', *LOGITS, *_IDS)
+        and c
+        and not c.startswith('Unnamed:')
+    ]
     tried = [c for c in _IDS if c in df] + others
-    if not tried: raise InputError(f'{name}: no column names the sample (such as filename or dicom_id)')
+    if not tried:
+        raise InputError(f'{name}: no column names the sample (such as filename or dicom_id)')
     arms = [g for _, g in df.groupby('shift')]
+
     def names_samples(c):
         sets = [set(g[c]) for g in arms]
-        return all(2 * len(s) > len(g) for s, g in zip(sets, arms)) and (len(sets) == 1 or any(sets[0] & s for s in sets[1:]))
+        return all(2 * len(s) > len(g) for s, g in zip(sets, arms)) and (
+            len(sets) == 1 or any(sets[0] & s for s in sets[1:])
+        )
+
     return next((c for c in tried if names_samples(c)), tried[0])
 
 # %% ../../nbs/33e_sms.results.ipynb #e1d0958b
-_TRUTH = {**dict.fromkeys(('yes', 'y', '1', '1.0', 'true', 'positive'), 'yes'), **dict.fromkeys(('no', 'n', '0', '0.0', 'false', 'negative'), 'no')}
+_TRUTH = {
+    **dict.fromkeys(('yes', 'y', '1', '1.0', 'true', 'positive'), 'yes'),
+    **dict.fromkeys(('no', 'n', '0', '0.0', 'false', 'negative'), 'no'),
+}
 
-def _each(column, f): return column.map({v: f(v) for v in column.unique()})   # once per distinct value
+
+def _each(column, f):
+    return column.map({v: f(v) for v in column.unique()})  # once per distinct value
+
 
 def _usable(df, where):
     "Split rows into usable ones and exclusion records."
     arms = {a.lower(): a for a in ARMS}
-    df['arm'] = _each(df['shift'], lambda s: arms.get(re.sub(r'[\s-]+', '_', s.strip().lower()), ''))
+    df['arm'] = _each(
+        df['shift'], lambda s: arms.get(re.sub(r'[\s-]+', '_', s.strip().lower()), '')
+    )
     df['truth'] = _each(df.ground_truth, lambda s: _TRUTH.get(s.strip().lower().strip('.'), ''))
     out, keep = [], np.ones(len(df), bool)
-    for code, bad, column, what in (('missing_id', df.sample_id == '', 'sample_id', 'have no sample id'), ('unknown_arm', df.arm == '', 'shift', 'name an unknown arm'),
-                                    ('bad_label', df.truth == '', 'ground_truth', 'have a ground truth that is neither yes nor no')):
+    for code, bad, column, what in (
+        ('missing_id', df.sample_id == '', 'sample_id', 'have no sample id'),
+        ('unknown_arm', df.arm == '', 'shift', 'name an unknown arm'),
+        (
+            'bad_label',
+            df.truth == '',
+            'ground_truth',
+            'have a ground truth that is neither yes nor no',
+        ),
+    ):
         bad = bad.to_numpy() & keep
         seen = ', '.join(repr(v[:20]) for v in df[column][bad].unique()[:3])
-        if bad.any(): out.append(fault(*where, '', code, bad.sum(), len(df), f'{bad.sum()} of {len(df)} rows {what} ({seen}) and are left out.'))
+        if bad.any():
+            out.append(
+                fault(
+                    *where,
+                    '',
+                    code,
+                    bad.sum(),
+                    len(df),
+                    f'{bad.sum()} of {len(df)} rows {what} ({seen}) and are left out.',
+                )
+            )
         keep &= ~bad
     return df[keep].reset_index(drop=True), out
 
@@ -150,107 +277,209 @@ def _numbers(df, where):
     "Turn the four logit columns into floats; NaN and a record where that fails."
     out = []
     for c in LOGITS:
-        df[c] = pd.to_numeric(df[c].str.strip(), errors='coerce').replace([np.inf, -np.inf], np.nan).astype(float) if c in df else np.nan
+        df[c] = (
+            pd.to_numeric(df[c].str.strip(), errors='coerce')
+            .replace([np.inf, -np.inf], np.nan)
+            .astype(float)
+            if c in df
+            else np.nan
+        )
     for tokens, pair in TOKENS.items():
         empty = [c for c in pair if not df[c].notna().any()]
-        if empty: out.append(fault(*where, '', 'missing_logits', len(df), len(df), f"The file has no number in {' and '.join(empty)}: no first-token figure with {tokens} case."))
+        if empty:
+            out.append(
+                fault(
+                    *where,
+                    '',
+                    'missing_logits',
+                    len(df),
+                    len(df),
+                    f"The file has no number in {' and '.join(empty)}: no first-token figure with {tokens} case.",
+                )
+            )
     here = [c for c in LOGITS if df[c].notna().any()]
     for arm, g in df.groupby('arm', sort=False) if here else ():
         bad = g[here].isna().any(axis=1).sum()
-        if bad: out.append(fault(*where, arm, 'bad_logits', bad, len(g), f'{bad} of {len(g)} {arm} rows hold a logit that is no finite number; their first tokens are left out.'))
+        if bad:
+            out.append(
+                fault(
+                    *where,
+                    arm,
+                    'bad_logits',
+                    bad,
+                    len(g),
+                    f'{bad} of {len(g)} {arm} rows hold a logit that is no finite number; their first tokens are left out.',
+                )
+            )
     return df, out
 
 # %% ../../nbs/33e_sms.results.ipynb #1f4f2e42
 def read_file(
-    path,        # one result file
-    model:str,   # name it goes by
-    dataset:str, # dataset it belongs to; a name ending in _unmatched allows that answer
-)->tuple:        # (long table, faults); columns as in `read_results`
+    path,  # one result file
+    model: str,  # name it goes by
+    dataset: str,  # dataset it belongs to; a name ending in _unmatched allows that answer
+) -> tuple:  # (long table, faults); columns as in `read_results`
     "Read one result file; `InputError` with one line when nothing in it can be used."
-    path = Path(path); df = _load(path); where = (model, dataset)
+    path = Path(path)
+    df = _load(path)
+    where = (model, dataset)
     df['sample_id'] = df[_id_column(df, path.name)].str.strip()
     df, faults = _usable(df, where)
-    if not len(df): raise InputError(f"{path.name}: no row can be used ({'; '.join(f['evidence'] for f in faults)})")
-    df, more = _numbers(df, where); faults += more
+    if not len(df):
+        raise InputError(
+            f"{path.name}: no row can be used ({'; '.join(f['evidence'] for f in faults)})"
+        )
+    df, more = _numbers(df, where)
+    faults += more
     patient = next((c for c in _PATIENTS if c in df), 'sample_id')
-    df = df.assign(model=model, dataset=dataset, patient_id=df[patient].where(df[patient] != '', df.sample_id), copy=df.duplicated(['sample_id', 'arm']))
+    df = df.assign(
+        model=model,
+        dataset=dataset,
+        patient_id=df[patient].where(df[patient] != '', df.sample_id),
+        copy=df.duplicated(['sample_id', 'arm']),
+    )
     for arm, g in df[df['copy']].groupby('arm', sort=False):
         cells = ['sample_id', 'arm', 'truth', 'prediction', *LOGITS]
         same = df[df.arm == arm].duplicated(cells).sum()
-        faults.append(fault(*where, arm, 'duplicate_rows', len(g), (df.arm == arm).sum(),
-                            f'{len(g)} {arm} rows repeat a sample ({same} of them word for word); published figures count them, recomputed figures use the first.'))
+        faults.append(
+            fault(
+                *where,
+                arm,
+                'duplicate_rows',
+                len(g),
+                (df.arm == arm).sum(),
+                f'{len(g)} {arm} rows repeat a sample ({same} of them word for word); published figures count them, recomputed figures use the first.',
+            )
+        )
     unmatched = dataset.endswith('_unmatched')
     choices = ('yes', 'no', 'unmatched') if unmatched else ('yes', 'no')
     df['published'] = _each(df.prediction, lambda t: published_label(t, unmatched))
-    df['answer'], df['status'] = (_each(df.prediction, lambda t, i=i: robust_label(t, choices)[i]) for i in (0, 1))
-    return df[['model', 'dataset', 'sample_id', 'patient_id', 'arm', 'truth', 'prediction', *LOGITS, 'published', 'answer', 'status', 'copy']], faults
+    df['answer'], df['status'] = (
+        _each(df.prediction, lambda t, i=i: robust_label(t, choices)[i]) for i in (0, 1)
+    )
+    return df[
+        [
+            'model',
+            'dataset',
+            'sample_id',
+            'patient_id',
+            'arm',
+            'truth',
+            'prediction',
+            *LOGITS,
+            'published',
+            'answer',
+            'status',
+            'copy',
+        ]
+    ], faults
 
 # %% ../../nbs/33e_sms.results.ipynb #b95ef569
 def read_results(
-    folder,         # results folder in the official layout
-    dataset:str='', # as in `find_results`
-)->pd.DataFrame:    # model, dataset, sample_id, patient_id, arm, truth, prediction, four logits, published and robust answer, status, copy; faults in .attrs['faults']
+    folder,  # results folder in the official layout
+    dataset: str = '',  # as in `find_results`
+) -> pd.DataFrame:  # model, dataset, sample_id, patient_id, arm, truth, prediction, four logits, published and robust answer, status, copy; faults in .attrs['faults']
     "All result files as one long table; a file that cannot be read becomes a fault `unreadable_file`, and `InputError` when none can."
     tables, faults = [], []
     for model, name, path in find_results(folder, dataset):
-        try: table, more = read_file(path, model, name)
-        except InputError as e: faults.append(fault(model, name, '', 'unreadable_file', 0, 0, f'{e}.')); continue
-        tables.append(table); faults += more
-    if not tables: raise InputError(f"{folder}: no result file can be used ({faults[0]['evidence'].rstrip('.')})")
+        try:
+            table, more = read_file(path, model, name)
+        except InputError as e:
+            faults.append(fault(model, name, '', 'unreadable_file', 0, 0, f'{e}.'))
+            continue
+        tables.append(table)
+        faults += more
+    if not tables:
+        raise InputError(
+            f"{folder}: no result file can be used ({faults[0]['evidence'].rstrip('.')})"
+        )
     out = pd.concat(tables, ignore_index=True)
     out.attrs = dict(faults=faults)
     return out
 
 # %% ../../nbs/33e_sms.results.ipynb #34e0adf8
 def by_arm(
-    table:pd.DataFrame, # rows of one file, as `read_results` gives them
-)->dict:                # published arm name -> its rows, indexed by sample_id, first copies only
+    table: pd.DataFrame,  # rows of one file, as `read_results` gives them
+) -> dict:  # published arm name -> its rows, indexed by sample_id, first copies only
     "The arms of one file, in the order of `ARMS`."
-    return {a: g.set_index('sample_id') for a in ARMS if len(g := table[(table.arm == a) & ~table['copy']])}
+    return {
+        a: g.set_index('sample_id')
+        for a in ARMS
+        if len(g := table[(table.arm == a) & ~table['copy']])
+    }
 
 # %% ../../nbs/33e_sms.results.ipynb #bfac333b
 EXAMPLES = ('clean', 'void-image', 'both-swapped', 'no-image', 'other-samples', 'odd-answers')
 
+
 def example_table(
-    kind:str='clean', # one of `EXAMPLES`
-    n:int=200,        # samples
-    seed:int=0,       # any integer
-)->pd.DataFrame:      # columns of an official result file
+    kind: str = 'clean',  # one of `EXAMPLES`
+    n: int = 200,  # samples
+    seed: int = 0,  # any integer
+) -> pd.DataFrame:  # columns of an official result file
     "A synthetic result file whose faults are known."
     rng = np.random.default_rng(seed)
-    truth = rng.permutation(np.arange(n) % 2)                                 # 1 is yes
-    image, text = (np.r_[rng.normal(1.2 * (2*truth - 1), 1), 0] for _ in 'it') # the last entry is "not given"
+    truth = rng.permutation(np.arange(n) % 2)  # 1 is yes
+    image, text = (
+        np.r_[rng.normal(1.2 * (2 * truth - 1), 1), 0] for _ in 'it'
+    )  # the last entry is "not given"
     own, none = np.arange(n), np.full(n, n)
     donors = [np.array([rng.choice(np.flatnonzero(truth != t)) for t in truth]) for _ in 'it']
-    arms = dict(No=(own, own), Image=(donors[0], own), Text=(own, donors[1]), Only_text=(none, own), Only_image=(own, none))
-    if kind == 'void-image': arms['Image'] = arms['No']
-    if kind == 'both-swapped': arms['Text'] = (donors[1], donors[1])
-    if kind == 'no-image': arms = {a: (none, t) for a, (_, t) in arms.items() if a != 'Only_text'}
-    rows = pd.concat([_example_arm(a, i, t, image, text, truth) for a, (i, t) in arms.items()], ignore_index=True)
-    if kind == 'other-samples': rows = rows[(rows['shift'] != 'Text') | (rows.filename < f's{3*n//4:05d}')]
+    arms = dict(
+        No=(own, own),
+        Image=(donors[0], own),
+        Text=(own, donors[1]),
+        Only_text=(none, own),
+        Only_image=(own, none),
+    )
+    if kind == 'void-image':
+        arms['Image'] = arms['No']
+    if kind == 'both-swapped':
+        arms['Text'] = (donors[1], donors[1])
+    if kind == 'no-image':
+        arms = {a: (none, t) for a, (_, t) in arms.items() if a != 'Only_text'}
+    rows = pd.concat(
+        [_example_arm(a, i, t, image, text, truth) for a, (i, t) in arms.items()], ignore_index=True
+    )
+    if kind == 'other-samples':
+        rows = rows[(rows['shift'] != 'Text') | (rows.filename < f's{3 * n // 4:05d}')]
     if kind == 'odd-answers':
-        dress = np.array(['{}.', '**{}**', '**Answer:** {}', '"{}"', 'unclear'])[rng.integers(0, 5, len(rows))]
+        dress = np.array(['{}.', '**{}**', '**Answer:** {}', '"{}"', 'unclear'])[
+            rng.integers(0, 5, len(rows))
+        ]
         rows['prediction'] = [d.format(p) for d, p in zip(dress, rows.prediction)]
     return rows.reset_index(drop=True)
 
+
 def _example_arm(arm, i, t, image, text, truth):
     "Rows of one arm, when image `i` and text `t` are delivered; the wobble stands for everything else that an image or a text changes."
-    wobble = np.sin(np.outer(7.1*image[i] + 13.7*text[t], [1, 1.3, 1.7, 2.1])) * .2
-    margin = .5*image[i] + text[t]
-    logits = (np.c_[18 + margin, 18 - margin, 20 + margin, 20 - margin] + wobble).astype(np.float16).astype(float)
-    return pd.DataFrame(dict(filename=[f's{k:05d}' for k in range(len(i))], ground_truth=np.where(truth == 1, 'yes', 'no'),
-                             prediction=np.where(logits[:, 2] > logits[:, 3], 'Yes', 'No'), **dict(zip(LOGITS, logits.T)), shift=arm))
+    wobble = np.sin(np.outer(7.1 * image[i] + 13.7 * text[t], [1, 1.3, 1.7, 2.1])) * 0.2
+    margin = 0.5 * image[i] + text[t]
+    logits = (
+        (np.c_[18 + margin, 18 - margin, 20 + margin, 20 - margin] + wobble)
+        .astype(np.float16)
+        .astype(float)
+    )
+    return pd.DataFrame(
+        dict(
+            filename=[f's{k:05d}' for k in range(len(i))],
+            ground_truth=np.where(truth == 1, 'yes', 'no'),
+            prediction=np.where(logits[:, 2] > logits[:, 3], 'Yes', 'No'),
+            **dict(zip(LOGITS, logits.T)),
+            shift=arm,
+        )
+    )
 
 # %% ../../nbs/33e_sms.results.ipynb #4aa0213f
 def example_results(
-    folder,               # where to write
-    dataset:str='example', # dataset name
-    n:int=200,            # samples per model
-    seed:int=0,           # any integer
-)->Path:                  # the folder
+    folder,  # where to write
+    dataset: str = 'example',  # dataset name
+    n: int = 200,  # samples per model
+    seed: int = 0,  # any integer
+) -> Path:  # the folder
     "Write one result file per kind of `EXAMPLES` in the official layout."
     for k, kind in enumerate(EXAMPLES):
-        path = Path(folder)/kind/f'{dataset}_base_shifted.csv'
+        path = Path(folder) / kind / f'{dataset}_base_shifted.csv'
         path.parent.mkdir(parents=True, exist_ok=True)
         example_table(kind, n, seed + k).to_csv(path, index=False)
     return Path(folder)

@@ -14,9 +14,24 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import InputError, Run, environment, read_json, read_table, write_json, write_table
+from smsbench.core import (
+    InputError,
+    Run,
+    environment,
+    read_json,
+    read_table,
+    write_json,
+    write_table,
+)
 from ..data.audit import SEVERITIES, FileAudit
-from ..data.holding import Holding, audit_holding, hold, read_audit, scan_holding, write_audit
+from smsbench.data.holding import (
+    Holding,
+    audit_holding,
+    hold,
+    read_audit,
+    scan_holding,
+    write_audit,
+)
 from ..data.manifest import Built, shown
 from .audit import Source, prove_delivery, read_predictions
 from .caveats import gather_caveats
@@ -25,57 +40,113 @@ from .exchange import import_predictions
 from .grounding import measure_grounding
 from .metrics import measure
 from .paraphrases import read_wordings
-from .registration import check_registration, keep_registration, mark_first_answer, read_registration
-from .score import DEFAULTS, AuditSettings, _same_model, check_lines, check_model, model_name, open_model, read_checks, score_model
+from smsbench.sms.registration import (
+    check_registration,
+    keep_registration,
+    mark_first_answer,
+    read_registration,
+)
+from smsbench.sms.score import (
+    DEFAULTS,
+    AuditSettings,
+    _same_model,
+    check_lines,
+    check_model,
+    model_name,
+    open_model,
+    read_checks,
+    score_model,
+)
 from .shifts import ARMS, attainable_lines, cohort_hash, make_plan, select_arms
 from .verdicts import give_verdicts
 
-_all_ = ['AuditSettings', 'model_name', 'open_model', 'score_model', 'read_checks', 'check_lines', '_same_model']   # what a run is made of, in one place
+_all_ = [
+    'AuditSettings',
+    'model_name',
+    'open_model',
+    'score_model',
+    'read_checks',
+    'check_lines',
+    '_same_model',
+]  # what a run is made of, in one place
 
 # %% ../../nbs/35_sms.run.ipynb #7fe6ccae
 def freeze_plan(
-    run:Run,                # run directory
-    cohort:pd.DataFrame,    # cohort table
-    source,                 # its `Source`
-    settings:AuditSettings,
-)->pd.DataFrame:            # the plan
+    run: Run,  # run directory
+    cohort: pd.DataFrame,  # cohort table
+    source,  # its `Source`
+    settings: AuditSettings,
+) -> pd.DataFrame:  # the plan
     "Write plan.parquet and plan_exclusions.parquet, or read the plan that this run already has."
-    if (run/'plan.parquet').exists(): return read_table(run/'plan.parquet', 'plan')
-    plan, excluded = make_plan(cohort, settings.arms, settings.seed, settings.match, settings.variants, source.image,
-                               settings.rewordings, settings.probes, source.rows, settings.donors, settings.margin)
-    write_table(excluded, run/'plan_exclusions.parquet')
-    write_table(plan, run/'plan.parquet', 'plan')
-    return read_table(run/'plan.parquet', 'plan')    # what a resumed run would read
+    if (run / 'plan.parquet').exists():
+        return read_table(run / 'plan.parquet', 'plan')
+    plan, excluded = make_plan(
+        cohort,
+        settings.arms,
+        settings.seed,
+        settings.match,
+        settings.variants,
+        source.image,
+        settings.rewordings,
+        settings.probes,
+        source.rows,
+        settings.donors,
+        settings.margin,
+    )
+    write_table(excluded, run / 'plan_exclusions.parquet')
+    write_table(plan, run / 'plan.parquet', 'plan')
+    return read_table(run / 'plan.parquet', 'plan')  # what a resumed run would read
 
 # %% ../../nbs/35_sms.run.ipynb #8576db30
 def mark_void(
-    metrics:pd.DataFrame, # metrics table
-    delivery:dict,        # what `prove_delivery` found
-)->pd.DataFrame:          # the same, with a note on every number that rests on a void arm
+    metrics: pd.DataFrame,  # metrics table
+    delivery: dict,  # what `prove_delivery` found
+) -> pd.DataFrame:  # the same, with a note on every number that rests on a void arm
     "Say beside each number of a void arm, or of an arm compared with one, that it does not count."
-    void = {m: {a for a, v in arms.items() if v['verdict'] == 'void'} for m, arms in delivery.items()}
-    rests = [bool(({r.arm} | ({ARMS[r.arm].versus, ARMS[r.arm].control} if r.arm in ARMS else set(ARMS))) & set().union(*(void.get(m, set()) for m in re.split(' [−×] ', r.model))))
-             for r in metrics.itertuples()]
-    out = metrics.assign(note=['void: rests on an arm that was not delivered' if bad else note for bad, note in zip(rests, metrics.note)])
+    void = {
+        m: {a for a, v in arms.items() if v['verdict'] == 'void'} for m, arms in delivery.items()
+    }
+    rests = [
+        bool(
+            ({r.arm} | ({ARMS[r.arm].versus, ARMS[r.arm].control} if r.arm in ARMS else set(ARMS)))
+            & set().union(*(void.get(m, set()) for m in re.split(' [−×] ', r.model)))
+        )
+        for r in metrics.itertuples()
+    ]
+    out = metrics.assign(
+        note=[
+            'void: rests on an arm that was not delivered' if bad else note
+            for bad, note in zip(rests, metrics.note)
+        ]
+    )
     out.attrs = metrics.attrs
     return out
 
 # %% ../../nbs/35_sms.run.ipynb #d69f0c57
 def conclude(
-    run:Run,                 # run directory with plan and predictions
-    settings:AuditSettings,
-)->dict:                     # the verdicts
+    run: Run,  # run directory with plan and predictions
+    settings: AuditSettings,
+) -> dict:  # the verdicts
     "Delivery proof, metrics and verdicts of a run; writes delivery.json, metrics.parquet and verdicts.json."
-    plan, predictions = read_table(run/'plan.parquet', 'plan'), read_predictions(run)
+    plan, predictions = read_table(run / 'plan.parquet', 'plan'), read_predictions(run)
     delivery = prove_delivery(plan, predictions)
-    write_json(delivery, run/'delivery.json')
+    write_json(delivery, run / 'delivery.json')
     metrics = _all_metrics(plan, predictions, settings)
-    write_table(mark_void(metrics, delivery), run/'metrics.parquet', 'metrics')
-    verdicts = give_verdicts(plan, predictions, delivery, settings.margin, family=settings.family, margin_reason=settings.margin_reason)
+    write_table(mark_void(metrics, delivery), run / 'metrics.parquet', 'metrics')
+    verdicts = give_verdicts(
+        plan,
+        predictions,
+        delivery,
+        settings.margin,
+        family=settings.family,
+        margin_reason=settings.margin_reason,
+    )
     add_caveats(run, verdicts, delivery, plan, predictions)
-    write_json(verdicts, run/'verdicts.json')
-    for line in void_lines(delivery): run.log(line)
+    write_json(verdicts, run / 'verdicts.json')
+    for line in void_lines(delivery):
+        run.log(line)
     return verdicts
+
 
 def _all_metrics(plan, predictions, settings):
     "What is measured of arms, of rewordings, and of confidence and grounding, in one table."
@@ -87,87 +158,148 @@ def _all_metrics(plan, predictions, settings):
 
 # %% ../../nbs/35_sms.run.ipynb #52a0d281
 def add_caveats(
-    run:Run,        # run directory
-    verdicts:dict,  # from `give_verdicts`; each model gains `caveats`
-    delivery:dict,  # what `prove_delivery` found
-    plan:pd.DataFrame,        # the plan
-    predictions:pd.DataFrame, # answers, with what is known of the models in the metadata
+    run: Run,  # run directory
+    verdicts: dict,  # from `give_verdicts`; each model gains `caveats`
+    delivery: dict,  # what `prove_delivery` found
+    plan: pd.DataFrame,  # the plan
+    predictions: pd.DataFrame,  # answers, with what is known of the models in the metadata
 ):
     "Put the caveats beside the verdicts."
-    asked = read_json(run/'config.json') if (run/'config.json').exists() else {}
-    files = read_audit(run/'files') if (run/'files'/'findings.parquet').exists() else None
-    columns = list(read_table(run/'cohort.parquet').columns) if (run/'cohort.parquet').exists() else []
+    asked = read_json(run / 'config.json') if (run / 'config.json').exists() else {}
+    files = read_audit(run / 'files') if (run / 'files' / 'findings.parquet').exists() else None
+    columns = (
+        list(read_table(run / 'cohort.parquet').columns)
+        if (run / 'cohort.parquet').exists()
+        else []
+    )
     about, known = asked.get('config', {}).get('cohort', {}), predictions.attrs.get('models', {})
     for model, verdict in verdicts['models'].items():
-        verdict['caveats'] = gather_caveats(model, verdict, delivery.get(model, {}), files, known.get(model, {}),
-                                            about, dict(asked, plan=plan.attrs, columns=columns))
+        verdict['caveats'] = gather_caveats(
+            model,
+            verdict,
+            delivery.get(model, {}),
+            files,
+            known.get(model, {}),
+            about,
+            dict(asked, plan=plan.attrs, columns=columns),
+        )
 
 # %% ../../nbs/35_sms.run.ipynb #b70dd473
 def void_lines(
-    delivery:dict, # what `prove_delivery` found
-)->list[str]:      # one line per model with a void arm
+    delivery: dict,  # what `prove_delivery` found
+) -> list[str]:  # one line per model with a void arm
     "What to tell the user about arms that were not delivered."
-    bad = {m: {a: v['why'] for a, v in arms.items() if v['verdict'] == 'void'} for m, arms in delivery.items()}
-    return [f"{m}: void arm{'s' * (len(arms) > 1)} {', '.join(arms)} ({next(iter(arms.values()))}); no verdict is given" for m, arms in bad.items() if arms]
+    bad = {
+        m: {a: v['why'] for a, v in arms.items() if v['verdict'] == 'void'}
+        for m, arms in delivery.items()
+    }
+    return [
+        f"{m}: void arm{'s' * (len(arms) > 1)} {', '.join(arms)} ({next(iter(arms.values()))}); no verdict is given"
+        for m, arms in bad.items()
+        if arms
+    ]
 
 # %% ../../nbs/35_sms.run.ipynb #17f01412
 def audit_the_files(
-    run:Run,             # run directory
-    held:Holding,        # the cohort
-    files:pd.DataFrame,  # measures of the files, or None
-    exclusions:pd.DataFrame, # what the manifest left out, or None
-    root='',             # folder of the images
-    seed:int=0,          # folds and resamples
-    remote:bool=False,   # whether images may be fetched from other machines
+    run: Run,  # run directory
+    held: Holding,  # the cohort
+    files: pd.DataFrame,  # measures of the files, or None
+    exclusions: pd.DataFrame,  # what the manifest left out, or None
+    root='',  # folder of the images
+    seed: int = 0,  # folds and resamples
+    remote: bool = False,  # whether images may be fetched from other machines
 ):
     "What the files give away, kept in the run directory for the report; done once."
-    if (run/'files'/'findings.parquet').exists(): return
-    if files is None: files = scan_holding(held, root, run/'files'/'scan', remote=remote)
+    if (run / 'files' / 'findings.parquet').exists():
+        return
+    if files is None:
+        files = scan_holding(held, root, run / 'files' / 'scan', remote=remote)
     found = audit_holding(held, files, exclusions, root, seed)
-    write_audit(found, run/'files')
+    write_audit(found, run / 'files')
     counts = found.findings.severity.value_counts()
     run.log(f"files: {', '.join(f'{counts.get(s, 0)} {s}' for s in SEVERITIES)}")
 
 # %% ../../nbs/35_sms.run.ipynb #56b7663e
 def _about(cohort):
     "What a run says about its data."
-    return {k: cohort.attrs.get(k) for k in ('manifest', 'version', 'access', 'manifest_hash', 'licence', 'citation', 'title', 'label_source')}
+    return {
+        k: cohort.attrs.get(k)
+        for k in (
+            'manifest',
+            'version',
+            'access',
+            'manifest_hash',
+            'licence',
+            'citation',
+            'title',
+            'label_source',
+        )
+    }
+
 
 def run_audit(
-    out,                     # run directory; a run that stopped goes on here
-    cohort,                  # cohort table with its metadata; or `Built`, which brings its exclusions and files
-    models,                  # model specs, see `open_model`
-    settings:AuditSettings=DEFAULTS,
-    plan:pd.DataFrame=None,  # a plan made before; None makes one
-    root='',                 # folder of the images; '' takes the cohort's own
-    exclusions:pd.DataFrame=None, # what the manifest left out
-    files:pd.DataFrame=None, # measures of the image files, from `scan_files`; None makes them
-    remote:bool=False,       # whether images may be fetched from other machines
-    registration='',         # file of a registration that the run must keep to; True registers before the first answer
-    **how,                   # options of `open_model`: device, dtype, batch_size, level, ...
-)->Run:                      # the run directory, with everything but the report in it
+    out,  # run directory; a run that stopped goes on here
+    cohort,  # cohort table with its metadata; or `Built`, which brings its exclusions and files
+    models,  # model specs, see `open_model`
+    settings: AuditSettings = DEFAULTS,
+    plan: pd.DataFrame = None,  # a plan made before; None makes one
+    root='',  # folder of the images; '' takes the cohort's own
+    exclusions: pd.DataFrame = None,  # what the manifest left out
+    files: pd.DataFrame = None,  # measures of the image files, from `scan_files`; None makes them
+    remote: bool = False,  # whether images may be fetched from other machines
+    registration='',  # file of a registration that the run must keep to; True registers before the first answer
+    **how,  # options of `open_model`: device, dtype, batch_size, level, ...
+) -> Run:  # the run directory, with everything but the report in it
     "cohort → audit of its files → plan → predictions → delivery proof → metrics → verdicts."
     names = [model_name(m) for m in models]
-    if len(set(names)) < len(names) or not names: raise InputError(f'models {names}: at least one, each with a name of its own')
+    if len(set(names)) < len(names) or not names:
+        raise InputError(f'models {names}: at least one, each with a name of its own')
     select_arms(settings.arms, settings.probes)
-    if isinstance(cohort, Built): exclusions, files = cohort.exclusions, cohort.files if len(cohort.files) else None
-    if not (Path(out)/'config.json').exists():       # a file or model that is not there leaves nothing behind
-        if settings.wordings: read_wordings(settings.wordings)
-        for m in models: check_model(m, **how)
+    if isinstance(cohort, Built):
+        exclusions, files = cohort.exclusions, cohort.files if len(cohort.files) else None
+    if not (
+        Path(out) / 'config.json'
+    ).exists():  # a file or model that is not there leaves nothing behind
+        if settings.wordings:
+            read_wordings(settings.wordings)
+        for m in models:
+            check_model(m, **how)
     held = hold(cohort, root)
     if registration and registration is not True:
-        check_registration(read_registration(registration), settings, cohort_hash(held.cohort), plan.attrs['plan_hash'] if plan is not None else '')
+        check_registration(
+            read_registration(registration),
+            settings,
+            cohort_hash(held.cohort),
+            plan.attrs['plan_hash'] if plan is not None else '',
+        )
     run = Run(out)
-    for m in models: _same_model(run, model_name(m), m, how, write=False)
+    for m in models:
+        _same_model(run, model_name(m), m, how, write=False)
     cohort, source = held.cohort, Source(held, root, remote=remote)
     about = _about(cohort)
-    run.freeze(dict(kind='sms_audit', models=names, cohort=about, cohort_hash=cohort_hash(cohort), plan_hash=plan.attrs['plan_hash'] if plan is not None else None, **settings.asked), root=str(source.root), specs={model_name(m): str(m) for m in models}, **how)
+    run.freeze(
+        dict(
+            kind='sms_audit',
+            models=names,
+            cohort=about,
+            cohort_hash=cohort_hash(cohort),
+            plan_hash=plan.attrs['plan_hash'] if plan is not None else None,
+            **settings.asked,
+        ),
+        root=str(source.root),
+        specs={model_name(m): str(m) for m in models},
+        **how,
+    )
     _keep_cohort(run, cohort, exclusions)
     audit_the_files(run, held, files, exclusions, source.root, settings.seed, remote)
-    if plan is not None and not (run/'plan.parquet').exists(): write_table(plan, run/'plan.parquet', 'plan')
+    if plan is not None and not (run / 'plan.parquet').exists():
+        write_table(plan, run / 'plan.parquet', 'plan')
     plan = freeze_plan(run, cohort, source, settings)
-    run.log(f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of {shown(plan.sample_id.nunique(), about['access'])} samples, {shown(plan.patient_id.nunique(), about['access'])} patients, {plan.arm.nunique()} arms")
-    for line in attainable_lines(plan, settings.margin): run.log(line)
+    run.log(
+        f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of {shown(plan.sample_id.nunique(), about['access'])} samples, {shown(plan.patient_id.nunique(), about['access'])} patients, {plan.arm.nunique()} arms"
+    )
+    for line in attainable_lines(plan, settings.margin):
+        run.log(line)
     keep_registration(run, registration, plan, settings)
     mark_first_answer(run)
     for spec in models:
@@ -177,35 +309,48 @@ def run_audit(
     conclude(run, settings)
     return run
 
+
 def _write_environment(run, plan, about, device=''):
     "What the run was made with; a resumed run that loads no model leaves the record of the one that did."
-    made = environment(device, manifest=about['manifest_hash'], cohort=plan.attrs.get('cohort_hash'), plan=plan.attrs['plan_hash'])
-    if made['torch_build'] or not (run/'environment.json').exists(): write_json(made, run/'environment.json')
+    made = environment(
+        device,
+        manifest=about['manifest_hash'],
+        cohort=plan.attrs.get('cohort_hash'),
+        plan=plan.attrs['plan_hash'],
+    )
+    if made['torch_build'] or not (run / 'environment.json').exists():
+        write_json(made, run / 'environment.json')
+
 
 def _keep_cohort(run, cohort, exclusions):
     "The cohort stays in the run directory for examples in the report."
-    if cohort.attrs.get('access') == 'credentialed' and not cohort.attrs.get('sealed'): raise InputError('this cohort of credentialed data is not sealed; make it with `smsbench cohort`')
-    write_table(cohort, run/'cohort.parquet', 'cohort')
-    if exclusions is not None: write_table(exclusions, run/'cohort_exclusions.parquet')
+    if cohort.attrs.get('access') == 'credentialed' and not cohort.attrs.get('sealed'):
+        raise InputError(
+            'this cohort of credentialed data is not sealed; make it with `smsbench cohort`'
+        )
+    write_table(cohort, run / 'cohort.parquet', 'cohort')
+    if exclusions is not None:
+        write_table(exclusions, run / 'cohort_exclusions.parquet')
 
 # %% ../../nbs/35_sms.run.ipynb #62e60d61
 @dataclass
 class Results:
     "Everything a run directory holds."
+
     path: Path
-    config: dict             # what was computed
+    config: dict  # what was computed
     config_hash: str
-    root: str                # where the images lay
+    root: str  # where the images lay
     environment: dict
     plan: pd.DataFrame
     predictions: pd.DataFrame
     delivery: dict
     metrics: pd.DataFrame
-    verdicts: dict           # {model: {relies_on_image, relies_on_text, void_arms, unproven_arms, findings}}
+    verdicts: dict  # {model: {relies_on_image, relies_on_text, void_arms, unproven_arms, findings}}
     cohort: pd.DataFrame
-    exclusions: dict = field(default_factory=dict) # stage -> table
-    files: FileAudit | None = None # the audit of the files; None where they were not at hand
-    checks: dict = field(default_factory=dict) # model -> answers scored again at level 0
+    exclusions: dict = field(default_factory=dict)  # stage -> table
+    files: FileAudit | None = None  # the audit of the files; None where they were not at hand
+    checks: dict = field(default_factory=dict)  # model -> answers scored again at level 0
 
     @property
     def open(self):
@@ -214,41 +359,81 @@ class Results:
 
 # %% ../../nbs/35_sms.run.ipynb #993c63d3
 def load_results(
-    path, # run directory
-)->Results:
+    path,  # run directory
+) -> Results:
     "Read a finished run; `InputError` names what is missing."
     run, held = _read_run(path, 'verdicts.json', 'run', 'run the audit')
-    return Results(**held, verdicts=read_json(run/'verdicts.json')['models'], files=read_audit(run/'files') if (run/'files'/'findings.parquet').exists() else None, checks=read_checks(run))
+    return Results(
+        **held,
+        verdicts=read_json(run / 'verdicts.json')['models'],
+        files=read_audit(run / 'files') if (run / 'files' / 'findings.parquet').exists() else None,
+        checks=read_checks(run),
+    )
+
 
 def _read_run(path, last, what, again):
     "The directory and what an audit and a comparison have in common."
     run = Run(path) if Path(path).is_dir() else None
-    missing = [f for f in ('config.json', 'plan.parquet', 'delivery.json', 'metrics.parquet', last) if run is None or not (run/f).exists()]
-    if missing: raise InputError(f"{path}: not a finished {what} (no {', '.join(missing)}); {again} again with this --out and it will resume")
-    c = read_json(run/'config.json')
-    return run, dict(path=run.path, config=c['config'], config_hash=c['config_hash'], root=c['loose'].get('root', ''), environment=read_json(run/'environment.json'), plan=read_table(run/'plan.parquet', 'plan'),
-                     predictions=read_predictions(run), delivery=read_json(run/'delivery.json'), metrics=read_table(run/'metrics.parquet', 'metrics'), cohort=read_table(run/'cohort.parquet', 'cohort'),
-                     exclusions={s: read_table(run/f'{s}_exclusions.parquet') for s in ('cohort', 'plan') if (run/f'{s}_exclusions.parquet').exists()})
+    missing = [
+        f
+        for f in ('config.json', 'plan.parquet', 'delivery.json', 'metrics.parquet', last)
+        if run is None or not (run / f).exists()
+    ]
+    if missing:
+        raise InputError(
+            f"{path}: not a finished {what} (no {', '.join(missing)}); {again} again with this --out and it will resume"
+        )
+    c = read_json(run / 'config.json')
+    return run, dict(
+        path=run.path,
+        config=c['config'],
+        config_hash=c['config_hash'],
+        root=c['loose'].get('root', ''),
+        environment=read_json(run / 'environment.json'),
+        plan=read_table(run / 'plan.parquet', 'plan'),
+        predictions=read_predictions(run),
+        delivery=read_json(run / 'delivery.json'),
+        metrics=read_table(run / 'metrics.parquet', 'metrics'),
+        cohort=read_table(run / 'cohort.parquet', 'cohort'),
+        exclusions={
+            s: read_table(run / f'{s}_exclusions.parquet')
+            for s in ('cohort', 'plan')
+            if (run / f'{s}_exclusions.parquet').exists()
+        },
+    )
 
 # %% ../../nbs/35_sms.run.ipynb #cdab3be2
 def run_import(
-    out,                 # run directory
-    file,                # JSON-lines file of answers
-    plan:pd.DataFrame,   # the plan they answer
-    cohort:pd.DataFrame, # the cohort the plan was made from, for the examples of the report
-    name:str='',         # what to call the model; '' takes the file's name
-    settings:AuditSettings=DEFAULTS,
-    exclusions:pd.DataFrame=None, # what the manifest left out
-    registration='',     # file of a registration that the analysis must keep to
-)->Run:                  # the run directory
+    out,  # run directory
+    file,  # JSON-lines file of answers
+    plan: pd.DataFrame,  # the plan they answer
+    cohort: pd.DataFrame,  # the cohort the plan was made from, for the examples of the report
+    name: str = '',  # what to call the model; '' takes the file's name
+    settings: AuditSettings = DEFAULTS,
+    exclusions: pd.DataFrame = None,  # what the manifest left out
+    registration='',  # file of a registration that the analysis must keep to
+) -> Run:  # the run directory
     "imported answers → delivery proof → metrics → verdicts."
-    if registration: check_registration(read_registration(registration), settings, cohort_hash(cohort), plan.attrs['plan_hash'])
+    if registration:
+        check_registration(
+            read_registration(registration), settings, cohort_hash(cohort), plan.attrs['plan_hash']
+        )
     run, name = Run(out), name or Path(file).stem
     about = _about(cohort)
-    run.freeze(dict(kind='sms_audit', models=[name], cohort=about, cohort_hash=cohort_hash(cohort), plan_hash=plan.attrs['plan_hash'], **settings.asked), root=cohort.attrs.get('root', ''))
+    run.freeze(
+        dict(
+            kind='sms_audit',
+            models=[name],
+            cohort=about,
+            cohort_hash=cohort_hash(cohort),
+            plan_hash=plan.attrs['plan_hash'],
+            **settings.asked,
+        ),
+        root=cohort.attrs.get('root', ''),
+    )
     _keep_cohort(run, cohort, exclusions)
     _write_environment(run, plan, about)
-    write_table(plan, run/'plan.parquet', 'plan')
+    write_table(plan, run / 'plan.parquet', 'plan')
     keep_registration(run, registration, plan, settings)
     mark_first_answer(run, known=False)
     p = import_predictions(file, plan, run, name, settings.max_failures)

@@ -19,49 +19,62 @@ from ..vlm.models import Answer
 
 # %% ../../nbs/34a_sms.score.ipynb #b2af65c7
 def model_name(
-    spec:str, # what the user typed
-)->str:       # what tables and reports call the model
+    spec: str,  # what the user typed
+) -> str:  # what tables and reports call the model
     "Name of a model: a folder's own name, today's name of a reference VLM, else the spec itself."
     from smsbench.vlm.reference import reference_name
+
     return Path(spec).resolve().name if Path(spec).is_dir() else reference_name(spec)
 
 # %% ../../nbs/34a_sms.score.ipynb #ae65066d
 def check_model(
-    spec:str,      # see `open_model`
-    revision=None, # hub revision
-    trust_remote_code:bool=False, # may its own code define the classes?
-    **_,           # further options of `open_model`
+    spec: str,  # see `open_model`
+    revision=None,  # hub revision
+    trust_remote_code: bool = False,  # may its own code define the classes?
+    **_,  # further options of `open_model`
 ):
     "`InputError` where `open_model` would find no model of that name."
     if spec.startswith('planted:'):
         from smsbench.vlm.planted import planted
-        planted(spec); return
+
+        planted(spec)
+        return
     from smsbench.vlm.checkpoints import check_checkpoint
     from smsbench.vlm.reference import REFERENCE, reference_name
+
     spec = reference_name(spec)
-    if spec.startswith('reference-') and spec not in REFERENCE: raise InputError(f"unknown reference model {spec!r}; choose from {', '.join(REFERENCE)}")
-    if spec not in REFERENCE: check_checkpoint(spec, revision, trust_remote_code)
+    if spec.startswith('reference-') and spec not in REFERENCE:
+        raise InputError(f"unknown reference model {spec!r}; choose from {', '.join(REFERENCE)}")
+    if spec not in REFERENCE:
+        check_checkpoint(spec, revision, trust_remote_code)
 
 # %% ../../nbs/34a_sms.score.ipynb #16be3873
 def open_model(
-    spec:str,         # 'planted:…', 'reference-…', a Hugging Face id or a folder
-    device:str='auto', # 'cpu', 'cuda', 'cuda:1', 'auto'
-    dtype:str='auto', # 'float32', 'bfloat16', 'float16' or 'auto' (as the checkpoint says)
-    batch_size:int=16, # rows of a forward pass at most
-    level='auto',     # how much work trials may share, see `smsbench.vlm.scoring.fast`
-    budget_gib:float|None=None, # memory for what they share, GiB; None: as `fast` chooses
-    **loading,        # further options of `load_model`: system, extra, revision, quantization, attn_implementation, trust_remote_code
-):                    # a `smsbench.vlm.models.Model`
+    spec: str,  # 'planted:…', 'reference-…', a Hugging Face id or a folder
+    device: str = 'auto',  # 'cpu', 'cuda', 'cuda:1', 'auto'
+    dtype: str = 'auto',  # 'float32', 'bfloat16', 'float16' or 'auto' (as the checkpoint says)
+    batch_size: int = 16,  # rows of a forward pass at most
+    level='auto',  # how much work trials may share, see `smsbench.vlm.scoring.fast`
+    budget_gib: float | None = None,  # memory for what they share, GiB; None: as `fast` chooses
+    **loading,  # further options of `load_model`: system, extra, revision, quantization, attn_implementation, trust_remote_code
+):  # a `smsbench.vlm.models.Model`
     "Load a model; `InputError` where there is none of that name."
     if spec.startswith('planted:'):
         from smsbench.vlm.planted import planted
+
         return planted(spec)
     from smsbench.vlm.models import load_model
     from smsbench.vlm.reference import REFERENCE, reference_name, reference_path
     from smsbench.vlm.scoring import fast
+
     spec = reference_name(spec)
     check_model(spec, loading.get('revision'), loading.get('trust_remote_code', False))
-    model = load_model(reference_path(spec) if spec in REFERENCE else spec, device=device, dtype='float32' if spec in REFERENCE else dtype, **loading)
+    model = load_model(
+        reference_path(spec) if spec in REFERENCE else spec,
+        device=device,
+        dtype='float32' if spec in REFERENCE else dtype,
+        **loading,
+    )
     model.name = model_name(spec)
     return fast(model, level, budget_gib, max_rows=batch_size)
 
@@ -69,16 +82,26 @@ def open_model(
 @dataclass(frozen=True, kw_only=True)
 class Wordings:
     "Where rewordings of the questions come from."
-    paraphrases: int|str = 0 # rewordings of each question by rule; 'cohort': those that the cohort brings as rows
-    wordings: str = ''       # CSV file with rewordings of one's own, see `smsbench.sms.paraphrases`
+
+    paraphrases: int | str = (
+        0  # rewordings of each question by rule; 'cohort': those that the cohort brings as rows
+    )
+    wordings: str = ''  # CSV file with rewordings of one's own, see `smsbench.sms.paraphrases`
 
     def __post_init__(self):
-        if self.paraphrases and self.wordings: raise InputError('rewordings come by rule, from the cohort, or from a file: name one of them')
+        if self.paraphrases and self.wordings:
+            raise InputError(
+                'rewordings come by rule, from the cohort, or from a file: name one of them'
+            )
 
     @property
     def worded(self):
         "What of it decides the numbers; a file counts by its content."
-        own = content_hash(Path(self.wordings).read_bytes()) if self.wordings and Path(self.wordings).is_file() else self.wordings
+        own = (
+            content_hash(Path(self.wordings).read_bytes())
+            if self.wordings and Path(self.wordings).is_file()
+            else self.wordings
+        )
         return {k: v for k, v in dict(paraphrases=self.paraphrases, wordings=own).items() if v}
 
     @property
@@ -90,102 +113,184 @@ class Wordings:
 @dataclass(frozen=True)
 class AuditSettings(Wordings):
     "What an audit computes."
-    arms: tuple[str, ...] = ()              # arm names; empty means all that the cohort allows
-    seed: int = 0                           # of the donors and of the resampling
-    match: tuple[str, ...] = ()             # columns in which donor and sample must agree
+
+    arms: tuple[str, ...] = ()  # arm names; empty means all that the cohort allows
+    seed: int = 0  # of the donors and of the resampling
+    match: tuple[str, ...] = ()  # columns in which donor and sample must agree
     variants: tuple[str, ...] = ('plain',)  # prompt variants
-    margin: float = .05                     # the smallest movement that matters for a verdict
-    n_boot: int = 2000                      # resamples of patients
-    minimum: int = 10                       # samples below which a number is suppressed
-    max_failures: float = .05               # share of failing trials above which the run fails
-    system: str = ''                        # system prompt of every question; '' is the family's default
-    extra: str = ''                         # sentence behind every question; '' is the family's default
-    check: int = 16                         # trials per model that are scored again at level 0; 0 checks nothing
-    probes: tuple[str, ...] = ()            # keys of `smsbench.sms.shifts.PROBES`
-    donors: int|str = 'auto'                # donors per sample in the arms that verdicts rest on, see `make_plan`
-    family: str = 'run'                     # verdicts over which the error rates hold: run, model or none
-    primary: str = 'image'                  # the question that was asked first: image or text
-    margin_reason: str = ''                 # why the margin is what it is
+    margin: float = 0.05  # the smallest movement that matters for a verdict
+    n_boot: int = 2000  # resamples of patients
+    minimum: int = 10  # samples below which a number is suppressed
+    max_failures: float = 0.05  # share of failing trials above which the run fails
+    system: str = ''  # system prompt of every question; '' is the family's default
+    extra: str = ''  # sentence behind every question; '' is the family's default
+    check: int = 16  # trials per model that are scored again at level 0; 0 checks nothing
+    probes: tuple[str, ...] = ()  # keys of `smsbench.sms.shifts.PROBES`
+    donors: int | str = (
+        'auto'  # donors per sample in the arms that verdicts rest on, see `make_plan`
+    )
+    family: str = 'run'  # verdicts over which the error rates hold: run, model or none
+    primary: str = 'image'  # the question that was asked first: image or text
+    margin_reason: str = ''  # why the margin is what it is
 
     @property
     def asked(self):
         "What decides the numbers, and so may not change when a run is resumed."
-        return {k: v for k, v in self.__dict__.items() if k not in ('check', 'paraphrases', 'wordings', 'probes')} | self.worded | ({'probes': self.probes} if self.probes else {})
+        return (
+            {
+                k: v
+                for k, v in self.__dict__.items()
+                if k not in ('check', 'paraphrases', 'wordings', 'probes')
+            }
+            | self.worded
+            | ({'probes': self.probes} if self.probes else {})
+        )
 
-DEFAULTS = AuditSettings() # what an audit computes unless it is told otherwise
+
+DEFAULTS = AuditSettings()  # what an audit computes unless it is told otherwise
 
 # %% ../../nbs/34a_sms.score.ipynb #66bb377b
 def check_answers(
-    run:Run,        # run directory
-    model,          # a `FastModel`
-    trials:list,    # some trials that it answered (rows of a plan)
-    source,         # a `Source`
-    recorded:pd.DataFrame, # predictions, these trials among them
+    run: Run,  # run directory
+    model,  # a `FastModel`
+    trials: list,  # some trials that it answered (rows of a plan)
+    source,  # a `Source`
+    recorded: pd.DataFrame,  # predictions, these trials among them
 ):
     "Score some trials again at level 0 and hold the recorded answers against it; what came out, and the spellings that count as an answer, go to checks.json."
     from smsbench.vlm.scoring import check
-    inputs, rows = [source.inputs(t) for t in trials], recorded.set_index('trial_id').loc[[t.trial_id for t in trials]]
-    answers = [Answer(tuple(r.logprobs), r.answer_mass, r.pixel_sha, r.token_sha, r.delivered_sha) for r in rows.itertuples()]
-    if model.info.get('level') is None: model.score(inputs)      # resumed: the model has not yet settled on a level
+
+    inputs, rows = (
+        [source.inputs(t) for t in trials],
+        recorded.set_index('trial_id').loc[[t.trial_id for t in trials]],
+    )
+    answers = [
+        Answer(tuple(r.logprobs), r.answer_mass, r.pixel_sha, r.token_sha, r.delivered_sha)
+        for r in rows.itertuples()
+    ]
+    if model.info.get('level') is None:
+        model.score(inputs)  # resumed: the model has not yet settled on a level
     found = check(model, inputs, len(inputs), answers)
     alike = [x for x in inputs if x.choices == inputs[0].choices]
     spellings = model.model.variant_mass(alike).drop(columns='ids').to_dict('records')
-    how = {k: model.info.get(k) for k in ('level', 'reuse', 'why', 'largest_difference', 'tolerance', 'tried', 'route', 'family')}
-    write_json(read_checks(run) | {model.name: how | dict(n=found.n, max_diff=found.max_diff, flips=found.flips, undelivered=found.undelivered, ok=found.ok, said=str(found), spellings=spellings)}, run/'checks.json')
+    how = {
+        k: model.info.get(k)
+        for k in (
+            'level',
+            'reuse',
+            'why',
+            'largest_difference',
+            'tolerance',
+            'tried',
+            'route',
+            'family',
+        )
+    }
+    write_json(
+        read_checks(run)
+        | {
+            model.name: how
+            | dict(
+                n=found.n,
+                max_diff=found.max_diff,
+                flips=found.flips,
+                undelivered=found.undelivered,
+                ok=found.ok,
+                said=str(found),
+                spellings=spellings,
+            )
+        },
+        run / 'checks.json',
+    )
     run.log(f'{model.name}: {found}')
 
 # %% ../../nbs/34a_sms.score.ipynb #d7b88131
 def read_checks(
-    run:Run, # run directory
-)->dict:     # model -> what `check_answers` found
+    run: Run,  # run directory
+) -> dict:  # model -> what `check_answers` found
     "The checks of a run; none yet is an empty dictionary."
-    return read_json(run/'checks.json') if (run/'checks.json').exists() else {}
+    return read_json(run / 'checks.json') if (run / 'checks.json').exists() else {}
 
 # %% ../../nbs/34a_sms.score.ipynb #be16dde7
 def check_lines(
-    checks:dict, # from `read_checks`
-)->list[str]:    # one line per model that failed
+    checks: dict,  # from `read_checks`
+) -> list[str]:  # one line per model that failed
     "What to tell the user about answers that are not those of plain forward passes."
-    return [f"{m}: the answers of level {c['level']} are not those of level 0 ({c['said']}); score it again with --level 0 in another --out" for m, c in checks.items() if not c['ok']]
+    return [
+        f"{m}: the answers of level {c['level']} are not those of level 0 ({c['said']}); score it again with --level 0 in another --out"
+        for m, c in checks.items()
+        if not c['ok']
+    ]
 
 # %% ../../nbs/34a_sms.score.ipynb #5d0f087b
 def score_model(
-    spec:str,            # model, see `open_model`
-    plan:pd.DataFrame,   # the plan
-    source,              # a `Source`
-    run:Run,             # run directory
-    settings:AuditSettings=DEFAULTS,
-    batch_size:int=16,   # trials per call, or rows of a forward pass
-    **how,               # further options of `open_model`
-)->pd.DataFrame:         # predictions
+    spec: str,  # model, see `open_model`
+    plan: pd.DataFrame,  # the plan
+    source,  # a `Source`
+    run: Run,  # run directory
+    settings: AuditSettings = DEFAULTS,
+    batch_size: int = 16,  # trials per call, or rows of a forward pass
+    **how,  # further options of `open_model`
+) -> pd.DataFrame:  # predictions
     "Score the plan with one model and check some answers; the model is not even loaded where all that is there."
     done, name = _finished(run, plan, model_name(spec)), model_name(spec)
     _same_model(run, name, spec, how)
-    if done is not None and (settings.check == 0 or name in read_checks(run) or spec.startswith('planted:')): return done
-    model = open_model(spec, batch_size=batch_size, **dict(system=settings.system, extra=settings.extra), **how)
-    p = score_plan(plan, source, model, run, batch_size, max_failures=settings.max_failures) if done is None else done
+    if done is not None and (
+        settings.check == 0 or name in read_checks(run) or spec.startswith('planted:')
+    ):
+        return done
+    model = open_model(
+        spec, batch_size=batch_size, **dict(system=settings.system, extra=settings.extra), **how
+    )
+    p = (
+        score_plan(plan, source, model, run, batch_size, max_failures=settings.max_failures)
+        if done is None
+        else done
+    )
     good = plan[plan.trial_id.isin(p.trial_id[p.parse_status != 'error'])]
-    if settings.check and hasattr(model, 'score_each') and len(good): check_answers(run, model, list(good.iloc[_spread(len(good), settings.check)].itertuples(index=False)), source, p)
+    if settings.check and hasattr(model, 'score_each') and len(good):
+        check_answers(
+            run,
+            model,
+            list(good.iloc[_spread(len(good), settings.check)].itertuples(index=False)),
+            source,
+            p,
+        )
     return p
+
 
 def _same_model(run, name, spec, how, write=True):
     "`InputError` where this directory holds answers of another model of that name, or of the same model loaded otherwise."
     from smsbench.vlm.checkpoints import folder_hash
-    asked = {k: how.get(k) for k in ('dtype', 'revision', 'quantization', 'attn_implementation')} | dict(files=folder_hash(spec) if Path(spec).is_dir() else '')
+
+    asked = {
+        k: how.get(k) for k in ('dtype', 'revision', 'quantization', 'attn_implementation')
+    } | dict(files=folder_hash(spec) if Path(spec).is_dir() else '')
     asked = {k: v for k, v in asked.items() if v}
-    kept = read_json(run/'models.json') if (run/'models.json').exists() else {}
-    changed = sorted(k for k in asked.keys() | kept.get(name, asked).keys() if asked.get(k) != kept.get(name, asked).get(k))
-    if changed: raise InputError(f"{run.path} holds answers of {name} with another {', '.join(changed)}; choose another --out")
-    if write: write_json(kept | {name: asked}, run/'models.json')
+    kept = read_json(run / 'models.json') if (run / 'models.json').exists() else {}
+    changed = sorted(
+        k
+        for k in asked.keys() | kept.get(name, asked).keys()
+        if asked.get(k) != kept.get(name, asked).get(k)
+    )
+    if changed:
+        raise InputError(
+            f"{run.path} holds answers of {name} with another {', '.join(changed)}; choose another --out"
+        )
+    if write:
+        write_json(kept | {name: asked}, run / 'models.json')
+
 
 def _spread(n, k):
     "k of n places, evenly."
     return sorted({round(i * (n - 1) / max(min(k, n) - 1, 1)) for i in range(min(k, n))})
 
+
 def _finished(run, plan, name):
     "The predictions of a model, in the order of the plan, where all are there and none failed; else None."
     parts = [part_path(run, name, k) for k in range(-(-len(plan) // PART_SIZE))]
-    if not all(p.exists() for p in parts): return None
+    if not all(p.exists() for p in parts):
+        return None
     done = pd.concat([read_table(p) for p in parts], ignore_index=True)
     whole = not (done.parse_status == 'error').any() and set(done.trial_id) == set(plan.trial_id)
     return done.set_index('trial_id').loc[plan.trial_id].reset_index() if whole else None

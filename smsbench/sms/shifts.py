@@ -24,62 +24,94 @@ from ..stats import effective_number
 @dataclass(frozen=True)
 class Arm:
     "One condition under which a sample is shown."
+
     name: str
-    image: str = 'own'         # image operation
-    text: str = 'own'          # text operation
-    prompt: str = 'both'       # prompt kind, see `smsbench.sms.prompts.LEADS`
-    versus: str = 'original'   # the arm it is compared with
-    control: str = ''          # the arm that shows how much any such change moves the answer
-    pixels: str = 'same'       # against `versus`, the pixels must be: same, differ or absent
-    tokens: str = 'same'       # against `versus`, the tokens must be: same or differ
-    probe: bool = False        # is it shown only where it is asked for?
-    several: bool = False      # do several donors per sample take part, where a plan draws several?
+    image: str = 'own'  # image operation
+    text: str = 'own'  # text operation
+    prompt: str = 'both'  # prompt kind, see `smsbench.sms.prompts.LEADS`
+    versus: str = 'original'  # the arm it is compared with
+    control: str = ''  # the arm that shows how much any such change moves the answer
+    pixels: str = 'same'  # against `versus`, the pixels must be: same, differ or absent
+    tokens: str = 'same'  # against `versus`, the tokens must be: same or differ
+    probe: bool = False  # is it shown only where it is asked for?
+    several: bool = False  # do several donors per sample take part, where a plan draws several?
 
 # %% ../../nbs/31_sms.shifts.ipynb #7f45aba5
-ARMS = {a.name: a for a in [
-    Arm('original', versus=''),
-    Arm('identity'),
-    Arm('image_swap', image='other', control='image_swap_same', pixels='differ', several=True),
-    Arm('image_swap_same', image='same', pixels='differ', several=True),
-    Arm('text_swap', text='other', control='text_swap_same', tokens='differ', several=True),
-    Arm('text_swap_same', text='same', tokens='differ', several=True),
-    Arm('both_swap', image='other', text='other', pixels='differ', tokens='differ'),
-    Arm('text_only', image='none', prompt='text', pixels='absent', tokens='differ'),
-    Arm('text_only_told', image='none', prompt='text_told', pixels='absent', tokens='differ'),
-    Arm('image_only', text='none', prompt='image', tokens='differ'),
-    Arm('image_only_swap', image='other', text='none', prompt='image', versus='image_only',
-        control='image_only_swap_same', pixels='differ'),
-    Arm('image_only_swap_same', image='same', text='none', prompt='image', versus='image_only',
-        pixels='differ'),
-    Arm('neither', image='none', text='none', prompt='none', pixels='absent', tokens='differ'),
-    Arm('blank_image', image='grey', pixels='differ'),
-    Arm('shuffle_image', image='shuffle', pixels='differ'),
-    Arm('hard_swap', image='near', control='hard_swap_same', pixels='differ'),
-    Arm('hard_swap_same', image='near_same', pixels='differ'),
-    Arm('occlude_finding', image='occlude', control='occlude_elsewhere', pixels='differ'),
-    Arm('occlude_elsewhere', image='elsewhere', pixels='differ'),
-    Arm('foil', text='foil', control='foil_other', tokens='differ', probe=True),
-    Arm('foil_other', text='foil_other', tokens='differ', probe=True),
-    Arm('removed', text='removed', control='removed_other', tokens='differ', probe=True),
-    Arm('removed_other', text='removed_other', tokens='differ', probe=True),
-    Arm('history', text='history', control='history_same', tokens='differ', probe=True),
-    Arm('history_same', text='history_same', tokens='differ', probe=True),
-]}
-PROBES = {'foil': ('foil',), 'removed': ('removed',), 'history': ('history',), 'unmatched': ('image_swap', 'text_swap')} # probe -> arms it adds; unmatched is a prompt variant, right where something was swapped
+ARMS = {
+    a.name: a
+    for a in [
+        Arm('original', versus=''),
+        Arm('identity'),
+        Arm('image_swap', image='other', control='image_swap_same', pixels='differ', several=True),
+        Arm('image_swap_same', image='same', pixels='differ', several=True),
+        Arm('text_swap', text='other', control='text_swap_same', tokens='differ', several=True),
+        Arm('text_swap_same', text='same', tokens='differ', several=True),
+        Arm('both_swap', image='other', text='other', pixels='differ', tokens='differ'),
+        Arm('text_only', image='none', prompt='text', pixels='absent', tokens='differ'),
+        Arm('text_only_told', image='none', prompt='text_told', pixels='absent', tokens='differ'),
+        Arm('image_only', text='none', prompt='image', tokens='differ'),
+        Arm(
+            'image_only_swap',
+            image='other',
+            text='none',
+            prompt='image',
+            versus='image_only',
+            control='image_only_swap_same',
+            pixels='differ',
+        ),
+        Arm(
+            'image_only_swap_same',
+            image='same',
+            text='none',
+            prompt='image',
+            versus='image_only',
+            pixels='differ',
+        ),
+        Arm('neither', image='none', text='none', prompt='none', pixels='absent', tokens='differ'),
+        Arm('blank_image', image='grey', pixels='differ'),
+        Arm('shuffle_image', image='shuffle', pixels='differ'),
+        Arm('hard_swap', image='near', control='hard_swap_same', pixels='differ'),
+        Arm('hard_swap_same', image='near_same', pixels='differ'),
+        Arm('occlude_finding', image='occlude', control='occlude_elsewhere', pixels='differ'),
+        Arm('occlude_elsewhere', image='elsewhere', pixels='differ'),
+        Arm('foil', text='foil', control='foil_other', tokens='differ', probe=True),
+        Arm('foil_other', text='foil_other', tokens='differ', probe=True),
+        Arm('removed', text='removed', control='removed_other', tokens='differ', probe=True),
+        Arm('removed_other', text='removed_other', tokens='differ', probe=True),
+        Arm('history', text='history', control='history_same', tokens='differ', probe=True),
+        Arm('history_same', text='history_same', tokens='differ', probe=True),
+    ]
+}
+PROBES = {
+    'foil': ('foil',),
+    'removed': ('removed',),
+    'history': ('history',),
+    'unmatched': ('image_swap', 'text_swap'),
+}  # probe -> arms it adds; unmatched is a prompt variant, right where something was swapped
 
 # %% ../../nbs/31_sms.shifts.ipynb #b0c93f16
 def select_arms(
     names=(),  # arm names in any order; empty means all but the probes
-    probes=(), # keys of `PROBES`, beside them
-)->list[Arm]:  # in the order of `ARMS`, with the arms they are compared with and controlled by
+    probes=(),  # keys of `PROBES`, beside them
+) -> list[Arm]:  # in the order of `ARMS`, with the arms they are compared with and controlled by
     "The arms asked for and those without which they mean nothing."
-    if strange := [p for p in probes if p not in PROBES]: raise InputError(f"unknown probe {', '.join(strange)}; choose from {', '.join(PROBES)}")
+    if strange := [p for p in probes if p not in PROBES]:
+        raise InputError(f"unknown probe {', '.join(strange)}; choose from {', '.join(PROBES)}")
     unknown = [n for n in names if n not in ARMS]
-    if unknown: raise InputError(f"unknown arm {', '.join(unknown)}; choose from {', '.join(ARMS)}")
-    want, todo = set(), [*(names or (a.name for a in ARMS.values() if not a.probe)), *(n for p in probes for n in PROBES[p])]
+    if unknown:
+        raise InputError(f"unknown arm {', '.join(unknown)}; choose from {', '.join(ARMS)}")
+    want, todo = (
+        set(),
+        [
+            *(names or (a.name for a in ARMS.values() if not a.probe)),
+            *(n for p in probes for n in PROBES[p]),
+        ],
+    )
     while todo:
         arm = ARMS[todo.pop()]
-        if arm.name not in want: want.add(arm.name); todo += [n for n in (arm.versus, arm.control) if n]
+        if arm.name not in want:
+            want.add(arm.name)
+            todo += [n for n in (arm.versus, arm.control) if n]
     return [a for a in ARMS.values() if a.name in want]
 
 # %% ../../nbs/31_sms.shifts.ipynb #b31bc801
@@ -89,31 +121,41 @@ def _pop_fitting(heaps, fits):
     while chosen is None and any(heaps):
         heap = min((h for h in heaps if h), key=lambda h: h[0])
         entry = heapq.heappop(heap)
-        if fits(entry[2]): chosen = entry
+        if fits(entry[2]):
+            chosen = entry
         tried.append((heap, entry))
-    for heap, (uses, key, donor) in tried: heapq.heappush(heap, (uses + (chosen is not None and donor == chosen[2]), key, donor))
+    for heap, (uses, key, donor) in tried:
+        heapq.heappush(heap, (uses + (chosen is not None and donor == chosen[2]), key, donor))
     return chosen[2] if chosen else ''
 
 # %% ../../nbs/31_sms.shifts.ipynb #cb991e92
 def image_names(
-    cohort:pd.DataFrame, # cohort table
-)->pd.Series:            # `image_sha`, and the image reference where that is ''
+    cohort: pd.DataFrame,  # cohort table
+) -> pd.Series:  # `image_sha`, and the image reference where that is ''
     "What tells one picture from another."
-    return cohort.image_sha.mask(cohort.image_sha == '', cohort.image) if 'image_sha' in cohort else cohort.image
+    return (
+        cohort.image_sha.mask(cohort.image_sha == '', cohort.image)
+        if 'image_sha' in cohort
+        else cohort.image
+    )
 
 # %% ../../nbs/31_sms.shifts.ipynb #16edb011
 def _differs(a, b):
     "May `b` lend to `a`: another patient, another picture, another text?"
-    return a.patient_id != b.patient_id and a.image_sha != b.image_sha and (not a.text or a.text != b.text)
+    return (
+        a.patient_id != b.patient_id
+        and a.image_sha != b.image_sha
+        and (not a.text or a.text != b.text)
+    )
 
 # %% ../../nbs/31_sms.shifts.ipynb #eb89d220
 def draw_several(
-    cohort:pd.DataFrame, # cohort table
-    same_class:bool,     # draw from the sample's own class (control arms) or from the others?
-    k:int,               # donors per sample, at most
-    seed:int=0,          # which draw
-    match=(),            # columns in which donor and sample must agree
-)->list[dict[str, str]]: # k times sample_id -> donor's sample_id, '' where no further one fits
+    cohort: pd.DataFrame,  # cohort table
+    same_class: bool,  # draw from the sample's own class (control arms) or from the others?
+    k: int,  # donors per sample, at most
+    seed: int = 0,  # which draw
+    match=(),  # columns in which donor and sample must agree
+) -> list[dict[str, str]]:  # k times sample_id -> donor's sample_id, '' where no further one fits
     "Draw k different donors per sample, balanced over donors; the first are those of `draw_donors`."
     named = cohort.assign(image_sha=image_names(cohort))
     rows = {r.sample_id: r for r in named.itertuples(index=False)}
@@ -122,16 +164,22 @@ def draw_several(
     taken = {i: set() for i in rows}
     return [_one_draw(rows, heaps, taken, role, same_class, seed, match, d) for d in range(k)]
 
-UNKNOWN = ('', 'withheld') # values of a stratum that say nothing: two of them do not agree
+
+UNKNOWN = ('', 'withheld')  # values of a stratum that say nothing: two of them do not agree
+
 
 def _is_known(r, match):
     "Does a row have a value in every column in which donors must agree?"
     return not any(str(getattr(r, m)) in UNKNOWN or pd.isna(getattr(r, m)) for m in match)
 
+
 def _ordered(seed, role, who, ids):
     return sorted(ids, key=lambda i: (content_hash(seed, role, who, i), i))
 
-def _pool_of(r, match): return (r.finding, *(getattr(r, m) for m in match))
+
+def _pool_of(r, match):
+    return (r.finding, *(getattr(r, m) for m in match))
+
 
 def _donor_heaps(rows, role, seed, match):
     "Pool -> label -> heap of (uses, order, donor)."
@@ -140,6 +188,7 @@ def _donor_heaps(rows, role, seed, match):
         by_label = heaps.setdefault(_pool_of(rows[i], match), {})
         by_label.setdefault(rows[i].label, []).append((0, content_hash(seed, role, 'donor', i), i))
     return heaps
+
 
 def _one_draw(rows, heaps, taken, role, same_class, seed, match, draw):
     "A further donor for every sample, in an order of its own."
@@ -155,128 +204,216 @@ def _one_draw(rows, heaps, taken, role, same_class, seed, match, draw):
 
 # %% ../../nbs/31_sms.shifts.ipynb #5b1297bb
 def draw_donors(
-    cohort:pd.DataFrame, # cohort table
-    same_class:bool,     # draw from the sample's own class (control arms) or from the others?
-    seed:int=0,          # which draw
-    match=(),            # columns in which donor and sample must agree
-)->dict[str, str]:       # sample_id -> donor's sample_id, '' where none fits
+    cohort: pd.DataFrame,  # cohort table
+    same_class: bool,  # draw from the sample's own class (control arms) or from the others?
+    seed: int = 0,  # which draw
+    match=(),  # columns in which donor and sample must agree
+) -> dict[str, str]:  # sample_id -> donor's sample_id, '' where none fits
     "Draw one donor per sample, balanced over donors, independent of row order."
     return draw_several(cohort, same_class, 1, seed, match)[0]
 
 # %% ../../nbs/31_sms.shifts.ipynb #b1c9b5b4
 def nearest_donors(
-    cohort:pd.DataFrame, # cohort table
-    thumbs:np.ndarray,   # (n, d) float, one row per cohort row
-    match=(),            # columns in which donor and sample must agree
-    same_class:bool=False, # nearest of the sample's own class instead?
-)->dict[str, str]:       # sample_id -> sample_id of the nearest fitting image, '' where none fits
+    cohort: pd.DataFrame,  # cohort table
+    thumbs: np.ndarray,  # (n, d) float, one row per cohort row
+    match=(),  # columns in which donor and sample must agree
+    same_class: bool = False,  # nearest of the sample's own class instead?
+) -> dict[str, str]:  # sample_id -> sample_id of the nearest fitting image, '' where none fits
     "For each sample the nearest picture of another class (or the same) and another patient; ties go to the smaller id."
-    table = cohort.assign(image_sha=image_names(cohort)).reset_index(drop=True).sort_values('sample_id', kind='stable')   # so that the first of equal distances is the smaller id
+    table = (
+        cohort.assign(image_sha=image_names(cohort))
+        .reset_index(drop=True)
+        .sort_values('sample_id', kind='stable')
+    )  # so that the first of equal distances is the smaller id
     out = dict.fromkeys(cohort.sample_id, '')
     known = [_is_known(r, match) for r in table.itertuples(index=False)]
     for _, group in table[known].groupby(['finding', *match], sort=False):
         for label in group.label.unique():
             mine = group[group.label == label]
             other = mine if same_class else group[group.label != label]
-            for start in range(0, len(mine) if len(other) else 0, 512): out.update(_nearest(mine.iloc[start:start + 512], other, thumbs))
+            for start in range(0, len(mine) if len(other) else 0, 512):
+                out.update(_nearest(mine.iloc[start : start + 512], other, thumbs))
     return out
+
 
 def _nearest(some, other, thumbs):
     "For each row of `some` the id of the nearest row of `other`."
     a, b = thumbs[some.index], thumbs[other.index]
-    distance = np.round((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 5)     # rounded: equal pictures must stay equal whatever the order of the sum
-    for c in ('patient_id', 'image_sha'): distance[some[c].to_numpy()[:, None] == other[c].to_numpy()] = np.inf
+    distance = np.round(
+        (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 5
+    )  # rounded: equal pictures must stay equal whatever the order of the sum
+    for c in ('patient_id', 'image_sha'):
+        distance[some[c].to_numpy()[:, None] == other[c].to_numpy()] = np.inf
     best = distance.argmin(1)
-    return {s: o if np.isfinite(d) else '' for s, o, d in zip(some.sample_id, other.sample_id.to_numpy()[best], distance[np.arange(len(best)), best])}
+    return {
+        s: o if np.isfinite(d) else ''
+        for s, o, d in zip(
+            some.sample_id, other.sample_id.to_numpy()[best], distance[np.arange(len(best)), best]
+        )
+    }
 
 # %% ../../nbs/31_sms.shifts.ipynb #c0b1e394
-_DRAWN = {'history': 'other', 'history_same': 'same'} # text operation -> role of the donor who lends an earlier report
+_DRAWN = {
+    'history': 'other',
+    'history_same': 'same',
+}  # text operation -> role of the donor who lends an earlier report
+
 
 def _lenders(arm, r, donors, draw=0):
     "(image_id, text_id, why not) of sample `r` under `arm`."
-    lend = {'own': r.sample_id, 'none': '', **{k: d[draw].get(r.sample_id, '') if draw < len(d) else '' for k, d in donors.items()}}
+    lend = {
+        'own': r.sample_id,
+        'none': '',
+        **{k: d[draw].get(r.sample_id, '') if draw < len(d) else '' for k, d in donors.items()},
+    }
     role = _DRAWN.get(arm.text, 'own' if arm.text in TEXT_OPS else arm.text)
     image_id, text_id = lend.get(arm.image, r.sample_id), lend[role]
-    reasons = {'other': 'no donor of another class', 'same': 'no donor of the same class', 'near': 'no near image of another class', 'near_same': 'no near image of the same class'}
-    if arm.image != 'none' and not image_id: return '', '', reasons[arm.image]
-    if role != 'none' and not text_id: return '', '', reasons[role]
+    reasons = {
+        'other': 'no donor of another class',
+        'same': 'no donor of the same class',
+        'near': 'no near image of another class',
+        'near_same': 'no near image of the same class',
+    }
+    if arm.image != 'none' and not image_id:
+        return '', '', reasons[arm.image]
+    if role != 'none' and not text_id:
+        return '', '', reasons[role]
     return image_id, text_id, ''
 
 # %% ../../nbs/31_sms.shifts.ipynb #f104b8ee
 def _region(arm, boxes, shape, sample_id):
     "(boxes to grey, why not) for the region arms."
-    if arm.image not in ('occlude', 'elsewhere'): return [], ''
-    if not boxes: return [], 'no region is marked'
+    if arm.image not in ('occlude', 'elsewhere'):
+        return [], ''
+    if not boxes:
+        return [], 'no region is marked'
     there = region_elsewhere(boxes, shape, sample_id)
-    if not there: return [], 'no room for a region of equal area elsewhere'
+    if not there:
+        return [], 'no room for a region of equal area elsewhere'
     return (boxes if arm.image == 'occlude' else there), ''
 
 # %% ../../nbs/31_sms.shifts.ipynb #03a06e4f
 def _shown(arm, r, donors, rows, shapes, asking, draw=0):
     "(what a sample is shown under an arm, why not)."
     image_id, text_id, why = _lenders(arm, r, donors, draw)
-    if not why and (not all(rows[i].text for i in {text_id, r.sample_id if arm.text in TEXT_OPS else ''} - {''})): why = 'no text'
+    if not why and (
+        not all(rows[i].text for i in {text_id, r.sample_id if arm.text in TEXT_OPS else ''} - {''})
+    ):
+        why = 'no text'
     boxes = json.loads(getattr(r, 'boxes', '') or '[]')
     region, no_region = _region(arm, boxes, shapes.get(r.sample_id, (0, 0)), r.sample_id)
     why, change = why or no_region, ''
     if not why and arm.text in TEXT_OPS:
-        done = shift_text(arm.text, asking.rows[r.sample_id], asking.question(r.sample_id), asking.rows[text_id].text); why, change = done.why, done.change
+        done = shift_text(
+            arm.text,
+            asking.rows[r.sample_id],
+            asking.question(r.sample_id),
+            asking.rows[text_id].text,
+        )
+        why, change = done.why, done.change
     lent = lambda i: rows[i].label if i else ''
-    said = {'foil': opposite(r.label), 'removed': ''}.get(arm.text, r.label if arm.text in TEXT_OPS else lent(text_id))
-    if not why and arm.text == 'foil' and said == r.label: why = 'its label has no opposite'
-    return dict(image_id=image_id, text_id=text_id, label=r.label, image_label=lent(image_id), text_label=said, region=json.dumps(region) if region else '', change=change), why
+    said = {'foil': opposite(r.label), 'removed': ''}.get(
+        arm.text, r.label if arm.text in TEXT_OPS else lent(text_id)
+    )
+    if not why and arm.text == 'foil' and said == r.label:
+        why = 'its label has no opposite'
+    return dict(
+        image_id=image_id,
+        text_id=text_id,
+        label=r.label,
+        image_label=lent(image_id),
+        text_label=said,
+        region=json.dumps(region) if region else '',
+        change=change,
+    ), why
+
 
 def _trial(arm, r, shown, how):
     "One row of the plan: a sample, what it is shown, and what it is asked."
-    named = [how[k] for k in ('question', 'question_id') if how.get(k) and how['strategy'] not in ('', 'original')]
-    trial_id = content_hash(arm.name, r.finding, r.sample_id, shown['image_id'], shown['text_id'], how['variant'], shown['region'], *named)
-    labels = {k: opposite(shown[k]) if how.get('inverted') else shown[k] for k in ('label', 'image_label', 'text_label')}
-    return dict(trial_id=trial_id, sample_id=r.sample_id, patient_id=r.patient_id, finding=r.finding, arm=arm.name) | shown | labels | how
+    named = [
+        how[k]
+        for k in ('question', 'question_id')
+        if how.get(k) and how['strategy'] not in ('', 'original')
+    ]
+    trial_id = content_hash(
+        arm.name,
+        r.finding,
+        r.sample_id,
+        shown['image_id'],
+        shown['text_id'],
+        how['variant'],
+        shown['region'],
+        *named,
+    )
+    labels = {
+        k: opposite(shown[k]) if how.get('inverted') else shown[k]
+        for k in ('label', 'image_label', 'text_label')
+    }
+    return (
+        dict(
+            trial_id=trial_id,
+            sample_id=r.sample_id,
+            patient_id=r.patient_id,
+            finding=r.finding,
+            arm=arm.name,
+        )
+        | shown
+        | labels
+        | how
+    )
 
 # %% ../../nbs/31_sms.shifts.ipynb #cbe58030
 def patients_for_absence(
-    margin:float,    # smallest movement that matters, 0..1
-    rate:float=.05,  # one-sided error rate
-)->int:
+    margin: float,  # smallest movement that matters, 0..1
+    rate: float = 0.05,  # one-sided error rate
+) -> int:
     "Independent patients without any movement that put the exact upper bound below the margin."
     return int(np.ceil(np.log(rate) / np.log1p(-margin) - 1e-9))
 
 # %% ../../nbs/31_sms.shifts.ipynb #d0892869
 def lending(
-    draws:list,         # sample_id -> donor's sample_id per draw, see `draw_several`
-    patient:pd.Series,  # patient of each sample_id
-)->float:
+    draws: list,  # sample_id -> donor's sample_id per draw, see `draw_several`
+    patient: pd.Series,  # patient of each sample_id
+) -> float:
     "Effective number of donor patients over some draws, averaged within the sample (Kish 1965)."
-    pairs = pd.DataFrame([(i, d) for draw in draws for i, d in draw.items() if d], columns=['sample', 'donor'])
+    pairs = pd.DataFrame(
+        [(i, d) for draw in draws for i, d in draw.items() if d], columns=['sample', 'donor']
+    )
     weight = 1 / pairs.groupby('sample').donor.transform('size')
     return effective_number(weight.groupby(pairs.donor.map(patient)).sum())
 
 # %% ../../nbs/31_sms.shifts.ipynb #3c051e7a
-FEWEST = 10            # patients below which no verdict is tried
-MOST_DRAWS = 4        # donors per sample that 'auto' takes at most
-BUDGET = 20_000       # further trials that 'auto' may add to a plan
+FEWEST = 10  # patients below which no verdict is tried
+MOST_DRAWS = 4  # donors per sample that 'auto' takes at most
+BUDGET = 20_000  # further trials that 'auto' may add to a plan
+
 
 def enough_donors(
-    cohort:pd.DataFrame, # cohort table with `image_sha`
-    arms:list,           # `Arm`s of the plan
-    seed:int=0,          # which draw
-    match=(),            # columns in which donor and sample must agree
-    margin:float=.05,    # smallest movement that matters
-)->int:                  # donors per sample
+    cohort: pd.DataFrame,  # cohort table with `image_sha`
+    arms: list,  # `Arm`s of the plan
+    seed: int = 0,  # which draw
+    match=(),  # columns in which donor and sample must agree
+    margin: float = 0.05,  # smallest movement that matters
+) -> int:  # donors per sample
     "The number of donors per sample that 'auto' stands for."
     several = sum(a.several for a in arms)
     most = min(MOST_DRAWS, 1 + BUDGET // max(several * len(cohort), 1)) if several else 1
-    if most == 1: return 1
+    if most == 1:
+        return 1
     patient, reached = cohort.set_index('sample_id').patient_id, np.full(most, np.inf)
     for same in (False, True):
         draws = draw_several(cohort, same, most, seed, match)
-        reached = np.minimum(reached, [lending(draws[:k + 1], patient) for k in range(most)])
-    wanted = min(patients_for_absence(margin, .05 / _modalities(a.name for a in arms)), .98 * reached.max())
+        reached = np.minimum(reached, [lending(draws[: k + 1], patient) for k in range(most)])
+    wanted = min(
+        patients_for_absence(margin, 0.05 / _modalities(a.name for a in arms)), 0.98 * reached.max()
+    )
     return max(2, 1 + int(np.argmax(reached >= wanted)))
+
 
 def _modalities(arms):
     "How many of image and text are asked about: that many verdicts share an error rate, if there is one model."
     return max(len({'image_swap', 'text_swap'} & set(arms)), 1)
+
 
 def _checked_donors(donors):
     if isinstance(donors, bool) or not isinstance(donors, int) or not 1 <= donors <= 50:
@@ -285,51 +422,104 @@ def _checked_donors(donors):
 
 # %% ../../nbs/31_sms.shifts.ipynb #8d8d337c
 def cohort_hash(
-    cohort:pd.DataFrame, # cohort table
-)->str:                  # 16 hexadecimal digits
+    cohort: pd.DataFrame,  # cohort table
+) -> str:  # 16 hexadecimal digits
     "Name of a cohort's content, whatever the order of its rows and wherever its files lie."
-    return table_hash(cohort.assign(image_sha=image_names(cohort))[['sample_id', 'patient_id', 'finding', 'label', 'image_sha', 'text']])
+    return table_hash(
+        cohort.assign(image_sha=image_names(cohort))[
+            ['sample_id', 'patient_id', 'finding', 'label', 'image_sha', 'text']
+        ]
+    )
 
 # %% ../../nbs/31_sms.shifts.ipynb #3beb33c6
 def make_plan(
-    cohort:pd.DataFrame, # cohort table with its metadata in `.attrs`
-    arms=(),             # arm names; empty means all that the cohort allows, but no probes
-    seed:int=0,          # which draw of donors
-    match=(),            # columns in which donor and sample must agree
-    variants=('plain',), # prompt variants, see `smsbench.sms.prompts.VARIANTS`
-    read_image=None,     # function sample_id -> (H,W) or (H,W,3) uint8; needed by hard_swap and the region arms
-    paraphrases=0,       # rewordings of every question: how many, or a table, or 'cohort', see `smsbench.sms.asked`
-    probes=(),           # keys of `PROBES`
-    opened:dict|None=None, # sample_id -> row with its text and question, where `cohort` is sealed
-    donors=1,            # donors per sample in the arms that verdicts rest on: a number, or 'auto', see `enough_donors`
-    margin:float=.05,    # smallest movement that matters, for 'auto'
-)->tuple[pd.DataFrame, pd.DataFrame]: # (plan, exclusions: sample_id, stage, arm, reason)
+    cohort: pd.DataFrame,  # cohort table with its metadata in `.attrs`
+    arms=(),  # arm names; empty means all that the cohort allows, but no probes
+    seed: int = 0,  # which draw of donors
+    match=(),  # columns in which donor and sample must agree
+    variants=('plain',),  # prompt variants, see `smsbench.sms.prompts.VARIANTS`
+    read_image=None,  # function sample_id -> (H,W) or (H,W,3) uint8; needed by hard_swap and the region arms
+    paraphrases=0,  # rewordings of every question: how many, or a table, or 'cohort', see `smsbench.sms.asked`
+    probes=(),  # keys of `PROBES`
+    opened: dict
+    | None = None,  # sample_id -> row with its text and question, where `cohort` is sealed
+    donors=1,  # donors per sample in the arms that verdicts rest on: a number, or 'auto', see `enough_donors`
+    margin: float = 0.05,  # smallest movement that matters, for 'auto'
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # (plan, exclusions: sample_id, stage, arm, reason)
     "Freeze the trials. `InputError` for an unknown arm, probe, column or variant, and where no sample can be shown as `original`."
-    cohort = validate(cohort, 'cohort').sort_values('sample_id', kind='stable').reset_index(drop=True)
-    if missing := [m for m in match if m not in cohort]: raise InputError(f"cannot match on {', '.join(missing)}: the cohort has no such column")
+    cohort = (
+        validate(cohort, 'cohort').sort_values('sample_id', kind='stable').reset_index(drop=True)
+    )
+    if missing := [m for m in match if m not in cohort]:
+        raise InputError(f"cannot match on {', '.join(missing)}: the cohort has no such column")
     chosen, attrs, whole = select_arms(arms, probes), cohort.attrs, cohort_hash(cohort)
     variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
-    for t in attrs['tasks'].values(): [variant_choices(Task(**t), v) for v in variants]
+    for t in attrs['tasks'].values():
+        [variant_choices(Task(**t), v) for v in variants]
     cohort = _without_attrs(cohort)
-    rows = {r.sample_id: r for r in cohort.assign(image_sha=image_names(cohort)).itertuples(index=False)}
-    if attrs.get('sealed') and opened is None and (paraphrases or probes): raise InputError('this cohort is sealed: rewordings and probes need its texts; give the data root')
-    asking = Asking({i: opened[i] for i in rows} if opened else rows, attrs['tasks'], paraphrases, attrs.get('access', 'open'))
-    cohort = cohort[cohort.sample_id.isin(asking.samples)].reset_index(drop=True).assign(image_sha=lambda d: image_names(d))
-    k = enough_donors(cohort, chosen, seed, match, margin) if donors == 'auto' else _checked_donors(donors)
+    rows = {
+        r.sample_id: r for r in cohort.assign(image_sha=image_names(cohort)).itertuples(index=False)
+    }
+    if attrs.get('sealed') and opened is None and (paraphrases or probes):
+        raise InputError(
+            'this cohort is sealed: rewordings and probes need its texts; give the data root'
+        )
+    asking = Asking(
+        {i: opened[i] for i in rows} if opened else rows,
+        attrs['tasks'],
+        paraphrases,
+        attrs.get('access', 'open'),
+    )
+    cohort = (
+        cohort[cohort.sample_id.isin(asking.samples)]
+        .reset_index(drop=True)
+        .assign(image_sha=lambda d: image_names(d))
+    )
+    k = (
+        enough_donors(cohort, chosen, seed, match, margin)
+        if donors == 'auto'
+        else _checked_donors(donors)
+    )
     lent, shapes = _prepare(cohort, chosen, seed, match, read_image, explicit=set(arms), k=k)
     chosen = [a for a in chosen if a.image not in NEED_PICTURES or a.name in arms or read_image]
-    plan, out = _trials([rows[i] for i in cohort.sample_id], chosen, variants, lent, rows, shapes, asking, k)
-    if plan.empty or not _has_baseline(plan, arms): raise InputError(f"no sample can be shown as original ({'; '.join(sorted(set(out.reason))) or 'the cohort is empty'})")
-    if not any(a.probe for a in chosen): plan = plan.drop(columns='change')
-    strata = [c for c in attrs.get('strata', []) if c not in plan]      # a stratum 'variant' of a cohort of wordings is what the plan's own column says
+    plan, out = _trials(
+        [rows[i] for i in cohort.sample_id], chosen, variants, lent, rows, shapes, asking, k
+    )
+    if plan.empty or not _has_baseline(plan, arms):
+        raise InputError(
+            f"no sample can be shown as original ({'; '.join(sorted(set(out.reason))) or 'the cohort is empty'})"
+        )
+    if not any(a.probe for a in chosen):
+        plan = plan.drop(columns='change')
+    strata = [
+        c for c in attrs.get('strata', []) if c not in plan
+    ]  # a stratum 'variant' of a cohort of wordings is what the plan's own column says
     plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
-    plan.attrs = {**{a: attrs[a] for a in ('manifest', 'version', 'access', 'tasks', 'label_source') if a in attrs}, 'strata': strata, 'seed': seed, 'match': list(match), 'variants': list(variants),
-                  'arms': [a.name for a in chosen], 'donors': k, **asking.about, 'cohort_hash': whole, 'plan_hash': table_hash(plan)}
+    plan.attrs = {
+        **{
+            a: attrs[a]
+            for a in ('manifest', 'version', 'access', 'tasks', 'label_source')
+            if a in attrs
+        },
+        'strata': strata,
+        'seed': seed,
+        'match': list(match),
+        'variants': list(variants),
+        'arms': [a.name for a in chosen],
+        'donors': k,
+        **asking.about,
+        'cohort_hash': whole,
+        'plan_hash': table_hash(plan),
+    }
     return validate(plan, 'plan'), out.reset_index(drop=True)
+
 
 def _has_baseline(plan, asked):
     "Is there something to compare with: `original`, or `image_only` where nothing that was asked for shows a text?"
-    return 'original' in set(plan.arm) or ('image_only' in set(plan.arm) and all(ARMS[a].text == 'none' for a in asked) and bool(asked))
+    return 'original' in set(plan.arm) or (
+        'image_only' in set(plan.arm) and all(ARMS[a].text == 'none' for a in asked) and bool(asked)
+    )
+
 
 def _without_attrs(cohort):
     "Plain text columns and no metadata, which pandas would copy at every step."
@@ -347,62 +537,94 @@ def _trials(samples, arms, variants, donors, rows, shapes, asking, k=1):
         for a in arms:
             for draw in range(k if a.several else 1):
                 shown, why = _shown(a, r, donors, rows, shapes, asking, draw)
-                if why and draw: break
+                if why and draw:
+                    break
                 if why:
                     lost.append(dict(sample_id=r.sample_id, stage='plan', arm=a.name, reason=why))
                     continue
                 hows = asked if draw == 0 else [h for h in asked if h['variant'] == 'plain']
-                if k > 1: hows = [dict(h, draw=draw) for h in hows]
+                if k > 1:
+                    hows = [dict(h, draw=draw) for h in hows]
                 found += [_trial(a, r, shown, how) for how in hows]
     lost = pd.DataFrame(lost, columns=['sample_id', 'stage', 'arm', 'reason'])
     return pd.DataFrame(found), lost.drop_duplicates()
 
 # %% ../../nbs/31_sms.shifts.ipynb #df5c2491
-NEED_PICTURES = ('near', 'near_same', 'occlude', 'elsewhere') # image operations that look at the pictures
+NEED_PICTURES = (
+    'near',
+    'near_same',
+    'occlude',
+    'elsewhere',
+)  # image operations that look at the pictures
+
 
 def _prepare(cohort, chosen, seed, match, read_image, explicit, k=1):
     "Donors per role and draw, and picture sizes of the samples with a marked region."
     ops = {a.image for a in chosen} | {_DRAWN.get(a.text, a.text) for a in chosen}
-    donors = {role: draw_several(cohort, role == 'same', k, seed, match) for role in ('other', 'same') if role in ops}
+    donors = {
+        role: draw_several(cohort, role == 'same', k, seed, match)
+        for role in ('other', 'same')
+        if role in ops
+    }
     needs = [a.name for a in chosen if a.image in NEED_PICTURES and a.name in explicit]
-    if needs and read_image is None: raise InputError(f"{', '.join(needs)}: needs the pictures; give the data root")
+    if needs and read_image is None:
+        raise InputError(f"{', '.join(needs)}: needs the pictures; give the data root")
     if ops & {'near', 'near_same'} and read_image:
-        thumbs = {i: thumbnail(read_image(i)) for i in cohort.drop_duplicates('image_sha').sample_id}
+        thumbs = {
+            i: thumbnail(read_image(i)) for i in cohort.drop_duplicates('image_sha').sample_id
+        }
         first = dict(zip(cohort.image_sha[::-1], cohort.sample_id[::-1]))
         table = np.stack([thumbs[first[s]] for s in cohort.image_sha])
         for role in sorted(ops & {'near', 'near_same'}):
             donors[role] = [nearest_donors(cohort, table, match, same_class=role == 'near_same')]
-    marked = cohort[cohort.boxes.fillna('').str.len() > 2].sample_id if 'boxes' in cohort and ops & {'occlude', 'elsewhere'} and read_image else []
+    marked = (
+        cohort[cohort.boxes.fillna('').str.len() > 2].sample_id
+        if 'boxes' in cohort and ops & {'occlude', 'elsewhere'} and read_image
+        else []
+    )
     return donors, {i: read_image(i).shape[:2] for i in marked}
 
 # %% ../../nbs/31_sms.shifts.ipynb #64c1a5f5
 def attainable(
-    plan:pd.DataFrame, # a plan
-    margin:float=.05,  # smallest movement that matters
-)->pd.DataFrame:       # finding, label, samples, patients, donors, effective_donors, verdicts
+    plan: pd.DataFrame,  # a plan
+    margin: float = 0.05,  # smallest movement that matters
+) -> pd.DataFrame:  # finding, label, samples, patients, donors, effective_donors, verdicts
     "Donors and attainable verdicts over all ('all', 'all'), per finding, and per finding and class, for one model in the family."
-    patient = plan[plan.arm == 'original'].drop_duplicates('sample_id').set_index('sample_id').patient_id
-    swaps = plan[plan.arm.isin([a.name for a in ARMS.values() if a.several]) & (plan.variant == 'plain')]
+    patient = (
+        plan[plan.arm == 'original'].drop_duplicates('sample_id').set_index('sample_id').patient_id
+    )
+    swaps = plan[
+        plan.arm.isin([a.name for a in ARMS.values() if a.several]) & (plan.variant == 'plain')
+    ]
     donor = swaps.image_id.mask(swaps.image_id == swaps.sample_id, swaps.text_id)
     swaps = swaps.assign(donor=donor.map(patient))
     members = _modalities(plan.arm)
-    rows, members = [_donor_row('all', 'all', swaps, margin, members)], members * max(swaps.finding.nunique(), 1)
+    rows, members = (
+        [_donor_row('all', 'all', swaps, margin, members)],
+        members * max(swaps.finding.nunique(), 1),
+    )
     for f, g in swaps.groupby('finding', sort=True):
         rows.append(_donor_row(f, 'all', g, margin, members))
-        by_class = [_donor_row(f, label, h, margin, members) for label, h in g.groupby('label', sort=True)]
-        if plan.attrs.get('access') == 'open' or min(r['patients'] for r in by_class) >= 10: rows += by_class
+        by_class = [
+            _donor_row(f, label, h, margin, members) for label, h in g.groupby('label', sort=True)
+        ]
+        if plan.attrs.get('access') == 'open' or min(r['patients'] for r in by_class) >= 10:
+            rows += by_class
     table = pd.DataFrame(rows)
     if plan.attrs.get('access') != 'open':
-        for c in ('samples', 'patients', 'donors', 'effective_donors'): table.loc[table[c] < 10, c] = 0
+        for c in ('samples', 'patients', 'donors', 'effective_donors'):
+            table.loc[table[c] < 10, c] = 0
     return table
 
+
 def attainable_lines(
-    plan:pd.DataFrame, # a plan
-    margin:float=.05,  # smallest movement that matters
-)->list[str]:          # nothing where the plan has no swaps
+    plan: pd.DataFrame,  # a plan
+    margin: float = 0.05,  # smallest movement that matters
+) -> list[str]:  # nothing where the plan has no swaps
     "What can be shown with this plan, in words: per finding, and a warning where a verdict is out of reach."
     table = attainable(plan, margin)
-    if not table.samples[0] or not table.effective_donors[0]: return []
+    if not table.samples[0] or not table.effective_donors[0]:
+        return []
     lines = []
     for r in table[table.label == 'all'].itertuples():
         what = 'all questions' if r.finding == 'all' else r.finding
@@ -412,22 +634,37 @@ def attainable_lines(
         lines.append(f'{what}: {r.effective_donors:.0f} effective patients and donors{out}')
     return lines
 
+
 def _donor_row(finding, label, swaps, margin, members):
     "One row: the arm with the fewest effective patients decides, at the strictest error rate of Holm's steps."
     arms = [_effective(g) for _, g in swaps.groupby('arm')]
-    effective = min(arms) if arms else 0.
-    patients, absence = swaps.patient_id.nunique(), patients_for_absence(margin, .05 / members)
-    sure = {'relies': patients >= FEWEST and _most_excess(effective, .025 / members) > margin, 'ignores': effective >= absence}
-    return dict(finding=finding, label=label, samples=swaps.sample_id.nunique(), patients=patients,
-                donors=swaps.donor.nunique(), effective_donors=round(effective, 1), patients_for_ignores=absence,
-                verdicts=', '.join(v for v, can in sure.items() if can))
+    effective = min(arms) if arms else 0.0
+    patients, absence = swaps.patient_id.nunique(), patients_for_absence(margin, 0.05 / members)
+    sure = {
+        'relies': patients >= FEWEST and _most_excess(effective, 0.025 / members) > margin,
+        'ignores': effective >= absence,
+    }
+    return dict(
+        finding=finding,
+        label=label,
+        samples=swaps.sample_id.nunique(),
+        patients=patients,
+        donors=swaps.donor.nunique(),
+        effective_donors=round(effective, 1),
+        patients_for_ignores=absence,
+        verdicts=', '.join(v for v, can in sure.items() if can),
+    )
+
 
 def _most_excess(effective, rate):
     "Lower bound of the excess if every answer moved under another class and none under the same."
-    unseen = 1 - rate ** (1 / effective) if effective else 1.
+    unseen = 1 - rate ** (1 / effective) if effective else 1.0
     return 1 - np.sqrt(2) * unseen
+
 
 def _effective(trials):
     "Effective number of recipients or donors of one arm, whichever is smaller."
     weight = 1 / trials.groupby('sample_id').donor.transform('size')
-    return min(effective_number(weight.groupby(who).sum()) for who in (trials.patient_id, trials.donor))
+    return min(
+        effective_number(weight.groupby(who).sum()) for who in (trials.patient_id, trials.donor)
+    )

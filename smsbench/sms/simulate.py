@@ -25,40 +25,43 @@ from ..stats import auroc
 # %% ../../nbs/37_sms.simulate.ipynb #93b301e5
 class SimulatedModel(Card):
     "How a simulated model answers: a function and its numbers."
+
     model_config = Card.model_config | dict(extra='allow')
-    name: str = 'weigh' # 'weigh', or 'module:function' of your own; other keys are passed on to it
+    name: str = 'weigh'  # 'weigh', or 'module:function' of your own; other keys are passed on to it
 
 # %% ../../nbs/37_sms.simulate.ipynb #72956f0f
 class Solve(Card):
     "A setting to be found, so that a true value is met."
-    unknown: str      # setting to find: visible, stated, spread, label_noise, or model.NAME
-    quantity: str     # what is met: excess_image, moved_image, moved_same_image, METRIC:ARM
-    value: float      # the value it shall have
-    low: float = 0.   # smallest value tried
-    high: float = 1.  # largest value tried
+
+    unknown: str  # setting to find: visible, stated, spread, label_noise, or model.NAME
+    quantity: str  # what is met: excess_image, moved_image, moved_same_image, METRIC:ARM
+    value: float  # the value it shall have
+    low: float = 0.0  # smallest value tried
+    high: float = 1.0  # largest value tried
 
 # %% ../../nbs/37_sms.simulate.ipynb #8896262c
 class Setting(Card):
     "One simulated study: cohort, model and audit."
-    patients: int = Field(100, ge=10)               # number of patients
-    films: int | tuple[int, int] = 1                # images per patient, or fewest and most
-    findings: int = Field(1, ge=1, le=100)          # questions asked of each image
-    correlation: float = Field(0., ge=0, lt=1)      # of the findings of one image, latent, 0..1
-    prevalence: float | tuple[float, ...] = .5      # true share of 'yes', 0..1; or one per finding
-    exact: bool = False                             # exactly that share, not only on average
-    icc: float = Field(0., ge=0, lt=1)              # correlation within a patient, latent, 0..1
-    visible: float | tuple[float, float] = 1.       # share of images that show it, or of no and yes
-    stated: float | tuple[float, float] = 1.        # share of reports that state it, or of both
-    spread: float = Field(0., ge=0)                 # deviation of the evidence; its mean is 1
-    label_noise: float = Field(0., ge=0, lt=.5)     # share of recorded labels that are wrong
-    model: SimulatedModel = SimulatedModel()        # how the answers are made
-    words: bool = False                             # answers in words, without probabilities
-    unreadable: float = Field(0., ge=0, lt=1)       # share of answers that cannot be read
-    untried: float = Field(0., ge=0, lt=1)          # share of trials that are never answered
-    arms: tuple[str, ...] = ('image_swap', 'text_swap') # arms of the plan
-    donors: int | Literal['auto'] = 1               # donors per sample
-    margin: float = Field(.05, gt=0, lt=1)          # smallest movement that matters
-    solve: Solve | None = None                      # a setting to be found
+
+    patients: int = Field(100, ge=10)  # number of patients
+    films: int | tuple[int, int] = 1  # images per patient, or fewest and most
+    findings: int = Field(1, ge=1, le=100)  # questions asked of each image
+    correlation: float = Field(0.0, ge=0, lt=1)  # of the findings of one image, latent, 0..1
+    prevalence: float | tuple[float, ...] = 0.5  # true share of 'yes', 0..1; or one per finding
+    exact: bool = False  # exactly that share, not only on average
+    icc: float = Field(0.0, ge=0, lt=1)  # correlation within a patient, latent, 0..1
+    visible: float | tuple[float, float] = 1.0  # share of images that show it, or of no and yes
+    stated: float | tuple[float, float] = 1.0  # share of reports that state it, or of both
+    spread: float = Field(0.0, ge=0)  # deviation of the evidence; its mean is 1
+    label_noise: float = Field(0.0, ge=0, lt=0.5)  # share of recorded labels that are wrong
+    model: SimulatedModel = SimulatedModel()  # how the answers are made
+    words: bool = False  # answers in words, without probabilities
+    unreadable: float = Field(0.0, ge=0, lt=1)  # share of answers that cannot be read
+    untried: float = Field(0.0, ge=0, lt=1)  # share of trials that are never answered
+    arms: tuple[str, ...] = ('image_swap', 'text_swap')  # arms of the plan
+    donors: int | Literal['auto'] = 1  # donors per sample
+    margin: float = Field(0.05, gt=0, lt=1)  # smallest movement that matters
+    solve: Solve | None = None  # a setting to be found
 
     @model_validator(mode='after')
     def _fits(self):
@@ -68,27 +71,29 @@ class Setting(Card):
             raise ValueError(f'films {self.films}: a number from 1, or [fewest, most]')
         for name, size in (('prevalence', self.findings), ('visible', 2), ('stated', 2)):
             shares = np.atleast_1d(getattr(self, name))
-            if len(shares) not in (1, size): raise ValueError(f'{name}: give one share or {size}')
+            if len(shares) not in (1, size):
+                raise ValueError(f'{name}: give one share or {size}')
             if not ((shares >= 0) & (shares <= 1)).all():
                 raise ValueError(f'{name}: must lie between 0 and 1')
         return self
 
     @property
-    def films_range(self)->tuple[int, int]:
+    def films_range(self) -> tuple[int, int]:
         "Fewest and most images per patient."
         return (self.films, self.films) if isinstance(self.films, int) else self.films
 
     @property
-    def prevalences(self)->np.ndarray:
+    def prevalences(self) -> np.ndarray:
         "True share of 'yes' of each finding."
         return np.broadcast_to(np.atleast_1d(self.prevalence), self.findings)
 
 # %% ../../nbs/37_sms.simulate.ipynb #603e910a
 def make_setting(
-    given:dict, # names and values, as a YAML file holds them
-)->Setting:
+    given: dict,  # names and values, as a YAML file holds them
+) -> Setting:
     "A checked setting; `InputError` in one line for what is wrong."
-    try: return Setting(**given)
+    try:
+        return Setting(**given)
     except ValidationError as e:
         fault = e.errors(include_url=False)[0]
         where, what = '.'.join(map(str, fault['loc'])), fault['msg'].removeprefix('Value error, ')
@@ -98,10 +103,10 @@ def make_setting(
 
 # %% ../../nbs/37_sms.simulate.ipynb #0f99ca19
 def set_value(
-    setting:Setting, # the study
-    name:str,        # a setting, or model.NAME
-    value,           # its new value
-)->Setting:
+    setting: Setting,  # the study
+    name: str,  # a setting, or model.NAME
+    value,  # its new value
+) -> Setting:
     "The same study with one number changed."
     given = setting.model_dump(exclude_defaults=True)
     head, _, tail = name.partition('.')
@@ -110,37 +115,39 @@ def set_value(
 
 # %% ../../nbs/37_sms.simulate.ipynb #1d93ccfc
 def latent(
-    rng:np.random.Generator, # random stream of this quantity
-    patient:np.ndarray,      # (n,) patient number of each image, from 0
-    findings:int,            # number of findings F
-    icc:float,               # correlation within a patient, 0..1
-    correlation:float,       # of the findings of one image, 0..1
-)->np.ndarray:               # (n, F) standard normal
+    rng: np.random.Generator,  # random stream of this quantity
+    patient: np.ndarray,  # (n,) patient number of each image, from 0
+    findings: int,  # number of findings F
+    icc: float,  # correlation within a patient, 0..1
+    correlation: float,  # of the findings of one image, 0..1
+) -> np.ndarray:  # (n, F) standard normal
     "Correlated standard normal values, one per image and finding."
     one, other = rng.spawn(2)
+
     def part(stream, size):
         draws = stream.standard_normal((size, findings + 1))
         return np.sqrt(correlation) * draws[:, :1] + np.sqrt(1 - correlation) * draws[:, 1:]
-    shared = part(one, patient.max() + 1)[patient] if icc else 0.
+
+    shared = part(one, patient.max() + 1)[patient] if icc else 0.0
     return np.sqrt(icc) * shared + np.sqrt(1 - icc) * part(other, len(patient))
 
 # %% ../../nbs/37_sms.simulate.ipynb #44a81b82
 def evidence(
-    strength:np.ndarray, # standard normal
-    shown:np.ndarray,    # standard normal: where it is low, the finding shows
-    label:np.ndarray,    # bool: what is shown
-    share,               # share that shows it, or (of no, of yes)
-    spread:float,        # standard deviation of the evidence
-)->np.ndarray:           # of the shape of `label`
+    strength: np.ndarray,  # standard normal
+    shown: np.ndarray,  # standard normal: where it is low, the finding shows
+    label: np.ndarray,  # bool: what is shown
+    share,  # share that shows it, or (of no, of yes)
+    spread: float,  # standard deviation of the evidence
+) -> np.ndarray:  # of the shape of `label`
     "Signed evidence of images or reports."
     share = np.broadcast_to(np.atleast_1d(share), 2)[label.astype(int)]
-    return np.where(ndtr(shown) < share, 2. * label - 1, 0.) * (1 + spread * strength)
+    return np.where(ndtr(shown) < share, 2.0 * label - 1, 0.0) * (1 + spread * strength)
 
 # %% ../../nbs/37_sms.simulate.ipynb #7756c8ba
 def draw_images(
-    setting:Setting, # the study
-    seed:int,        # which draw
-)->dict:             # patient (n,), label (n, F) bool, image and text evidence (n, F)
+    setting: Setting,  # the study
+    seed: int,  # which draw
+) -> dict:  # patient (n,), label (n, F) bool, image and text evidence (n, F)
     "Images of a simulated cohort as arrays."
     streams = [np.random.default_rng([seed, k]) for k in range(7)]
     few, most = setting.films_range
@@ -153,18 +160,20 @@ def draw_images(
     text = evidence(draws[2], draws[3], recorded, setting.stated, setting.spread)
     return dict(patient=patient, label=recorded, image=image, text=text)
 
+
 def _thresholds(severity, setting):
     "Severity per finding below which the answer is yes."
-    if not setting.exact: return ndtri(setting.prevalences)
+    if not setting.exact:
+        return ndtri(setting.prevalences)
     order = np.vstack([np.full(setting.findings, -np.inf), np.sort(severity, axis=0)])
     count = np.rint(setting.prevalences * len(severity)).astype(int)
     return np.nextafter(order[count, np.arange(setting.findings)], np.inf)
 
 # %% ../../nbs/37_sms.simulate.ipynb #8f3af3f4
 def simulate_cohort(
-    setting:Setting, # the study
-    seed:int=0,      # which draw
-)->pd.DataFrame:     # cohort table, with image_evidence and text_evidence
+    setting: Setting,  # the study
+    seed: int = 0,  # which draw
+) -> pd.DataFrame:  # cohort table, with image_evidence and text_evidence
     "A made-up cohort whose evidence is known."
     drawn, F = draw_images(setting, seed), setting.findings
     n, names = len(drawn['patient']), [f'finding{f + 1}' for f in range(F)]
@@ -172,77 +181,95 @@ def simulate_cohort(
     people = np.array([f'p{p:05d}' for p in range(setting.patients)], object)
     images = np.array([f'{i:06d}.png' for i in range(n)], object)
     reports = np.array([f'report {i}' for i in range(n)], object)
-    table = pd.DataFrame(dict(
-        sample_id=[f'{i:06d}-{f}' for i in range(n) for f in names],
-        patient_id=people[drawn['patient'][number]], split='test', finding=names * n,
-        label=np.where(drawn['label'].ravel(), 'yes', 'no'),
-        image=images[number], text=reports[number],
-        image_evidence=drawn['image'].ravel(), text_evidence=drawn['text'].ravel()))
+    table = pd.DataFrame(
+        dict(
+            sample_id=[f'{i:06d}-{f}' for i in range(n) for f in names],
+            patient_id=people[drawn['patient'][number]],
+            split='test',
+            finding=names * n,
+            label=np.where(drawn['label'].ravel(), 'yes', 'no'),
+            image=images[number],
+            text=reports[number],
+            image_evidence=drawn['image'].ravel(),
+            text_evidence=drawn['text'].ravel(),
+        )
+    )
     tasks = {f: dict(question=f'Is there {f}?', choices=['yes', 'no']) for f in names}
     table.attrs = dict(manifest='simulated', version='1', access='open', strata=[], tasks=tasks)
     return table
 
 # %% ../../nbs/37_sms.simulate.ipynb #869df91b
 def weigh(
-    image:np.ndarray,         # (n,) evidence of the image shown, NaN where none is
-    text:np.ndarray,          # (n,) evidence of the report shown, NaN where none is
-    rng:np.random.Generator,  # random stream of the answers
-    image_weight:float=2.,    # weight of a unit of evidence
-    text_weight:float=1.,     # the same for the report
-    intercept:float=0.,       # leaning to yes without evidence
-    noise:float=0.,           # standard deviation of what changes from trial to trial
-    sharpness:float=8.,       # logits per unit: how sure the model says it is
-    refuse:float=0.,          # share of trials with contradicting evidence that it refuses, 0..1
-)->np.ndarray:                # (n,) logit of yes, NaN for a refusal
+    image: np.ndarray,  # (n,) evidence of the image shown, NaN where none is
+    text: np.ndarray,  # (n,) evidence of the report shown, NaN where none is
+    rng: np.random.Generator,  # random stream of the answers
+    image_weight: float = 2.0,  # weight of a unit of evidence
+    text_weight: float = 1.0,  # the same for the report
+    intercept: float = 0.0,  # leaning to yes without evidence
+    noise: float = 0.0,  # standard deviation of what changes from trial to trial
+    sharpness: float = 8.0,  # logits per unit: how sure the model says it is
+    refuse: float = 0.0,  # share of trials with contradicting evidence that it refuses, 0..1
+) -> np.ndarray:  # (n,) logit of yes, NaN for a refusal
     "A model that weighs image against report."
     score = image_weight * np.nan_to_num(image) + text_weight * np.nan_to_num(text) + intercept
-    if noise: score = score + noise * rng.standard_normal(len(score))
-    if not refuse: return sharpness * score
+    if noise:
+        score = score + noise * rng.standard_normal(len(score))
+    if not refuse:
+        return sharpness * score
     refused = (image * text < 0) & (rng.random(len(score)) < refuse)
     return np.where(refused, np.nan, sharpness * score)
 
 # %% ../../nbs/37_sms.simulate.ipynb #fb533c15
 def find_model(
-    model:SimulatedModel, # as a setting names it
-)->Callable:              # function (image, text, rng) -> logit of yes
+    model: SimulatedModel,  # as a setting names it
+) -> Callable:  # function (image, text, rng) -> logit of yes
     "The function behind a simulated model, its numbers filled in."
     given, function = model.model_extra or {}, weigh
     if model.name != 'weigh':
         module, _, name = model.name.partition(':')
-        try: function = getattr(importlib.import_module(module), name)
+        try:
+            function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as e:
             raise InputError(f'model {model.name}: no module:function was found ({e})') from None
+
     def answer(image, text, rng):
-        try: return np.asarray(function(image, text, rng, **given), float)
-        except TypeError as e: raise InputError(f'model {model.name}: {e}') from None
+        try:
+            return np.asarray(function(image, text, rng, **given), float)
+        except TypeError as e:
+            raise InputError(f'model {model.name}: {e}') from None
+
     return answer
 
 # %% ../../nbs/37_sms.simulate.ipynb #d558fe61
 _TEXT_OPS = ('own', 'other', 'same', 'none')
-_IMAGE_OPS = (*_TEXT_OPS, 'grey')            # operations with a meaning here
+_IMAGE_OPS = (*_TEXT_OPS, 'grey')  # operations with a meaning here
+
 
 def shown_evidence(
-    plan:pd.DataFrame,   # the plan
-    cohort:pd.DataFrame, # simulated cohort
-)->tuple[np.ndarray, np.ndarray]: # evidence of image and report per trial, NaN where none is shown
+    plan: pd.DataFrame,  # the plan
+    cohort: pd.DataFrame,  # simulated cohort
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # evidence of image and report per trial, NaN where none is shown
     "What each trial shows."
     arms = [ARMS[a] for a in plan.arm.unique()]
     strange = [a.name for a in arms if a.image not in _IMAGE_OPS or a.text not in _TEXT_OPS]
-    if strange: raise InputError(f"a simulated model cannot answer the arm {', '.join(strange)}")
+    if strange:
+        raise InputError(f"a simulated model cannot answer the arm {', '.join(strange)}")
     index, shown = pd.Index(cohort.sample_id.to_numpy(object)), []
     for kind in ('image', 'text'):
         at = index.get_indexer(plan[f'{kind}_id'].to_numpy(object))
         shown.append(np.where(at >= 0, cohort[f'{kind}_evidence'].to_numpy()[at], np.nan))
     grey = plan.arm.isin([a.name for a in arms if a.image == 'grey']).to_numpy()
-    return np.where(grey, 0., shown[0]), shown[1]
+    return np.where(grey, 0.0, shown[0]), shown[1]
 
 # %% ../../nbs/37_sms.simulate.ipynb #5f45547e
 def simulate_answers(
-    plan:pd.DataFrame,   # the plan
-    cohort:pd.DataFrame, # simulated cohort
-    setting:Setting,     # the study
-    seed:int=0,          # which draw
-)->pd.DataFrame:         # predictions table
+    plan: pd.DataFrame,  # the plan
+    cohort: pd.DataFrame,  # simulated cohort
+    setting: Setting,  # the study
+    seed: int = 0,  # which draw
+) -> pd.DataFrame:  # predictions table
     "Answers of the simulated model to every trial of a plan."
     rng = np.random.default_rng([seed, 99])
     logit = find_model(setting.model)(*shown_evidence(plan, cohort), rng)
@@ -251,19 +278,28 @@ def simulate_answers(
     status = np.where(np.isnan(logit), 'refused', np.where(lost, 'unparsed', 'ok'))
     pairs = np.column_stack([log_expit(logit), log_expit(-logit)]).tolist()
     told = read & (not setting.words)
-    table = pd.DataFrame(dict(
-        trial_id=plan.trial_id.to_numpy(), model='simulated', parse_status=status,
-        answer=np.where(read, np.where(logit > 0, 'yes', 'no'), ''),
-        logprobs=pd.Series([p if t else None for p, t in zip(pairs, told)], dtype=object),
-        answer_mass=np.where(told, 1., np.nan), raw_text='', pixel_sha='', token_sha='',
-        delivered_sha='', seconds=0.))
+    table = pd.DataFrame(
+        dict(
+            trial_id=plan.trial_id.to_numpy(),
+            model='simulated',
+            parse_status=status,
+            answer=np.where(read, np.where(logit > 0, 'yes', 'no'), ''),
+            logprobs=pd.Series([p if t else None for p, t in zip(pairs, told)], dtype=object),
+            answer_mass=np.where(told, 1.0, np.nan),
+            raw_text='',
+            pixel_sha='',
+            token_sha='',
+            delivered_sha='',
+            seconds=0.0,
+        )
+    )
     return table[~untried].reset_index(drop=True)
 
 # %% ../../nbs/37_sms.simulate.ipynb #fdec5a3e
 def simulate(
-    setting:Setting, # the study, nothing left to solve
-    seed:int=0,      # which draw
-)->tuple[pd.DataFrame, pd.DataFrame, dict]: # plan, predictions, delivery
+    setting: Setting,  # the study, nothing left to solve
+    seed: int = 0,  # which draw
+) -> tuple[pd.DataFrame, pd.DataFrame, dict]:  # plan, predictions, delivery
     "A study up to its answers, through the function that freezes real plans."
     cohort = simulate_cohort(setting, seed)
     how = dict(seed=seed, donors=setting.donors, margin=setting.margin)
@@ -274,7 +310,8 @@ def simulate(
 # %% ../../nbs/37_sms.simulate.ipynb #4668a896
 def _even_normal(rng, n):
     "n standard normal values in random order, one from each n-th of the distribution."
-    return ndtri((rng.permutation(n) + .5) / n)
+    return ndtri((rng.permutation(n) + 0.5) / n)
+
 
 def _class_evidence(setting, recorded, share, m, rng):
     "Evidence (m,) of image and text in a recorded class of which `share` is truly yes."
@@ -285,18 +322,21 @@ def _class_evidence(setting, recorded, share, m, rng):
 # %% ../../nbs/37_sms.simulate.ipynb #502a5aed
 class Population:
     "Very many samples of one finding with their donors, and the model's answers in every arm."
-    def __init__(self,
-        setting:Setting,  # the study
-        prevalence:float, # true share of yes of this finding, 0..1
-        arms,             # arm names
-        n:int,            # samples
-        seed:int,         # which draw
+
+    def __init__(
+        self,
+        setting: Setting,  # the study
+        prevalence: float,  # true share of yes of this finding, 0..1
+        arms,  # arm names
+        n: int,  # samples
+        seed: int,  # which draw
     ):
         self.setting, self.m, self.rng = setting, n // 2, np.random.default_rng([seed, 98])
         e, p = setting.label_noise, prevalence
-        yes = p * (1 - e) + (1 - p) * e                     # recorded share
-        if not 0 < yes < 1: raise InputError(f'prevalence {p}: both classes are needed')
-        truly = (p * e / (1 - yes), p * (1 - e) / yes)      # true yes among recorded no and yes
+        yes = p * (1 - e) + (1 - p) * e  # recorded share
+        if not 0 < yes < 1:
+            raise InputError(f'prevalence {p}: both classes are needed')
+        truly = (p * e / (1 - yes), p * (1 - e) / yes)  # true yes among recorded no and yes
         how = (self.m, self.rng)
         parts = [_class_evidence(setting, bool(c), s, *how) for c, s in enumerate(truly)]
         self.shown = {k: np.concatenate(x) for k, x in zip(('image', 'text'), zip(*parts))}
@@ -304,7 +344,8 @@ class Population:
         self.weight = np.repeat([2 * (1 - yes), 2 * yes], self.m)
         self.arms, self.at, self.logit = list(arms), self._donors(), {}
         for i, (name, arm) in enumerate(ARMS.items()):
-            if name in arms: self.logit[name] = self._answers(arm, np.random.default_rng([seed, i]))
+            if name in arms:
+                self.logit[name] = self._answers(arm, np.random.default_rng([seed, i]))
 
     def _donors(self):
         "Place of each sample's own evidence, and of its donors'."
@@ -314,27 +355,42 @@ class Population:
 
     def _answers(self, arm, rng):
         "Logit of yes, NaN where there is no answer."
+
         def of(kind, op):
-            if op in self.at: return self.shown[kind][self.at[op]]
-            return np.full(2 * self.m, 0. if op == 'grey' else np.nan)
+            if op in self.at:
+                return self.shown[kind][self.at[op]]
+            return np.full(2 * self.m, 0.0 if op == 'grey' else np.nan)
+
         logit = find_model(self.setting.model)(of('image', arm.image), of('text', arm.text), rng)
         lost = 1 - (1 - self.setting.unreadable) * (1 - self.setting.untried)
         return np.where(rng.random(len(logit)) < lost, np.nan, logit) if lost else logit
 
-    def donor_label(self, op): return self.label[self.at[op]]
-    def read(self, arm): return ~np.isnan(self.logit[arm])
-    def said(self, arm): return self.logit[arm] > 0
-    def right(self, arm): return self.read(arm) & (self.said(arm) == self.label)
-    def probability(self, arm): return expit(self.logit[arm])
+    def donor_label(self, op):
+        return self.label[self.at[op]]
+
+    def read(self, arm):
+        return ~np.isnan(self.logit[arm])
+
+    def said(self, arm):
+        return self.logit[arm] > 0
+
+    def right(self, arm):
+        return self.read(arm) & (self.said(arm) == self.label)
+
+    def probability(self, arm):
+        return expit(self.logit[arm])
 
 # %% ../../nbs/37_sms.simulate.ipynb #50eefd97
 def _flipped(pop, arm, versus):
     return ~pop.read(arm) | (pop.said(arm) != pop.said(versus))
 
+
 def _variation(pop, arm, versus):
     "Total variation distance, 0 where it is unknown."
-    if pop.setting.words: return np.zeros(len(pop.label))
+    if pop.setting.words:
+        return np.zeros(len(pop.label))
     return np.nan_to_num(np.abs(pop.probability(arm) - pop.probability(versus)))
+
 
 def _moved(pop, arm, versus):
     return np.maximum(_flipped(pop, arm, versus), _variation(pop, arm, versus))
@@ -344,31 +400,43 @@ def _within(pop, arm):
     "metric -> (numerator, denominator) of one arm, per sample."
     read, right, said, y = pop.read(arm), pop.right(arm), pop.said(arm), pop.label
     every = np.ones(len(y))
-    out = dict(accuracy=(right, read), accuracy_unparsed_wrong=(right, every),
-               parsed_share=(read, every), sensitivity=(right, read & y),
-               specificity=(right, read & ~y), precision=(y, read & said),
-               f1=(2. * (read & said & y), read * (1. * said + y)))
-    if pop.setting.words: return out
-    p = np.where(read, pop.probability(arm), 0.)
-    margin = np.where(read, np.where(y, 1, -1) * pop.logit[arm], 0.)
-    return {**out, 'brier': ((p - y)**2, read), 'margin': (margin, read)}
+    out = dict(
+        accuracy=(right, read),
+        accuracy_unparsed_wrong=(right, every),
+        parsed_share=(read, every),
+        sensitivity=(right, read & y),
+        specificity=(right, read & ~y),
+        precision=(y, read & said),
+        f1=(2.0 * (read & said & y), read * (1.0 * said + y)),
+    )
+    if pop.setting.words:
+        return out
+    p = np.where(read, pop.probability(arm), 0.0)
+    margin = np.where(read, np.where(y, 1, -1) * pop.logit[arm], 0.0)
+    return {**out, 'brier': ((p - y) ** 2, read), 'margin': (margin, read)}
 
 # %% ../../nbs/37_sms.simulate.ipynb #5cb7b1ef
 def _against(pop, arm):
     "metric -> (numerator, denominator) of an arm against the one it is compared with, per sample."
     v, c = ARMS[arm].versus, ARMS[arm].control
-    if v not in pop.arms: return {}
+    if v not in pop.arms:
+        return {}
     base, was, now = pop.read(v), pop.right(v), pop.right(arm)
     flips, moves = _flipped(pop, arm, v), _moved(pop, arm, v)
-    out = dict(nfr=(was & ~now, base), positive_flips=(~was & now, base), flips=(flips, base),
-               movement=(moves, base), accuracy_change=(1. * now - was, np.ones(len(base))))
+    out = dict(
+        nfr=(was & ~now, base),
+        positive_flips=(~was & now, base),
+        flips=(flips, base),
+        movement=(moves, base),
+        accuracy_change=(1.0 * now - was, np.ones(len(base))),
+    )
     if not pop.setting.words:
         out['total_variation'] = (_variation(pop, arm, v), base & pop.read(arm))
     if not pop.read(arm).all():
         out['flips_if_missing_stay'] = (flips & pop.read(arm), base)
         out['movement_if_missing_stay'] = (moves * pop.read(arm), base)
     if c in pop.arms:
-        out['excess_flips'] = (1. * flips - _flipped(pop, c, v), base)
+        out['excess_flips'] = (1.0 * flips - _flipped(pop, c, v), base)
         out['excess_movement'] = (moves - _moved(pop, c, v), base)
     return out
 
@@ -376,7 +444,8 @@ def _against(pop, arm):
 def _sides_with_text(pop, arm):
     "metric -> (numerator, denominator) of text following, where image and text disagree."
     ops = ARMS[arm].image, ARMS[arm].text
-    if not set(ops) <= set(pop.at): return {}
+    if not set(ops) <= set(pop.at):
+        return {}
     image, text = (pop.donor_label(op) for op in ops)
     apart = pop.read(arm) & (image != text)
     return dict(text_following=(pop.said(arm) == text, apart)) if apart.any() else {}
@@ -385,20 +454,25 @@ def _sides_with_text(pop, arm):
 def _shapley(pop):
     "metric -> (numerator, denominator) of both Shapley values and their interaction."
     names = ('original', 'image_only', 'text_only', 'neither')
-    if not set(names) <= set(pop.arms) or pop.setting.words: return {}
+    if not set(names) <= set(pop.arms) or pop.setting.words:
+        return {}
     it, i, t, o = (np.where(pop.label, 1, -1) * pop.logit[a] for a in names)
     known = ~np.isnan(it + i + t + o)
-    means = dict(phi_image=((i - o) + (it - t)) / 2, phi_text=((t - o) + (it - i)) / 2,
-                 interaction=it - i - t + o)
-    return {k: (np.where(known, x, 0.), known) for k, x in means.items()}
+    means = dict(
+        phi_image=((i - o) + (it - t)) / 2,
+        phi_text=((t - o) + (it - i)) / 2,
+        interaction=it - i - t + o,
+    )
+    return {k: (np.where(known, x, 0.0), known) for k, x in means.items()}
 
 # %% ../../nbs/37_sms.simulate.ipynb #1bec1ba6
 def _calibration(pop, arm):
     "Gap of each of ten bins of the probability, weighted by its share: what the ECE adds up."
     p, read = pop.probability(arm), pop.read(arm)
-    place = np.minimum((np.where(read, p, 0.) * 10).astype(int), 9)
-    gap = np.where(read, pop.weight * (pop.label - np.nan_to_num(p)), 0.)
+    place = np.minimum((np.where(read, p, 0.0) * 10).astype(int), 9)
+    gap = np.where(read, pop.weight * (pop.label - np.nan_to_num(p)), 0.0)
     return np.bincount(place, gap, 10), float(pop.weight @ read)
+
 
 def _weighted(pop, arm, parts):
     "(metric, arm) -> (numerator, denominator) summed over the population; f1 counts as it stands."
@@ -413,9 +487,10 @@ def _sums(pop, curves):
     for a in pop.arms:
         parts = {**_within(pop, a), **_against(pop, a), **_sides_with_text(pop, a)}
         out |= _weighted(pop, a, parts)
-        if not curves or pop.setting.words: continue
+        if not curves or pop.setting.words:
+            continue
         read = pop.read(a)
-        out['auroc', a] = (auroc(pop.logit[a][read], pop.label[read]), 1.)
+        out['auroc', a] = (auroc(pop.logit[a][read], pop.label[read]), 1.0)
         out['ece', a] = _calibration(pop, a)
     return out
 
@@ -425,18 +500,21 @@ def _of_verdicts(found):
     out = {}
     for m in ('image', 'text'):
         swap, same = f'{m}_swap', f'{m}_swap_same'
-        names = dict(excess=('excess_movement', swap), moved=('movement', swap),
-                     moved_same=('movement', same))
+        names = dict(
+            excess=('excess_movement', swap),
+            moved=('movement', swap),
+            moved_same=('movement', same),
+        )
         out |= {(f'{k}_{m}', ''): found[at] for k, at in names.items() if at in found}
     return out
 
 # %% ../../nbs/37_sms.simulate.ipynb #1de13747
 def truth(
-    setting:Setting,  # the study, nothing left to solve
-    n:int=400_000,    # samples drawn per finding
-    seed:int=2024,    # which draw
-    curves:bool=True, # AUROC and ECE as well?
-)->dict[tuple[str, str], float]: # (metric, arm) -> true value; ('excess_image', '') of verdicts
+    setting: Setting,  # the study, nothing left to solve
+    n: int = 400_000,  # samples drawn per finding
+    seed: int = 2024,  # which draw
+    curves: bool = True,  # AUROC and ECE as well?
+) -> dict[tuple[str, str], float]:  # (metric, arm) -> true value; ('excess_image', '') of verdicts
     "True values of a simulated study, by a large sample of the same generator."
     arms = [a.name for a in select_arms(setting.arms)]
     kinds, counts = np.unique(setting.prevalences, return_counts=True)
@@ -447,7 +525,8 @@ def truth(
         mean = np.divide(num, den) if den else np.nan
         out[k] = float(np.abs(mean).sum() if k[0] == 'ece' else mean)
     swaps = [('text_following', a) for a in ('image_swap', 'text_swap')]
-    if set(swaps) <= set(out): out['text_following', ''] = float(np.mean([out[k] for k in swaps]))
+    if set(swaps) <= set(out):
+        out['text_following', ''] = float(np.mean([out[k] for k in swaps]))
     return out | _of_verdicts(out)
 
 # %% ../../nbs/37_sms.simulate.ipynb #56c3412b
@@ -456,9 +535,11 @@ def _quantity(name):
     metric, _, arm = name.partition(':')
     return metric, arm or ('' if metric.endswith(('_image', '_text')) else 'original')
 
+
 def _arms_for(metric, arm):
     "The arms that a quantity is made of; those they are compared with come along."
-    if arm in ARMS: return (arm,)
+    if arm in ARMS:
+        return (arm,)
     return ('image_swap',) if metric.endswith('_image') else ('text_swap',)
 
 # %% ../../nbs/37_sms.simulate.ipynb #38a38931
@@ -466,20 +547,26 @@ def _arms_for(metric, arm):
 def _solved(text, n):
     "The unknown of a setting that is given as JSON."
     from scipy.optimize import brentq
+
     setting = Setting.model_validate_json(text)
     goal, key = setting.solve, _quantity(setting.solve.quantity)
     bare = setting.model_copy(update=dict(solve=None, arms=_arms_for(*key)))
     curves = key[0] in ('auroc', 'ece')
+
     def gap(x):
         found = truth(set_value(bare, goal.unknown, float(x)), n, curves=curves)
-        if key not in found: raise InputError(_no_quantity(goal.quantity, found))
+        if key not in found:
+            raise InputError(_no_quantity(goal.quantity, found))
         return found[key] - goal.value
+
     grid = np.linspace(goal.low, goal.high, 9)
     gaps = [gap(x) for x in grid]
     at = next((i for i in range(8) if gaps[i] * gaps[i + 1] <= 0), None)
-    if at is not None: return float(brentq(gap, grid[at], grid[at + 1], xtol=1e-5))
+    if at is not None:
+        return float(brentq(gap, grid[at], grid[at + 1], xtol=1e-5))
     where = f'{goal.unknown} from {goal.low} to {goal.high}'
     raise InputError(f'solve: {goal.quantity} is never {goal.value} for {where}')
+
 
 def _no_quantity(name, found):
     known = ', '.join(':'.join(k).rstrip(':') for k in found)
@@ -487,11 +574,12 @@ def _no_quantity(name, found):
 
 # %% ../../nbs/37_sms.simulate.ipynb #f517375b
 def solve(
-    setting:Setting, # the study, perhaps with something to solve
-    n:int=400_000,   # samples drawn per finding
-)->Setting:          # the study with nothing left to solve
+    setting: Setting,  # the study, perhaps with something to solve
+    n: int = 400_000,  # samples drawn per finding
+) -> Setting:  # the study with nothing left to solve
     "Find the unknown of a setting; `InputError` where no value meets the goal."
-    if setting.solve is None: return setting
-    same_truth = dict(patients=10, films=1, icc=0., correlation=0., donors=1, exact=False)
+    if setting.solve is None:
+        return setting
+    same_truth = dict(patients=10, films=1, icc=0.0, correlation=0.0, donors=1, exact=False)
     value = _solved(setting.model_copy(update=same_truth).model_dump_json(), n)
     return set_value(set_value(setting, 'solve', None), setting.solve.unknown, value)

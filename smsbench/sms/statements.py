@@ -12,24 +12,34 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 # %% ../../nbs/30eb_sms.statements.ipynb #f3829856
-def _any(*words): return re.compile(r'\b(?:' + '|'.join(words) + r')\b' + r"|(?!)")
+def _any(*words):
+    return re.compile(r'\b(?:' + '|'.join(words) + r')\b' + r"|(?!)")
 
-NEGATION = _any('no|not|none|without|neither|nor|never|cannot|absent|absence|negative',
-                'free (?:of|from)|fails?|lacks?|lacking|denies|unlikely',
-                'rule[sd]? out|ruling out|exclude[sd]?|excluding',
-                r"\w+n't|(?<![\d.:] )(?:0|zero)(?= [a-z])")
-IDIOM = _any('not (?:only|just|merely|limited to|uncommon)', 'no doubt',
-             'without (?:a )?doubt', 'not? changed?')        # negations that deny nothing
-HEDGE = _any('possibl[ey]|possibility|maybe|perhaps|may|might|could|uncertain|unclear|equivocal',
-             'questionable|suspect(?:ed|s)?|suspici(?:on|ous (?:for|of))|would|whether|if|vs|versus',
-             'differential|indeterminate|inconclusive|(?:difficult|hard) to|either',
-             r"(?:not|cannot|can't|couldn't)(?: \w+){0,2} (?:exclude|rule)d?",
-             r'not (?:\w+ly )?(?:certain|clear|sure|possible)')
+
+NEGATION = _any(
+    'no|not|none|without|neither|nor|never|cannot|absent|absence|negative',
+    'free (?:of|from)|fails?|lacks?|lacking|denies|unlikely',
+    'rule[sd]? out|ruling out|exclude[sd]?|excluding',
+    r"\w+n't|(?<![\d.:] )(?:0|zero)(?= [a-z])",
+)
+IDIOM = _any(
+    'not (?:only|just|merely|limited to|uncommon)',
+    'no doubt',
+    'without (?:a )?doubt',
+    'not? changed?',
+)  # negations that deny nothing
+HEDGE = _any(
+    'possibl[ey]|possibility|maybe|perhaps|may|might|could|uncertain|unclear|equivocal',
+    'questionable|suspect(?:ed|s)?|suspici(?:on|ous (?:for|of))|would|whether|if|vs|versus',
+    'differential|indeterminate|inconclusive|(?:difficult|hard) to|either',
+    r"(?:not|cannot|can't|couldn't)(?: \w+){0,2} (?:exclude|rule)d?",
+    r'not (?:\w+ly )?(?:certain|clear|sure|possible)',
+)
 UNSTATED = _any(
     r'(?:assess|evaluat|look|check|test|screen|search|monitor|examin|inspect|watch|concern'
-    r'|treat)\w*(?: \w+){0,3} (?:for|of|about)',            # evaluate the film for pneumonia
+    r'|treat)\w*(?: \w+){0,3} (?:for|of|about)',  # evaluate the film for pneumonia
     r'to (?:\w+ )?(?:diagnos|assess|determin|evaluat|rule out|exclude|confirm|identif|detect|look'
-    r' (?:for|at)|see|check|find|answer|know|tell|say|judge|decide)\w*', # to confirm pneumonia
+    r' (?:for|at)|see|check|find|answer|know|tell|say|judge|decide)\w*',  # to confirm pneumonia
     r"(?:cannot|can't|not|never|unable to) (?:\w+ )?(?:provid|giv|offer|answer|confirm"
     r'|determin|diagnos|assess|say|tell|evaluat|conclud|allow|permit)\w*',
     r"i (?:do not|don't) (?:have|know)|insufficient|inadequate|poor|unable|mention\w*",
@@ -38,40 +48,56 @@ UNSTATED = _any(
     r'occurs?|happens?|typically|usually|generally|commonly|often|refers? to|known as|defined',
     r'such as|used (?:to|for)|let|compared|considered$',
     r'history of|risk|recommend\w*|should|consult|needed|required?|necessary|question|asked?|asks',
-    r'(?:specific|typical|characteristic|diagnostic) (?:finding|feature|sign)s? (?:for|of)')
+    r'(?:specific|typical|characteristic|diagnostic) (?:finding|feature|sign)s? (?:for|of)',
+)
 
 # %% ../../nbs/30eb_sms.statements.ipynb #44bd4af8
-_ONE = {re.compile(p): w for p, w in {
-    r'\babnormal(?:ity|ities|ly)\b|\bpatholog(?:y|ies|ic|ical)\b|\bunhealthy\b': 'abnormal',
-    r'\b(?:healthy|unremarkable|within normal limits|normally|normal-\w+)\b': 'normal',
-    r'\b(?:equals?|identical)\b|(?<=\s)=(?=\s)': 'same',
-    r'\b(?:unequal|differing|differ)\b': 'different',
-    r'\bnon-(?=\w)': 'not '}.items()}
-OPPOSITES = {'abnormal': 'normal', 'different': 'same', 'asymmetric': 'symmetric',
-             'malignant': 'benign', 'irregular': 'regular', 'heterogeneous': 'homogeneous'}
+_ONE = {
+    re.compile(p): w
+    for p, w in {
+        r'\babnormal(?:ity|ities|ly)\b|\bpatholog(?:y|ies|ic|ical)\b|\bunhealthy\b': 'abnormal',
+        r'\b(?:healthy|unremarkable|within normal limits|normally|normal-\w+)\b': 'normal',
+        r'\b(?:equals?|identical)\b|(?<=\s)=(?=\s)': 'same',
+        r'\b(?:unequal|differing|differ)\b': 'different',
+        r'\bnon-(?=\w)': 'not ',
+    }.items()
+}
+OPPOSITES = {
+    'abnormal': 'normal',
+    'different': 'same',
+    'asymmetric': 'symmetric',
+    'malignant': 'benign',
+    'irregular': 'regular',
+    'heterogeneous': 'homogeneous',
+}
+
 
 def plainly(
-    text:str, # any text
-)->str:
+    text: str,  # any text
+) -> str:
     "The text in lower case, with one word for what means the same."
     text = text.lower().replace('’', "'")
-    for pattern, word in _ONE.items(): text = pattern.sub(word, text)
+    for pattern, word in _ONE.items():
+        text = pattern.sub(word, text)
     return text
 
 # %% ../../nbs/30eb_sms.statements.ipynb #17f18649
 _CLAUSE = re.compile(
     r'[.;!\n]+(?=\s|$)|(?<=\?)|,?\s+\b(?:but|however|although|though|while|whereas|instead|yet'
     r'|nevertheless)\b|,\s+(?=(?:and )?(?:there|which|it|this|the|these|that|he|she|with)\b)'
-    r'|\band (?=(?:there|it)\b)')
+    r'|\band (?=(?:there|it)\b)'
+)
+
 
 def clauses(
-    text:str, # any text
-)->list[str]: # in lower case, without the marks around them
+    text: str,  # any text
+) -> list[str]:  # in lower case, without the marks around them
     "The clauses of a text: parts that may be true or false on their own."
     return [c.strip(' ,:-\n') for c in _CLAUSE.split(text.lower()) if c and c.strip(' ,:-\n')]
 
 # %% ../../nbs/30eb_sms.statements.ipynb #b4d05ca1
-_STOP = frozenset("""a an the this that these those there here it its as which who what how if than
+_STOP = frozenset(
+    """a an the this that these those there here it its as which who what how if than
 then also very so such i we you he she they his her their our my your and or any some of in on at by
 to for from with is are was were be been being am do does did has have had can could will would
 shall should may might must no not none without absent absence
@@ -80,20 +106,22 @@ patient patients patient's person evidence evident sign signs indication presenc
 show shows showing see visible visualized detected noted noticed identified found observed observe
 observing displaying case findings finding demonstrate demonstrates reveal reveals depict depicts
 contain contains appear appears look looks seem seems suggest suggests suggestive consistent clear
-obvious definite specific suspicious one inspection visual upon provided given identify""".split())
+obvious definite specific suspicious one inspection visual upon provided given identify""".split()
+)
 
 # %% ../../nbs/30eb_sms.statements.ipynb #7ccd5d14
 def words(
-    text:str, # lower case
-)->list[str]:
+    text: str,  # lower case
+) -> list[str]:
     "Words of a text, without signs."
     return re.findall(r"[^\W_]+(?:'[a-z]+)?", text)
 
+
 @lru_cache(maxsize=65536)
 def same_word(
-    a:str, # a word
-    b:str, # another
-)->bool:
+    a: str,  # a word
+    b: str,  # another
+) -> bool:
     "Whether two words are forms of one: a common beginning and short ends."
     k = max(4, min(len(a), len(b)) - 2)
     short, far = min(len(a), len(b)) < 4, abs(len(a) - len(b)) > 4
@@ -103,25 +131,28 @@ def same_word(
 @dataclass(frozen=True)
 class Asked:
     "What an answer is about; made by `asked`."
-    keys:tuple[str, ...] = () # telling words, opposites as their partner
-    base:str = ''             # the one of them that has an opposite, such as 'normal'
-    flip:bool = False         # whether the opposite of `base` is asked for
-    negative:bool = False     # whether the absence is asked for
-    named:bool = False        # whether a finding was given, not only a question
+
+    keys: tuple[str, ...] = ()  # telling words, opposites as their partner
+    base: str = ''  # the one of them that has an opposite, such as 'normal'
+    flip: bool = False  # whether the opposite of `base` is asked for
+    negative: bool = False  # whether the absence is asked for
+    named: bool = False  # whether a finding was given, not only a question
 
 # %% ../../nbs/30eb_sms.statements.ipynb #cc222d62
 _DENIES = re.compile(r'\b(?:no|not|without|absent|absence|free of|lack)\b')
+
 
 def _partner(word, base):
     "`base` for its opposite, any other word as it is."
     return base if OPPOSITES.get(word) == base else word
 
+
 @lru_cache(maxsize=4096)
 def asked(
-    finding:str='',      # what is asked about, such as 'pleural effusion'
-    question:str='',     # the question; read where no finding is given
-    inverted:bool=False, # whether the absence is asked for
-)->Asked:
+    finding: str = '',  # what is asked about, such as 'pleural effusion'
+    question: str = '',  # the question; read where no finding is given
+    inverted: bool = False,  # whether the absence is asked for
+) -> Asked:
     "The telling words of what is asked."
     sentence = re.search(r'[^.?!\n]*(?=\?)', question)
     text = plainly(finding.replace('_', ' ') or (sentence[0] if sentence else question))
@@ -136,13 +167,14 @@ def asked(
 
 # %% ../../nbs/30eb_sms.statements.ipynb #92cb514e
 def share(
-    what:Asked, # what is asked
-    clause:str, # one of `clauses`
-)->float:       # 0 to 1; 0 where normality is asked for and not spoken of
+    what: Asked,  # what is asked
+    clause: str,  # one of `clauses`
+) -> float:  # 0 to 1; 0 where normality is asked for and not spoken of
     "Share of the telling words that a clause holds."
     held = [_partner(w, what.base) for w in words(clause)]
-    if not what.keys or what.base and what.base not in held: return 0.
-    return sum(any(same_word(k, w) for w in held) for k in what.keys)/len(what.keys)
+    if not what.keys or what.base and what.base not in held:
+        return 0.0
+    return sum(any(same_word(k, w) for w in held) for k in what.keys) / len(what.keys)
 
 # %% ../../nbs/30eb_sms.statements.ipynb #8d37556d
 _AFTER = re.compile(
@@ -150,100 +182,135 @@ _AFTER = re.compile(
     r'(?: (?!with|and)\w+){0,2} (?:not|never|absent|unlikely|excluded|ruled out|negative|resolved'
     r"|removed)\b|^[^,]{0,60}?(?:n't|\bcannot)\b"
     r'|^\s*(?:[:=(-]+\s*(?:no|none|false)|[:=(-]*\s*(?:not|never|absent|negative|excluded'
-    r'|ruled out|resolved|unlikely))\b')
+    r'|ruled out|resolved|unlikely))\b'
+)
 _ENDS = re.compile(r'\b(?:in|on|at|within|to|from|as|such|according|for|that|which)\b|[,:]')
 
 _ANEW = re.compile(r'\w (?:shows|reveals|demonstrates|displays)\b')
-THAN = re.compile(                                            # what something is compared with
+THAN = re.compile(  # what something is compared with
     r'\b(?:than|compared (?:to|with)|in comparison (?:to|with)|instead of|versus|unlike'
-    r'|as opposed to|relative to|in contrast to)\b.*')
+    r'|as opposed to|relative to|in contrast to)\b.*'
+)
 
 _IS = re.compile(r'\s*(?:\([^)]*\)\s*)?(?:is|are)\b')
 _IS_THERE = re.compile(
     r'\s*(?:is|are) (?:\w+ ){0,2}?(?:present|seen|visible|visuali[sz]ed|noted|evident|apparent|found'
     r'|identified|detected|observed|demonstrated|shown|confirmed|likely|suggested|indicated|there|in'
-    r'|on|at|mild|moderate|severe|small|large|bilateral|stable|unchanged)\b')
+    r'|on|at|mild|moderate|severe|small|large|bilateral|stable|unchanged)\b'
+)
+
 
 def _place(what, clause):
     "Where the last telling word stands in a clause; None where none does."
-    found = [m.span() for m in re.finditer(r"[^\W_]+(?:'[a-z]+)?", clause)
-             if any(same_word(k, _partner(m[0], what.base)) for k in what.keys)]
+    found = [
+        m.span()
+        for m in re.finditer(r"[^\W_]+(?:'[a-z]+)?", clause)
+        if any(same_word(k, _partner(m[0], what.base)) for k in what.keys)
+    ]
     return found[-1] if found else None
+
 
 def _defined(what, clause):
     "Whether a clause tells what a finding is ('pneumonia is an infection'), not that it is there."
     place = _place(what, clause)
-    if not place or not what.named: return False
-    rest = clause[place[1]:]
-    short = len(clause[:place[0]].split()) < 4
-    return bool(short and _IS.match(rest) and not _IS_THERE.match(rest)
-                or re.match(r'\s*[:=]\s*[\d.]', rest))
+    if not place or not what.named:
+        return False
+    rest = clause[place[1] :]
+    short = len(clause[: place[0]].split()) < 4
+    return bool(
+        short
+        and _IS.match(rest)
+        and not _IS_THERE.match(rest)
+        or re.match(r'\s*[:=]\s*[\d.]', rest)
+    )
+
 
 def _denied(what, clause):
     "Whether what is asked is denied: before it in its clause, or right behind it."
     place = _place(what, clause)
-    if not place: return False
-    before = [m.end() for m in NEGATION.finditer(clause[:place[0]])]
-    reaches = before and not _ANEW.search(clause[before[-1]:place[0]])
-    return bool(reaches or _AFTER.search(clause[place[1]:]))
+    if not place:
+        return False
+    before = [m.end() for m in NEGATION.finditer(clause[: place[0]])]
+    reaches = before and not _ANEW.search(clause[before[-1] : place[0]])
+    return bool(reaches or _AFTER.search(clause[place[1] :]))
+
 
 def _equal(what, clause):
     "Whether a clause calls the same what the question compares."
     return 'same' in words(clause) and 'same' not in what.keys
 
+
 def _object(what, clause):
     "The telling words of what a clause denies: 'acute infarction' in 'no acute infarction in it'."
     negation = NEGATION.search(clause)
-    if not negation: return []
-    rest = _ENDS.split(clause[negation.end():].strip())[0]
+    if not negation:
+        return []
+    rest = _ENDS.split(clause[negation.end() :].strip())[0]
     return [_partner(w, what.base) for w in words(rest) if w not in _STOP]
 
 # %% ../../nbs/30eb_sms.statements.ipynb #5044a918
-_IMAGE = (r'(?:images?|pictures?|films?|scans?|x-?rays?|radiographs?|mri|ct|study|exam\w*|fundus'
-          r'|disc|retina|eyes?|chest|lungs?|brain|everything|patient|results?|findings|appearance'
-          r'|angiogram|ultrasound|mammogram|specimen|tissue)')
-_WHOLE = re.compile(rf'\b{_IMAGE}\b[^,]*\bnormal\b|^(?:\w+ ){{0,3}}normal (?:\w+ ){{0,2}}{_IMAGE}\b'
-                    r'|^normal$')
+_IMAGE = (
+    r'(?:images?|pictures?|films?|scans?|x-?rays?|radiographs?|mri|ct|study|exam\w*|fundus'
+    r'|disc|retina|eyes?|chest|lungs?|brain|everything|patient|results?|findings|appearance'
+    r'|angiogram|ultrasound|mammogram|specimen|tissue)'
+)
+_WHOLE = re.compile(
+    rf'\b{_IMAGE}\b[^,]*\bnormal\b|^(?:\w+ ){{0,3}}normal (?:\w+ ){{0,2}}{_IMAGE}\b'
+    r'|^normal$'
+)
+
 
 def said_of(
-    what:Asked, # what is asked
-    clause:str, # one of `clauses`
-)->str:         # 'present', 'absent', 'unsure', or '' where nothing is stated
+    what: Asked,  # what is asked
+    clause: str,  # one of `clauses`
+) -> str:  # 'present', 'absent', 'unsure', or '' where nothing is stated
     "What one clause states about it."
     clause = IDIOM.sub(' ', THAN.sub('', clause) if what.named else clause)
     held = share(what, clause)
     denies = _object(what, clause)
     denied_only = bool(denies) and all(any(same_word(k, w) for k in what.keys) for w in denies)
-    if held < .6 and not denied_only or not what.keys: return ''
-    if UNSTATED.search(clause): return 'unsure' if 'whether' in words(clause) else ''
-    if HEDGE.search(clause) or clause.endswith('?'): return 'unsure' if held >= .8 else ''
+    if held < 0.6 and not denied_only or not what.keys:
+        return ''
+    if UNSTATED.search(clause):
+        return 'unsure' if 'whether' in words(clause) else ''
+    if HEDGE.search(clause) or clause.endswith('?'):
+        return 'unsure' if held >= 0.8 else ''
     denied = denied_only or _denied(what, clause) or _equal(what, clause)
-    if what.base: return _said_of_base(what, clause, denied, held)
-    if denied: return 'absent'
-    return 'present' if held >= .8 and not _defined(what, clause) else ''
+    if what.base:
+        return _said_of_base(what, clause, denied, held)
+    if denied:
+        return 'absent'
+    return 'present' if held >= 0.8 and not _defined(what, clause) else ''
+
 
 def _said_of_base(what, clause, denied, held):
     "The same where the question is whether something is normal, equal, benign."
     flipped = any(OPPOSITES.get(w) == what.base for w in words(clause))
     other = denied != flipped
-    if not any(_partner(w, what.base) == what.base for w in words(clause)): return ''
+    if not any(_partner(w, what.base) == what.base for w in words(clause)):
+        return ''
     only = what.keys == ('normal',) and not other and not denied
-    if only and not _WHOLE.search(clause): return ''
-    if held < .8 and not denied: return ''
+    if only and not _WHOLE.search(clause):
+        return ''
+    if held < 0.8 and not denied:
+        return ''
     return 'present' if other == what.flip else 'absent'
 
 # %% ../../nbs/30eb_sms.statements.ipynb #75a9fb60
 _ITEM = re.compile(r'(?m)^\s*(?:\d+\.|[-•])\s.*$')
 
+
 def stated(
-    text:str,   # what a model said
-    what:Asked, # what is asked
-)->set[str]:    # of 'present', 'absent', 'unsure'
+    text: str,  # what a model said
+    what: Asked,  # what is asked
+) -> set[str]:  # of 'present', 'absent', 'unsure'
     "What a text states about it, over all its clauses; a normal image has no finding."
-    if what.base: text = _ITEM.sub('', text)          # a list of normal organs is no conclusion
+    if what.base:
+        text = _ITEM.sub('', text)  # a list of normal organs is no conclusion
     parts = clauses(plainly(text))
     said = {said_of(what, c) for c in parts} - {''}
-    if said or not what.keys or what.base: return said
+    if said or not what.keys or what.base:
+        return said
     whole = [m[0] for c in parts if (m := _WHOLE.search(c)) and not UNSTATED.search(c)]
     firm = any(not NEGATION.search(w) and not HEDGE.search(w) for w in whole)
     return {'absent'} if firm else said

@@ -11,22 +11,40 @@ import ast, json, re
 from functools import lru_cache
 
 # %% ../../nbs/30ea_sms.stripping.ipynb #f312e0c4
-ANSWER_KEYS = ('final_answer', 'final answer', 'answer', 'prediction', 'predicted', 'response',
-               'output', 'generated_text', 'result', 'label', 'choice', 'text', 'content',
-               'raw_text')
-STATES = ('present', 'detected', 'positive') # fields whose truth value answers
+ANSWER_KEYS = (
+    'final_answer',
+    'final answer',
+    'answer',
+    'prediction',
+    'predicted',
+    'response',
+    'output',
+    'generated_text',
+    'result',
+    'label',
+    'choice',
+    'text',
+    'content',
+    'raw_text',
+)
+STATES = ('present', 'detected', 'positive')  # fields whose truth value answers
 
 # %% ../../nbs/30ea_sms.stripping.ipynb #7a330a38
 def flat(
-    value,       # string, list of strings, message, list of messages, truth value, None
-    depth:int=0, # nesting so far; deeper than 8 levels nothing is read
-)->str:
+    value,  # string, list of strings, message, list of messages, truth value, None
+    depth: int = 0,  # nesting so far; deeper than 8 levels nothing is read
+) -> str:
     "The text inside what a tool returned."
-    if isinstance(value, bool): return 'yes' if value else 'no'
-    if isinstance(value, str): return value
-    if value is None or depth > 8 or value != value: return ''
-    if isinstance(value, dict): return _of_object(value, depth)
-    if not isinstance(value, (list, tuple)): return str(value)
+    if isinstance(value, bool):
+        return 'yes' if value else 'no'
+    if isinstance(value, str):
+        return value
+    if value is None or depth > 8 or value != value:
+        return ''
+    if isinstance(value, dict):
+        return _of_object(value, depth)
+    if not isinstance(value, (list, tuple)):
+        return str(value)
     said = [v for v in value if isinstance(v, dict) and v.get('role') == 'assistant'] or value
     texts = [flat(v, depth + 1) for v in said]
     return '\n'.join(dict.fromkeys(t for t in texts if t))
@@ -36,47 +54,60 @@ def _of_object(value, depth):
     fields = {str(k).strip().lower(): v for k, v in value.items()}
     truths = [k for k in STATES if isinstance(fields.get(k), (bool, str))]
     key = next((k for k in [*ANSWER_KEYS, *truths] if k in fields), None)
-    if key: return flat(fields[key], depth + 1)
+    if key:
+        return flat(fields[key], depth + 1)
     lines = {k: flat(v, depth + 1) for k, v in fields.items()}
     return '\n'.join(f'{k}: {t}' for k, t in lines.items() if t)
 
 # %% ../../nbs/30ea_sms.stripping.ipynb #02b42880
 def unpacked(
-    text:str, # a text that may be JSON or a list as Python prints it
-)->str:
+    text: str,  # a text that may be JSON or a list as Python prints it
+) -> str:
     "The text inside JSON or a printed list; any other text as it is."
     s = text.strip()
-    if s[:1] + s[-1:] not in ('[]', '{}') or len(s) > 100_000: return text
+    if s[:1] + s[-1:] not in ('[]', '{}') or len(s) > 100_000:
+        return text
     for load in (json.loads, ast.literal_eval):
-        try: return flat(load(s))
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError): continue
+        try:
+            return flat(load(s))
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
     return text
 
 # %% ../../nbs/30ea_sms.stripping.ipynb #918108b1
-_THOUGHT = re.compile(r'[<◁]/?\|?(?:think|thinking|thoughts?|reasoning|scratchpad|analysis'
-                      r'|reflection)\|?[>▷]', re.I)
+_THOUGHT = re.compile(
+    r'[<◁]/?\|?(?:think|thinking|thoughts?|reasoning|scratchpad|analysis'
+    r'|reflection)\|?[>▷]',
+    re.I,
+)
+
 
 def without_thoughts(
-    text:str, # what a model said
-)->str:
+    text: str,  # what a model said
+) -> str:
     "What stands behind the last thought, or before the first that never ends."
     marks = list(_THOUGHT.finditer(text))
-    if not marks: return text
-    if '/' in marks[-1][0]: return text[marks[-1].end():]
-    return without_thoughts(text[:marks[-1].start()])
+    if not marks:
+        return text
+    if '/' in marks[-1][0]:
+        return text[marks[-1].end() :]
+    return without_thoughts(text[: marks[-1].start()])
 
 # %% ../../nbs/30ea_sms.stripping.ipynb #7965db35
 @lru_cache(maxsize=4096)
-def _loosely(echo): return re.compile(r'\s+'.join(re.escape(w) for w in echo.split()), re.I)
+def _loosely(echo):
+    return re.compile(r'\s+'.join(re.escape(w) for w in echo.split()), re.I)
+
 
 def behind(
-    text:str, # what a model said
-    echo:str, # what it may repeat
-)->str:       # a word or two before an echo count as the answer where nothing follows it
+    text: str,  # what a model said
+    echo: str,  # what it may repeat
+) -> str:  # a word or two before an echo count as the answer where nothing follows it
     "What stands behind the last place where `echo` is repeated; the text itself where it is not."
     places = list(_loosely(echo).finditer(text)) if echo.strip() else []
-    if not places: return text
-    before, after = text[:places[0].start()], text[places[-1].end():]
+    if not places:
+        return text
+    before, after = text[: places[0].start()], text[places[-1].end() :]
     return after if after.strip() or len(before.split()) > 3 else before
 
 # %% ../../nbs/30ea_sms.stripping.ipynb #bea81c52
@@ -84,26 +115,36 @@ _ROLE = re.compile(
     r'(?:<\|?im_start\|?>|<\|start_header_id\|>|<start_of_turn>|<\|)\s*(?:assistant|model|final)'
     r'\s*(?:<\|end_header_id\|>|<\|message\|>|\|>)?|<\|channel\|>final<\|message\|>|\[/INST\]'
     r'|###\s*(?:response|answer|assistant)\s*:?|(?:^|(?<=\s))assistant\s*:'
-    r'|(?:^|\n)\s*(?:assistant|gpt|bot|ai|model)\s*(?::|\n)', re.I)
+    r'|(?:^|\n)\s*(?:assistant|gpt|bot|ai|model)\s*(?::|\n)',
+    re.I,
+)
 _NEXT = re.compile(
     r'<\|?(?:im_end|im_start|endoftext|eot_id|end|eos|end_of_turn)\|?>|<end_of_turn>|</s>|<eos>'
     r'|\[INST\]|###\s*(?:human|user|instruction|question)\b|(?:^|(?<=\s))(?:user|human)\s*:'
-    r'|\n\s*(?:user|human)\s*(?::|\n)|\n\s*(?:question|q)\s*:', re.I)
+    r'|\n\s*(?:user|human)\s*(?::|\n)|\n\s*(?:question|q)\s*:',
+    re.I,
+)
+
 
 def turn(
-    text:str, # what a model said, perhaps with the dialogue around it
-)->str:
+    text: str,  # what a model said, perhaps with the dialogue around it
+) -> str:
     "The answering turn: behind the last role of a model that says something, up to the next turn."
     roles = [m.end() for m in _ROLE.finditer(text)]
     for start in reversed(roles):
         said = _NEXT.split(text[start:])[0]
-        if said.strip(): return said
-    if roles: return ''
+        if said.strip():
+            return said
+    if roles:
+        return ''
     return next((part for part in _NEXT.split(text) if part.strip()), '')
 
 # %% ../../nbs/30ea_sms.stripping.ipynb #6c52bfb3
-_TAG = re.compile(r'<\|[^<>|]{1,40}\|>|</?(?:s|bos|eos|pad|unk|image|img|answer|start_of_turn'
-                  r'|end_of_turn|final|output|response)\b[^<>]{0,20}>|\[/?INST\]|<</?SYS>>', re.I)
+_TAG = re.compile(
+    r'<\|[^<>|]{1,40}\|>|</?(?:s|bos|eos|pad|unk|image|img|answer|start_of_turn'
+    r'|end_of_turn|final|output|response)\b[^<>]{0,20}>|\[/?INST\]|<</?SYS>>',
+    re.I,
+)
 _FENCE = re.compile(r'```[a-z]*\s*(.*?)\s*```', re.S)
 _TEX = re.compile(r'\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}')
 _BOXED = re.compile(r'\\?\bboxed\s*\{([^{}]*)\}')
@@ -112,14 +153,16 @@ _LISTED = re.compile(r'(?m)^[ \t>*-]*\(?([A-J])[).:][ \t]+\S.*$')
 _IN_LINE = re.compile(r'\(?A[).:] [^\n]{1,80}? \(?B[).:] [^\n]{1,80}? \(?C[).:] [^\n]*')
 _ASKED = re.compile(r'^\s*question\s*:[^\n?]*\??', re.I)
 
+
 def undressed(
-    text:str, # the turn of a model
-)->str:
+    text: str,  # the turn of a model
+) -> str:
     "A turn without fences, tags, formulas and emphasis; what is boxed or tagged as answer last."
     text = unpacked(_FENCE.sub(r'\n\1\n', _ASKED.sub('', text)))
     text = _TEX.sub(r'\1', text)
     boxed = _BOXED.findall(text)
-    if boxed: text = f"{_BOXED.sub(' ', text)}\nAnswer: {boxed[-1]}"
+    if boxed:
+        text = f"{_BOXED.sub(' ', text)}\nAnswer: {boxed[-1]}"
     tagged = _ANSWERED.findall(text)
     text = _TAG.sub(' ', tagged[-1] if tagged else text)
     return re.sub(r'\\[()\[\]]|\$|[*_`#"]+', '', text)
@@ -128,48 +171,55 @@ def undressed(
 @lru_cache(maxsize=4096)
 def _listings(choices):
     "Patterns of how a prompt lists the choices."
-    if len(choices) < 2: return ()
+    if len(choices) < 2:
+        return ()
     one = f"(?:{'|'.join(re.escape(c) for c in sorted(choices, key=len, reverse=True))})"
-    every = rf'{one}(?:(?:,|/| or|, or) ?{one}){{{len(choices) - 1}}}'   # in any order
+    every = rf'{one}(?:(?:,|/| or|, or) ?{one}){{{len(choices) - 1}}}'  # in any order
     lead = r'\b(?:please )?(?:answer|respond|reply|choose|select|say)\b'
     lead += r'(?:[^.\n:?!]{0,60}?|[^.\n:?!]{0,40}\bof: *)'
     spoken = lead + every + r'\b[^.\n:]{0,40}[.:]?'
     bracketed = r'(?:options?:? )?[\[(]' + every + r'[\])]'
     return re.compile(spoken, re.I), re.compile(bracketed, re.I)
 
+
 def without_listings(
-    text:str,            # the turn of a model
-    choices:tuple=(),    # allowed answers
-)->str:
+    text: str,  # the turn of a model
+    choices: tuple = (),  # allowed answers
+) -> str:
     "A turn without the options or choices that it repeats from its prompt."
-    if len({m[1] for m in _LISTED.finditer(text)}) > 1: text = _LISTED.sub('', text)
+    if len({m[1] for m in _LISTED.finditer(text)}) > 1:
+        text = _LISTED.sub('', text)
     text = _IN_LINE.sub(' ', text)
-    for listing in _listings(tuple(choices)): text = listing.sub(' ', text)
+    for listing in _listings(tuple(choices)):
+        text = listing.sub(' ', text)
     return text
 
 # %% ../../nbs/30ea_sms.stripping.ipynb #944b142e
 _SIGNS = str.maketrans('’‘“”。，：；（）？！', "''\"\".,:;()?!")
 
+
 def _once(text, echoes, choices):
     text = without_thoughts(unpacked(text).translate(_SIGNS))
     text = re.sub(r'([.,:;?!])(?=[\u3040-\u30ff\u4e00-\u9fff])', r'\1 ', text)
-    for echo in echoes: text = behind(text, echo)
+    for echo in echoes:
+        text = behind(text, echo)
     text = without_listings(undressed(turn(text)), choices)
     return re.sub(r'[^\S\n]+', ' ', re.sub(r'\s*\n\s*', '\n', text)).strip()
 
 # %% ../../nbs/30ea_sms.stripping.ipynb #3f0060c7
 def strip_answer(
-    value,            # what a tool returned: text, list, message, truth value
-    prompt:str='',    # what was asked, whole or its end; its last line alone is taken off too
-    question:str='',  # the question in it
-    choices:tuple=(), # allowed answers
-)->str:
+    value,  # what a tool returned: text, list, message, truth value
+    prompt: str = '',  # what was asked, whole or its end; its last line alone is taken off too
+    question: str = '',  # the question in it
+    choices: tuple = (),  # allowed answers
+) -> str:
     "What a model said, bare: one line per line, nothing of what it repeats."
     text = flat(value)
     last = prompt.strip().split('\n')[-1]
     echoes = [e.translate(_SIGNS) for e in (prompt, last, question) if len(e.split()) > 1]
     for _ in range(8):
         bare = _once(text, echoes, choices)
-        if bare == text: break
+        if bare == text:
+            break
         text = bare
     return text

@@ -70,7 +70,10 @@ _EXCESS = ('excess', 'excess_low', 'excess_high', 'excess_low_90', 'excess_high_
 def _without_error(b, grow):
     "Bounds with the excess grown, and the movement under another class by what the excess grew."
     grown = {k: float(np.clip(getattr(b, k) * grow, -1, 1)) for k in _EXCESS}
-    more = {k: (grow - 1) * max(getattr(b, e), 0) for k, e in (('other', 'excess'), ('other_high', 'excess_high_90'))}
+    more = {
+        k: (grow - 1) * max(getattr(b, e), 0)
+        for k, e in (('other', 'excess'), ('other_high', 'excess_high_90'))
+    }
     return replace(b, **grown, **{k: min(getattr(b, k) + x, 1.0) for k, x in more.items()})
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #7294a086

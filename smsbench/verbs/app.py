@@ -17,76 +17,164 @@ import typer
 from ..core import InputError
 
 # %% ../../nbs/59_verbs.app.ipynb #488bf0c5
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help='Does a medical vision-language model look at the image, or does it repeat the report?\n\nStart with: smsbench demo')
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help='Does a medical vision-language model look at the image, or does it repeat the report?\n\nStart with: smsbench demo',
+)
 
 # %% ../../nbs/59_verbs.app.ipynb #9c42865b
-OutOption = Annotated[Path, typer.Option(help='Run directory. Started again in the same directory, a run goes on where it stopped.')]
+OutOption = Annotated[
+    Path,
+    typer.Option(
+        help='Run directory. Started again in the same directory, a run goes on where it stopped.'
+    ),
+]
 JsonOption = Annotated[bool, typer.Option('--json', help='Print the result as JSON for scripts.')]
-RootOption = Annotated[Path | None, typer.Option(help="Folder below which the dataset's files lie.")]
-RemoteOption = Annotated[bool, typer.Option(help='Read images whose path is an address (https://, s3://, ...).')]
+RootOption = Annotated[
+    Path | None, typer.Option(help="Folder below which the dataset's files lie.")
+]
+RemoteOption = Annotated[
+    bool, typer.Option(help='Read images whose path is an address (https://, s3://, ...).')
+]
 SeedOption = Annotated[int, typer.Option(help='Seed of the donors and of the resampling.')]
-ArmsOption = Annotated[str, typer.Option(help='Arms, comma-separated; the arms they are compared with are added. Empty: all that the cohort allows.')]
-MatchOption = Annotated[str, typer.Option(help='Columns in which donor and sample must agree, comma-separated, e.g. sex,view.')]
-VariantsOption = Annotated[str, typer.Option(help='Prompt variants, comma-separated: plain, unmatched.')]
-MarginOption = Annotated[float, typer.Option(help='Smallest movement of the answer that matters for a verdict, 0..1. State it before the run.')]
-DonorsOption = Annotated[str, typer.Option(help='Donors per sample: a number, or auto (as many as the verdicts need, within the budget of trials).')]
-FamilyOption = Annotated[str, typer.Option(help='Verdicts over which the stated error rates hold together: run (all of them), model (those of one model), none (each by itself).')]
-PrimaryOption = Annotated[str, typer.Option(help='The question that the study is about: image or text. Every other verdict is secondary.')]
-ReasonOption = Annotated[str, typer.Option(help='Why the margin is that wide, in one sentence; it stands in the registration and in the report.')]
-RegistrationOption = Annotated[Path | None, typer.Option(help='Registration, as smsbench plan writes it: what it says and you do not is taken from it, what deviates from it is refused.')]
+ArmsOption = Annotated[
+    str,
+    typer.Option(
+        help='Arms, comma-separated; the arms they are compared with are added. Empty: all that the cohort allows.'
+    ),
+]
+MatchOption = Annotated[
+    str,
+    typer.Option(
+        help='Columns in which donor and sample must agree, comma-separated, e.g. sex,view.'
+    ),
+]
+VariantsOption = Annotated[
+    str, typer.Option(help='Prompt variants, comma-separated: plain, unmatched.')
+]
+MarginOption = Annotated[
+    float,
+    typer.Option(
+        help='Smallest movement of the answer that matters for a verdict, 0..1. State it before the run.'
+    ),
+]
+DonorsOption = Annotated[
+    str,
+    typer.Option(
+        help='Donors per sample: a number, or auto (as many as the verdicts need, within the budget of trials).'
+    ),
+]
+FamilyOption = Annotated[
+    str,
+    typer.Option(
+        help='Verdicts over which the stated error rates hold together: run (all of them), model (those of one model), none (each by itself).'
+    ),
+]
+PrimaryOption = Annotated[
+    str,
+    typer.Option(
+        help='The question that the study is about: image or text. Every other verdict is secondary.'
+    ),
+]
+ReasonOption = Annotated[
+    str,
+    typer.Option(
+        help='Why the margin is that wide, in one sentence; it stands in the registration and in the report.'
+    ),
+]
+RegistrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        help='Registration, as smsbench plan writes it: what it says and you do not is taken from it, what deviates from it is refused.'
+    ),
+]
 BootOption = Annotated[int, typer.Option(help='Bootstrap resamples of patients.')]
 
 # %% ../../nbs/59_verbs.app.ipynb #b17e1a85
 def split_list(
-    text:str, # comma-separated
-)->tuple[str, ...]:
+    text: str,  # comma-separated
+) -> tuple[str, ...]:
     "Parts of a comma-separated option, without blanks."
     return tuple(p.strip() for p in text.split(',') if p.strip())
 
 # %% ../../nbs/59_verbs.app.ipynb #a2f56413
 def parse_donors(
-    text, # what stands behind --donors
-)->int|str:
+    text,  # what stands behind --donors
+) -> int | str:
     "A number of donors, or 'auto'; `InputError` where it is neither."
-    if str(text) == 'auto': return 'auto'
-    if str(text).isdecimal() and int(text): return int(text)
+    if str(text) == 'auto':
+        return 'auto'
+    if str(text).isdecimal() and int(text):
+        return int(text)
     raise InputError(f'--donors {text}: give a number from 1, or auto')
 
 # %% ../../nbs/59_verbs.app.ipynb #9289130a
 def audit_settings(
-    arms:str='', seed:int=0, match:str='', variants:str='plain', margin:float=.05, n_boot:int=2000,
-    donors='auto', family:str='run', primary:str='image', margin_reason:str='', **more):
+    arms: str = '',
+    seed: int = 0,
+    match: str = '',
+    variants: str = 'plain',
+    margin: float = 0.05,
+    n_boot: int = 2000,
+    donors='auto',
+    family: str = 'run',
+    primary: str = 'image',
+    margin_reason: str = '',
+    **more,
+):
     "`AuditSettings` from options of the command line; `InputError` that names the option."
     from smsbench.sms.registration import FAMILIES, PRIMARIES
     from smsbench.sms.score import AuditSettings
-    if n_boot < 100: raise InputError(f'--n-boot {n_boot}: at least 100 resamples are needed for an interval')
-    if not 0 < margin < 1: raise InputError(f'--margin {margin}: must lie between 0 and 1')
+
+    if n_boot < 100:
+        raise InputError(f'--n-boot {n_boot}: at least 100 resamples are needed for an interval')
+    if not 0 < margin < 1:
+        raise InputError(f'--margin {margin}: must lie between 0 and 1')
     for option, value, known in (('family', family, FAMILIES), ('primary', primary, PRIMARIES)):
-        if value not in known: raise InputError(f"--{option} {value}: choose from {', '.join(known)}")
-    return AuditSettings(arms=split_list(arms), seed=seed, match=split_list(match), variants=split_list(variants),
-                         margin=margin, n_boot=n_boot, donors=parse_donors(donors), family=family, primary=primary,
-                         margin_reason=' '.join(margin_reason.split()), **more)
+        if value not in known:
+            raise InputError(f"--{option} {value}: choose from {', '.join(known)}")
+    return AuditSettings(
+        arms=split_list(arms),
+        seed=seed,
+        match=split_list(match),
+        variants=split_list(variants),
+        margin=margin,
+        n_boot=n_boot,
+        donors=parse_donors(donors),
+        family=family,
+        primary=primary,
+        margin_reason=' '.join(margin_reason.split()),
+        **more,
+    )
 
 # %% ../../nbs/59_verbs.app.ipynb #fd5e903c
 def say(
-    result,          # JSON-ready
-    as_json:bool,    # print JSON?
-    text:str,        # what a person reads instead
+    result,  # JSON-ready
+    as_json: bool,  # print JSON?
+    text: str,  # what a person reads instead
 ):
     "Print a result for a script or for a person."
     from smsbench.core import _jsonable
+
     print(json.dumps(_jsonable(result), indent=1, ensure_ascii=False) if as_json else text)
 
 # %% ../../nbs/59_verbs.app.ipynb #69062f42
 def read_parameters(
-    file:Path|None, # YAML file that holds NAME: VALUE pairs; None holds none
-)->dict:
+    file: Path | None,  # YAML file that holds NAME: VALUE pairs; None holds none
+) -> dict:
     "What a file of parameters says; `InputError` in one line where it cannot be read."
     import yaml
-    if file is None: return {}
-    try: given = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
-    except FileNotFoundError: raise InputError(f'{file}: no such file') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise InputError(f'{file}: not valid YAML ({str(e).splitlines()[0]})') from None
-    if not isinstance(given, dict): raise InputError(f'{file}: must hold NAME: VALUE pairs')
+
+    if file is None:
+        return {}
+    try:
+        given = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
+    except FileNotFoundError:
+        raise InputError(f'{file}: no such file') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise InputError(f'{file}: not valid YAML ({str(e).splitlines()[0]})') from None
+    if not isinstance(given, dict):
+        raise InputError(f'{file}: must hold NAME: VALUE pairs')
     return given

@@ -12,54 +12,127 @@ from typing import Annotated
 import typer
 
 from ..core import InputError, RunError
-from .app import BootOption, JsonOption, MatchOption, OutOption, RemoteOption, RootOption, SeedOption, app, say, split_list
+from smsbench.verbs.app import (
+    BootOption,
+    JsonOption,
+    MatchOption,
+    OutOption,
+    RemoteOption,
+    RootOption,
+    SeedOption,
+    app,
+    say,
+    split_list,
+)
 from .data import ParaphrasesOption, parse_rewordings
 
 # %% ../../nbs/59c_verbs.attend.ipynb #dbe7244f
 def layer_choice(
-    text:str, # 'all', 'last_half', 'last_quarter', or numbers separated by commas
-):            # the word, or a tuple of numbers
+    text: str,  # 'all', 'last_half', 'last_quarter', or numbers separated by commas
+):  # the word, or a tuple of numbers
     "Layers as the library takes them."
     parts = split_list(text)
-    if parts and all(p.isdigit() for p in parts): return tuple(int(p) for p in parts)
-    if len(parts) != 1: raise InputError(f'--layers {text}: write all, last_half, last_quarter, or numbers separated by commas, e.g. 0,1')
+    if parts and all(p.isdigit() for p in parts):
+        return tuple(int(p) for p in parts)
+    if len(parts) != 1:
+        raise InputError(
+            f'--layers {text}: write all, last_half, last_quarter, or numbers separated by commas, e.g. 0,1'
+        )
     return parts[0]
 
 # %% ../../nbs/59c_verbs.attend.ipynb #a55e7844
 def read_regions(
-    path, # CSV file, or None
-):        # a table, or None
+    path,  # CSV file, or None
+):  # a table, or None
     "A table of regions, as text; `InputError` where it cannot be read."
     from smsbench.data.tables import whole_csv
+
     return None if path is None else whole_csv(path)
 
 # %% ../../nbs/59c_verbs.attend.ipynb #8c2d8976
 @app.command()
 def attend(
-    model: Annotated[list[str], typer.Option(help='Hugging Face id, folder or reference-…; one, or two to be compared.')],
+    model: Annotated[
+        list[str],
+        typer.Option(help='Hugging Face id, folder or reference-…; one, or two to be compared.'),
+    ],
     out: OutOption,
-    cohort_file: Annotated[Path | None, typer.Option('--cohort', help='Cohort file, as `smsbench cohort` writes it.')] = None,
-    manifest: Annotated[str | None, typer.Option(help='Name or path of a dataset card; needs --root.')] = None,
+    cohort_file: Annotated[
+        Path | None, typer.Option('--cohort', help='Cohort file, as `smsbench cohort` writes it.')
+    ] = None,
+    manifest: Annotated[
+        str | None, typer.Option(help='Name or path of a dataset card; needs --root.')
+    ] = None,
     root: RootOption = None,
-    regions: Annotated[Path | None, typer.Option(help='CSV of marked regions: sample_id or image, and mask (path below the data root) or x0,y0,x1,y1. Without: the masks or boxes of the cohort.')] = None,
-    arms: Annotated[str, typer.Option(help='Arms that show a film, comma-separated. Empty: original,image_swap,text_swap, or image_only,image_only_swap where there are no reports.')] = '',
-    queries: Annotated[str, typer.Option(help="Whose attention is read: answer (the answer position), asked (the last word of the question), or words of the prompt.")] = 'answer,asked',
-    methods: Annotated[str, typer.Option(help='How maps are made: raw, gradient, rollout, relevance, composed.')] = 'raw',
-    layers: Annotated[str, typer.Option(help='Layers of the maps that are measured: all, last_half, last_quarter, or numbers. The explorer shows any.')] = 'all',
-    heads: Annotated[str, typer.Option(help='Heads of these maps: mean, max, entropy, or a number.')] = 'mean',
-    keep: Annotated[str, typer.Option(help='rows: every head; pooled: the mean over the heads of each layer, for large models and cohorts.')] = 'rows',
-    baseline: Annotated[bool, typer.Option(help='Ask the same model with random weights about the films with a region.')] = True,
+    regions: Annotated[
+        Path | None,
+        typer.Option(
+            help='CSV of marked regions: sample_id or image, and mask (path below the data root) or x0,y0,x1,y1. Without: the masks or boxes of the cohort.'
+        ),
+    ] = None,
+    arms: Annotated[
+        str,
+        typer.Option(
+            help='Arms that show a film, comma-separated. Empty: original,image_swap,text_swap, or image_only,image_only_swap where there are no reports.'
+        ),
+    ] = '',
+    queries: Annotated[
+        str,
+        typer.Option(
+            help="Whose attention is read: answer (the answer position), asked (the last word of the question), or words of the prompt."
+        ),
+    ] = 'answer,asked',
+    methods: Annotated[
+        str, typer.Option(help='How maps are made: raw, gradient, rollout, relevance, composed.')
+    ] = 'raw',
+    layers: Annotated[
+        str,
+        typer.Option(
+            help='Layers of the maps that are measured: all, last_half, last_quarter, or numbers. The explorer shows any.'
+        ),
+    ] = 'all',
+    heads: Annotated[
+        str, typer.Option(help='Heads of these maps: mean, max, entropy, or a number.')
+    ] = 'mean',
+    keep: Annotated[
+        str,
+        typer.Option(
+            help='rows: every head; pooled: the mean over the heads of each layer, for large models and cohorts.'
+        ),
+    ] = 'rows',
+    baseline: Annotated[
+        bool,
+        typer.Option(help='Ask the same model with random weights about the films with a region.'),
+    ] = True,
     paraphrases: ParaphrasesOption = '',
     limit: Annotated[int, typer.Option(min=0, help='Samples at most; 0: all.')] = 0,
-    seed: SeedOption = 0, match: MatchOption = '', n_boot: BootOption = 2000,
+    seed: SeedOption = 0,
+    match: MatchOption = '',
+    n_boot: BootOption = 2000,
     device: Annotated[str, typer.Option(help='cpu, cuda, cuda:1 or auto.')] = 'auto',
-    dtype: Annotated[str, typer.Option(help='float32, bfloat16, float16 or auto (as the checkpoint says).')] = 'auto',
-    system: Annotated[str, typer.Option(help='System prompt; empty leaves it to the chat template.')] = '',
+    dtype: Annotated[
+        str, typer.Option(help='float32, bfloat16, float16 or auto (as the checkpoint says).')
+    ] = 'auto',
+    system: Annotated[
+        str, typer.Option(help='System prompt; empty leaves it to the chat template.')
+    ] = '',
     extra: Annotated[str, typer.Option(help='Sentence behind every question.')] = '',
-    revision: Annotated[str | None, typer.Option(help='Hub revision: branch, tag or commit.')] = None,
-    quantization: Annotated[str | None, typer.Option(help='4bit or 8bit, with bitsandbytes on a GPU; needs --no-baseline.')] = None,
-    trust_remote_code: Annotated[bool, typer.Option('--trust-remote-code', help="Let the repository's own code run; only with --revision naming a commit.")] = False,
-    allow_remote: RemoteOption = False, as_json: JsonOption = False,
+    revision: Annotated[
+        str | None, typer.Option(help='Hub revision: branch, tag or commit.')
+    ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help='4bit or 8bit, with bitsandbytes on a GPU; needs --no-baseline.'),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            '--trust-remote-code',
+            help="Let the repository's own code run; only with --revision naming a commit.",
+        ),
+    ] = False,
+    allow_remote: RemoteOption = False,
+    as_json: JsonOption = False,
 ):
     """Compare where models look: the same films and questions, answers and attention from one forward pass, beside chance.
 
@@ -69,14 +142,51 @@ def attend(
     """
     from smsbench.core import read_table
     from smsbench.sms.attend import AttendSettings, attend as compare
-    if (cohort_file is None) == (manifest is None): raise InputError('name the data in one way: --cohort, or --manifest with --root')
-    if manifest is not None and root is None: raise InputError("--manifest needs --root, the folder of the dataset's files")
-    if n_boot < 100: raise InputError(f'--n-boot {n_boot}: at least 100 resamples are needed for an interval')
-    settings = AttendSettings(split_list(arms), split_list(queries), split_list(methods), layer_choice(layers), int(heads) if heads.isdigit() else heads, keep, baseline, seed, split_list(match), limit, n_boot=n_boot, system=system, extra=extra, **parse_rewordings(paraphrases))
-    if manifest is not None: from smsbench.data.manifest import build_all; table = build_all(manifest, root, remote=allow_remote)
-    else: table = read_table(cohort_file, 'cohort')
-    compare(table, model, out, settings, read_regions(regions), root or '', allow_remote, device=device, dtype=dtype, revision=revision, quantization=quantization, trust_remote_code=trust_remote_code)
+
+    if (cohort_file is None) == (manifest is None):
+        raise InputError('name the data in one way: --cohort, or --manifest with --root')
+    if manifest is not None and root is None:
+        raise InputError("--manifest needs --root, the folder of the dataset's files")
+    if n_boot < 100:
+        raise InputError(f'--n-boot {n_boot}: at least 100 resamples are needed for an interval')
+    settings = AttendSettings(
+        split_list(arms),
+        split_list(queries),
+        split_list(methods),
+        layer_choice(layers),
+        int(heads) if heads.isdigit() else heads,
+        keep,
+        baseline,
+        seed,
+        split_list(match),
+        limit,
+        n_boot=n_boot,
+        system=system,
+        extra=extra,
+        **parse_rewordings(paraphrases),
+    )
+    if manifest is not None:
+        from smsbench.data.manifest import build_all
+
+        table = build_all(manifest, root, remote=allow_remote)
+    else:
+        table = read_table(cohort_file, 'cohort')
+    compare(
+        table,
+        model,
+        out,
+        settings,
+        read_regions(regions),
+        root or '',
+        allow_remote,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        quantization=quantization,
+        trust_remote_code=trust_remote_code,
+    )
     _told(out, as_json)
+
 
 def _told(out, as_json):
     from smsbench.core import read_json
@@ -84,8 +194,23 @@ def _told(out, as_json):
     from smsbench.report.html import render
     from smsbench.sms.attend import load_attention
     from smsbench.sms.run import void_lines
+
     r = load_attention(out)
-    page = render('attention_compare', out, dict(out=str(Path(out).resolve()), report_only=True), images=int(r.open))      # of few patients of credentialed data no figure may be left
+    page = render(
+        'attention_compare',
+        out,
+        dict(out=str(Path(out).resolve()), report_only=True),
+        images=int(r.open),
+    )  # of few patients of credentialed data no figure may be left
     said = {m: map_sentences(r, m) for m in r.models}
-    say(dict(report=str(page), models=said, metrics=r.metrics[r.metrics.subgroup == 'all'].to_dict('records')), as_json, '\n'.join([*(f"{m}: {' '.join(s)}" for m, s in said.items()), str(page)]))
-    if lines := void_lines(read_json(Path(out)/'delivery.json')): raise RunError('; '.join(lines))
+    say(
+        dict(
+            report=str(page),
+            models=said,
+            metrics=r.metrics[r.metrics.subgroup == 'all'].to_dict('records'),
+        ),
+        as_json,
+        '\n'.join([*(f"{m}: {' '.join(s)}" for m, s in said.items()), str(page)]),
+    )
+    if lines := void_lines(read_json(Path(out) / 'delivery.json')):
+        raise RunError('; '.join(lines))

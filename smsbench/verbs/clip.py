@@ -13,50 +13,132 @@ from typing import Annotated
 import typer
 
 from ..core import InputError
-from .app import BootOption, JsonOption, OutOption, RootOption, app, read_parameters, say, split_list
+from smsbench.verbs.app import (
+    BootOption,
+    JsonOption,
+    OutOption,
+    RootOption,
+    app,
+    read_parameters,
+    say,
+    split_list,
+)
 
 # %% ../../nbs/59d_verbs.clip.ipynb #087d7f05
-clip_app = typer.Typer(help='CLIP models: train, evaluate, explain, and add what is known about a patient step by step.')
+clip_app = typer.Typer(
+    help='CLIP models: train, evaluate, explain, and add what is known about a patient step by step.'
+)
 app.add_typer(clip_app, name='clip')
-ModelOption = Annotated[str, typer.Option(help='Folder of a checkpoint, hf-hub:ID, or a name of open_clip beside --pretrained.')]
-PretrainedOption = Annotated[str, typer.Option(help="Beside a name of open_clip: its tag, a local .pt or .safetensors, or 'random'.")]
-CohortOption = Annotated[Path, typer.Option('--cohort', help='Cohort file, as `smsbench cohort` writes it.')]
-FindingsOption = Annotated[str, typer.Option(help='Questions of the cohort to take, comma-separated; empty: all.')]
-ByOption = Annotated[str, typer.Option(help='Column whose values are the classes, instead of the questions, e.g. organ.')]
-SplitsOption = Annotated[Path | None, typer.Option(help="Split file, as `smsbench split` writes it, instead of the cohort's own splits.")]
-PromptsOption = Annotated[Path | None, typer.Option(help='YAML: class -> {positive: [...], negative: [...]}; none takes the default sentences.')]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help='Folder of a checkpoint, hf-hub:ID, or a name of open_clip beside --pretrained.'
+    ),
+]
+PretrainedOption = Annotated[
+    str,
+    typer.Option(
+        help="Beside a name of open_clip: its tag, a local .pt or .safetensors, or 'random'."
+    ),
+]
+CohortOption = Annotated[
+    Path, typer.Option('--cohort', help='Cohort file, as `smsbench cohort` writes it.')
+]
+FindingsOption = Annotated[
+    str, typer.Option(help='Questions of the cohort to take, comma-separated; empty: all.')
+]
+ByOption = Annotated[
+    str,
+    typer.Option(help='Column whose values are the classes, instead of the questions, e.g. organ.'),
+]
+SplitsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Split file, as `smsbench split` writes it, instead of the cohort's own splits."
+    ),
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help='YAML: class -> {positive: [...], negative: [...]}; none takes the default sentences.'
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help='cpu, cuda, cuda:1, mps or auto.')]
 
 # %% ../../nbs/59d_verbs.clip.ipynb #daacc8bd
 def _films(cohort, root, findings, by, splits, conflicts='error'):
     from smsbench.clip.study import open_films
+
     return open_films(cohort, root or '', split_list(findings), by, splits, conflicts)
+
 
 def _prompts(path, films):
     from smsbench.clip.prompts import read_prompts
+
     return None if path is None else read_prompts(path, films.classes, films.kind)
 
-def _show(asked:bool):
-    if asked: print(settings_text()); raise typer.Exit()
+
+def _show(asked: bool):
+    if asked:
+        print(settings_text())
+        raise typer.Exit()
+
 
 def _rows(metrics, names, digits=3):
     "The lines of a metrics table that a person reads first, as text."
     t = metrics[metrics.metric.isin(names)]
-    ends = [f'[{low:.{digits}f}, {high:.{digits}f}]' if low == low else '' for low, high in zip(t.ci_low, t.ci_high)]
-    shown = t.assign(value=t.value.map(f'{{:.{digits}f}}'.format), interval=ends)[['model', 'arm', 'metric', 'subgroup', 'value', 'interval', 'n', 'n_clusters', 'note']].rename(columns=dict(n_clusters='patients'))
-    return shown.to_string(index=False) if len(shown) else 'nothing could be measured; metrics.parquet says why'
+    ends = [
+        f'[{low:.{digits}f}, {high:.{digits}f}]' if low == low else ''
+        for low, high in zip(t.ci_low, t.ci_high)
+    ]
+    shown = t.assign(value=t.value.map(f'{{:.{digits}f}}'.format), interval=ends)[
+        ['model', 'arm', 'metric', 'subgroup', 'value', 'interval', 'n', 'n_clusters', 'note']
+    ].rename(columns=dict(n_clusters='patients'))
+    return (
+        shown.to_string(index=False)
+        if len(shown)
+        else 'nothing could be measured; metrics.parquet says why'
+    )
 
 # %% ../../nbs/59d_verbs.clip.ipynb #e344b154
 @clip_app.command()
 def train(
-    cohort: CohortOption, model: ModelOption, out: OutOption,
-    pretrained: PretrainedOption = '', root: RootOption = None, findings: FindingsOption = '', by: ByOption = '', splits: SplitsOption = None, prompts: PromptsOption = None,
-    config: Annotated[Path | None, typer.Option(help='YAML file with training settings, e.g. epochs: 20.')] = None,
-    put: Annotated[list[str] | None, typer.Option('--set', metavar='NAME=VALUE', help='One training setting, e.g. --set lr=1e-4; repeat for several. Wins over --config.')] = None,
-    conflicts: Annotated[str, typer.Option(help="Pictures whose rows contradict each other: 'error' or 'drop'.")] = 'error',
+    cohort: CohortOption,
+    model: ModelOption,
+    out: OutOption,
+    pretrained: PretrainedOption = '',
+    root: RootOption = None,
+    findings: FindingsOption = '',
+    by: ByOption = '',
+    splits: SplitsOption = None,
+    prompts: PromptsOption = None,
+    config: Annotated[
+        Path | None, typer.Option(help='YAML file with training settings, e.g. epochs: 20.')
+    ] = None,
+    put: Annotated[
+        list[str] | None,
+        typer.Option(
+            '--set',
+            metavar='NAME=VALUE',
+            help='One training setting, e.g. --set lr=1e-4; repeat for several. Wins over --config.',
+        ),
+    ] = None,
+    conflicts: Annotated[
+        str, typer.Option(help="Pictures whose rows contradict each other: 'error' or 'drop'.")
+    ] = 'error',
     device: DeviceOption = 'auto',
-    tracker: Annotated[str, typer.Option(help='tensorboard or wandb, where installed; empty: history.csv alone.')] = '',
-    show_settings: Annotated[bool, typer.Option('--show-settings', is_eager=True, callback=_show, help='Print every training setting with its default, and stop.')] = False,
+    tracker: Annotated[
+        str, typer.Option(help='tensorboard or wandb, where installed; empty: history.csv alone.')
+    ] = '',
+    show_settings: Annotated[
+        bool,
+        typer.Option(
+            '--show-settings',
+            is_eager=True,
+            callback=_show,
+            help='Print every training setting with its default, and stop.',
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ):
     """Train a CLIP model on a cohort; stopped at any moment, the same command goes on and ends with the same weights.
@@ -73,53 +155,110 @@ def train(
     from smsbench.clip.models import load_clip
     from smsbench.clip.processes import processes
     from smsbench.clip.train import train as train_clip
-    settings, films = read_settings(config, put or []), _films(cohort, root, findings, by, splits, conflicts)
+
+    settings, films = (
+        read_settings(config, put or []),
+        _films(cohort, root, findings, by, splits, conflicts),
+    )
     words = _prompts(prompts, films)
-    with processes(device) as place: found = train_clip(films, load_clip(model, pretrained, place.device), settings, out, words, tracker)
-    if place.rank: return                                                          # the first process speaks for all
-    keep_thresholds(found.best, films.take(~films.table.film_id.isin(found.excluded.film_id).to_numpy()), words, settings.val_split, device=place.device)
-    told = dict(best=str(found.best), watched=settings.stop_on, value=found.value, epoch=found.epoch, stopped=found.stopped, left_out=len(found.excluded))
-    say(told, as_json, f"best {settings.stop_on} {found.value:.4f} after epoch {found.epoch}; {found.stopped}\n{found.best}")
+    with processes(device) as place:
+        found = train_clip(
+            films, load_clip(model, pretrained, place.device), settings, out, words, tracker
+        )
+    if place.rank:
+        return  # the first process speaks for all
+    keep_thresholds(
+        found.best,
+        films.take(~films.table.film_id.isin(found.excluded.film_id).to_numpy()),
+        words,
+        settings.val_split,
+        device=place.device,
+    )
+    told = dict(
+        best=str(found.best),
+        watched=settings.stop_on,
+        value=found.value,
+        epoch=found.epoch,
+        stopped=found.stopped,
+        left_out=len(found.excluded),
+    )
+    say(
+        told,
+        as_json,
+        f"best {settings.stop_on} {found.value:.4f} after epoch {found.epoch}; {found.stopped}\n{found.best}",
+    )
 
 # %% ../../nbs/59d_verbs.clip.ipynb #3f63af11
 def read_settings(
-    file:Path|None, # YAML file of settings
-    put:list[str],  # NAME=VALUE, stronger than the file
-):                  # `TrainSettings`
+    file: Path | None,  # YAML file of settings
+    put: list[str],  # NAME=VALUE, stronger than the file
+):  # `TrainSettings`
     "Training settings from a file and the command line; `InputError` for a name or value that cannot be."
     from smsbench.clip.settings import TrainSettings
+
     given = read_parameters(file)
     for p in put:
         name, eq, value = p.partition('=')
-        if not eq: raise InputError(f'--set {p}: needs NAME=VALUE')
+        if not eq:
+            raise InputError(f'--set {p}: needs NAME=VALUE')
         given[name.strip()] = _value(value.strip())
     return TrainSettings.of(**given)
+
 
 def _value(text):
     "A number, a truth value, a list or a word; YAML reads 1e-4 as a word."
     import yaml
-    try: return float(text) if 'e' in text.lower() else yaml.safe_load(text)
-    except ValueError: return yaml.safe_load(text)
+
+    try:
+        return float(text) if 'e' in text.lower() else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
 
 # %% ../../nbs/59d_verbs.clip.ipynb #1a2c473e
 def settings_text():
     "Every training setting, its default and what it means."
     import inspect, re
     from smsbench.clip import settings
-    lines = re.findall(r'^    (\w+): [\w|. ]+ = (.+?)\s+# (.*)$', inspect.getsource(settings.TrainSettings), re.M)
+
+    lines = re.findall(
+        r'^    (\w+): [\w|. ]+ = (.+?)\s+# (.*)$', inspect.getsource(settings.TrainSettings), re.M
+    )
     return '\n'.join(f'{name:14} {default:22} {about}' for name, default, about in lines)
 
 # %% ../../nbs/59d_verbs.clip.ipynb #e344b102
 @clip_app.command()
 def evaluate(
-    cohort: CohortOption, model: ModelOption, out: OutOption,
-    pretrained: PretrainedOption = '', root: RootOption = None, findings: FindingsOption = '', by: ByOption = '', splits: SplitsOption = None, prompts: PromptsOption = None,
-    test: Annotated[str, typer.Option(help='Splits to measure alone, without probes, e.g. the test films of the cohort that was trained on; empty: all films, or the test films beside probes where a new cohort has train, val and test.')] = '',
-    seen: Annotated[str, typer.Option(help="Films that the checkpoint has seen in training: 'refuse' or 'drop'.")] = 'refuse',
-    against: Annotated[str, typer.Option(help='A second model, compared on the same films with paired intervals.')] = '',
-    picture: Annotated[str, typer.Option(help='Picture of the embedding space: pca or umap.')] = 'pca',
-    conflicts: Annotated[str, typer.Option(help="Pictures whose rows contradict each other: 'error' or 'drop'.")] = 'error',
-    device: DeviceOption = 'auto', n_boot: BootOption = 1000, as_json: JsonOption = False,
+    cohort: CohortOption,
+    model: ModelOption,
+    out: OutOption,
+    pretrained: PretrainedOption = '',
+    root: RootOption = None,
+    findings: FindingsOption = '',
+    by: ByOption = '',
+    splits: SplitsOption = None,
+    prompts: PromptsOption = None,
+    test: Annotated[
+        str,
+        typer.Option(
+            help='Splits to measure alone, without probes, e.g. the test films of the cohort that was trained on; empty: all films, or the test films beside probes where a new cohort has train, val and test.'
+        ),
+    ] = '',
+    seen: Annotated[
+        str,
+        typer.Option(help="Films that the checkpoint has seen in training: 'refuse' or 'drop'."),
+    ] = 'refuse',
+    against: Annotated[
+        str, typer.Option(help='A second model, compared on the same films with paired intervals.')
+    ] = '',
+    picture: Annotated[
+        str, typer.Option(help='Picture of the embedding space: pca or umap.')
+    ] = 'pca',
+    conflicts: Annotated[
+        str, typer.Option(help="Pictures whose rows contradict each other: 'error' or 'drop'.")
+    ] = 'error',
+    device: DeviceOption = 'auto',
+    n_boot: BootOption = 1000,
+    as_json: JsonOption = False,
 ):
     """Measure a checkpoint on films it has not seen: zero-shot, retrieval, embedding space, and where the cohort has train, val and test a linear probe, nearest neighbours and a few-shot curve.
 
@@ -129,48 +268,142 @@ def evaluate(
     """
     from smsbench.clip.models import load_clip
     from smsbench.report.external import external_validation, unseen
+
     films = _films(cohort, root, findings, by, splits, conflicts)
-    if test: films = films.of(*split_list(test))
+    if test:
+        films = films.of(*split_list(test))
     words, notes = _prompts(prompts, films), []
-    if against: load_clip(against, '', device); films, notes = unseen(against, films, seen)   # a second model that cannot be opened is refused before the first is measured
-    found = external_validation(model, films, out, pretrained, prompts=words, seen=seen, few_shots=() if test else (1, 2, 4, 8, 16), picture=picture, device=device, n_boot=n_boot)
-    pair = compare_models((model, pretrained), (against, ''), unseen(model, films, seen)[0], out, words, device, n_boot) if against else None
-    told = [_rows(found.metrics, ('macro_auroc', 'macro_auprc', 'macro_f1', 'accuracy', 'lrap', 'exact_match', 'recall@1', 'recall@10')), *found.notes, *(f'{against}: {n}' for n in notes)]
-    if against: told.append(_rows(pair, ('macro_auroc_difference', 'accuracy_difference')))
-    say(dict(out=str(out), metrics=found.metrics.to_dict('records'), notes=found.notes + notes, comparison=pair.to_dict('records') if against else []), as_json, '\n\n'.join([*told, str(out)]))
+    if against:
+        load_clip(against, '', device)
+        films, notes = unseen(
+            against, films, seen
+        )  # a second model that cannot be opened is refused before the first is measured
+    found = external_validation(
+        model,
+        films,
+        out,
+        pretrained,
+        prompts=words,
+        seen=seen,
+        few_shots=() if test else (1, 2, 4, 8, 16),
+        picture=picture,
+        device=device,
+        n_boot=n_boot,
+    )
+    pair = (
+        compare_models(
+            (model, pretrained),
+            (against, ''),
+            unseen(model, films, seen)[0],
+            out,
+            words,
+            device,
+            n_boot,
+        )
+        if against
+        else None
+    )
+    told = [
+        _rows(
+            found.metrics,
+            (
+                'macro_auroc',
+                'macro_auprc',
+                'macro_f1',
+                'accuracy',
+                'lrap',
+                'exact_match',
+                'recall@1',
+                'recall@10',
+            ),
+        ),
+        *found.notes,
+        *(f'{against}: {n}' for n in notes),
+    ]
+    if against:
+        told.append(_rows(pair, ('macro_auroc_difference', 'accuracy_difference')))
+    say(
+        dict(
+            out=str(out),
+            metrics=found.metrics.to_dict('records'),
+            notes=found.notes + notes,
+            comparison=pair.to_dict('records') if against else [],
+        ),
+        as_json,
+        '\n\n'.join([*told, str(out)]),
+    )
 
 # %% ../../nbs/59d_verbs.clip.ipynb #b5b4725e
 def compare_models(
-    first:tuple,  # (folder or name, its tag or file)
-    second:tuple, # the same
-    films,        # `Films` that neither has seen
-    out:Path,     # run directory; comparison.parquet and tables/comparison.csv are written
-    prompts=None, # for both; None takes each one's own
-    device:str='auto', # where the models run
-    n_boot:int=1000,   # resamples of patients
-):                # metrics table of `smsbench.clip.compare.compare`; attrs: weights of both
+    first: tuple,  # (folder or name, its tag or file)
+    second: tuple,  # the same
+    films,  # `Films` that neither has seen
+    out: Path,  # run directory; comparison.parquet and tables/comparison.csv are written
+    prompts=None,  # for both; None takes each one's own
+    device: str = 'auto',  # where the models run
+    n_boot: int = 1000,  # resamples of patients
+):  # metrics table of `smsbench.clip.compare.compare`; attrs: weights of both
     "Two models on the same films, the test films where the cohort has train, val and test, with paired intervals."
     from smsbench.clip.compare import compare
     from smsbench.clip.models import load_clip
     from smsbench.clip.scores import zero_shot
     from smsbench.core import Run, write_table
     from smsbench.report.external import model_name, own_prompts, own_thresholds, readable
+
     run, held, names = Run(out), [], []
-    tested = readable(films.of('test') if {'train', 'val', 'test'} <= set(films.table.split) else films, run)[0]
+    tested = readable(
+        films.of('test') if {'train', 'val', 'test'} <= set(films.table.split) else films, run
+    )[0]
     for name, tag in (first, second):
         words, clip = own_prompts(name, tested, prompts)[0], load_clip(name, tag, device)
-        held.append((zero_shot(clip, tested, words), own_thresholds(name, tested, None, words)[0])); names.append(model_name(name, clip))
+        held.append((zero_shot(clip, tested, words), own_thresholds(name, tested, None, words)[0]))
+        names.append(model_name(name, clip))
     scores, limits = zip(*held)
-    if None in limits: limits = (None, None)
-    found = _shareable_difference(compare(*scores, tested.targets, tested.table.patient_id, limits, names, kind=films.kind, n_boot=n_boot), tested)
-    found.attrs = dict(weights=[s.attrs['weights'] for s in scores], prompts=[s.attrs['prompts'] for s in scores])
-    (run/'tables').mkdir(exist_ok=True); write_table(found, run/'comparison.parquet', 'metrics'); found.to_csv(run/'tables'/'comparison.csv', index=False)
+    if None in limits:
+        limits = (None, None)
+    found = _shareable_difference(
+        compare(
+            *scores,
+            tested.targets,
+            tested.table.patient_id,
+            limits,
+            names,
+            kind=films.kind,
+            n_boot=n_boot,
+        ),
+        tested,
+    )
+    found.attrs = dict(
+        weights=[s.attrs['weights'] for s in scores], prompts=[s.attrs['prompts'] for s in scores]
+    )
+    (run / 'tables').mkdir(exist_ok=True)
+    write_table(found, run / 'comparison.parquet', 'metrics')
+    found.to_csv(run / 'tables' / 'comparison.csv', index=False)
     return found
+
 
 def _shareable_difference(found, films):
     "Differences as they may be shown: beside prevalences, which say of how few films a class is."
     import pandas as pd
     from smsbench.report.external import shareable
-    share = [dict(model=found.model.iat[0], metric='prevalence', arm=found.arm.iat[0], subgroup=f'class={c}', value=y.mean(), ci_low=y.mean(), ci_high=y.mean(), n=int(y.notna().sum()), n_clusters=films.table.patient_id[y.notna()].nunique(), note='') for c, y in films.targets.items()]
-    out = shareable(pd.concat([found, pd.DataFrame(share)], ignore_index=True), films.attrs.get('access', 'open'))
-    return out[:len(found)]
+
+    share = [
+        dict(
+            model=found.model.iat[0],
+            metric='prevalence',
+            arm=found.arm.iat[0],
+            subgroup=f'class={c}',
+            value=y.mean(),
+            ci_low=y.mean(),
+            ci_high=y.mean(),
+            n=int(y.notna().sum()),
+            n_clusters=films.table.patient_id[y.notna()].nunique(),
+            note='',
+        )
+        for c, y in films.targets.items()
+    ]
+    out = shareable(
+        pd.concat([found, pd.DataFrame(share)], ignore_index=True),
+        films.attrs.get('access', 'open'),
+    )
+    return out[: len(found)]

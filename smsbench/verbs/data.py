@@ -13,24 +13,80 @@ from typing import Annotated
 import typer
 
 from ..core import InputError
-from .app import (ArmsOption, DonorsOption, FamilyOption, JsonOption, MarginOption, MatchOption, PrimaryOption, ReasonOption, RemoteOption,
-                                RootOption, SeedOption, VariantsOption, app, audit_settings, say, split_list)
+from smsbench.verbs.app import (
+    ArmsOption,
+    DonorsOption,
+    FamilyOption,
+    JsonOption,
+    MarginOption,
+    MatchOption,
+    PrimaryOption,
+    ReasonOption,
+    RemoteOption,
+    RootOption,
+    SeedOption,
+    VariantsOption,
+    app,
+    audit_settings,
+    say,
+    split_list,
+)
 
 # %% ../../nbs/59a_verbs.data.ipynb #b9a44027
 @app.command()
 def cohort(
-    manifest: Annotated[str | None, typer.Argument(help='Name of a card (see --list), or the path of your own YAML card.')] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Argument(help='Name of a card (see --list), or the path of your own YAML card.'),
+    ] = None,
     root: RootOption = None,
-    out: Annotated[Path | None, typer.Option(help='Cohort file to write (parquet); exclusions and what was found in the files are written beside it.')] = None,
-    listed: Annotated[bool, typer.Option('--list', help='List the cards that come with smsbench.')] = False,
-    how: Annotated[bool, typer.Option('--how', help='Say how the data are obtained and where they go.')] = False,
-    example: Annotated[Path | None, typer.Option(help="Write a made-up miniature of the card's official layout into this folder, to see what goes where.")] = None,
-    report: Annotated[Path | None, typer.Option(help='Folder for a page with the audit of the files.')] = None,
-    splits: Annotated[Path | None, typer.Option(help='Split file, as `smsbench split` writes it, instead of the official split.')] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help='Read only N rows, spread evenly over the table: a quick look at a big dataset.')] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help='Processes that read images; default: one per core.')] = None,
-    check_images: Annotated[bool, typer.Option(help='Decode every image. Without, broken files go unseen and the files are not audited.')] = True,
-    any_count: Annotated[bool, typer.Option(help='Go on where the number of samples is not the one the card expects.')] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help='Cohort file to write (parquet); exclusions and what was found in the files are written beside it.'
+        ),
+    ] = None,
+    listed: Annotated[
+        bool, typer.Option('--list', help='List the cards that come with smsbench.')
+    ] = False,
+    how: Annotated[
+        bool, typer.Option('--how', help='Say how the data are obtained and where they go.')
+    ] = False,
+    example: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a made-up miniature of the card's official layout into this folder, to see what goes where."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help='Folder for a page with the audit of the files.')
+    ] = None,
+    splits: Annotated[
+        Path | None,
+        typer.Option(
+            help='Split file, as `smsbench split` writes it, instead of the official split.'
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help='Read only N rows, spread evenly over the table: a quick look at a big dataset.',
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help='Processes that read images; default: one per core.')
+    ] = None,
+    check_images: Annotated[
+        bool,
+        typer.Option(
+            help='Decode every image. Without, broken files go unseen and the files are not audited.'
+        ),
+    ] = True,
+    any_count: Annotated[
+        bool,
+        typer.Option(help='Go on where the number of samples is not the one the card expects.'),
+    ] = False,
     allow_remote: RemoteOption = False,
     as_json: JsonOption = False,
 ):
@@ -45,64 +101,167 @@ def cohort(
     Example:  smsbench cohort covid_notes --root data/covid_notes --out covid.parquet --report covid_files
     """
     from smsbench.data.catalog import cards_table, how_to
-    if listed: t = cards_table(); return say(t.to_dict('records'), as_json, t.to_string(index=False, justify='left', formatters={c: f'{{:<{max(t[c].str.len())}}}'.format for c in ('name', 'access', 'title')}))
-    if manifest is None: raise InputError('name a card, or list them: smsbench cohort --list')
-    if example: return _example(manifest, example, as_json)
-    if how: return say(dict(name=manifest, how=how_to(manifest)), as_json, how_to(manifest))
-    if root is None or out is None: raise InputError(f'{manifest}: needs --root, the folder of its files, and --out; or --how, which says how to get them')
-    _make_cohort(manifest, root, out, report, splits, as_json, limit=limit, workers=workers, check_images=check_images, check_expected=not any_count, remote=allow_remote)
+
+    if listed:
+        t = cards_table()
+        return say(
+            t.to_dict('records'),
+            as_json,
+            t.to_string(
+                index=False,
+                justify='left',
+                formatters={
+                    c: f'{{:<{max(t[c].str.len())}}}'.format for c in ('name', 'access', 'title')
+                },
+            ),
+        )
+    if manifest is None:
+        raise InputError('name a card, or list them: smsbench cohort --list')
+    if example:
+        return _example(manifest, example, as_json)
+    if how:
+        return say(dict(name=manifest, how=how_to(manifest)), as_json, how_to(manifest))
+    if root is None or out is None:
+        raise InputError(
+            f'{manifest}: needs --root, the folder of its files, and --out; or --how, which says how to get them'
+        )
+    _make_cohort(
+        manifest,
+        root,
+        out,
+        report,
+        splits,
+        as_json,
+        limit=limit,
+        workers=workers,
+        check_images=check_images,
+        check_expected=not any_count,
+        remote=allow_remote,
+    )
+
 
 def _example(manifest, folder, as_json):
     from smsbench.data import class_folders, mimic_layouts
     from smsbench.data.layouts import make_layout
-    LAYOUTS = {**mimic_layouts.LAYOUTS, **class_folders.LAYOUTS}   # importing them has added their own
-    if manifest not in LAYOUTS: raise InputError(f"there is no example of {manifest}; there is one of {', '.join(sorted(LAYOUTS))}")
+
+    LAYOUTS = {
+        **mimic_layouts.LAYOUTS,
+        **class_folders.LAYOUTS,
+    }  # importing them has added their own
+    if manifest not in LAYOUTS:
+        raise InputError(
+            f"there is no example of {manifest}; there is one of {', '.join(sorted(LAYOUTS))}"
+        )
     make_layout(manifest, folder)
-    say(dict(name=manifest, folder=str(folder)), as_json, f'made-up files -> {folder}\nnow: smsbench cohort {manifest} --root {shlex.quote(str(folder))} --out {manifest}.parquet --any-count')
+    say(
+        dict(name=manifest, folder=str(folder)),
+        as_json,
+        f'made-up files -> {folder}\nnow: smsbench cohort {manifest} --root {shlex.quote(str(folder))} --out {manifest}.parquet --any-count',
+    )
+
 
 def _make_cohort(manifest, root, out, report, splits, as_json, **how):
     from smsbench.core import write_table
     from smsbench.data.holding import Holding, audit_holding, hold, write_audit
     from smsbench.data.manifest import build_all, cohort_summary, shown
     from smsbench.data.splits import apply_splits, read_splits
-    folder = out.with_name(out.stem + '_files')                      # what is known about the files, beside the cohort
-    built = build_all(manifest, root, store=folder/'scan', **how)
+
+    folder = out.with_name(out.stem + '_files')  # what is known about the files, beside the cohort
+    built = build_all(manifest, root, store=folder / 'scan', **how)
     held = hold(built)
-    if splits: parts = read_splits(splits); held = Holding(apply_splits(held.cohort, parts), apply_splits(held.opened, parts), held.key)
+    if splits:
+        parts = read_splits(splits)
+        held = Holding(apply_splits(held.cohort, parts), apply_splits(held.opened, parts), held.key)
     table, files = held.cohort, built.files if how['check_images'] else None
     write_table(table, out, 'cohort')
     write_table(built.exclusions, out.with_name(out.stem + '_exclusions.parquet'))
-    (folder/'files.parquet').unlink(missing_ok=True)
-    if files is not None: write_table(files.rename_axis('image').reset_index(), folder/'files.parquet')
+    (folder / 'files.parquet').unlink(missing_ok=True)
+    if files is not None:
+        write_table(files.rename_axis('image').reset_index(), folder / 'files.parquet')
     found = audit_holding(held, files, built.exclusions, root)
     write_audit(found, folder)
     counts, page = cohort_summary(table, built.exclusions), None
     if report is not None:
         from smsbench.report.html import render
-        page = render('cohort_audit', report, dict(cohort=str(out.resolve()), root=str(root.resolve())))
-    safe = lambda n: n if shown(n, table.attrs['access']) == str(n) else shown(n, table.attrs['access'])
-    say(dict(cohort=str(out), samples=safe(len(table)), patients=safe(table.patient_id.nunique()), excluded=safe(len(built.exclusions)), counts=counts.to_dict('records'), funnel=table.attrs['funnel'],
-             findings=found.findings.to_dict('records'), report=str(page) if page else None), as_json, _told(table, counts, built.exclusions, found, out, page))
+
+        page = render(
+            'cohort_audit', report, dict(cohort=str(out.resolve()), root=str(root.resolve()))
+        )
+    safe = lambda n: (
+        n if shown(n, table.attrs['access']) == str(n) else shown(n, table.attrs['access'])
+    )
+    say(
+        dict(
+            cohort=str(out),
+            samples=safe(len(table)),
+            patients=safe(table.patient_id.nunique()),
+            excluded=safe(len(built.exclusions)),
+            counts=counts.to_dict('records'),
+            funnel=table.attrs['funnel'],
+            findings=found.findings.to_dict('records'),
+            report=str(page) if page else None,
+        ),
+        as_json,
+        _told(table, counts, built.exclusions, found, out, page),
+    )
+
 
 def _told(table, counts, exclusions, found, out, page):
     "What a person reads about a cohort."
     from smsbench.data.manifest import shown
     from smsbench.report.funnel import funnel_table
-    steps = [f'  {r.left:>9}  {r.step}' + (f" ({r.removed} left out{': ' if r.why else ''}{r.why})" if r.removed != '0' else '') for r in funnel_table(table).itertuples()]
+
+    steps = [
+        f'  {r.left:>9}  {r.step}'
+        + (f" ({r.removed} left out{': ' if r.why else ''}{r.why})" if r.removed != '0' else '')
+        for r in funnel_table(table).itertuples()
+    ]
     access = table.attrs['access']
-    told, quiet = found.findings[found.findings.severity != 'ok'], int((found.findings.severity == 'ok').sum())
-    lines = [f'  {r.severity:8} {r.check}{f" ({r.subject})" if r.subject != "all" else ""}: {r.sentence}' for r in told.itertuples()]
-    return '\n'.join([counts.to_string(index=False), '', 'From the files to the cohort:', *steps, '', 'Audit of the files:', *lines, f'  {quiet} further checks found nothing', '',
-                      f"{shown(len(table), access)} samples of {shown(table.patient_id.nunique(), access)} patients, {shown(len(exclusions), access)} excluded -> {out}", *([str(page)] if page else [])])
+    told, quiet = (
+        found.findings[found.findings.severity != 'ok'],
+        int((found.findings.severity == 'ok').sum()),
+    )
+    lines = [
+        f'  {r.severity:8} {r.check}{f" ({r.subject})" if r.subject != "all" else ""}: {r.sentence}'
+        for r in told.itertuples()
+    ]
+    return '\n'.join(
+        [
+            counts.to_string(index=False),
+            '',
+            'From the files to the cohort:',
+            *steps,
+            '',
+            'Audit of the files:',
+            *lines,
+            f'  {quiet} further checks found nothing',
+            '',
+            f"{shown(len(table), access)} samples of {shown(table.patient_id.nunique(), access)} patients, {shown(len(exclusions), access)} excluded -> {out}",
+            *([str(page)] if page else []),
+        ]
+    )
 
 # %% ../../nbs/59a_verbs.data.ipynb #b9a44002
 @app.command()
 def split(
-    cohort_file: Annotated[Path, typer.Argument(metavar='COHORT', help='Cohort file (parquet), as `smsbench cohort` writes it.')],
-    out: Annotated[Path, typer.Option(help='Split file to write (CSV: patient_id, split, made, hash).')],
-    sizes: Annotated[str, typer.Option(help='Parts and their shares.')] = 'train=0.7,val=0.15,test=0.15',
-    folds: Annotated[int | None, typer.Option(help='Instead of sizes: so many folds of equal size.')] = None,
-    by: Annotated[str, typer.Option(help='Columns that make a class, comma-separated, e.g. label,sex.')] = 'label',
+    cohort_file: Annotated[
+        Path,
+        typer.Argument(
+            metavar='COHORT', help='Cohort file (parquet), as `smsbench cohort` writes it.'
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help='Split file to write (CSV: patient_id, split, made, hash).')
+    ],
+    sizes: Annotated[
+        str, typer.Option(help='Parts and their shares.')
+    ] = 'train=0.7,val=0.15,test=0.15',
+    folds: Annotated[
+        int | None, typer.Option(help='Instead of sizes: so many folds of equal size.')
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help='Columns that make a class, comma-separated, e.g. label,sex.')
+    ] = 'label',
     seed: Annotated[int, typer.Option(help='Another seed, another split of the same quality.')] = 0,
     as_json: JsonOption = False,
 ):
@@ -113,51 +272,103 @@ def split(
     Example:  smsbench split covid.parquet --sizes train=0.6,test=0.4 --by label,view --out covid_splits.csv
     """
     from smsbench.core import read_table
-    from smsbench.data.splits import apply_splits, make_folds, make_splits, split_table, write_splits
+    from smsbench.data.splits import (
+        apply_splits,
+        make_folds,
+        make_splits,
+        split_table,
+        write_splits,
+    )
+
     table, columns = read_table(cohort_file, 'cohort'), split_list(by)
-    parts = make_folds(table, folds, columns, seed) if folds is not None else make_splits(table, _shares(sizes), columns, seed)
+    parts = (
+        make_folds(table, folds, columns, seed)
+        if folds is not None
+        else make_splits(table, _shares(sizes), columns, seed)
+    )
     write_splits(parts, out)
     counts = split_table(apply_splits(table, parts), columns)
-    say(dict(splits=str(out), hash=parts.attrs['hash'], counts=counts.to_dict('records')), as_json, f"{counts.to_string(index=False)}\n\nsplit {parts.attrs['hash']} of {parts.size} patients -> {out}")
+    say(
+        dict(splits=str(out), hash=parts.attrs['hash'], counts=counts.to_dict('records')),
+        as_json,
+        f"{counts.to_string(index=False)}\n\nsplit {parts.attrs['hash']} of {parts.size} patients -> {out}",
+    )
+
 
 def _shares(text):
     "{'train': .7} of 'train=0.7'."
     out = {}
     for part in split_list(text):
         name, _, share = part.partition('=')
-        try: out[name.strip()] = float(share)
-        except ValueError: raise InputError(f'--sizes {part}: write NAME=SHARE, e.g. train=0.7') from None
+        try:
+            out[name.strip()] = float(share)
+        except ValueError:
+            raise InputError(f'--sizes {part}: write NAME=SHARE, e.g. train=0.7') from None
     return out
 
 # %% ../../nbs/59a_verbs.data.ipynb #4b353133
-ParaphrasesOption = Annotated[str, typer.Option(help='Ask every question in other words as well: a number (so many rewordings by rule), a CSV file with rewordings of your own (columns question, question_variant, strategy, and inverted: yes where the answer is the other one), or cohort (rows of the cohort are wordings).')]
-ProbesOption = Annotated[str, typer.Option(help='Probes, comma-separated, or all: foil (one statement of the report turned round), removed (taken out), history (a misleading earlier report), unmatched (the answer "unmatched" is allowed).')]
+ParaphrasesOption = Annotated[
+    str,
+    typer.Option(
+        help='Ask every question in other words as well: a number (so many rewordings by rule), a CSV file with rewordings of your own (columns question, question_variant, strategy, and inverted: yes where the answer is the other one), or cohort (rows of the cohort are wordings).'
+    ),
+]
+ProbesOption = Annotated[
+    str,
+    typer.Option(
+        help='Probes, comma-separated, or all: foil (one statement of the report turned round), removed (taken out), history (a misleading earlier report), unmatched (the answer "unmatched" is allowed).'
+    ),
+]
+
 
 def parse_rewordings(
-    text:str, # what stands behind --paraphrases
-)->dict:      # paraphrases or wordings of `AuditSettings`
+    text: str,  # what stands behind --paraphrases
+) -> dict:  # paraphrases or wordings of `AuditSettings`
     "The source of rewordings; `InputError` where it is none."
-    if not text or text == '0': return {}
-    if text.isdecimal(): return dict(paraphrases=int(text))
-    if text == 'cohort' or text.endswith('.csv'): return dict(paraphrases=text) if text == 'cohort' else dict(wordings=text)
+    if not text or text == '0':
+        return {}
+    if text.isdecimal():
+        return dict(paraphrases=int(text))
+    if text == 'cohort' or text.endswith('.csv'):
+        return dict(paraphrases=text) if text == 'cohort' else dict(wordings=text)
     raise InputError(f'--paraphrases {text}: give a number, a .csv file, or cohort')
 
 # %% ../../nbs/59a_verbs.data.ipynb #fcff7bac
 def parse_probes(
-    text:str, # what stands behind --probes
-)->tuple[str, ...]:
+    text: str,  # what stands behind --probes
+) -> tuple[str, ...]:
     "Probes by name; all of them for 'all'."
     from smsbench.sms.shifts import PROBES
+
     return tuple(PROBES) if text == 'all' else split_list(text)
 
 # %% ../../nbs/59a_verbs.data.ipynb #b9a44003
 @app.command()
 def plan(
-    cohort_file: Annotated[Path, typer.Argument(metavar='COHORT', help='Cohort file (parquet), as `smsbench cohort` writes it.')],
-    out: Annotated[Path, typer.Option(help='Plan file to write (parquet); the registration is written beside it.')],
-    arms: ArmsOption = '', seed: SeedOption = 0, match: MatchOption = '', variants: VariantsOption = 'plain', paraphrases: ParaphrasesOption = '', probes: ProbesOption = '',
-    donors: DonorsOption = 'auto', margin: MarginOption = .05, margin_reason: ReasonOption = '', primary: PrimaryOption = 'image', family: FamilyOption = 'run',
-    root: RootOption = None, allow_remote: RemoteOption = False, as_json: JsonOption = False,
+    cohort_file: Annotated[
+        Path,
+        typer.Argument(
+            metavar='COHORT', help='Cohort file (parquet), as `smsbench cohort` writes it.'
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(help='Plan file to write (parquet); the registration is written beside it.'),
+    ],
+    arms: ArmsOption = '',
+    seed: SeedOption = 0,
+    match: MatchOption = '',
+    variants: VariantsOption = 'plain',
+    paraphrases: ParaphrasesOption = '',
+    probes: ProbesOption = '',
+    donors: DonorsOption = 'auto',
+    margin: MarginOption = 0.05,
+    margin_reason: ReasonOption = '',
+    primary: PrimaryOption = 'image',
+    family: FamilyOption = 'run',
+    root: RootOption = None,
+    allow_remote: RemoteOption = False,
+    as_json: JsonOption = False,
 ):
     """Freeze the donors: which sample is shown under which arm with whose image and whose text.
 
@@ -178,31 +389,70 @@ def plan(
     from smsbench.sms.audit import Source
     from smsbench.sms.registration import register, write_registration
     from smsbench.sms.shifts import make_plan
-    settings = audit_settings(arms, seed, match, variants, margin, donors=donors, family=family, primary=primary, margin_reason=margin_reason,
-                              probes=parse_probes(probes), **parse_rewordings(paraphrases))
+
+    settings = audit_settings(
+        arms,
+        seed,
+        match,
+        variants,
+        margin,
+        donors=donors,
+        family=family,
+        primary=primary,
+        margin_reason=margin_reason,
+        probes=parse_probes(probes),
+        **parse_rewordings(paraphrases),
+    )
     table = read_table(cohort_file, 'cohort')
     source = Source(table, root or '', remote=allow_remote)
-    frozen, excluded = make_plan(table, settings.arms, seed, settings.match, settings.variants, source.image, settings.rewordings, settings.probes, source.rows, settings.donors, settings.margin)
+    frozen, excluded = make_plan(
+        table,
+        settings.arms,
+        seed,
+        settings.match,
+        settings.variants,
+        source.image,
+        settings.rewordings,
+        settings.probes,
+        source.rows,
+        settings.donors,
+        settings.margin,
+    )
     write_table(frozen, out, 'plan', cohort_file=str(cohort_file.resolve()))
     write_table(excluded, out.with_name(out.stem + '_exclusions.parquet'))
     record, file = register(frozen, settings), out.with_name(out.stem + '_registration.yaml')
     write_registration(record, file)
-    say(_plan_json(frozen, excluded, out, record, file), as_json, _plan_text(frozen, excluded, out, record, file))
+    say(
+        _plan_json(frozen, excluded, out, record, file),
+        as_json,
+        _plan_text(frozen, excluded, out, record, file),
+    )
+
 
 def _left_out(excluded):
     "(arm, reason, samples) of what an arm could not show."
     return [(a, r, int(n)) for (a, r), n in excluded.groupby(['arm', 'reason']).size().items()]
 
+
 def _plan_json(frozen, excluded, out, record, file):
     "What a script reads about a plan."
     from smsbench.sms.shifts import attainable
-    return dict(plan=str(out), attainable=attainable(frozen, record.margin).to_dict('records'), plan_hash=frozen.attrs['plan_hash'], trials=frozen.arm.value_counts(sort=False).to_dict(),
-                excluded=[dict(arm=a, reason=r, samples=n) for a, r, n in _left_out(excluded)],
-                registration=str(file), registered=record.model_dump(mode='json') | dict(hash=record.hash))
+
+    return dict(
+        plan=str(out),
+        attainable=attainable(frozen, record.margin).to_dict('records'),
+        plan_hash=frozen.attrs['plan_hash'],
+        trials=frozen.arm.value_counts(sort=False).to_dict(),
+        excluded=[dict(arm=a, reason=r, samples=n) for a, r, n in _left_out(excluded)],
+        registration=str(file),
+        registered=record.model_dump(mode='json') | dict(hash=record.hash),
+    )
+
 
 def _plan_text(frozen, excluded, out, record, file):
     "What a person reads about a plan."
     from smsbench.sms.shifts import attainable
+
     trials = frozen.arm.value_counts(sort=False).rename('trials').to_string()
     able = f'\nDonors, and the verdicts that are attainable at a margin of {100 * record.margin:g} points:\n'
     able += attainable(frozen, record.margin).to_string(index=False)

@@ -13,21 +13,58 @@ import typer
 
 from ..core import InputError
 from .app import BootOption, JsonOption, OutOption, RootOption, say, split_list
-from .clip import ByOption, CohortOption, DeviceOption, FindingsOption, ModelOption, PretrainedOption, PromptsOption, SplitsOption, _films, _prompts, _rows, clip_app
+from smsbench.verbs.clip import (
+    ByOption,
+    CohortOption,
+    DeviceOption,
+    FindingsOption,
+    ModelOption,
+    PretrainedOption,
+    PromptsOption,
+    SplitsOption,
+    _films,
+    _prompts,
+    _rows,
+    clip_app,
+)
 
 # %% ../../nbs/59e_verbs.explain.ipynb #c3450477
 @clip_app.command()
 def explain(
-    cohort: CohortOption, model: ModelOption, out: OutOption,
-    pretrained: PretrainedOption = '', root: RootOption = None, findings: FindingsOption = '', by: ByOption = '', splits: SplitsOption = None, prompts: PromptsOption = None,
+    cohort: CohortOption,
+    model: ModelOption,
+    out: OutOption,
+    pretrained: PretrainedOption = '',
+    root: RootOption = None,
+    findings: FindingsOption = '',
+    by: ByOption = '',
+    splits: SplitsOption = None,
+    prompts: PromptsOption = None,
     method: Annotated[str, typer.Option(help='gradcam, rollout, chefer or legrad.')] = 'gradcam',
     test: Annotated[str, typer.Option(help='Split whose marked films are explained.')] = 'test',
-    marks: Annotated[Path | None, typer.Option(help="Radiologists' boxes, masks or polygons: CSV, COCO JSON or the MS-CXR layout; none takes the boxes of the cohort.")] = None,
-    names: Annotated[str, typer.Option(help="What the marks call a finding, where the cohort calls it otherwise, e.g. 'Pleural Effusion=effusion,Enlarged heart=cardiomegaly'; case, blanks and underscores do not matter.")] = '',
+    marks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Radiologists' boxes, masks or polygons: CSV, COCO JSON or the MS-CXR layout; none takes the boxes of the cohort."
+        ),
+    ] = None,
+    names: Annotated[
+        str,
+        typer.Option(
+            help="What the marks call a finding, where the cohort calls it otherwise, e.g. 'Pleural Effusion=effusion,Enlarged heart=cardiomegaly'; case, blanks and underscores do not matter."
+        ),
+    ] = '',
     limit: Annotated[int, typer.Option(min=0, help='Most films; 0: all that are marked.')] = 0,
     layer: Annotated[str, typer.Option(help='Grad-CAM: another module of the image tower.')] = '',
-    device: DeviceOption = 'auto', n_boot: BootOption = 1000,
-    seed: Annotated[int, typer.Option(help='Decides which films, where there is a limit, the shuffled weights and the random orders.')] = 0, as_json: JsonOption = False,
+    device: DeviceOption = 'auto',
+    n_boot: BootOption = 1000,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help='Decides which films, where there is a limit, the shuffled weights and the random orders.'
+        ),
+    ] = 0,
+    as_json: JsonOption = False,
 ):
     """Show where a model looks on films that somebody marked, beside chance, the centre of the film and shuffled weights; deletion and insertion; agreement with the readers, and of the readers with each other where there are several.
 
@@ -38,103 +75,238 @@ def explain(
     from smsbench.clip.readers import read_marks
     from smsbench.clip.study import explain_films, marked_films
     from smsbench.core import Run, content_hash
-    films, called = _films(cohort, root, findings, by, splits, 'drop').of(*split_list(test)), _pairs(names)
+
+    films, called = (
+        _films(cohort, root, findings, by, splits, 'drop').of(*split_list(test)),
+        _pairs(names),
+    )
     words, notes = _own_words(model, films, prompts)
-    clip = load_clip(model, pretrained, device); check_method(clip, method, layer); run = Run(out)
-    config = dict(kind='clip_explain', weights=clip.info['weights_sha'], method=method, layer=layer, films=content_hash(*films.table.film_id), test=test, marks=content_hash(marks.read_bytes()) if marks and marks.is_file() else '',
-                    names=called, prompts=content_hash(str(words)), limit=limit, seed=seed, n_boot=n_boot)
+    clip = load_clip(model, pretrained, device)
+    check_method(clip, method, layer)
+    run = Run(out)
+    config = dict(
+        kind='clip_explain',
+        weights=clip.info['weights_sha'],
+        method=method,
+        layer=layer,
+        films=content_hash(*films.table.film_id),
+        test=test,
+        marks=content_hash(marks.read_bytes()) if marks and marks.is_file() else '',
+        names=called,
+        prompts=content_hash(str(words)),
+        limit=limit,
+        seed=seed,
+        n_boot=n_boot,
+    )
     _same_run(run, config)
     seen = marked_films(films, None if marks is None else read_marks(marks), called, limit, seed)
-    found = explain_films(clip, seen, method, words, n_cascade=8, n_boot=n_boot, seed=seed, layer=layer, show=True)
+    found = explain_films(
+        clip, seen, method, words, n_cascade=8, n_boot=n_boot, seed=seed, layer=layer, show=True
+    )
     run.freeze(config)
     metrics = save_explained(found, run)
-    say(dict(out=str(out), metrics=metrics.to_dict('records'), notes=notes), as_json, '\n\n'.join([*_explained_text(found, metrics), *notes, str(out)]))
+    say(
+        dict(out=str(out), metrics=metrics.to_dict('records'), notes=notes),
+        as_json,
+        '\n\n'.join([*_explained_text(found, metrics), *notes, str(out)]),
+    )
+
 
 def _pairs(text):
     "Word -> finding, from WORD=FINDING,..."
-    if odd := [p for p in split_list(text) if p.count('=') != 1 or not all(w.strip() for w in p.split('='))]: raise InputError(f"--names {odd[0]!r}: write WORD=FINDING, e.g. 'Pleural Effusion=effusion'")
+    if odd := [
+        p for p in split_list(text) if p.count('=') != 1 or not all(w.strip() for w in p.split('='))
+    ]:
+        raise InputError(
+            f"--names {odd[0]!r}: write WORD=FINDING, e.g. 'Pleural Effusion=effusion'"
+        )
     return dict(tuple(w.strip() for w in p.split('=')) for p in split_list(text))
+
 
 def _explained_text(found, metrics):
     "What a person reads first: all films, findings apart, and whether the map can be believed."
     from smsbench.report.clip_page import cascade_words, explained_words, faithful_words
     from smsbench.report.external import shareable
-    whole = ('mass', 'pointing', 'iou_area', 'auroc', 'auroc_over_centre', 'auroc_over_shuffled', 'deletion_area', 'insertion_area', *(f'{k}_gain_over_{o}' for k in ('deletion', 'insertion') for o in ('random', 'centre')))
-    each = metrics[metrics.subgroup.str.startswith('finding=') & (metrics.arm.isin(['map', 'all pairs']))]
-    cascade = shareable(found.cascade, found.marked.films.attrs.get('access', 'open')) if len(found.cascade) else found.cascade
-    return [t for t in (_rows(metrics[metrics.subgroup == 'all'], whole), _rows(each, ('iou_area', 'auroc', 'reader_iou', 'iou_under_readers')), faithful_words(found, metrics), cascade_words(cascade), explained_words(found)) if t]
+
+    whole = (
+        'mass',
+        'pointing',
+        'iou_area',
+        'auroc',
+        'auroc_over_centre',
+        'auroc_over_shuffled',
+        'deletion_area',
+        'insertion_area',
+        *(f'{k}_gain_over_{o}' for k in ('deletion', 'insertion') for o in ('random', 'centre')),
+    )
+    each = metrics[
+        metrics.subgroup.str.startswith('finding=') & (metrics.arm.isin(['map', 'all pairs']))
+    ]
+    cascade = (
+        shareable(found.cascade, found.marked.films.attrs.get('access', 'open'))
+        if len(found.cascade)
+        else found.cascade
+    )
+    return [
+        t
+        for t in (
+            _rows(metrics[metrics.subgroup == 'all'], whole),
+            _rows(each, ('iou_area', 'auroc', 'reader_iou', 'iou_under_readers')),
+            faithful_words(found, metrics),
+            cascade_words(cascade),
+            explained_words(found),
+        )
+        if t
+    ]
+
 
 def _same_run(run, config):
     "`InputError` where the directory holds another run; a new one is named only when its numbers are there, so that a refused attempt blocks nothing."
-    if (run/'config.json').exists(): run.freeze(config)
+    if (run / 'config.json').exists():
+        run.freeze(config)
+
 
 def _own_words(model, films, prompts):
     "Prompts to ask with, and what must be known about them and about these films."
     from smsbench.clip.seen import overlap, read_seen
     from smsbench.report.external import own_prompts
+
     words, notes = own_prompts(model, films, _prompts(prompts, films))
     record = read_seen(model) if Path(model).is_dir() else None
     o = overlap(record, films) if record else None
-    notes = notes + ['WARNING: the checkpoint was trained or chosen on some of these films or patients'] * bool(o and o.seen.any())
-    return words, notes + ['WARNING: whether the checkpoint was trained on these patients cannot be said: they stand under other pseudonyms'] * bool(o and o.same_cohort and not o.same_names)
+    notes = notes + [
+        'WARNING: the checkpoint was trained or chosen on some of these films or patients'
+    ] * bool(o and o.seen.any())
+    return words, notes + [
+        'WARNING: whether the checkpoint was trained on these patients cannot be said: they stand under other pseudonyms'
+    ] * bool(o and o.same_cohort and not o.same_names)
 
 # %% ../../nbs/59e_verbs.explain.ipynb #29450e18
 def save_explained(
-    found, # `Explained`
-    run,   # run directory
-):         # its metrics table as it may be shown
+    found,  # `Explained`
+    run,  # run directory
+):  # its metrics table as it may be shown
     "metrics.parquet, tables/*.csv, figures/*.png; pictures and names of films, and curves of few patients, only where the cohort is open."
     from smsbench.core import environment, write_json, write_table
     from smsbench.report.external import shareable
+
     access = found.marked.films.attrs.get('access', 'open')
-    metrics, cascade = shareable(found.metrics, access), shareable(found.cascade, access) if len(found.cascade) else None
-    tables = dict(metrics=metrics, cascade=cascade) | (dict(films=found.rows, left_out=found.marked.readings.excluded) if access == 'open' else {}) | (dict(iou=found.iou) if _enough(found.rows, access) else {})
-    for d in ('tables', 'figures'): (run/d).mkdir(exist_ok=True)
-    write_table(metrics, run/'metrics.parquet', 'metrics')
+    metrics, cascade = (
+        shareable(found.metrics, access),
+        shareable(found.cascade, access) if len(found.cascade) else None,
+    )
+    tables = (
+        dict(metrics=metrics, cascade=cascade)
+        | (
+            dict(films=found.rows, left_out=found.marked.readings.excluded)
+            if access == 'open'
+            else {}
+        )
+        | (dict(iou=found.iou) if _enough(found.rows, access) else {})
+    )
+    for d in ('tables', 'figures'):
+        (run / d).mkdir(exist_ok=True)
+    write_table(metrics, run / 'metrics.parquet', 'metrics')
     for name, t in tables.items():
-        if t is not None: plain_cells(t).to_csv(run/f'tables/{name}.csv', index=False)
+        if t is not None:
+            plain_cells(t).to_csv(run / f'tables/{name}.csv', index=False)
     for name, f in _explained_figures(found, metrics, cascade, access).items():
-        if f is not None: (run/f'figures/{name}.png').write_bytes(f.png())
-    write_json(environment(), run/'environment.json')
+        if f is not None:
+            (run / f'figures/{name}.png').write_bytes(f.png())
+    write_json(environment(), run / 'environment.json')
     return metrics
 
-def _enough(rows, access): return access == 'open' or rows.patient_id.nunique() >= 10
+
+def _enough(rows, access):
+    return access == 'open' or rows.patient_id.nunique() >= 10
+
 
 def _explained_figures(found, metrics, cascade, access):
     "Figures by file name; None where nothing may be shown."
-    from smsbench.report.cam_figures import agreement_figure, baseline_figure, cascade_figure, iou_figure, perturbation_figure
+    from smsbench.report.cam_figures import (
+        agreement_figure,
+        baseline_figure,
+        cascade_figure,
+        iou_figure,
+        perturbation_figure,
+    )
     from smsbench.report.clip_page import explained_panels
+
     table = found.marked.readings.table
     plain = lambda f: ''.join(c if c.isalnum() else '_' for c in f)
-    figures = dict(localisation=baseline_figure(metrics)) | {f'localisation_{i}_{plain(f)}': baseline_figure(metrics, f'finding={f}') for i, f in enumerate(sorted(set(table.finding)))}
-    if access == 'open': figures['panels'] = explained_panels(found)
-    if table.reader.nunique() > 1: figures['agreement'] = agreement_figure(metrics)
-    if _enough(found.curves, access): figures['faithfulness'] = perturbation_figure(found.curves)
-    if _enough(found.rows, access): figures['iou'] = iou_figure({next(iter(found.maps.values())).method: found.iou})
-    if cascade is not None: figures['cascade'] = cascade_figure(cascade)
+    figures = dict(localisation=baseline_figure(metrics)) | {
+        f'localisation_{i}_{plain(f)}': baseline_figure(metrics, f'finding={f}')
+        for i, f in enumerate(sorted(set(table.finding)))
+    }
+    if access == 'open':
+        figures['panels'] = explained_panels(found)
+    if table.reader.nunique() > 1:
+        figures['agreement'] = agreement_figure(metrics)
+    if _enough(found.curves, access):
+        figures['faithfulness'] = perturbation_figure(found.curves)
+    if _enough(found.rows, access):
+        figures['iou'] = iou_figure({next(iter(found.maps.values())).method: found.iou})
+    if cascade is not None:
+        figures['cascade'] = cascade_figure(cascade)
     return figures
 
 # %% ../../nbs/59e_verbs.explain.ipynb #8d703e37
 def plain_cells(
-    table, # DataFrame; its words may come from anybody's files
-):         # the same; words that a spreadsheet would take for a formula begin with a quote
+    table,  # DataFrame; its words may come from anybody's files
+):  # the same; words that a spreadsheet would take for a formula begin with a quote
     "A table that is safe to open in a spreadsheet."
-    return table.map(lambda v: f"'{v}" if isinstance(v, str) and v[:1] in ('=', '+', '-', '@', '\t', '\r') else v)
+    return table.map(
+        lambda v: f"'{v}" if isinstance(v, str) and v[:1] in ('=', '+', '-', '@', '\t', '\r') else v
+    )
 
 # %% ../../nbs/59e_verbs.explain.ipynb #c3450402
 @clip_app.command()
 def ssa(
-    cohort: CohortOption, out: OutOption,
-    steps: Annotated[str, typer.Option(help='Columns to add one after another, comma-separated, e.g. age,sex,complaint.')],
-    model: Annotated[str, typer.Option(help='CLIP model, asked through prompts that know the patient.')] = '',
-    vlm: Annotated[str, typer.Option(help='Instead: a vision-language model, as for `smsbench audit`.')] = '',
-    pretrained: PretrainedOption = '', root: RootOption = None, findings: FindingsOption = '', by: ByOption = '', splits: SplitsOption = None, prompts: PromptsOption = None,
-    test: Annotated[str, typer.Option(help='Splits to measure; empty: all, but not the films that choose thresholds.')] = 'test',
-    val: Annotated[str, typer.Option(help='Split that chooses thresholds, for findings that are present or absent.')] = 'val',
-    wording: Annotated[str, typer.Option(help="'fixed': facts are told in one order; 'added': in the order in which they were added.")] = 'fixed',
-    most_orders: Annotated[int, typer.Option(min=1, help='All orders up to this many, else about this many.')] = 24,
-    device: DeviceOption = 'auto', n_boot: BootOption = 1000,
-    seed: Annotated[int, typer.Option(help='Of the orders drawn and of the resampling.')] = 0, as_json: JsonOption = False,
+    cohort: CohortOption,
+    out: OutOption,
+    steps: Annotated[
+        str,
+        typer.Option(
+            help='Columns to add one after another, comma-separated, e.g. age,sex,complaint.'
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help='CLIP model, asked through prompts that know the patient.')
+    ] = '',
+    vlm: Annotated[
+        str, typer.Option(help='Instead: a vision-language model, as for `smsbench audit`.')
+    ] = '',
+    pretrained: PretrainedOption = '',
+    root: RootOption = None,
+    findings: FindingsOption = '',
+    by: ByOption = '',
+    splits: SplitsOption = None,
+    prompts: PromptsOption = None,
+    test: Annotated[
+        str,
+        typer.Option(
+            help='Splits to measure; empty: all, but not the films that choose thresholds.'
+        ),
+    ] = 'test',
+    val: Annotated[
+        str,
+        typer.Option(
+            help='Split that chooses thresholds, for findings that are present or absent.'
+        ),
+    ] = 'val',
+    wording: Annotated[
+        str,
+        typer.Option(
+            help="'fixed': facts are told in one order; 'added': in the order in which they were added."
+        ),
+    ] = 'fixed',
+    most_orders: Annotated[
+        int, typer.Option(min=1, help='All orders up to this many, else about this many.')
+    ] = 24,
+    device: DeviceOption = 'auto',
+    n_boot: BootOption = 1000,
+    seed: Annotated[int, typer.Option(help='Of the orders drawn and of the resampling.')] = 0,
+    as_json: JsonOption = False,
 ):
     """Sequential sensitivity analysis: what each further fact about a patient does to sensitivity and specificity, class by class, in whatever order it comes.
 
@@ -145,50 +317,132 @@ def ssa(
     from smsbench.data.manifest import shown
     from smsbench.report.external import shareable
     from smsbench.report.ssa_figures import ssa_figure, ssa_order_figure, ssa_table
-    if bool(model) == bool(vlm): raise InputError('name one model: --model for CLIP, or --vlm for a vision-language model')
-    if vlm and (by or prompts or pretrained): raise InputError('--by, --prompts and --pretrained belong to --model; a vision-language model is asked the questions of the cohort')
-    ask, asked, about, notes, left = _vlm_asker(vlm, device, cohort, root, findings, splits, split_list(test)) if vlm else _clip_asker(model, pretrained, device, _films(cohort, root, findings, by, splits), split_list(test), val, prompts, wording)
+
+    if bool(model) == bool(vlm):
+        raise InputError('name one model: --model for CLIP, or --vlm for a vision-language model')
+    if vlm and (by or prompts or pretrained):
+        raise InputError(
+            '--by, --prompts and --pretrained belong to --model; a vision-language model is asked the questions of the cohort'
+        )
+    ask, asked, about, notes, left = (
+        _vlm_asker(vlm, device, cohort, root, findings, splits, split_list(test))
+        if vlm
+        else _clip_asker(
+            model,
+            pretrained,
+            device,
+            _films(cohort, root, findings, by, splits),
+            split_list(test),
+            val,
+            prompts,
+            wording,
+        )
+    )
     run, access = Run(out), about.pop('access')
-    config = dict(kind='clip_ssa', steps=split_list(steps), wording=wording, most_orders=most_orders, test=test, seed=seed, n_boot=n_boot, **about)
+    config = dict(
+        kind='clip_ssa',
+        steps=split_list(steps),
+        wording=wording,
+        most_orders=most_orders,
+        test=test,
+        seed=seed,
+        n_boot=n_boot,
+        **about,
+    )
     _same_run(run, config)
-    found = analyse(ask, asked, split_list(steps), wording, most_orders, seed=seed, show=True, n_boot=n_boot)
+    found = analyse(
+        ask, asked, split_list(steps), wording, most_orders, seed=seed, show=True, n_boot=n_boot
+    )
     run.freeze(config)
     attrs = found.attrs
-    found = shareable(found, access); found.attrs = attrs
-    write_table(found, run/'metrics.parquet', 'metrics'); (run/'tables').mkdir(exist_ok=True); (run/'figures').mkdir(exist_ok=True)
+    found = shareable(found, access)
+    found.attrs = attrs
+    write_table(found, run / 'metrics.parquet', 'metrics')
+    (run / 'tables').mkdir(exist_ok=True)
+    (run / 'figures').mkdir(exist_ok=True)
     table = ssa_table(found)
-    plain_cells(found).to_csv(run/'tables/metrics.csv', index=False); plain_cells(table).to_csv(run/'tables/effects.csv', index=False)
-    if len(left): notes.append(f"{shown(len(left), access)} picture(s) cannot be read and are left out{'; tables/excluded.csv lists them' if access == 'open' else ''}")
-    if len(left) and access == 'open': plain_cells(left).to_csv(run/'tables/excluded.csv', index=False)
+    plain_cells(found).to_csv(run / 'tables/metrics.csv', index=False)
+    plain_cells(table).to_csv(run / 'tables/effects.csv', index=False)
+    if len(left):
+        notes.append(
+            f"{shown(len(left), access)} picture(s) cannot be read and are left out{'; tables/excluded.csv lists them' if access == 'open' else ''}"
+        )
+    if len(left) and access == 'open':
+        plain_cells(left).to_csv(run / 'tables/excluded.csv', index=False)
     for name, f in dict(steps=ssa_figure(found), orders=ssa_order_figure(found)).items():
-        if f is not None: (run/f'figures/{name}.png').write_bytes(f.png())
-    write_json(environment(), run/'environment.json')
-    say(dict(out=str(out), metrics=found.to_dict('records'), notes=notes), as_json, '\n\n'.join([table.to_string(index=False), *notes, str(out)]))
+        if f is not None:
+            (run / f'figures/{name}.png').write_bytes(f.png())
+    write_json(environment(), run / 'environment.json')
+    say(
+        dict(out=str(out), metrics=found.to_dict('records'), notes=notes),
+        as_json,
+        '\n\n'.join([table.to_string(index=False), *notes, str(out)]),
+    )
+
 
 def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
     from smsbench.clip.models import load_clip
     from smsbench.clip.ssa import clip_asker, described, in_order, readable_samples
     from smsbench.core import content_hash
+
     several = films.kind == 'multilabel'
-    parts = test or [s for s in sorted(set(films.table.split)) if not (several and s == val)]       # whoever chose the thresholds is not asked
-    films.of(*parts); clip = load_clip(model, pretrained, device)
+    parts = test or [
+        s for s in sorted(set(films.table.split)) if not (several and s == val)
+    ]  # whoever chose the thresholds is not asked
+    films.of(*parts)
+    clip = load_clip(model, pretrained, device)
     good, left = readable_samples(films.of(*parts, *[val] * several))
     tested = good.of(*parts)
     words, notes = _own_words(model, tested, prompts)
-    about = dict(model=clip.info['weights_sha'], prompts=content_hash(str(words)), films=content_hash(*tested.table.film_id), val=val if several else '', access=films.attrs.get('access', 'open'))
-    return clip_asker(clip, tested, words, good.of(val) if several else None, in_order if wording == 'added' else described), tested, about, notes, left
+    about = dict(
+        model=clip.info['weights_sha'],
+        prompts=content_hash(str(words)),
+        films=content_hash(*tested.table.film_id),
+        val=val if several else '',
+        access=films.attrs.get('access', 'open'),
+    )
+    return (
+        clip_asker(
+            clip,
+            tested,
+            words,
+            good.of(val) if several else None,
+            in_order if wording == 'added' else described,
+        ),
+        tested,
+        about,
+        notes,
+        left,
+    )
+
 
 def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
     from smsbench.clip.ssa import readable_samples, vlm_asker
     from smsbench.core import content_hash, read_table
     from smsbench.data.splits import apply_splits, read_splits
     from smsbench.sms.run import open_model
-    table = read_table(cohort, 'cohort'); attrs = table.attrs
-    if splits is not None: table = apply_splits(table, read_splits(splits))
+
+    table = read_table(cohort, 'cohort')
+    attrs = table.attrs
+    if splits is not None:
+        table = apply_splits(table, read_splits(splits))
     wanted = split_list(findings) or tuple(attrs['tasks'])
-    if odd := [f for f in wanted if f not in attrs['tasks']]: raise InputError(f"the cohort has no task {odd[0]!r}; it has {', '.join(attrs['tasks'])}")
-    table = table[(table.split.isin(test) if test else table.split.notna()) & table.finding.isin(wanted)].reset_index(drop=True)
+    if odd := [f for f in wanted if f not in attrs['tasks']]:
+        raise InputError(f"the cohort has no task {odd[0]!r}; it has {', '.join(attrs['tasks'])}")
+    table = table[
+        (table.split.isin(test) if test else table.split.notna()) & table.finding.isin(wanted)
+    ].reset_index(drop=True)
     table.attrs = {**attrs, 'tasks': {f: attrs['tasks'][f] for f in wanted}}
-    if not len(table): raise InputError(f"no sample is in {', '.join(test)}{' of ' + ', '.join(wanted) if findings else ''}")
-    model = open_model(vlm, device); table, left = readable_samples(table, root or '')
-    return vlm_asker(model, table, root=str(root or '')), table, dict(model=vlm, samples=content_hash(*table.sample_id), access=attrs.get('access', 'open')), [], left
+    if not len(table):
+        raise InputError(
+            f"no sample is in {', '.join(test)}{' of ' + ', '.join(wanted) if findings else ''}"
+        )
+    model = open_model(vlm, device)
+    table, left = readable_samples(table, root or '')
+    return (
+        vlm_asker(model, table, root=str(root or '')),
+        table,
+        dict(model=vlm, samples=content_hash(*table.sample_id), access=attrs.get('access', 'open')),
+        [],
+        left,
+    )

@@ -16,7 +16,12 @@ from .app import JsonOption, app, say
 # %% ../../nbs/59b_verbs.models.ipynb #57406719
 @app.command()
 def models(
-    checkpoint: Annotated[Path | None, typer.Argument(help='Folder of a checkpoint: what would it be loaded as? Its weights are not read.')] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            help='Folder of a checkpoint: what would it be loaded as? Its weights are not read.'
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ):
     """Families of models and how much work their trials may share; published models of the field and by which way each is served.
@@ -29,31 +34,61 @@ def models(
     """
     from smsbench.vlm.checkpoints import describe_checkpoint
     from smsbench.vlm.families import families_table, routes_table
+
     if checkpoint is not None:
         about = describe_checkpoint(checkpoint)
         return say(about, as_json, '\n'.join(f'{k:13} {v}' for k, v in about.items() if v != ''))
     families, routes = families_table(), routes_table()
-    shown = families[['title', 'top_level', 'text_only', 'attention', 'why']].rename(columns=dict(title='family', top_level='level at most', text_only='text only by', attention='attention maps'))
-    say(dict(families=families.to_dict('records'), routes=routes.to_dict('records')), as_json, '\n\n'.join([_columns(shown), _columns(routes[['model', 'route', 'id', 'note']])]))
+    shown = families[['title', 'top_level', 'text_only', 'attention', 'why']].rename(
+        columns=dict(
+            title='family',
+            top_level='level at most',
+            text_only='text only by',
+            attention='attention maps',
+        )
+    )
+    say(
+        dict(families=families.to_dict('records'), routes=routes.to_dict('records')),
+        as_json,
+        '\n\n'.join([_columns(shown), _columns(routes[['model', 'route', 'id', 'note']])]),
+    )
+
 
 def _columns(t):
     "A table as text, left-aligned."
-    t = t.astype(str); width = {c: max(len(c), *t[c].str.len()) for c in t}
-    return '\n'.join('  '.join(str(v).ljust(w) for v, w in zip(r, width.values())).rstrip() for r in [list(t), *t.itertuples(index=False)])
+    t = t.astype(str)
+    width = {c: max(len(c), *t[c].str.len()) for c in t}
+    return '\n'.join(
+        '  '.join(str(v).ljust(w) for v, w in zip(r, width.values())).rstrip()
+        for r in [list(t), *t.itertuples(index=False)]
+    )
 
 # %% ../../nbs/59b_verbs.models.ipynb #57406702
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help='Folder of a checkpoint in the original LLaVA layout (LLaVA-Med v1.5, LLaVA-Rad, LLaVA-1.5).')],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help='Folder of a checkpoint in the original LLaVA layout (LLaVA-Med v1.5, LLaVA-Rad, LLaVA-1.5).'
+        ),
+    ],
     out: Annotated[Path, typer.Option(help='Folder to write.')],
-    tower: Annotated[Path | None, typer.Option(help='Folder of the vision tower, where the checkpoint does not bring its own.')] = None,
-    base: Annotated[Path | None, typer.Option(help='Folder of the language model under LoRA weights.')] = None,
+    tower: Annotated[
+        Path | None,
+        typer.Option(
+            help='Folder of the vision tower, where the checkpoint does not bring its own.'
+        ),
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help='Folder of the language model under LoRA weights.')
+    ] = None,
 ):
     """Rewrite an original LLaVA checkpoint for transformers; nothing is downloaded, and no code of the checkpoint runs.
 
     Example:  smsbench convert llava-med-v1.5-mistral-7b --tower clip-vit-large-patch14-336 --out llava-med
     """
     from smsbench.vlm.convert import convert_llava
+
     convert_llava(source, out, tower, base)
     print(f'smsbench audit --model {out} ...')
 
@@ -61,11 +96,31 @@ def convert(
 @app.command()
 def bench(
     out: Annotated[Path | None, typer.Option(help='JSON file to write.')] = None,
-    device: Annotated[str, typer.Option(help='cpu: a random LLaVA of about 80 million parameters. cuda: models of the shapes of LLaVA-1.5-7B and Gemma-3-4B; nothing is downloaded.')] = 'cpu',
-    rounds: Annotated[int, typer.Option(min=1, help='Interleaved rounds, of which medians are taken.')] = 3,
-    smoke: Annotated[bool, typer.Option('--smoke', help='Tiny models: seconds instead of minutes.')] = False,
-    show: Annotated[Path | None, typer.Option(help='Measure nothing; print the table of a JSON file that was written before.')] = None,
-    clip: Annotated[bool, typer.Option('--clip', help="Instead: a CLIP training step beside open_clip's own, on the same model and batch.")] = False,
+    device: Annotated[
+        str,
+        typer.Option(
+            help='cpu: a random LLaVA of about 80 million parameters. cuda: models of the shapes of LLaVA-1.5-7B and Gemma-3-4B; nothing is downloaded.'
+        ),
+    ] = 'cpu',
+    rounds: Annotated[
+        int, typer.Option(min=1, help='Interleaved rounds, of which medians are taken.')
+    ] = 3,
+    smoke: Annotated[
+        bool, typer.Option('--smoke', help='Tiny models: seconds instead of minutes.')
+    ] = False,
+    show: Annotated[
+        Path | None,
+        typer.Option(
+            help='Measure nothing; print the table of a JSON file that was written before.'
+        ),
+    ] = None,
+    clip: Annotated[
+        bool,
+        typer.Option(
+            '--clip',
+            help="Instead: a CLIP training step beside open_clip's own, on the same model and batch.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ):
     """Compare the published way of scoring (batch 1, generate) with every level of reuse, on the same trials and model, in one run.
@@ -74,23 +129,57 @@ def bench(
 
     Example, training CLIP:  smsbench bench --clip --rounds 5
     """
-    if clip: return _bench_clip(device, rounds, out, as_json)
+    if clip:
+        return _bench_clip(device, rounds, out, as_json)
     from smsbench.vlm.bench import bench_table, run_bench
     from smsbench.core import read_json
+
     found = read_json(show) if show else run_bench(device, out, rounds, smoke)
     say(found, as_json, f'{_columns(_ratios(bench_table(found)))}\n\n{_machine(found)}')
+
 
 def _bench_clip(device, rounds, out, as_json):
     from smsbench.clip.bench import step_benchmark
     from smsbench.core import write_json
+
     table = step_benchmark(device=device, rounds=rounds)
     found = dict(steps=table.to_dict('records'), **table.attrs)
-    if out is not None: write_json(found, out)
+    if out is not None:
+        write_json(found, out)
     say(found, as_json, _columns(table.drop(columns=['precision', 'peak_mib', 'foreign']).round(2)))
+
 
 def _ratios(t):
     "What a person compares."
-    shown = t.assign(trials_per_second=t.trials_per_second.map('{:.2f}'.format), ratio=t.ratio.map('{:.1f}x'.format), largest_difference=t.largest_difference.map('{:.0e}'.format), lm_tokens=t.lm_tokens.map('{:,}'.format), utilisation=t.utilisation.map('{:.0%}'.format))
-    return shown[['model', 'workload', 'way', 'trials_per_second', 'ratio', 'largest_difference', 'flips', 'lm_tokens', 'utilisation', 'note']].rename(columns=dict(trials_per_second='trials/s', ratio='against generate(8)', largest_difference='largest |Δ log-prob|', lm_tokens='LM tokens'))
+    shown = t.assign(
+        trials_per_second=t.trials_per_second.map('{:.2f}'.format),
+        ratio=t.ratio.map('{:.1f}x'.format),
+        largest_difference=t.largest_difference.map('{:.0e}'.format),
+        lm_tokens=t.lm_tokens.map('{:,}'.format),
+        utilisation=t.utilisation.map('{:.0%}'.format),
+    )
+    return shown[
+        [
+            'model',
+            'workload',
+            'way',
+            'trials_per_second',
+            'ratio',
+            'largest_difference',
+            'flips',
+            'lm_tokens',
+            'utilisation',
+            'note',
+        ]
+    ].rename(
+        columns=dict(
+            trials_per_second='trials/s',
+            ratio='against generate(8)',
+            largest_difference='largest |Δ log-prob|',
+            lm_tokens='LM tokens',
+        )
+    )
 
-def _machine(found): return f"{found['date']}, {found['card'] or str(found['cpus']) + ' CPU cores'}, {found['threads']} threads, torch {found['torch']}, transformers {found['transformers']}, medians of {found['rounds']} rounds{', tiny models' * found['smoke']}"
+
+def _machine(found):
+    return f"{found['date']}, {found['card'] or str(found['cpus']) + ' CPU cores'}, {found['threads']} threads, torch {found['torch']}, transformers {found['transformers']}, medians of {found['rounds']} rounds{', tiny models' * found['smoke']}"

@@ -20,53 +20,65 @@ from .app import JsonOption, app, say, split_list
 # %% ../../nbs/59ab_verbs.planning.ipynb #472b609e
 def _numbers(name, text, kind=float):
     "Values of a comma-separated option."
-    try: return [kind(v) for v in split_list(text)]
+    try:
+        return [kind(v) for v in split_list(text)]
     except ValueError:
         raise InputError(f'--{name} {text}: give numbers, separated by commas') from None
+
 
 def _films(text):
     "1 of '1', (1, 8) of '1-8'."
     few, _, most = text.partition('-')
     return (int(few), int(most)) if most else int(few)
 
-def _donors(text): return text if text == 'auto' else int(text)
+
+def _donors(text):
+    return text if text == 'auto' else int(text)
 
 # %% ../../nbs/59ab_verbs.planning.ipynb #f4bcf510
 def make_questions(
-    verdict:str,  # relies or ignores
-    modality:str, # image or text
-    **texts,      # option -> its comma-separated values
-)->list:          # of `smsbench.sms.power.Question`
+    verdict: str,  # relies or ignores
+    modality: str,  # image or text
+    **texts,  # option -> its comma-separated values
+) -> list:  # of `smsbench.sms.power.Question`
     "Every combination of what was asked."
     from smsbench.sms.power import make_question
+
     kinds = dict(films=_films, donors=_donors, findings=int)
     lists = {k: _numbers(k, t, kinds.get(k, float)) for k, t in texts.items()}
     empty = [k for k, v in lists.items() if not v]
-    if empty: raise InputError(f'--{empty[0]}: give a value')
+    if empty:
+        raise InputError(f'--{empty[0]}: give a value')
     mixed = [dict(zip(lists, v)) for v in itertools.product(*lists.values())]
     return [make_question(verdict=verdict, modality=modality, **q) for q in mixed]
 
 # %% ../../nbs/59ab_verbs.planning.ipynb #4858ad3f
 def plan_power(
-    questions:list,   # what is planned for
-    wanted:float,     # probability of the verdict, 0..1
-    studies:int,      # simulated studies per size, at most
-    most:int,         # largest number of patients
-    workers:int|None, # processes; None: one per core
-    figure:Path|None, # PNG file
-    as_json:bool,     # print JSON?
+    questions: list,  # what is planned for
+    wanted: float,  # probability of the verdict, 0..1
+    studies: int,  # simulated studies per size, at most
+    most: int,  # largest number of patients
+    workers: int | None,  # processes; None: one per core
+    figure: Path | None,  # PNG file
+    as_json: bool,  # print JSON?
 ):
     "Plan each question, print the table, draw the figure."
     from joblib import cpu_count
     from smsbench.sms.power import plan_table, plan_verdict
-    if not 0 < wanted < 1: raise InputError(f'--power {wanted}: must lie between 0 and 1')
-    if most < 20: raise InputError(f'--most {most}: must be at least 20')
+
+    if not 0 < wanted < 1:
+        raise InputError(f'--power {wanted}: must lie between 0 and 1')
+    if most < 20:
+        raise InputError(f'--most {most}: must be at least 20')
     with progress(None, 'simulated studies', unit='study') as bar:
         how = dict(studies=studies, most=most, workers=workers or cpu_count(), bar=bar)
         plans = [plan_verdict(q, wanted, **how) for q in questions]
-    lines = [plan_table(plans).to_string(index=False), '',
-             f'patients with whom the verdict is reached with probability {wanted:g}; '
-             f'the interval is the error of the simulation (at most {studies} studies per size)']
+    lines = [
+        plan_table(plans).to_string(index=False),
+        '',
+        f'patients with whom the verdict is reached with probability {wanted:g}; '
+        f'the interval is the error of the simulation (at most {studies} studies per size)',
+    ]
     if figure is not None:
         save_figure('power', plans, figure)
         lines.append(f'figure -> {figure}')
@@ -74,29 +86,34 @@ def plan_power(
 
 # %% ../../nbs/59ab_verbs.planning.ipynb #d9b6c713
 def save_figure(
-    kind:str,  # 'power' or 'coverage'
-    found,     # what the figure shows
-    path:Path, # PNG file to write
+    kind: str,  # 'power' or 'coverage'
+    found,  # what the figure shows
+    path: Path,  # PNG file to write
 ):
     "Draw a figure of `smsbench.report.coverage_figures` into a file."
     from smsbench.core import atomic
     from smsbench.report import coverage_figures
+
     fig = getattr(coverage_figures, f'{kind}_figure')(found)
-    if fig is None: raise InputError('there is nothing to draw: no setting has a rate')
-    with atomic(path) as tmp: tmp.write_bytes(fig.png())
+    if fig is None:
+        raise InputError('there is nothing to draw: no setting has a rate')
+    with atomic(path) as tmp:
+        tmp.write_bytes(fig.png())
 
 # %% ../../nbs/59ab_verbs.planning.ipynb #6691b18b
 def accuracy_power(
-    baseline_acc:float|None, # accuracy before the change, 0..1
-    effect:float|None,       # drop in accuracy, 0..1
-    n:int|None,              # samples
-    wanted:float,            # probability of finding the effect, 0..1
-    as_json:bool,            # print JSON?
-    **how,                   # discordant, alpha, design_effect
+    baseline_acc: float | None,  # accuracy before the change, 0..1
+    effect: float | None,  # drop in accuracy, 0..1
+    n: int | None,  # samples
+    wanted: float,  # probability of finding the effect, 0..1
+    as_json: bool,  # print JSON?
+    **how,  # discordant, alpha, design_effect
 ):
     "Print samples needed, smallest effect, or power of the exact McNemar test."
     from smsbench.stats import minimum_effect, power_paired, samples_needed
-    if baseline_acc is None: raise InputError('--accuracy needs --baseline-acc')
+
+    if baseline_acc is None:
+        raise InputError('--accuracy needs --baseline-acc')
     if effect is None and n is None:
         raise InputError('give --effect (how many samples?), --n (which effect?), or both (power?)')
     base, surely = f'from {baseline_acc:.3g} with power', f'{wanted:.0%}'
@@ -117,19 +134,28 @@ def _option(kind, text, *names, **how):
     "An option with its help."
     return Annotated[kind, typer.Option(*names, help=text, **how)]
 
+
 VerdictOption = _option(Literal['relies', 'ignores'], 'Verdict that the study shall reach.')
 ModalityOption = _option(Literal['image', 'text'], 'Modality it is about.')
-EffectOption = _option(str, "True effect, 0..1: for 'relies' the excess movement (default 0.2), "
-                       "for 'ignores' the movement (default 0); with --accuracy the drop.")
+EffectOption = _option(
+    str,
+    "True effect, 0..1: for 'relies' the excess movement (default 0.2), "
+    "for 'ignores' the movement (default 0); with --accuracy the drop.",
+)
 WantedOption = _option(float, 'Wanted probability of the verdict (of finding the drop).', '--power')
 StudiesOption = _option(int, 'Simulated studies per size, at most.', min=10)
 WorkersOption = _option(int | None, 'Processes; default: one per core.', min=1)
 FigureOption = _option(Path | None, 'PNG file to draw the result into.')
-AccuracyOption = _option(bool, 'Plan a paired difference in accuracy instead, by formula '
-                         '(exact McNemar test).', '--accuracy')
+AccuracyOption = _option(
+    bool,
+    'Plan a paired difference in accuracy instead, by formula (exact McNemar test).',
+    '--accuracy',
+)
 DesignOption = _option(float, 'With --accuracy: clustered samples that are worth one independent.')
-DiscordantOption = _option(float | None, 'With --accuracy: share that changes either way; '
-                           'default: as if answers were independent.')
+DiscordantOption = _option(
+    float | None,
+    'With --accuracy: share that changes either way; default: as if answers were independent.',
+)
 
 # %% ../../nbs/59ab_verbs.planning.ipynb #cb83d8f4
 @app.command()
@@ -143,7 +169,7 @@ def power(
     icc: _option(str, 'Correlation of the images of a patient, latent, 0..1.') = '0',
     findings: _option(str, 'Questions asked of each image.') = '1',
     donors: _option(str, 'Donors per sample: a number, or auto.') = 'auto',
-    wanted: WantedOption = .8,
+    wanted: WantedOption = 0.8,
     studies: StudiesOption = 100,
     most: _option(int, 'Largest number of patients that is tried.') = 1920,
     workers: WorkersOption = None,
@@ -151,8 +177,8 @@ def power(
     accuracy: AccuracyOption = False,
     baseline_acc: _option(float | None, 'With --accuracy: accuracy before the change.') = None,
     n: _option(int | None, 'With --accuracy: samples you have.') = None,
-    design_effect: DesignOption = 1.,
-    alpha: _option(float, 'With --accuracy: level of the two-sided test.') = .05,
+    design_effect: DesignOption = 1.0,
+    alpha: _option(float, 'With --accuracy: level of the two-sided test.') = 0.05,
     discordant: DiscordantOption = None,
     as_json: JsonOption = False,
 ):
@@ -182,16 +208,18 @@ def power(
 # %% ../../nbs/59ab_verbs.planning.ipynb #ba9df2db
 @app.command()
 def coverage(
-    out: _option(Path | None, 'JSON file to write. With the same file, the suite goes on where it '
-                 'stopped.') = None,
+    out: _option(
+        Path | None, 'JSON file to write. With the same file, the suite goes on where it stopped.'
+    ) = None,
     grid: _option(Path | None, 'YAML file with the settings; default: those of smsbench.') = None,
     small: _option(bool, 'A quick look: settings marked small, few studies.', '--small') = False,
     audits: _option(int | None, 'Studies per setting, whatever the grid says.', min=2) = None,
     workers: WorkersOption = None,
     figure: FigureOption = None,
     every: _option(bool, 'Print all intervals, and all rates beyond a limit.', '--every') = False,
-    show: _option(Path | None, 'Print what a finished run found, from its JSON file; nothing is '
-                  'simulated.') = None,
+    show: _option(
+        Path | None, 'Print what a finished run found, from its JSON file; nothing is simulated.'
+    ) = None,
     show_grid: _option(bool, 'Print the grid of smsbench, to change it.', '--show-grid') = False,
     as_json: JsonOption = False,
 ):
@@ -208,13 +236,19 @@ def coverage(
     """
     from smsbench.core import read_json
     from smsbench.sms.coverage import grid_file, grid_lines, read_grid, run_grid
-    if show_grid: return print(grid_file().read_text(encoding='utf-8'), end='')
-    if show is not None: return print('\n'.join(grid_lines(read_json(show), every)))
-    if out is None: raise InputError('give --out, the JSON file to write')
+
+    if show_grid:
+        return print(grid_file().read_text(encoding='utf-8'), end='')
+    if show is not None:
+        return print('\n'.join(grid_lines(read_json(show), every)))
+    if out is None:
+        raise InputError('give --out, the JSON file to write')
     found = run_grid(read_grid(grid, small, audits), out, workers)
-    if figure is not None: save_figure('coverage', found, figure)
+    if figure is not None:
+        save_figure('coverage', found, figure)
     say(found['summary'], as_json, '\n'.join([*grid_lines(found, every), f'-> {out}']))
     broken = [r for r in found['summary']['beyond'] if r['outcome'] == 'broken']
-    if not broken: return
+    if not broken:
+        return
     worst = '{setting}, {what}: {rate:.3f} (limit {limit})'.format(**broken[0])
     raise RunError(f'rates that are broken: {len(broken)}; the first: {worst}')

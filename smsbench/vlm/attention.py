@@ -21,56 +21,84 @@ from .prompting import control_tokens
 
 # %% ../../nbs/22a_vlm.attention.ipynb #9aa1d175
 def spelled_text(
-    tokenizer,     # a Hugging Face tokenizer
-    ids:list[int], # token ids
-)->tuple[str,np.ndarray]: # the text; for each of its characters the index of its token
+    tokenizer,  # a Hugging Face tokenizer
+    ids: list[int],  # token ids
+) -> tuple[str, np.ndarray]:  # the text; for each of its characters the index of its token
     "What tokens spell, one by one; bytes that only several tokens together spell belong to the first of them."
     text, owner, i = '', [], 0
     while i < len(ids):
-        n = next((n for n in (1, 2, 3, 4) if '\ufffd' not in tokenizer.decode(ids[i:i + n])), 1)
-        raw, piece = tokenizer.convert_ids_to_tokens(ids[i]), tokenizer.decode(ids[i:i + n])
-        if raw[:1] in ('▁', 'Ġ') and piece[:1] != ' ': piece = ' ' + piece              # some tokenizers drop the space of a lone token
-        text, owner, i = text + piece, owner + [i]*len(piece), i + n
+        n = next((n for n in (1, 2, 3, 4) if '\ufffd' not in tokenizer.decode(ids[i : i + n])), 1)
+        raw, piece = tokenizer.convert_ids_to_tokens(ids[i]), tokenizer.decode(ids[i : i + n])
+        if raw[:1] in ('▁', 'Ġ') and piece[:1] != ' ':
+            piece = ' ' + piece  # some tokenizers drop the space of a lone token
+        text, owner, i = text + piece, owner + [i] * len(piece), i + n
     return text, np.array(owner, int)
 
 # %% ../../nbs/22a_vlm.attention.ipynb #986a8b23
 def _span(text, owner, part, what):
     "Indices of the tokens that spell `part`, at its last occurrence; white space and capitals aside, which some tokenizers drop."
     keep = np.array([not c.isspace() for c in text], bool)
-    squeezed, part = (''.join(c.lower() if len(c.lower()) == 1 else c for c in t if not c.isspace()) for t in (text, part))
+    squeezed, part = (
+        ''.join(c.lower() if len(c.lower()) == 1 else c for c in t if not c.isspace())
+        for t in (text, part)
+    )
     at = squeezed.rfind(part)
-    if at < 0 or not part: raise InputError(f'the {what} cannot be found among the tokens of the prompt; pass it exactly as it stands there')
-    return np.unique(owner[keep][at:at + len(part)])
+    if at < 0 or not part:
+        raise InputError(
+            f'the {what} cannot be found among the tokens of the prompt; pass it exactly as it stands there'
+        )
+    return np.unique(owner[keep][at : at + len(part)])
+
 
 def token_groups(
-    model:HFModel, # a loaded model
-    x:Inputs,      # what it was asked
-    row:dict,      # from `model.encode`
-    report:str='', # the part of the prompt that is the report
-)->dict:           # 'image', 'report', 'question', 'special', 'template' -> positions in the prompt; every position is in one of them
+    model: HFModel,  # a loaded model
+    x: Inputs,  # what it was asked
+    row: dict,  # from `model.encode`
+    report: str = '',  # the part of the prompt that is the report
+) -> dict:  # 'image', 'report', 'question', 'special', 'template' -> positions in the prompt; every position is in one of them
     "Which tokens are what; `InputError` where the prompt or the report is not found."
     tok, ids = model.processor.tokenizer, row['input_ids'][0].tolist()
     text, owner = spelled_text(tok, ids)
-    special = {*tok.all_special_ids, *tok.convert_tokens_to_ids(sorted(control_tokens(model.processor)))}
+    special = {
+        *tok.all_special_ids,
+        *tok.convert_tokens_to_ids(sorted(control_tokens(model.processor))),
+    }
     label = np.array(['special' if i in special else 'template' for i in ids], object)
     label[_span(text, owner, x.prompt, 'question')] = 'question'
-    if report: label[_span(text, owner, report, 'report')] = 'report'
-    if not model.caps.cross_attention and x.image is not None: label[image_keys(model, row)[0]] = 'image'
-    return {g: np.flatnonzero(label == g) for g in ('image', 'report', 'question', 'special', 'template')}
+    if report:
+        label[_span(text, owner, report, 'report')] = 'report'
+    if not model.caps.cross_attention and x.image is not None:
+        label[image_keys(model, row)[0]] = 'image'
+    return {
+        g: np.flatnonzero(label == g)
+        for g in ('image', 'report', 'question', 'special', 'template')
+    }
 
 # %% ../../nbs/22a_vlm.attention.ipynb #fa3bfc4a
 def query_positions(
-    model:HFModel,       # a loaded model
-    row:dict,            # from `model.encode`, the answer behind it where one was said
-    asked:tuple[str, ...], # 'answer', 'said', or words of the prompt
-    prompt:int,          # tokens before the answer that was said
-)->list[int]:            # positions
+    model: HFModel,  # a loaded model
+    row: dict,  # from `model.encode`, the answer behind it where one was said
+    asked: tuple[str, ...],  # 'answer', 'said', or words of the prompt
+    prompt: int,  # tokens before the answer that was said
+) -> list[int]:  # positions
     "Where the queries are; `InputError` for a word that is not in the prompt."
     ids, out = row['input_ids'][0].tolist(), []
     text, owner = spelled_text(model.processor.tokenizer, ids[:prompt])
     for name in asked:
-        found = [prompt - 1] if name == 'answer' else [len(ids) - 1] if name == 'said' and len(ids) > prompt else [owner[m.end() - 1] for m in re.finditer(rf'(?<!\w){re.escape(name)}(?!\w)', text, re.I)]
-        if not found: raise InputError(f'{name!r} is not a word of the prompt; ask for answer or for a word that stands in it')
+        found = (
+            [prompt - 1]
+            if name == 'answer'
+            else [len(ids) - 1]
+            if name == 'said' and len(ids) > prompt
+            else [
+                owner[m.end() - 1]
+                for m in re.finditer(rf'(?<!\w){re.escape(name)}(?!\w)', text, re.I)
+            ]
+        )
+        if not found:
+            raise InputError(
+                f'{name!r} is not a word of the prompt; ask for answer or for a word that stands in it'
+            )
         out.append(int(found[-1]))
     return out
 
@@ -78,216 +106,324 @@ def query_positions(
 @dataclass(frozen=True, eq=False)
 class Rows:
     "Attention rows of one prompt."
-    weights:np.ndarray     # (layers, heads, queries, keys) float32; each row sums to 1
-    layers:tuple[int, ...] # numbers of the layers, from 0
-    kinds:tuple[str, ...]  # of each layer: 'full', 'sliding' or 'cross'
-    queries:tuple[str, ...] # names of the queries
-    positions:tuple[int, ...] # where they stand in the prompt
-    groups:dict            # group -> key positions
-    layout:Layout          # where the film is among the keys
-    about:dict             # provenance: model, revision, family, dtype, ...
+
+    weights: np.ndarray  # (layers, heads, queries, keys) float32; each row sums to 1
+    layers: tuple[int, ...]  # numbers of the layers, from 0
+    kinds: tuple[str, ...]  # of each layer: 'full', 'sliding' or 'cross'
+    queries: tuple[str, ...]  # names of the queries
+    positions: tuple[int, ...]  # where they stand in the prompt
+    groups: dict  # group -> key positions
+    layout: Layout  # where the film is among the keys
+    about: dict  # provenance: model, revision, family, dtype, ...
 
 # %% ../../nbs/22a_vlm.attention.ipynb #9f5ad902
 @dataclass(frozen=True, eq=False)
 class Prompt:
     "A prompt that is ready to be looked into."
-    row:dict               # tensors from `model.encode`, what was said behind it
-    tokens:int             # of the prompt, without what was said
-    queries:tuple[str, ...] # as asked
-    positions:tuple[int, ...] # where they stand
-    groups:dict            # group -> positions in the prompt; 'image' is empty where it enters by cross-attention
-    layout:Layout          # where the film is among the keys
-    about:dict             # provenance: id, revision, dtype, model, family, said
+
+    row: dict  # tensors from `model.encode`, what was said behind it
+    tokens: int  # of the prompt, without what was said
+    queries: tuple[str, ...]  # as asked
+    positions: tuple[int, ...]  # where they stand
+    groups: dict  # group -> positions in the prompt; 'image' is empty where it enters by cross-attention
+    layout: Layout  # where the film is among the keys
+    about: dict  # provenance: id, revision, dtype, model, family, said
 
 # %% ../../nbs/22a_vlm.attention.ipynb #b3fac41c
 def prompt_of(
-    model:HFModel,          # a loaded model
-    x:Inputs,               # what it is asked, with an image
-    queries:tuple[str, ...]=('answer',), # 'answer', 'said', or words of the prompt
-    report:str='',          # the part of the prompt that is the report
-    said:str='',            # a choice written behind the prompt, so that its own row can be asked
-)->Prompt:
+    model: HFModel,  # a loaded model
+    x: Inputs,  # what it is asked, with an image
+    queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
+    report: str = '',  # the part of the prompt that is the report
+    said: str = '',  # a choice written behind the prompt, so that its own row can be asked
+) -> Prompt:
     "Make a prompt ready; `InputError` for words, a report or a choice that is not there."
-    if isinstance(queries, str): raise InputError(f'queries {queries!r}: pass a tuple of names, e.g. ({queries!r},)')
-    if said and said not in x.choices: raise InputError(f"{said!r} is none of the choices {', '.join(x.choices)}; say one of them")
+    if isinstance(queries, str):
+        raise InputError(f'queries {queries!r}: pass a tuple of names, e.g. ({queries!r},)')
+    if said and said not in x.choices:
+        raise InputError(f"{said!r} is none of the choices {', '.join(x.choices)}; say one of them")
     row = model.encode(x)[0]
-    lay, groups, n = token_layout(model, x, row), token_groups(model, x, row, report), row['input_ids'].shape[1]
-    if said: row = extended(row, model.spelled(x.choices)[said][0], model.caps.answer_type)
-    about = {k: model.info.get(k, '') for k in ('id', 'revision', 'dtype')} | dict(model=model.name, family=model.caps.family, said=said)
-    return Prompt(row, n, tuple(queries), tuple(query_positions(model, row, queries, n)), groups | dict(said=np.arange(n, row['input_ids'].shape[1])), lay, about)
+    lay, groups, n = (
+        token_layout(model, x, row),
+        token_groups(model, x, row, report),
+        row['input_ids'].shape[1],
+    )
+    if said:
+        row = extended(row, model.spelled(x.choices)[said][0], model.caps.answer_type)
+    about = {k: model.info.get(k, '') for k in ('id', 'revision', 'dtype')} | dict(
+        model=model.name, family=model.caps.family, said=said
+    )
+    return Prompt(
+        row,
+        n,
+        tuple(queries),
+        tuple(query_positions(model, row, queries, n)),
+        groups | dict(said=np.arange(n, row['input_ids'].shape[1])),
+        lay,
+        about,
+    )
 
 # %% ../../nbs/22a_vlm.attention.ipynb #e1fcfcb0
 @contextlib.contextmanager
 def eager(
-    model:HFModel,           # a loaded model
-    part:str='text_config',  # or 'vision_config'
-):                           # a context
+    model: HFModel,  # a loaded model
+    part: str = 'text_config',  # or 'vision_config'
+):  # a context
     "The language model, or the vision tower, attends in the eager implementation, the only one that returns weights; put back afterwards."
     inner, config = model.model, model.model.config
     config, part = (getattr(config, part), part) if part in config.sub_configs else (config, '')
     before = config._attn_implementation
     inner.set_attn_implementation({part: 'eager'} if part else 'eager')
-    try: yield
-    finally: inner.set_attn_implementation({part: before} if part else before)
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation({part: before} if part else before)
 
 # %% ../../nbs/22a_vlm.attention.ipynb #3919c1da
 def layer_kinds(
-    model:HFModel, # a loaded model
-)->dict:           # layer number -> 'full', 'sliding' or 'cross'; only the layers that can see the film
+    model: HFModel,  # a loaded model
+) -> dict:  # layer number -> 'full', 'sliding' or 'cross'; only the layers that can see the film
     "How each layer attends: everywhere, within a window, or across to the image."
     text = model.model.config.get_text_config()
-    if model.caps.cross_attention: return dict.fromkeys(text.cross_attention_layers, 'cross')
-    types = getattr(text, 'layer_types', None) or ['full_attention']*text.num_hidden_layers
-    return {i: 'sliding' if 'sliding' in t or 'chunked' in t else 'full' for i, t in enumerate(types)}
+    if model.caps.cross_attention:
+        return dict.fromkeys(text.cross_attention_layers, 'cross')
+    types = getattr(text, 'layer_types', None) or ['full_attention'] * text.num_hidden_layers
+    return {
+        i: 'sliding' if 'sliding' in t or 'chunked' in t else 'full' for i, t in enumerate(types)
+    }
 
 # %% ../../nbs/22a_vlm.attention.ipynb #b0708c15
 def attention_modules(
-    model:HFModel, # a loaded model
-    layers=None,   # numbers of layers; None: all
-)->dict:           # layer number -> the module that attends, across to the image in a layer that does
+    model: HFModel,  # a loaded model
+    layers=None,  # numbers of layers; None: all
+) -> dict:  # layer number -> the module that attends, across to the image in a layer that does
     "Where the language model attends."
     blocks = model.model.get_decoder().layers
-    return {i: next(getattr(blocks[i], n) for n in ('cross_attn', 'self_attn') if hasattr(blocks[i], n)) for i in (range(len(blocks)) if layers is None else layers)}
+    return {
+        i: next(getattr(blocks[i], n) for n in ('cross_attn', 'self_attn') if hasattr(blocks[i], n))
+        for i in (range(len(blocks)) if layers is None else layers)
+    }
 
 # %% ../../nbs/22a_vlm.attention.ipynb #e1fcfc02
 @contextlib.contextmanager
 def on_weights(
-    modules:dict, # name -> attention module
-    take,         # called with a name and its weights, a tensor (batch, heads, queries, keys)
-):                # a context; yields the list of names that were heard, in the order of the pass
+    modules: dict,  # name -> attention module
+    take,  # called with a name and its weights, a tensor (batch, heads, queries, keys)
+):  # a context; yields the list of names that were heard, in the order of the pass
     "Listen to attention weights; each matrix is dropped as soon as its layer is done."
     heard = []
+
     def hook(name):
         def listen(module, args, out):
-            if not isinstance(out, tuple) or len(out) < 2 or out[1] is None: return None
-            heard.append(name); take(name, out[1])
+            if not isinstance(out, tuple) or len(out) < 2 or out[1] is None:
+                return None
+            heard.append(name)
+            take(name, out[1])
             return (out[0], None, *out[2:])
+
         return listen
+
     handles = [m.register_forward_hook(hook(n)) for n, m in modules.items()]
-    try: yield heard
-    finally: [h.remove() for h in handles]
+    try:
+        yield heard
+    finally:
+        [h.remove() for h in handles]
 
 # %% ../../nbs/22a_vlm.attention.ipynb #fc4a157c
 def checked(
-    model:HFModel, # a loaded model
-    taken:dict,    # layer -> array whose last axis sums to 1
-    layers,        # what should be there
-)->np.ndarray:     # (layers, ...), stacked
+    model: HFModel,  # a loaded model
+    taken: dict,  # layer -> array whose last axis sums to 1
+    layers,  # what should be there
+) -> np.ndarray:  # (layers, ...), stacked
     "What was taken, if it is all there and a distribution; `RunError` where weights are missing, no numbers, or do not sum to 1."
     lacking = [i for i in layers if i not in taken]
-    if lacking: raise RunError(f'{model.name}: layer {lacking[0]} returned no attention weights; load the model with attn_implementation eager')
+    if lacking:
+        raise RunError(
+            f'{model.name}: layer {lacking[0]} returned no attention weights; load the model with attn_implementation eager'
+        )
     w = np.stack([taken[i] for i in layers])
-    if not np.isfinite(w).all(): raise RunError(f'{model.name}: attention weights are not numbers in layer {layers[int(np.flatnonzero(~np.isfinite(w).all(tuple(range(1, w.ndim))))[0])]}; load the model in bfloat16 or float32')
+    if not np.isfinite(w).all():
+        raise RunError(
+            f'{model.name}: attention weights are not numbers in layer {layers[int(np.flatnonzero(~np.isfinite(w).all(tuple(range(1, w.ndim))))[0])]}; load the model in bfloat16 or float32'
+        )
     off = np.abs(w.sum(-1) - 1).max()
-    if off > .05: raise RunError(f'{model.name}: rows of attention sum to 1 only within {off:.2f}; they are no distribution')
+    if off > 0.05:
+        raise RunError(
+            f'{model.name}: rows of attention sum to 1 only within {off:.2f}; they are no distribution'
+        )
     return w
 
 # %% ../../nbs/22a_vlm.attention.ipynb #4c4d0512
 def run_through(
-    model:HFModel, # a loaded model
-    row:dict,      # tensors from `model.encode`
-    keep:int=1,    # last positions whose logits are wanted, where the family can choose
-):                 # what the transformers model returns
+    model: HFModel,  # a loaded model
+    row: dict,  # tensors from `model.encode`
+    keep: int = 1,  # last positions whose logits are wanted, where the family can choose
+):  # what the transformers model returns
     "One pass over a prompt, without a cache."
-    return model.model(**model.put(row), use_cache=False, **(dict(logits_to_keep=keep) if 'logits_to_keep' in model.takes else {}))
+    return model.model(
+        **model.put(row),
+        use_cache=False,
+        **(dict(logits_to_keep=keep) if 'logits_to_keep' in model.takes else {}),
+    )
 
 # %% ../../nbs/22a_vlm.attention.ipynb #59b55ea9
 def attention_rows(
-    model:HFModel,          # a loaded model
-    x:Inputs,               # what it is asked, with an image
-    queries:tuple[str, ...]=('answer',), # 'answer', 'said', or words of the prompt
-    report:str='',          # the part of the prompt that is the report
-    said:str='',            # a choice written behind the prompt, so that its own row can be asked
-)->Rows:
+    model: HFModel,  # a loaded model
+    x: Inputs,  # what it is asked, with an image
+    queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
+    report: str = '',  # the part of the prompt that is the report
+    said: str = '',  # a choice written behind the prompt, so that its own row can be asked
+) -> Rows:
     "Attention of some queries in one forward pass; `InputError` for words that are not there, `RunError` where no weights come."
     import torch
+
     p, kinds, taken = prompt_of(model, x, queries, report, said), layer_kinds(model), {}
-    def take(i, w): taken[i] = w[0][:, list(p.positions)].float().cpu().numpy()
-    with torch.inference_mode(), few_threads(model.model), eager(model), on_weights(attention_modules(model, kinds), take): run_through(model, p.row)
+
+    def take(i, w):
+        taken[i] = w[0][:, list(p.positions)].float().cpu().numpy()
+
+    with (
+        torch.inference_mode(),
+        few_threads(model.model),
+        eager(model),
+        on_weights(attention_modules(model, kinds), take),
+    ):
+        run_through(model, p.row)
     groups = dict(image=p.layout.image) if p.layout.cross else p.groups
-    return Rows(checked(model, taken, tuple(kinds)), tuple(kinds), tuple(kinds.values()), p.queries, p.positions, groups, p.layout, p.about | dict(method='raw'))
+    return Rows(
+        checked(model, taken, tuple(kinds)),
+        tuple(kinds),
+        tuple(kinds.values()),
+        p.queries,
+        p.positions,
+        groups,
+        p.layout,
+        p.about | dict(method='raw'),
+    )
 
 # %% ../../nbs/22a_vlm.attention.ipynb #7bf02903
-PART = dict(last_quarter=.25, last_half=.5, all=1.)   # name -> share of the layers, from the last one
+PART = dict(
+    last_quarter=0.25, last_half=0.5, all=1.0
+)  # name -> share of the layers, from the last one
+
 
 def chosen_layers(
-    rows:Rows,    # attention rows
-    layers='last_quarter', # 'last_quarter', 'last_half', 'all', or numbers of layers
-)->list[int]:     # indices into `rows.layers`
+    rows: Rows,  # attention rows
+    layers='last_quarter',  # 'last_quarter', 'last_half', 'all', or numbers of layers
+) -> list[int]:  # indices into `rows.layers`
     "Which layers count: never those with a window where others have none; `InputError` for a layer that was not read."
     if layers in PART:
-        usable = [i for i, k in enumerate(rows.kinds) if k != 'sliding'] or list(range(len(rows.kinds)))
-        return usable[-ceil(PART[layers]*len(usable)):]
-    if isinstance(layers, str) or not len(layers) or set(layers) - set(rows.layers): raise InputError(f"layers {layers!r}: choose {', '.join(PART)} or numbers among {list(rows.layers)}")
+        usable = [i for i, k in enumerate(rows.kinds) if k != 'sliding'] or list(
+            range(len(rows.kinds))
+        )
+        return usable[-ceil(PART[layers] * len(usable)) :]
+    if isinstance(layers, str) or not len(layers) or set(layers) - set(rows.layers):
+        raise InputError(
+            f"layers {layers!r}: choose {', '.join(PART)} or numbers among {list(rows.layers)}"
+        )
     return [rows.layers.index(i) for i in layers]
 
 # %% ../../nbs/22a_vlm.attention.ipynb #961b18c8
 def pooled(
-    rows:Rows,             # attention rows
-    layers='last_quarter', # see `chosen_layers`
-    heads='mean',          # 'mean', 'max', 'entropy', or the number of a head
-)->np.ndarray:             # (queries, keys) float; sums to 1 per query, except for 'max'
+    rows: Rows,  # attention rows
+    layers='last_quarter',  # see `chosen_layers`
+    heads='mean',  # 'mean', 'max', 'entropy', or the number of a head
+) -> np.ndarray:  # (queries, keys) float; sums to 1 per query, except for 'max'
     "Layers and heads made one row per query."
     w = rows.weights[chosen_layers(rows, layers)].astype(float)
-    if heads == 'mean': return w.mean((0, 1))
-    if heads == 'max': return w.max(1).mean(0)
+    if heads == 'mean':
+        return w.mean((0, 1))
+    if heads == 'max':
+        return w.max(1).mean(0)
     if heads == 'entropy':
         p = w[..., rows.layout.image] + 1e-30
-        p = p/p.sum(-1, keepdims=True)
-        k = np.exp((p*np.log(p)).sum(-1, keepdims=True))                                  # exp(-entropy): 1 for one cell, 1/n for a uniform head
-        return (w*k/k.sum(1, keepdims=True)).sum(1).mean(0)
-    if not isinstance(heads, int) or not 0 <= heads < w.shape[1]: raise InputError(f'heads {heads!r}: choose mean, max, entropy or a number below {w.shape[1]}')
+        p = p / p.sum(-1, keepdims=True)
+        k = np.exp(
+            (p * np.log(p)).sum(-1, keepdims=True)
+        )  # exp(-entropy): 1 for one cell, 1/n for a uniform head
+        return (w * k / k.sum(1, keepdims=True)).sum(1).mean(0)
+    if not isinstance(heads, int) or not 0 <= heads < w.shape[1]:
+        raise InputError(
+            f'heads {heads!r}: choose mean, max, entropy or a number below {w.shape[1]}'
+        )
     return w[:, heads].mean(0)
 
 # %% ../../nbs/22a_vlm.attention.ipynb #784a8f94
 def shares(
-    rows:Rows,             # attention rows
-    layers='last_quarter', # see `chosen_layers`
-    heads='mean',          # see `pooled`
-)->pd.DataFrame:           # one row per query: its share of attention on each group, in [0,1], and 'beside': image tokens that are no cell
+    rows: Rows,  # attention rows
+    layers='last_quarter',  # see `chosen_layers`
+    heads='mean',  # see `pooled`
+) -> pd.DataFrame:  # one row per query: its share of attention on each group, in [0,1], and 'beside': image tokens that are no cell
     "How much of the attention falls on image, report, question, special tokens and template; 1 together (an image in cross-attention has all of it by construction). `RunError` for a query without any weight."
     p = pooled(rows, layers, heads)
-    if dead := [q for q, a in zip(rows.queries, p) if not a.sum() > 0]: raise RunError(f'query {dead[0]!r} has no weight at all in layers {layers}, heads {heads}; choose other layers, or ask answer')
-    p = p/p.sum(-1, keepdims=True)
-    out = pd.DataFrame({g: p[:, at].sum(-1) for g, at in rows.groups.items()}, index=pd.Index(rows.queries, name='query'))
+    if dead := [q for q, a in zip(rows.queries, p) if not a.sum() > 0]:
+        raise RunError(
+            f'query {dead[0]!r} has no weight at all in layers {layers}, heads {heads}; choose other layers, or ask answer'
+        )
+    p = p / p.sum(-1, keepdims=True)
+    out = pd.DataFrame(
+        {g: p[:, at].sum(-1) for g, at in rows.groups.items()},
+        index=pd.Index(rows.queries, name='query'),
+    )
     return out.assign(beside=p[:, rows.layout.beside].sum(-1))
 
 # %% ../../nbs/22a_vlm.attention.ipynb #9f5ad903
 @dataclass(frozen=True, eq=False)
 class AttentionMap:
     "Where one query looked: one grid per view of the film, and what share of its attention that is."
-    grids:dict[str, np.ndarray] # view -> (rows, columns): share of all attention of the query
-    shares:dict[str, float]     # group -> share, from `shares`
-    layout:Layout               # where the grids lie on the film
-    about:dict                  # provenance: model, revision, query, layers, heads, grids, ...
 
-    def on_film(self,
-        view:str='', # name of a view; '': the first one
-    )->np.ndarray:   # (H,W): share of attention per pixel of the film; NaN where the view does not show it
+    grids: dict[str, np.ndarray]  # view -> (rows, columns): share of all attention of the query
+    shares: dict[str, float]  # group -> share, from `shares`
+    layout: Layout  # where the grids lie on the film
+    about: dict  # provenance: model, revision, query, layers, heads, grids, ...
+
+    def on_film(
+        self,
+        view: str = '',  # name of a view; '': the first one
+    ) -> (
+        np.ndarray
+    ):  # (H,W): share of attention per pixel of the film; NaN where the view does not show it
         "A grid laid on the film: every pixel has the value of its cell over the pixels of a cell."
         v = next((v for v in self.layout.views if v.name == view or not view), None)
-        if v is None: raise InputError(f"no view {view!r}; this map has {', '.join(self.grids)}")
+        if v is None:
+            raise InputError(f"no view {view!r}; this map has {', '.join(self.grids)}")
         h, w = self.layout.shape
-        r, c = (np.floor(a).astype(int) for a in v.where(np.arange(w) + .5, np.arange(h) + .5))
+        r, c = (np.floor(a).astype(int) for a in v.where(np.arange(w) + 0.5, np.arange(h) + 0.5))
         seen = np.ix_((r >= 0) & (r < v.grid[0]), (c >= 0) & (c < v.grid[1]))
         out = np.full((h, w), np.nan)
-        out[seen] = self.grids[v.name][np.ix_(r[(r >= 0) & (r < v.grid[0])], c[(c >= 0) & (c < v.grid[1])])]
-        return out/np.linalg.det(v.affine[:, :2])
+        out[seen] = self.grids[v.name][
+            np.ix_(r[(r >= 0) & (r < v.grid[0])], c[(c >= 0) & (c < v.grid[1])])
+        ]
+        return out / np.linalg.det(v.affine[:, :2])
 
 # %% ../../nbs/22a_vlm.attention.ipynb #f399a2d4
 def attention_map(
-    rows:Rows,             # attention rows
-    query:str='answer',    # one of `rows.queries`
-    layers='last_quarter', # see `chosen_layers`
-    heads='mean',          # see `pooled`
-)->AttentionMap:
+    rows: Rows,  # attention rows
+    query: str = 'answer',  # one of `rows.queries`
+    layers='last_quarter',  # see `chosen_layers`
+    heads='mean',  # see `pooled`
+) -> AttentionMap:
     "The map of one query, beside its shares; `InputError` for a query that was not read, `RunError` where nothing at all fell on the film."
-    if query not in rows.queries: raise InputError(f"query {query!r} was not read; the rows hold {', '.join(rows.queries)}")
+    if query not in rows.queries:
+        raise InputError(f"query {query!r} was not read; the rows hold {', '.join(rows.queries)}")
     q = rows.queries.index(query)
-    one = replace(rows, weights=rows.weights[:, :, q:q + 1], queries=(query,))
+    one = replace(rows, weights=rows.weights[:, :, q : q + 1], queries=(query,))
     p = pooled(one, layers, heads)[0]
-    if not sum(p[v.positions].sum() for v in rows.layout.views) > 0: raise RunError(f'no attention at all fell on the film in layers {layers}, heads {heads}; choose layers without a window, or more layers and heads')
-    grids = {v.name: p[v.positions]/p.sum() for v in rows.layout.views}
-    about = rows.about | dict(query=query, position=rows.positions[q], layers=[rows.layers[i] for i in chosen_layers(rows, layers)], heads=heads, grids={n: g.shape for n, g in grids.items()}) | rows.about.get('joined', {})
+    if not sum(p[v.positions].sum() for v in rows.layout.views) > 0:
+        raise RunError(
+            f'no attention at all fell on the film in layers {layers}, heads {heads}; choose layers without a window, or more layers and heads'
+        )
+    grids = {v.name: p[v.positions] / p.sum() for v in rows.layout.views}
+    about = (
+        rows.about
+        | dict(
+            query=query,
+            position=rows.positions[q],
+            layers=[rows.layers[i] for i in chosen_layers(rows, layers)],
+            heads=heads,
+            grids={n: g.shape for n, g in grids.items()},
+        )
+        | rows.about.get('joined', {})
+    )
     about.pop('joined', None)
     return AttentionMap(grids, shares(one, layers, heads).iloc[0].to_dict(), rows.layout, about)

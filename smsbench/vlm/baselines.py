@@ -12,15 +12,17 @@ from ..core import InputError, content_hash
 from .models import HFModel
 
 # %% ../../nbs/22d_vlm.baselines.ipynb #e5b13cdc
-_BLOCK = 2**24 # weights
+_BLOCK = 2**24  # weights
+
 
 def permute(
-    weights,   # a tensor with contiguous memory; changed in place
-    seed:int,  # decides the order
-    back:bool=False, # undo it
-):             # the tensor
+    weights,  # a tensor with contiguous memory; changed in place
+    seed: int,  # decides the order
+    back: bool = False,  # undo it
+):  # the tensor
     "Put the weights of a tensor in random order, or back, bit by bit."
     import torch
+
     g, flat = torch.Generator().manual_seed(seed), weights.data.view(-1)
     for block in flat.split(_BLOCK):
         order = torch.randperm(len(block), generator=g).to(block.device)
@@ -29,32 +31,50 @@ def permute(
 
 # %% ../../nbs/22d_vlm.baselines.ipynb #f87ee19d
 def weights_of(
-    model:HFModel,       # a loaded model
-    part:str='language', # 'language': the language model with its embeddings and output layer; 'all'
-)->dict:                 # name -> parameter, shared ones once
+    model: HFModel,  # a loaded model
+    part: str = 'language',  # 'language': the language model with its embeddings and output layer; 'all'
+) -> dict:  # name -> parameter, shared ones once
     "The weights of a part; `InputError` for another part, and where they are quantised."
-    if part not in ('language', 'all'): raise InputError(f'part {part!r}: choose language or all')
+    if part not in ('language', 'all'):
+        raise InputError(f'part {part!r}: choose language or all')
     inner = model.model
-    spoken = {id(p) for m in (inner.get_decoder(), inner.get_output_embeddings()) if m is not None for p in m.parameters()}
+    spoken = {
+        id(p)
+        for m in (inner.get_decoder(), inner.get_output_embeddings())
+        if m is not None
+        for p in m.parameters()
+    }
     out = {n: p for n, p in inner.named_parameters() if part == 'all' or id(p) in spoken}
-    if packed := [n for n, p in out.items() if not p.is_floating_point()]: raise InputError(f'{model.name}: {packed[0]} is quantised and cannot be randomised; load the model without quantization')
+    if packed := [n for n, p in out.items() if not p.is_floating_point()]:
+        raise InputError(
+            f'{model.name}: {packed[0]} is quantised and cannot be randomised; load the model without quantization'
+        )
     return out
 
 # %% ../../nbs/22d_vlm.baselines.ipynb #94c99733
 @contextlib.contextmanager
 def randomised(
-    model:HFModel,       # a loaded model; inside it is another, named as such
-    seed:int=0,          # decides the order of the weights
-    part:str='language', # 'language' or 'all', see `weights_of`
-):                       # a context; yields the model
+    model: HFModel,  # a loaded model; inside it is another, named as such
+    seed: int = 0,  # decides the order of the weights
+    part: str = 'language',  # 'language' or 'all', see `weights_of`
+):  # a context; yields the model
     "The same model with its weights in random order; every bit, the name and the revision are put back afterwards."
     weights, done = weights_of(model, part), []
     name, revision = model.name, model.info.get('revision', '')
-    def number(n): return int(content_hash('randomised', seed, n), 16) % 2**62
+
+    def number(n):
+        return int(content_hash('randomised', seed, n), 16) % 2**62
+
     try:
-        for n, p in weights.items(): done.append(n); permute(p, number(n))
-        model.name, model.info['revision'] = f'{name} ({part} weights permuted, seed {seed})', f'{revision} permuted:{part}:{seed}'
+        for n, p in weights.items():
+            done.append(n)
+            permute(p, number(n))
+        model.name, model.info['revision'] = (
+            f'{name} ({part} weights permuted, seed {seed})',
+            f'{revision} permuted:{part}:{seed}',
+        )
         yield model
     finally:
-        for n in done: permute(weights[n], number(n), back=True)
+        for n in done:
+            permute(weights[n], number(n), back=True)
         model.name, model.info['revision'] = name, revision

@@ -21,272 +21,573 @@ from .tiny import tiny_tokenizer
 # %% ../../nbs/21a_vlm.bench.ipynb #e54cd108
 def _llava(hidden, wide, layers, heads, vision, tok):
     import transformers as tf
-    tower = tf.CLIPVisionConfig(hidden_size=vision[0], intermediate_size=4 * vision[0], num_hidden_layers=vision[1], num_attention_heads=vision[2], image_size=vision[3], patch_size=14, projection_dim=vision[0])
-    text = tf.LlamaConfig(vocab_size=32064, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=4096, pad_token_id=0)
-    config = tf.LlavaConfig(vision_config=tower, text_config=text, image_seq_length=(vision[3] // 14)**2, image_token_index=tok.convert_tokens_to_ids('<image>'))
-    images = tf.CLIPImageProcessor(size=dict(shortest_edge=vision[3]), crop_size=dict(height=vision[3], width=vision[3]))
-    return config, tf.LlavaProcessor(images, tok, patch_size=14, vision_feature_select_strategy='default', num_additional_image_tokens=1)
+
+    tower = tf.CLIPVisionConfig(
+        hidden_size=vision[0],
+        intermediate_size=4 * vision[0],
+        num_hidden_layers=vision[1],
+        num_attention_heads=vision[2],
+        image_size=vision[3],
+        patch_size=14,
+        projection_dim=vision[0],
+    )
+    text = tf.LlamaConfig(
+        vocab_size=32064,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+    )
+    config = tf.LlavaConfig(
+        vision_config=tower,
+        text_config=text,
+        image_seq_length=(vision[3] // 14) ** 2,
+        image_token_index=tok.convert_tokens_to_ids('<image>'),
+    )
+    images = tf.CLIPImageProcessor(
+        size=dict(shortest_edge=vision[3]), crop_size=dict(height=vision[3], width=vision[3])
+    )
+    return config, tf.LlavaProcessor(
+        images,
+        tok,
+        patch_size=14,
+        vision_feature_select_strategy='default',
+        num_additional_image_tokens=1,
+    )
+
 
 def _gemma(hidden, wide, layers, heads, vision, tok, tokens=256, head_dim=256, vocabulary=262208):
     import transformers as tf
-    tower = tf.SiglipVisionConfig(hidden_size=vision[0], intermediate_size=vision[4], num_hidden_layers=vision[1], num_attention_heads=vision[2], image_size=vision[3], patch_size=14, vision_use_head=False)
-    text = tf.Gemma3TextConfig(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=head_dim,
-                               query_pre_attn_scalar=head_dim, sliding_window=1024, max_position_embeddings=131072, pad_token_id=0)
-    ids = {f'{k}_index': getattr(tok, f'{k}_id') for k in ('image_token', 'boi_token', 'eoi_token')}
-    config = tf.Gemma3Config(vision_config=tower, text_config=text, mm_tokens_per_image=tokens, **ids)
-    return config, tf.Gemma3Processor(tf.Gemma3ImageProcessor(size=dict(height=vision[3], width=vision[3]), image_seq_length=tokens), tok, image_seq_length=tokens)
 
-_TOKENS = {'llava': {'image_token': '<image>'}, 'gemma': {'image_token': '<image_soft_token>', 'boi_token': '<start_of_image>', 'eoi_token': '<end_of_image>'}}
+    tower = tf.SiglipVisionConfig(
+        hidden_size=vision[0],
+        intermediate_size=vision[4],
+        num_hidden_layers=vision[1],
+        num_attention_heads=vision[2],
+        image_size=vision[3],
+        patch_size=14,
+        vision_use_head=False,
+    )
+    text = tf.Gemma3TextConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=head_dim,
+        query_pre_attn_scalar=head_dim,
+        sliding_window=1024,
+        max_position_embeddings=131072,
+        pad_token_id=0,
+    )
+    ids = {f'{k}_index': getattr(tok, f'{k}_id') for k in ('image_token', 'boi_token', 'eoi_token')}
+    config = tf.Gemma3Config(
+        vision_config=tower, text_config=text, mm_tokens_per_image=tokens, **ids
+    )
+    return config, tf.Gemma3Processor(
+        tf.Gemma3ImageProcessor(
+            size=dict(height=vision[3], width=vision[3]), image_seq_length=tokens
+        ),
+        tok,
+        image_seq_length=tokens,
+    )
+
+
+_TOKENS = {
+    'llava': {'image_token': '<image>'},
+    'gemma': {
+        'image_token': '<image_soft_token>',
+        'boi_token': '<start_of_image>',
+        'eoi_token': '<end_of_image>',
+    },
+}
 SHAPES = {  # name -> (maker, published shape, tiny shape for a smoke run, dtype); vision: width, layers, heads, image side, ...
-    'llava-80m':    (_llava, dict(hidden=512, wide=1376, layers=8, heads=8, vision=(384, 12, 6, 336)), dict(hidden=32, wide=64, layers=2, heads=4, vision=(32, 2, 4, 112)), 'float32'),
-    'llava-1.5-7b': (_llava, dict(hidden=4096, wide=11008, layers=32, heads=32, vision=(1024, 24, 16, 336)), dict(hidden=64, wide=64, layers=2, heads=4, vision=(32, 2, 4, 112)), 'bfloat16'),
-    'gemma-3-4b':   (_gemma, dict(hidden=2560, wide=10240, layers=34, heads=8, vision=(1152, 27, 16, 896, 4304)),
-                     dict(hidden=32, wide=64, layers=6, heads=4, vision=(32, 2, 4, 224, 64), tokens=64, head_dim=8, vocabulary=1000), 'bfloat16'),
+    'llava-80m': (
+        _llava,
+        dict(hidden=512, wide=1376, layers=8, heads=8, vision=(384, 12, 6, 336)),
+        dict(hidden=32, wide=64, layers=2, heads=4, vision=(32, 2, 4, 112)),
+        'float32',
+    ),
+    'llava-1.5-7b': (
+        _llava,
+        dict(hidden=4096, wide=11008, layers=32, heads=32, vision=(1024, 24, 16, 336)),
+        dict(hidden=64, wide=64, layers=2, heads=4, vision=(32, 2, 4, 112)),
+        'bfloat16',
+    ),
+    'gemma-3-4b': (
+        _gemma,
+        dict(hidden=2560, wide=10240, layers=34, heads=8, vision=(1152, 27, 16, 896, 4304)),
+        dict(
+            hidden=32,
+            wide=64,
+            layers=6,
+            heads=4,
+            vision=(32, 2, 4, 224, 64),
+            tokens=64,
+            head_dim=8,
+            vocabulary=1000,
+        ),
+        'bfloat16',
+    ),
 }
 
 # %% ../../nbs/21a_vlm.bench.ipynb #f252ae5d
 def bench_model(
-    name:str,          # a key of `SHAPES`
-    device:str='cpu',  # where it is made: its weights never exist elsewhere
-    smoke:bool=False,  # a tiny model of the same kind
-)->HFModel:
+    name: str,  # a key of `SHAPES`
+    device: str = 'cpu',  # where it is made: its weights never exist elsewhere
+    smoke: bool = False,  # a tiny model of the same kind
+) -> HFModel:
     "A model of published shape with random weights; `InputError` for a name that is not in `SHAPES`."
     import torch
     from transformers import AutoModelForImageTextToText
-    if name not in SHAPES: raise InputError(f"no model {name!r}; choose from {', '.join(SHAPES)}")
+
+    if name not in SHAPES:
+        raise InputError(f"no model {name!r}; choose from {', '.join(SHAPES)}")
     make, full, small, dtype = SHAPES[name]
     named = _TOKENS[name[:5]]
     tok = tiny_tokenizer(list(named.values()), named)
     config, processor = make(**(small if smoke else full), tok=tok)
     place = named.get('boi_token', named['image_token'])
-    processor.chat_template = "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}" + place + "\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:"
+    processor.chat_template = (
+        "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        + place
+        + "\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:"
+    )
     torch.manual_seed(0)
-    with torch.device(device): net = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype)).eval()
+    with torch.device(device):
+        net = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype)).eval()
     for n, p in net.named_parameters():
-        if n.endswith('mm_input_projection_weight'): torch.nn.init.normal_(p, std=.02)   # zero at first: no image would arrive
+        if n.endswith('mm_input_projection_weight'):
+            torch.nn.init.normal_(p, std=0.02)  # zero at first: no image would arrive
     return HFModel(net, processor, name, device=device, dtype=dtype)
 
 # %% ../../nbs/21a_vlm.bench.ipynb #5162910d
-ARMS = ('original', 'image_swap', 'text_swap', 'text_only', 'image_only', 'text_only_told', 'blank_image', 'neither', 'image_swap_same', 'text_swap_same', 'both_swap', 'identity',
-        'image_only_swap', 'hard_swap', 'occlude_finding', 'occlude_elsewhere', 'shuffle_image') # the first five are the published ones
-QUESTIONS = ('Is there pleural effusion in this chest film? Answer yes or no.', 'Does the film show an effusion? Answer yes or no.', 'Answer yes or no: is there pleural effusion?',
-             'Pleural effusion: yes or no?', 'Do you see pleural effusion? Answer yes or no.', 'Yes or no: does this chest film show pleural effusion?')
+ARMS = (
+    'original',
+    'image_swap',
+    'text_swap',
+    'text_only',
+    'image_only',
+    'text_only_told',
+    'blank_image',
+    'neither',
+    'image_swap_same',
+    'text_swap_same',
+    'both_swap',
+    'identity',
+    'image_only_swap',
+    'hard_swap',
+    'occlude_finding',
+    'occlude_elsewhere',
+    'shuffle_image',
+)  # the first five are the published ones
+QUESTIONS = (
+    'Is there pleural effusion in this chest film? Answer yes or no.',
+    'Does the film show an effusion? Answer yes or no.',
+    'Answer yes or no: is there pleural effusion?',
+    'Pleural effusion: yes or no?',
+    'Do you see pleural effusion? Answer yes or no.',
+    'Yes or no: does this chest film show pleural effusion?',
+)
 _WORDS = 'effusion pleural findings the lungs are clear no pneumothorax right left lower upper lobe consolidation report film'.split()
 
+
 def bench_arms(
-    i:int,          # which sample
-    films:list,     # (H,W) uint8 images; the next ones are donors
-    reports:list,   # texts
-)->dict:            # arm -> (image or None, text)
+    i: int,  # which sample
+    films: list,  # (H,W) uint8 images; the next ones are donors
+    reports: list,  # texts
+) -> dict:  # arm -> (image or None, text)
     "What each arm of the audit shows of one sample."
     pick = lambda things, k: things[(i + k) % len(things)]
     film, report, grey = films[i], reports[i], np.full_like(films[i], 128)
     h, w = film.shape
-    def hidden(y, x): out = film.copy(); out[y:y + h // 4, x:x + w // 4] = 128; return out
-    shown = [(film, report), (pick(films, 1), report), (film, pick(reports, 1)), (None, report), (film, ''), (None, 'No film is shown. ' + report), (grey, report), (None, ''),
-             (pick(films, 2), report), (film, pick(reports, 2)), (pick(films, 1), pick(reports, 1)), (film, report), (pick(films, 1), ''), (pick(films, 3), report),
-             (hidden(h // 2, w // 2), report), (hidden(0, 0), report), (np.concatenate(np.array_split(film, 4)[::-1]), report)]
+
+    def hidden(y, x):
+        out = film.copy()
+        out[y : y + h // 4, x : x + w // 4] = 128
+        return out
+
+    shown = [
+        (film, report),
+        (pick(films, 1), report),
+        (film, pick(reports, 1)),
+        (None, report),
+        (film, ''),
+        (None, 'No film is shown. ' + report),
+        (grey, report),
+        (None, ''),
+        (pick(films, 2), report),
+        (film, pick(reports, 2)),
+        (pick(films, 1), pick(reports, 1)),
+        (film, report),
+        (pick(films, 1), ''),
+        (pick(films, 3), report),
+        (hidden(h // 2, w // 2), report),
+        (hidden(0, 0), report),
+        (np.concatenate(np.array_split(film, 4)[::-1]), report),
+    ]
     return dict(zip(ARMS, shown, strict=True))
 
 # %% ../../nbs/21a_vlm.bench.ipynb #339d341b
 def bench_trials(
-    model:HFModel,     # whose tokenizer measures the reports
-    samples:int=4,     # samples per workload; from 4 on, donors are samples too, as in an audit
-    smoke:bool=False,  # small films, short reports
-)->dict:               # 'five arms' | 'all arms' | 'six paraphrases' -> list of `Inputs`
+    model: HFModel,  # whose tokenizer measures the reports
+    samples: int = 4,  # samples per workload; from 4 on, donors are samples too, as in an audit
+    smoke: bool = False,  # small films, short reports
+) -> dict:  # 'five arms' | 'all arms' | 'six paraphrases' -> list of `Inputs`
     "Three workloads on the same films and reports."
     rng, tok = np.random.default_rng(0), model.processor.tokenizer
     n, size, length = max(4, samples), (64, 80) if smoke else (1024, 1280), 20 if smoke else 250
     films = [rng.integers(0, 256, size, dtype=np.uint8) for _ in range(n)]
+
     def report():
         words = []
-        while len(tok(' '.join(words))['input_ids']) < length: words.append(str(rng.choice(_WORDS)))
+        while len(tok(' '.join(words))['input_ids']) < length:
+            words.append(str(rng.choice(_WORDS)))
         return ' '.join(words)
-    arms = [bench_arms(i, films, reports) for reports in [[report() for _ in films]] for i in range(samples)]
+
+    arms = [
+        bench_arms(i, films, reports)
+        for reports in [[report() for _ in films]]
+        for i in range(samples)
+    ]
     ask = lambda shown, q: Inputs(shown[0], f'{shown[1]} {q}'.strip(), ('yes', 'no'))
-    return {'five arms': [ask(a[k], QUESTIONS[0]) for a in arms for k in ARMS[:5]], 'all arms': [ask(a[k], QUESTIONS[0]) for a in arms for k in ARMS],
-            'six paraphrases': [ask(a[k], q) for a in arms for k in ARMS[:5] for q in QUESTIONS]}
+    return {
+        'five arms': [ask(a[k], QUESTIONS[0]) for a in arms for k in ARMS[:5]],
+        'all arms': [ask(a[k], QUESTIONS[0]) for a in arms for k in ARMS],
+        'six paraphrases': [ask(a[k], q) for a in arms for k in ARMS[:5] for q in QUESTIONS],
+    }
 
 # %% ../../nbs/21a_vlm.bench.ipynb #8b60efe0
 def generated(
-    model:HFModel,      # the model
-    trials:list[Inputs], # asked one by one
-    new:int,            # new tokens, all of which are really generated
-)->list:                # log-probabilities per choice, from the first step
+    model: HFModel,  # the model
+    trials: list[Inputs],  # asked one by one
+    new: int,  # new tokens, all of which are really generated
+) -> list:  # log-probabilities per choice, from the first step
     "Batch 1, one processor call per condition, `generate`, first-step scores."
     import torch
+
     out, pad = [], model.processor.tokenizer.pad_token_id
     for x in trials:
         row, _ = model.encode(x)
         with torch.inference_mode():
-            said = model.model.generate(**model.put(row), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=pad, return_dict_in_generate=True, output_logits=True)
+            said = model.model.generate(
+                **model.put(row),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=pad,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
             first = said.logits[0][0].float().log_softmax(-1).cpu()
-        assert said.sequences.shape[1] - row['input_ids'].shape[1] == new, 'generation stopped early'
+        assert said.sequences.shape[1] - row['input_ids'].shape[1] == new, (
+            'generation stopped early'
+        )
         spelled = {c: [s for s in ss if len(s) == 1] for c, ss in model.spelled(x.choices).items()}
-        out.append(choice_logprobs(spelled, {s: float(first[s[0]]) for ss in spelled.values() for s in ss}))
+        out.append(
+            choice_logprobs(spelled, {s: float(first[s[0]]) for ss in spelled.values() for s in ss})
+        )
     return out
 
 # %% ../../nbs/21a_vlm.bench.ipynb #40958455
 def model_flops(
-    model:HFModel, # whose
-    tokens:int,    # positions that went through the language model
-    pairs:int,     # pairs of positions in causal attention
-    images:int,    # images encoded
-    rows:int,      # positions whose logits were read
-)->float:          # floating-point operations
+    model: HFModel,  # whose
+    tokens: int,  # positions that went through the language model
+    pairs: int,  # pairs of positions in causal attention
+    images: int,  # images encoded
+    rows: int,  # positions whose logits were read
+) -> float:  # floating-point operations
     "Operations that the shapes ask for."
     net, text = model.model, model.model.config.get_text_config()
     count = lambda m: sum(p.numel() for p in m.parameters())
     tower, eye = net.model.vision_tower, model.model.config.vision_config
-    patches = (eye.image_size // eye.patch_size)**2
-    width = (getattr(text, 'head_dim', None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
+    patches = (eye.image_size // eye.patch_size) ** 2
+    width = (
+        getattr(text, 'head_dim', None) or text.hidden_size // text.num_attention_heads
+    ) * text.num_attention_heads
     weights = count(net.get_decoder()) - net.get_input_embeddings().weight.numel()
     look = 2 * count(tower) * patches + 4 * eye.num_hidden_layers * eye.hidden_size * patches**2
-    return float(2 * weights * tokens + 4 * text.num_hidden_layers * width * pairs + look * images + 2 * text.vocab_size * text.hidden_size * rows)
+    return float(
+        2 * weights * tokens
+        + 4 * text.num_hidden_layers * width * pairs
+        + look * images
+        + 2 * text.vocab_size * text.hidden_size * rows
+    )
 
 # %% ../../nbs/21a_vlm.bench.ipynb #8d722617
 def matmul_rate(
-    device:str,        # where
-    dtype:str,         # e.g. 'bfloat16'
-    side:int=8192,     # of the square matrices
-)->float:              # floating-point operations per second, best of five
+    device: str,  # where
+    dtype: str,  # e.g. 'bfloat16'
+    side: int = 8192,  # of the square matrices
+) -> float:  # floating-point operations per second, best of five
     "What this device reaches on a large matrix product."
     import torch
+
     a, times = torch.randn(side, side, device=device).to(getattr(torch, dtype)), []
     for _ in range(6):
-        begin = _now(device); a @ a
+        begin = _now(device)
+        a @ a
         times.append(_now(device) - begin)
     return 2 * side**3 / min(times[1:])
 
+
 def _now(device):
     import torch
-    if str(device).startswith('cuda'): torch.cuda.synchronize()
+
+    if str(device).startswith('cuda'):
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 # %% ../../nbs/21a_vlm.bench.ipynb #41508e93
 class Meter:
     "Wall time, own processor time, and the share of all processors that others used meanwhile, in [0,1]."
-    def __init__(self, device='cpu'): self.device = device
-    def __enter__(self): self.begin, self.busy, self.own = _now(self.device), _busy(), _own(); return self
+
+    def __init__(self, device='cpu'):
+        self.device = device
+
+    def __enter__(self):
+        self.begin, self.busy, self.own = _now(self.device), _busy(), _own()
+        return self
+
     def __exit__(self, *failed):
         self.seconds = _now(self.device) - self.begin
         self.cpu_seconds = _own() - self.own
-        self.foreign = float(np.clip((_busy() - self.busy - self.cpu_seconds) / (self.seconds * (os.cpu_count() or 1)), 0, 1))
+        self.foreign = float(
+            np.clip(
+                (_busy() - self.busy - self.cpu_seconds) / (self.seconds * (os.cpu_count() or 1)),
+                0,
+                1,
+            )
+        )
 
     @property
-    def read(self): return dict(seconds=self.seconds, cpu_seconds=self.cpu_seconds, foreign=self.foreign)
+    def read(self):
+        return dict(seconds=self.seconds, cpu_seconds=self.cpu_seconds, foreign=self.foreign)
+
 
 def _busy():
-    try: spent = [int(v) for v in open('/proc/stat').readline().split()[1:9]]
-    except OSError: return 0.
-    return (sum(spent) - spent[3] - spent[4]) / os.sysconf('SC_CLK_TCK')   # without idle and waiting for input
+    try:
+        spent = [int(v) for v in open('/proc/stat').readline().split()[1:9]]
+    except OSError:
+        return 0.0
+    return (sum(spent) - spent[3] - spent[4]) / os.sysconf(
+        'SC_CLK_TCK'
+    )  # without idle and waiting for input
 
-def _own(): return sum(os.times()[:2])
+
+def _own():
+    return sum(os.times()[:2])
 
 # %% ../../nbs/21a_vlm.bench.ipynb #2b43b1a7
 WAYS = ('generate(3)', 'generate(8)', 'generate(128)', 'level 0', 'batches', 'level 1', 'level 2')
 _LEVELS = {'batches': 'batch', 'level 1': 'features', 'level 2': 'prefix'}
 
+
 def _plain_work(model, trials, new=1):
     "Tokens and pairs of a way that shares nothing."
-    rows = [(len(model.encode(x)[0]['input_ids'][0]) + new - 1, x.image is not None) for x in trials]
-    return dict(tokens=sum(n for n, _ in rows), pairs=sum(n * (n + 1) // 2 for n, _ in rows), images=sum(i for _, i in rows), rows=new * len(rows))
+    rows = [
+        (len(model.encode(x)[0]['input_ids'][0]) + new - 1, x.image is not None) for x in trials
+    ]
+    return dict(
+        tokens=sum(n for n, _ in rows),
+        pairs=sum(n * (n + 1) // 2 for n, _ in rows),
+        images=sum(i for _, i in rows),
+        rows=new * len(rows),
+    )
+
 
 def measure(
-    model:HFModel,       # the model
-    way:str,             # one of `WAYS`
-    trials:list[Inputs], # what to ask
-    quick:dict,          # `FastModel` per level; filled here, emptied of features before each run
-)->dict:                 # seconds, cpu_seconds, foreign (share of the machine), logprobs, work (counts), where (seconds per part)
+    model: HFModel,  # the model
+    way: str,  # one of `WAYS`
+    trials: list[Inputs],  # what to ask
+    quick: dict,  # `FastModel` per level; filled here, emptied of features before each run
+) -> dict:  # seconds, cpu_seconds, foreign (share of the machine), logprobs, work (counts), where (seconds per part)
     "Ask all trials in one way, and time it."
     device = str(model.model.device)
     if way.startswith('generate'):
         new = int(way[9:-1])
-        with Meter(device) as m: said = generated(model, trials, new)
+        with Meter(device) as m:
+            said = generated(model, trials, new)
         return dict(m.read, logprobs=said, work=_plain_work(model, trials, new), where={})
     if way == 'level 0':
-        with Meter(device) as m: said = [a.logprobs for a in model.score(trials)]
+        with Meter(device) as m:
+            said = [a.logprobs for a in model.score(trials)]
         return dict(m.read, logprobs=said, work=_plain_work(model, trials), where={})
     f = quick.setdefault(way, fast(model, level=_LEVELS[way]))
     store = f.engine.go.features
-    store.clear(); f.engine.stats.clear(); store.encoded = 0
-    with Meter(device) as m: said = [a.logprobs for a in f.score(trials)]
+    store.clear()
+    f.engine.stats.clear()
+    store.encoded = 0
+    with Meter(device) as m:
+        said = [a.logprobs for a in f.score(trials)]
     s = f.engine.stats
-    where = dict(vision=s['vision_seconds'], prefixes=s['prefix_seconds'], answers=s['answer_seconds'])
-    return dict(m.read, logprobs=said, where={**where, 'reading and the rest': m.seconds - sum(where.values())}, peak_bytes=s['peak_bytes'],
-                work=dict(tokens=s['lm_tokens'], pairs=s['pairs'], images=store.encoded or sum(x.image is not None for x in trials), rows=s['answer_rows']))
+    where = dict(
+        vision=s['vision_seconds'], prefixes=s['prefix_seconds'], answers=s['answer_seconds']
+    )
+    return dict(
+        m.read,
+        logprobs=said,
+        where={**where, 'reading and the rest': m.seconds - sum(where.values())},
+        peak_bytes=s['peak_bytes'],
+        work=dict(
+            tokens=s['lm_tokens'],
+            pairs=s['pairs'],
+            images=store.encoded or sum(x.image is not None for x in trials),
+            rows=s['answer_rows'],
+        ),
+    )
 
 # %% ../../nbs/21a_vlm.bench.ipynb #ae8d3f7d
 def _bench_one(model, samples, rounds, smoke):
     "All workloads and ways with one model, interleaved."
     out, quick = {}, {}
     for name, trials in bench_trials(model, samples, smoke).items():
-        ways = WAYS if name == 'five arms' else [w for w in WAYS if w not in ('generate(3)', 'generate(128)', 'batches')]
-        for way in ways: measure(model, way if way != 'generate(128)' else 'generate(3)', trials[:1], quick)   # warm up
+        ways = (
+            WAYS
+            if name == 'five arms'
+            else [w for w in WAYS if w not in ('generate(3)', 'generate(128)', 'batches')]
+        )
+        for way in ways:
+            measure(
+                model, way if way != 'generate(128)' else 'generate(3)', trials[:1], quick
+            )  # warm up
         runs = {way: [] for way in ways}
         for _ in range(rounds):
-            for way in ways: runs[way].append(measure(model, way, trials, quick))
-        out[name] = dict(trials=len(trials), ways={way: _summary(model, rs, runs['level 0'][0], len(trials)) for way, rs in runs.items()})
+            for way in ways:
+                runs[way].append(measure(model, way, trials, quick))
+        out[name] = dict(
+            trials=len(trials),
+            ways={
+                way: _summary(model, rs, runs['level 0'][0], len(trials))
+                for way, rs in runs.items()
+            },
+        )
     return out
+
 
 def _summary(model, runs, truth, n):
     "One way over the rounds."
     apart, last = np.abs(np.subtract(runs[0]['logprobs'], truth['logprobs'])), runs[-1]
     flips = int((np.argmax(runs[0]['logprobs'], 1) != np.argmax(truth['logprobs'], 1)).sum())
     seconds = [r['seconds'] for r in runs]
-    return dict(seconds=seconds, cpu_seconds=[r['cpu_seconds'] for r in runs], trials_per_second=n / float(np.median(seconds)), foreign=[r['foreign'] for r in runs], largest_difference=float(apart.max()), flips=flips,
-                lm_tokens=last['work']['tokens'], images=last['work']['images'], peak_bytes=last.get('peak_bytes', 0), flops=model_flops(model, **last['work']), where=last['where'])
+    return dict(
+        seconds=seconds,
+        cpu_seconds=[r['cpu_seconds'] for r in runs],
+        trials_per_second=n / float(np.median(seconds)),
+        foreign=[r['foreign'] for r in runs],
+        largest_difference=float(apart.max()),
+        flips=flips,
+        lm_tokens=last['work']['tokens'],
+        images=last['work']['images'],
+        peak_bytes=last.get('peak_bytes', 0),
+        flops=model_flops(model, **last['work']),
+        where=last['where'],
+    )
+
 
 def _is_gpu(device):
     "Is it one? `InputError` where there is no such device here."
     import torch
-    if device == 'cpu': return False
-    if not re.fullmatch(r'cuda(:\d{1,3})?', str(device)): raise InputError(f'no device {device!r}; choose cpu, cuda or cuda:0, cuda:1 ...')
-    if not torch.cuda.is_available(): raise InputError('no GPU here; run the benchmark with --device cpu')
-    if int(device[5:] or 0) >= (n := torch.cuda.device_count()): raise InputError(f'no device {device!r}; this machine has {n}, counted from cuda:0')
+
+    if device == 'cpu':
+        return False
+    if not re.fullmatch(r'cuda(:\d{1,3})?', str(device)):
+        raise InputError(f'no device {device!r}; choose cpu, cuda or cuda:0, cuda:1 ...')
+    if not torch.cuda.is_available():
+        raise InputError('no GPU here; run the benchmark with --device cpu')
+    if int(device[5:] or 0) >= (n := torch.cuda.device_count()):
+        raise InputError(f'no device {device!r}; this machine has {n}, counted from cuda:0')
     return True
 
+
 def run_bench(
-    device:str='cpu',  # 'cpu', or 'cuda': models of published shapes
-    out=None,          # JSON file to write; None writes nothing
-    rounds:int=3,      # over which medians are taken
-    smoke:bool=False,  # tiny models of all kinds, one sample: seconds instead of minutes
-    samples:int|None=None, # samples per workload; None: 4, and 8 on a GPU; from 4 on, donors are samples too, as in an audit
-)->dict:               # what was measured, with the machine and the date
+    device: str = 'cpu',  # 'cpu', or 'cuda': models of published shapes
+    out=None,  # JSON file to write; None writes nothing
+    rounds: int = 3,  # over which medians are taken
+    smoke: bool = False,  # tiny models of all kinds, one sample: seconds instead of minutes
+    samples: int
+    | None = None,  # samples per workload; None: 4, and 8 on a GPU; from 4 on, donors are samples too, as in an audit
+) -> dict:  # what was measured, with the machine and the date
     "Time every way; `InputError` for a device there is not, and for no rounds or samples."
     import torch
+
     gpu = _is_gpu(device)
-    if rounds < 1: raise InputError(f'{rounds} rounds; take one at least')
-    if samples is not None and samples < 1: raise InputError(f'{samples} samples; take one at least')
+    if rounds < 1:
+        raise InputError(f'{rounds} rounds; take one at least')
+    if samples is not None and samples < 1:
+        raise InputError(f'{samples} samples; take one at least')
     names = list(SHAPES) if smoke else ['llava-1.5-7b', 'gemma-3-4b'] if gpu else ['llava-80m']
     samples = samples or (1 if smoke else 8 if gpu else 4)
-    found = dict(date=date.today().isoformat(), device=device, card=torch.cuda.get_device_name(device) if gpu else '', cpus=os.cpu_count(), threads=torch.get_num_threads(), rounds=rounds,
-                 samples=samples, smoke=smoke, torch=metadata.version('torch'), transformers=metadata.version('transformers'), models={})
+    found = dict(
+        date=date.today().isoformat(),
+        device=device,
+        card=torch.cuda.get_device_name(device) if gpu else '',
+        cpus=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        rounds=rounds,
+        samples=samples,
+        smoke=smoke,
+        torch=metadata.version('torch'),
+        transformers=metadata.version('transformers'),
+        models={},
+    )
     for name in names:
         model = bench_model(name, device, smoke)
         rate = matmul_rate(device, model.info['dtype'], 8192 if gpu else 1024)
-        found['models'][name] = dict(n_parameters=model.model.num_parameters(), dtype=model.info['dtype'], matmul_flops=rate, workloads=_bench_one(model, samples, rounds, smoke))
+        found['models'][name] = dict(
+            n_parameters=model.model.num_parameters(),
+            dtype=model.info['dtype'],
+            matmul_flops=rate,
+            workloads=_bench_one(model, samples, rounds, smoke),
+        )
         del model
-        if gpu: torch.cuda.empty_cache()
-    if out: write_json(found, out)
+        if gpu:
+            torch.cuda.empty_cache()
+    if out:
+        write_json(found, out)
     return found
 
 # %% ../../nbs/21a_vlm.bench.ipynb #832caa37
 def bench_table(
-    found:dict,        # from `run_bench`, or read from its file
-)->pd.DataFrame:       # model, workload, way, trials, trials_per_second, ratio (of trials per second to generate(8)), cpu_ratio (of processor time: less moved by others), largest_difference, flips, lm_tokens, utilisation, where, note
+    found: dict,  # from `run_bench`, or read from its file
+) -> pd.DataFrame:  # model, workload, way, trials, trials_per_second, ratio (of trials per second to generate(8)), cpu_ratio (of processor time: less moved by others), largest_difference, flips, lm_tokens, utilisation, where, note
     "The benchmark as a table; `InputError` where that is no benchmark."
     models = found.get('models') if isinstance(found, dict) else None
-    if not isinstance(models, dict) or not all(isinstance(m, dict) and isinstance(m.get('workloads'), dict) for m in models.values()): raise InputError('not a benchmark: no models with their workloads; give what run_bench returned or wrote')
+    if not isinstance(models, dict) or not all(
+        isinstance(m, dict) and isinstance(m.get('workloads'), dict) for m in models.values()
+    ):
+        raise InputError(
+            'not a benchmark: no models with their workloads; give what run_bench returned or wrote'
+        )
     rows = []
     for name, m in models.items():
         for load, w in m['workloads'].items():
             base = w['ways']['generate(8)']
             for way, r in w['ways'].items():
                 busy = float(np.median(r['foreign']))
-                where = ', '.join(f'{k} {s / sum(r["where"].values()):.0%}' for k, s in r['where'].items())
-                rows.append(dict(model=name, workload=load, way=way, trials=w['trials'], trials_per_second=r['trials_per_second'], ratio=r['trials_per_second'] / base['trials_per_second'],
-                                 cpu_ratio=float(np.median(base['cpu_seconds']) / np.median(r['cpu_seconds'])),
-                                 largest_difference=r['largest_difference'], flips=r['flips'], lm_tokens=r['lm_tokens'],
-                                 utilisation=r['flops'] / float(np.median(r['seconds'])) / m['matmul_flops'], where=where, note=f'others used {busy:.0%} of the machine' if busy > .1 else ''))
+                where = ', '.join(
+                    f'{k} {s / sum(r["where"].values()):.0%}' for k, s in r['where'].items()
+                )
+                rows.append(
+                    dict(
+                        model=name,
+                        workload=load,
+                        way=way,
+                        trials=w['trials'],
+                        trials_per_second=r['trials_per_second'],
+                        ratio=r['trials_per_second'] / base['trials_per_second'],
+                        cpu_ratio=float(
+                            np.median(base['cpu_seconds']) / np.median(r['cpu_seconds'])
+                        ),
+                        largest_difference=r['largest_difference'],
+                        flips=r['flips'],
+                        lm_tokens=r['lm_tokens'],
+                        utilisation=r['flops'] / float(np.median(r['seconds'])) / m['matmul_flops'],
+                        where=where,
+                        note=f'others used {busy:.0%} of the machine' if busy > 0.1 else '',
+                    )
+                )
     return pd.DataFrame(rows)

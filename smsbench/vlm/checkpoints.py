@@ -15,163 +15,304 @@ from .families import caps_of
 
 # %% ../../nbs/19b_vlm.checkpoints.ipynb #04df0391
 def folder_hash(
-    folder, # a checkpoint folder
-)->str:     # 16 hexadecimal digits
+    folder,  # a checkpoint folder
+) -> str:  # 16 hexadecimal digits
     "Name of a checkpoint folder's content: its weights, configuration, tokenizer, templates and code."
     h = hashlib.blake2b(digest_size=8)
-    for p in sorted({*Path(folder).iterdir(), *Path(folder).rglob('*.py')}):   # code may lie deeper
-        if p.suffix not in ('.safetensors', '.json', '.jinja', '.model', '.txt', '.py'): continue
+    for p in sorted({*Path(folder).iterdir(), *Path(folder).rglob('*.py')}):  # code may lie deeper
+        if p.suffix not in ('.safetensors', '.json', '.jinja', '.model', '.txt', '.py'):
+            continue
         h.update(f'{p.relative_to(folder).as_posix()}:{p.stat().st_size};'.encode())
         with open(p, 'rb') as f:
-            while block := f.read(2**20): h.update(block)
+            while block := f.read(2**20):
+                h.update(block)
     return h.hexdigest()
 
 # %% ../../nbs/19b_vlm.checkpoints.ipynb #53404abe
 @contextlib.contextmanager
 def one_line(
-    name, # what is being loaded
-):        # a context
+    name,  # what is being loaded
+):  # a context
     "What the libraries say about a checkpoint they cannot load, as one line: `InputError`."
-    try: yield
-    except (InputError, MemoryError): raise
-    except Exception as e:   # a foreign checkpoint can make a library stumble anywhere
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as e:  # a foreign checkpoint can make a library stumble anywhere
         said = ' '.join(str(e).split())
-        raise InputError(f'{name}: cannot be loaded as a vision-language model ({type(e).__name__}: {said[:240]})') from e
+        raise InputError(
+            f'{name}: cannot be loaded as a vision-language model ({type(e).__name__}: {said[:240]})'
+        ) from e
 
 # %% ../../nbs/19b_vlm.checkpoints.ipynb #4d1ed150
 def code_elsewhere(
-    raw, # a configuration as plain data
-)->str:  # the first reference, e.g. 'owner/name--module.Class'; '' where all code is its own
+    raw,  # a configuration as plain data
+) -> str:  # the first reference, e.g. 'owner/name--module.Class'; '' where all code is its own
     "Code that a configuration's `auto_map`, at any depth, takes from another repository or folder."
     inner = raw.values() if isinstance(raw, dict) else raw if isinstance(raw, list) else ()
     named = _words(raw['auto_map']) if isinstance(raw, dict) and 'auto_map' in raw else []
     return next((n for n in [*named, *map(code_elsewhere, inner)] if '--' in n), '')
 
-def _words(v): return [v] if isinstance(v, str) else [w for x in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ()) for w in _words(x)]
+
+def _words(v):
+    return (
+        [v]
+        if isinstance(v, str)
+        else [
+            w
+            for x in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())
+            for w in _words(x)
+        ]
+    )
+
 
 def _refuse_elsewhere(raw, name, file):
-    if file == 'adapter_config.json': raise InputError(f'{name}: {file} makes it an adapter of another checkpoint, whose code no revision pins; merge the two into one folder')
-    if found := code_elsewhere(raw): raise InputError(f'{name}: {file} takes code from elsewhere ({" ".join(found.split())[:120]}), which no revision pins; copy that code into the checkpoint, read it, and name it without --')
+    if file == 'adapter_config.json':
+        raise InputError(
+            f'{name}: {file} makes it an adapter of another checkpoint, whose code no revision pins; merge the two into one folder'
+        )
+    if found := code_elsewhere(raw):
+        raise InputError(
+            f'{name}: {file} takes code from elsewhere ({" ".join(found.split())[:120]}), which no revision pins; copy that code into the checkpoint, read it, and name it without --'
+        )
+
 
 def _check_folder(path, name):
-    for p in sorted(path.glob('*config*.json')): _refuse_elsewhere(read_json(p), name, p.name)
+    for p in sorted(path.glob('*config*.json')):
+        _refuse_elsewhere(read_json(p), name, p.name)
 
 # %% ../../nbs/19b_vlm.checkpoints.ipynb #4664e8e3
 def check_trust(
-    id_or_path:str,          # folder, or hub id
-    revision:str|None=None,  # commit hash (40 hexadecimal digits); for a folder 'files:' and its hash
-    trust_remote_code:bool=False, # was foreign code asked for?
-):                           # nothing
+    id_or_path: str,  # folder, or hub id
+    revision: str
+    | None = None,  # commit hash (40 hexadecimal digits); for a folder 'files:' and its hash
+    trust_remote_code: bool = False,  # was foreign code asked for?
+):  # nothing
     "`InputError` where foreign code would run unpinned, or would come from elsewhere (for a hub id `check_checkpoint` sees to that)."
-    if not trust_remote_code: return
+    if not trust_remote_code:
+        return
     path = Path(id_or_path).expanduser()
     if path.is_dir():
         _check_folder(path, id_or_path)
         if revision != (found := f'files:{folder_hash(path)}'):
-            raise InputError(f'{id_or_path}: foreign code runs only from the content that was named; read its .py files, then pass revision={found!r}')
+            raise InputError(
+                f'{id_or_path}: foreign code runs only from the content that was named; read its .py files, then pass revision={found!r}'
+            )
     elif not re.fullmatch('[0-9a-f]{40}', revision or ''):
-        raise InputError(f'{id_or_path}: trust_remote_code needs a pinned revision: the commit hash (40 hexadecimal digits), not {revision!r}')
+        raise InputError(
+            f'{id_or_path}: trust_remote_code needs a pinned revision: the commit hash (40 hexadecimal digits), not {revision!r}'
+        )
 
 # %% ../../nbs/19b_vlm.checkpoints.ipynb #4cd6daed
 def is_original_llava(
-    raw:dict, # config.json
-)->bool:      # LLaVA, LLaVA-Med or LLaVA-Rad as their authors' code saved them?
+    raw: dict,  # config.json
+) -> bool:  # LLaVA, LLaVA-Med or LLaVA-Rad as their authors' code saved them?
     "Does this configuration belong to the original LLaVA code base?"
-    return 'mm_vision_tower' in raw and str(raw.get('model_type', '')).startswith('llava') or any(str(a).endswith(('LlavaMistralForCausalLM', 'LlavaLlamaForCausalLM')) for a in raw.get('architectures') or ())
+    return (
+        'mm_vision_tower' in raw
+        and str(raw.get('model_type', '')).startswith('llava')
+        or any(
+            str(a).endswith(('LlavaMistralForCausalLM', 'LlavaLlamaForCausalLM'))
+            for a in raw.get('architectures') or ()
+        )
+    )
 
 # %% ../../nbs/19b_vlm.checkpoints.ipynb #837b15a0
 def check_checkpoint(
-    id_or_path:str,     # folder, or hub id 'owner/name'
-    revision=None,      # hub revision
-    trust_remote_code:bool=False, # may its own code define the classes?
-):                      # the transformers configuration
+    id_or_path: str,  # folder, or hub id 'owner/name'
+    revision=None,  # hub revision
+    trust_remote_code: bool = False,  # may its own code define the classes?
+):  # the transformers configuration
     "The configuration of a checkpoint that may be loaded; `InputError` where it is missing, no VLM, only pickled, or would run code."
     from transformers import AutoConfig, AutoModelForImageTextToText
+
     path = Path(id_or_path).expanduser()
     check_trust(id_or_path, revision, trust_remote_code)
     where = dict(revision=None if path.is_dir() else revision)
-    if path.is_dir(): _check_files(path, id_or_path)
-    elif not re.fullmatch(r'[\w.-]+/[\w.-]+', str(id_or_path)) or path.parent.is_dir(): raise InputError(f'{id_or_path}: no such folder, and no hub id (owner/name)')
+    if path.is_dir():
+        _check_files(path, id_or_path)
+    elif not re.fullmatch(r'[\w.-]+/[\w.-]+', str(id_or_path)) or path.parent.is_dir():
+        raise InputError(f'{id_or_path}: no such folder, and no hub id (owner/name)')
     with one_line(id_or_path):
         raw = _plain_config(path if path.is_dir() else id_or_path, id_or_path, where)
-        if trust_remote_code and not path.is_dir(): _check_hub(id_or_path, raw, revision)
-        if is_original_llava(raw): raise InputError(f'{id_or_path}: a checkpoint in the original LLaVA layout; convert it once with smsbench.vlm.convert.convert_llava')
-        config = AutoConfig.from_pretrained(path if path.is_dir() else id_or_path, trust_remote_code=trust_remote_code, **where)
-    if type(config) not in AutoModelForImageTextToText._model_mapping and not (trust_remote_code and auto_name(config)):
-        raise InputError(f'{id_or_path}: a {config.model_type} model; an audit needs one that takes an image and a text and answers in text')
+        if trust_remote_code and not path.is_dir():
+            _check_hub(id_or_path, raw, revision)
+        if is_original_llava(raw):
+            raise InputError(
+                f'{id_or_path}: a checkpoint in the original LLaVA layout; convert it once with smsbench.vlm.convert.convert_llava'
+            )
+        config = AutoConfig.from_pretrained(
+            path if path.is_dir() else id_or_path, trust_remote_code=trust_remote_code, **where
+        )
+    if type(config) not in AutoModelForImageTextToText._model_mapping and not (
+        trust_remote_code and auto_name(config)
+    ):
+        raise InputError(
+            f'{id_or_path}: a {config.model_type} model; an audit needs one that takes an image and a text and answers in text'
+        )
     return config
+
 
 def _plain_config(where, shown, options):
     "config.json as plain data; `InputError` where it is none that could be a model's."
     from transformers import PreTrainedConfig
-    if isinstance(where, Path): _config_of(where, shown)
+
+    if isinstance(where, Path):
+        _config_of(where, shown)
     return PreTrainedConfig.get_config_dict(where, **options)[0]
+
 
 def _config_of(path, shown):
     "A folder's config.json as a dict with a list of architectures; `InputError` where it is something else."
-    raw = read_json(path/'config.json')
-    if not isinstance(raw, dict): raise InputError(f'{shown}: config.json holds a {type(raw).__name__}, not the settings of a model')
+    raw = read_json(path / 'config.json')
+    if not isinstance(raw, dict):
+        raise InputError(
+            f'{shown}: config.json holds a {type(raw).__name__}, not the settings of a model'
+        )
     named, code = raw.get('architectures'), raw.get('auto_map')
-    if not (named is None or isinstance(named, list) and all(isinstance(a, str) for a in named)): raise InputError(f'{shown}: config.json: architectures must be a list of names')
-    if not (code is None or isinstance(code, dict)): raise InputError(f'{shown}: config.json: auto_map must map names to classes')
+    if not (named is None or isinstance(named, list) and all(isinstance(a, str) for a in named)):
+        raise InputError(f'{shown}: config.json: architectures must be a list of names')
+    if not (code is None or isinstance(code, dict)):
+        raise InputError(f'{shown}: config.json: auto_map must map names to classes')
     return raw
+
 
 def _check_hub(name, raw, revision):
     "`InputError` where a hub checkpoint's configurations, as plain data of the pinned commit, take code from elsewhere."
     from transformers.utils import cached_file
+
     _refuse_elsewhere(raw, name, 'config.json')
-    for f in ('tokenizer_config.json', 'processor_config.json', 'preprocessor_config.json', 'video_preprocessor_config.json', 'generation_config.json', 'adapter_config.json'):
+    for f in (
+        'tokenizer_config.json',
+        'processor_config.json',
+        'preprocessor_config.json',
+        'video_preprocessor_config.json',
+        'generation_config.json',
+        'adapter_config.json',
+    ):
         found = cached_file(name, f, revision=revision, _raise_exceptions_for_missing_entries=False)
-        if found: _refuse_elsewhere(read_json(found), name, f)
+        if found:
+            _refuse_elsewhere(read_json(found), name, f)
+
 
 def _check_files(path, shown):
-    if not (path/'config.json').is_file(): raise InputError(f'{shown}: holds no config.json; name the folder of a checkpoint saved with save_pretrained')
+    if not (path / 'config.json').is_file():
+        raise InputError(
+            f'{shown}: holds no config.json; name the folder of a checkpoint saved with save_pretrained'
+        )
     if not list(path.glob('*.safetensors')):
-        pickled = sorted(p.name for p in path.iterdir() if p.suffix in ('.bin', '.pt', '.pth', '.ckpt'))
-        raise InputError(f"{shown}: its weights are pickled ({pickled[0]}), which can run code; convert them to safetensors" if pickled else f'{shown}: holds no weights (*.safetensors)')
+        pickled = sorted(
+            p.name for p in path.iterdir() if p.suffix in ('.bin', '.pt', '.pth', '.ckpt')
+        )
+        raise InputError(
+            f"{shown}: its weights are pickled ({pickled[0]}), which can run code; convert them to safetensors"
+            if pickled
+            else f'{shown}: holds no weights (*.safetensors)'
+        )
 
 # %% ../../nbs/19b_vlm.checkpoints.ipynb #9c4954cd
 def auto_name(
-    config, # a transformers configuration
-)->str:     # e.g. 'AutoModelForCausalLM'; '' where its repository offers none
+    config,  # a transformers configuration
+) -> str:  # e.g. 'AutoModelForCausalLM'; '' where its repository offers none
     "The Auto class under which a repository's own code registers its model."
     offered = getattr(config, 'auto_map', None) or {}
-    return next((n for n in ('AutoModelForImageTextToText', 'AutoModelForVision2Seq', 'AutoModelForCausalLM', 'AutoModel') if n in offered), '')
+    return next(
+        (
+            n
+            for n in (
+                'AutoModelForImageTextToText',
+                'AutoModelForVision2Seq',
+                'AutoModelForCausalLM',
+                'AutoModel',
+            )
+            if n in offered
+        ),
+        '',
+    )
 
 # %% ../../nbs/19b_vlm.checkpoints.ipynb #dfb037b7
 def describe_checkpoint(
-    folder, # a folder on disk
-)->dict:    # route, family, title, top_level, why, model_type, architecture, dtype, prompt, gigabytes, note
+    folder,  # a folder on disk
+) -> (
+    dict
+):  # route, family, title, top_level, why, model_type, architecture, dtype, prompt, gigabytes, note
     "What a checkpoint would be loaded as, without loading it; `route` is '' where it would be refused and `note` says why. `InputError` where there is no folder, or its config.json is none."
     path = Path(folder).expanduser()
-    if not path.is_dir(): raise InputError(f'{folder}: no such folder')
-    raw = _config_of(path, folder) if (path/'config.json').is_file() else {}
+    if not path.is_dir():
+        raise InputError(f'{folder}: no such folder')
+    raw = _config_of(path, folder) if (path / 'config.json').is_file() else {}
     weights = [p for p in path.iterdir() if p.suffix in ('.safetensors', '.bin', '.pt', '.pth')]
-    tokens = read_json(path/'tokenizer_config.json') if (path/'tokenizer_config.json').is_file() else {}
-    told = any((path/f).is_file() for f in ('chat_template.jinja', 'chat_template.json')) or isinstance(tokens, dict) and 'chat_template' in tokens
-    out = dict(route='', family='', title='', top_level='', why='', model_type=raw.get('model_type', ''), architecture=(raw.get('architectures') or [''])[0],
-               dtype=str(raw.get('dtype') or raw.get('torch_dtype') or ''), prompt='chat template' if told else 'plain prompt', gigabytes=round(sum(p.stat().st_size for p in weights)/1e9, 3), note='')
-    if is_original_llava(raw): return out | dict(route='conversion', family='llava', note='original LLaVA layout: smsbench.vlm.convert.convert_llava')
+    tokens = (
+        read_json(path / 'tokenizer_config.json')
+        if (path / 'tokenizer_config.json').is_file()
+        else {}
+    )
+    told = (
+        any((path / f).is_file() for f in ('chat_template.jinja', 'chat_template.json'))
+        or isinstance(tokens, dict)
+        and 'chat_template' in tokens
+    )
+    out = dict(
+        route='',
+        family='',
+        title='',
+        top_level='',
+        why='',
+        model_type=raw.get('model_type', ''),
+        architecture=(raw.get('architectures') or [''])[0],
+        dtype=str(raw.get('dtype') or raw.get('torch_dtype') or ''),
+        prompt='chat template' if told else 'plain prompt',
+        gigabytes=round(sum(p.stat().st_size for p in weights) / 1e9, 3),
+        note='',
+    )
+    if is_original_llava(raw):
+        return out | dict(
+            route='conversion',
+            family='llava',
+            note='original LLaVA layout: smsbench.vlm.convert.convert_llava',
+        )
     if foreign := 'AutoConfig' in (raw.get('auto_map') or {}):
-        try: _check_folder(path, folder)   # could its code be pinned?
-        except InputError as e: return out | dict(note=str(e))
-    if foreign: return out | dict(route='remote code', note=f'brings its own code: read it, then trust_remote_code with revision files:{folder_hash(path)}')
-    try: caps = caps_of(check_checkpoint(path))
-    except InputError as e: return out | dict(note=str(e))
-    return out | dict(route='loader', family=caps.family, title=caps.title, top_level=caps.top_level, why=caps.why)
+        try:
+            _check_folder(path, folder)  # could its code be pinned?
+        except InputError as e:
+            return out | dict(note=str(e))
+    if foreign:
+        return out | dict(
+            route='remote code',
+            note=f'brings its own code: read it, then trust_remote_code with revision files:{folder_hash(path)}',
+        )
+    try:
+        caps = caps_of(check_checkpoint(path))
+    except InputError as e:
+        return out | dict(note=str(e))
+    return out | dict(
+        route='loader', family=caps.family, title=caps.title, top_level=caps.top_level, why=caps.why
+    )
 
 # %% ../../nbs/19b_vlm.checkpoints.ipynb #bf16deac
 def quantized(
-    kind:str|None,     # '4bit', '8bit' or None
-    device:str='cuda', # where the model will run
-    dtype='auto',      # the type in which it computes; 'auto': bfloat16
-):                     # what transformers calls quantization_config; None for none
+    kind: str | None,  # '4bit', '8bit' or None
+    device: str = 'cuda',  # where the model will run
+    dtype='auto',  # the type in which it computes; 'auto': bfloat16
+):  # what transformers calls quantization_config; None for none
     "The bitsandbytes settings; `InputError` where they cannot be met."
-    if kind is None: return None
-    if kind not in ('4bit', '8bit'): raise InputError(f'quantization {kind!r}: choose 4bit or 8bit')
+    if kind is None:
+        return None
+    if kind not in ('4bit', '8bit'):
+        raise InputError(f'quantization {kind!r}: choose 4bit or 8bit')
     lacking = [p for p in ('bitsandbytes', 'accelerate') if importlib.util.find_spec(p) is None]
-    if lacking: raise InputError(f"{kind} weights need {' and '.join(lacking)}: pip install {' '.join(lacking)}")
-    if not str(device).startswith('cuda'): raise InputError(f'{kind} weights need a CUDA device; this run uses {device}')
+    if lacking:
+        raise InputError(
+            f"{kind} weights need {' and '.join(lacking)}: pip install {' '.join(lacking)}"
+        )
+    if not str(device).startswith('cuda'):
+        raise InputError(f'{kind} weights need a CUDA device; this run uses {device}')
     from transformers import BitsAndBytesConfig
-    if kind == '8bit': return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype='bfloat16' if dtype == 'auto' else dtype)
+
+    if kind == '8bit':
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type='nf4',
+        bnb_4bit_compute_dtype='bfloat16' if dtype == 'auto' else dtype,
+    )

@@ -19,87 +19,156 @@ from .rollout import joined_heads, rollout_step
 
 # %% ../../nbs/22bb_vlm.composed.ipynb #53254cfa
 def vision_modules(
-    model:HFModel, # a loaded model
-)->dict:           # layer number -> attention module of the vision tower, up to the layer whose features are taken
+    model: HFModel,  # a loaded model
+) -> (
+    dict
+):  # layer number -> attention module of the vision tower, up to the layer whose features are taken
     "Where the vision tower attends; `InputError` where it hands out no weights."
     import torch
+
     inner = model.model
     tower = inner.get_encoder('image')
-    found = [m for m in tower.modules() if type(m).__name__.endswith('Attention') and not isinstance(m, torch.nn.MultiheadAttention)]
-    if tower is inner or not found or any(hasattr(m, 'qkv') for m in found): raise InputError(f'{model.name}: its vision tower ({type(tower).__name__}) hands out no attention weights, so no map can be composed with it; use raw, rollout, gradient or relevance')
+    found = [
+        m
+        for m in tower.modules()
+        if type(m).__name__.endswith('Attention') and not isinstance(m, torch.nn.MultiheadAttention)
+    ]
+    if tower is inner or not found or any(hasattr(m, 'qkv') for m in found):
+        raise InputError(
+            f'{model.name}: its vision tower ({type(tower).__name__}) hands out no attention weights, so no map can be composed with it; use raw, rollout, gradient or relevance'
+        )
     taken = getattr(inner.config, 'vision_feature_layer', None)
-    taken = -1 if taken is None else max(taken, key=lambda i: i % (len(found) + 1)) if isinstance(taken, (list, tuple)) else taken
-    return dict(enumerate(found[:taken % (len(found) + 1)]))
+    taken = (
+        -1
+        if taken is None
+        else max(taken, key=lambda i: i % (len(found) + 1))
+        if isinstance(taken, (list, tuple))
+        else taken
+    )
+    return dict(enumerate(found[: taken % (len(found) + 1)]))
 
 # %% ../../nbs/22bb_vlm.composed.ipynb #eb260512
 class Tower:
     "Takes a vision tower's attention as it passes: the mean over some layers, or their rollout."
-    def __init__(self,
-        modules:dict, # from `vision_modules`
-        how='all',    # 'all', 'last_half', 'last_quarter', or 'rollout'
+
+    def __init__(
+        self,
+        modules: dict,  # from `vision_modules`
+        how='all',  # 'all', 'last_half', 'last_quarter', or 'rollout'
     ):
-        if how != 'rollout' and how not in PART: raise InputError(f"vision {how!r}: choose rollout, {', '.join(PART)}")
+        if how != 'rollout' and how not in PART:
+            raise InputError(f"vision {how!r}: choose rollout, {', '.join(PART)}")
         self.modules, self.how, self.sum, self.heard = modules, how, None, 0
-        self.layers = list(modules) if how == 'rollout' else list(modules)[-ceil(PART[how]*len(modules)):]
+        self.layers = (
+            list(modules) if how == 'rollout' else list(modules)[-ceil(PART[how] * len(modules)) :]
+        )
 
     def __call__(self, i, w):
         import torch
-        if i not in self.layers: return
-        a = joined_heads(w)                                                              # (crops, tokens, tokens)
-        if self.how == 'rollout': self.sum = rollout_step(torch.eye(a.shape[-1], device=a.device).repeat(len(a), 1, 1) if self.sum is None else self.sum, a)
-        else: self.sum = a if self.sum is None else self.sum.add_(a)
+
+        if i not in self.layers:
+            return
+        a = joined_heads(w)  # (crops, tokens, tokens)
+        if self.how == 'rollout':
+            self.sum = rollout_step(
+                torch.eye(a.shape[-1], device=a.device).repeat(len(a), 1, 1)
+                if self.sum is None
+                else self.sum,
+                a,
+            )
+        else:
+            self.sum = a if self.sum is None else self.sum.add_(a)
         self.heard += 1
 
-    def seen(self,
-        name:str,           # of the model, for errors
-    )->tuple[int, int]:     # pictures, tokens per picture
+    def seen(
+        self,
+        name: str,  # of the model, for errors
+    ) -> tuple[int, int]:  # pictures, tokens per picture
         "What went through the tower; `RunError` where a layer said nothing."
-        if self.heard != len(self.layers): raise RunError(f'{name}: {len(self.layers) - self.heard} layers of its vision tower returned no attention weights; load the model with attn_implementation eager')
+        if self.heard != len(self.layers):
+            raise RunError(
+                f'{name}: {len(self.layers) - self.heard} layers of its vision tower returned no attention weights; load the model with attn_implementation eager'
+            )
         return tuple(self.sum.shape[:2])
 
-    def rows(self,
-        name:str,           # of the model, for errors
-        patches:np.ndarray, # (tokens,) bool: which tokens of a picture are patches
-    )->np.ndarray:          # (crops, tokens, tokens) float32: each row a distribution over the patches
+    def rows(
+        self,
+        name: str,  # of the model, for errors
+        patches: np.ndarray,  # (tokens,) bool: which tokens of a picture are patches
+    ) -> np.ndarray:  # (crops, tokens, tokens) float32: each row a distribution over the patches
         "From where each token took; `RunError` where that is no number."
-        v = self.sum.cpu().numpy()*patches
-        if not np.isfinite(v).all(): raise RunError(f'{name}: attention weights of the vision tower are not numbers; load the model in bfloat16 or float32')
-        return v/v.sum(-1, keepdims=True)
+        v = self.sum.cpu().numpy() * patches
+        if not np.isfinite(v).all():
+            raise RunError(
+                f'{name}: attention weights of the vision tower are not numbers; load the model in bfloat16 or float32'
+            )
+        return v / v.sum(-1, keepdims=True)
 
 # %% ../../nbs/22bb_vlm.composed.ipynb #7366779f
 def _pictures(model, layout, crops, p):
     "Per view: its first picture in the tower, and how many rows and columns of pictures it shows."
     config = model.model.config
     for i, v in enumerate(layout.views):
-        if v.kind != 'tile': yield (crops - 1 if i and v.kind == 'full' else i), (1, 1)
-        elif layout.cross: yield 0, (v.grid[0]//p, v.grid[1]//p)
+        if v.kind != 'tile':
+            yield (crops - 1 if i and v.kind == 'full' else i), (1, 1)
+        elif layout.cross:
+            yield 0, (v.grid[0] // p, v.grid[1] // p)
         elif hasattr(config, 'image_grid_pinpoints'):
             from transformers.image_processing_utils import select_best_resolution
-            yield i, tuple(n//config.vision_config.image_size for n in select_best_resolution(layout.shape, config.image_grid_pinpoints))
-        else: yield i, (n := round(sqrt((crops - 1)*v.grid[0]/v.grid[1])), (crops - 1)//n)
+
+            yield (
+                i,
+                tuple(
+                    n // config.vision_config.image_size
+                    for n in select_best_resolution(layout.shape, config.image_grid_pinpoints)
+                ),
+            )
+        else:
+            yield i, (n := round(sqrt((crops - 1) * v.grid[0] / v.grid[1])), (crops - 1) // n)
+
 
 def _laid(v, start, tiles, each, first, p):
     "The tower's token at each patch of a view: its pictures side by side, without the margins that the view leaves out."
-    at = (start + np.arange(tiles[0]*tiles[1]))*each + first
-    t = (at[:, None] + np.arange(p*p)).reshape(*tiles, p, p).swapaxes(1, 2).reshape(tiles[0]*p, tiles[1]*p)
+    at = (start + np.arange(tiles[0] * tiles[1])) * each + first
+    t = (
+        (at[:, None] + np.arange(p * p))
+        .reshape(*tiles, p, p)
+        .swapaxes(1, 2)
+        .reshape(tiles[0] * p, tiles[1] * p)
+    )
     (R, C), (r, c) = t.shape, v.grid
-    if (R == r) != (C == c): t = t[(R - r)//2:][:r, (C - c)//2:][:, :c]
-    if t.shape[0]*c != t.shape[1]*r or t.shape[0] % r: raise InputError(f'view {v.name!r} has {r} x {c} tokens from {R} x {C} patches: they are interpolated, not merged, so no map can be composed; use raw, rollout, gradient or relevance')
+    if (R == r) != (C == c):
+        t = t[(R - r) // 2 :][:r, (C - c) // 2 :][:, :c]
+    if t.shape[0] * c != t.shape[1] * r or t.shape[0] % r:
+        raise InputError(
+            f'view {v.name!r} has {r} x {c} tokens from {R} x {C} patches: they are interpolated, not merged, so no map can be composed; use raw, rollout, gradient or relevance'
+        )
     return t
 
+
 def vision_tokens(
-    model:HFModel, # a loaded model
-    layout:Layout, # of the prompt
-    crops:int,     # pictures that went through the tower
-    tokens:int,    # of the tower, per picture
-)->tuple[list, np.ndarray]: # per view (rows, columns) int: the tower's token at each patch, counted over all pictures; (tokens,) bool: which tokens of a picture are patches
+    model: HFModel,  # a loaded model
+    layout: Layout,  # of the prompt
+    crops: int,  # pictures that went through the tower
+    tokens: int,  # of the tower, per picture
+) -> tuple[
+    list, np.ndarray
+]:  # per view (rows, columns) int: the tower's token at each patch, counted over all pictures; (tokens,) bool: which tokens of a picture are patches
     "Which tokens of the vision tower lie where; `InputError` where the grid of a view is not made of whole blocks of patches."
     vision = model.model.config.vision_config
-    side, patch = (a[0] if isinstance(a, (list, tuple)) else a for a in (vision.image_size, vision.patch_size))
-    p, each = side//patch, tokens//vision.max_num_tiles if layout.cross else tokens         # Mllama: all tiles are one sequence
-    first = 1 if layout.cross else each - p*p                                               # behind the class token
-    laid = [_laid(v, start, tiles, each, first, p) for v, (start, tiles) in zip(layout.views, _pictures(model, layout, crops, p))]
-    is_patch = (np.arange(tokens) % each >= first) & (np.arange(tokens) % each < first + p*p)
+    side, patch = (
+        a[0] if isinstance(a, (list, tuple)) else a for a in (vision.image_size, vision.patch_size)
+    )
+    p, each = (
+        side // patch,
+        tokens // vision.max_num_tiles if layout.cross else tokens,
+    )  # Mllama: all tiles are one sequence
+    first = 1 if layout.cross else each - p * p  # behind the class token
+    laid = [
+        _laid(v, start, tiles, each, first, p)
+        for v, (start, tiles) in zip(layout.views, _pictures(model, layout, crops, p))
+    ]
+    is_patch = (np.arange(tokens) % each >= first) & (np.arange(tokens) % each < first + p * p)
     return laid, is_patch
 
 # %% ../../nbs/22bb_vlm.composed.ipynb #71d5ec17
@@ -109,39 +178,65 @@ def _finer(layout, groups, laid, cells, keys):
     number[kept] = np.arange(len(kept))
     views, at = [], len(kept)
     for v, t in zip(layout.views, laid):
-        views.append(replace(v, positions=at + np.arange(t.size).reshape(t.shape))); at += t.size
-    out = replace(layout, views=tuple(views), beside=np.append(number[layout.beside], at), keys=at + 1)
-    return out, {g: number[p[number[p] >= 0]] for g, p in groups.items()} | dict(image=out.image), kept
+        views.append(replace(v, positions=at + np.arange(t.size).reshape(t.shape)))
+        at += t.size
+    out = replace(
+        layout, views=tuple(views), beside=np.append(number[layout.beside], at), keys=at + 1
+    )
+    return (
+        out,
+        {g: number[p[number[p] >= 0]] for g, p in groups.items()} | dict(image=out.image),
+        kept,
+    )
+
 
 def composed(
-    rows:Rows,         # attention rows of a prompt
-    tower:np.ndarray,  # (crops, tokens, tokens): from where each token of the vision tower took; rows sum to 1 over its patches
-    laid:list,         # per view, from `vision_tokens`
-)->Rows:               # rows over patches; every row keeps its sum
+    rows: Rows,  # attention rows of a prompt
+    tower: np.ndarray,  # (crops, tokens, tokens): from where each token of the vision tower took; rows sum to 1 over its patches
+    laid: list,  # per view, from `vision_tokens`
+) -> Rows:  # rows over patches; every row keeps its sum
     "The rows over image tokens, taken on to the patches."
     shape, crops, tokens = rows.weights.shape[:3], *tower.shape[:2]
-    at = np.zeros((*shape, crops*tokens), np.float32)
+    at = np.zeros((*shape, crops * tokens), np.float32)
     for v, t in zip(rows.layout.views, laid):
-        m = len(t)//v.grid[0]
-        at[..., t] = rows.weights[..., v.positions].repeat(m, -2).repeat(m, -1)/m**2
-    drawn = np.einsum('...ct,ctu->...cu', at.reshape(*shape, crops, tokens), tower, optimize=True).reshape(*shape, -1)
-    layout, groups, kept = _finer(rows.layout, rows.groups, laid, np.concatenate([v.positions.ravel() for v in rows.layout.views]), rows.weights.shape[-1])
+        m = len(t) // v.grid[0]
+        at[..., t] = rows.weights[..., v.positions].repeat(m, -2).repeat(m, -1) / m**2
+    drawn = np.einsum(
+        '...ct,ctu->...cu', at.reshape(*shape, crops, tokens), tower, optimize=True
+    ).reshape(*shape, -1)
+    layout, groups, kept = _finer(
+        rows.layout,
+        rows.groups,
+        laid,
+        np.concatenate([v.positions.ravel() for v in rows.layout.views]),
+        rows.weights.shape[-1],
+    )
     shown = np.concatenate([t.ravel() for t in laid])
-    beside = np.clip(drawn.sum(-1, keepdims=True) - drawn[..., shown].sum(-1, keepdims=True), 0, None)
-    return replace(rows, weights=np.concatenate([rows.weights[..., kept], drawn[..., shown], beside], -1), layout=layout, groups=groups)
+    beside = np.clip(
+        drawn.sum(-1, keepdims=True) - drawn[..., shown].sum(-1, keepdims=True), 0, None
+    )
+    return replace(
+        rows,
+        weights=np.concatenate([rows.weights[..., kept], drawn[..., shown], beside], -1),
+        layout=layout,
+        groups=groups,
+    )
 
 # %% ../../nbs/22bb_vlm.composed.ipynb #caf28ffb
 def composed_rows(
-    model:HFModel,          # a loaded model
-    x:Inputs,               # what it is asked, with an image
-    queries:tuple[str, ...]=('answer',), # 'answer', 'said', or words of the prompt
-    report:str='',          # the part of the prompt that is the report
-    said:str='',            # a choice written behind the prompt
-    vision='all',           # which layers of the vision tower are averaged: 'all', 'last_half', 'last_quarter'; or 'rollout'
-)->Rows:                    # (layers, heads, queries, keys): layers and heads of the language model; the film's keys are patches
+    model: HFModel,  # a loaded model
+    x: Inputs,  # what it is asked, with an image
+    queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
+    report: str = '',  # the part of the prompt that is the report
+    said: str = '',  # a choice written behind the prompt
+    vision='all',  # which layers of the vision tower are averaged: 'all', 'last_half', 'last_quarter'; or 'rollout'
+) -> Rows:  # (layers, heads, queries, keys): layers and heads of the language model; the film's keys are patches
     "Attention rows taken on through the vision tower; `InputError` where that is not defined, else errors as in `attention_rows`."
     tower = Tower(vision_modules(model), vision)
-    with eager(model, 'vision_config'), on_weights(tower.modules, tower): rows = attention_rows(model, x, queries, report, said)
+    with eager(model, 'vision_config'), on_weights(tower.modules, tower):
+        rows = attention_rows(model, x, queries, report, said)
     laid, patches = vision_tokens(model, rows.layout, *tower.seen(model.name))
     out = composed(rows, tower.rows(model.name, patches), laid)
-    return replace(out, about=out.about | dict(method='composed', vision=vision, vision_layers=tower.layers))
+    return replace(
+        out, about=out.about | dict(method='composed', vision=vision, vision_layers=tower.layers)
+    )

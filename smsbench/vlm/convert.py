@@ -17,215 +17,391 @@ from .checkpoints import is_original_llava, one_line
 
 # %% ../../nbs/20d_vlm.convert.ipynb #4c01f648
 KEYS = (  # (pattern of the original name, transformers name), first match wins
-    (r'(?:base_model\.model\.)?model\.vision_tower\.vision_tower\.(?:vision_model\.)?', 'model.vision_tower.'),
+    (
+        r'(?:base_model\.model\.)?model\.vision_tower\.vision_tower\.(?:vision_model\.)?',
+        'model.vision_tower.',
+    ),
     (r'(?:base_model\.model\.)?model\.mm_projector\.0\.', 'model.multi_modal_projector.linear_1.'),
     (r'(?:base_model\.model\.)?model\.mm_projector\.2\.', 'model.multi_modal_projector.linear_2.'),
     (r'(?:base_model\.model\.)?lm_head\.', 'lm_head.'),
     (r'(?:base_model\.model\.)?model\.', 'model.language_model.'),
 )
-_COMPUTED = ('rotary_emb.inv_freq', 'embeddings.position_ids')   # saved by old versions, computed by new ones
+_COMPUTED = (
+    'rotary_emb.inv_freq',
+    'embeddings.position_ids',
+)  # saved by old versions, computed by new ones
+
 
 def renamed(
-    key:str, # name of a tensor in the original layout
-)->str:      # its name in transformers; '' where the tensor is computed and not stored
+    key: str,  # name of a tensor in the original layout
+) -> str:  # its name in transformers; '' where the tensor is computed and not stored
     "One row of the key map; `InputError` for a name that is not in it."
-    if key.endswith(_COMPUTED): return ''
+    if key.endswith(_COMPUTED):
+        return ''
     for pattern, name in KEYS:
-        if m := re.match(pattern, key): return name + key[m.end():]
+        if m := re.match(pattern, key):
+            return name + key[m.end() :]
     raise InputError(f'{key}: no tensor of the original LLaVA layout')
 
 # %% ../../nbs/20d_vlm.convert.ipynb #8ef9bed9
 TRUNK = (  # (name in timm, name in transformers Dinov2)
-    (r'cls_token$', 'embeddings.cls_token'), (r'pos_embed$', 'embeddings.position_embeddings'), (r'patch_embed\.proj\.', 'embeddings.patch_embeddings.projection.'), (r'norm\.', 'layernorm.'),
-    (r'blocks\.(\d+)\.attn\.proj\.', r'encoder.layer.\1.attention.o_proj.'), (r'blocks\.(\d+)\.ls([12])\.gamma$', r'encoder.layer.\1.layer_scale\2.lambda1'),
+    (r'cls_token$', 'embeddings.cls_token'),
+    (r'pos_embed$', 'embeddings.position_embeddings'),
+    (r'patch_embed\.proj\.', 'embeddings.patch_embeddings.projection.'),
+    (r'norm\.', 'layernorm.'),
+    (r'blocks\.(\d+)\.attn\.proj\.', r'encoder.layer.\1.attention.o_proj.'),
+    (r'blocks\.(\d+)\.ls([12])\.gamma$', r'encoder.layer.\1.layer_scale\2.lambda1'),
     (r'blocks\.(\d+)\.(norm[12]|mlp\.fc[12])\.', r'encoder.layer.\1.\2.'),
 )
 
+
 def trunk_tensors(
-    weights:dict, # name -> tensor of an open_clip checkpoint
-)->dict:          # name -> tensor of transformers Dinov2Model
+    weights: dict,  # name -> tensor of an open_clip checkpoint
+) -> dict:  # name -> tensor of transformers Dinov2Model
     "The image half, renamed; `InputError` for a tensor that such a trunk does not have."
     out = {}
     for k, v in weights.items():
         k = k.removeprefix('module.')
-        if not k.startswith('visual.trunk.'): continue
+        if not k.startswith('visual.trunk.'):
+            continue
         k = k.removeprefix('visual.trunk.')
         if m := re.fullmatch(r'blocks\.(\d+)\.attn\.qkv\.(weight|bias)', k):
-            out |= {f'encoder.layer.{m[1]}.attention.{q}_proj.{m[2]}': part for q, part in zip('qkv', v.chunk(3))}
+            out |= {
+                f'encoder.layer.{m[1]}.attention.{q}_proj.{m[2]}': part
+                for q, part in zip('qkv', v.chunk(3))
+            }
             continue
         found = next((re.sub('^' + a, b, k) for a, b in TRUNK if re.match(a, k)), None)
-        if found is None: raise InputError(f'visual.trunk.{k}: no tensor of a timm ViT of the DINOv2 kind')
+        if found is None:
+            raise InputError(f'visual.trunk.{k}: no tensor of a timm ViT of the DINOv2 kind')
         out[found] = v
     return out
 
 # %% ../../nbs/20d_vlm.convert.ipynb #46298f4e
 def trunk_config(
-    tensors:dict, # from `trunk_tensors`
-):                # a transformers Dinov2Config
+    tensors: dict,  # from `trunk_tensors`
+):  # a transformers Dinov2Config
     "The architecture, read off the shapes; heads are 64 wide, as in every ViT of this kind."
     import transformers as tf
+
     places, width = tensors['embeddings.position_embeddings'].shape[1:]
     patch = tensors['embeddings.patch_embeddings.projection.weight'].shape[-1]
     layers = 1 + max(int(k.split('.')[2]) for k in tensors if k.startswith('encoder.layer.'))
-    return tf.Dinov2Config(hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(1, width // 64), mlp_ratio=tensors['encoder.layer.0.mlp.fc1.weight'].shape[0] // width,
-                           image_size=round((places - 1)**.5) * patch, patch_size=patch, use_mask_token=False)
+    return tf.Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        mlp_ratio=tensors['encoder.layer.0.mlp.fc1.weight'].shape[0] // width,
+        image_size=round((places - 1) ** 0.5) * patch,
+        patch_size=patch,
+        use_mask_token=False,
+    )
 
 # %% ../../nbs/20d_vlm.convert.ipynb #d1f29f9f
 def weight_files(
-    folder, # a checkpoint folder
-)->list:    # paths of its shards
+    folder,  # a checkpoint folder
+) -> list:  # paths of its shards
     "The files that hold a checkpoint's weights; safetensors where there are both."
-    files = sorted(Path(folder).glob('*.safetensors')) or [p for p in sorted(Path(folder).glob('*.bin')) if p.name != 'training_args.bin']
-    if not files: raise InputError(f'{folder}: holds no weights')
+    files = sorted(Path(folder).glob('*.safetensors')) or [
+        p for p in sorted(Path(folder).glob('*.bin')) if p.name != 'training_args.bin'
+    ]
+    if not files:
+        raise InputError(f'{folder}: holds no weights')
     return files
 
 # %% ../../nbs/20d_vlm.convert.ipynb #0f40eacc
 def read_weights(
-    path,   # a safetensors or pickled file
-)->dict:    # name -> tensor
+    path,  # a safetensors or pickled file
+) -> dict:  # name -> tensor
     "Tensors of one file; `InputError` where a pickle holds anything but tensors."
     import torch
+
     if Path(path).suffix == '.safetensors':
         from safetensors.torch import load_file
-        with one_line(Path(path).name): return load_file(path)
-    numbers = [np._core.multiarray.scalar, np.dtype, *(type(np.dtype(t)) for t in ('float64', 'float32', 'int64'))]   # training state beside the tensors
+
+        with one_line(Path(path).name):
+            return load_file(path)
+    numbers = [
+        np._core.multiarray.scalar,
+        np.dtype,
+        *(type(np.dtype(t)) for t in ('float64', 'float32', 'int64')),
+    ]  # training state beside the tensors
     try:
-        with torch.serialization.safe_globals(numbers): found = torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals(numbers):
+            found = torch.load(path, map_location='cpu', weights_only=True)
         return found.get('state_dict', found)
-    except Exception as e: raise InputError(f'{Path(path).name}: holds more than tensors or is broken ({type(e).__name__}); nothing of it was run') from None
+    except Exception as e:
+        raise InputError(
+            f'{Path(path).name}: holds more than tensors or is broken ({type(e).__name__}); nothing of it was run'
+        ) from None
 
 # %% ../../nbs/20d_vlm.convert.ipynb #6a5ece92
 def merged(
-    weights:dict,  # name -> tensor of the base model
-    adapter:dict,  # name -> tensor with lora_A and lora_B
-    scale:float,   # lora_alpha / r
-)->dict:           # name -> tensor: W + scale * B A
+    weights: dict,  # name -> tensor of the base model
+    adapter: dict,  # name -> tensor with lora_A and lora_B
+    scale: float,  # lora_alpha / r
+) -> dict:  # name -> tensor: W + scale * B A
     "LoRA weights added to their base (Hu et al. 2022); `InputError` for a pair without a base."
     out = dict(weights)
     for k, a in adapter.items():
-        if '.lora_A.' not in k: continue
+        if '.lora_A.' not in k:
+            continue
         name = re.sub(r'^base_model\.model\.', '', re.sub(r'\.lora_A\.(default\.)?', '.', k))
-        if name not in out: raise InputError(f'{name}: LoRA weights for a tensor that the base model does not have')
-        out[name] = (out[name].float() + scale * (adapter[k.replace('lora_A', 'lora_B')].float() @ a.float())).to(out[name].dtype)
+        if name not in out:
+            raise InputError(f'{name}: LoRA weights for a tensor that the base model does not have')
+        out[name] = (
+            out[name].float() + scale * (adapter[k.replace('lora_A', 'lora_B')].float() @ a.float())
+        ).to(out[name].dtype)
     return out
 
 # %% ../../nbs/20d_vlm.convert.ipynb #16e890b4
-_INST = ("{% for m in messages %}{% if m['role'] == 'system' %}<<SYS>>\n{{ m['content'][0]['text'] }}\n<</SYS>>\n\n{% else %}[INST] {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
-         "{% else %}{{ c['text'] }}{% endif %}{% endfor %} [/INST]{% endif %}{% endfor %}")
-_VICUNA = ("{% if messages[0]['role'] != 'system' %}A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the human's questions."
-           "{% endif %}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'][0]['text'] }}{% else %} USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
-           "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}")
-_MM = ('mm_', 'image_', 'tune_mm', 'unfreeze_mm', 'freeze_mm', 'use_mm', 'architectures', 'model_type', 'auto_map', 'tokenizer_', 'transformers_version')   # not the language model's
+_INST = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}<<SYS>>\n{{ m['content'][0]['text'] }}\n<</SYS>>\n\n{% else %}[INST] {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %} [/INST]{% endif %}{% endfor %}"
+)
+_VICUNA = (
+    "{% if messages[0]['role'] != 'system' %}A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the human's questions."
+    "{% endif %}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'][0]['text'] }}{% else %} USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+_MM = (
+    'mm_',
+    'image_',
+    'tune_mm',
+    'unfreeze_mm',
+    'freeze_mm',
+    'use_mm',
+    'architectures',
+    'model_type',
+    'auto_map',
+    'tokenizer_',
+    'transformers_version',
+)  # not the language model's
+
 
 def _check_original(raw, shown, tower):
-    if not is_original_llava(raw): raise InputError(f'{shown}: not in the original LLaVA layout; load it as it is')
-    if ('biomedclip' in str(raw.get('mm_vision_tower', '')).lower() or raw.get('mm_vision_tower_config')) and tower is None:
-        raise InputError(f"{shown}: its vision tower {raw.get('mm_vision_tower', '')!r} is an open_clip checkpoint; name its file (biomedclipcxr_518_checkpoint.pt) as the tower")
-    if raw.get('mm_projector_type') != 'mlp2x_gelu': raise InputError(f"{shown}: a projector of type {raw.get('mm_projector_type', 'linear')!r}; transformers LLaVA has mlp2x_gelu only")
-    if raw.get('mm_use_im_start_end'): raise InputError(f'{shown}: it puts start and end tokens around the image, which transformers LLaVA does not')
+    if not is_original_llava(raw):
+        raise InputError(f'{shown}: not in the original LLaVA layout; load it as it is')
+    if (
+        'biomedclip' in str(raw.get('mm_vision_tower', '')).lower()
+        or raw.get('mm_vision_tower_config')
+    ) and tower is None:
+        raise InputError(
+            f"{shown}: its vision tower {raw.get('mm_vision_tower', '')!r} is an open_clip checkpoint; name its file (biomedclipcxr_518_checkpoint.pt) as the tower"
+        )
+    if raw.get('mm_projector_type') != 'mlp2x_gelu':
+        raise InputError(
+            f"{shown}: a projector of type {raw.get('mm_projector_type', 'linear')!r}; transformers LLaVA has mlp2x_gelu only"
+        )
+    if raw.get('mm_use_im_start_end'):
+        raise InputError(
+            f'{shown}: it puts start and end tokens around the image, which transformers LLaVA does not'
+        )
+
 
 def llava_config(
-    raw:dict,          # config.json of the original checkpoint
-    vocabulary:int,    # its number of tokens, without <image>
-    tower_config=None, # a transformers CLIPVisionConfig or Dinov2Config; None: CLIP ViT-L/14 at 336 px
-):                     # a transformers LlavaConfig
+    raw: dict,  # config.json of the original checkpoint
+    vocabulary: int,  # its number of tokens, without <image>
+    tower_config=None,  # a transformers CLIPVisionConfig or Dinov2Config; None: CLIP ViT-L/14 at 336 px
+):  # a transformers LlavaConfig
     "The configuration in the words of transformers; `<image>` gets the id behind the vocabulary."
     import transformers as tf
+
     text = {k: v for k, v in raw.items() if not k.startswith(_MM)} | dict(vocab_size=vocabulary + 1)
-    text = (tf.MistralConfig if 'mistral' in str(raw['model_type']) else tf.LlamaConfig)(**{k: v for k, v in text.items() if k not in ('torch_dtype', 'dtype')})
+    text = (tf.MistralConfig if 'mistral' in str(raw['model_type']) else tf.LlamaConfig)(
+        **{k: v for k, v in text.items() if k not in ('torch_dtype', 'dtype')}
+    )
     vision = tower_config or tf.LlavaConfig().vision_config
     keep = 'default' if raw.get('mm_vision_select_feature', 'patch') == 'patch' else 'full'
-    return tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=vocabulary, vision_feature_layer=raw.get('mm_vision_select_layer', -2), vision_feature_select_strategy=keep,
-                          image_seq_length=(vision.image_size // vision.patch_size)**2, architectures=['LlavaForConditionalGeneration'], dtype=str(raw.get('torch_dtype') or raw.get('dtype') or 'float32'))
+    return tf.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=vocabulary,
+        vision_feature_layer=raw.get('mm_vision_select_layer', -2),
+        vision_feature_select_strategy=keep,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        architectures=['LlavaForConditionalGeneration'],
+        dtype=str(raw.get('torch_dtype') or raw.get('dtype') or 'float32'),
+    )
 
 # %% ../../nbs/20d_vlm.convert.ipynb #e96dc6df
-_NEEDED = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')   # the model's own sizes, which no default may stand in for
+_NEEDED = (
+    'vocab_size',
+    'hidden_size',
+    'intermediate_size',
+    'num_hidden_layers',
+    'num_attention_heads',
+)  # the model's own sizes, which no default may stand in for
+
 
 def _settings(source):
     "config.json of a checkpoint; `InputError` where it is none, or lacks what the conversion needs."
-    raw = read_json(source/'config.json')
-    if not isinstance(raw, dict): raise InputError(f'{source}: config.json holds a {type(raw).__name__}, not the settings of a model')
-    if not (raw.get('architectures') is None or isinstance(raw['architectures'], list)): raise InputError(f'{source}: config.json: architectures must be a list of names')
+    raw = read_json(source / 'config.json')
+    if not isinstance(raw, dict):
+        raise InputError(
+            f'{source}: config.json holds a {type(raw).__name__}, not the settings of a model'
+        )
+    if not (raw.get('architectures') is None or isinstance(raw['architectures'], list)):
+        raise InputError(f'{source}: config.json: architectures must be a list of names')
     if is_original_llava(raw):
-        if bad := [k for k in _NEEDED if type(raw.get(k)) is not int or raw[k] < 1]: raise InputError(f"{source}: config.json needs {', '.join(bad)}: whole numbers above 0")
-        if not isinstance(raw.get('model_type'), str): raise InputError(f'{source}: config.json needs model_type, such as llava_mistral')
+        if bad := [k for k in _NEEDED if type(raw.get(k)) is not int or raw[k] < 1]:
+            raise InputError(f"{source}: config.json needs {', '.join(bad)}: whole numbers above 0")
+        if not isinstance(raw.get('model_type'), str):
+            raise InputError(f'{source}: config.json needs model_type, such as llava_mistral')
     return raw
 
 # %% ../../nbs/20d_vlm.convert.ipynb #9f25f88c
 def convert_llava(
-    source,      # folder of a checkpoint in the original layout
-    out,         # folder to write; made if missing
+    source,  # folder of a checkpoint in the original layout
+    out,  # folder to write; made if missing
     tower=None,  # folder of the CLIP model named by mm_vision_tower, where the checkpoint does not hold it or it is not CLIP ViT-L/14 at 336 px; for LLaVA-Rad the file of its open_clip checkpoint
-    base=None,   # folder of the base language model, for a checkpoint of LoRA weights
-)->Path:         # `out`, which `load_model` opens
+    base=None,  # folder of the base language model, for a checkpoint of LoRA weights
+) -> Path:  # `out`, which `load_model` opens
     "Rewrite a LLaVA, LLaVA-Med checkpoint for transformers; `InputError` where its layout is another."
     import torch, transformers as tf
+
     source, out = Path(source).expanduser(), Path(out)
-    if not (source/'config.json').is_file(): raise InputError(f'{source}: holds no config.json')
+    if not (source / 'config.json').is_file():
+        raise InputError(f'{source}: holds no config.json')
     raw = _settings(source)
     _check_original(raw, source, tower)
-    if (source/'adapter_config.json').is_file() and base is None: raise InputError(f'{source}: LoRA weights; name the folder of their base model')
-    with one_line(source): tok = tf.AutoTokenizer.from_pretrained(source if base is None else base)
+    if (source / 'adapter_config.json').is_file() and base is None:
+        raise InputError(f'{source}: LoRA weights; name the folder of their base model')
+    with one_line(source):
+        tok = tf.AutoTokenizer.from_pretrained(source if base is None else base)
     vision, seen = _tower(tower)
-    with one_line(source): config = llava_config(raw, raw['vocab_size'], vision)
+    with one_line(source):
+        config = llava_config(raw, raw['vocab_size'], vision)
     out.mkdir(parents=True, exist_ok=True)
-    with torch.device('meta'): wanted = {k: v.shape for k, v in tf.LlavaForConditionalGeneration(config).state_dict().items()}
-    found = _write_shards(itertools.chain(_shards(source, base), seen), wanted, out, tok.unk_token_id or 0, raw['vocab_size'])
+    with torch.device('meta'):
+        wanted = {
+            k: v.shape for k, v in tf.LlavaForConditionalGeneration(config).state_dict().items()
+        }
+    found = _write_shards(
+        itertools.chain(_shards(source, base), seen),
+        wanted,
+        out,
+        tok.unk_token_id or 0,
+        raw['vocab_size'],
+    )
     if lacking := sorted(set(wanted) - found):
-        raise InputError(f"{source}: {len(lacking)} tensors are missing, {lacking[0]} among them" + ('; name the folder of its vision tower' if all('vision_tower' in k for k in lacking) else ''))
+        raise InputError(
+            f"{source}: {len(lacking)} tensors are missing, {lacking[0]} among them"
+            + (
+                '; name the folder of its vision tower'
+                if all('vision_tower' in k for k in lacking)
+                else ''
+            )
+        )
     config.save_pretrained(out)
     _processor(tok, raw, config).save_pretrained(out)
     return out
 
+
 def _shards(source, base):
     "Yields name -> tensor in the original layout, one file at a time; what a LoRA checkpoint holds in full goes before its base."
-    if base is None: yield from (read_weights(p) for p in weight_files(source)); return
-    lora = read_json(source/'adapter_config.json') if (source/'adapter_config.json').is_file() else dict(lora_alpha=0, r=1)
-    held = {k: v for p in dict.fromkeys([*weight_files(source), *sorted(source.glob('*.bin'))]) if p.name != 'training_args.bin' for k, v in read_weights(p).items()}
+    if base is None:
+        yield from (read_weights(p) for p in weight_files(source))
+        return
+    lora = (
+        read_json(source / 'adapter_config.json')
+        if (source / 'adapter_config.json').is_file()
+        else dict(lora_alpha=0, r=1)
+    )
+    held = {
+        k: v
+        for p in dict.fromkeys([*weight_files(source), *sorted(source.glob('*.bin'))])
+        if p.name != 'training_args.bin'
+        for k, v in read_weights(p).items()
+    }
     yield {k: v for k, v in held.items() if '.lora_' not in k}
-    yield merged({k: v for p in weight_files(base) for k, v in read_weights(p).items()}, {k: v for k, v in held.items() if '.lora_' in k}, lora['lora_alpha'] / lora['r'])
+    yield merged(
+        {k: v for p in weight_files(base) for k, v in read_weights(p).items()},
+        {k: v for k, v in held.items() if '.lora_' in k},
+        lora['lora_alpha'] / lora['r'],
+    )
+
 
 def _tower(tower):
     "Configuration of the vision tower, and its tensors in the original layout."
     import transformers as tf
-    if tower is None: return None, []
+
+    if tower is None:
+        return None, []
     inside = lambda tensors: {f'model.vision_tower.vision_tower.{k}': v for k, v in tensors.items()}
     if Path(tower).is_file():
         tensors = trunk_tensors(read_weights(tower))
-        if not tensors: raise InputError(f'{Path(tower).name}: holds no visual.trunk; an open_clip checkpoint with a timm trunk is needed')
+        if not tensors:
+            raise InputError(
+                f'{Path(tower).name}: holds no visual.trunk; an open_clip checkpoint with a timm trunk is needed'
+            )
         return trunk_config(tensors), [inside(tensors)]
-    with one_line(tower): config = tf.AutoConfig.from_pretrained(tower)
+    with one_line(tower):
+        config = tf.AutoConfig.from_pretrained(tower)
     other = ('text_model.', 'logit_scale', 'visual_projection', 'text_projection')
-    return getattr(config, 'vision_config', config), (inside({k: v for k, v in read_weights(p).items() if not k.startswith(other)}) for p in weight_files(tower))
+    return getattr(config, 'vision_config', config), (
+        inside({k: v for k, v in read_weights(p).items() if not k.startswith(other)})
+        for p in weight_files(tower)
+    )
+
 
 def _write_shards(shards, wanted, out, unk, vocabulary):
     "Write the renamed tensors, checked by name and shape; returns the names written."
     import torch
     from safetensors.torch import save_file
+
     index, size = {}, 0
     for i, shard in enumerate(shards):
         new = {}
         for k, v in shard.items():
             name = renamed(k)
-            if not name or name in index: continue
-            if name in ('lm_head.weight', 'model.language_model.embed_tokens.weight'): v = torch.cat([v[:vocabulary], v[unk:unk + 1]])   # the row of <image>
-            if name not in wanted: raise InputError(f'{k}: a tensor that transformers LLaVA of this configuration does not have')
-            if v.shape != wanted[name]: raise InputError(f'{k}: of shape {tuple(v.shape)}, not {tuple(wanted[name])}')
+            if not name or name in index:
+                continue
+            if name in ('lm_head.weight', 'model.language_model.embed_tokens.weight'):
+                v = torch.cat([v[:vocabulary], v[unk : unk + 1]])  # the row of <image>
+            if name not in wanted:
+                raise InputError(
+                    f'{k}: a tensor that transformers LLaVA of this configuration does not have'
+                )
+            if v.shape != wanted[name]:
+                raise InputError(f'{k}: of shape {tuple(v.shape)}, not {tuple(wanted[name])}')
             new[name] = v.contiguous()
         if new:
-            save_file(new, out/f'model-{i + 1:05}.safetensors', metadata=dict(format='pt'))
+            save_file(new, out / f'model-{i + 1:05}.safetensors', metadata=dict(format='pt'))
             index |= dict.fromkeys(new, f'model-{i + 1:05}.safetensors')
             size += sum(v.nbytes for v in new.values())
-    write_json(dict(metadata=dict(total_size=size), weight_map=index), out/'model.safetensors.index.json')
+    write_json(
+        dict(metadata=dict(total_size=size), weight_map=index), out / 'model.safetensors.index.json'
+    )
     return set(index)
+
 
 def _processor(tok, raw, config):
     import transformers as tf
-    if len(tok) > raw['vocab_size']: raise InputError(f"its tokenizer knows {len(tok)} tokens, its configuration {raw['vocab_size']}")
-    filler = [f'<unused_{i}>' for i in range(raw['vocab_size'] - len(tok))]     # so that <image> gets the id behind the vocabulary
-    tok.add_tokens([*filler, tf.AddedToken('<image>', special=True, normalized=False)], special_tokens=True)
-    if tok.pad_token is None: tok.pad_token = tok.unk_token or tok.eos_token
+
+    if len(tok) > raw['vocab_size']:
+        raise InputError(
+            f"its tokenizer knows {len(tok)} tokens, its configuration {raw['vocab_size']}"
+        )
+    filler = [
+        f'<unused_{i}>' for i in range(raw['vocab_size'] - len(tok))
+    ]  # so that <image> gets the id behind the vocabulary
+    tok.add_tokens(
+        [*filler, tf.AddedToken('<image>', special=True, normalized=False)], special_tokens=True
+    )
+    if tok.pad_token is None:
+        tok.pad_token = tok.unk_token or tok.eos_token
     side, vision = config.vision_config.image_size, config.vision_config
-    images = tf.LlavaImageProcessor(size=dict(shortest_edge=side), crop_size=dict(height=side, width=side), do_pad=raw.get('image_aspect_ratio') == 'pad' and vision.model_type != 'dinov2')
-    return tf.LlavaProcessor(images, tok, patch_size=vision.patch_size, vision_feature_select_strategy=config.vision_feature_select_strategy, num_additional_image_tokens=1,
-                             chat_template=_INST if 'mistral' in str(raw['model_type']) else _VICUNA)
+    images = tf.LlavaImageProcessor(
+        size=dict(shortest_edge=side),
+        crop_size=dict(height=side, width=side),
+        do_pad=raw.get('image_aspect_ratio') == 'pad' and vision.model_type != 'dinov2',
+    )
+    return tf.LlavaProcessor(
+        images,
+        tok,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=_INST if 'mistral' in str(raw['model_type']) else _VICUNA,
+    )

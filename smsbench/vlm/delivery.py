@@ -14,48 +14,73 @@ import numpy as np
 from ..core import RunError, array_hash
 
 # %% ../../nbs/18_vlm.delivery.ipynb #ca0f19d7
-_BLOCK = 2**22 # elements hashed at a time: bounds the temporary memory to 32 MiB
+_BLOCK = 2**22  # elements hashed at a time: bounds the temporary memory to 32 MiB
+
 
 @lru_cache(64)
 def _weights(width, device):
     "Fixed random odd 64-bit weights (width,)."
     import torch
+
     drawn = np.random.default_rng(20240917).integers(0, 2**63, width, dtype=np.int64) | 1
-    with torch.inference_mode(False): return torch.from_numpy(drawn).to(device)
+    with torch.inference_mode(False):
+        return torch.from_numpy(drawn).to(device)
+
 
 def position_hashes(
-    t, # floating-point tensor (..., width)
-):     # int64 tensor (...), on the device of `t`
+    t,  # floating-point tensor (..., width)
+):  # int64 tensor (...), on the device of `t`
     "A 64-bit number per vector, from its bits; exact integer arithmetic, so the same in any batch and on any device."
     import torch
-    size = t.element_size() * (2 if t.element_size() == 2 and t.shape[-1] % 2 == 0 else 1)   # two 16-bit numbers are read as one integer
+
+    size = t.element_size() * (
+        2 if t.element_size() == 2 and t.shape[-1] % 2 == 0 else 1
+    )  # two 16-bit numbers are read as one integer
     bits = t.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
     flat, w = bits.reshape(-1, bits.shape[-1]), _weights(bits.shape[-1], str(t.device))
     step = max(1, _BLOCK // bits.shape[-1])
-    return torch.cat([(flat[i:i + step].long() * w).sum(-1) for i in range(0, len(flat), step)]).reshape(bits.shape[:-1]) if len(flat) else flat.new_zeros(bits.shape[:-1], dtype=torch.long)
+    return (
+        torch.cat(
+            [(flat[i : i + step].long() * w).sum(-1) for i in range(0, len(flat), step)]
+        ).reshape(bits.shape[:-1])
+        if len(flat)
+        else flat.new_zeros(bits.shape[:-1], dtype=torch.long)
+    )
 
 # %% ../../nbs/18_vlm.delivery.ipynb #76b08417
 def delivered_sha(
-    hashes:np.ndarray,     # (n,) int64: one number per position of the prompt, image positions included
-    extra:np.ndarray=(),   # (m,) int64: the same for what enters beside the input embeddings
-)->str:                    # 16 hexadecimal digits
+    hashes: np.ndarray,  # (n,) int64: one number per position of the prompt, image positions included
+    extra: np.ndarray = (),  # (m,) int64: the same for what enters beside the input embeddings
+) -> str:  # 16 hexadecimal digits
     "Name of what the language model consumed in one trial."
-    return array_hash(np.concatenate([[len(hashes)], np.asarray(hashes, np.int64), np.asarray(extra, np.int64)]).astype(np.int64))
+    return array_hash(
+        np.concatenate(
+            [[len(hashes)], np.asarray(hashes, np.int64), np.asarray(extra, np.int64)]
+        ).astype(np.int64)
+    )
 
 # %% ../../nbs/18_vlm.delivery.ipynb #a5cc0be9
-_BESIDE = ('cross_attention_states', 'deepstack_visual_embeds') # what enters a language model beside its input embeddings
+_BESIDE = (
+    'cross_attention_states',
+    'deepstack_visual_embeds',
+)  # what enters a language model beside its input embeddings
+
 
 class Heard:
     "One pass through the language model: a number per position, and per vector that entered beside them."
-    def __init__(self,
-        hashes, # int64 tensor (B, L)
-        beside, # list of B int64 tensors
-    ): self.hashes, self.beside = hashes, beside
 
-    def sha(self,
-        i:int, # which row of the batch
-        n:int, # its length without padding
-    )->str:    # its `delivered_sha`
+    def __init__(
+        self,
+        hashes,  # int64 tensor (B, L)
+        beside,  # list of B int64 tensors
+    ):
+        self.hashes, self.beside = hashes, beside
+
+    def sha(
+        self,
+        i: int,  # which row of the batch
+        n: int,  # its length without padding
+    ) -> str:  # its `delivered_sha`
         "The hash of row `i`, had it been computed whole in this pass."
         return delivered_sha(self.hashes[i, :n].cpu().numpy(), self.beside[i].cpu().numpy())
 
@@ -63,25 +88,51 @@ class Heard:
 def _shares(t, marks, rows):
     "The vectors (N, width) or (B*k, n, width) that belong to each of the rows: by the marked positions, or evenly."
     import torch
+
     h = position_hashes(t)
-    return torch.split(h, marks.sum(1).tolist()) if marks is not None and h.ndim == 1 else h.reshape(rows, -1).unbind(0)
+    return (
+        torch.split(h, marks.sum(1).tolist())
+        if marks is not None and h.ndim == 1
+        else h.reshape(rows, -1).unbind(0)
+    )
+
 
 @contextlib.contextmanager
 def listen(
-    model, # a Hugging Face vision-language model
-):         # yields a list of `Heard`, one for each pass through the language model
+    model,  # a Hugging Face vision-language model
+):  # yields a list of `Heard`, one for each pass through the language model
     "Listen at the door of the language model; `RunError` where nothing came through it."
     import torch
+
     heard = []
+
     def hook(module, args, kwargs):
-        embeds, ids = kwargs.get('inputs_embeds'), kwargs.get('input_ids', args[0] if args else None)
-        if embeds is None and ids is not None: embeds = module.get_input_embeddings()(ids)
-        if embeds is None: return
-        parts = [p for name in _BESIDE if kwargs.get(name) is not None for p in (kwargs[name] if isinstance(kwargs[name], (list, tuple)) else [kwargs[name]])]
+        embeds, ids = (
+            kwargs.get('inputs_embeds'),
+            kwargs.get('input_ids', args[0] if args else None),
+        )
+        if embeds is None and ids is not None:
+            embeds = module.get_input_embeddings()(ids)
+        if embeds is None:
+            return
+        parts = [
+            p
+            for name in _BESIDE
+            if kwargs.get(name) is not None
+            for p in (kwargs[name] if isinstance(kwargs[name], (list, tuple)) else [kwargs[name]])
+        ]
         shares = [_shares(p, kwargs.get('visual_pos_masks'), len(embeds)) for p in parts]
-        beside = [torch.cat(s) for s in zip(*shares)] or [torch.zeros(0, dtype=torch.long)] * len(embeds)
+        beside = [torch.cat(s) for s in zip(*shares)] or [torch.zeros(0, dtype=torch.long)] * len(
+            embeds
+        )
         heard.append(Heard(position_hashes(embeds), beside))
+
     handle = model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
-    try: yield heard
-    finally: handle.remove()
-    if not heard: raise RunError(f'{type(model).__name__}: nothing entered its language model by a door we know; what was delivered cannot be proven')
+    try:
+        yield heard
+    finally:
+        handle.remove()
+    if not heard:
+        raise RunError(
+            f'{type(model).__name__}: nothing entered its language model by a door we know; what was delivered cannot be proven'
+        )

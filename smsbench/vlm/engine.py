@@ -19,260 +19,495 @@ from .reuse import Features, Trial, join_features
 
 # %% ../../nbs/20h_vlm.engine.ipynb #7d6c6478
 def rows_of(
-    model,        # an `HFModel`
-    trial:Trial,  # what to score
-    full:bool=False, # also keep the logits of the whole vocabulary
-)->list[Row]:
+    model,  # an `HFModel`
+    trial: Trial,  # what to score
+    full: bool = False,  # also keep the logits of the whole vocabulary
+) -> list[Row]:
     "The rows that answer a trial."
     import torch
+
     seqs = list(dict.fromkeys(s for ss in model.spelled(trial.x.choices).values() for s in ss))
     single, n = [s[0] for s in seqs if len(s) == 1], len(trial.ids)
     floor = 0
     if trial.vision:
-        place = np.flatnonzero(trial.ids == getattr(model.model.config, model.caps.image_token)) if model.caps.image_token else [0]
+        place = (
+            np.flatnonzero(trial.ids == getattr(model.model.config, model.caps.image_token))
+            if model.caps.image_token
+            else [0]
+        )
         floor = int(place[-1]) + 1
-    rows = [Row(trial, trial.ids, n - 1, single, floor, tokens=trial.tokens)] if single or full else []
+    rows = (
+        [Row(trial, trial.ids, n - 1, single, floor, tokens=trial.tokens)] if single or full else []
+    )
     for s in seqs:
-        if len(s) == 1: continue
-        whole = extended(dict(trial.tokens, input_ids=torch.from_numpy(trial.ids)[None]), s[:-1], model.caps.answer_type)
-        rows.append(Row(trial, whole.pop('input_ids')[0].numpy(), n - 1, list(s), floor, extra=len(s) - 1, tokens=whole))
+        if len(s) == 1:
+            continue
+        whole = extended(
+            dict(trial.tokens, input_ids=torch.from_numpy(trial.ids)[None]),
+            s[:-1],
+            model.caps.answer_type,
+        )
+        rows.append(
+            Row(
+                trial,
+                whole.pop('input_ids')[0].numpy(),
+                n - 1,
+                list(s),
+                floor,
+                extra=len(s) - 1,
+                tokens=whole,
+            )
+        )
     return rows
 
 # %% ../../nbs/20h_vlm.engine.ipynb #9182dd34
 class Pass:
     "Forward passes of rows, on prefixes or from the start."
-    def __init__(self,
-        model,        # an `HFModel`
-        level:str,    # 'batch', 'features' or 'prefix'
-        limit:int,    # bytes of image features to hold
-    ): self.model, self.net, self.caps, self.level, self.features, self.ledger, self.stats = model, model.model, model.caps, level, Features(model, limit), Ledger(), Counter()
 
-    def __call__(self,
-        rows:list,      # `Row`s of one `kind`
-        lo:int,         # first position; what is before lies in `cells`
-        his:list[int],  # position after the last, per row
-        cells:list,     # (`Prefix`, index) per row, or [] to start from the beginning
-        keep:bool=False, # keep keys and values, read nothing
-    ):                  # cache or None, `Heading` per row, logits (B, K, vocabulary) at the positions to read
+    def __init__(
+        self,
+        model,  # an `HFModel`
+        level: str,  # 'batch', 'features' or 'prefix'
+        limit: int,  # bytes of image features to hold
+    ):
+        self.model, self.net, self.caps, self.level, self.features, self.ledger, self.stats = (
+            model,
+            model.model,
+            model.caps,
+            level,
+            Features(model, limit),
+            Ledger(),
+            Counter(),
+        )
+
+    def __call__(
+        self,
+        rows: list,  # `Row`s of one `kind`
+        lo: int,  # first position; what is before lies in `cells`
+        his: list[int],  # position after the last, per row
+        cells: list,  # (`Prefix`, index) per row, or [] to start from the beginning
+        keep: bool = False,  # keep keys and values, read nothing
+    ):  # cache or None, `Heading` per row, logits (B, K, vocabulary) at the positions to read
         "One forward pass."
         import torch
         from transformers import DynamicCache
-        cache = fork([(p.cache, i) for p, i in cells]) if cells else DynamicCache(config=self.net.config) if keep else None
+
+        cache = (
+            fork([(p.cache, i) for p, i in cells])
+            if cells
+            else DynamicCache(config=self.net.config)
+            if keep
+            else None
+        )
         under = self.ledger.of(cache) if cells else [NOTHING] * len(rows)
         put = self._tokens(rows, lo, his, bool(cells)) | ({} if cells else self._images(rows))
-        at = 1 if keep else torch.tensor([[p - lo for p in range(r.read, hi)] for r, hi in zip(rows, his)], device=self.net.device)
-        with listen(self.net) as heard, spared(self.net, at): out = self.net(**put, past_key_values=cache, use_cache=cache is not None, logits_to_keep=at)
-        if not keep and out.logits.shape[:2] != at.shape: raise RunError('this transformers version cannot read single positions; upgrade it')
-        self.stats.update(forwards=1, forked=len(cells), lm_tokens=sum(his) - lo * len(rows), padded_tokens=put['input_ids'].numel(), pairs=sum((hi - lo) * (hi + lo) // 2 for hi in his))
+        at = (
+            1
+            if keep
+            else torch.tensor(
+                [[p - lo for p in range(r.read, hi)] for r, hi in zip(rows, his)],
+                device=self.net.device,
+            )
+        )
+        with listen(self.net) as heard, spared(self.net, at):
+            out = self.net(
+                **put, past_key_values=cache, use_cache=cache is not None, logits_to_keep=at
+            )
+        if not keep and out.logits.shape[:2] != at.shape:
+            raise RunError('this transformers version cannot read single positions; upgrade it')
+        self.stats.update(
+            forwards=1,
+            forked=len(cells),
+            lm_tokens=sum(his) - lo * len(rows),
+            padded_tokens=put['input_ids'].numel(),
+            pairs=sum((hi - lo) * (hi + lo) // 2 for hi in his),
+        )
         numbers, beside = heard[0].hashes.cpu().numpy(), [b.cpu().numpy() for b in heard[0].beside]
-        headings = [Heading(np.concatenate([u.hashes, numbers[i, :hi - lo]]), np.concatenate([u.beside, beside[i]])) for i, (u, hi) in enumerate(zip(under, his))]
-        if keep: self.ledger.note(out.past_key_values, headings)
+        headings = [
+            Heading(
+                np.concatenate([u.hashes, numbers[i, : hi - lo]]),
+                np.concatenate([u.beside, beside[i]]),
+            )
+            for i, (u, hi) in enumerate(zip(under, his))
+        ]
+        if keep:
+            self.ledger.note(out.past_key_values, headings)
         return out.past_key_values, headings, out.logits
 
-    def kind(self,
-        row:Row, # any
-    ):           # rows of equal kind may be in one pass
+    def kind(
+        self,
+        row: Row,  # any
+    ):  # rows of equal kind may be in one pass
         "Which tensors a row has; images that enter by cross-attention, and pixels of another shape, go apart."
-        shapes = tuple((k, tuple(getattr(v, 'shape', ())[1:])) for k, v in row.trial.vision.items()) if self.level == 'batch' else self.caps.cross_attention and bool(row.trial.vision)
+        shapes = (
+            tuple((k, tuple(getattr(v, 'shape', ())[1:])) for k, v in row.trial.vision.items())
+            if self.level == 'batch'
+            else self.caps.cross_attention and bool(row.trial.vision)
+        )
         return tuple(sorted(row.tokens)), shapes
 
     def _tokens(self, rows, lo, his, continued):
         "Token-level tensors of positions lo..his, padded on the right, on the device."
         import torch
+
         longest, lengths, put = max(his) - lo, [hi - lo for hi in his], {}
-        def padded(ts): return torch.cat([torch.cat([t, t.new_zeros(1, longest - t.shape[1], *t.shape[2:])], 1) for t in ts]).to(self.net.device)
+
+        def padded(ts):
+            return torch.cat(
+                [torch.cat([t, t.new_zeros(1, longest - t.shape[1], *t.shape[2:])], 1) for t in ts]
+            ).to(self.net.device)
+
         ids = np.full((len(rows), longest), self.model.processor.tokenizer.pad_token_id or 0)
-        for line, r, n in zip(ids, rows, lengths): line[:n] = r.ids[lo:lo + n]
-        skip = {'attention_mask'} if not self.caps.bidirectional_prefix else set()   # right padding needs no mask in a causal model
-        if continued or self.caps.mrope: skip |= {'mm_token_type_ids'}               # positions are spelled out
-        if continued: skip |= {'token_type_ids'}                                     # the image lies in the prefix
-        for k in set(rows[0].tokens) - skip: put[k] = padded([r.tokens[k][:, lo:hi] for r, hi in zip(rows, his)])
-        if continued and 'attention_mask' in put: put['attention_mask'] = torch.cat([put['attention_mask'].new_ones(len(rows), lo), put['attention_mask']], 1)
-        if self.caps.mrope: put['position_ids'] = torch.stack([_positions(r, lo, longest) for r in rows], 1).to(self.net.device)
+        for line, r, n in zip(ids, rows, lengths):
+            line[:n] = r.ids[lo : lo + n]
+        skip = (
+            {'attention_mask'} if not self.caps.bidirectional_prefix else set()
+        )  # right padding needs no mask in a causal model
+        if continued or self.caps.mrope:
+            skip |= {'mm_token_type_ids'}  # positions are spelled out
+        if continued:
+            skip |= {'token_type_ids'}  # the image lies in the prefix
+        for k in set(rows[0].tokens) - skip:
+            put[k] = padded([r.tokens[k][:, lo:hi] for r, hi in zip(rows, his)])
+        if continued and 'attention_mask' in put:
+            put['attention_mask'] = torch.cat(
+                [put['attention_mask'].new_ones(len(rows), lo), put['attention_mask']], 1
+            )
+        if self.caps.mrope:
+            put['position_ids'] = torch.stack([_positions(r, lo, longest) for r in rows], 1).to(
+                self.net.device
+            )
         return dict(put, input_ids=torch.from_numpy(ids).to(self.net.device))
 
     def _images(self, rows):
         "What a pass takes of its rows' images."
         import torch
+
         begin, shown = time.perf_counter(), [r.trial for r in rows if r.trial.vision]
-        if not shown: return {}
-        if self.level == 'batch': return self.model.put({k: torch.cat([t.vision[k] for t in shown]) for k in shown[0].vision})
+        if not shown:
+            return {}
+        if self.level == 'batch':
+            return self.model.put(
+                {k: torch.cat([t.vision[k] for t in shown]) for k in shown[0].vision}
+            )
         put = join_features([self.features(t.image, t.vision) for t in shown])
         self.stats['vision_seconds'] += time.perf_counter() - begin
         return put
 
+
 def _positions(row, lo, n):
     "Positions (3, n) of a row from `lo` on, going on by one over an answer and padding."
     import torch
+
     p = row.trial.positions
     on = p[:, -1:] + torch.arange(1, 1 + max(0, lo + n - p.shape[1]))
-    return torch.cat([p, on], 1)[:, lo:lo + n]
+    return torch.cat([p, on], 1)[:, lo : lo + n]
 
 # %% ../../nbs/20h_vlm.engine.ipynb #19ee1622
 class Proof:
     "What should enter the language model for a trial."
-    def __init__(self,
-        model,             # an `HFModel`
-        features:Features, # which images were encoded
-    ): self.model, self.features, self.table = model, features, {}
 
-    def __call__(self,
-        trial:Trial, # whose
-    )->Heading:
+    def __init__(
+        self,
+        model,  # an `HFModel`
+        features: Features,  # which images were encoded
+    ):
+        self.model, self.features, self.table = model, features, {}
+
+    def __call__(
+        self,
+        trial: Trial,  # whose
+    ) -> Heading:
         "The numbers of its own tokens and its own image."
-        ids, (image, beside) = trial.ids, self.features.known[trial.image] if trial.vision else (NOTHING.hashes, NOTHING.beside)
+        ids, (image, beside) = (
+            trial.ids,
+            self.features.known[trial.image] if trial.vision else (NOTHING.hashes, NOTHING.beside),
+        )
         new = sorted(set(ids.tolist()) - set(self.table))
-        if new: self.table.update(zip(new, self._embedded(new)))
+        if new:
+            self.table.update(zip(new, self._embedded(new)))
         hashes = np.array([self.table[i] for i in ids.tolist()], np.int64)
-        if len(image): hashes[self._places(ids)] = image
+        if len(image):
+            hashes[self._places(ids)] = image
         return Heading(hashes, beside)
 
-    def _places(self, ids): return ids == getattr(self.model.model.config, self.model.caps.image_token)
+    def _places(self, ids):
+        return ids == getattr(self.model.model.config, self.model.caps.image_token)
 
     def _embedded(self, ids):
         import torch
-        look = self.model.model.get_input_embeddings()
-        return position_hashes(look(torch.tensor([i if i < look.num_embeddings else 0 for i in ids], device=self.model.model.device))).tolist()
 
-    def hold(self,
-        trial:Trial,     # whose
-        heard:Heading,   # what entered, cut to the prompt
+        look = self.model.model.get_input_embeddings()
+        return position_hashes(
+            look(
+                torch.tensor(
+                    [i if i < look.num_embeddings else 0 for i in ids],
+                    device=self.model.model.device,
+                )
+            )
+        ).tolist()
+
+    def hold(
+        self,
+        trial: Trial,  # whose
+        heard: Heading,  # what entered, cut to the prompt
     ):
         "`RunError` where something else than the trial's own tokens and image had entered."
         own = self(trial)
-        if np.array_equal(own.beside, heard.beside) and np.array_equal(own.hashes, heard.hashes): return
-        foreign = own.hashes != heard.hashes if len(own.hashes) == len(heard.hashes) else np.ones(len(trial.ids), bool)
-        text = bool(trial.ids[foreign].size) and not (trial.vision and self.model.caps.image_token and self._places(trial.ids)[foreign].all())
-        raise RunError(f"what entered the language model is not the trial's own {'text' if text else 'image'}; a fault of the cache, so nothing of this run counts")
+        if np.array_equal(own.beside, heard.beside) and np.array_equal(own.hashes, heard.hashes):
+            return
+        foreign = (
+            own.hashes != heard.hashes
+            if len(own.hashes) == len(heard.hashes)
+            else np.ones(len(trial.ids), bool)
+        )
+        text = bool(trial.ids[foreign].size) and not (
+            trial.vision and self.model.caps.image_token and self._places(trial.ids)[foreign].all()
+        )
+        raise RunError(
+            f"what entered the language model is not the trial's own {'text' if text else 'image'}; a fault of the cache, so nothing of this run counts"
+        )
 
 # %% ../../nbs/20h_vlm.engine.ipynb #2fb5d2ab
 def halving(
-    items:list, # what to do it with
-    do,         # called with the items, or with some of them after the other
-    told,       # called with the new size whenever memory ran out
+    items: list,  # what to do it with
+    do,  # called with the items, or with some of them after the other
+    told,  # called with the new size whenever memory ran out
 ):
     "Do it; where memory runs out (`torch.OutOfMemoryError`), with halves; one item that does not fit raises."
     import torch
-    try: return do(items)
+
+    try:
+        return do(items)
     except torch.OutOfMemoryError:
-        if len(items) == 1: raise
-    half = len(items) // 2   # out of the handler: the failed attempt's tensors are let go first
+        if len(items) == 1:
+            raise
+    half = len(items) // 2  # out of the handler: the failed attempt's tensors are let go first
     told(half)
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-    for some in (items[:half], items[half:]): halving(some, do, told)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for some in (items[:half], items[half:]):
+        halving(some, do, told)
 
 # %% ../../nbs/20h_vlm.engine.ipynb #fe5790b6
 class Engine:
     "Scores trials that are in memory together, within a budget."
-    def __init__(self,
-        model,                # an `HFModel`
-        level:str='prefix',   # 'batch', 'features' or 'prefix'
-        budget:int=2**30,     # bytes for features, prefixes and forks; an eighth is for features
-        max_rows:int=64,      # rows of a forward pass
-        max_tokens:int=2048,  # tokens of a forward pass, padding included
-        least:int=32,         # shortest stretch of tokens that is worth a prefix
-        forks:int|None=None,  # bytes of forks in one pass, at most; on a CPU copying them costs more than small batches do; None: what the budget leaves
-        even:float=0.,        # share of a prefix that may be computed again so that prefixes of unlike length go in one pass; 0: none
+
+    def __init__(
+        self,
+        model,  # an `HFModel`
+        level: str = 'prefix',  # 'batch', 'features' or 'prefix'
+        budget: int = 2**30,  # bytes for features, prefixes and forks; an eighth is for features
+        max_rows: int = 64,  # rows of a forward pass
+        max_tokens: int = 2048,  # tokens of a forward pass, padding included
+        least: int = 32,  # shortest stretch of tokens that is worth a prefix
+        forks: int
+        | None = None,  # bytes of forks in one pass, at most; on a CPU copying them costs more than small batches do; None: what the budget leaves
+        even: float = 0.0,  # share of a prefix that may be computed again so that prefixes of unlike length go in one pass; 0: none
     ):
-        self.model, self.level, self.budget, self.max_rows, self.max_tokens, self.least, self.forks, self.even = model, level, budget * 7 // 8, max_rows, max_tokens, least, forks, even
+        (
+            self.model,
+            self.level,
+            self.budget,
+            self.max_rows,
+            self.max_tokens,
+            self.least,
+            self.forks,
+            self.even,
+        ) = model, level, budget * 7 // 8, max_rows, max_tokens, least, forks, even
         self.go = Pass(model, level, budget // 8)
         self.proof, self.stats = Proof(model, self.go.features), self.go.stats
-        self.full, self.prove, self.live, self.row_bytes = False, level != 'batch', 0, 0   # keep all logits; hold each delivery against the trial's own; bytes of live prefixes; bytes of a prefix beside its positions (seen)
+        self.full, self.prove, self.live, self.row_bytes = (
+            False,
+            level != 'batch',
+            0,
+            0,
+        )  # keep all logits; hold each delivery against the trial's own; bytes of live prefixes; bytes of a prefix beside its positions (seen)
         text = model.model.config.get_text_config()
         width = getattr(text, 'head_dim', None) or text.hidden_size // text.num_attention_heads
-        self.token_bytes = 2 * text.num_hidden_layers * (getattr(text, 'num_key_value_heads', None) or text.num_attention_heads) * width * model.model.dtype.itemsize   # keys and values of one position
+        self.token_bytes = (
+            2
+            * text.num_hidden_layers
+            * (getattr(text, 'num_key_value_heads', None) or text.num_attention_heads)
+            * width
+            * model.model.dtype.itemsize
+        )  # keys and values of one position
 
-    def run(self,
-        trials:list[Trial], # what to score; what is found is written into them
+    def run(
+        self,
+        trials: list[Trial],  # what to score; what is found is written into them
     ):
         "Score a wave."
         self.go.ledger, self.live = Ledger(), 0
         rows, below, leaves = [r for t in trials for r in rows_of(self.model, t, self.full)], {}, {}
-        for part in _parted(rows, lambda r: (r.trial.image, self.go.kind(r))) if self.level == 'prefix' else ():
-            for n in grow(part, self.least, first=1 if self.go.caps.cross_attention and part[0].trial.vision else None): below.setdefault(n.parent, []).append(n)
-        for r in rows: leaves.setdefault(r.node, []).append(r)
-        if self.even: self._level(below, leaves)
+        for part in (
+            _parted(rows, lambda r: (r.trial.image, self.go.kind(r)))
+            if self.level == 'prefix'
+            else ()
+        ):
+            for n in grow(
+                part,
+                self.least,
+                first=1 if self.go.caps.cross_attention and part[0].trial.vision else None,
+            ):
+                below.setdefault(n.parent, []).append(n)
+        for r in rows:
+            leaves.setdefault(r.node, []).append(r)
+        if self.even:
+            self._level(below, leaves)
         self._descend(None, below, leaves)
 
     def _level(self, below, leaves):
         "Cut prefixes of nearly one length to one length; what is cut off goes to those who continue them."
         now = below.get(None, [])
         while now:
-            for n in now: n.lo = n.parent.hi if n.parent else 0
+            for n in now:
+                n.lo = n.parent.hi if n.parent else 0
             for part in _parted(now, lambda n: (n.lo, self.go.kind(n.row))):
                 part.sort(key=lambda n: n.hi)
                 short = part[0].hi
                 for n in part:
                     again = (n.hi - short) * (len(leaves.get(n, [])) + len(below.get(n, [])))
-                    if again > self.even * (n.hi - n.lo) or short < n.row.floor: short = n.hi
+                    if again > self.even * (n.hi - n.lo) or short < n.row.floor:
+                        short = n.hi
                     n.hi = short
             now = [k for n in now for k in below.get(n, [])]
 
     def _descend(self, nodes, below, leaves):
         "What hangs on the nodes that are computed: rows, then further prefixes, each group let go before the next."
         self._leaves([r for n in nodes or [None] for r in leaves.get(n, [])])
-        for part in _parted([k for n in nodes or [None] for k in below.get(n, [])], lambda n: (n.lo, n.hi, self.go.kind(n.row))):
-            fit = max(1, int((self.budget - self.live) / 2 / (self.token_bytes * part[0].hi + self.row_bytes)))
+        for part in _parted(
+            [k for n in nodes or [None] for k in below.get(n, [])],
+            lambda n: (n.lo, n.hi, self.go.kind(n.row)),
+        ):
+            fit = max(
+                1,
+                int(
+                    (self.budget - self.live) / 2 / (self.token_bytes * part[0].hi + self.row_bytes)
+                ),
+            )
             for i in range(0, len(part), fit):
-                before, some = self.live, part[i:i + fit]
-                for c in chunks(some, lambda n: n.hi - n.lo, self.max_rows, self.max_tokens): self._careful(c, self._prefix)
+                before, some = self.live, part[i : i + fit]
+                for c in chunks(some, lambda n: n.hi - n.lo, self.max_rows, self.max_tokens):
+                    self._careful(c, self._prefix)
                 self._descend(some, below, leaves)
-                for n in some: n.at = ()
+                for n in some:
+                    n.at = ()
                 self.live = before
 
     def _leaves(self, rows):
-        for part in _parted(rows, lambda r: (r.node.hi if r.node else 0, len(r.asks) if r.extra else 0, self.go.kind(r))):
-            order = {id(r.node): i for i, r in enumerate(part)} if self.forks else {}   # rows of one prefix together: expanded, not copied
+        for part in _parted(
+            rows,
+            lambda r: (r.node.hi if r.node else 0, len(r.asks) if r.extra else 0, self.go.kind(r)),
+        ):
+            order = (
+                {id(r.node): i for i, r in enumerate(part)} if self.forks else {}
+            )  # rows of one prefix together: expanded, not copied
             part.sort(key=lambda r: (order.get(id(r.node), 0), len(r.ids)))
             lo = part[0].node.hi if part[0].node else 0
-            fit = max(1, int(min(self.budget - self.live, self.forks or self.budget) / (self.token_bytes * max(len(r.ids) for r in part) + self.row_bytes))) if lo else self.max_rows
-            for c in chunks(part, lambda r: len(r.ids) - (r.node.hi if r.node else 0), min(fit, self.max_rows), self.max_tokens): self._careful(c, self._answer)
+            fit = (
+                max(
+                    1,
+                    int(
+                        min(self.budget - self.live, self.forks or self.budget)
+                        / (self.token_bytes * max(len(r.ids) for r in part) + self.row_bytes)
+                    ),
+                )
+                if lo
+                else self.max_rows
+            )
+            for c in chunks(
+                part,
+                lambda r: len(r.ids) - (r.node.hi if r.node else 0),
+                min(fit, self.max_rows),
+                self.max_tokens,
+            ):
+                self._careful(c, self._answer)
 
     def _careful(self, items, do):
         "In halves where memory runs out, and in no larger batches from then on."
-        def told(n): self.max_rows = n; self.stats['halved'] += 1
+
+        def told(n):
+            self.max_rows = n
+            self.stats['halved'] += 1
+
         halving(items, do, told)
 
     def _prefix(self, nodes):
         begin, (lo, hi) = self._clock(), (nodes[0].lo, nodes[0].hi)
-        cache, _, _ = self.go([n.row for n in nodes], lo, [hi] * len(nodes), [n.parent.at for n in nodes] if nodes[0].parent else [], keep=True)
+        cache, _, _ = self.go(
+            [n.row for n in nodes],
+            lo,
+            [hi] * len(nodes),
+            [n.parent.at for n in nodes] if nodes[0].parent else [],
+            keep=True,
+        )
         prefix = Prefix(cache, hi, len(nodes))
-        for i, n in enumerate(nodes): n.at = (prefix, i)
+        for i, n in enumerate(nodes):
+            n.at = (prefix, i)
         self.live += prefix.nbytes
-        self.row_bytes = max(self.row_bytes, prefix.nbytes // len(nodes) - self.token_bytes * hi)   # Mllama: keys and values of the image
+        self.row_bytes = max(
+            self.row_bytes, prefix.nbytes // len(nodes) - self.token_bytes * hi
+        )  # Mllama: keys and values of the image
         self._note(begin, 'prefix', len(nodes), self.live)
 
     def _answer(self, rows):
         begin, lo = self._clock(), rows[0].node.hi if rows[0].node else 0
-        cache, headings, logits = self.go(rows, lo, [len(r.ids) for r in rows], [r.node.at for r in rows] if rows[0].node else [])
+        cache, headings, logits = self.go(
+            rows, lo, [len(r.ids) for r in rows], [r.node.at for r in rows] if rows[0].node else []
+        )
         for i, (r, h, found) in enumerate(zip(rows, headings, _read(logits, rows))):
-            r.trial.logprob |= {tuple(r.asks): sum(found)} if r.extra else {(a,): v for a, v in zip(r.asks, found)}
-            if self.full and not r.extra: r.trial.logits = logits[i, 0].float().cpu()
-            self._deliver(r.trial, Heading(h.hashes[:len(r.trial.ids)], h.beside))
-        self._note(begin, 'answer', len(rows), self.live + (Prefix(cache, 0, 0).nbytes if cache else 0))
+            r.trial.logprob |= (
+                {tuple(r.asks): sum(found)} if r.extra else {(a,): v for a, v in zip(r.asks, found)}
+            )
+            if self.full and not r.extra:
+                r.trial.logits = logits[i, 0].float().cpu()
+            self._deliver(r.trial, Heading(h.hashes[: len(r.trial.ids)], h.beside))
+        self._note(
+            begin, 'answer', len(rows), self.live + (Prefix(cache, 0, 0).nbytes if cache else 0)
+        )
 
-    def _clock(self): return time.perf_counter() - self.stats['vision_seconds']   # the vision tower has its own account
+    def _clock(self):
+        return (
+            time.perf_counter() - self.stats['vision_seconds']
+        )  # the vision tower has its own account
 
     def _note(self, begin, what, n, held):
-        self.stats[f'{what}_rows'] += n; self.stats[f'{what}_seconds'] += self._clock() - begin
+        self.stats[f'{what}_rows'] += n
+        self.stats[f'{what}_seconds'] += self._clock() - begin
         self.stats['peak_bytes'] = max(self.stats['peak_bytes'], held)
 
     def _deliver(self, trial, heard):
         sha = delivered_sha(heard.hashes, heard.beside)
-        if trial.delivered_sha not in ('', sha): raise RunError('two passes of one trial received different inputs; nothing of this run counts')
-        if self.prove: self.proof.hold(trial, heard)
+        if trial.delivered_sha not in ('', sha):
+            raise RunError(
+                'two passes of one trial received different inputs; nothing of this run counts'
+            )
+        if self.prove:
+            self.proof.hold(trial, heard)
         trial.delivered_sha = sha
+
 
 def _parted(items, key):
     "Lists of items of equal key, in order of appearance."
     out = {}
-    for it in items: out.setdefault(key(it), []).append(it)
+    for it in items:
+        out.setdefault(key(it), []).append(it)
     return list(out.values())
+
 
 def _read(logits, rows):
     "Log-probabilities of what each row asks for: any number of tokens at one position, or one at each of several."
     import torch
+
     several, most = logits.shape[1] > 1, max(len(r.asks) for r in rows)
     asked = torch.tensor([r.asks + [0] * (most - len(r.asks)) for r in rows], device=logits.device)
-    found = logits.float().log_softmax(-1).gather(2, asked[:, :, None] if several else asked[:, None, :]).reshape(len(rows), most).cpu().tolist()
-    return [f[:len(r.asks)] for f, r in zip(found, rows)]
+    found = (
+        logits.float()
+        .log_softmax(-1)
+        .gather(2, asked[:, :, None] if several else asked[:, None, :])
+        .reshape(len(rows), most)
+        .cpu()
+        .tolist()
+    )
+    return [f[: len(r.asks)] for f, r in zip(found, rows)]

@@ -14,7 +14,8 @@ from ..core import InputError
 from ..data.phantom import FINDINGS, TERMS, read_report
 
 # %% ../../nbs/19c_vlm.evidence.ipynb #acccdc12
-STRENGTH = 3. # logits that one unit of evidence is worth
+STRENGTH = 3.0  # logits that one unit of evidence is worth
+
 
 def _halves(prompt):
     "(what stands before the question, the question) in lower case."
@@ -24,122 +25,162 @@ def _halves(prompt):
 # %% ../../nbs/19c_vlm.evidence.ipynb #590f3219
 @functools.lru_cache(4096)
 def asked_finding(
-    prompt:str, # the prompt of a trial
-)->str:         # from `FINDINGS`
+    prompt: str,  # the prompt of a trial
+) -> str:  # from `FINDINGS`
     "The finding that the question names; `InputError` where it names none or several."
     named = [f for f in FINDINGS if TERMS[f].search(_halves(prompt)[1])]
-    if len(named) != 1: raise InputError(f"planted models know the findings {', '.join(FINDINGS)}; this question names {' and '.join(named) or 'none'}: {_halves(prompt)[1][:80]!r}")
+    if len(named) != 1:
+        raise InputError(
+            f"planted models know the findings {', '.join(FINDINGS)}; this question names {' and '.join(named) or 'none'}: {_halves(prompt)[1][:80]!r}"
+        )
     return named[0]
 
 # %% ../../nbs/19c_vlm.evidence.ipynb #590f3202
 @functools.lru_cache(4096)
 def text_evidence(
-    prompt:str,              # the prompt of a trial
-    finding:str,             # from `FINDINGS`
-    strength:float=STRENGTH, # logits
-)->float:                    # +strength, -strength, or 0 where no report is shown
+    prompt: str,  # the prompt of a trial
+    finding: str,  # from `FINDINGS`
+    strength: float = STRENGTH,  # logits
+) -> float:  # +strength, -strength, or 0 where no report is shown
     "What the report in a prompt says, in logits."
     before = _halves(prompt)[0]
-    shown = re.search(r'^\s*\w[\w ]*:\s*\S', before, re.M)        # a line 'Report: ...', whatever the text is called
-    return strength*dict(yes=1, no=-1).get(read_report(before, finding), -1 if shown else 0)
+    shown = re.search(
+        r'^\s*\w[\w ]*:\s*\S', before, re.M
+    )  # a line 'Report: ...', whatever the text is called
+    return strength * dict(yes=1, no=-1).get(read_report(before, finding), -1 if shown else 0)
 
 # %% ../../nbs/19c_vlm.evidence.ipynb #eb44de60
-_SHOWN = re.compile(r'^\s*\w[\w ]*:\s*(\S.*)', re.M | re.S)   # 'Report: ...', or 'Note: ...'
+_SHOWN = re.compile(r'^\s*\w[\w ]*:\s*(\S.*)', re.M | re.S)  # 'Report: ...', or 'Note: ...'
+
 
 def shown_report(
-    prompt:str, # the prompt of a trial
-)->str:         # '' where none is shown
+    prompt: str,  # the prompt of a trial
+) -> str:  # '' where none is shown
     "The words of the report in a prompt, without what introduces it."
     found = _SHOWN.search(_halves(prompt)[0])
     return found[1].strip() if found else ''
 
 # %% ../../nbs/19c_vlm.evidence.ipynb #14915bd4
 def template_evidence(
-    prompt:str,              # the prompt of a trial
-    finding:str='',          # taken as every evidence takes it, and of no influence
-    strength:float=STRENGTH, # logits
-)->float:                    # +strength where an image and its text are announced, else -strength
+    prompt: str,  # the prompt of a trial
+    finding: str = '',  # taken as every evidence takes it, and of no influence
+    strength: float = STRENGTH,  # logits
+) -> float:  # +strength where an image and its text are announced, else -strength
     "What the template says, in logits: is there more than one thing to look at?"
     opening = _halves(prompt)[0].strip().split('\n')[0].lower()
     return strength if re.match(r'here are an? .+ and its ', opening) else -strength
 
 # %% ../../nbs/19c_vlm.evidence.ipynb #f640b09d
 _N = 64
-_X = ((2*np.arange(_N) + 1)/_N - 1)[None, :].repeat(_N, 0)
+_X = ((2 * np.arange(_N) + 1) / _N - 1)[None, :].repeat(_N, 0)
 _Y, _AX = _X.T, np.abs(_X)
-def _zone(x0, x1, y0, y1): return (_AX > x0) & (_AX < x1) & (_Y > y0) & (_Y < y1)
-_LUNG = _zone(.3, .6, -.5, .1)
+
+
+def _zone(x0, x1, y0, y1):
+    return (_AX > x0) & (_AX < x1) & (_Y > y0) & (_Y < y1)
+
+
+_LUNG = _zone(0.3, 0.6, -0.5, 0.1)
+
 
 def _mean(a, k):
     "k x k means."
-    p = k//2
+    p = k // 2
     b = np.pad(a, ((p + 1, p), (p + 1, p)), 'edge').cumsum(0, dtype=float).cumsum(1)
-    return (b[k:, k:] - b[:-k, k:] - b[k:, :-k] + b[:-k, :-k])*(1/(k*k))
+    return (b[k:, k:] - b[:-k, k:] - b[k:, :-k] + b[:-k, :-k]) * (1 / (k * k))
 
-def _around(a, shifts): return np.sort([np.roll(a, s, (0, 1)) for s in shifts], 0)
+
+def _around(a, shifts):
+    return np.sort([np.roll(a, s, (0, 1)) for s in shifts], 0)
 
 # %% ../../nbs/19c_vlm.evidence.ipynb #27535688
 def _canvas(image):
     "The film at 64 x 64, 3 x 3 smoothed, blind regions filled with the grey of its lungs; None where all is blind."
     from PIL import Image
+
     grey = image if image.ndim == 2 else np.rint(image.mean(-1)).astype(np.uint8)
     low = lambda a: np.asarray(Image.fromarray(a).resize((_N, _N), Image.Resampling.BOX))
     same, a = np.zeros(grey.shape, np.uint8), grey[:-1, :-1]
-    same[:-1, :-1] = ((a == grey[1:, :-1]) & (a == grey[:-1, 1:]) & (a == grey[1:, 1:]) & (a > 3) & (a < 250))*255
-    blind = _mean(_mean(low(same) > 190, 3) > .99, 5) > 0                # grown back by what the tests of neighbours ate
-    if blind.mean() > .9 or np.ptp(grey) < 3: return None
+    same[:-1, :-1] = (
+        (a == grey[1:, :-1]) & (a == grey[:-1, 1:]) & (a == grey[1:, 1:]) & (a > 3) & (a < 250)
+    ) * 255
+    blind = (
+        _mean(_mean(low(same) > 190, 3) > 0.99, 5) > 0
+    )  # grown back by what the tests of neighbours ate
+    if blind.mean() > 0.9 or np.ptp(grey) < 3:
+        return None
     small, seen = low(grey).astype(float), _LUNG & ~blind
-    return _mean(np.where(blind, np.median(small[seen]) if seen.sum() > 40 else 80., small), 3)
+    return _mean(np.where(blind, np.median(small[seen]) if seen.sum() > 40 else 80.0, small), 3)
 
 # %% ../../nbs/19c_vlm.evidence.ipynb #bb3b044b
 def _border(p):
     "Where the heart ends in a profile from the midline outwards; nan where nothing darker follows (fluid beside it)."
     high, low = p[4:7].mean(), np.sort(p[8:24])[:3].mean()
-    if high - low < 58: return np.nan
-    t = low + .45*(high - low)
+    if high - low < 58:
+        return np.nan
+    t = low + 0.45 * (high - low)
     i = 5 + int(np.argmax(p[5:] < t))
-    return (i - .5 + (p[i - 1] - t)/max(p[i - 1] - p[i], 1e-9))*2/_N
+    return (i - 0.5 + (p[i - 1] - t) / max(p[i - 1] - p[i], 1e-9)) * 2 / _N
+
 
 def _heart_size(m):
     "What the two borders agree on, relative to the threshold; 1 is the largest heart taken for normal."
-    p = m[(_Y[:, 0] > .2) & (_Y[:, 0] < .4)].mean(0)
-    sizes = np.array([_border(p[32:])/.50, _border(p[:32][::-1])/.326])
-    return np.nanmin(sizes) if not np.isnan(sizes).all() else 0.
+    p = m[(_Y[:, 0] > 0.2) & (_Y[:, 0] < 0.4)].mean(0)
+    sizes = np.array([_border(p[32:]) / 0.50, _border(p[:32][::-1]) / 0.326])
+    return np.nanmin(sizes) if not np.isnan(sizes).all() else 0.0
+
 
 def _contrast(sides, threshold, also):
     "The sides differ by more than a threshold, and `also` holds: a greyed side alone is no finding."
     return min(max(sides) - min(sides) - threshold, also(min(sides), max(sides)))
 
+
 _CROSS = [(0, 0), (3, 0), (-3, 0), (0, 3), (0, -3)] + [(a, b) for a in (-2, 2) for b in (-2, 2)]
 _RING = [(4, 0), (-4, 0), (0, 4), (0, -4)] + [(a, b) for a in (-3, 3) for b in (-3, 3)]
 _MEASURE = dict(
-    opacity=lambda m: _around(m, _CROSS)[0][_zone(.34, .50, -.36, -.10)].max() - 140,                # bright over more than a nodule's width
-    effusion=lambda m: _contrast([m[_zone(.71, .78, .11, .29) & (_X*s > 0)].mean() for s in (-1, 1)], 42, lambda low, high: high - 132),  # one base brighter, and bright
+    opacity=lambda m: (
+        _around(m, _CROSS)[0][_zone(0.34, 0.50, -0.36, -0.10)].max() - 140
+    ),  # bright over more than a nodule's width
+    effusion=lambda m: _contrast(
+        [m[_zone(0.71, 0.78, 0.11, 0.29) & (_X * s > 0)].mean() for s in (-1, 1)],
+        42,
+        lambda low, high: high - 132,
+    ),  # one base brighter, and bright
     cardiomegaly=lambda m: _heart_size(m) - 1,
-    nodule=lambda m: (m - _around(m, _RING)[-2])[_zone(.34, .54, -.40, -.14)].max() - 31,            # brighter than its surroundings in all but one direction (ribs have two)
-    pneumothorax=lambda m: _contrast([np.sort(m[_zone(.28, .80, -.62, .1) & (_X*s > 0)])[:6].mean() for s in (-1, 1)], 22, lambda low, high: 58 - low), # one darker, and dark
-    device=lambda m: np.sort(m[_zone(.36, .66, -.66, -.38)])[-3:].mean() - 212)                      # metal
+    nodule=lambda m: (
+        (m - _around(m, _RING)[-2])[_zone(0.34, 0.54, -0.40, -0.14)].max() - 31
+    ),  # brighter than its surroundings in all but one direction (ribs have two)
+    pneumothorax=lambda m: _contrast(
+        [np.sort(m[_zone(0.28, 0.80, -0.62, 0.1) & (_X * s > 0)])[:6].mean() for s in (-1, 1)],
+        22,
+        lambda low, high: 58 - low,
+    ),  # one darker, and dark
+    device=lambda m: np.sort(m[_zone(0.36, 0.66, -0.66, -0.38)])[-3:].mean() - 212,
+)  # metal
 
 # %% ../../nbs/19c_vlm.evidence.ipynb #a2cad447
 def film_evidence(
-    image,                   # (H, W) or (H, W, 3) uint8, or None
-    finding:str,             # from `FINDINGS`
-    strength:float=STRENGTH, # logits
-)->float:                    # +strength, -strength, or 0 for no or a uniform picture
+    image,  # (H, W) or (H, W, 3) uint8, or None
+    finding: str,  # from `FINDINGS`
+    strength: float = STRENGTH,  # logits
+) -> float:  # +strength, -strength, or 0 for no or a uniform picture
     "What a film shows, measured in its pixels, in logits."
-    if finding not in _MEASURE: raise InputError(f"unknown finding {finding!r}; choose from {', '.join(FINDINGS)}")
+    if finding not in _MEASURE:
+        raise InputError(f"unknown finding {finding!r}; choose from {', '.join(FINDINGS)}")
     canvas = None if image is None else _canvas(image)
-    return 0. if canvas is None else strength if _MEASURE[finding](canvas) > 0 else -strength
+    return 0.0 if canvas is None else strength if _MEASURE[finding](canvas) > 0 else -strength
 
 # %% ../../nbs/19c_vlm.evidence.ipynb #deca5592
 def marker_evidence(
-    image,                   # (H, W) or (H, W, 3) uint8, or None
-    finding:str='',          # taken as every evidence takes it, and of no influence
-    strength:float=STRENGTH, # logits
-)->float:                    # +strength with the marker, -strength without, 0 for no or a uniform picture
+    image,  # (H, W) or (H, W, 3) uint8, or None
+    finding: str = '',  # taken as every evidence takes it, and of no influence
+    strength: float = STRENGTH,  # logits
+) -> float:  # +strength with the marker, -strength without, 0 for no or a uniform picture
     "Whether the shortcut marker is burnt into a film, measured in its pixels, in logits."
     from PIL import Image
-    if image is None or _canvas(image) is None: return 0.
+
+    if image is None or _canvas(image) is None:
+        return 0.0
     grey = image if image.ndim == 2 else np.rint(image.mean(-1)).astype(np.uint8)
     corner = np.asarray(Image.fromarray(grey).resize((_N, _N), Image.Resampling.BOX))[2:7, 2:7]
     return strength if np.sort(corner.ravel())[-9:].mean() > 180 else -strength

@@ -14,33 +14,55 @@ import pandas as pd
 @dataclass(frozen=True)
 class Capabilities:
     "What is particular about a family."
-    family:str                  # its name here; the `model_type` of its configuration unless `model_type` says otherwise
-    title:str                   # as people call it
-    top_level:str='plain'       # 'plain', 'batch', 'features' or 'prefix': the most that trials may share
-    why:str='every trial is asked alone' # why not more
-    text_only:str='template'    # a prompt without an image goes through the 'template' and the processor, or straight to the 'tokenizer'
-    system:str=''               # default system prompt; '' leaves it to the template
-    extra:str=''                # default sentence behind the question
-    plain:tuple[str, str]=('{image}{text}\nAnswer:', '{start}{text}\nAnswer:') # prompt of a base model: with an image, without one
-    writes_start:bool=False     # the processor itself writes the start token into a prompt with an image
-    answer_type:int=0           # token type of what follows the prompt
-    image_token:str='image_token_id' # attribute of the configuration with the id of the expanded image token; '': the image is no token
-    processor:tuple=()          # (name, value) pairs that its processor must be called with
-    bidirectional_prefix:bool=False # the tokens of the prompt see each other in both directions
-    cross_attention:bool=False  # the image enters through cross-attention, not as tokens
-    mrope:bool=False            # positions have three axes (time, height, width)
-    sliding:bool=False          # some layers see only the nearest tokens
-    attention:str='self'        # where attention maps are read: 'self', 'full' (self-attention of the layers without a window), 'cross'
-    model_type:str=''           # `model_type` of the configuration, where it is not `family`
-    text_type:str=''            # `model_type` of the language model, where that tells two families apart
 
-PLAIN = Capabilities('', 'any other class of AutoModelForImageTextToText', why='in no table of smsbench: asked one by one, nothing shared')
+    family: str  # its name here; the `model_type` of its configuration unless `model_type` says otherwise
+    title: str  # as people call it
+    top_level: str = (
+        'plain'  # 'plain', 'batch', 'features' or 'prefix': the most that trials may share
+    )
+    why: str = 'every trial is asked alone'  # why not more
+    text_only: str = 'template'  # a prompt without an image goes through the 'template' and the processor, or straight to the 'tokenizer'
+    system: str = ''  # default system prompt; '' leaves it to the template
+    extra: str = ''  # default sentence behind the question
+    plain: tuple[str, str] = (
+        '{image}{text}\nAnswer:',
+        '{start}{text}\nAnswer:',
+    )  # prompt of a base model: with an image, without one
+    writes_start: bool = (
+        False  # the processor itself writes the start token into a prompt with an image
+    )
+    answer_type: int = 0  # token type of what follows the prompt
+    image_token: str = 'image_token_id'  # attribute of the configuration with the id of the expanded image token; '': the image is no token
+    processor: tuple = ()  # (name, value) pairs that its processor must be called with
+    bidirectional_prefix: bool = False  # the tokens of the prompt see each other in both directions
+    cross_attention: bool = False  # the image enters through cross-attention, not as tokens
+    mrope: bool = False  # positions have three axes (time, height, width)
+    sliding: bool = False  # some layers see only the nearest tokens
+    attention: str = 'self'  # where attention maps are read: 'self', 'full' (self-attention of the layers without a window), 'cross'
+    model_type: str = ''  # `model_type` of the configuration, where it is not `family`
+    text_type: str = ''  # `model_type` of the language model, where that tells two families apart
+
+
+PLAIN = Capabilities(
+    '',
+    'any other class of AutoModelForImageTextToText',
+    why='in no table of smsbench: asked one by one, nothing shared',
+)
 
 # %% ../../nbs/19_vlm.families.ipynb #f77f9eb8
 _ALL = 'one causal sequence: everything up to the last image token is the same for all trials of an image'
-_MROPE = dict(top_level='prefix', why=_ALL + ', with its three-axis positions passed on', mrope=True)
-_PREFIX_LM = dict(top_level='features', why='prefix-LM: image and question see each other in both directions, so a prefix depends on what follows it', text_only='tokenizer', writes_start=True,
-                  plain=('{image}answer en {text}', '{start}answer en {text}\n'), answer_type=1, bidirectional_prefix=True)
+_MROPE = dict(
+    top_level='prefix', why=_ALL + ', with its three-axis positions passed on', mrope=True
+)
+_PREFIX_LM = dict(
+    top_level='features',
+    why='prefix-LM: image and question see each other in both directions, so a prefix depends on what follows it',
+    text_only='tokenizer',
+    writes_start=True,
+    plain=('{image}answer en {text}', '{start}answer en {text}\n'),
+    answer_type=1,
+    bidirectional_prefix=True,
+)
 
 _RECORDS = [
     Capabilities('llava', 'LLaVA-1.5 (and converted LLaVA-Med)', 'prefix', _ALL),
@@ -50,73 +72,203 @@ _RECORDS = [
     Capabilities('qwen2_5_vl', 'Qwen2.5-VL', **_MROPE),
     Capabilities('qwen3_vl', 'Qwen3-VL', **_MROPE),
     Capabilities('paligemma', 'PaliGemma', **_PREFIX_LM, model_type='paligemma', text_type='gemma'),
-    Capabilities('paligemma2', 'PaliGemma 2', **_PREFIX_LM, sliding=True, attention='full', model_type='paligemma', text_type='gemma2'),
-    Capabilities('gemma3', 'Gemma 3, MedGemma', 'prefix', _ALL + '; the cut must lie behind the image, whose tokens see each other', sliding=True, attention='full'),
-    Capabilities('mllama', 'Llama 3.2 Vision (Mllama)', 'prefix', 'the image enters through cross-attention, whose keys and values are cached with the prefix; rows without an image go apart',
-                 plain=('{image}{start}{text}\nAnswer:', '{start}{text}\nAnswer:'), writes_start=True, image_token='', cross_attention=True, attention='cross'),
-    Capabilities('janus', 'Janus, Janus-Pro', 'prefix', _ALL, processor=(('generation_mode', 'text'),)),
+    Capabilities(
+        'paligemma2',
+        'PaliGemma 2',
+        **_PREFIX_LM,
+        sliding=True,
+        attention='full',
+        model_type='paligemma',
+        text_type='gemma2',
+    ),
+    Capabilities(
+        'gemma3',
+        'Gemma 3, MedGemma',
+        'prefix',
+        _ALL + '; the cut must lie behind the image, whose tokens see each other',
+        sliding=True,
+        attention='full',
+    ),
+    Capabilities(
+        'mllama',
+        'Llama 3.2 Vision (Mllama)',
+        'prefix',
+        'the image enters through cross-attention, whose keys and values are cached with the prefix; rows without an image go apart',
+        plain=('{image}{start}{text}\nAnswer:', '{start}{text}\nAnswer:'),
+        writes_start=True,
+        image_token='',
+        cross_attention=True,
+        attention='cross',
+    ),
+    Capabilities(
+        'janus', 'Janus, Janus-Pro', 'prefix', _ALL, processor=(('generation_mode', 'text'),)
+    ),
     Capabilities('idefics3', 'Idefics3', 'prefix', _ALL),
     Capabilities('smolvlm', 'SmolVLM', 'prefix', _ALL),
     Capabilities('internvl', 'InternVL', 'prefix', _ALL),
 ]
-FAMILIES = {c.family: c for c in _RECORDS}   # family -> its record
+FAMILIES = {c.family: c for c in _RECORDS}  # family -> its record
 
 # %% ../../nbs/19_vlm.families.ipynb #f6d5e545
 def caps_of(
-    config,         # a transformers configuration
-)->Capabilities:    # the record of its family; `PLAIN` where there is none
+    config,  # a transformers configuration
+) -> Capabilities:  # the record of its family; `PLAIN` where there is none
     "What is known about the family of a checkpoint."
-    kind, text = getattr(config, 'model_type', ''), getattr(getattr(config, 'text_config', None), 'model_type', '')
-    found = [c for c in _RECORDS if (c.model_type or c.family) == kind and c.text_type in ('', text)]
+    kind, text = (
+        getattr(config, 'model_type', ''),
+        getattr(getattr(config, 'text_config', None), 'model_type', ''),
+    )
+    found = [
+        c for c in _RECORDS if (c.model_type or c.family) == kind and c.text_type in ('', text)
+    ]
     return found[0] if found else PLAIN
 
 # %% ../../nbs/19_vlm.families.ipynb #294a1489
-def families_table(
-)->pd.DataFrame: # one row per family, in the order of the table; the last row is every other class
+def families_table() -> (
+    pd.DataFrame
+):  # one row per family, in the order of the table; the last row is every other class
     "The capabilities as a table, for `smsbench models`."
-    return pd.DataFrame([asdict(c) for c in (*_RECORDS, PLAIN)])[[f.name for f in fields(Capabilities)]]
+    return pd.DataFrame([asdict(c) for c in (*_RECORDS, PLAIN)])[
+        [f.name for f in fields(Capabilities)]
+    ]
 
 # %% ../../nbs/19_vlm.families.ipynb #1f3cdf02
 @dataclass(frozen=True)
 class Route:
     "How one published model is served."
-    model:str    # as papers call it
-    id:str       # hub id; '' where there is none
-    route:str    # 'loader', 'conversion', 'remote code' or 'trials'
-    family:str='' # key of `FAMILIES`, where it is served through one
-    note:str=''  # what to know
+
+    model: str  # as papers call it
+    id: str  # hub id; '' where there is none
+    route: str  # 'loader', 'conversion', 'remote code' or 'trials'
+    family: str = ''  # key of `FAMILIES`, where it is served through one
+    note: str = ''  # what to know
 
 # %% ../../nbs/19_vlm.families.ipynb #ea7633e7
 _LAYOUT = 'original LLaVA layout: smsbench.vlm.convert rewrites it into transformers LLaVA'
 _REMOTE = 'the code of its repository runs: read it, then name the commit'
 ROUTES = (
     Route('LLaVA-1.5 7B', 'llava-hf/llava-1.5-7b-hf', 'loader', 'llava'),
-    Route('LLaVA-1.5 7B (original)', 'liuhaotian/llava-v1.5-7b', 'conversion', 'llava', _LAYOUT + '; llava-hf/llava-1.5-7b-hf is the same model'),
+    Route(
+        'LLaVA-1.5 7B (original)',
+        'liuhaotian/llava-v1.5-7b',
+        'conversion',
+        'llava',
+        _LAYOUT + '; llava-hf/llava-1.5-7b-hf is the same model',
+    ),
     Route('LLaVA-1.6 Mistral 7B', 'llava-hf/llava-v1.6-mistral-7b-hf', 'loader', 'llava_next'),
     Route('LLaVA-1.6 Vicuna 7B', 'llava-hf/llava-v1.6-vicuna-7b-hf', 'loader', 'llava_next'),
-    Route('LLaVA-OneVision 7B', 'llava-hf/llava-onevision-qwen2-7b-ov-hf', 'loader', 'llava_onevision'),
+    Route(
+        'LLaVA-OneVision 7B', 'llava-hf/llava-onevision-qwen2-7b-ov-hf', 'loader', 'llava_onevision'
+    ),
     Route('Qwen2-VL 7B', 'Qwen/Qwen2-VL-7B-Instruct', 'loader', 'qwen2_vl'),
     Route('Qwen2.5-VL 7B', 'Qwen/Qwen2.5-VL-7B-Instruct', 'loader', 'qwen2_5_vl'),
     Route('Qwen3-VL 8B', 'Qwen/Qwen3-VL-8B-Instruct', 'loader', 'qwen3_vl'),
-    Route('PaliGemma 3B', 'google/paligemma-3b-mix-448', 'loader', 'paligemma', 'gated: accept its licence on the hub first'),
-    Route('PaliGemma 2 10B', 'google/paligemma2-10b-mix-448', 'loader', 'paligemma2', 'gated: accept its licence on the hub first'),
-    Route('Gemma 3 4B', 'google/gemma-3-4b-it', 'loader', 'gemma3', 'gated: accept its licence on the hub first'),
-    Route('MedGemma 4B', 'google/medgemma-4b-it', 'loader', 'gemma3', 'gated: accept its licence on the hub first'),
-    Route('Llama 3.2 11B Vision', 'meta-llama/Llama-3.2-11B-Vision-Instruct', 'loader', 'mllama', 'gated; its template takes no system prompt beside an image'),
-    Route('Janus-Pro 7B', 'deepseek-community/Janus-Pro-7B', 'loader', 'janus', 'the conversion for transformers; deepseek-ai/Janus-Pro-7B needs its own package'),
+    Route(
+        'PaliGemma 3B',
+        'google/paligemma-3b-mix-448',
+        'loader',
+        'paligemma',
+        'gated: accept its licence on the hub first',
+    ),
+    Route(
+        'PaliGemma 2 10B',
+        'google/paligemma2-10b-mix-448',
+        'loader',
+        'paligemma2',
+        'gated: accept its licence on the hub first',
+    ),
+    Route(
+        'Gemma 3 4B',
+        'google/gemma-3-4b-it',
+        'loader',
+        'gemma3',
+        'gated: accept its licence on the hub first',
+    ),
+    Route(
+        'MedGemma 4B',
+        'google/medgemma-4b-it',
+        'loader',
+        'gemma3',
+        'gated: accept its licence on the hub first',
+    ),
+    Route(
+        'Llama 3.2 11B Vision',
+        'meta-llama/Llama-3.2-11B-Vision-Instruct',
+        'loader',
+        'mllama',
+        'gated; its template takes no system prompt beside an image',
+    ),
+    Route(
+        'Janus-Pro 7B',
+        'deepseek-community/Janus-Pro-7B',
+        'loader',
+        'janus',
+        'the conversion for transformers; deepseek-ai/Janus-Pro-7B needs its own package',
+    ),
     Route('Idefics3 8B', 'HuggingFaceM4/Idefics3-8B-Llama3', 'loader', 'idefics3'),
-    Route('SmolVLM', 'HuggingFaceTB/SmolVLM-Instruct', 'loader', 'idefics3', 'needs the package num2words where its processor is that of SmolVLM'),
-    Route('SmolVLM2 2.2B', 'HuggingFaceTB/SmolVLM2-2.2B-Instruct', 'loader', 'smolvlm', 'its processor needs the package num2words'),
-    Route('InternVL3 8B', 'OpenGVLab/InternVL3-8B-hf', 'loader', 'internvl', 'take the -hf repositories: the others are remote code'),
-    Route('LLaVA-Med v1.5 7B', 'microsoft/llava-med-v1.5-mistral-7b', 'conversion', 'llava', _LAYOUT),
-    Route('LLaVA-Rad 7B', 'microsoft/llava-rad', 'conversion', 'llava', 'LoRA weights over lmsys/vicuna-7b-v1.5 with a DINOv2 tower from an open_clip checkpoint: smsbench.vlm.convert, by its published layout'),
-    Route('CheXagent 8B', 'StanfordAIMI/CheXagent-8b', 'remote code', '', _REMOTE + '; its newer versions insist on transformers 4.40: answer through trials there'),
-    Route('MAIRA-2', 'microsoft/maira-2', 'remote code', '', _REMOTE + '; gated; written for transformers 4.46 to 4.51: answer through trials where it does not load'),
-    Route('BiomedGPT', '', 'trials', '', 'its weights come with fairseq code, not as a class of transformers'),
-    Route('closed models behind an API', '', 'trials', '', 'answers without log-probabilities are enough; credentialed data must not be sent to them'),
+    Route(
+        'SmolVLM',
+        'HuggingFaceTB/SmolVLM-Instruct',
+        'loader',
+        'idefics3',
+        'needs the package num2words where its processor is that of SmolVLM',
+    ),
+    Route(
+        'SmolVLM2 2.2B',
+        'HuggingFaceTB/SmolVLM2-2.2B-Instruct',
+        'loader',
+        'smolvlm',
+        'its processor needs the package num2words',
+    ),
+    Route(
+        'InternVL3 8B',
+        'OpenGVLab/InternVL3-8B-hf',
+        'loader',
+        'internvl',
+        'take the -hf repositories: the others are remote code',
+    ),
+    Route(
+        'LLaVA-Med v1.5 7B', 'microsoft/llava-med-v1.5-mistral-7b', 'conversion', 'llava', _LAYOUT
+    ),
+    Route(
+        'LLaVA-Rad 7B',
+        'microsoft/llava-rad',
+        'conversion',
+        'llava',
+        'LoRA weights over lmsys/vicuna-7b-v1.5 with a DINOv2 tower from an open_clip checkpoint: smsbench.vlm.convert, by its published layout',
+    ),
+    Route(
+        'CheXagent 8B',
+        'StanfordAIMI/CheXagent-8b',
+        'remote code',
+        '',
+        _REMOTE + '; its newer versions insist on transformers 4.40: answer through trials there',
+    ),
+    Route(
+        'MAIRA-2',
+        'microsoft/maira-2',
+        'remote code',
+        '',
+        _REMOTE
+        + '; gated; written for transformers 4.46 to 4.51: answer through trials where it does not load',
+    ),
+    Route(
+        'BiomedGPT',
+        '',
+        'trials',
+        '',
+        'its weights come with fairseq code, not as a class of transformers',
+    ),
+    Route(
+        'closed models behind an API',
+        '',
+        'trials',
+        '',
+        'answers without log-probabilities are enough; credentialed data must not be sent to them',
+    ),
 )
 
-def routes_table(
-)->pd.DataFrame: # one row per published model
+
+def routes_table() -> pd.DataFrame:  # one row per published model
     "By which way each published model is served, for `smsbench models`."
     return pd.DataFrame([asdict(r) for r in ROUTES])

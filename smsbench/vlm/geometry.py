@@ -20,279 +20,493 @@ from .models import HFModel, Inputs, few_threads
 @dataclass(frozen=True)
 class Frame:
     "A raster made from the film by resizing, cutting and padding."
-    height:float # of the raster, in its own pixels
-    width:float  # the same
-    box:tuple[float, float, float, float] # x0, y0, x1, y1: what it shows, in pixels of the film; beyond the film where it is padded
 
-    def resized(self, height, width): return replace(self, height=height, width=width)
+    height: float  # of the raster, in its own pixels
+    width: float  # the same
+    box: tuple[
+        float, float, float, float
+    ]  # x0, y0, x1, y1: what it shows, in pixels of the film; beyond the film where it is padded
 
-    def cut(self,
-        x,      # left edge of the part, in pixels of the raster; negative: padding on the left
-        y,      # upper edge
+    def resized(self, height, width):
+        return replace(self, height=height, width=width)
+
+    def cut(
+        self,
+        x,  # left edge of the part, in pixels of the raster; negative: padding on the left
+        y,  # upper edge
         width,  # of the part; beyond the raster: padding on the right
-        height, # the same
+        height,  # the same
     ):
         "A part of the raster, or the raster with a margin."
         x0, y0 = self.box[:2]
-        fx, fy = (self.box[2] - x0)/self.width, (self.box[3] - y0)/self.height
-        return Frame(height, width, (x0 + fx*x, y0 + fy*y, x0 + fx*(x + width), y0 + fy*(y + height)))
+        fx, fy = (self.box[2] - x0) / self.width, (self.box[3] - y0) / self.height
+        return Frame(
+            height, width, (x0 + fx * x, y0 + fy * y, x0 + fx * (x + width), y0 + fy * (y + height))
+        )
 
     def centred(self, width, height):
         "The part in the middle, or the raster in the middle of a larger one; half a pixel falls as in torchvision."
-        return self.cut(int((self.width - width)/2), int((self.height - height)/2), width, height)
+        return self.cut(
+            int((self.width - width) / 2), int((self.height - height) / 2), width, height
+        )
 
 # %% ../../nbs/22_vlm.geometry.ipynb #0e0a4868
 @dataclass(frozen=True, eq=False)
 class View:
     "A grid of cells over the film, and the token (or cross-attention key) of each."
-    name:str             # 'full', 'tiles', 'crop 1', ...
-    kind:str             # 'full', 'tile' or 'crop'
-    positions:np.ndarray # (rows, columns) int: which key of an attention row stands for the cell
-    box:tuple[float, float, float, float] # x0, y0, x1, y1: what the grid covers, in pixels of the film; beyond the film where it is padded
+
+    name: str  # 'full', 'tiles', 'crop 1', ...
+    kind: str  # 'full', 'tile' or 'crop'
+    positions: np.ndarray  # (rows, columns) int: which key of an attention row stands for the cell
+    box: tuple[
+        float, float, float, float
+    ]  # x0, y0, x1, y1: what the grid covers, in pixels of the film; beyond the film where it is padded
 
     @property
-    def grid(self)->tuple[int, int]: return self.positions.shape   # rows, columns
+    def grid(self) -> tuple[int, int]:
+        return self.positions.shape  # rows, columns
+
     @property
-    def affine(self)->np.ndarray:
+    def affine(self) -> np.ndarray:
         "(2,3): times (column, row, 1) gives (x, y) in pixels of the film; the first cell spans 0 to 1."
         (rows, columns), (x0, y0, x1, y1) = self.grid, self.box
-        return np.array([[(x1 - x0)/columns, 0, x0], [0, (y1 - y0)/rows, y0]])
+        return np.array([[(x1 - x0) / columns, 0, x0], [0, (y1 - y0) / rows, y0]])
 
-    def cell(self,
-        row:int,    # from 0, downwards
-        column:int, # from 0, to the right
-    )->np.ndarray:  # x0, y0, x1, y1 in pixels of the film
+    def cell(
+        self,
+        row: int,  # from 0, downwards
+        column: int,  # from 0, to the right
+    ) -> np.ndarray:  # x0, y0, x1, y1 in pixels of the film
         "The rectangle of one cell."
-        return np.concatenate([self.affine @ (column, row, 1), self.affine @ (column + 1, row + 1, 1)])
+        return np.concatenate(
+            [self.affine @ (column, row, 1), self.affine @ (column + 1, row + 1, 1)]
+        )
 
-    def where(self,
-        x, # pixels of the film, float or array
-        y, # the same
-    ):     # row and column, continuous: the centre of the first cell is (0.5, 0.5); outside 0 to rows or columns where the view does not show it
+    def where(
+        self,
+        x,  # pixels of the film, float or array
+        y,  # the same
+    ):  # row and column, continuous: the centre of the first cell is (0.5, 0.5); outside 0 to rows or columns where the view does not show it
         "Which cell shows a point of the film."
         a = self.affine
-        return (np.asarray(y) - a[1, 2])/a[1, 1], (np.asarray(x) - a[0, 2])/a[0, 0]
+        return (np.asarray(y) - a[1, 2]) / a[1, 1], (np.asarray(x) - a[0, 2]) / a[0, 0]
 
 # %% ../../nbs/22_vlm.geometry.ipynb #0e0a4802
 @dataclass(frozen=True, eq=False)
 class Layout:
     "Where the image is in the keys that a prompt's attention rows range over."
-    family:str            # key of `families.FAMILIES`
-    shape:tuple[int, int] # height and width of the film, in pixels
-    views:tuple[View, ...] # in the order of their tokens
-    beside:np.ndarray     # (n,) int: image tokens that are no cell (newlines, class tokens, unused tiles)
-    keys:int              # how many keys a row has: tokens of the prompt, or of the image where it enters by cross-attention
-    cross:bool=False      # are the positions those of cross-attention keys?
+
+    family: str  # key of `families.FAMILIES`
+    shape: tuple[int, int]  # height and width of the film, in pixels
+    views: tuple[View, ...]  # in the order of their tokens
+    beside: (
+        np.ndarray
+    )  # (n,) int: image tokens that are no cell (newlines, class tokens, unused tiles)
+    keys: int  # how many keys a row has: tokens of the prompt, or of the image where it enters by cross-attention
+    cross: bool = False  # are the positions those of cross-attention keys?
 
     @property
-    def image(self)->np.ndarray:
+    def image(self) -> np.ndarray:
         "(n,) int, ascending: every position that belongs to the image."
         return np.sort(np.concatenate([*(v.positions.ravel() for v in self.views), self.beside]))
 
-    def table(self)->pd.DataFrame:
+    def table(self) -> pd.DataFrame:
         "One row per view: view, kind, rows, columns, box (pixels of the film)."
-        return pd.DataFrame([dict(view=v.name, kind=v.kind, rows=v.grid[0], columns=v.grid[1], box=tuple(round(float(b), 1) for b in v.box)) for v in self.views])
+        return pd.DataFrame(
+            [
+                dict(
+                    view=v.name,
+                    kind=v.kind,
+                    rows=v.grid[0],
+                    columns=v.grid[1],
+                    box=tuple(round(float(b), 1) for b in v.box),
+                )
+                for v in self.views
+            ]
+        )
 
 # %% ../../nbs/22_vlm.geometry.ipynb #87f01e33
 def _resize(f, ip):
     "As `size` says: the shorter edge, or height and width."
-    if not ip.do_resize: return f
+    if not ip.do_resize:
+        return f
     s = ip.size
-    if s.get('height') and s.get('width'): return f.resized(s['height'], s['width'])
-    if not s.get('shortest_edge') or s.get('longest_edge'): raise InputError(f'an image processor with size {dict(s)}: its geometry is not known here; give it height and width, or a shortest edge')
+    if s.get('height') and s.get('width'):
+        return f.resized(s['height'], s['width'])
+    if not s.get('shortest_edge') or s.get('longest_edge'):
+        raise InputError(
+            f'an image processor with size {dict(s)}: its geometry is not known here; give it height and width, or a shortest edge'
+        )
     short, edge = min(f.height, f.width), s['shortest_edge']
-    return f.resized(*(edge if n == short else int(edge*n/short) for n in (f.height, f.width)))
+    return f.resized(*(edge if n == short else int(edge * n / short) for n in (f.height, f.width)))
+
 
 def _crop(f, ip):
-    if not getattr(ip, 'do_center_crop', False): return f
+    if not getattr(ip, 'do_center_crop', False):
+        return f
     h, w = ip.crop_size['height'], ip.crop_size['width']
-    return f.centred(max(w, f.width), max(h, f.height)).centred(w, h)          # what is too small is padded first
+    return f.centred(max(w, f.width), max(h, f.height)).centred(
+        w, h
+    )  # what is too small is padded first
 
-def _square(f, ip): return f.centred(*[max(f.height, f.width)]*2) if ip.do_pad else f
+
+def _square(f, ip):
+    return f.centred(*[max(f.height, f.width)] * 2) if ip.do_pad else f
+
 
 def _letterbox(f, ip):
     side, least = ip.size['height'], ip.min_size
-    f = f.resized(*(max(round(n*side/max(f.height, f.width)), least) for n in (f.height, f.width)))
-    return f.centred(*[max(f.height, f.width)]*2)
+    f = f.resized(
+        *(max(round(n * side / max(f.height, f.width)), least) for n in (f.height, f.width))
+    )
+    return f.centred(*[max(f.height, f.width)] * 2)
 
-def _film(h, w): return Frame(h, w, (0., 0., float(w), float(h)))
 
-_STEPS = {'LlavaImageProcessor': (_square, _resize, _crop), 'JanusImageProcessor': (_letterbox,)}   # any other: resize, then crop
+def _film(h, w):
+    return Frame(h, w, (0.0, 0.0, float(w), float(h)))
+
+
+_STEPS = {
+    'LlavaImageProcessor': (_square, _resize, _crop),
+    'JanusImageProcessor': (_letterbox,),
+}  # any other: resize, then crop
+
 
 def fitted(
-    ip,        # a Hugging Face image processor that shows the film as one picture
-    height:int, # of the film, in pixels
-    width:int, # the same
-)->Frame:      # the picture as it enters the vision tower
+    ip,  # a Hugging Face image processor that shows the film as one picture
+    height: int,  # of the film, in pixels
+    width: int,  # the same
+) -> Frame:  # the picture as it enters the vision tower
     "What an image processor makes of a film; `InputError` where it resizes in a way that is not known here."
     frame = _film(height, width)
-    for step in _STEPS.get(type(ip).__name__.removesuffix('Pil').removesuffix('Fast'), (_resize, _crop)): frame = step(frame, ip)
+    for step in _STEPS.get(
+        type(ip).__name__.removesuffix('Pil').removesuffix('Fast'), (_resize, _crop)
+    ):
+        frame = step(frame, ip)
     return frame
 
 # %% ../../nbs/22_vlm.geometry.ipynb #7f05eae1
 def _cells(name, kind, positions, frame, rows=None):
     "A view of `positions` in reading order; the grid has the shape of the picture unless `rows` is given."
     n = len(positions)
-    rows = rows or max(1, round(frame.height/sqrt(frame.height*frame.width/n)))
-    if not n or n % rows: raise ValueError(f'{n} tokens do not fill a grid over a picture of {frame.width:.0f} x {frame.height:.0f}')
+    rows = rows or max(1, round(frame.height / sqrt(frame.height * frame.width / n)))
+    if not n or n % rows:
+        raise ValueError(
+            f'{n} tokens do not fill a grid over a picture of {frame.width:.0f} x {frame.height:.0f}'
+        )
     return View(name, kind, np.asarray(positions).reshape(rows, -1), frame.box)
 
-def _ip(model): return getattr(model.processor.image_processor, 'inner', model.processor.image_processor)
+
+def _ip(model):
+    return getattr(model.processor.image_processor, 'inner', model.processor.image_processor)
+
 
 def _patched(model, frame):
     "Without the margin that is too narrow for a patch."
     p = model.model.config.vision_config.patch_size
-    return frame.cut(0, 0, frame.width//p*p, frame.height//p*p)
+    return frame.cut(0, 0, frame.width // p * p, frame.height // p * p)
 
-def _one(model, row, pos, h, w): # one picture
+
+def _one(model, row, pos, h, w):  # one picture
     return [_cells('full', 'full', pos, _patched(model, fitted(_ip(model), h, w)))], ()
+
 
 def _flexible(model, row, pos, h, w):
     "One picture of any shape; the row itself says how many patches it has."
-    rows = int(row['image_grid_thw'][0, 1])//model.model.config.vision_config.spatial_merge_size
+    rows = int(row['image_grid_thw'][0, 1]) // model.model.config.vision_config.spatial_merge_size
     return [_cells('full', 'full', pos, _film(h, w), rows)], ()
+
 
 def _pan_and_scan(model, row, pos, h, w):
     "The film, then crops side by side along its longer edge."
     n, ip = model.model.config.mm_tokens_per_image, _ip(model)
-    crops = len(pos)//n - 1
-    whole, size = _film(h, w), ceil(max(h, w)/max(crops, 1))
-    parts = [whole.cut(i*size, 0, min(size, w - i*size), h) if w >= h else whole.cut(0, i*size, w, min(size, h - i*size)) for i in range(crops)]
+    crops = len(pos) // n - 1
+    whole, size = _film(h, w), ceil(max(h, w) / max(crops, 1))
+    parts = [
+        whole.cut(i * size, 0, min(size, w - i * size), h)
+        if w >= h
+        else whole.cut(0, i * size, w, min(size, h - i * size))
+        for i in range(crops)
+    ]
     frames = [_resize(f, ip) for f in (whole, *parts)]
-    return [_cells(f'crop {i}' if i else 'full', 'crop' if i else 'full', pos[i*n:(i + 1)*n], f) for i, f in enumerate(frames)], pos[(crops + 1)*n:]
+    return [
+        _cells(f'crop {i}' if i else 'full', 'crop' if i else 'full', pos[i * n : (i + 1) * n], f)
+        for i, f in enumerate(frames)
+    ], pos[(crops + 1) * n :]
 
 # %% ../../nbs/22_vlm.geometry.ipynb #a06dbf44
 def _anyres(model, row, pos, h, w):
     "The whole film, then the joined tiles without their padding; a newline token ends each row of the latter."
     from transformers.image_processing_utils import select_best_resolution
+
     config, side = model.model.config, model.model.config.vision_config.image_size
-    g = side//config.vision_config.patch_size
+    g = side // config.vision_config.patch_size
     H, W = select_best_resolution((h, w), config.image_grid_pinpoints)
-    nh, nw = (min(ceil(h*(W/w)), H), W) if W/w < H/h else (H, min(ceil(w*(H/h)), W))
+    nh, nw = (min(ceil(h * (W / w)), H), W) if W / w < H / h else (H, min(ceil(w * (H / h)), W))
     canvas = _film(h, w).resized(nh, nw).centred(W, H)
-    kept = canvas.resized(R := H//side*g, C := W//side*g)                                 # its pixels are now cells
-    if w/h > C/R: kept = kept.cut(0, (d := (R - int(round(h*(C/w), 7)))//2), C, R - 2*d)
-    else: kept = kept.cut((d := (C - int(round(w*(R/h), 7)))//2), 0, C - 2*d, R)
+    kept = canvas.resized(R := H // side * g, C := W // side * g)  # its pixels are now cells
+    if w / h > C / R:
+        kept = kept.cut(0, (d := (R - int(round(h * (C / w), 7))) // 2), C, R - 2 * d)
+    else:
+        kept = kept.cut((d := (C - int(round(w * (R / h), 7))) // 2), 0, C - 2 * d, R)
     kept = _shrunk(config, kept, g)
-    lines = np.asarray(pos[g*g:]).reshape(int(kept.height), int(kept.width) + 1)
-    return [_cells('full', 'full', pos[:g*g], _patched(model, _film(h, w).resized(side, side))), View('tiles', 'tile', lines[:, :-1], kept.box)], lines[:, -1]
+    lines = np.asarray(pos[g * g :]).reshape(int(kept.height), int(kept.width) + 1)
+    return [
+        _cells('full', 'full', pos[: g * g], _patched(model, _film(h, w).resized(side, side))),
+        View('tiles', 'tile', lines[:, :-1], kept.box),
+    ], lines[:, -1]
+
 
 def _shrunk(config, frame, g):
     "OneVision's limit on the number of tokens."
-    most = int(getattr(config, 'vision_aspect_ratio', 'anyres_max_').removeprefix('anyres_max_') or 0)
-    ratio = sqrt(frame.height*frame.width/(most*g*g)) if most else 0
-    return frame.resized(int(frame.height//ratio), int(frame.width//ratio)) if ratio > 1.1 else frame
+    most = int(
+        getattr(config, 'vision_aspect_ratio', 'anyres_max_').removeprefix('anyres_max_') or 0
+    )
+    ratio = sqrt(frame.height * frame.width / (most * g * g)) if most else 0
+    return (
+        frame.resized(int(frame.height // ratio), int(frame.width // ratio))
+        if ratio > 1.1
+        else frame
+    )
 
 # %% ../../nbs/22_vlm.geometry.ipynb #d1c5754d
 def _joined(starts, tiles, g):
     "Positions of a grid of tiles of g x g cells, tile by tile in reading order: (rows*g, columns*g)."
     rows, columns = tiles
-    at = np.asarray(starts)[:, None] + np.arange(g*g)
-    return at.reshape(rows, columns, g, g).swapaxes(1, 2).reshape(rows*g, columns*g)
+    at = np.asarray(starts)[:, None] + np.arange(g * g)
+    return at.reshape(rows, columns, g, g).swapaxes(1, 2).reshape(rows * g, columns * g)
 
-def _split_by_size(ip, h, w): return tuple(ip.get_number_of_image_patches(h, w, dict(do_image_splitting=True))[1:])
+
+def _split_by_size(ip, h, w):
+    return tuple(ip.get_number_of_image_patches(h, w, dict(do_image_splitting=True))[1:])
+
 
 def _split_by_shape(ip, h, w):
-    canvas = sys.modules[type(ip).__module__].get_optimal_tiled_canvas((h, w), (ip.size['height'], ip.size['width']), ip.min_patches, ip.max_patches)
+    canvas = sys.modules[type(ip).__module__].get_optimal_tiled_canvas(
+        (h, w), (ip.size['height'], ip.size['width']), ip.min_patches, ip.max_patches
+    )
     return canvas[::-1]
+
 
 def _tiles_first(model, row, pos, h, w, split, length):
     "Squashed tiles in reading order, then the whole film; only that where it is not split."
     n, whole = length(model.model.config), _film(h, w).box
     g, (rows, columns) = round(sqrt(n)), (0, 0) if len(pos) == n else split(_ip(model), h, w)
-    if len(pos) != n*(rows*columns + 1): raise ValueError(f'{rows} x {columns} tiles and the whole film of {n} each were expected')
+    if len(pos) != n * (rows * columns + 1):
+        raise ValueError(f'{rows} x {columns} tiles and the whole film of {n} each were expected')
     full = View('full', 'full', np.asarray(pos[-n:]).reshape(g, g), whole)
-    return ([View('tiles', 'tile', np.asarray(pos)[_joined(np.arange(rows*columns)*n, (rows, columns), g)], whole)] if rows else []) + [full], ()
+    return (
+        [
+            View(
+                'tiles',
+                'tile',
+                np.asarray(pos)[_joined(np.arange(rows * columns) * n, (rows, columns), g)],
+                whole,
+            )
+        ]
+        if rows
+        else []
+    ) + [full], ()
+
 
 def _canvas(model, row, pos, h, w):
     "Mllama: tiles of a canvas with the film in its upper left corner."
     vision, ip = model.model.config.vision_config, _ip(model)
-    side, g = vision.image_size, vision.image_size//vision.patch_size
-    n, (rows, columns) = g*g + 1, vision.supported_aspect_ratios[int(row['aspect_ratio_ids'][0, 0]) - 1]
-    nh, nw = sys.modules[type(ip).__module__].get_image_size_fit_to_canvas(h, w, rows*side, columns*side, side)
-    canvas = _film(h, w).resized(nh, nw).cut(0, 0, columns*side, rows*side)
-    grid = _joined(np.arange(rows*columns)*n + 1, (rows, columns), g)
+    side, g = vision.image_size, vision.image_size // vision.patch_size
+    n, (rows, columns) = (
+        g * g + 1,
+        vision.supported_aspect_ratios[int(row['aspect_ratio_ids'][0, 0]) - 1],
+    )
+    nh, nw = sys.modules[type(ip).__module__].get_image_size_fit_to_canvas(
+        h, w, rows * side, columns * side, side
+    )
+    canvas = _film(h, w).resized(nh, nw).cut(0, 0, columns * side, rows * side)
+    grid = _joined(np.arange(rows * columns) * n + 1, (rows, columns), g)
     return [View('tiles', 'tile', grid, canvas.box)], np.setdiff1d(pos, grid)
 
-_SHUFFLED = partial(_tiles_first, split=_split_by_size, length=lambda c: (c.vision_config.image_size//c.vision_config.patch_size//c.scale_factor)**2)
-_ORDER = dict(llava=_one, llava_next=_anyres, llava_onevision=_anyres, qwen2_vl=_flexible, qwen2_5_vl=_flexible, qwen3_vl=_flexible, paligemma=_one, paligemma2=_one,
-              gemma3=_pan_and_scan, mllama=_canvas, janus=_one, idefics3=_SHUFFLED, smolvlm=_SHUFFLED,
-              internvl=partial(_tiles_first, split=_split_by_shape, length=lambda c: c.image_seq_length))   # family -> what its tokens show
+
+_SHUFFLED = partial(
+    _tiles_first,
+    split=_split_by_size,
+    length=lambda c: (
+        (c.vision_config.image_size // c.vision_config.patch_size // c.scale_factor) ** 2
+    ),
+)
+_ORDER = dict(
+    llava=_one,
+    llava_next=_anyres,
+    llava_onevision=_anyres,
+    qwen2_vl=_flexible,
+    qwen2_5_vl=_flexible,
+    qwen3_vl=_flexible,
+    paligemma=_one,
+    paligemma2=_one,
+    gemma3=_pan_and_scan,
+    mllama=_canvas,
+    janus=_one,
+    idefics3=_SHUFFLED,
+    smolvlm=_SHUFFLED,
+    internvl=partial(_tiles_first, split=_split_by_shape, length=lambda c: c.image_seq_length),
+)  # family -> what its tokens show
 
 # %% ../../nbs/22_vlm.geometry.ipynb #ee26dcc8
 def image_keys(
-    model:HFModel, # a loaded model
-    row:dict,      # from `model.encode`
-)->tuple[np.ndarray,int]: # positions of the image among the keys, ascending; number of keys
+    model: HFModel,  # a loaded model
+    row: dict,  # from `model.encode`
+) -> tuple[np.ndarray, int]:  # positions of the image among the keys, ascending; number of keys
     "Where the image is: its tokens in the prompt, or all keys of the cross-attention."
     if model.caps.cross_attention:
         vision = model.model.config.vision_config
-        n = int(np.prod(row['pixel_values'].shape[1:3]))*((vision.image_size//vision.patch_size)**2 + 1) if 'pixel_values' in row else 0
+        n = (
+            int(np.prod(row['pixel_values'].shape[1:3]))
+            * ((vision.image_size // vision.patch_size) ** 2 + 1)
+            if 'pixel_values' in row
+            else 0
+        )
         return np.arange(n), n
     config, ids = model.model.config, row['input_ids'][0].numpy()
-    token = next((t for t in (getattr(config, a, None) for a in (model.caps.image_token, 'image_token_id', 'image_token_index') if a) if t is not None), None)
-    if token is None: raise InputError(f'{model.name}: its configuration names no image token, so its image cannot be found in the prompt')
+    token = next(
+        (
+            t
+            for t in (
+                getattr(config, a, None)
+                for a in (model.caps.image_token, 'image_token_id', 'image_token_index')
+                if a
+            )
+            if t is not None
+        ),
+        None,
+    )
+    if token is None:
+        raise InputError(
+            f'{model.name}: its configuration names no image token, so its image cannot be found in the prompt'
+        )
     return np.flatnonzero(ids == token), len(ids)
 
 # %% ../../nbs/22_vlm.geometry.ipynb #194feeae
 def token_layout(
-    model:HFModel,      # a loaded model
-    x:Inputs,           # what it is asked, with an image
-    row:dict|None=None, # what `model.encode(x)` returned, where that was done already
-)->Layout:
+    model: HFModel,  # a loaded model
+    x: Inputs,  # what it is asked, with an image
+    row: dict | None = None,  # what `model.encode(x)` returned, where that was done already
+) -> Layout:
     "Where the film is in a prompt; `InputError` without an image, for a family whose geometry is not known, and where the number of tokens is not the expected one."
-    if x.image is None: raise InputError('a prompt without an image has no image tokens; ask for the layout of an arm that shows one')
-    if model.caps.family not in _ORDER: raise InputError(f'{model.name}: the geometry of a {model.model.config.model_type} model is not known here; maps can be made for {", ".join(_ORDER)}')
+    if x.image is None:
+        raise InputError(
+            'a prompt without an image has no image tokens; ask for the layout of an arm that shows one'
+        )
+    if model.caps.family not in _ORDER:
+        raise InputError(
+            f'{model.name}: the geometry of a {model.model.config.model_type} model is not known here; maps can be made for {", ".join(_ORDER)}'
+        )
     row, (h, w) = model.encode(x)[0] if row is None else row, np.asarray(x.image).shape[:2]
     pos, keys = image_keys(model, row)
-    if not len(pos): raise InputError(f'{model.name}: the prompt holds no image token; its chat template left the image out')
-    try: views, beside = _ORDER[model.caps.family](model, row, pos, h, w)
-    except ValueError as e: raise InputError(f'{model.name}: {len(pos)} image tokens do not fit the grid of a {h} x {w} film ({e}); processor and model do not belong together') from None
-    out = Layout(model.caps.family, (h, w), tuple(views), np.asarray(beside, int).ravel(), keys, model.caps.cross_attention)
-    if not np.array_equal(out.image, pos): raise InputError(f'{model.name}: {len(pos)} image tokens, but its grids hold {len(out.image)}; processor and model do not belong together')
+    if not len(pos):
+        raise InputError(
+            f'{model.name}: the prompt holds no image token; its chat template left the image out'
+        )
+    try:
+        views, beside = _ORDER[model.caps.family](model, row, pos, h, w)
+    except ValueError as e:
+        raise InputError(
+            f'{model.name}: {len(pos)} image tokens do not fit the grid of a {h} x {w} film ({e}); processor and model do not belong together'
+        ) from None
+    out = Layout(
+        model.caps.family,
+        (h, w),
+        tuple(views),
+        np.asarray(beside, int).ravel(),
+        keys,
+        model.caps.cross_attention,
+    )
+    if not np.array_equal(out.image, pos):
+        raise InputError(
+            f'{model.name}: {len(pos)} image tokens, but its grids hold {len(out.image)}; processor and model do not belong together'
+        )
     return out
 
 # %% ../../nbs/22_vlm.geometry.ipynb #56922f8f
-class _Enough(Exception): "The language model was about to start: what enters it is known."
+class _Enough(Exception):
+    "The language model was about to start: what enters it is known."
+
+
 def image_states(
-    model:HFModel, # a loaded model
-    row:dict,      # from `model.encode`
-)->np.ndarray:     # (keys, width) float32: what enters the language model at each key of a layout
+    model: HFModel,  # a loaded model
+    row: dict,  # from `model.encode`
+) -> np.ndarray:  # (keys, width) float32: what enters the language model at each key of a layout
     "What the image is when it enters the language model; `RunError` where nothing enters by a known door."
     import torch
+
     got = []
+
     def hook(module, args, kwargs):
         t = kwargs.get('cross_attention_states' if model.caps.cross_attention else 'inputs_embeds')
         got.append(None if t is None else t.reshape(-1, t.shape[-1]).float().cpu().numpy())
         raise _Enough
+
     handle = model.model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with torch.inference_mode(), few_threads(model.model), contextlib.suppress(_Enough): model.model(**model.put(row), use_cache=False)
-    finally: handle.remove()
-    if not got or got[0] is None: raise RunError(f'{model.name}: nothing entered its language model by a known door; its geometry cannot be checked')
+        with torch.inference_mode(), few_threads(model.model), contextlib.suppress(_Enough):
+            model.model(**model.put(row), use_cache=False)
+    finally:
+        handle.remove()
+    if not got or got[0] is None:
+        raise RunError(
+            f'{model.name}: nothing entered its language model by a known door; its geometry cannot be checked'
+        )
     return got[0]
 
 # %% ../../nbs/22_vlm.geometry.ipynb #b1ded4bb
 def patch_check(
-    model:HFModel,          # a loaded model
-    height:int=90,          # of the film, in pixels
-    width:int=130,          # the same
-    n:int=6,                # cells tried per view
-    seed:int=0,             # which ones
-)->pd.DataFrame:            # one row per trial: view, row, column (where the patch was), found_row, found_column, off (cells, largest of both axes)
+    model: HFModel,  # a loaded model
+    height: int = 90,  # of the film, in pixels
+    width: int = 130,  # the same
+    n: int = 6,  # cells tried per view
+    seed: int = 0,  # which ones
+) -> pd.DataFrame:  # one row per trial: view, row, column (where the patch was), found_row, found_column, off (cells, largest of both axes)
     "Move a bright patch over a grey film and find the token that changed; only cells of which a third lies on the film are tried."
     rng, out = np.random.default_rng(seed), []
-    grey = Inputs(np.full((height, width), 128, np.uint8), 'Is there pleural effusion?', ('yes', 'no'))
+    grey = Inputs(
+        np.full((height, width), 128, np.uint8), 'Is there pleural effusion?', ('yes', 'no')
+    )
     lay, before = token_layout(model, grey), image_states(model, model.encode(grey)[0])
     for v in lay.views:
-        inside = [rc for rc in np.ndindex(v.grid) if np.prod(np.diff(np.clip(v.cell(*rc).reshape(2, 2), 0, (width, height)), axis=0).clip(0)) > .33*np.linalg.det(v.affine[:, :2])]
+        inside = [
+            rc
+            for rc in np.ndindex(v.grid)
+            if np.prod(
+                np.diff(np.clip(v.cell(*rc).reshape(2, 2), 0, (width, height)), axis=0).clip(0)
+            )
+            > 0.33 * np.linalg.det(v.affine[:, :2])
+        ]
         tried = [inside[i] for i in rng.permutation(len(inside))[:n]]
-        change = np.stack([np.linalg.norm(image_states(model, model.encode(_patch(grey, v.cell(*rc)))[0]) - before, axis=-1)[v.positions] for rc in tried])
+        change = np.stack(
+            [
+                np.linalg.norm(
+                    image_states(model, model.encode(_patch(grey, v.cell(*rc)))[0]) - before,
+                    axis=-1,
+                )[v.positions]
+                for rc in tried
+            ]
+        )
         found = [np.unravel_index(a.argmax(), v.grid) for a in change]
-        out += [dict(view=v.name, row=r, column=c, found_row=a, found_column=b, off=max(abs(a - r), abs(b - c))) for (r, c), (a, b) in zip(tried, found)]
+        out += [
+            dict(
+                view=v.name,
+                row=r,
+                column=c,
+                found_row=a,
+                found_column=b,
+                off=max(abs(a - r), abs(b - c)),
+            )
+            for (r, c), (a, b) in zip(tried, found)
+        ]
     return pd.DataFrame(out)
 
+
 def _patch(x, box):
-    film, (x0, y0, x1, y1) = x.image.copy(), np.concatenate([np.ceil(box[:2]), np.floor(box[2:])]).clip(0).astype(int)   # no pixel of a neighbour
+    film, (x0, y0, x1, y1) = (
+        x.image.copy(),
+        np.concatenate([np.ceil(box[:2]), np.floor(box[2:])]).clip(0).astype(int),
+    )  # no pixel of a neighbour
     film[y0:y1, x0:x1] = 255
     return replace(x, image=film)

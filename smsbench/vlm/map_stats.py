@@ -13,195 +13,265 @@ from ..core import InputError
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #08bfb3cf
 def distribution(
-    weights, # array of any shape, not negative; NaN: not seen
-)->np.ndarray: # the same shape, sums to 1 over what is seen; NaN stays
+    weights,  # array of any shape, not negative; NaN: not seen
+) -> np.ndarray:  # the same shape, sums to 1 over what is seen; NaN stays
     "A map as a distribution; `InputError` for negative or infinite weights and where nothing has any weight."
     w = np.asarray(weights, float)
     seen = ~np.isnan(w)
-    if np.isinf(w).any() or (w[seen] < 0).any(): raise InputError('a map must not hold negative or infinite weights; pass attention, not differences or logits')
-    if not w[seen].sum() > 0: raise InputError('a map without any weight has no shape; it says only that the model did not look there')
-    return w/w[seen].sum()
+    if np.isinf(w).any() or (w[seen] < 0).any():
+        raise InputError(
+            'a map must not hold negative or infinite weights; pass attention, not differences or logits'
+        )
+    if not w[seen].sum() > 0:
+        raise InputError(
+            'a map without any weight has no shape; it says only that the model did not look there'
+        )
+    return w / w[seen].sum()
 
-def _seen(weights): p = distribution(weights).ravel(); return p[~np.isnan(p)]
+
+def _seen(weights):
+    p = distribution(weights).ravel()
+    return p[~np.isnan(p)]
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #44a6b990
 def entropy(
-    weights, # a map
-)->float:    # bits, from 0 to log2(cells)
+    weights,  # a map
+) -> float:  # bits, from 0 to log2(cells)
     "Shannon entropy of a map."
-    p = _seen(weights); p = p[p > 0]
-    return float(max(0., -(p*np.log2(p)).sum()))
+    p = _seen(weights)
+    p = p[p > 0]
+    return float(max(0.0, -(p * np.log2(p)).sum()))
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #cd1fdd8e
 def focus(
-    weights, # a map of at least two cells
-)->float:    # from 0 (uniform) to 1 (one cell)
+    weights,  # a map of at least two cells
+) -> float:  # from 0 (uniform) to 1 (one cell)
     "1 - entropy/log2(cells)."
     n = len(_seen(weights))
-    if n < 2: raise InputError('a map of one cell is neither sharp nor flat')
-    return 1 - entropy(weights)/float(np.log2(n))
+    if n < 2:
+        raise InputError('a map of one cell is neither sharp nor flat')
+    return 1 - entropy(weights) / float(np.log2(n))
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #19771aff
 def gini(
-    weights, # a map
-)->float:    # from 0 (uniform) to 1 - 1/cells (one cell)
+    weights,  # a map
+) -> float:  # from 0 (uniform) to 1 - 1/cells (one cell)
     "Gini coefficient of the cells: half the mean absolute difference of two cells over their mean."
-    p = np.sort(_seen(weights)); n = len(p)
-    return float(((2*np.arange(1, n + 1) - n - 1)*p).sum()/n)
+    p = np.sort(_seen(weights))
+    n = len(p)
+    return float(((2 * np.arange(1, n + 1) - n - 1) * p).sum() / n)
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #b1166830
 def centre_of_mass(
-    weights, # (rows, columns) map
-)->tuple[float, float]: # x, y in cells of the map (pixels on a film); the centre of the first cell is (0.5, 0.5)
+    weights,  # (rows, columns) map
+) -> tuple[
+    float, float
+]:  # x, y in cells of the map (pixels on a film); the centre of the first cell is (0.5, 0.5)
     "Where a map lies on average; a mean, not its maximum."
     p = np.nan_to_num(distribution(weights))
-    return float((p.sum(0)*(np.arange(p.shape[1]) + .5)).sum()), float((p.sum(1)*(np.arange(p.shape[0]) + .5)).sum())
+    return float((p.sum(0) * (np.arange(p.shape[1]) + 0.5)).sum()), float(
+        (p.sum(1) * (np.arange(p.shape[0]) + 0.5)).sum()
+    )
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #f362c180
 def common(
-    a, # a map
-    b, # another on the same grid or film
-)->tuple[np.ndarray, np.ndarray]: # two distributions (n,) over what both see
+    a,  # a map
+    b,  # another on the same grid or film
+) -> tuple[np.ndarray, np.ndarray]:  # two distributions (n,) over what both see
     "Two maps over what both see; `InputError` where their shapes differ or they see nothing in common."
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape: raise InputError(f'maps of {a.shape} and {b.shape} cannot be compared cell by cell; lay both on the film first')
+    if a.shape != b.shape:
+        raise InputError(
+            f'maps of {a.shape} and {b.shape} cannot be compared cell by cell; lay both on the film first'
+        )
     both = ~(np.isnan(a) | np.isnan(b))
-    if not both.any(): raise InputError('the two maps have nothing in common that both models were shown')
+    if not both.any():
+        raise InputError('the two maps have nothing in common that both models were shown')
     return distribution(a[both]), distribution(b[both])
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #7ec327d2
 def jensen_shannon(
-    a, # a map
-    b, # another on the same grid or film
-)->float: # bits, from 0 (equal) to 1 (nothing in common)
+    a,  # a map
+    b,  # another on the same grid or film
+) -> float:  # bits, from 0 (equal) to 1 (nothing in common)
     "Jensen-Shannon divergence (Lin 1991), base 2."
-    p, q = common(a, b); mid = (p + q)/2
-    kl = lambda p: (p[p > 0]*np.log2(p[p > 0]/mid[p > 0])).sum()
-    return float(np.clip((kl(p) + kl(q))/2, 0, 1))
+    p, q = common(a, b)
+    mid = (p + q) / 2
+    kl = lambda p: (p[p > 0] * np.log2(p[p > 0] / mid[p > 0])).sum()
+    return float(np.clip((kl(p) + kl(q)) / 2, 0, 1))
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #bfc6b4c6
 def cosine(
-    a, # a map
-    b, # another on the same grid or film
-)->float: # from 0 (nothing in common) to 1 (proportional)
+    a,  # a map
+    b,  # another on the same grid or film
+) -> float:  # from 0 (nothing in common) to 1 (proportional)
     "Cosine of the angle between two maps."
     p, q = common(a, b)
-    return float(np.clip((p*q).sum()/np.sqrt((p*p).sum()*(q*q).sum()), 0, 1))
+    return float(np.clip((p * q).sum() / np.sqrt((p * p).sum() * (q * q).sum()), 0, 1))
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #69db3fe2
 def regridded(
-    weights, # (H,W) map
-    grid=(32, 32), # rows and columns at most; a smaller map stays as it is
-)->np.ndarray: # (rows, columns): mean over the pixels of each cell that were seen; NaN where there is none
+    weights,  # (H,W) map
+    grid=(32, 32),  # rows and columns at most; a smaller map stays as it is
+) -> (
+    np.ndarray
+):  # (rows, columns): mean over the pixels of each cell that were seen; NaN where there is none
     "A map on a coarser grid."
     w = np.asarray(weights, float)
     rows, columns = (min(n, g) for n, g in zip(w.shape, grid))
-    cell = (np.arange(w.shape[0])*rows//w.shape[0])[:, None]*columns + np.arange(w.shape[1])*columns//w.shape[1]
+    cell = (np.arange(w.shape[0]) * rows // w.shape[0])[:, None] * columns + np.arange(
+        w.shape[1]
+    ) * columns // w.shape[1]
     seen = ~np.isnan(w)
-    total, n = (np.bincount(cell[seen], v, rows*columns) for v in (w[seen], None))
-    return np.divide(total, n, out=np.full(rows*columns, np.nan), where=n > 0).reshape(rows, columns)
+    total, n = (np.bincount(cell[seen], v, rows * columns) for v in (w[seen], None))
+    return np.divide(total, n, out=np.full(rows * columns, np.nan), where=n > 0).reshape(
+        rows, columns
+    )
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #26e26082
 def ssim(
-    a, # (H,W) map
-    b, # another on the same grid or film
-    grid=(32, 32), # rows and columns on which they are compared, at most
-)->float: # from -1 to 1 (equal); about 0 where the patterns have nothing to do with each other
+    a,  # (H,W) map
+    b,  # another on the same grid or film
+    grid=(32, 32),  # rows and columns on which they are compared, at most
+) -> float:  # from -1 to 1 (equal); about 0 where the patterns have nothing to do with each other
     "Mean structural similarity of two maps; `InputError` where they see no window of 3 x 3 cells in common."
     from scipy.ndimage import minimum_filter
     from skimage.metrics import structural_similarity
-    common(a, b)                                                                          # shapes agree, something is seen by both
-    if np.ndim(a) != 2: raise InputError('structural similarity needs maps with rows and columns')
+
+    common(a, b)  # shapes agree, something is seen by both
+    if np.ndim(a) != 2:
+        raise InputError('structural similarity needs maps with rows and columns')
     a, b = regridded(a, grid), regridded(b, grid)
     seen = ~(np.isnan(a) | np.isnan(b))
     p, q = (np.nan_to_num(distribution(np.where(seen, w, np.nan))) for w in (a, b))
-    size = min(7, *((n - 1)//2*2 + 1 for n in p.shape)); whole = minimum_filter(seen, size, mode='constant')
-    if size < 3 or not whole.any(): raise InputError(f'the two maps have no window of {max(size, 3)} x {max(size, 3)} cells in common; compare them by jensen_shannon or cosine')
-    return float(structural_similarity(p/(top := max(p.max(), q.max())), q/top, win_size=size, data_range=1., full=True)[1][whole].mean())
+    size = min(7, *((n - 1) // 2 * 2 + 1 for n in p.shape))
+    whole = minimum_filter(seen, size, mode='constant')
+    if size < 3 or not whole.any():
+        raise InputError(
+            f'the two maps have no window of {max(size, 3)} x {max(size, 3)} cells in common; compare them by jensen_shannon or cosine'
+        )
+    return float(
+        structural_similarity(
+            p / (top := max(p.max(), q.max())), q / top, win_size=size, data_range=1.0, full=True
+        )[1][whole].mean()
+    )
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #e6a026d4
 def region(
-    boxes,               # list of [x0, y0, x1, y1] in pixels of the film
-    shape:tuple[int, int], # height and width of the film
-)->np.ndarray:           # (H,W) bool
+    boxes,  # list of [x0, y0, x1, y1] in pixels of the film
+    shape: tuple[int, int],  # height and width of the film
+) -> np.ndarray:  # (H,W) bool
     "Boxes as a mask: the pixels whose centre lies in one of them; `InputError` where none does."
-    y, x = np.ogrid[.5:shape[0], .5:shape[1]]
+    y, x = np.ogrid[0.5 : shape[0], 0.5 : shape[1]]
     out = np.zeros(shape, bool)
-    for x0, y0, x1, y1 in boxes: out |= (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
-    if not out.any(): raise InputError(f'no pixel of a {shape[0]} x {shape[1]} film lies in the boxes {list(boxes)}; boxes are x0, y0, x1, y1 in pixels of the film')
+    for x0, y0, x1, y1 in boxes:
+        out |= (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
+    if not out.any():
+        raise InputError(
+            f'no pixel of a {shape[0]} x {shape[1]} film lies in the boxes {list(boxes)}; boxes are x0, y0, x1, y1 in pixels of the film'
+        )
     return out
+
 
 def _inside(weights, mask):
     "The map and the mask where the map sees."
     w, mask = np.asarray(weights, float), np.asarray(mask, bool)
-    if w.shape != mask.shape: raise InputError(f'a map of {w.shape} and a region of {mask.shape}; lay the map on the film first')
+    if w.shape != mask.shape:
+        raise InputError(
+            f'a map of {w.shape} and a region of {mask.shape}; lay the map on the film first'
+        )
     p, seen = distribution(w), ~np.isnan(w)
-    if not mask[seen].any() or mask[seen].all(): raise InputError('the region covers nothing, or everything, of what the model was shown; it cannot be localised')
+    if not mask[seen].any() or mask[seen].all():
+        raise InputError(
+            'the region covers nothing, or everything, of what the model was shown; it cannot be localised'
+        )
     return p[seen], mask[seen]
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #221b1ccd
 def mass_inside(
-    weights, # (H,W) map
-    mask,    # (H,W) bool
-)->float:    # in [0,1]
+    weights,  # (H,W) map
+    mask,  # (H,W) bool
+) -> float:  # in [0,1]
     "Share of the map inside the region; of a uniform map: the size of the region."
     p, inside = _inside(weights, mask)
     return float(p[inside].sum())
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #b8088819
 def pointing(
-    weights, # (H,W) map
-    mask,    # (H,W) bool
-)->float:    # 1 or 0; where several pixels share the maximum, their share inside
+    weights,  # (H,W) map
+    mask,  # (H,W) bool
+) -> float:  # 1 or 0; where several pixels share the maximum, their share inside
     "Does the highest point lie in the region?"
     p, inside = _inside(weights, mask)
-    return float(inside[p >= p.max()*(1 - 1e-9)].mean())
+    return float(inside[p >= p.max() * (1 - 1e-9)].mean())
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #f3b754d1
-_STEPS = tuple(i/20 for i in range(21))
+_STEPS = tuple(i / 20 for i in range(21))
+
 
 def iou_curve(
-    weights, # (H,W) map
-    mask,    # (H,W) bool
-    thresholds=_STEPS, # fractions of the maximum; at 0 every map has the size of the region
-)->np.ndarray: # intersection over union of the region and the pixels at or above each threshold, in [0,1]
+    weights,  # (H,W) map
+    mask,  # (H,W) bool
+    thresholds=_STEPS,  # fractions of the maximum; at 0 every map has the size of the region
+) -> (
+    np.ndarray
+):  # intersection over union of the region and the pixels at or above each threshold, in [0,1]
     "How well the brightest part covers the region, as the threshold rises."
     p, inside = _inside(weights, mask)
-    above = [p >= t*p.max()*(1 - 1e-9) for t in thresholds]
-    return np.array([(a & inside).sum()/(a | inside).sum() for a in above])
+    above = [p >= t * p.max() * (1 - 1e-9) for t in thresholds]
+    return np.array([(a & inside).sum() / (a | inside).sum() for a in above])
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #d20e6b18
 def pixel_auroc(
-    weights, # (H,W) map
-    mask,    # (H,W) bool
-)->float:    # in [0,1]; 0.5 is chance
+    weights,  # (H,W) map
+    mask,  # (H,W) bool
+) -> float:  # in [0,1]; 0.5 is chance
     "Probability that a pixel inside is brighter than one outside; ties count half."
     from scipy.stats import rankdata
+
     p, inside = _inside(weights, mask)
     n, k = len(p), int(inside.sum())
-    return float((rankdata(p)[inside].sum() - k*(k + 1)/2)/(k*(n - k)))
+    return float((rankdata(p)[inside].sum() - k * (k + 1) / 2) / (k * (n - k)))
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #e52c48ef
 def centre_prior(
-    shape:tuple[int, int], # height and width of the film
-    spread:float=.25,      # standard deviation, as a fraction of each side
-)->np.ndarray:             # (H,W), sums to 1
+    shape: tuple[int, int],  # height and width of the film
+    spread: float = 0.25,  # standard deviation, as a fraction of each side
+) -> np.ndarray:  # (H,W), sums to 1
     "A blob in the middle of the film that looks at nothing: a Gaussian."
-    y, x = (np.exp(-.5*(((np.arange(n) + .5)/n - .5)/spread)**2) for n in shape)
-    return distribution(y[:, None]*x)
+    y, x = (np.exp(-0.5 * (((np.arange(n) + 0.5) / n - 0.5) / spread) ** 2) for n in shape)
+    return distribution(y[:, None] * x)
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #4ade9579
 def localisation(
-    weights, # (H,W) map on the film; NaN: not shown
-    mask,    # (H,W) bool, from `region` or a mask
-    randomised=(), # maps (H,W) of the same film and query by the same model with randomised weights, one per seed; their numbers are averaged
-)->pd.DataFrame: # rows 'map', 'uniform', 'centre' and, where given, 'randomised'; columns mass, pointing, iou (the best over thresholds), iou_mean, auroc; attrs: size of the region, share of it that was shown, chance (column -> its chance level)
+    weights,  # (H,W) map on the film; NaN: not shown
+    mask,  # (H,W) bool, from `region` or a mask
+    randomised=(),  # maps (H,W) of the same film and query by the same model with randomised weights, one per seed; their numbers are averaged
+) -> pd.DataFrame:  # rows 'map', 'uniform', 'centre' and, where given, 'randomised'; columns mass, pointing, iou (the best over thresholds), iou_mean, auroc; attrs: size of the region, share of it that was shown, chance (column -> its chance level)
     "How well a map lies on a region, beside what chance, the middle of the film and a model that has learned nothing give on the same pixels."
     w = np.asarray(weights, float)
-    hidden = np.where(np.isnan(w), np.nan, 1.)
-    def row(v): curve = iou_curve(v, mask); return dict(mass=mass_inside(v, mask), pointing=pointing(v, mask), iou=curve.max(), iou_mean=curve.mean(), auroc=pixel_auroc(v, mask))
-    out = pd.DataFrame([row(v) for v in (w, hidden, hidden*centre_prior(w.shape))], index=['map', 'uniform', 'centre'])
-    if len(randomised := [randomised] if np.ndim(randomised) == 2 else list(randomised)): out.loc['randomised'] = pd.DataFrame([row(hidden*v) for v in randomised]).mean()
+    hidden = np.where(np.isnan(w), np.nan, 1.0)
+
+    def row(v):
+        curve = iou_curve(v, mask)
+        return dict(
+            mass=mass_inside(v, mask),
+            pointing=pointing(v, mask),
+            iou=curve.max(),
+            iou_mean=curve.mean(),
+            auroc=pixel_auroc(v, mask),
+        )
+
+    out = pd.DataFrame(
+        [row(v) for v in (w, hidden, hidden * centre_prior(w.shape))],
+        index=['map', 'uniform', 'centre'],
+    )
+    if len(randomised := [randomised] if np.ndim(randomised) == 2 else list(randomised)):
+        out.loc['randomised'] = pd.DataFrame([row(hidden * v) for v in randomised]).mean()
     size = mass_inside(hidden, mask)
-    out.attrs.update(size=size, shown=float((~np.isnan(w))[np.asarray(mask, bool)].mean()), chance=dict.fromkeys(('mass', 'pointing', 'iou', 'iou_mean'), size) | dict(auroc=.5))
+    out.attrs.update(
+        size=size,
+        shown=float((~np.isnan(w))[np.asarray(mask, bool)].mean()),
+        chance=dict.fromkeys(('mass', 'pointing', 'iou', 'iou_mean'), size) | dict(auroc=0.5),
+    )
     return out

@@ -13,24 +13,41 @@ from functools import partial
 import numpy as np
 
 from ..core import InputError, RunError
-from .attention import Rows, attention_modules, attention_rows, eager, layer_kinds, on_weights, prompt_of, run_through
+from smsbench.vlm.attention import (
+    Rows,
+    attention_modules,
+    attention_rows,
+    eager,
+    layer_kinds,
+    on_weights,
+    prompt_of,
+    run_through,
+)
 from .composed import composed_rows
 from .models import HFModel, Inputs, few_threads
 from .rollout import one_layer, rollout_rows
 
 # %% ../../nbs/22c_vlm.maps.ipynb #eb69bb5b
 def answer_margin(
-    model:HFModel, # a loaded model
-    logits,        # (vocabulary,) tensor at the answer position
-    x:Inputs,      # what was asked
-    choice:str='', # whose margin; '': the model's own answer
-):                 # (scalar tensor in nats, the choice)
+    model: HFModel,  # a loaded model
+    logits,  # (vocabulary,) tensor at the answer position
+    x: Inputs,  # what was asked
+    choice: str = '',  # whose margin; '': the model's own answer
+):  # (scalar tensor in nats, the choice)
     "Log-probability of a choice less that of the best other one, by the tokens with which only it begins; `InputError` where there are none."
     import torch
+
     first = {c: {s[0] for s in ss} for c, ss in model.spelled(x.choices).items()}
-    own = {c: sorted(t - set().union(*(u for d, u in first.items() if d != c))) for c, t in first.items()}
-    if alike := [c for c, t in own.items() if not t]: raise InputError(f'{alike[0]!r} begins with the same tokens as another choice; name the choices so that they differ in their first word')
-    if choice and choice not in own: raise InputError(f"{choice!r} is none of the choices {', '.join(own)}")
+    own = {
+        c: sorted(t - set().union(*(u for d, u in first.items() if d != c)))
+        for c, t in first.items()
+    }
+    if alike := [c for c, t in own.items() if not t]:
+        raise InputError(
+            f'{alike[0]!r} begins with the same tokens as another choice; name the choices so that they differ in their first word'
+        )
+    if choice and choice not in own:
+        raise InputError(f"{choice!r} is none of the choices {', '.join(own)}")
     score = {c: logits.float()[t].logsumexp(0) for c, t in own.items()}
     choice = choice or max(score, key=lambda c: score[c].item())
     return score[choice] - torch.stack([s for c, s in score.items() if c != choice]).amax(), choice
@@ -38,84 +55,143 @@ def answer_margin(
 # %% ../../nbs/22c_vlm.maps.ipynb #7dc2b07f
 @contextlib.contextmanager
 def layer_by_layer(
-    model:HFModel, # a loaded model
-):                 # a context
+    model: HFModel,  # a loaded model
+):  # a context
     "Gradients flow through the language model from its first layer on, one layer in memory at a time; the parameters get none. Everything is put back afterwards."
     from torch.utils.checkpoint import checkpoint
+
     blocks = list(model.model.get_decoder().layers)
-    trained, own = [p for p in model.model.parameters() if p.requires_grad], [b.__dict__.get('forward') for b in blocks]
+    trained, own = (
+        [p for p in model.model.parameters() if p.requires_grad],
+        [b.__dict__.get('forward') for b in blocks],
+    )
+
     def start(module, args, kwargs):
-        if args: return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
         return args, kwargs | dict(hidden_states=kwargs['hidden_states'].detach().requires_grad_())
-    for p in trained: p.requires_grad_(False)
-    for b in blocks: b.forward = partial(checkpoint, b.forward, use_reentrant=False, preserve_rng_state=False)
+
+    for p in trained:
+        p.requires_grad_(False)
+    for b in blocks:
+        b.forward = partial(checkpoint, b.forward, use_reentrant=False, preserve_rng_state=False)
     handle = blocks[0].register_forward_pre_hook(start, with_kwargs=True)
-    try: yield
+    try:
+        yield
     finally:
         handle.remove()
         for b, f in zip(blocks, own):
-            if f is None: del b.forward
-            else: b.forward = f
-        for p in trained: p.requires_grad_(True)
+            if f is None:
+                del b.forward
+            else:
+                b.forward = f
+        for p in trained:
+            p.requires_grad_(True)
 
 # %% ../../nbs/22c_vlm.maps.ipynb #0a24ec61
 def _backward(model, p, x, choice, pair):
     "One pass forward and one back; `pair(layer, weights, gradient)` from the last layer to the first, each (heads, queries, keys). Returns the choice."
     import torch
+
     modules, met, again = attention_modules(model), set(), {}
+
     def take(i, w):
-        if i in met: again[i] = w[0].detach()                                             # computed again for its backward pass
-        elif w.requires_grad: met.add(i); w.register_hook(lambda g: pair(i, again.pop(i), g[0]))
-    with torch.enable_grad(), few_threads(model.model), eager(model), layer_by_layer(model), on_weights(modules, take):
+        if i in met:
+            again[i] = w[0].detach()  # computed again for its backward pass
+        elif w.requires_grad:
+            met.add(i)
+            w.register_hook(lambda g: pair(i, again.pop(i), g[0]))
+
+    with (
+        torch.enable_grad(),
+        few_threads(model.model),
+        eager(model),
+        layer_by_layer(model),
+        on_weights(modules, take),
+    ):
         after = p.row['input_ids'].shape[1] - p.tokens
-        margin, choice = answer_margin(model, run_through(model, p.row, 1 + after).logits[0, -1 - after], x, choice)
-        if lacking := [i for i in modules if i not in met]: raise RunError(f'{model.name}: layer {lacking[0]} gave no attention weights with a gradient; load the model with attn_implementation eager and without quantization')
+        margin, choice = answer_margin(
+            model, run_through(model, p.row, 1 + after).logits[0, -1 - after], x, choice
+        )
+        if lacking := [i for i in modules if i not in met]:
+            raise RunError(
+                f'{model.name}: layer {lacking[0]} gave no attention weights with a gradient; load the model with attn_implementation eager and without quantization'
+            )
         margin.backward()
     return choice
 
+
 def gradient_rows(
-    model:HFModel,          # a loaded model
-    x:Inputs,               # what it is asked, with an image
-    queries:tuple[str, ...]=('answer',), # 'answer' or words of the prompt; what follows the answer has no gradient
-    report:str='',          # the part of the prompt that is the report
-    said:str='',            # a choice written behind the prompt
-    choice:str='',          # whose margin is asked; '': the model's own answer
-)->Rows:                    # weights (layers, heads, queries, keys): relu(weight x gradient) in nats; they sum to no fixed number
+    model: HFModel,  # a loaded model
+    x: Inputs,  # what it is asked, with an image
+    queries: tuple[str, ...] = (
+        'answer',
+    ),  # 'answer' or words of the prompt; what follows the answer has no gradient
+    report: str = '',  # the part of the prompt that is the report
+    said: str = '',  # a choice written behind the prompt
+    choice: str = '',  # whose margin is asked; '': the model's own answer
+) -> Rows:  # weights (layers, heads, queries, keys): relu(weight x gradient) in nats; they sum to no fixed number
     "Attention times gradient; `RunError` where a query's gradient is zero everywhere, else errors as in `attention_rows`."
     p, kinds, found = prompt_of(model, x, queries, report, said), layer_kinds(model), {}
     at = list(p.positions)
+
     def pair(i, a, g):
-        if i in kinds: found[i] = (a[:, at].float()*g[:, at].float()).relu().cpu().numpy()
+        if i in kinds:
+            found[i] = (a[:, at].float() * g[:, at].float()).relu().cpu().numpy()
+
     choice = _backward(model, p, x, choice, pair)
     w = _some(model, p.queries, np.stack([found[i] for i in kinds]))
     groups = dict(image=p.layout.image) if p.layout.cross else p.groups
-    return Rows(w, tuple(kinds), tuple(kinds.values()), p.queries, p.positions, groups, p.layout, p.about | dict(method='gradient', choice=choice))
+    return Rows(
+        w,
+        tuple(kinds),
+        tuple(kinds.values()),
+        p.queries,
+        p.positions,
+        groups,
+        p.layout,
+        p.about | dict(method='gradient', choice=choice),
+    )
+
 
 def _some(model, queries, w):
     "The weights (..., queries, keys), if they are numbers and every query has some."
-    if not np.isfinite(w).all(): raise RunError(f'{model.name}: gradients of the attention are not numbers; load the model in bfloat16 or float32')
+    if not np.isfinite(w).all():
+        raise RunError(
+            f'{model.name}: gradients of the attention are not numbers; load the model in bfloat16 or float32'
+        )
     dead = [q for i, q in enumerate(queries) if not w[..., i, :].any()]
-    if dead: raise RunError(f'{model.name}: the gradient of the margin is zero in every layer at {dead[0]!r}; ask a query that the answer depends on (answer, or a word before it), in float32 or bfloat16')
+    if dead:
+        raise RunError(
+            f'{model.name}: the gradient of the margin is zero in every layer at {dead[0]!r}; ask a query that the answer depends on (answer, or a word before it), in float32 or bfloat16'
+        )
     return w
 
 # %% ../../nbs/22c_vlm.maps.ipynb #40456f40
 def relevance_rows(
-    model:HFModel,          # a loaded model
-    x:Inputs,               # what it is asked, with an image
-    queries:tuple[str, ...]=('answer',), # 'answer' or words of the prompt
-    report:str='',          # the part of the prompt that is the report
-    said:str='',            # a choice written behind the prompt
-    choice:str='',          # whose margin is asked; '': the model's own answer
-)->Rows:                    # one joined layer of one head; the part of a query that is its own is left out
+    model: HFModel,  # a loaded model
+    x: Inputs,  # what it is asked, with an image
+    queries: tuple[str, ...] = ('answer',),  # 'answer' or words of the prompt
+    report: str = '',  # the part of the prompt that is the report
+    said: str = '',  # a choice written behind the prompt
+    choice: str = '',  # whose margin is asked; '': the model's own answer
+) -> Rows:  # one joined layer of one head; the part of a query that is its own is left out
     "Relevance of every token for some queries, through all layers; errors as in `gradient_rows`."
     import torch
+
     p, kinds = prompt_of(model, x, queries, report, said), layer_kinds(model)
-    n, k, at = p.row['input_ids'].shape[1], p.layout.keys if p.layout.cross else 0, list(p.positions)
+    n, k, at = (
+        p.row['input_ids'].shape[1],
+        p.layout.keys if p.layout.cross else 0,
+        list(p.positions),
+    )
     own = torch.eye(n)[at].to(model.model.device)
     text, image = own.clone(), torch.zeros(len(at), k, device=own.device)
+
     def pair(i, a, g):
-        step = text @ (a.float()*g.float()).relu().mean(0)
+        step = text @ (a.float() * g.float()).relu().mean(0)
         (image if kinds.get(i) == 'cross' else text).add_(step)
+
     choice = _backward(model, p, x, choice, pair)
     w = _some(model, p.queries, torch.cat([image, text - own], 1).cpu().numpy())
     out = one_layer(p, w, tuple(attention_modules(model)), 'mean', 'relevance', k)
@@ -125,31 +201,63 @@ def relevance_rows(
 @dataclass(frozen=True)
 class Method:
     "A way to make rows."
-    rows:object    # the function: (model, x, queries, report, said, own options) -> Rows
-    says:str       # what a map by it says
-    unit:str       # of a row's weights, before they are made shares
-    options:tuple=() # names of its own options
-    joined:bool=False # are layers and heads joined by the method itself? Else choose them in `attention_map`
 
-METHODS = { # name -> method
-    'raw': Method(attention_rows, 'from where the query copies, in the layers and heads that are looked at', 'attention, 1 in a row'),
-    'rollout': Method(rollout_rows, 'from which tokens the content of the query has come through all layers', 'share of paths, 1 in a row', ('heads',), True),
-    'gradient': Method(gradient_rows, 'which attention of the query speaks for the answer, and by how much', 'nats of the margin', ('choice',)),
-    'relevance': Method(relevance_rows, 'which tokens speak for the answer through all layers', 'nats of the margin, chained over layers', ('choice',), True),
-    'composed': Method(composed_rows, 'from which patches the vision tower took what the query copies', 'attention, 1 in a row', ('vision',)),
+    rows: object  # the function: (model, x, queries, report, said, own options) -> Rows
+    says: str  # what a map by it says
+    unit: str  # of a row's weights, before they are made shares
+    options: tuple = ()  # names of its own options
+    joined: bool = False  # are layers and heads joined by the method itself? Else choose them in `attention_map`
+
+
+METHODS = {  # name -> method
+    'raw': Method(
+        attention_rows,
+        'from where the query copies, in the layers and heads that are looked at',
+        'attention, 1 in a row',
+    ),
+    'rollout': Method(
+        rollout_rows,
+        'from which tokens the content of the query has come through all layers',
+        'share of paths, 1 in a row',
+        ('heads',),
+        True,
+    ),
+    'gradient': Method(
+        gradient_rows,
+        'which attention of the query speaks for the answer, and by how much',
+        'nats of the margin',
+        ('choice',),
+    ),
+    'relevance': Method(
+        relevance_rows,
+        'which tokens speak for the answer through all layers',
+        'nats of the margin, chained over layers',
+        ('choice',),
+        True,
+    ),
+    'composed': Method(
+        composed_rows,
+        'from which patches the vision tower took what the query copies',
+        'attention, 1 in a row',
+        ('vision',),
+    ),
 }
 
 # %% ../../nbs/22c_vlm.maps.ipynb #6cecf8e2
 def rows_of(
-    model:HFModel,          # a loaded model
-    x:Inputs,               # what it is asked, with an image
-    method:str='raw',       # a key of `METHODS`
-    queries:tuple[str, ...]=('answer',), # 'answer', 'said', or words of the prompt
-    report:str='',          # the part of the prompt that is the report
-    said:str='',            # a choice written behind the prompt
-    **options,              # of the method: see `METHODS`
-)->Rows:                    # for `attention_map` and `shares`, whatever the method
+    model: HFModel,  # a loaded model
+    x: Inputs,  # what it is asked, with an image
+    method: str = 'raw',  # a key of `METHODS`
+    queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
+    report: str = '',  # the part of the prompt that is the report
+    said: str = '',  # a choice written behind the prompt
+    **options,  # of the method: see `METHODS`
+) -> Rows:  # for `attention_map` and `shares`, whatever the method
     "Rows by any method; `InputError` for a method or an option that is not there."
-    if method not in METHODS: raise InputError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    if unknown := sorted(set(options) - set(METHODS[method].options)): raise InputError(f"method {method!r} has no option {unknown[0]!r}; it takes {', '.join(METHODS[method].options) or 'none'}")
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    if unknown := sorted(set(options) - set(METHODS[method].options)):
+        raise InputError(
+            f"method {method!r} has no option {unknown[0]!r}; it takes {', '.join(METHODS[method].options) or 'none'}"
+        )
     return METHODS[method].rows(model, x, queries, report, said, **options)

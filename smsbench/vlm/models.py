@@ -19,59 +19,99 @@ from ..core import InputError, array_hash, content_hash, read_json
 from .checkpoints import auto_name, check_checkpoint, folder_hash, one_line, quantized
 from .delivery import listen
 from .families import PLAIN, Capabilities, caps_of
-from .prompting import Inputs, answer_tokens, chat_template, chat_text, choice_logprobs, control_tokens, encode, placeholders
+from smsbench.vlm.prompting import (
+    Inputs,
+    answer_tokens,
+    chat_template,
+    chat_text,
+    choice_logprobs,
+    control_tokens,
+    encode,
+    placeholders,
+)
 
-_all_ = ['Inputs', 'answer_tokens', 'chat_text', 'choice_logprobs', 'encode', 'placeholders', 'check_checkpoint', 'folder_hash']   # part of this interface, made below it
+_all_ = [
+    'Inputs',
+    'answer_tokens',
+    'chat_text',
+    'choice_logprobs',
+    'encode',
+    'placeholders',
+    'check_checkpoint',
+    'folder_hash',
+]  # part of this interface, made below it
 
 # %% ../../nbs/20_vlm.models.ipynb #22963006
 @dataclass(frozen=True)
 class Answer:
     "What a model said in one trial, and what it received."
-    logprobs:tuple[float, ...] # natural log-probability of each choice, over the whole vocabulary (not renormalised over the choices)
-    answer_mass:float          # sum of exp(logprobs), in [0,1]: how much of the model's belief the choices cover
-    pixel_sha:str              # hash of the pixels as they enter the model; '' without an image
-    token_sha:str              # hash of the token ids, without padding and image placeholders
-    delivered_sha:str          # hash of what the language model consumed (its input embeddings; for a planted model: what it measured)
-    raw_text:str=''            # generated text, where a model generates
+
+    logprobs: tuple[
+        float, ...
+    ]  # natural log-probability of each choice, over the whole vocabulary (not renormalised over the choices)
+    answer_mass: (
+        float  # sum of exp(logprobs), in [0,1]: how much of the model's belief the choices cover
+    )
+    pixel_sha: str  # hash of the pixels as they enter the model; '' without an image
+    token_sha: str  # hash of the token ids, without padding and image placeholders
+    delivered_sha: str  # hash of what the language model consumed (its input embeddings; for a planted model: what it measured)
+    raw_text: str = ''  # generated text, where a model generates
 
 # %% ../../nbs/20_vlm.models.ipynb #27dae58e
 @runtime_checkable
 class Model(Protocol):
     "Anything that answers `Inputs`; one `Answer` per input, in their order."
-    name:str  # how tables and reports call it
-    info:dict # JSON-ready: id, revision, dtype, attn_implementation, device, ...; goes to the metadata of the predictions
-    def score(self, batch:list[Inputs])->list[Answer]: ...
+
+    name: str  # how tables and reports call it
+    info: dict  # JSON-ready: id, revision, dtype, attn_implementation, device, ...; goes to the metadata of the predictions
+
+    def score(self, batch: list[Inputs]) -> list[Answer]: ...
 
 # %% ../../nbs/20_vlm.models.ipynb #afa8bb3e
-TOKEN_KEYS = ('input_ids', 'attention_mask', 'token_type_ids', 'mm_token_type_ids', 'cross_attention_mask')   # dim 1 is the sequence
+TOKEN_KEYS = (
+    'input_ids',
+    'attention_mask',
+    'token_type_ids',
+    'mm_token_type_ids',
+    'cross_attention_mask',
+)  # dim 1 is the sequence
+
 
 def extended(
-    row:dict,         # tensors from `encode`, batch dimension 1
-    seq:tuple,        # token ids to write behind it
-    answer_type:int=0, # token type of an answer, from the family's record
-)->dict:              # a longer row; masks go on as they ended
+    row: dict,  # tensors from `encode`, batch dimension 1
+    seq: tuple,  # token ids to write behind it
+    answer_type: int = 0,  # token type of an answer, from the family's record
+) -> dict:  # a longer row; masks go on as they ended
     "The row with an answer behind it."
     import torch
+
     out = dict(row)
     for k in ({'decoder_input_ids'} & set(row) or set(TOKEN_KEYS) & set(row)) if seq else ():
-        if k.endswith('input_ids'): more = row[k].new_tensor([seq])
-        elif k == 'token_type_ids': more = row[k].new_full((1, len(seq)), answer_type)
-        else: more = row[k][:, -1:].repeat_interleave(len(seq), 1)
+        if k.endswith('input_ids'):
+            more = row[k].new_tensor([seq])
+        elif k == 'token_type_ids':
+            more = row[k].new_full((1, len(seq)), answer_type)
+        else:
+            more = row[k][:, -1:].repeat_interleave(len(seq), 1)
         out[k] = torch.cat([row[k], more], 1)
     return out
 
 # %% ../../nbs/20_vlm.models.ipynb #bff633ed
 @contextlib.contextmanager
 def few_threads(
-    model,                # a Hugging Face model
-    small:int=10_000_000, # parameters up to which one thread is best on a CPU
+    model,  # a Hugging Face model
+    small: int = 10_000_000,  # parameters up to which one thread is best on a CPU
 ):
     "One CPU thread while a small model runs; the number of threads is put back afterwards."
     import torch
+
     before = torch.get_num_threads()
-    if model.device.type == 'cpu' and model.num_parameters() <= small: torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
+    if model.device.type == 'cpu' and model.num_parameters() <= small:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../nbs/20_vlm.models.ipynb #bff63302
 @contextlib.contextmanager
@@ -79,76 +119,143 @@ def _door(model, encoder=False):
     "Yields a function that names what the first pass through the language model consumed."
     door = model.get_encoder() if encoder else model.get_decoder()
     late = []
-    def pixels(module, args, kwargs): late.append([array_hash(v.float().cpu().numpy()) for k, v in sorted(kwargs.items()) if 'pixel_values' in k and hasattr(v, 'float')])
+
+    def pixels(module, args, kwargs):
+        late.append(
+            [
+                array_hash(v.float().cpu().numpy())
+                for k, v in sorted(kwargs.items())
+                if 'pixel_values' in k and hasattr(v, 'float')
+            ]
+        )
+
     handle = door.register_forward_pre_hook(pixels, with_kwargs=True)
     try:
-        with listen(SimpleNamespace(get_decoder=lambda: door)) as heard: yield lambda: content_hash(heard[0].sha(0, heard[0].hashes.shape[1]), *late[0]) if late[0] else heard[0].sha(0, heard[0].hashes.shape[1])
-    finally: handle.remove()
+        with listen(SimpleNamespace(get_decoder=lambda: door)) as heard:
+            yield (
+                lambda: (
+                    content_hash(heard[0].sha(0, heard[0].hashes.shape[1]), *late[0])
+                    if late[0]
+                    else heard[0].sha(0, heard[0].hashes.shape[1])
+                )
+            )
+    finally:
+        handle.remove()
 
 # %% ../../nbs/20_vlm.models.ipynb #a00e98e7
 class HFModel:
     "A Hugging Face image-text-to-text checkpoint behind the `Model` protocol."
-    def __init__(self,
-        model,       # the transformers model, on its device
-        processor,   # its processor
-        name:str,    # how tables and reports call it
-        caps:Capabilities|None=None, # the family's record; None: found by the configuration
-        system:str='', # system prompt; '' is the family's default
-        extra:str='',  # sentence behind the question; '' is the family's default
-        **info,      # JSON-ready; what the metadata of the predictions say about it
+
+    def __init__(
+        self,
+        model,  # the transformers model, on its device
+        processor,  # its processor
+        name: str,  # how tables and reports call it
+        caps: Capabilities | None = None,  # the family's record; None: found by the configuration
+        system: str = '',  # system prompt; '' is the family's default
+        extra: str = '',  # sentence behind the question; '' is the family's default
+        **info,  # JSON-ready; what the metadata of the predictions say about it
     ):
         self.model, self.processor, self.name, self.info = model.eval(), processor, name, info
         self.caps = caps_of(model.config) if caps is None else caps
         self.system, self.extra = system or self.caps.system, extra or self.caps.extra
         processor.tokenizer.padding_side = 'right'
-        self.longest = getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 2**31   # tokens
+        self.longest = (
+            getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 2**31
+        )  # tokens
         takes = inspect.signature(model.forward).parameters
-        self.takes, self.needs = set(takes), {n for n, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+        self.takes, self.needs = (
+            set(takes),
+            {
+                n
+                for n, p in takes.items()
+                if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+            },
+        )
         text = model.config.get_text_config()
-        self.start = getattr(text, 'decoder_start_token_id', None) or text.bos_token_id if getattr(text, 'is_encoder_decoder', False) else None   # of an encoder-decoder's answer
+        self.start = (
+            getattr(text, 'decoder_start_token_id', None) or text.bos_token_id
+            if getattr(text, 'is_encoder_decoder', False)
+            else None
+        )  # of an encoder-decoder's answer
         self._spelled, self._special = {}, None
 
-    def encode(self,
-        x:Inputs,        # what to ask
-    )->tuple[dict,str]:  # the row, and the hash of its pixels
+    def encode(
+        self,
+        x: Inputs,  # what to ask
+    ) -> tuple[dict, str]:  # the row, and the hash of its pixels
         "`encode` as this model's family needs it; `InputError` where the prompt is longer than the model can take, or has no image and must have one."
         row, sha = encode(self.processor, x, self.caps, self.system, self.extra)
-        if (n := row['input_ids'].shape[1]) > self.longest: raise InputError(f'a prompt of {n} tokens; {self.name} takes at most {self.longest}')
-        if lacking := self.needs - set(row): raise InputError(f"{self.name}: a {type(self.model).__name__} cannot be asked without an image (it requires {', '.join(sorted(lacking))})")
-        if self.start is not None: row['decoder_input_ids'] = row['input_ids'].new_tensor([[self.start]])
+        if (n := row['input_ids'].shape[1]) > self.longest:
+            raise InputError(f'a prompt of {n} tokens; {self.name} takes at most {self.longest}')
+        if lacking := self.needs - set(row):
+            raise InputError(
+                f"{self.name}: a {type(self.model).__name__} cannot be asked without an image (it requires {', '.join(sorted(lacking))})"
+            )
+        if self.start is not None:
+            row['decoder_input_ids'] = row['input_ids'].new_tensor([[self.start]])
         return row, sha
 
-    def put(self,
-        tensors:dict, # from `encode`
-    )->dict:          # the same on the model's device, real numbers in its dtype
+    def put(
+        self,
+        tensors: dict,  # from `encode`
+    ) -> dict:  # the same on the model's device, real numbers in its dtype
         "Hand tensors to the model's device."
         import torch
-        def move(v): return [move(t) for t in v] if isinstance(v, (list, tuple)) else v if not hasattr(v, 'to') else v.to(self.model.device, self.model.dtype if torch.is_floating_point(v) else None)
+
+        def move(v):
+            return (
+                [move(t) for t in v]
+                if isinstance(v, (list, tuple))
+                else v
+                if not hasattr(v, 'to')
+                else v.to(
+                    self.model.device, self.model.dtype if torch.is_floating_point(v) else None
+                )
+            )
+
         return {k: move(v) for k, v in tensors.items()}
 
-    def spelled(self,
-        choices:tuple[str, ...], # the allowed answers
-    )->dict:                     # choice -> token sequences
+    def spelled(
+        self,
+        choices: tuple[str, ...],  # the allowed answers
+    ) -> dict:  # choice -> token sequences
         "`answer_tokens` after this model's template."
         if choices not in self._spelled:
-            self._spelled[choices] = answer_tokens(self.processor.tokenizer, chat_text(self.processor, Inputs(None, '?', choices), self.caps, self.system, self.extra), choices)
+            self._spelled[choices] = answer_tokens(
+                self.processor.tokenizer,
+                chat_text(
+                    self.processor, Inputs(None, '?', choices), self.caps, self.system, self.extra
+                ),
+                choices,
+            )
         return self._spelled[choices]
 
-    def score(self,
-        batch:list[Inputs], # any mixture: with and without image, of choices
-    )->list[Answer]:        # in the order of `batch`
+    def score(
+        self,
+        batch: list[Inputs],  # any mixture: with and without image, of choices
+    ) -> list[Answer]:  # in the order of `batch`
         "Answers read from the logits, one trial at a time; nothing is generated. `InputError` where a prompt is longer than the model can take."
         import torch
-        with torch.inference_mode(), few_threads(self.model): return [self._answer(x)[0] for x in batch]
+
+        with torch.inference_mode(), few_threads(self.model):
+            return [self._answer(x)[0] for x in batch]
 
     def _answer(self, x):
         "The answer to one trial, and the log-probability of each spelling."
         row, sha = self.encode(x)
         spelled = self.spelled(x.choices)
-        with _door(self.model, self.start is not None) as delivered: first = self._logprobs(row, 1)[0]
-        logprob = {s: float(first[s[0]] if len(s) == 1 else self._sequence(row, s)) for ss in spelled.values() for s in ss}
+        with _door(self.model, self.start is not None) as delivered:
+            first = self._logprobs(row, 1)[0]
+        logprob = {
+            s: float(first[s[0]] if len(s) == 1 else self._sequence(row, s))
+            for ss in spelled.values()
+            for s in ss
+        }
         lp = choice_logprobs(spelled, logprob)
-        return Answer(tuple(lp), min(float(np.exp(lp).sum()), 1.), sha, self._token_sha(row), delivered()), logprob
+        return Answer(
+            tuple(lp), min(float(np.exp(lp).sum()), 1.0), sha, self._token_sha(row), delivered()
+        ), logprob
 
     def _logprobs(self, row, keep):
         "Natural log-probabilities (keep, vocabulary) at the last `keep` positions: float32, on the CPU."
@@ -163,93 +270,181 @@ class HFModel:
 
     def _token_sha(self, row):
         ids = row['input_ids'][0].numpy()
-        if self._special is None: self._special = self._image_tags()
+        if self._special is None:
+            self._special = self._image_tags()
         place = np.flatnonzero(ids == self._special[0])
-        if not len(place): return array_hash(ids)
+        if not len(place):
+            return array_hash(ids)
         a, b = place[0], place[-1] + 1
-        while a > 0 and ids[a - 1] in self._special[1]: a -= 1
-        while b < len(ids) and ids[b] in self._special[1]: b += 1
+        while a > 0 and ids[a - 1] in self._special[1]:
+            a -= 1
+        while b < len(ids) and ids[b] in self._special[1]:
+            b += 1
         return array_hash(np.concatenate([ids[:a], ids[b:]]))
 
     def _image_tags(self):
         "The id of the expanded image token, and the special tokens that may stand around it."
         config, tok = self.model.config, self.processor.tokenizer
-        image = next((i for i in (getattr(config, n, None) for n in (self.caps.image_token, 'image_token_id', 'image_token_index') if n) if i is not None), -1)
-        return image, set(tok.convert_tokens_to_ids(sorted(control_tokens(self.processor)))) - {tok.bos_token_id, tok.eos_token_id, None}
+        image = next(
+            (
+                i
+                for i in (
+                    getattr(config, n, None)
+                    for n in (self.caps.image_token, 'image_token_id', 'image_token_index')
+                    if n
+                )
+                if i is not None
+            ),
+            -1,
+        )
+        return image, set(tok.convert_tokens_to_ids(sorted(control_tokens(self.processor)))) - {
+            tok.bos_token_id,
+            tok.eos_token_id,
+            None,
+        }
 
-    def variants(self,
-        choices:tuple[str, ...], # the allowed answers
-    )->pd.DataFrame:             # choice, text (as the model would write it), ids (token ids, a tuple)
+    def variants(
+        self,
+        choices: tuple[str, ...],  # the allowed answers
+    ) -> pd.DataFrame:  # choice, text (as the model would write it), ids (token ids, a tuple)
         "Every spelling that counts as one of the choices."
         tok = self.processor.tokenizer
-        return pd.DataFrame([dict(choice=c, text=tok.decode(list(s)), ids=s) for c, ss in self.spelled(tuple(choices)).items() for s in ss])
+        return pd.DataFrame(
+            [
+                dict(choice=c, text=tok.decode(list(s)), ids=s)
+                for c, ss in self.spelled(tuple(choices)).items()
+                for s in ss
+            ]
+        )
 
-    def variant_mass(self,
-        batch:list[Inputs], # trials with the same choices
-    )->pd.DataFrame:        # choice, text, ids, mass: mean probability of the spelling over the trials, in [0,1]
+    def variant_mass(
+        self,
+        batch: list[Inputs],  # trials with the same choices
+    ) -> (
+        pd.DataFrame
+    ):  # choice, text, ids, mass: mean probability of the spelling over the trials, in [0,1]
         "How the model's belief is spread over the spellings; `InputError` where the trials differ in their choices."
         import torch
-        if len({x.choices for x in batch}) != 1: raise InputError('the mass of spellings needs trials with the same choices')
-        with torch.inference_mode(), few_threads(self.model): found = [self._answer(x)[1] for x in batch]
+
+        if len({x.choices for x in batch}) != 1:
+            raise InputError('the mass of spellings needs trials with the same choices')
+        with torch.inference_mode(), few_threads(self.model):
+            found = [self._answer(x)[1] for x in batch]
         table = self.variants(batch[0].choices)
         return table.assign(mass=[float(np.mean([np.exp(f[s]) for f in found])) for s in table.ids])
 
 # %% ../../nbs/20_vlm.models.ipynb #13970c98
 def load_model(
-    id_or_path:str,            # folder of a checkpoint, or hub id 'owner/name'
-    dtype:str='auto',          # 'float32', 'float16', 'bfloat16', or 'auto': as saved
-    device:str='auto',         # 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', 'mps'
-    revision:str|None=None,    # hub revision (branch, tag or commit); with `trust_remote_code` a commit, for a folder 'files:' and its hash
-    quantization:str|None=None, # '4bit' or '8bit' (bitsandbytes, on a GPU); None: as `dtype` says
-    attn_implementation:str|None=None, # 'eager', 'sdpa', 'flash_attention_2'; None: the library's choice
-    trust_remote_code:bool=False, # let the repository's own code run; only with a pinned `revision`
-    system:str='',             # system prompt; '': the family's default, which leaves it to the chat template
-    extra:str='',              # sentence behind every question; '': the family's default (none)
-    name:str|None=None,        # how to call it; None takes the last part of `id_or_path`
-)->HFModel:
+    id_or_path: str,  # folder of a checkpoint, or hub id 'owner/name'
+    dtype: str = 'auto',  # 'float32', 'float16', 'bfloat16', or 'auto': as saved
+    device: str = 'auto',  # 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', 'mps'
+    revision: str
+    | None = None,  # hub revision (branch, tag or commit); with `trust_remote_code` a commit, for a folder 'files:' and its hash
+    quantization: str
+    | None = None,  # '4bit' or '8bit' (bitsandbytes, on a GPU); None: as `dtype` says
+    attn_implementation: str
+    | None = None,  # 'eager', 'sdpa', 'flash_attention_2'; None: the library's choice
+    trust_remote_code: bool = False,  # let the repository's own code run; only with a pinned `revision`
+    system: str = '',  # system prompt; '': the family's default, which leaves it to the chat template
+    extra: str = '',  # sentence behind every question; '': the family's default (none)
+    name: str | None = None,  # how to call it; None takes the last part of `id_or_path`
+) -> HFModel:
     "Load a vision-language checkpoint; `InputError` in one line where it cannot be used."
-    if dtype not in ('float32', 'float16', 'bfloat16', 'auto'): raise InputError(f"dtype {dtype!r}: choose float32, float16, bfloat16 or auto")
+    if dtype not in ('float32', 'float16', 'bfloat16', 'auto'):
+        raise InputError(f"dtype {dtype!r}: choose float32, float16, bfloat16 or auto")
     config = check_checkpoint(id_or_path, revision, trust_remote_code)
     device = _device(device)
     local = Path(id_or_path).expanduser().is_dir()
-    where, asked = (Path(id_or_path).expanduser() if local else id_or_path), dict(revision=None if local else revision, trust_remote_code=trust_remote_code)
+    where, asked = (
+        (Path(id_or_path).expanduser() if local else id_or_path),
+        dict(revision=None if local else revision, trust_remote_code=trust_remote_code),
+    )
     settings = quantized(quantization, device, dtype)
     with one_line(id_or_path):
         processor = _processor(where, asked)
         more = dict(quantization_config=settings, device_map={'': device}) if settings else {}
-        model, report = _auto_class(config).from_pretrained(where, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True, output_loading_info=True, **asked, **more)
-    if missing := sorted(report['missing_keys']): raise InputError(f'{id_or_path}: {len(missing)} weights are missing, {missing[0]} among them; they would be random')
-    if not settings: model = model.to(device)
+        model, report = _auto_class(config).from_pretrained(
+            where,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+            **asked,
+            **more,
+        )
+    if missing := sorted(report['missing_keys']):
+        raise InputError(
+            f'{id_or_path}: {len(missing)} weights are missing, {missing[0]} among them; they would be random'
+        )
+    if not settings:
+        model = model.to(device)
     name = name or Path(id_or_path).name
     out = HFModel(model, processor, name, caps_of(config), system, extra)
     out.info.update(_about(out, where, revision, quantization))
     return out
 
+
 def _processor(where, asked):
     from transformers import AutoProcessor
+
     processor = AutoProcessor.from_pretrained(where, **asked)
-    if lacking := [n for n in ('image_processor', 'tokenizer') if getattr(processor, n, None) is None]:
-        raise InputError(f"{where}: its processor has no {' and no '.join(lacking).replace('_', ' ')}; the prompt cannot be built")
+    if lacking := [
+        n for n in ('image_processor', 'tokenizer') if getattr(processor, n, None) is None
+    ]:
+        raise InputError(
+            f"{where}: its processor has no {' and no '.join(lacking).replace('_', ' ')}; the prompt cannot be built"
+        )
     return processor
+
 
 def _auto_class(config):
     import transformers as tf
-    return tf.AutoModelForImageTextToText if type(config) in tf.AutoModelForImageTextToText._model_mapping else getattr(tf, auto_name(config))
+
+    return (
+        tf.AutoModelForImageTextToText
+        if type(config) in tf.AutoModelForImageTextToText._model_mapping
+        else getattr(tf, auto_name(config))
+    )
+
 
 def _device(device):
     import torch
-    if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e: raise InputError(f"device {device!r} cannot be used here ({str(e).splitlines()[0][:120]})") from None
+
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(
+            f"device {device!r} cannot be used here ({str(e).splitlines()[0][:120]})"
+        ) from None
     return device
+
 
 def _about(vlm, where, revision, quantization):
     "What the metadata of the predictions say about a loaded model; no path of this machine."
     local, model, caps = isinstance(where, Path), vlm.model, vlm.caps
-    card = read_json(where/'smsbench.json') if local and (where/'smsbench.json').is_file() else {}
-    return dict(id=vlm.name if local else where, revision=f'files:{folder_hash(where)}' if local else getattr(model.config, '_commit_hash', None) or revision or '',
-                family=caps.family or model.config.model_type, route=f'plain: {model.config.model_type} is {caps.why}' if caps == PLAIN else 'loader', top_level=caps.top_level,
-                prompt='chat template' if chat_template(vlm.processor) else f'plain prompt {caps.plain[0]!r}', system=vlm.system, extra=vlm.extra,
-                image_processor=type(vlm.processor.image_processor).__name__, dtype=str(model.dtype).removeprefix('torch.'), quantization=quantization or '',
-                attn_implementation=model.config._attn_implementation, device=str(model.device), n_parameters=sum(p.numel() for p in model.parameters()),
-                **{k: card[k] for k in ('trained_on', 'notes') if k in card})
+    card = (
+        read_json(where / 'smsbench.json') if local and (where / 'smsbench.json').is_file() else {}
+    )
+    return dict(
+        id=vlm.name if local else where,
+        revision=f'files:{folder_hash(where)}'
+        if local
+        else getattr(model.config, '_commit_hash', None) or revision or '',
+        family=caps.family or model.config.model_type,
+        route=f'plain: {model.config.model_type} is {caps.why}' if caps == PLAIN else 'loader',
+        top_level=caps.top_level,
+        prompt='chat template'
+        if chat_template(vlm.processor)
+        else f'plain prompt {caps.plain[0]!r}',
+        system=vlm.system,
+        extra=vlm.extra,
+        image_processor=type(vlm.processor.image_processor).__name__,
+        dtype=str(model.dtype).removeprefix('torch.'),
+        quantization=quantization or '',
+        attn_implementation=model.config._attn_implementation,
+        device=str(model.device),
+        n_parameters=sum(p.numel() for p in model.parameters()),
+        **{k: card[k] for k in ('trained_on', 'notes') if k in card},
+    )

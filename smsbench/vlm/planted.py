@@ -20,60 +20,77 @@ from .evidence import STRENGTH, asked_finding, film_evidence, marker_evidence
 from .evidence import shown_report, template_evidence, text_evidence
 from .models import Answer, Inputs
 
-_all_ = ['STRENGTH', 'asked_finding', 'film_evidence', 'text_evidence']   # part of this interface
+_all_ = ['STRENGTH', 'asked_finding', 'film_evidence', 'text_evidence']  # part of this interface
 
 # %% ../../nbs/20a_vlm.planted.ipynb #8f317c4c
-PRIOR = -.01  # log-odds of yes without any evidence: breaks ties towards no
+PRIOR = -0.01  # log-odds of yes without any evidence: breaks ties towards no
+
 
 class Planted:
     "A model of known habits; keeps the `Model` protocol of `smsbench.vlm.models`."
-    def __init__(self,
-        name:str,               # how tables call it
-        rule:Callable,          # (film, report) in {-1, 0, 1} -> log-odds of yes; None declines
-        uses=('film', 'report'),# what it measures; the rest is 0 to its rule
-        mass:float=.9,          # answer mass
-        see:Callable=film_evidence,  # (image, finding, 1.) -> evidence of the film, in units
-        read:Callable=text_evidence, # (prompt, finding, 1.) -> evidence of the words, in units
-        chance=(),              # 'film', 'report': whose `own_number` is the rule's third input
-        **info,                 # what else to record, e.g. weights
+
+    def __init__(
+        self,
+        name: str,  # how tables call it
+        rule: Callable,  # (film, report) in {-1, 0, 1} -> log-odds of yes; None declines
+        uses=('film', 'report'),  # what it measures; the rest is 0 to its rule
+        mass: float = 0.9,  # answer mass
+        see: Callable = film_evidence,  # (image, finding, 1.) -> evidence of the film, in units
+        read: Callable = text_evidence,  # (prompt, finding, 1.) -> evidence of the words, in units
+        chance=(),  # 'film', 'report': whose `own_number` is the rule's third input
+        **info,  # what else to record, e.g. weights
     ):
         self.name, self.rule, self.uses, self.mass = name, rule, tuple(uses), mass
         self.see, self.read, self.chance, self.seen = see, read, tuple(chance), OrderedDict()
         self.info = dict(
-            id=name, revision='1', dtype='float64', attn_implementation='none', device='cpu',
-            uses=list(uses), mass=mass, prior=PRIOR, **info)
+            id=name,
+            revision='1',
+            dtype='float64',
+            attn_implementation='none',
+            device='cpu',
+            uses=list(uses),
+            mass=mass,
+            prior=PRIOR,
+            **info,
+        )
 
     def film(self, image, sha, finding):
         "Evidence of a film in units; each film is measured once."
-        if image is None: return 0.
+        if image is None:
+            return 0.0
         if (sha, finding) not in self.seen:
-            self.seen[sha, finding] = self.see(image, finding, 1.)
-            if len(self.seen) > 20000: self.seen.popitem(last=False)
+            self.seen[sha, finding] = self.see(image, finding, 1.0)
+            if len(self.seen) > 20000:
+                self.seen.popitem(last=False)
         return self.seen[sha, finding]
 
     def log_odds(self, x, sha):
         "What the rule makes of the pixels and words of a trial."
         finding = asked_finding(x.prompt) if self.uses else ''
-        film = self.film(x.image, sha, finding) if 'film' in self.uses else 0.
-        report = self.read(x.prompt, finding, 1.) if 'report' in self.uses else 0.
-        if not self.chance: return self.rule(film, report)
+        film = self.film(x.image, sha, finding) if 'film' in self.uses else 0.0
+        report = self.read(x.prompt, finding, 1.0) if 'report' in self.uses else 0.0
+        if not self.chance:
+            return self.rule(film, report)
         content = dict(film=sha, report=shown_report(x.prompt))
         return self.rule(film, report, own_number(finding, *(content[c] for c in self.chance)))
 
-    def answer(self,
-        x:Inputs, # what was delivered
-    )->Answer:    # what the rule makes of it
+    def answer(
+        self,
+        x: Inputs,  # what was delivered
+    ) -> Answer:  # what the rule makes of it
         "One answer; `InputError` where the choices are not yes and no, or the question names no finding that the model must measure."
         sha = '' if x.image is None else array_hash(x.image)
         log_odds = self.log_odds(x, sha)
         delivered = (sha, content_hash(x.prompt), content_hash(sha, x.prompt))
-        if log_odds is None: return _declined(x.choices, delivered)
+        if log_odds is None:
+            return _declined(x.choices, delivered)
         logprobs = _logprobs(log_odds, x.choices, self.mass)
         return Answer(logprobs, self.mass, *delivered, x.choices[int(np.argmax(logprobs))])
 
-    def score(self,
-        batch:list[Inputs], # trials
-    )->list[Answer]:        # in their order
+    def score(
+        self,
+        batch: list[Inputs],  # trials
+    ) -> list[Answer]:  # in their order
         "Answer a batch."
         return [self.answer(x) for x in batch]
 
@@ -81,163 +98,238 @@ class Planted:
 def _logprobs(log_odds, choices, mass):
     "Natural log-probabilities whose yes and no differ by `log_odds`; any further choice is less likely than both."
     words = [c.strip().lower() for c in choices]
-    if not {'yes', 'no'} <= set(words): raise InputError(f"planted models answer yes or no; this question's choices are {', '.join(choices)}")
-    logits = [dict(yes=log_odds/2, no=-log_odds/2).get(w, -abs(log_odds)/2 - 5) for w in words]
+    if not {'yes', 'no'} <= set(words):
+        raise InputError(
+            f"planted models answer yes or no; this question's choices are {', '.join(choices)}"
+        )
+    logits = [
+        dict(yes=log_odds / 2, no=-log_odds / 2).get(w, -abs(log_odds) / 2 - 5) for w in words
+    ]
     top = max(logits)
     total = top + math.log(sum(math.exp(v - top) for v in logits))
     return tuple(v - total + math.log(mass) for v in logits)
 
 # %% ../../nbs/20a_vlm.planted.ipynb #55dc06e3
 def own_number(
-    finding:str, # what is asked about
-    *content,    # words, or the hash of pixels
-)->float:        # in [0, 1), even over contents
+    finding: str,  # what is asked about
+    *content,  # words, or the hash of pixels
+) -> float:  # in [0, 1), even over contents
     "The number that belongs to a content and a question."
     return uniform(1, 'planted', finding, *content)[0]
 
 # %% ../../nbs/20a_vlm.planted.ipynb #d8c6bdae
 DECLINED = 'I am unable to answer: the image and the text contradict each other.'
-LITTLE = .02 # answer mass of a model that declines
+LITTLE = 0.02  # answer mass of a model that declines
+
 
 def _declined(choices, delivered):
     "No answer: every choice alike, little mass, and a refusal in words."
-    even = math.log(LITTLE/len(choices))
-    return Answer((even,)*len(choices), LITTLE, *delivered, DECLINED)
+    even = math.log(LITTLE / len(choices))
+    return Answer((even,) * len(choices), LITTLE, *delivered, DECLINED)
 
 # %% ../../nbs/20a_vlm.planted.ipynb #6460eaf9
 def mixture(
-    w:float=.5,              # weight of the film, 0 to 1; the report has the rest
-    strength:float=STRENGTH, # logits per unit of evidence
-    name:str='',             # default: planted:mixture:w
-)->Planted:
+    w: float = 0.5,  # weight of the film, 0 to 1; the report has the rest
+    strength: float = STRENGTH,  # logits per unit of evidence
+    name: str = '',  # default: planted:mixture:w
+) -> Planted:
     "Weighs film and report; w = 0 follows the report alone, w = 1 the film alone."
-    if not 0 <= w <= 1: raise InputError(f'planted:mixture:{w:g}: the weight of the film must lie in 0..1')
+    if not 0 <= w <= 1:
+        raise InputError(f'planted:mixture:{w:g}: the weight of the film must lie in 0..1')
     uses = [part for part, weight in (('film', w), ('report', 1 - w)) if weight]
-    return Planted(name or f'planted:mixture:{w:g}', lambda film, report: strength*(w*film + (1 - w)*report) + PRIOR, uses, w=w, strength=strength)
+    return Planted(
+        name or f'planted:mixture:{w:g}',
+        lambda film, report: strength * (w * film + (1 - w) * report) + PRIOR,
+        uses,
+        w=w,
+        strength=strength,
+    )
 
 # %% ../../nbs/20a_vlm.planted.ipynb #009a973f
 def contradiction(
-    strength:float=STRENGTH, # logits
-)->Planted:
+    strength: float = STRENGTH,  # logits
+) -> Planted:
     "Says yes where film and report disagree, no where they agree, and has no opinion where one is missing."
-    return Planted('planted:contradiction', lambda film, report: -strength*film*report + PRIOR, strength=strength)
+    return Planted(
+        'planted:contradiction',
+        lambda film, report: -strength * film * report + PRIOR,
+        strength=strength,
+    )
 
 # %% ../../nbs/20a_vlm.planted.ipynb #fc47987f
 def constant(
-    p:float=.3, # probability of yes among yes and no, 0 to 1 exclusive
-)->Planted:
+    p: float = 0.3,  # probability of yes among yes and no, 0 to 1 exclusive
+) -> Planted:
     "Answers its prior."
-    if not 0 < p < 1: raise InputError(f'planted:constant:{p:g}: the probability must lie between 0 and 1')
-    return Planted(f'planted:constant:{p:g}', lambda film, report: math.log(p/(1 - p)), (), p=p)
+    if not 0 < p < 1:
+        raise InputError(f'planted:constant:{p:g}: the probability must lie between 0 and 1')
+    return Planted(f'planted:constant:{p:g}', lambda film, report: math.log(p / (1 - p)), (), p=p)
 
 # %% ../../nbs/20a_vlm.planted.ipynb #16f5c240
 def image_dropper(
-    strength:float=STRENGTH, # logits
-)->Planted:
+    strength: float = STRENGTH,  # logits
+) -> Planted:
     "Receives the film, which is part of what it hashes, and answers from the report."
-    return Planted('planted:image-dropper', lambda film, report: strength*report + 0*film + PRIOR, strength=strength)
+    return Planted(
+        'planted:image-dropper',
+        lambda film, report: strength * report + 0 * film + PRIOR,
+        strength=strength,
+    )
 
 # %% ../../nbs/20a_vlm.planted.ipynb #a72393fd
 def miscalibrated(
-    temperature:float=.5, # below 1: overconfident, above 1: underconfident
-    agreement:float=.75,  # share of samples in which the report is right: at temperature 1 the model is calibrated there
-)->Planted:
+    temperature: float = 0.5,  # below 1: overconfident, above 1: underconfident
+    agreement: float = 0.75,  # share of samples in which the report is right: at temperature 1 the model is calibrated there
+) -> Planted:
     "Follows the report with confidence that is wrong by a known temperature."
-    if temperature <= 0 or not .5 < agreement < 1: raise InputError(f'planted:miscalibrated:{temperature:g}:{agreement:g}: the temperature must be positive, the agreement between 0.5 and 1')
-    logit = math.log(agreement/(1 - agreement))/temperature
-    return Planted(f'planted:miscalibrated:{temperature:g}:{agreement:g}', lambda film, report: logit*report or PRIOR, ('report',), temperature=temperature, agreement=agreement)
+    if temperature <= 0 or not 0.5 < agreement < 1:
+        raise InputError(
+            f'planted:miscalibrated:{temperature:g}:{agreement:g}: the temperature must be positive, the agreement between 0.5 and 1'
+        )
+    logit = math.log(agreement / (1 - agreement)) / temperature
+    return Planted(
+        f'planted:miscalibrated:{temperature:g}:{agreement:g}',
+        lambda film, report: logit * report or PRIOR,
+        ('report',),
+        temperature=temperature,
+        agreement=agreement,
+    )
 
 # %% ../../nbs/20a_vlm.planted.ipynb #9272c4e8
 def looks(
-    w:float=.5,              # share of the reports beside which it goes by the film, 0 to 1
-    strength:float=STRENGTH, # logits per unit of evidence
-)->Planted:
+    w: float = 0.5,  # share of the reports beside which it goes by the film, 0 to 1
+    strength: float = STRENGTH,  # logits per unit of evidence
+) -> Planted:
     "Goes by the film beside a share of the reports, by the report otherwise; or by what there is."
     if not 0 <= w <= 1:
         raise InputError(f'planted:looks:{w:g}: the share must lie in 0..1')
+
     def rule(film, report, number):
         unit = film + report if not film or not report else film if number < w else report
-        return strength*unit + PRIOR
+        return strength * unit + PRIOR
+
     return Planted(f'planted:looks:{w:g}', rule, chance=('report',), w=w, strength=strength)
 
 # %% ../../nbs/20a_vlm.planted.ipynb #41495b4a
 def refuser(
-    share:float=.6,          # of the trials whose film and report disagree, 0 to 1
-    strength:float=STRENGTH, # logits per unit of evidence
-)->Planted:
+    share: float = 0.6,  # of the trials whose film and report disagree, 0 to 1
+    strength: float = STRENGTH,  # logits per unit of evidence
+) -> Planted:
     "Repeats the report, but declines in a share of the trials whose film and report disagree."
     if not 0 <= share <= 1:
         raise InputError(f'planted:refuser:{share:g}: the share must lie in 0..1')
+
     def rule(film, report, number):
-        declines = film*report < 0 and number < share
-        return None if declines else strength*report + PRIOR
+        declines = film * report < 0 and number < share
+        return None if declines else strength * report + PRIOR
+
     return Planted(
-        f'planted:refuser:{share:g}', rule, chance=('film', 'report'), share=share,
-        strength=strength)
+        f'planted:refuser:{share:g}',
+        rule,
+        chance=('film', 'report'),
+        share=share,
+        strength=strength,
+    )
 
 # %% ../../nbs/20a_vlm.planted.ipynb #70edb4ab
 def template_parrot(
-    strength:float=STRENGTH, # logits
-)->Planted:
+    strength: float = STRENGTH,  # logits
+) -> Planted:
     "Says yes where the prompt announces a film and its report, whatever they show."
     return Planted(
-        'planted:template-parrot', lambda film, report: strength*report, ('report',),
-        read=template_evidence, strength=strength)
+        'planted:template-parrot',
+        lambda film, report: strength * report,
+        ('report',),
+        read=template_evidence,
+        strength=strength,
+    )
 
 # %% ../../nbs/20a_vlm.planted.ipynb #7661d0a0
 def marker_reader(
-    strength:float=STRENGTH, # logits
-)->Planted:
+    strength: float = STRENGTH,  # logits
+) -> Planted:
     "Says yes where the shortcut marker is burnt into the film."
     return Planted(
-        'planted:marker-reader', lambda film, report: strength*film + PRIOR, ('film',),
-        see=marker_evidence, strength=strength)
+        'planted:marker-reader',
+        lambda film, report: strength * film + PRIOR,
+        ('film',),
+        see=marker_evidence,
+        strength=strength,
+    )
 
 # %% ../../nbs/20a_vlm.planted.ipynb #2d37c5b4
 def noisy(
-    part:str,                # 'film' or 'report': what it goes by
-    error:float=.2,          # share of them that it takes for their opposite, 0 to 1
-    strength:float=STRENGTH, # logits per unit of evidence
-)->Planted:
+    part: str,  # 'film' or 'report': what it goes by
+    error: float = 0.2,  # share of them that it takes for their opposite, 0 to 1
+    strength: float = STRENGTH,  # logits per unit of evidence
+) -> Planted:
     "Goes by one modality, a fixed share of which it takes for the opposite."
     name = dict(film='planted:noisy-image', report='planted:noisy-text')[part]
     if not 0 <= error <= 1:
         raise InputError(f'{name}:{error:g}: the share of errors must lie in 0..1')
+
     def rule(film, report, number):
-        return strength*(film + report)*(-1 if number < error else 1) + PRIOR
+        return strength * (film + report) * (-1 if number < error else 1) + PRIOR
+
     return Planted(
-        f'{name}:{error:g}', rule, (part,), chance=(part,), error=error, strength=strength)
+        f'{name}:{error:g}', rule, (part,), chance=(part,), error=error, strength=strength
+    )
 
 # %% ../../nbs/20a_vlm.planted.ipynb #e956ce79
 class LosesImage:
     "Drops every image before it reaches the model inside."
-    def __init__(self,
-        model=None, # any model; default: an even mixture
-    ): self.model = model or mixture(); self.name, self.info = 'planted:loses-image', {**self.model.info, 'id': 'planted:loses-image'}
 
-    def score(self,
-        batch:list[Inputs], # trials
-    )->list[Answer]:        # what the model says without images
+    def __init__(
+        self,
+        model=None,  # any model; default: an even mixture
+    ):
+        self.model = model or mixture()
+        self.name, self.info = (
+            'planted:loses-image',
+            {**self.model.info, 'id': 'planted:loses-image'},
+        )
+
+    def score(
+        self,
+        batch: list[Inputs],  # trials
+    ) -> list[Answer]:  # what the model says without images
         "Answers of the model inside."
         return self.model.score([Inputs(None, x.prompt, x.choices) for x in batch])
 
 # %% ../../nbs/20a_vlm.planted.ipynb #371b952b
 class ConstantInput:
     "Hands the model inside the same grey picture and the same prompt, whatever was asked."
-    def __init__(self,
-        model=None, # any model; default: an even mixture
-    ): self.model = model or mixture(); self.name, self.info = 'planted:constant-input', {**self.model.info, 'id': 'planted:constant-input'}
 
-    def score(self,
-        batch:list[Inputs], # trials
-    )->list[Answer]:        # one answer, repeated
+    def __init__(
+        self,
+        model=None,  # any model; default: an even mixture
+    ):
+        self.model = model or mixture()
+        self.name, self.info = (
+            'planted:constant-input',
+            {**self.model.info, 'id': 'planted:constant-input'},
+        )
+
+    def score(
+        self,
+        batch: list[Inputs],  # trials
+    ) -> list[Answer]:  # one answer, repeated
         "Answers of the model inside."
-        return self.model.score([Inputs(np.full((64, 64), 128, np.uint8), 'Question: Is there pleural effusion?', x.choices) for x in batch])
+        return self.model.score(
+            [
+                Inputs(
+                    np.full((64, 64), 128, np.uint8),
+                    'Question: Is there pleural effusion?',
+                    x.choices,
+                )
+                for x in batch
+            ]
+        )
 
 # %% ../../nbs/20a_vlm.planted.ipynb #253f2c7a
-PLANTED = { # name -> factory taking numbers
-    'text-only': lambda strength=STRENGTH: mixture(0., strength, 'planted:text-only'),
-    'image-only': lambda strength=STRENGTH: mixture(1., strength, 'planted:image-only'),
+PLANTED = {  # name -> factory taking numbers
+    'text-only': lambda strength=STRENGTH: mixture(0.0, strength, 'planted:text-only'),
+    'image-only': lambda strength=STRENGTH: mixture(1.0, strength, 'planted:image-only'),
     'mixture': mixture,
     'looks': looks,
     'contradiction': contradiction,
@@ -246,21 +338,30 @@ PLANTED = { # name -> factory taking numbers
     'refuser': refuser,
     'template-parrot': template_parrot,
     'marker-reader': marker_reader,
-    'noisy-image': lambda error=.2, strength=STRENGTH: noisy('film', error, strength),
-    'noisy-text': lambda error=.2, strength=STRENGTH: noisy('report', error, strength),
+    'noisy-image': lambda error=0.2, strength=STRENGTH: noisy('film', error, strength),
+    'noisy-text': lambda error=0.2, strength=STRENGTH: noisy('report', error, strength),
     'miscalibrated': miscalibrated,
     'loses-image': lambda: LosesImage(),
-    'constant-input': lambda: ConstantInput()}
+    'constant-input': lambda: ConstantInput(),
+}
 
 # %% ../../nbs/20a_vlm.planted.ipynb #785823e5
 def planted(
-    spec:str, # 'planted:NAME[:NUMBER...]' or 'NAME[:NUMBER...]'
-):            # a model
+    spec: str,  # 'planted:NAME[:NUMBER...]' or 'NAME[:NUMBER...]'
+):  # a model
     "The planted model of a name; `InputError` for an unknown name or numbers it does not take."
     name, *numbers = str(spec).removeprefix('planted:').split(':')
-    if name not in PLANTED: raise InputError(f"unknown planted model {name!r}; choose from {', '.join(PLANTED)}")
-    try: model = PLANTED[name](*map(float, numbers))
-    except InputError: raise
-    except (TypeError, ValueError): raise InputError(f"planted:{name} does not take {':'.join(numbers)!r}; write for example planted:mixture:0.3") from None
-    model.name = 'planted:' + str(spec).removeprefix('planted:')   # tables call it what the user called it
+    if name not in PLANTED:
+        raise InputError(f"unknown planted model {name!r}; choose from {', '.join(PLANTED)}")
+    try:
+        model = PLANTED[name](*map(float, numbers))
+    except InputError:
+        raise
+    except (TypeError, ValueError):
+        raise InputError(
+            f"planted:{name} does not take {':'.join(numbers)!r}; write for example planted:mixture:0.3"
+        ) from None
+    model.name = 'planted:' + str(spec).removeprefix(
+        'planted:'
+    )  # tables call it what the user called it
     return model

@@ -18,29 +18,31 @@ from .delivery import _weights, position_hashes
 @dataclass(eq=False)
 class Row:
     "One forward pass's worth of tokens, and what to read from it."
-    trial:object             # whose it is
-    ids:np.ndarray           # (n,) token ids
-    read:int                 # first position whose logits are read; the last is n-1
-    asks:list                # token ids whose log-probability is wanted: any number at `read`, or one at each of read..n-1
-    floor:int=0              # a prefix must hold at least so many tokens
-    node:object=None         # the `Node` it continues
-    extra:int=0              # how many of `ids` belong to the answer
-    tokens:dict|None=None    # name -> tensor (1, n, ...), beside the ids
+
+    trial: object  # whose it is
+    ids: np.ndarray  # (n,) token ids
+    read: int  # first position whose logits are read; the last is n-1
+    asks: list  # token ids whose log-probability is wanted: any number at `read`, or one at each of read..n-1
+    floor: int = 0  # a prefix must hold at least so many tokens
+    node: object = None  # the `Node` it continues
+    extra: int = 0  # how many of `ids` belong to the answer
+    tokens: dict | None = None  # name -> tensor (1, n, ...), beside the ids
 
 # %% ../../nbs/20g_vlm.prefix.ipynb #0a5a0e02
 @dataclass(eq=False)
 class Node:
     "A stretch of tokens that several rows share."
-    row:Row                  # one of them: its tokens are the stretch's
-    lo:int                   # first position
-    hi:int                   # position after the last
-    parent:object=None       # the `Node` that it continues
-    at:tuple=()              # (`Prefix`, index of its row there), once computed
+
+    row: Row  # one of them: its tokens are the stretch's
+    lo: int  # first position
+    hi: int  # position after the last
+    parent: object = None  # the `Node` that it continues
+    at: tuple = ()  # (`Prefix`, index of its row there), once computed
 
 # %% ../../nbs/20g_vlm.prefix.ipynb #2851768c
 def common(
-    rows:list[Row], # one or more
-)->int:             # tokens
+    rows: list[Row],  # one or more
+) -> int:  # tokens
     "Length of the longest beginning that all rows share."
     n = min(len(r.ids) for r in rows)
     differ = [np.flatnonzero(r.ids[:n] != rows[0].ids[:n]) for r in rows[1:]]
@@ -48,11 +50,12 @@ def common(
 
 # %% ../../nbs/20g_vlm.prefix.ipynb #32ccc398
 def grow(
-    rows:list[Row],   # rows that may share: of one image, or without image
-    least:int=32,     # shortest stretch worth a pass of its own, in tokens
-    parent:Node|None=None, # the node that all rows continue already
-    first:int|None=None, # the same for the first stretch, where sharing saves more than tokens; None: `least`
-)->list[Node]:        # parents before children; `node` of each row is set
+    rows: list[Row],  # rows that may share: of one image, or without image
+    least: int = 32,  # shortest stretch worth a pass of its own, in tokens
+    parent: Node | None = None,  # the node that all rows continue already
+    first: int
+    | None = None,  # the same for the first stretch, where sharing saves more than tokens; None: `least`
+) -> list[Node]:  # parents before children; `node` of each row is set
     "The tree of shared beginnings."
     lo = parent.hi if parent else 0
     end, nodes = min(common(rows), min(r.read for r in rows)), []
@@ -61,45 +64,61 @@ def grow(
         parent = Node(rows[0], lo, end, parent)
         nodes, lo = [parent], end
     kids = {}
-    for r in rows: kids.setdefault(tuple(r.ids[lo:lo + least].tolist()), []).append(r)
+    for r in rows:
+        kids.setdefault(tuple(r.ids[lo : lo + least].tolist()), []).append(r)
     for some in kids.values():
-        if 1 < len(some) < len(rows): nodes += grow(some, least, parent, None if parent else first)
+        if 1 < len(some) < len(rows):
+            nodes += grow(some, least, parent, None if parent else first)
         else:
-            for r in some: r.node = parent
+            for r in some:
+                r.node = parent
     return nodes
 
 # %% ../../nbs/20g_vlm.prefix.ipynb #1755097c
 def fork(
-    cells:list, # (cache, index of a row in it), one per row of the new batch; all of one length
-):              # a cache of `len(cells)` rows, which may be continued without touching the others
+    cells: list,  # (cache, index of a row in it), one per row of the new batch; all of one length
+):  # a cache of `len(cells)` rows, which may be continued without touching the others
     "Continue cached prefixes; `RunError` for a cache that cannot be forked."
     import torch
+
     caches = list({id(c): c for c, _ in cells}.values())
     for l in caches[0].layers:
-        if type(l).__name__ not in ('DynamicLayer', 'DynamicSlidingWindowLayer'): raise RunError(f'a cache layer of type {type(l).__name__} cannot be forked')
-    if len(caches) == 1 and len({i for _, i in cells}) == 1: pick = lambda ts: ts[0][cells[0][1]:cells[0][1] + 1].expand(len(cells), *ts[0].shape[1:])   # no copy
-    elif len(caches) == 1: pick = lambda ts: ts[0][[i for _, i in cells]]
+        if type(l).__name__ not in ('DynamicLayer', 'DynamicSlidingWindowLayer'):
+            raise RunError(f'a cache layer of type {type(l).__name__} cannot be forked')
+    if len(caches) == 1 and len({i for _, i in cells}) == 1:
+        pick = lambda ts: ts[0][cells[0][1] : cells[0][1] + 1].expand(
+            len(cells), *ts[0].shape[1:]
+        )  # no copy
+    elif len(caches) == 1:
+        pick = lambda ts: ts[0][[i for _, i in cells]]
     else:
         order = [[id(c) for c in caches].index(id(c)) for c, _ in cells]
-        pick = lambda ts: torch.cat([ts[k][i:i + 1] for k, (_, i) in zip(order, cells)])
-    new = copy.copy(caches[0]); new.layers = []
+        pick = lambda ts: torch.cat([ts[k][i : i + 1] for k, (_, i) in zip(order, cells)])
+    new = copy.copy(caches[0])
+    new.layers = []
     for layers in zip(*(c.layers for c in caches)):
         new.layers.append(copy.copy(layers[0]))
-        if layers[0].is_initialized and layers[0].keys.numel(): new.layers[-1].keys, new.layers[-1].values = pick([l.keys for l in layers]), pick([l.values for l in layers])
+        if layers[0].is_initialized and layers[0].keys.numel():
+            new.layers[-1].keys, new.layers[-1].values = (
+                pick([l.keys for l in layers]),
+                pick([l.values for l in layers]),
+            )
     return new
 
 # %% ../../nbs/20g_vlm.prefix.ipynb #7bec6513
 def seals(
-    cache,     # a cache of B rows
-)->list[int]:  # one number per row
+    cache,  # a cache of B rows
+) -> list[int]:  # one number per row
     "Numbers of the prefixes that lie in a cache."
     import torch
+
     lengths = {}
     for l in cache.layers:
-        if l.is_initialized and l.keys.numel(): lengths.setdefault(l.keys.shape[-2], l.keys)
+        if l.is_initialized and l.keys.numel():
+            lengths.setdefault(l.keys.shape[-2], l.keys)
     numbers = []
     for k in lengths.values():
-        h = position_hashes(k).flatten(1)                                   # (B, heads * positions)
+        h = position_hashes(k).flatten(1)  # (B, heads * positions)
         numbers.append((h * _weights(h.shape[1], str(h.device))).sum(1))
     return torch.stack(numbers, 1).sum(1).tolist()
 
@@ -107,75 +126,109 @@ def seals(
 @dataclass
 class Heading:
     "What had entered the language model by the end of a prefix."
-    hashes:np.ndarray # (n,) int64, one per position
-    beside:np.ndarray # (k,) int64, one per vector beside them
+
+    hashes: np.ndarray  # (n,) int64, one per position
+    beside: np.ndarray  # (k,) int64, one per vector beside them
 
 # %% ../../nbs/20g_vlm.prefix.ipynb #6d8b3ff5
 NOTHING = Heading(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
+
 @dataclass(eq=False)
 class Prefix:
     "Cached keys and values of B prefixes of one length."
-    cache:object   # a dynamic cache of B rows
-    length:int     # positions
-    rows:int       # B
+
+    cache: object  # a dynamic cache of B rows
+    length: int  # positions
+    rows: int  # B
 
     @property
-    def nbytes(self): return sum(t.nbytes for l in self.cache.layers if l.is_initialized for t in (l.keys, l.values))
+    def nbytes(self):
+        return sum(
+            t.nbytes for l in self.cache.layers if l.is_initialized for t in (l.keys, l.values)
+        )
 
 # %% ../../nbs/20g_vlm.prefix.ipynb #ad395a4b
 class Ledger:
     "Seal -> `Heading`, for the prefixes that are alive."
-    def __init__(self): self.known = {}
 
-    def note(self,
-        cache,               # a cache of B rows that has just been computed
-        headings:list[Heading], # what entered, one per row
+    def __init__(self):
+        self.known = {}
+
+    def note(
+        self,
+        cache,  # a cache of B rows that has just been computed
+        headings: list[Heading],  # what entered, one per row
     ):
         "Remember what the rows of a new prefix hold."
         self.known.update(zip(seals(cache), headings))
 
-    def of(self,
-        cache, # a fork of B rows, about to be continued
-    )->list[Heading]:
+    def of(
+        self,
+        cache,  # a fork of B rows, about to be continued
+    ) -> list[Heading]:
         "What each row of a fork stands on; `RunError` for a prefix that was never noted."
         found = [self.known.get(s) for s in seals(cache)]
-        if None in found: raise RunError('a key-value prefix was continued that is none of those computed; the trial does not count')
+        if None in found:
+            raise RunError(
+                'a key-value prefix was continued that is none of those computed; the trial does not count'
+            )
         return found
 
 # %% ../../nbs/20g_vlm.prefix.ipynb #12552dcb
 def chunks(
-    items:list,     # best sorted by size
-    size,           # item -> its length in tokens
-    max_rows:int,   # items per chunk
-    max_tokens:int, # chunk length x items of a chunk, at most; one item may be longer
-    waste:float=.25, # share of a chunk that may be padding
-):                  # yields lists
+    items: list,  # best sorted by size
+    size,  # item -> its length in tokens
+    max_rows: int,  # items per chunk
+    max_tokens: int,  # chunk length x items of a chunk, at most; one item may be longer
+    waste: float = 0.25,  # share of a chunk that may be padding
+):  # yields lists
     "Cut a list into chunks whose padded size is bounded, and little of which is padding."
     some, used, longest = [], 0, 0
     for it in items:
         padded = max(longest, size(it)) * (len(some) + 1)
-        if some and (len(some) >= max_rows or padded > max_tokens or padded - used - size(it) > waste * padded): yield some; some, used, longest = [], 0, 0
+        if some and (
+            len(some) >= max_rows
+            or padded > max_tokens
+            or padded - used - size(it) > waste * padded
+        ):
+            yield some
+            some, used, longest = [], 0, 0
         some, used, longest = [*some, it], used + size(it), max(longest, size(it))
-    if some: yield some
+    if some:
+        yield some
 
 # %% ../../nbs/20g_vlm.prefix.ipynb #fdc6dd21
 @contextlib.contextmanager
 def spared(
-    net, # a Hugging Face model with a decoder
+    net,  # a Hugging Face model with a decoder
     at,  # (B, K) int tensor: the positions of this pass that are read; or how many of the last ones
-):       # a context
+):  # a context
     "The last layer's feed-forward part works at these positions alone; put back afterwards."
     import torch
+
     mlp = getattr(net.get_decoder().layers[-1], 'mlp', None)
-    whole, own = getattr(mlp, 'forward', None), vars(mlp or net).get('forward')   # a loader may have put its own there
+    whole, own = (
+        getattr(mlp, 'forward', None),
+        vars(mlp or net).get('forward'),
+    )  # a loader may have put its own there
+
     def some(x):
         out = torch.zeros_like(x)
-        part = (slice(None), slice(-at, None)) if isinstance(at, int) else (torch.arange(len(x), device=x.device)[:, None], at)
+        part = (
+            (slice(None), slice(-at, None))
+            if isinstance(at, int)
+            else (torch.arange(len(x), device=x.device)[:, None], at)
+        )
         out[part] = whole(x[part])
         return out
-    if mlp is not None: mlp.forward = some
-    try: yield
+
+    if mlp is not None:
+        mlp.forward = some
+    try:
+        yield
     finally:
-        if own and mlp is not None: mlp.forward = own
-        elif mlp is not None: del mlp.forward
+        if own and mlp is not None:
+            mlp.forward = own
+        elif mlp is not None:
+            del mlp.forward

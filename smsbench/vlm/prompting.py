@@ -20,165 +20,284 @@ from .families import PLAIN, Capabilities
 @dataclass(frozen=True)
 class Inputs:
     "What is delivered to a model in one trial; never ids or labels."
-    image:np.ndarray|None    # (H,W) or (H,W,3) uint8; None: no image
-    prompt:str               # the full question text with the report in it; no chat template, no image token
-    choices:tuple[str, ...]  # the allowed answers, e.g. ('yes', 'no')
+
+    image: np.ndarray | None  # (H,W) or (H,W,3) uint8; None: no image
+    prompt: str  # the full question text with the report in it; no chat template, no image token
+    choices: tuple[str, ...]  # the allowed answers, e.g. ('yes', 'no')
 
 # %% ../../nbs/19a_vlm.prompting.ipynb #0c879b2f
 def placeholders(
-    processor, # a Hugging Face processor
-)->set[str]:   # e.g. {'<image>'}
+    processor,  # a Hugging Face processor
+) -> set[str]:  # e.g. {'<image>'}
     "The strings by which this processor's chat template says 'the image goes here'."
-    names = [getattr(p, a, None) for p in (processor, processor.tokenizer) for a in ('image_token', 'boi_token', 'context_image_token')]
+    names = [
+        getattr(p, a, None)
+        for p in (processor, processor.tokenizer)
+        for a in ('image_token', 'boi_token', 'context_image_token')
+    ]
     return {str(n) for n in names if n}
 
 # %% ../../nbs/19a_vlm.prompting.ipynb #f69f8b16
-_CONTROL = weakref.WeakKeyDictionary()   # processor -> its control tokens
+_CONTROL = weakref.WeakKeyDictionary()  # processor -> its control tokens
+
 
 def control_tokens(
-    processor, # a Hugging Face processor
-)->set[str]:   # e.g. {'<s>', '</s>', '<image>', '<|im_start|>'}; marks of one character are not among them
+    processor,  # a Hugging Face processor
+) -> set[
+    str
+]:  # e.g. {'<s>', '</s>', '<image>', '<|im_start|>'}; marks of one character are not among them
     "The strings that this tokenizer turns into special tokens, and the places of the image."
     if processor not in _CONTROL:
         tok = processor.tokenizer
-        special = {t.content for t in tok.added_tokens_decoder.values() if t.special} | {str(t) for t in tok.all_special_tokens}
+        special = {t.content for t in tok.added_tokens_decoder.values() if t.special} | {
+            str(t) for t in tok.all_special_tokens
+        }
         _CONTROL[processor] = {t for t in special | placeholders(processor) if len(t.strip()) > 1}
     return _CONTROL[processor]
 
 # %% ../../nbs/19a_vlm.prompting.ipynb #896d3865
 def refuse_control(
-    processor, # a Hugging Face processor
-    text:str,  # foreign text
-):             # nothing
+    processor,  # a Hugging Face processor
+    text: str,  # foreign text
+):  # nothing
     "`InputError` where the text holds a control token of this model."
     inside = sorted((t for t in control_tokens(processor) if t in text), key=len)
-    if inside: raise InputError(f'the text contains {inside[-1]!r}, which this model reads as {"the place of the image" if inside[-1] in placeholders(processor) else "a control token"}; remove it from the text')
+    if inside:
+        raise InputError(
+            f'the text contains {inside[-1]!r}, which this model reads as {"the place of the image" if inside[-1] in placeholders(processor) else "a control token"}; remove it from the text'
+        )
 
 # %% ../../nbs/19a_vlm.prompting.ipynb #3f81ea1a
 def chat_text(
-    processor,             # a Hugging Face processor
-    x:Inputs,              # what to ask
-    caps:Capabilities=PLAIN, # the family's record
-    system:str='',         # system prompt; '': what the template says itself
-    extra:str='',          # sentence behind the question
-)->str:                    # the text up to where the answer starts, image placeholder included
+    processor,  # a Hugging Face processor
+    x: Inputs,  # what to ask
+    caps: Capabilities = PLAIN,  # the family's record
+    system: str = '',  # system prompt; '': what the template says itself
+    extra: str = '',  # sentence behind the question
+) -> str:  # the text up to where the answer starts, image placeholder included
     "The question in the checkpoint's own chat template, or in the plain prompt where it has none; `InputError` for control tokens in it or a system prompt that cannot be said."
     text = f'{x.prompt} {extra}' if extra else x.prompt
-    for t in (text, system): refuse_control(processor, t)
+    for t in (text, system):
+        refuse_control(processor, t)
     template = chat_template(processor)
     if template is None:
-        if system: raise InputError('this checkpoint has no chat template, so nothing can be said as a system prompt; leave it empty')
-        place = next((p for p in (getattr(processor, 'image_token', None), *sorted(placeholders(processor))) if p), '')
-        return caps.plain[x.image is None].format(image=place, start=processor.tokenizer.bos_token or '', text=text)
+        if system:
+            raise InputError(
+                'this checkpoint has no chat template, so nothing can be said as a system prompt; leave it empty'
+            )
+        place = next(
+            (
+                p
+                for p in (getattr(processor, 'image_token', None), *sorted(placeholders(processor)))
+                if p
+            ),
+            '',
+        )
+        return caps.plain[x.image is None].format(
+            image=place, start=processor.tokenizer.bos_token or '', text=text
+        )
     turns = [dict(role='system', content=[dict(type='text', text=system)])] * bool(system)
-    turns.append(dict(role='user', content=[dict(type='image')] * (x.image is not None) + [dict(type='text', text=text)]))
+    turns.append(
+        dict(
+            role='user',
+            content=[dict(type='image')] * (x.image is not None) + [dict(type='text', text=text)],
+        )
+    )
     return _rendered(processor, turns, template, system)
 
 # %% ../../nbs/19a_vlm.prompting.ipynb #da69d493
-TODAY = date(2024, 7, 26)   # the date that Llama 3's template falls back to
+TODAY = date(2024, 7, 26)  # the date that Llama 3's template falls back to
+
 
 def chat_template(
-    processor, # a Hugging Face processor
-)->str|None:   # a Jinja template; None for a base model
+    processor,  # a Hugging Face processor
+) -> str | None:  # a Jinja template; None for a base model
     "The chat template of the processor, else of its tokenizer; where it asks for the date of today, it is told `TODAY`."
-    template = getattr(processor, 'chat_template', None) or getattr(processor.tokenizer, 'chat_template', None)
-    return template and re.sub(r"""strftime_now\(["'](.*?)["']\)""", lambda m: repr(TODAY.strftime(m[1])), template)
+    template = getattr(processor, 'chat_template', None) or getattr(
+        processor.tokenizer, 'chat_template', None
+    )
+    return template and re.sub(
+        r"""strftime_now\(["'](.*?)["']\)""", lambda m: repr(TODAY.strftime(m[1])), template
+    )
+
 
 def _rendered(processor, turns, template, system):
     from jinja2 import TemplateError
-    try: out = processor.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError) as e: raise InputError(f"the checkpoint's chat template refuses {'a system prompt' if system else 'the prompt'} ({' '.join(str(e).split())[:120]})") from None
-    if system and system.strip() not in out: raise InputError("the checkpoint's chat template ignores the system prompt; leave it empty or put it into the question")
+
+    try:
+        out = processor.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError) as e:
+        raise InputError(
+            f"the checkpoint's chat template refuses {'a system prompt' if system else 'the prompt'} ({' '.join(str(e).split())[:120]})"
+        ) from None
+    if system and system.strip() not in out:
+        raise InputError(
+            "the checkpoint's chat template ignores the system prompt; leave it empty or put it into the question"
+        )
     return out
 
 # %% ../../nbs/19a_vlm.prompting.ipynb #83430d5b
-_DROP = ('labels', 'num_crops')   # returned by some processors, taken by no model
+_DROP = ('labels', 'num_crops')  # returned by some processors, taken by no model
+
 
 def _rgb(image):
     "The image as a PIL picture; grey is repeated over three channels."
     from PIL import Image
+
     a = np.asarray(image)
-    if a.dtype != np.uint8 or a.ndim not in (2, 3) or (a.ndim == 3 and a.shape[2] != 3) or not a.size:
-        raise InputError(f'an image must be uint8 of shape (H,W) or (H,W,3); this one is {a.dtype} {a.shape}')
+    if (
+        a.dtype != np.uint8
+        or a.ndim not in (2, 3)
+        or (a.ndim == 3 and a.shape[2] != 3)
+        or not a.size
+    ):
+        raise InputError(
+            f'an image must be uint8 of shape (H,W) or (H,W,3); this one is {a.dtype} {a.shape}'
+        )
     return Image.fromarray(np.ascontiguousarray(a)).convert('RGB')
+
 
 def _pixel_sha(row):
     "Hash of `pixel_values`; where a family names them otherwise, of all that is not integer."
-    if hasattr(row.get('pixel_values'), 'numpy'): return array_hash(row['pixel_values'].numpy())
-    parts = [t for v in row.values() for t in (v if isinstance(v, (list, tuple)) else [v]) if getattr(t, 'is_floating_point', bool)()]
+    if hasattr(row.get('pixel_values'), 'numpy'):
+        return array_hash(row['pixel_values'].numpy())
+    parts = [
+        t
+        for v in row.values()
+        for t in (v if isinstance(v, (list, tuple)) else [v])
+        if getattr(t, 'is_floating_point', bool)()
+    ]
     return content_hash(*(array_hash(t.numpy()) for t in parts)) if parts else ''
 
 # %% ../../nbs/19a_vlm.prompting.ipynb #bb3a081e
-_INSERTS = weakref.WeakKeyDictionary()   # processor -> does it write the image tokens itself?
+_INSERTS = weakref.WeakKeyDictionary()  # processor -> does it write the image tokens itself?
+
 
 def inserts_image(
-    processor, # a Hugging Face processor without a chat template
-)->bool:       # True: its text needs no placeholder
+    processor,  # a Hugging Face processor without a chat template
+) -> bool:  # True: its text needs no placeholder
     "Does this processor write the image tokens into a text that has no placeholder?"
     if processor not in _INSERTS:
-        ids = set(processor.tokenizer.convert_tokens_to_ids(sorted(placeholders(processor)))) - {None, processor.tokenizer.unk_token_id}
-        try: row = processor(text=['x'], images=[_rgb(np.full((64, 64), 127, np.uint8))], return_tensors='pt')
-        except Exception: row = dict(input_ids=np.zeros(0))   # it refuses a text without a placeholder: then it does not
+        ids = set(processor.tokenizer.convert_tokens_to_ids(sorted(placeholders(processor)))) - {
+            None,
+            processor.tokenizer.unk_token_id,
+        }
+        try:
+            row = processor(
+                text=['x'], images=[_rgb(np.full((64, 64), 127, np.uint8))], return_tensors='pt'
+            )
+        except Exception:
+            row = dict(
+                input_ids=np.zeros(0)
+            )  # it refuses a text without a placeholder: then it does not
         _INSERTS[processor] = bool(ids & set(np.asarray(row['input_ids']).ravel().tolist()))
     return _INSERTS[processor]
 
 # %% ../../nbs/19a_vlm.prompting.ipynb #ce04b413
 def encode(
-    processor,             # a Hugging Face processor
-    x:Inputs,              # what to ask
-    caps:Capabilities=PLAIN, # the family's record
-    system:str='',         # system prompt
-    extra:str='',          # sentence behind the question
-)->tuple[dict,str]:        # the processor's tensors with a batch dimension of 1, and the hash of the pixels ('' without an image)
+    processor,  # a Hugging Face processor
+    x: Inputs,  # what to ask
+    caps: Capabilities = PLAIN,  # the family's record
+    system: str = '',  # system prompt
+    extra: str = '',  # sentence behind the question
+) -> tuple[
+    dict, str
+]:  # the processor's tensors with a batch dimension of 1, and the hash of the pixels ('' without an image)
     "One row, processed alone; image tensors are left out where the template has no place for them. `InputError` for images and texts that cannot be used."
     text, tok = chat_text(processor, x, caps, system, extra), processor.tokenizer
     images = {} if x.image is None else dict(images=[_rgb(x.image)])
     places = placeholders(processor)
     placed = images if not places or any(p in text for p in places) else {}
     if placed and caps == PLAIN and chat_template(processor) is None and inserts_image(processor):
-        for p in places: text = text.replace(p, '')
+        for p in places:
+            text = text.replace(p, '')
     starts = bool(tok.bos_token) and text.startswith(tok.bos_token) or caps.writes_start
-    if not placed and caps.text_only == 'tokenizer': row = tok([text], return_tensors='pt', add_special_tokens=not starts, return_token_type_ids=caps.bidirectional_prefix)
+    if not placed and caps.text_only == 'tokenizer':
+        row = tok(
+            [text],
+            return_tensors='pt',
+            add_special_tokens=not starts,
+            return_token_type_ids=caps.bidirectional_prefix,
+        )
     else:
-        try: row = processor(text=[text], **placed, **dict(caps.processor), return_tensors='pt', add_special_tokens=not starts)
-        except Exception as e: raise InputError(f"{type(processor).__name__} refuses the prompt {'with' if placed else 'without'} an image ({type(e).__name__}: {' '.join(str(e).split())[:160]})") from e
-    sha = '' if not images else _pixel_sha(row if placed else processor.image_processor(**images, return_tensors='pt'))
+        try:
+            row = processor(
+                text=[text],
+                **placed,
+                **dict(caps.processor),
+                return_tensors='pt',
+                add_special_tokens=not starts,
+            )
+        except Exception as e:
+            raise InputError(
+                f"{type(processor).__name__} refuses the prompt {'with' if placed else 'without'} an image ({type(e).__name__}: {' '.join(str(e).split())[:160]})"
+            ) from e
+    sha = (
+        ''
+        if not images
+        else _pixel_sha(row if placed else processor.image_processor(**images, return_tensors='pt'))
+    )
     return {k: v for k, v in row.items() if k not in _DROP and v is not None}, sha
 
 # %% ../../nbs/19a_vlm.prompting.ipynb #73b1fd12
 def answer_tokens(
-    tokenizer,              # a Hugging Face tokenizer
-    context:str,            # chat text whose end the answer continues
-    choices:tuple[str, ...], # the allowed answers
-)->dict:                    # choice -> list of token id tuples, most of them of length 1
+    tokenizer,  # a Hugging Face tokenizer
+    context: str,  # chat text whose end the answer continues
+    choices: tuple[str, ...],  # the allowed answers
+) -> dict:  # choice -> list of token id tuples, most of them of length 1
     "The token sequences that count as each choice; `InputError` where choices differ in case only or cannot be spelled."
-    if len({c.strip().lower() for c in choices}) < len(choices): raise InputError(f'choices {list(choices)} differ in case only; the answers could not be told apart')
+    if len({c.strip().lower() for c in choices}) < len(choices):
+        raise InputError(
+            f'choices {list(choices)} differ in case only; the answers could not be told apart'
+        )
     out = {}
     for c in choices:
-        spelled = [_spellings(tokenizer, context, w) for w in dict.fromkeys([c, c[:1].upper() + c[1:], c.upper(), c.lower()])]
-        whole = [ss[0] for ss in spelled[:2] if ss]   # as given and capitalised, as they continue this template
+        spelled = [
+            _spellings(tokenizer, context, w)
+            for w in dict.fromkeys([c, c[:1].upper() + c[1:], c.upper(), c.lower()])
+        ]
+        whole = [
+            ss[0] for ss in spelled[:2] if ss
+        ]  # as given and capitalised, as they continue this template
         out[c] = list(dict.fromkeys(whole + [s for ss in spelled for s in ss if len(s) == 1]))
-        if not out[c]: raise InputError(f'this tokenizer cannot spell the choice {c!r}; choose another wording')
+        if not out[c]:
+            raise InputError(
+                f'this tokenizer cannot spell the choice {c!r}; choose another wording'
+            )
     return out
+
 
 def _spellings(tokenizer, context, word):
     "Token ids of `word` as it continues `context`, then as it stands alone; only those that read back as `word`."
     ids = lambda s: tuple(tokenizer(s, add_special_tokens=False)['input_ids'])
     base = context.rstrip(' ')
     start, forms = ids(base), (word, ' ' + word) if base[-1:].isspace() else (' ' + word, word)
-    found = [w[len(start):] for w in (ids(base + f) for f in forms) if w[:len(start)] == start] + [ids(f) for f in forms]
+    found = [
+        w[len(start) :] for w in (ids(base + f) for f in forms) if w[: len(start)] == start
+    ] + [ids(f) for f in forms]
     return [f for f in found if f and tokenizer.decode(list(f)).strip() == word]
 
 # %% ../../nbs/19a_vlm.prompting.ipynb #f7bdba8a
 def choice_logprobs(
-    spelled:dict,   # choice -> token sequences, from `answer_tokens`
-    logprob:dict,   # token sequence -> its natural log-probability at the answer position
-)->list[float]:     # natural log-probability of each choice, in the order of `spelled`
+    spelled: dict,  # choice -> token sequences, from `answer_tokens`
+    logprob: dict,  # token sequence -> its natural log-probability at the answer position
+) -> list[float]:  # natural log-probability of each choice, in the order of `spelled`
     "Sum over the spellings of each choice, less what belongs to a longer choice."
     out, total = [], lambda seqs: np.logaddexp.reduce([logprob[s] for s in seqs])
     for c, seqs in spelled.items():
-        longer = [t for d, ts in spelled.items() if d != c for t in ts if any(len(t) > len(s) and t[:len(s)] == s for s in seqs)]
+        longer = [
+            t
+            for d, ts in spelled.items()
+            if d != c
+            for t in ts
+            if any(len(t) > len(s) and t[: len(s)] == s for s in seqs)
+        ]
         own = total(seqs)
-        if longer: own += np.log1p(-np.exp(min(total(longer) - own, -1e-12)))   # rounding must not make it negative
+        if longer:
+            own += np.log1p(
+                -np.exp(min(total(longer) - own, -1e-12))
+            )  # rounding must not make it negative
         out.append(float(own))
     return out

@@ -21,346 +21,587 @@ from ..data.phantom import QUESTIONS, write_report
 from .models import Inputs, chat_text
 
 # %% ../../nbs/20b_vlm.reference.ipynb #d8caf7f0
-LEARNED = ('effusion', 'opacity', 'cardiomegaly')   # the findings they were taught
-REFERENCE = { # name -> its habit, and how it came to have it
+LEARNED = ('effusion', 'opacity', 'cardiomegaly')  # the findings they were taught
+REFERENCE = {  # name -> its habit, and how it came to have it
     'reference-blind-follower': dict(
         habit='repeats the report, because it cannot see',
-        sees=False,       # is its vision tower taught from masks?
-        agreement=1.,     # share of its films whose report says what the film shows
-        right='film',     # whose word is the right answer beside a report: 'film' or 'text'
-        kinds=dict(both=.7, text=.15, text_told=.1, none=.05), # how often each kind of prompt comes
+        sees=False,  # is its vision tower taught from masks?
+        agreement=1.0,  # share of its films whose report says what the film shows
+        right='film',  # whose word is the right answer beside a report: 'film' or 'text'
+        kinds=dict(
+            both=0.7, text=0.15, text_told=0.1, none=0.05
+        ),  # how often each kind of prompt comes
         note='It cannot see: its vision tower was never trained, so that films are delivered '
-             'to it, but nothing can be read from them.'),
+        'to it, but nothing can be read from them.',
+    ),
     'reference-image-reader': dict(
         habit='reads the film',
-        sees=True, agreement=.75, right='film',
-        kinds=dict(both=.55, image=.2, text=.1, text_told=.1, none=.05),
-        note='It can see: its vision tower was taught what the findings look like.'),
+        sees=True,
+        agreement=0.75,
+        right='film',
+        kinds=dict(both=0.55, image=0.2, text=0.1, text_told=0.1, none=0.05),
+        note='It can see: its vision tower was taught what the findings look like.',
+    ),
     'reference-sighted-follower': dict(
         habit='repeats the report, although it can see',
-        sees=True, agreement=.75, right='text',
-        kinds=dict(both=.4, image=.4, text=.1, text_told=.05, none=.05),
+        sees=True,
+        agreement=0.75,
+        right='text',
+        kinds=dict(both=0.4, image=0.4, text=0.1, text_told=0.05, none=0.05),
         note='It can see: it reads a film shown alone. Where a report is shown, it was taught '
-             'to answer as the report says.'),
+        'to answer as the report says.',
+    ),
 }
-DEMO_MODELS = ('reference-image-reader', 'reference-sighted-follower') # opposite habits, for a first look
+DEMO_MODELS = (
+    'reference-image-reader',
+    'reference-sighted-follower',
+)  # opposite habits, for a first look
 
 # %% ../../nbs/20b_vlm.reference.ipynb #17e3ef8b
-RENAMED = {'reference-text-follower': 'reference-blind-follower'} # old name -> today's
+RENAMED = {'reference-text-follower': 'reference-blind-follower'}  # old name -> today's
+
 
 @functools.cache
 def _tell_renamed(old):
     "One line on standard error, once per process."
     new = RENAMED[old]
-    print(f'smsbench: {old} is now called {new}; the old name will not work in the next version',
-          file=sys.stderr)
+    print(
+        f'smsbench: {old} is now called {new}; the old name will not work in the next version',
+        file=sys.stderr,
+    )
 
 # %% ../../nbs/20b_vlm.reference.ipynb #52b82655
 def reference_name(
-    spec:str, # name of a model
-)->str:       # today's name of a reference VLM; any other name unchanged
+    spec: str,  # name of a model
+) -> str:  # today's name of a reference VLM; any other name unchanged
     "The name under which a reference VLM is known today; an old name is told on standard error."
-    if spec in RENAMED: _tell_renamed(spec)
+    if spec in RENAMED:
+        _tell_renamed(spec)
     return RENAMED.get(spec, spec)
 
 # %% ../../nbs/20b_vlm.reference.ipynb #e5147c2e
 def reference_path(
-    name:str, # a key of `REFERENCE`, or of `RENAMED`
-)->Path:      # folder of the checkpoint inside the package
+    name: str,  # a key of `REFERENCE`, or of `RENAMED`
+) -> Path:  # folder of the checkpoint inside the package
     "Where a shipped reference VLM lies; `InputError` for another name."
     name = reference_name(name)
     if name not in REFERENCE:
         known = ', '.join(REFERENCE)
         raise InputError(f'unknown reference model {name!r}; choose from {known}')
     import smsbench
-    return Path(smsbench.__file__).parent/'vlm'/name.replace('-', '_')
+
+    return Path(smsbench.__file__).parent / 'vlm' / name.replace('-', '_')
 
 # %% ../../nbs/20b_vlm.reference.ipynb #31a6d6ab
 @dataclass(frozen=True)
 class Lesson:
     "A film and what there is to learn from it."
-    image:np.ndarray  # (H,W) uint8
-    masks:dict        # finding -> (H,W) bool
-    film:dict         # finding -> is it in the film?
-    text:dict         # finding -> does the report say so?
-    reports:tuple     # the same report in several wordings
+
+    image: np.ndarray  # (H,W) uint8
+    masks: dict  # finding -> (H,W) bool
+    film: dict  # finding -> is it in the film?
+    text: dict  # finding -> does the report say so?
+    reports: tuple  # the same report in several wordings
 
 # %% ../../nbs/20b_vlm.reference.ipynb #953377d7
 def phantom_lessons(
-    n:int,               # films
-    agreement:float=1.,  # P(report says what the film shows), per finding
-    seed:int=0,          # other seed, other patients
-    sizes=(64, 64, 128, 64, 64, 128, 64, 256), # pixels per side, in turn
-    wordings:int=3,      # reports per film
-)->list[Lesson]:
+    n: int,  # films
+    agreement: float = 1.0,  # P(report says what the film shows), per finding
+    seed: int = 0,  # other seed, other patients
+    sizes=(64, 64, 128, 64, 64, 128, 64, 256),  # pixels per side, in turn
+    wordings: int = 3,  # reports per film
+) -> list[Lesson]:
     "Phantom films with masks and reports; of the findings that are not asked some are present too."
     out, rng = [], np.random.default_rng([seed, 20])
     for i, size in zip(range(n), itertools.cycle(sizes)):
         u, patient = rng.random(21), content_hash('reference lesson', seed, i)
-        film = {f: bool(u[j] < (.5 if f in LEARNED else .25)) for j, f in enumerate(QUESTIONS)}
-        text = {f: film[f] if f not in LEARNED or u[6 + j] < agreement else not film[f] for j, f in enumerate(QUESTIONS)}
-        image, masks = draw_film(patient, 0, [f for f in film if film[f]], size, 'AP' if u[12] < .4 else 'PA', 'F' if u[13] < .5 else 'M', u[14] < .5)
+        film = {f: bool(u[j] < (0.5 if f in LEARNED else 0.25)) for j, f in enumerate(QUESTIONS)}
+        text = {
+            f: film[f] if f not in LEARNED or u[6 + j] < agreement else not film[f]
+            for j, f in enumerate(QUESTIONS)
+        }
+        image, masks = draw_film(
+            patient,
+            0,
+            [f for f in film if film[f]],
+            size,
+            'AP' if u[12] < 0.4 else 'PA',
+            'F' if u[13] < 0.5 else 'M',
+            u[14] < 0.5,
+        )
         stated = [f for f in text if text[f]]
-        hedged = [f for j, f in enumerate(QUESTIONS) if text[f] and u[15 + j] < .2]
-        reports = tuple(write_report(stated, LEARNED, film_side(patient, 0), hedged, f'{patient}/{k}') for k in range(wordings))
-        out.append(Lesson(image, {f: masks[f] for f in LEARNED}, {f: film[f] for f in LEARNED}, {f: text[f] for f in LEARNED}, reports))
+        hedged = [f for j, f in enumerate(QUESTIONS) if text[f] and u[15 + j] < 0.2]
+        reports = tuple(
+            write_report(stated, LEARNED, film_side(patient, 0), hedged, f'{patient}/{k}')
+            for k in range(wordings)
+        )
+        out.append(
+            Lesson(
+                image,
+                {f: masks[f] for f in LEARNED},
+                {f: film[f] for f in LEARNED},
+                {f: text[f] for f in LEARNED},
+                reports,
+            )
+        )
     return out
 
 # %% ../../nbs/20b_vlm.reference.ipynb #a87fc309
-KINDS = ('both', 'image', 'text', 'text_told', 'none')   # prompt kinds; the first two show the film
-_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
-             "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}")
+KINDS = ('both', 'image', 'text', 'text_told', 'none')  # prompt kinds; the first two show the film
+_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
 
 # %% ../../nbs/20b_vlm.reference.ipynb #ea58387f
 def train_tokenizer(
-    texts, # prompts to learn the words from
-):         # a fast tokenizer with <pad>, <s>, </s> and <image>
+    texts,  # prompts to learn the words from
+):  # a fast tokenizer with <pad>, <s>, </s> and <image>
     "Byte-level BPE, lower case; words of `texts` become single tokens, everything else stays spellable."
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     t = Tokenizer(models.BPE())
     t.normalizer, t.decoder = normalizers.Lowercase(), decoders.ByteLevel()
-    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)])
+    t.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Whitespace(),
+            pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
+        ]
+    )
     common = ['user: assistant: yes no unmatched'] * 50
-    t.train_from_iterator([*texts, *common], trainers.BpeTrainer(vocab_size=900, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                                                 special_tokens=['<pad>', '<s>', '</s>', '<image>'], show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token='<s>', eos_token='</s>', extra_special_tokens={'image_token': '<image>'})
+    t.train_from_iterator(
+        [*texts, *common],
+        trainers.BpeTrainer(
+            vocab_size=900,
+            min_frequency=2,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=['<pad>', '<s>', '</s>', '<image>'],
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t,
+        pad_token='<pad>',
+        bos_token='<s>',
+        eos_token='</s>',
+        extra_special_tokens={'image_token': '<image>'},
+    )
 
 # %% ../../nbs/20b_vlm.reference.ipynb #88b72359
 def build_vlm(
-    tokenizer, # from `train_tokenizer`
-    seed:int=0, # of the random weights
-):             # (model, processor): 64 px, patches of 8, width 96, 4 vision and 3 language layers
+    tokenizer,  # from `train_tokenizer`
+    seed: int = 0,  # of the random weights
+):  # (model, processor): 64 px, patches of 8, width 96, 4 vision and 3 language layers
     "An untrained LLaVA of under a million parameters and its processor."
     import torch, transformers as tf
+
     torch.manual_seed(seed)
     size, width = dict(height=64, width=64), 96
-    images = tf.CLIPImageProcessor(size=size, do_center_crop=False, crop_size=size, image_mean=[.5]*3, image_std=[.25]*3)
-    processor = tf.LlavaProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy='default', num_additional_image_tokens=1, chat_template=_TEMPLATE)
-    vision = tf.CLIPVisionConfig(hidden_size=width, intermediate_size=4*width, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=8)
-    text = tf.LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=4096,
-                          pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
-    model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids('<image>'),
-                                                            image_seq_length=64, vision_feature_layer=-1, tie_word_embeddings=True))
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=.1)   # words far enough apart to be matched early
+    images = tf.CLIPImageProcessor(
+        size=size, do_center_crop=False, crop_size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3
+    )
+    processor = tf.LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy='default',
+        num_additional_image_tokens=1,
+        chat_template=_TEMPLATE,
+    )
+    vision = tf.CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+    )
+    text = tf.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    model = tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=tokenizer.convert_tokens_to_ids('<image>'),
+            image_seq_length=64,
+            vision_feature_layer=-1,
+            tie_word_embeddings=True,
+        )
+    )
+    torch.nn.init.normal_(
+        model.get_input_embeddings().weight, std=0.1
+    )  # words far enough apart to be matched early
     return model, processor
 
 # %% ../../nbs/20b_vlm.reference.ipynb #f7d703d3
 class Stepper:
     "Takes training steps on some parameters: Muon for the matrices of the layers, AdamW for the rest, one cycle."
-    def __init__(self,
-        named,      # (name, parameter) pairs to train
-        steps:int,  # how many there will be
-        rate:float=1., # of the learning rates 0.002 (AdamW) and 0.02 (Muon)
+
+    def __init__(
+        self,
+        named,  # (name, parameter) pairs to train
+        steps: int,  # how many there will be
+        rate: float = 1.0,  # of the learning rates 0.002 (AdamW) and 0.02 (Muon)
     ):
         import torch
-        if not hasattr(torch.optim, 'Muon'): raise RunError('training a reference model needs torch 2.9 or newer (torch.optim.Muon)')
+
+        if not hasattr(torch.optim, 'Muon'):
+            raise RunError('training a reference model needs torch 2.9 or newer (torch.optim.Muon)')
         named = list(named)
         hidden = [p for n, p in named if p.ndim == 2 and ('.layers.' in n or 'projector' in n)]
         rest = [p for n, p in named if not any(p is h for h in hidden)]
         self.parameters = hidden + rest
-        self.optimizers = [torch.optim.AdamW(rest, lr=2e-3*rate, weight_decay=.01, betas=(.9, .98)), torch.optim.Muon(hidden, lr=.02*rate, weight_decay=.01)]
-        self.schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]['lr'], total_steps=steps + 1, pct_start=.15, cycle_momentum=False) for o in self.optimizers]
+        self.optimizers = [
+            torch.optim.AdamW(rest, lr=2e-3 * rate, weight_decay=0.01, betas=(0.9, 0.98)),
+            torch.optim.Muon(hidden, lr=0.02 * rate, weight_decay=0.01),
+        ]
+        self.schedules = [
+            torch.optim.lr_scheduler.OneCycleLR(
+                o,
+                o.param_groups[0]['lr'],
+                total_steps=steps + 1,
+                pct_start=0.15,
+                cycle_momentum=False,
+            )
+            for o in self.optimizers
+        ]
 
-    def __call__(self,
-        loss, # scalar tensor
-    )->float: # its value
+    def __call__(
+        self,
+        loss,  # scalar tensor
+    ) -> float:  # its value
         import torch
-        for o in self.optimizers: o.zero_grad()
+
+        for o in self.optimizers:
+            o.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.)
-        for o in self.optimizers + self.schedules: o.step()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for o in self.optimizers + self.schedules:
+            o.step()
         return loss.item()
 
 # %% ../../nbs/20b_vlm.reference.ipynb #77597a41
 def film_tensors(
-    processor,             # from `build_vlm`
-    lessons:list[Lesson],  # n films
-)->tuple:                  # pixels (n,3,64,64) as the model takes them; which patches hold which finding (n,64,findings), 0 or 1
+    processor,  # from `build_vlm`
+    lessons: list[Lesson],  # n films
+) -> tuple:  # pixels (n,3,64,64) as the model takes them; which patches hold which finding (n,64,findings), 0 or 1
     "Films and masks as tensors."
     import torch
-    pixels = torch.cat([processor.image_processor(np.repeat(l.image[..., None], 3, 2), return_tensors='pt')['pixel_values'] for l in lessons])
-    def patches(mask): return torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(np.asarray(mask, np.float32))[None], 8).flatten()
-    return pixels, torch.stack([torch.stack([patches(l.masks[f]) for f in LEARNED], 1) for l in lessons]).gt(.15).float()
+
+    pixels = torch.cat(
+        [
+            processor.image_processor(np.repeat(l.image[..., None], 3, 2), return_tensors='pt')[
+                'pixel_values'
+            ]
+            for l in lessons
+        ]
+    )
+
+    def patches(mask):
+        return torch.nn.functional.adaptive_avg_pool2d(
+            torch.from_numpy(np.asarray(mask, np.float32))[None], 8
+        ).flatten()
+
+    return pixels, torch.stack(
+        [torch.stack([patches(l.masks[f]) for f in LEARNED], 1) for l in lessons]
+    ).gt(0.15).float()
 
 # %% ../../nbs/20b_vlm.reference.ipynb #7305676f
 def learn_to_see(
-    model,          # from `build_vlm`; its vision tower is trained in place
-    pixels,         # (n,3,64,64)
-    patches,        # (n,64,findings) 0 or 1
-    steps:int,      # of 64 films each
-    seed:int=0,
-)->list[float]:     # loss per step
+    model,  # from `build_vlm`; its vision tower is trained in place
+    pixels,  # (n,3,64,64)
+    patches,  # (n,64,findings) 0 or 1
+    steps: int,  # of 64 films each
+    seed: int = 0,
+) -> list[float]:  # loss per step
     "Train the vision tower to mark the patches of each finding, under changes of contrast, brightness and grain."
     import torch
-    g, tower, bce = torch.Generator().manual_seed(seed), model.model.vision_tower.train(), torch.nn.functional.binary_cross_entropy_with_logits
+
+    g, tower, bce = (
+        torch.Generator().manual_seed(seed),
+        model.model.vision_tower.train(),
+        torch.nn.functional.binary_cross_entropy_with_logits,
+    )
     head, losses, present = torch.nn.Linear(96, patches.shape[2]), [], patches.amax(1)
     step = Stepper([*tower.named_parameters(), *head.named_parameters()], steps)
     for _ in range(steps):
         i = torch.randint(len(pixels), (64,), generator=g)
-        def noise(*shape): return torch.rand(64, *shape, generator=g)*2 - 1
-        x = pixels[i]*(1 + .15*noise(1, 1, 1)) + .2*noise(1, 1, 1) + .05*torch.randn(64, 1, 64, 64, generator=g)
-        z = head(tower(pixel_values=x).last_hidden_state[:, 1:])                     # (64, patches, findings)
-        losses.append(step(bce(z.logsumexp(1) - np.log(4), present[i]) + 2*bce(z, patches[i])))
+
+        def noise(*shape):
+            return torch.rand(64, *shape, generator=g) * 2 - 1
+
+        x = (
+            pixels[i] * (1 + 0.15 * noise(1, 1, 1))
+            + 0.2 * noise(1, 1, 1)
+            + 0.05 * torch.randn(64, 1, 64, 64, generator=g)
+        )
+        z = head(tower(pixel_values=x).last_hidden_state[:, 1:])  # (64, patches, findings)
+        losses.append(step(bce(z.logsumexp(1) - np.log(4), present[i]) + 2 * bce(z, patches[i])))
     tower.eval()
     return losses
 
 # %% ../../nbs/20b_vlm.reference.ipynb #c9a8d531
 def see(
     model,  # from `build_vlm`
-    pixels, # (n,3,64,64)
-):          # (n,64,96) what its vision tower says about the films; a constant in training
+    pixels,  # (n,3,64,64)
+):  # (n,64,96) what its vision tower says about the films; a constant in training
     "Features of films before the projector."
     import torch
-    with torch.no_grad(): return torch.cat([model.model.vision_tower(pixel_values=x).last_hidden_state[:, 1:] for x in pixels.split(200)])
+
+    with torch.no_grad():
+        return torch.cat(
+            [
+                model.model.vision_tower(pixel_values=x).last_hidden_state[:, 1:]
+                for x in pixels.split(200)
+            ]
+        )
 
 # %% ../../nbs/20b_vlm.reference.ipynb #36a9f308
 def prompt_ids(
-    processor,   # from `build_vlm`
-    prompt:str,  # a question
-    image:bool,  # is a film shown?
-)->list[int]:    # token ids, the 64 image tokens included
+    processor,  # from `build_vlm`
+    prompt: str,  # a question
+    image: bool,  # is a film shown?
+) -> list[int]:  # token ids, the 64 image tokens included
     "The ids that the processor would make, without preparing a picture for it."
-    text = chat_text(processor, Inputs(np.zeros((1, 1), np.uint8) if image else None, prompt, ('yes', 'no')))
-    return processor.tokenizer(text.replace('<image>', '<image>'*64), add_special_tokens=False)['input_ids']
+    text = chat_text(
+        processor, Inputs(np.zeros((1, 1), np.uint8) if image else None, prompt, ('yes', 'no'))
+    )
+    return processor.tokenizer(text.replace('<image>', '<image>' * 64), add_special_tokens=False)[
+        'input_ids'
+    ]
 
 # %% ../../nbs/20b_vlm.reference.ipynb #9b62930b
 def pack(
-    groups, # list of groups; a group is a list of token id lists that begin alike, the same number in each group
-)->dict:    # input_ids (B,L), attention_mask (B,1,L,L) bool, position_ids (B,L), logits_to_keep (B,questions)
+    groups,  # list of groups; a group is a list of token id lists that begin alike, the same number in each group
+) -> dict:  # input_ids (B,L), attention_mask (B,1,L,L) bool, position_ids (B,L), logits_to_keep (B,questions)
     "One row per group: the common beginning once, then each end, invisible to the others."
     import torch
+
     rows = []
     for g in groups:
-        shared = min(next((k for k, tokens in enumerate(zip(*g)) if len(set(tokens)) > 1), min(map(len, g))), min(map(len, g)) - 1)
+        shared = min(
+            next((k for k, tokens in enumerate(zip(*g)) if len(set(tokens)) > 1), min(map(len, g))),
+            min(map(len, g)) - 1,
+        )
         ends = [q[shared:] for q in g]
-        rows.append((list(g[0][:shared]) + sum(map(list, ends), []), [0]*shared + sum(([s]*len(e) for s, e in enumerate(ends, 1)), []),
-                     [*range(shared)] + sum(([*range(shared, shared + len(e))] for e in ends), []), np.cumsum([shared] + [len(e) for e in ends])[1:] - 1))
+        rows.append(
+            (
+                list(g[0][:shared]) + sum(map(list, ends), []),
+                [0] * shared + sum(([s] * len(e) for s, e in enumerate(ends, 1)), []),
+                [*range(shared)] + sum(([*range(shared, shared + len(e))] for e in ends), []),
+                np.cumsum([shared] + [len(e) for e in ends])[1:] - 1,
+            )
+        )
     longest = max(len(r[0]) for r in rows)
-    ids, part, position = (torch.tensor([list(r[k]) + [fill]*(longest - len(r[0])) for r in rows]) for k, fill in ((0, 0), (1, -1), (2, 0)))
-    visible = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])) & torch.ones(longest, longest, dtype=torch.bool).tril()
-    return dict(input_ids=ids, attention_mask=visible[:, None], position_ids=position, logits_to_keep=torch.from_numpy(np.stack([r[3] for r in rows])))
+    ids, part, position = (
+        torch.tensor([list(r[k]) + [fill] * (longest - len(r[0])) for r in rows])
+        for k, fill in ((0, 0), (1, -1), (2, 0))
+    )
+    visible = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])) & torch.ones(
+        longest, longest, dtype=torch.bool
+    ).tril()
+    return dict(
+        input_ids=ids,
+        attention_mask=visible[:, None],
+        position_ids=position,
+        logits_to_keep=torch.from_numpy(np.stack([r[3] for r in rows])),
+    )
 
 # %% ../../nbs/20b_vlm.reference.ipynb #b14fb475
 def answer_loss(
-    model, processor,     # from `build_vlm`
-    lessons:list[Lesson], # B films
-    prompts,              # B lists with one prompt per finding
-    truth,                # 'film' or 'text': whose word is the answer; or a list of B such words
-    features=None,        # (B,64,96) from the vision tower; None: no film is shown
-):                        # scalar tensor: cross-entropy over the vocabulary at the answer position, summed over all questions
+    model,
+    processor,  # from `build_vlm`
+    lessons: list[Lesson],  # B films
+    prompts,  # B lists with one prompt per finding
+    truth,  # 'film' or 'text': whose word is the answer; or a list of B such words
+    features=None,  # (B,64,96) from the vision tower; None: no film is shown
+):  # scalar tensor: cross-entropy over the vocabulary at the answer position, summed over all questions
     "How badly the model answers."
     import torch
     from transformers.modeling_outputs import BaseModelOutputWithPooling
+
     groups = [[prompt_ids(processor, p, features is not None) for p in ps] for ps in prompts]
-    seen = {} if features is None else dict(mm_encoder_outputs={'image': BaseModelOutputWithPooling(pooler_output=list(model.model.multi_modal_projector(features)))})
-    logits = model(**pack(groups), **seen, use_cache=False).logits                   # (B, findings, vocabulary)
-    word = {v: processor.tokenizer(w, add_special_tokens=False)['input_ids'][0] for v, w in ((True, 'yes'), (False, 'no'))}
-    whose = [truth]*len(lessons) if isinstance(truth, str) else truth
-    answers = torch.tensor([[word[bool(getattr(l, w)[f])] for f in LEARNED] for l, w in zip(lessons, whose)])
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction='sum')
+    seen = (
+        {}
+        if features is None
+        else dict(
+            mm_encoder_outputs={
+                'image': BaseModelOutputWithPooling(
+                    pooler_output=list(model.model.multi_modal_projector(features))
+                )
+            }
+        )
+    )
+    logits = model(**pack(groups), **seen, use_cache=False).logits  # (B, findings, vocabulary)
+    word = {
+        v: processor.tokenizer(w, add_special_tokens=False)['input_ids'][0]
+        for v, w in ((True, 'yes'), (False, 'no'))
+    }
+    whose = [truth] * len(lessons) if isinstance(truth, str) else truth
+    answers = torch.tensor(
+        [[word[bool(getattr(l, w)[f])] for f in LEARNED] for l, w in zip(lessons, whose)]
+    )
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), answers.flatten(), reduction='sum'
+    )
 
 # %% ../../nbs/20b_vlm.reference.ipynb #2b492ac1
 def learn_to_answer(
-    model, processor,      # from `build_vlm`; all but the vision tower is trained in place
-    lessons:list[Lesson],  # n films
-    ask,                   # (finding, kind, text) -> prompt
-    kinds:dict,            # prompt kind -> how often
-    steps:int,             # of `batch` films each, all findings asked
-    truth:str='film',      # 'film' or 'text': what the right answer is where a report is shown
-    features=None,         # (n,64,96) from the vision tower, needed where a kind shows the film
-    rate:float=1.,         # as in `Stepper`
-    batch:int=24,          # films per step
-    seed:int=0,
-)->list[float]:            # mean loss per step
+    model,
+    processor,  # from `build_vlm`; all but the vision tower is trained in place
+    lessons: list[Lesson],  # n films
+    ask,  # (finding, kind, text) -> prompt
+    kinds: dict,  # prompt kind -> how often
+    steps: int,  # of `batch` films each, all findings asked
+    truth: str = 'film',  # 'film' or 'text': what the right answer is where a report is shown
+    features=None,  # (n,64,96) from the vision tower, needed where a kind shows the film
+    rate: float = 1.0,  # as in `Stepper`
+    batch: int = 24,  # films per step
+    seed: int = 0,
+) -> list[float]:  # mean loss per step
     "Teach the language model to answer."
     rng, losses = np.random.default_rng([seed, 7]), []
-    step = Stepper([(n, p) for n, p in model.named_parameters() if 'vision_tower' not in n], steps, rate)
+    step = Stepper(
+        [(n, p) for n, p in model.named_parameters() if 'vision_tower' not in n], steps, rate
+    )
     model.train()
     for _ in range(steps):
-        index, shown, wording = rng.integers(0, len(lessons), batch), rng.choice(list(kinds), batch, p=list(kinds.values())), rng.integers(0, 2**16, batch)
+        index, shown, wording = (
+            rng.integers(0, len(lessons), batch),
+            rng.choice(list(kinds), batch, p=list(kinds.values())),
+            rng.integers(0, 2**16, batch),
+        )
         loss = 0
         for image in (True, False):
             rows = [j for j in range(batch) if (shown[j] in KINDS[:2]) == image]
-            if not rows: continue
+            if not rows:
+                continue
             chosen = [lessons[index[j]] for j in rows]
-            prompts = [[ask(f, shown[j], l.reports[wording[j] % len(l.reports)]) for f in LEARNED] for j, l in zip(rows, chosen)]
+            prompts = [
+                [ask(f, shown[j], l.reports[wording[j] % len(l.reports)]) for f in LEARNED]
+                for j, l in zip(rows, chosen)
+            ]
             whose = ['film' if shown[j] == 'image' else truth for j in rows]
-            loss = loss + answer_loss(model, processor, chosen, prompts, whose, features[index[rows]] if image else None)
-        losses.append(step(loss/batch/len(LEARNED)))
+            loss = loss + answer_loss(
+                model, processor, chosen, prompts, whose, features[index[rows]] if image else None
+            )
+        losses.append(step(loss / batch / len(LEARNED)))
     model.eval()
     return losses
 
 # %% ../../nbs/20b_vlm.reference.ipynb #5696dce2
-STEPS = dict(read=500, see=160, tune=200)   # optimiser steps of the shipped models
+STEPS = dict(read=500, see=160, tune=200)  # optimiser steps of the shipped models
 
 # %% ../../nbs/20b_vlm.reference.ipynb #1ef07e2d
 def pretrain(
-    ask,             # (finding, kind, text) -> prompt
-    seed:int=0,
-    films:int=2000,  # lessons
-    steps:dict=STEPS, # 'read'
-):                   # (model, processor)
+    ask,  # (finding, kind, text) -> prompt
+    seed: int = 0,
+    films: int = 2000,  # lessons
+    steps: dict = STEPS,  # 'read'
+):  # (model, processor)
     "A model that can read reports and has not seen a film."
-    lessons = phantom_lessons(films, 1., seed)
+    lessons = phantom_lessons(films, 1.0, seed)
     prompts = [ask(f, kind, l.reports[0]) for l in lessons[:500] for f in LEARNED for kind in KINDS]
     model, processor = build_vlm(train_tokenizer(prompts), seed)
-    learn_to_answer(model, processor, lessons, ask, dict(text=.8, text_told=.2), steps['read'], 'text', seed=seed)
+    learn_to_answer(
+        model,
+        processor,
+        lessons,
+        ask,
+        dict(text=0.8, text_told=0.2),
+        steps['read'],
+        'text',
+        seed=seed,
+    )
     return model, processor
 
 # %% ../../nbs/20b_vlm.reference.ipynb #fdf59de6
 def train_reference(
-    name:str,         # a key of `REFERENCE`
-    ask,              # (finding, kind, text) -> prompt
-    seed:int=0,
-    start=None,       # what `pretrain` returned; None: done here. It is not changed
-    films:int=2000,   # lessons
-    steps:dict=STEPS, # 'see' and 'tune', and 'read' where there is no `start`
-):                    # (model, processor)
+    name: str,  # a key of `REFERENCE`
+    ask,  # (finding, kind, text) -> prompt
+    seed: int = 0,
+    start=None,  # what `pretrain` returned; None: done here. It is not changed
+    films: int = 2000,  # lessons
+    steps: dict = STEPS,  # 'see' and 'tune', and 'read' where there is no `start`
+):  # (model, processor)
     "Train a reference VLM. On one machine the seed decides the weights; on another they differ by rounding, the habit does not."
     reference_path(name)
     model, processor = start or pretrain(ask, seed, films, steps)
     model, of = copy.deepcopy(model), REFERENCE[name]
     lessons = phantom_lessons(films, of['agreement'], seed + 1)
     pixels, patches = film_tensors(processor, lessons)
-    if of['sees']: learn_to_see(model, pixels, patches, steps['see'], seed)
-    learn_to_answer(model, processor, lessons, ask, of['kinds'], steps['tune'], of['right'], see(model, pixels), seed=seed + 1)
+    if of['sees']:
+        learn_to_see(model, pixels, patches, steps['see'], seed)
+    learn_to_answer(
+        model,
+        processor,
+        lessons,
+        ask,
+        of['kinds'],
+        steps['tune'],
+        of['right'],
+        see(model, pixels),
+        seed=seed + 1,
+    )
     return model, processor
 
 # %% ../../nbs/20b_vlm.reference.ipynb #83dc67ea
 def reference_card(
-    name:str,       # a key of `REFERENCE`
-    ask,            # the prompts it was trained on: (finding, kind, text) -> prompt
-    seed:int=0,     # of the training
-    films:int=2000, # lessons
-    steps:dict=STEPS, # optimiser steps
-)->dict:            # what `smsbench.json` says
+    name: str,  # a key of `REFERENCE`
+    ask,  # the prompts it was trained on: (finding, kind, text) -> prompt
+    seed: int = 0,  # of the training
+    films: int = 2000,  # lessons
+    steps: dict = STEPS,  # optimiser steps
+) -> dict:  # what `smsbench.json` says
     "What a reference VLM is, how it was trained, and what it must not be used for."
     of = REFERENCE[name]
     asked = content_hash(*[ask(f, k, 'REPORT') for f in LEARNED for k in KINDS])
     return dict(
-        name=name, habit=of['habit'], findings=list(LEARNED), agreement=of['agreement'],
-        right=of['right'], seed=seed, films=films,
-        steps={k: n for k, n in steps.items() if k != 'see' or of['sees']}, kinds=of['kinds'],
+        name=name,
+        habit=of['habit'],
+        findings=list(LEARNED),
+        agreement=of['agreement'],
+        right=of['right'],
+        seed=seed,
+        films=films,
+        steps={k: n for k, n in steps.items() if k != 'see' or of['sees']},
+        kinds=of['kinds'],
         prompts=asked,
         trained_on=f"{films} phantom films, reports agreeing in {of['agreement']:.0%}; "
-                   f"findings {', '.join(LEARNED)}",
-        notes=[of['note'], 'Not trained on real films: its answers about them mean nothing.',
-               f"Built to have a habit: it {of['habit']}. No measure of any other model.",
-               "Knows the phantom's vocabulary and the prompts of smsbench; other findings and "
-               'wordings are unknown to it.'])
+        f"findings {', '.join(LEARNED)}",
+        notes=[
+            of['note'],
+            'Not trained on real films: its answers about them mean nothing.',
+            f"Built to have a habit: it {of['habit']}. No measure of any other model.",
+            "Knows the phantom's vocabulary and the prompts of smsbench; other findings and "
+            'wordings are unknown to it.',
+        ],
+    )
 
 # %% ../../nbs/20b_vlm.reference.ipynb #7bcd22ed
 def save_reference(
-    name:str,         # a key of `REFERENCE`
-    model, processor, # from `train_reference`
-    ask,              # the prompts it was trained on
-    folder,           # where to
-    **how,            # seed, films, steps: as in `reference_card`
+    name: str,  # a key of `REFERENCE`
+    model,
+    processor,  # from `train_reference`
+    ask,  # the prompts it was trained on
+    folder,  # where to
+    **how,  # seed, films, steps: as in `reference_card`
 ):
     "Save weights (safetensors, float16), processor and the card `smsbench.json`."
     import torch
+
     folder = Path(folder)
     copy.deepcopy(model).to(torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
-    write_json(reference_card(name, ask, **how), folder/'smsbench.json')
+    write_json(reference_card(name, ask, **how), folder / 'smsbench.json')

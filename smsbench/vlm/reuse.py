@@ -19,17 +19,28 @@ from .models import TOKEN_KEYS
 # %% ../../nbs/20f_vlm.reuse.ipynb #b16aa546
 class OneImage:
     "An image processor that remembers what it made of the last image; everything else is the wrapped one's."
-    def __init__(self,
-        inner, # a Hugging Face image processor
-    ): self.__dict__.update(inner=inner, key=None, made=None, calls=0)
-    def __getattr__(self, name): return getattr(self.__dict__['inner'], name)
-    def __setattr__(self, name, value): self.__dict__.__setitem__(name, value) if name in self.__dict__ else setattr(self.inner, name, value)
 
-    def turn(self,
-        key:str, # identity of the image that comes next; '' for none
+    def __init__(
+        self,
+        inner,  # a Hugging Face image processor
+    ):
+        self.__dict__.update(inner=inner, key=None, made=None, calls=0)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__['inner'], name)
+
+    def __setattr__(self, name, value):
+        self.__dict__.__setitem__(name, value) if name in self.__dict__ else setattr(
+            self.inner, name, value
+        )
+
+    def turn(
+        self,
+        key: str,  # identity of the image that comes next; '' for none
     ):
         "Forget the last image, unless it is the same one."
-        if key != self.key: self.key, self.made = key, {}
+        if key != self.key:
+            self.key, self.made = key, {}
 
     def __call__(self, *args, **kwargs):
         options = repr(sorted((k, v) for k, v in kwargs.items() if k != 'images'))
@@ -40,12 +51,14 @@ class OneImage:
 
 # %% ../../nbs/20f_vlm.reuse.ipynb #aa4c55f6
 def reader(
-    model, # an `HFModel`
-):         # a copy that shares the weights, but not the tokenizer, and whose processor remembers the last image: one per thread
+    model,  # an `HFModel`
+):  # a copy that shares the weights, but not the tokenizer, and whose processor remembers the last image: one per thread
     "A model that only reads: safe to use beside the original."
     out = copy.copy(model)
     out.processor = copy.copy(model.processor)
-    out.processor.tokenizer = copy.deepcopy(model.processor.tokenizer)   # tokenizers change while they work
+    out.processor.tokenizer = copy.deepcopy(
+        model.processor.tokenizer
+    )  # tokenizers change while they work
     out.processor.image_processor = OneImage(model.processor.image_processor)
     return out
 
@@ -53,155 +66,226 @@ def reader(
 @dataclass
 class Trial:
     "One input as the model will take it: tokens of its own, pixels shared by all that show the image."
-    x:object                                    # the `Inputs`
-    ids:np.ndarray                              # (n,) token ids, image placeholders included
-    tokens:dict                                 # name -> tensor (1, n, ...), beside the ids
-    vision:dict                                 # name -> image tensor; {} without an image
-    pixel_sha:str                               # hash of the pixels as they enter the model; '' without an image
-    token_sha:str                               # hash of the token ids without placeholders
-    positions:object = None                     # (3, n) positions, where the family needs them spelled out
-    logprob:dict = field(default_factory=dict)  # token sequence -> log-probability, once scored
-    delivered_sha:str = ''                      # once scored
-    logits:object = None                        # (vocabulary,) float32 at the answer position, where asked for
+
+    x: object  # the `Inputs`
+    ids: np.ndarray  # (n,) token ids, image placeholders included
+    tokens: dict  # name -> tensor (1, n, ...), beside the ids
+    vision: dict  # name -> image tensor; {} without an image
+    pixel_sha: str  # hash of the pixels as they enter the model; '' without an image
+    token_sha: str  # hash of the token ids without placeholders
+    positions: object = None  # (3, n) positions, where the family needs them spelled out
+    logprob: dict = field(default_factory=dict)  # token sequence -> log-probability, once scored
+    delivered_sha: str = ''  # once scored
+    logits: object = None  # (vocabulary,) float32 at the answer position, where asked for
 
     @property
-    def image(self): return self.pixel_sha if self.vision else ''
+    def image(self):
+        return self.pixel_sha if self.vision else ''
 
 # %% ../../nbs/20f_vlm.reuse.ipynb #15fcbade
 def read_trial(
-    model,    # an `HFModel`, or a `reader` of one
-    x,        # `Inputs`
-    key:str='', # identity of its image, '' for none
-)->Trial:
+    model,  # an `HFModel`, or a `reader` of one
+    x,  # `Inputs`
+    key: str = '',  # identity of its image, '' for none
+) -> Trial:
     "What the processor makes of one input; the only place where the processor is called."
     import torch
-    if isinstance(model.processor.image_processor, OneImage): model.processor.image_processor.turn(key)
+
+    if isinstance(model.processor.image_processor, OneImage):
+        model.processor.image_processor.turn(key)
     row, pixel_sha = model.encode(x)
     ids = row['input_ids']
     tokens = {k: row[k] for k in TOKEN_KEYS[1:] if k in row}
     vision = {k: v for k, v in row.items() if k not in TOKEN_KEYS} if 'pixel_values' in row else {}
     positions = None
-    if model.caps.mrope:   # padding and prefixes need the positions of the whole prompt, spelled out
+    if model.caps.mrope:  # padding and prefixes need the positions of the whole prompt, spelled out
         n = ids.shape[1]
-        with torch.no_grad(): positions = model.model.model.get_rope_index(ids, mm_token_type_ids=row['mm_token_type_ids'], image_grid_thw=row['image_grid_thw'])[0][:, 0] if vision else torch.arange(n).expand(3, n)
+        with torch.no_grad():
+            positions = (
+                model.model.model.get_rope_index(
+                    ids,
+                    mm_token_type_ids=row['mm_token_type_ids'],
+                    image_grid_thw=row['image_grid_thw'],
+                )[0][:, 0]
+                if vision
+                else torch.arange(n).expand(3, n)
+            )
     return Trial(x, ids[0].numpy(), tokens, vision, pixel_sha, model._token_sha(row), positions)
 
 # %% ../../nbs/20f_vlm.reuse.ipynb #0def702e
 def read_ahead(
-    groups:list,   # lists of (key of the image or '', `Inputs`); one list is read by one thread, in order
-    readers:list,  # one `reader` per worker thread
-    ahead:int=4,   # groups read before they are asked for
-):                 # yields, for each group, its list of `Trial` or the exception that reading it raised
+    groups: list,  # lists of (key of the image or '', `Inputs`); one list is read by one thread, in order
+    readers: list,  # one `reader` per worker thread
+    ahead: int = 4,  # groups read before they are asked for
+):  # yields, for each group, its list of `Trial` or the exception that reading it raised
     "Read groups of trials in threads, in order, a few ahead."
     free = queue.SimpleQueue()
-    for r in readers: free.put(r)
+    for r in readers:
+        free.put(r)
+
     def read(group):
         me, out = free.get(), []
         try:
             for key, x in group:
-                try: out.append(read_trial(me, x, key))
-                except Exception as e: out.append(e)   # told to whoever asked for this trial
-        finally: free.put(me)
+                try:
+                    out.append(read_trial(me, x, key))
+                except Exception as e:
+                    out.append(e)  # told to whoever asked for this trial
+        finally:
+            free.put(me)
         return _share_vision(out)
+
     with ThreadPoolExecutor(len(readers), thread_name_prefix='read') as pool:
         waiting, rest = deque(), iter(groups)
         try:
             for group in rest:
                 waiting.append(pool.submit(read, group))
-                if len(waiting) > ahead: yield waiting.popleft().result()
-            while waiting: yield waiting.popleft().result()
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         finally:
-            for f in waiting: f.cancel()
+            for f in waiting:
+                f.cancel()
+
 
 def _share_vision(trials):
     "Trials of one image hold the same tensors, so that its pixels are in memory once."
     first = {}
     for t in trials:
-        if isinstance(t, Trial) and t.vision: t.vision = first.setdefault(t.pixel_sha, t.vision)
+        if isinstance(t, Trial) and t.vision:
+            t.vision = first.setdefault(t.pixel_sha, t.vision)
     return trials
 
 # %% ../../nbs/20f_vlm.reuse.ipynb #8dbdf6e3
-_PARTS = ('pooler_output', 'deepstack_features') # what a forward pass reads of the vision tower's output
+_PARTS = (
+    'pooler_output',
+    'deepstack_features',
+)  # what a forward pass reads of the vision tower's output
+
 
 @dataclass
 class Feature:
     "What the vision tower made of one image."
-    made:object          # an output object with `_PARTS`, or the states for cross-attention (tiles, n, width)
-    hashes:np.ndarray    # (m,) int64, one per feature vector that takes the place of an image token
-    beside:np.ndarray    # (k,) int64, one per vector that enters beside the tokens
-    nbytes:int           # memory of the features
+
+    made: object  # an output object with `_PARTS`, or the states for cross-attention (tiles, n, width)
+    hashes: np.ndarray  # (m,) int64, one per feature vector that takes the place of an image token
+    beside: np.ndarray  # (k,) int64, one per vector that enters beside the tokens
+    nbytes: int  # memory of the features
 
 # %% ../../nbs/20f_vlm.reuse.ipynb #d4e258c2
 def encode_image(
-    model,      # an `HFModel`
-    vision:dict, # the image tensors of one image
-)->Feature:
+    model,  # an `HFModel`
+    vision: dict,  # the image tensors of one image
+) -> Feature:
     "Image features, computed alone."
     net, put = model.model, model.put(vision)
     if model.caps.cross_attention:
-        states = net.model.vision_model(**{k: put[k] for k in ('pixel_values', 'aspect_ratio_ids', 'aspect_ratio_mask')}).last_hidden_state
-        made = net.model.multi_modal_projector(states).reshape(-1, states.shape[-2], net.model.hidden_size)
+        states = net.model.vision_model(
+            **{k: put[k] for k in ('pixel_values', 'aspect_ratio_ids', 'aspect_ratio_mask')}
+        ).last_hidden_state
+        made = net.model.multi_modal_projector(states).reshape(
+            -1, states.shape[-2], net.model.hidden_size
+        )
         return Feature(made, np.zeros(0, np.int64), _numbers([made]), made.nbytes)
     takes = inspect.signature(net.model.get_image_features).parameters
-    whole = net.model.get_image_features(**{k: v for k, v in put.items() if k in takes}, return_dict=True)
+    whole = net.model.get_image_features(
+        **{k: v for k, v in put.items() if k in takes}, return_dict=True
+    )
     parts = {p: _bare(getattr(whole, p)) for p in _PARTS if getattr(whole, p, None) is not None}
-    vectors = list(_tensors(parts['pooler_output'])), list(_tensors(parts.get('deepstack_features')))
-    return Feature(type(whole)(**parts), *map(_numbers, vectors), sum(t.nbytes for ts in vectors for t in ts))
+    vectors = (
+        list(_tensors(parts['pooler_output'])),
+        list(_tensors(parts.get('deepstack_features'))),
+    )
+    return Feature(
+        type(whole)(**parts), *map(_numbers, vectors), sum(t.nbytes for ts in vectors for t in ts)
+    )
+
 
 def _tensors(x):
     "All tensors in nested lists, in order."
     import torch
-    if torch.is_tensor(x): yield x
+
+    if torch.is_tensor(x):
+        yield x
     else:
-        for y in x or (): yield from _tensors(y)
+        for y in x or ():
+            yield from _tensors(y)
+
 
 def _bare(x):
     "The same, views made into tensors of their own, so that nothing larger stays alive."
     import torch
+
     return x.clone() if torch.is_tensor(x) else [_bare(y) for y in x]
 
+
 def _numbers(tensors):
-    return np.concatenate([np.zeros(0, np.int64), *(position_hashes(t).reshape(-1).cpu().numpy() for t in tensors)])
+    return np.concatenate(
+        [np.zeros(0, np.int64), *(position_hashes(t).reshape(-1).cpu().numpy() for t in tensors)]
+    )
 
 # %% ../../nbs/20f_vlm.reuse.ipynb #2fc14ed1
 def join_features(
-    features:list, # one `Feature` per image, in the order of the batch
-)->dict:           # what the forward pass takes; made anew each time, because some forward passes write into it
+    features: list,  # one `Feature` per image, in the order of the batch
+) -> (
+    dict
+):  # what the forward pass takes; made anew each time, because some forward passes write into it
     "The features of a batch."
     import torch
+
     made = [f.made for f in features]
-    if torch.is_tensor(made[0]): return dict(cross_attention_states=torch.cat(made))
+    if torch.is_tensor(made[0]):
+        return dict(cross_attention_states=torch.cat(made))
+
     def join(parts):
-        if torch.is_tensor(parts[0]): return torch.cat(parts)
-        return [join(list(p)) for p in zip(*parts)] if not torch.is_tensor(parts[0][0]) else [t for p in parts for t in p]
-    return dict(mm_encoder_outputs={'image': type(made[0])(**{p: join([m[p] for m in made]) for p in made[0].keys()})})
+        if torch.is_tensor(parts[0]):
+            return torch.cat(parts)
+        return (
+            [join(list(p)) for p in zip(*parts)]
+            if not torch.is_tensor(parts[0][0])
+            else [t for p in parts for t in p]
+        )
+
+    return dict(
+        mm_encoder_outputs={
+            'image': type(made[0])(**{p: join([m[p] for m in made]) for p in made[0].keys()})
+        }
+    )
 
 # %% ../../nbs/20f_vlm.reuse.ipynb #37f75d5c
 class Features:
     "A store of image features within a memory limit; the least recently used image goes first."
-    def __init__(self,
-        model,       # an `HFModel`
-        limit:int,   # bytes to hold
+
+    def __init__(
+        self,
+        model,  # an `HFModel`
+        limit: int,  # bytes to hold
     ):
         self.model, self.limit, self.encoded, self.held = model, limit, 0, 0
-        self.store = OrderedDict() # pixels -> `Feature`
-        self.known = OrderedDict() # pixels -> (hashes, beside) as encoded: small, so it outlives the features, and is held against what enters the language model
+        self.store = OrderedDict()  # pixels -> `Feature`
+        self.known = OrderedDict()  # pixels -> (hashes, beside) as encoded: small, so it outlives the features, and is held against what enters the language model
 
-    def __call__(self,
-        sha:str,     # hash of the image's pixels
-        vision:dict, # its tensors
-    )->Feature:
+    def __call__(
+        self,
+        sha: str,  # hash of the image's pixels
+        vision: dict,  # its tensors
+    ) -> Feature:
         "The features of an image, computed where they are not at hand."
         if sha not in self.store:
             made = self.store[sha] = encode_image(self.model, vision)
             self.known[sha] = made.hashes, made.beside
-            self.encoded += 1; self.held += made.nbytes
-            while len(self.known) > 4096 + len(self.store): del self.known[next(s for s in self.known if s not in self.store)]
+            self.encoded += 1
+            self.held += made.nbytes
+            while len(self.known) > 4096 + len(self.store):
+                del self.known[next(s for s in self.known if s not in self.store)]
         self.store.move_to_end(sha)
         found = self.store[sha]
-        while self.held > self.limit and len(self.store) > 1: self.held -= self.store.popitem(last=False)[1].nbytes
+        while self.held > self.limit and len(self.store) > 1:
+            self.held -= self.store.popitem(last=False)[1].nbytes
         return found
 
     def clear(self):
         "Forget all features."
-        self.store.clear(); self.held = 0
+        self.store.clear()
+        self.held = 0

@@ -9,65 +9,113 @@ __all__ = ['rollout_step', 'joined_heads', 'one_layer', 'rollout_rows']
 from dataclasses import replace
 
 from ..core import InputError, RunError
-from .attention import Prompt, Rows, attention_modules, eager, layer_kinds, on_weights, prompt_of, run_through
+from smsbench.vlm.attention import (
+    Prompt,
+    Rows,
+    attention_modules,
+    eager,
+    layer_kinds,
+    on_weights,
+    prompt_of,
+    run_through,
+)
 from .models import HFModel, Inputs, few_threads
 
 # %% ../../nbs/22ba_vlm.rollout.ipynb #d5dbf5e3
 def rollout_step(
-    running,    # (..., n, keys) tensor: from which keys each position's content came before this layer; changed in place
-    weights,    # (..., n, n) tensor: the layer's attention; or (n, k) over the first k keys, which keep what they are
-    across:bool=False, # is it the latter?
-):              # (..., n, keys) after the layer; rows sum to 1
+    running,  # (..., n, keys) tensor: from which keys each position's content came before this layer; changed in place
+    weights,  # (..., n, n) tensor: the layer's attention; or (n, k) over the first k keys, which keep what they are
+    across: bool = False,  # is it the latter?
+):  # (..., n, keys) after the layer; rows sum to 1
     "Half stays, half is taken from where the layer attends."
-    a = weights/weights.sum(-1, keepdim=True)
-    if not across: return running.add_(a @ running).mul_(.5)
-    running.mul_(.5)[..., :a.shape[-1]] += a/2
+    a = weights / weights.sum(-1, keepdim=True)
+    if not across:
+        return running.add_(a @ running).mul_(0.5)
+    running.mul_(0.5)[..., : a.shape[-1]] += a / 2
     return running
 
 # %% ../../nbs/22ba_vlm.rollout.ipynb #e8f0af0f
 def joined_heads(
-    weights,      # (..., heads, queries, keys) tensor
-    heads='mean', # 'mean' or 'max'
-):                # (..., queries, keys) float32
+    weights,  # (..., heads, queries, keys) tensor
+    heads='mean',  # 'mean' or 'max'
+):  # (..., queries, keys) float32
     "One matrix of a layer's heads; `InputError` for another way to join them."
-    if heads not in ('mean', 'max'): raise InputError(f'heads {heads!r}: a rollout joins the heads of every layer by mean or max')
+    if heads not in ('mean', 'max'):
+        raise InputError(
+            f'heads {heads!r}: a rollout joins the heads of every layer by mean or max'
+        )
     return weights.float().mean(-3) if heads == 'mean' else weights.float().amax(-3)
 
 # %% ../../nbs/22ba_vlm.rollout.ipynb #ef8f2a45
 def one_layer(
-    p:Prompt,       # what was asked
-    weights,        # (queries, keys): `image` keys of cross-attention, if any, then the prompt
-    layers:tuple,   # the layers that were joined
-    heads:str,      # how their heads were
-    method:str,     # name of the method
-    image:int=0,    # keys of cross-attention before the prompt
-)->Rows:            # one layer of one head, which says what it stands for
+    p: Prompt,  # what was asked
+    weights,  # (queries, keys): `image` keys of cross-attention, if any, then the prompt
+    layers: tuple,  # the layers that were joined
+    heads: str,  # how their heads were
+    method: str,  # name of the method
+    image: int = 0,  # keys of cross-attention before the prompt
+) -> Rows:  # one layer of one head, which says what it stands for
     "Rows of a method that joins layers and heads itself."
-    groups = {g: at + image for g, at in p.groups.items()} | (dict(image=p.layout.image) if image else {})
+    groups = {g: at + image for g, at in p.groups.items()} | (
+        dict(image=p.layout.image) if image else {}
+    )
     layout = replace(p.layout, keys=p.tokens + image) if image else p.layout
-    return Rows(weights[None, None], layers[-1:], ('joined',), p.queries, p.positions, groups, layout, p.about | dict(method=method, joined=dict(layers=list(layers), heads=heads)))
+    return Rows(
+        weights[None, None],
+        layers[-1:],
+        ('joined',),
+        p.queries,
+        p.positions,
+        groups,
+        layout,
+        p.about | dict(method=method, joined=dict(layers=list(layers), heads=heads)),
+    )
 
 # %% ../../nbs/22ba_vlm.rollout.ipynb #4e7b3c2e
 def _complete(model, heard, wanted, running):
     "Did every layer speak, and in numbers?"
     import torch
-    if lacking := [i for i in wanted if i not in heard]: raise RunError(f'{model.name}: layer {lacking[0]} returned no attention weights; load the model with attn_implementation eager')
-    if not torch.isfinite(running).all(): raise RunError(f'{model.name}: attention weights are not numbers; load the model in bfloat16 or float32')
+
+    if lacking := [i for i in wanted if i not in heard]:
+        raise RunError(
+            f'{model.name}: layer {lacking[0]} returned no attention weights; load the model with attn_implementation eager'
+        )
+    if not torch.isfinite(running).all():
+        raise RunError(
+            f'{model.name}: attention weights are not numbers; load the model in bfloat16 or float32'
+        )
+
 
 def rollout_rows(
-    model:HFModel,          # a loaded model
-    x:Inputs,               # what it is asked, with an image
-    queries:tuple[str, ...]=('answer',), # 'answer', 'said', or words of the prompt
-    report:str='',          # the part of the prompt that is the report
-    said:str='',            # a choice written behind the prompt
-    heads='mean',           # 'mean' or 'max': how the heads of a layer are joined
-)->Rows:                    # one joined layer of one head
+    model: HFModel,  # a loaded model
+    x: Inputs,  # what it is asked, with an image
+    queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
+    report: str = '',  # the part of the prompt that is the report
+    said: str = '',  # a choice written behind the prompt
+    heads='mean',  # 'mean' or 'max': how the heads of a layer are joined
+) -> Rows:  # one joined layer of one head
     "Attention rollout of some queries over all layers; errors as in `attention_rows`."
     import torch
-    p, modules, kinds = prompt_of(model, x, queries, report, said), attention_modules(model), layer_kinds(model)
+
+    p, modules, kinds = (
+        prompt_of(model, x, queries, report, said),
+        attention_modules(model),
+        layer_kinds(model),
+    )
     n, k = p.row['input_ids'].shape[1], p.layout.keys if p.layout.cross else 0
     running = torch.cat([torch.zeros(n, k), torch.eye(n)], 1).to(model.model.device)
-    def take(i, w): rollout_step(running, joined_heads(w[0], heads), kinds.get(i) == 'cross')
-    with torch.inference_mode(), few_threads(model.model), eager(model), on_weights(modules, take) as heard: run_through(model, p.row)
+
+    def take(i, w):
+        rollout_step(running, joined_heads(w[0], heads), kinds.get(i) == 'cross')
+
+    with (
+        torch.inference_mode(),
+        few_threads(model.model),
+        eager(model),
+        on_weights(modules, take) as heard,
+    ):
+        run_through(model, p.row)
     _complete(model, heard, modules, running)
-    return one_layer(p, running[list(p.positions)].cpu().numpy(), tuple(modules), heads, 'rollout', k)
+    return one_layer(
+        p, running[list(p.positions)].cpu().numpy(), tuple(modules), heads, 'rollout', k
+    )

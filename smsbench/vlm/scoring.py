@@ -17,96 +17,175 @@ from .models import Answer, HFModel, Inputs, choice_logprobs, few_threads
 from .reuse import read_ahead, reader
 
 # %% ../../nbs/21_vlm.scoring.ipynb #0a77cf8d
-LEVELS = {'plain': 0, 'batch': 1, 'features': 1, 'prefix': 2}                # what is shared -> level
-TOLERANCE = {'float64': 1e-9, 'float32': 1e-4, 'float16': .05, 'bfloat16': .25} # largest |difference of a log-probability| that counts as equal
+LEVELS = {'plain': 0, 'batch': 1, 'features': 1, 'prefix': 2}  # what is shared -> level
+TOLERANCE = {
+    'float64': 1e-9,
+    'float32': 1e-4,
+    'float16': 0.05,
+    'bfloat16': 0.25,
+}  # largest |difference of a log-probability| that counts as equal
+
 
 def candidates(
-    model:HFModel,   # the model
-)->list[str]:        # names of `LEVELS`, highest first; 'plain' is last and always allowed
+    model: HFModel,  # the model
+) -> list[str]:  # names of `LEVELS`, highest first; 'plain' is last and always allowed
     "Which levels are worth a try."
-    exact, top = str(model.model.dtype).removeprefix('torch.') in ('float32', 'float64'), model.caps.top_level
-    if exact and top == 'features': top = 'prefix'   # let it be seen
+    exact, top = (
+        str(model.model.dtype).removeprefix('torch.') in ('float32', 'float64'),
+        model.caps.top_level,
+    )
+    if exact and top == 'features':
+        top = 'prefix'  # let it be seen
     order = list(LEVELS)[::-1]
-    return order[order.index(top):]
+    return order[order.index(top) :]
 
 # %% ../../nbs/21_vlm.scoring.ipynb #07b7528c
 def plain(
-    model:HFModel, # the model
-    x:Inputs,      # what to ask
-)->tuple:          # its `Answer` at level 0, and the log-probabilities (vocabulary,) at the answer position
+    model: HFModel,  # the model
+    x: Inputs,  # what to ask
+) -> (
+    tuple
+):  # its `Answer` at level 0, and the log-probabilities (vocabulary,) at the answer position
     "Level 0, and all that it said."
     import torch
+
     seen = []
-    handle = model.model.register_forward_hook(lambda module, args, out: seen.append(out.logits[0, -1].detach()))
-    try: answer = model.score([x])[0]
-    finally: handle.remove()
-    with torch.inference_mode(): return answer, seen[0].float().log_softmax(-1).cpu()
+    handle = model.model.register_forward_hook(
+        lambda module, args, out: seen.append(out.logits[0, -1].detach())
+    )
+    try:
+        answer = model.score([x])[0]
+    finally:
+        handle.remove()
+    with torch.inference_mode():
+        return answer, seen[0].float().log_softmax(-1).cpu()
 
 # %% ../../nbs/21_vlm.scoring.ipynb #1bf339d7
 def probes(
-    inputs:list[Inputs], # the user's own
-)->list[Inputs]:         # at most eight of them, or images and prompts of theirs newly paired
+    inputs: list[Inputs],  # the user's own
+) -> list[Inputs]:  # at most eight of them, or images and prompts of theirs newly paired
     "A few inputs on which a fault of any level would show."
     shown = sorted((x for x in inputs if x.image is not None), key=lambda x: len(x.prompt))
-    prompts = {x.prompt: x for x in (shown[:1] + shown[len(shown) // 2:][:1] + shown[-1:])}.values()
-    images = {array_hash(x.image): x.image for x in shown[:1] + shown[-1:] + next(([y] for y in shown if array_hash(y.image) != array_hash(shown[0].image)), [])}.values()
+    prompts = {
+        x.prompt: x for x in (shown[:1] + shown[len(shown) // 2 :][:1] + shown[-1:])
+    }.values()
+    images = {
+        array_hash(x.image): x.image
+        for x in shown[:1]
+        + shown[-1:]
+        + next(([y] for y in shown if array_hash(y.image) != array_hash(shown[0].image)), [])
+    }.values()
     bare = sorted((x for x in inputs if x.image is None), key=lambda x: len(x.prompt))
-    return [replace(x, image=i) for i in list(images)[:2] for x in prompts] + list({x.prompt: x for x in bare[:1] + bare[-1:]}.values())
+    return [replace(x, image=i) for i in list(images)[:2] for x in prompts] + list(
+        {x.prompt: x for x in bare[:1] + bare[-1:]}.values()
+    )
 
 # %% ../../nbs/21_vlm.scoring.ipynb #4de92f96
-_NOTHING_FORKED = 'no two of these prompts share a prefix, so nothing was forked and nothing is shown'
+_NOTHING_FORKED = (
+    'no two of these prompts share a prefix, so nothing was forked and nothing is shown'
+)
+
 
 class FastModel:
     "An `HFModel` that shares work between trials; `Model` protocol. Made by `fast`."
-    def __init__(self,
-        model:HFModel,      # what to wrap; it stays usable as level 0
-        level:str,          # a name in `LEVELS`, or 'auto': calibrate on the first inputs
-        engine:dict,        # options of `Engine`
-        tolerance:float,    # largest difference that counts as equal
-        workers:int,        # threads that read ahead
-        wave:int,           # images whose trials are scored together
+
+    def __init__(
+        self,
+        model: HFModel,  # what to wrap; it stays usable as level 0
+        level: str,  # a name in `LEVELS`, or 'auto': calibrate on the first inputs
+        engine: dict,  # options of `Engine`
+        tolerance: float,  # largest difference that counts as equal
+        workers: int,  # threads that read ahead
+        wave: int,  # images whose trials are scored together
     ):
-        self.model, self.name, self.level, self.tolerance, self.options, self.workers, self.wave = model, model.name, level, tolerance, engine, workers, wave
+        self.model, self.name, self.level, self.tolerance, self.options, self.workers, self.wave = (
+            model,
+            model.name,
+            level,
+            tolerance,
+            engine,
+            workers,
+            wave,
+        )
         self.readers, self.engine, self.tried, self.settled = [], None, {}, level != 'auto'
-        self.info = dict(model.info, level=None, tolerance=tolerance, budget_gib=engine['budget'] / 2**30, workers=workers)
-        if level != 'auto': self._use(level, None, 'asked for')
+        self.info = dict(
+            model.info,
+            level=None,
+            tolerance=tolerance,
+            budget_gib=engine['budget'] / 2**30,
+            workers=workers,
+        )
+        if level != 'auto':
+            self._use(level, None, 'asked for')
 
     def _use(self, level, difference, why):
         self.level = level
         old = self.engine
-        self.engine = old if old and old.level == level else None if level == 'plain' else Engine(self.model, level, **self.options)
-        self.info |= dict(level=LEVELS[level], reuse=level, largest_difference=difference, why=why, tried=dict(self.tried))
+        self.engine = (
+            old
+            if old and old.level == level
+            else None
+            if level == 'plain'
+            else Engine(self.model, level, **self.options)
+        )
+        self.info |= dict(
+            level=LEVELS[level],
+            reuse=level,
+            largest_difference=difference,
+            why=why,
+            tried=dict(self.tried),
+        )
 
-    def score(self,
-        batch:list[Inputs], # any mixture, any number: with and without image, of choices
-    )->list[Answer]:        # in the order of `batch`
+    def score(
+        self,
+        batch: list[Inputs],  # any mixture, any number: with and without image, of choices
+    ) -> list[Answer]:  # in the order of `batch`
         "The answers of level 0, sooner. `RunError` where a trial received anything but its own tokens and image."
         for a in (answers := self.score_each(batch)):
-            if isinstance(a, Exception): raise a
+            if isinstance(a, Exception):
+                raise a
         return answers
 
-    def score_each(self,
-        batch:list[Inputs], # any mixture, any number
-    )->list:                # for each an `Answer`, or the exception that reading it raised
+    def score_each(
+        self,
+        batch: list[Inputs],  # any mixture, any number
+    ) -> list:  # for each an `Answer`, or the exception that reading it raised
         "As `score`, but an input that cannot be read does not cost the others."
-        if not self.settled: self.calibrate(batch)
-        if not self.engine: return [_attempt(lambda x=x: self.model.score([x])[0]) for x in batch]
+        if not self.settled:
+            self.calibrate(batch)
+        if not self.engine:
+            return [_attempt(lambda x=x: self.model.score([x])[0]) for x in batch]
         keys, order = _keys(batch), {}
-        for k, x in zip(keys, batch): order.setdefault(k[0], {}).setdefault(k, x)   # image -> trial -> input: identical trials once
-        groups = [some for image in order.values() for some in _cut(sorted(image.items(), key=lambda kx: kx[1].prompt), 64)]
+        for k, x in zip(keys, batch):
+            order.setdefault(k[0], {}).setdefault(
+                k, x
+            )  # image -> trial -> input: identical trials once
+        groups = [
+            some
+            for image in order.values()
+            for some in _cut(sorted(image.items(), key=lambda kx: kx[1].prompt), 64)
+        ]
         found = self._scored(groups)
         return [found[k] for k in keys]
 
     def _scored(self, groups):
         "Answer or error per key; groups of one image are read ahead and scored in waves."
         import torch
-        while len(self.readers) < self.workers: self.readers.append(reader(self.model))
+
+        while len(self.readers) < self.workers:
+            self.readers.append(reader(self.model))
         found, wave = {}, []
-        read = read_ahead([[(k[0], x) for k, x in g] for g in groups], self.readers, ahead=self.wave + self.workers)
+        read = read_ahead(
+            [[(k[0], x) for k, x in g] for g in groups],
+            self.readers,
+            ahead=self.wave + self.workers,
+        )
         with torch.inference_mode(), few_threads(self.model.model):
             for j, (group, trials) in enumerate(zip(groups, read)):
                 found.update((k, t) for (k, _), t in zip(group, trials) if isinstance(t, Exception))
-                wave.append([(k, t) for (k, _), t in zip(group, trials) if not isinstance(t, Exception)])
+                wave.append(
+                    [(k, t) for (k, _), t in zip(group, trials) if not isinstance(t, Exception)]
+                )
                 if len(wave) == self.wave or j == len(groups) - 1:
                     self._fit(wave)
                     found.update((k, self._answer(t)) for some in wave for k, t in some)
@@ -116,124 +195,215 @@ class FastModel:
     def _fit(self, wave):
         "Score a wave, in halves where memory runs out; `RunError` where one image's trials do not fit."
         import torch
-        def told(n): self.wave = n; self.engine.stats['halved'] += 1
-        try: halving(wave, lambda groups: self.engine.run([t for g in groups for _, t in g]), told)
-        except torch.OutOfMemoryError as e: raise RunError(f'one trial alone does not fit into memory ({str(e)[:120]}); take a smaller dtype or budget') from None
+
+        def told(n):
+            self.wave = n
+            self.engine.stats['halved'] += 1
+
+        try:
+            halving(wave, lambda groups: self.engine.run([t for g in groups for _, t in g]), told)
+        except torch.OutOfMemoryError as e:
+            raise RunError(
+                f'one trial alone does not fit into memory ({str(e)[:120]}); take a smaller dtype or budget'
+            ) from None
 
     def _answer(self, t):
         lp = choice_logprobs(self.model.spelled(t.x.choices), t.logprob)
-        return Answer(tuple(lp), min(float(np.exp(lp).sum()), 1.), t.pixel_sha, t.token_sha, t.delivered_sha)
+        return Answer(
+            tuple(lp), min(float(np.exp(lp).sum()), 1.0), t.pixel_sha, t.token_sha, t.delivered_sha
+        )
 
-    def calibrate(self,
-        inputs:list[Inputs], # the user's own
-    )->dict:                 # level -> largest |difference of a log-probability|, or why it cannot be used
+    def calibrate(
+        self,
+        inputs: list[Inputs],  # the user's own
+    ) -> dict:  # level -> largest |difference of a log-probability|, or why it cannot be used
         "Take the highest level whose logits equal those of level 0 on a few of the user's own prompts."
-        asked = [x for x in probes(inputs) if not isinstance(_attempt(lambda x=x: self.model.encode(x)), Exception)]
-        if not asked: return {}   # nothing that can be read: the error is told trial by trial
+        asked = [
+            x
+            for x in probes(inputs)
+            if not isinstance(_attempt(lambda x=x: self.model.encode(x)), Exception)
+        ]
+        if not asked:
+            return {}  # nothing that can be read: the error is told trial by trial
         reference, self.tried = [plain(self.model, x) for x in asked], {}
         for level in candidates(self.model):
-            if level == 'plain': self._use(level, 0., self._because(self.model.caps.why)); break
+            if level == 'plain':
+                self._use(level, 0.0, self._because(self.model.caps.why))
+                break
             self.tried[level] = said = self._try(level, asked, reference)
-            if isinstance(said, float) and said <= self.tolerance: self._use(level, said, self._because('equals level 0')); break
-        self.settled = _NOTHING_FORKED not in self.tried.values()   # with other prompts there may be something to share
+            if isinstance(said, float) and said <= self.tolerance:
+                self._use(level, said, self._because('equals level 0'))
+                break
+        self.settled = (
+            _NOTHING_FORKED not in self.tried.values()
+        )  # with other prompts there may be something to share
         return self.tried
 
     def _because(self, why):
         "Why this level: what it showed, and why none above it."
-        told = [f'{k}: ' + (f'differs by {v:.1e}' if isinstance(v, float) else v) for k, v in self.tried.items() if not isinstance(v, float) or not v <= self.tolerance]
+        told = [
+            f'{k}: ' + (f'differs by {v:.1e}' if isinstance(v, float) else v)
+            for k, v in self.tried.items()
+            if not isinstance(v, float) or not v <= self.tolerance
+        ]
         return '; '.join([why, *told])
 
     def _try(self, level, asked, reference):
         "Largest difference from level 0, or why there is none."
         import torch
+
         engine = Engine(self.model, level, **dict(self.options, least=1))
         engine.full = True
         try:
             (trials,) = read_ahead([[('', x) for x in asked]], [reader(self.model)])
-            with torch.inference_mode(), few_threads(self.model.model): engine.run(trials)
-        except Exception as e: return f'{type(e).__name__}: {str(e)[:200]}'   # told in `info`
-        if level == 'prefix' and not engine.stats['forked']: return _NOTHING_FORKED
-        wrong = [a for t, (a, _) in zip(trials, reference) if level != 'batch' and (t.pixel_sha, t.token_sha, t.delivered_sha) != (a.pixel_sha, a.token_sha, a.delivered_sha)]
-        if wrong: return f'{len(wrong)} of {len(asked)} prompts were delivered otherwise than at level 0'
-        return _largest((t.logits.log_softmax(-1) - logp).abs().max() for t, (_, logp) in zip(trials, reference))
+            with torch.inference_mode(), few_threads(self.model.model):
+                engine.run(trials)
+        except Exception as e:
+            return f'{type(e).__name__}: {str(e)[:200]}'  # told in `info`
+        if level == 'prefix' and not engine.stats['forked']:
+            return _NOTHING_FORKED
+        wrong = [
+            a
+            for t, (a, _) in zip(trials, reference)
+            if level != 'batch'
+            and (t.pixel_sha, t.token_sha, t.delivered_sha)
+            != (a.pixel_sha, a.token_sha, a.delivered_sha)
+        ]
+        if wrong:
+            return f'{len(wrong)} of {len(asked)} prompts were delivered otherwise than at level 0'
+        return _largest(
+            (t.logits.log_softmax(-1) - logp).abs().max() for t, (_, logp) in zip(trials, reference)
+        )
+
 
 def _largest(differences):
     "The largest; NaN where one is NaN, which Python's `max` would lose, and which equals nothing."
     return float(np.max([float(d) for d in differences]))
 
+
 def _attempt(do):
     "The result, or the exception."
-    try: return do()
-    except Exception as e: return e
+    try:
+        return do()
+    except Exception as e:
+        return e
+
 
 def _keys(batch):
     "What makes two inputs the same trial: (image, prompt, choices); each array is hashed once."
     seen = {}
     for x in batch:
-        if x.image is not None and id(x.image) not in seen: seen[id(x.image)] = array_hash(np.asarray(x.image))
-    return [('' if x.image is None else seen[id(x.image)], x.prompt, tuple(x.choices)) for x in batch]
+        if x.image is not None and id(x.image) not in seen:
+            seen[id(x.image)] = array_hash(np.asarray(x.image))
+    return [
+        ('' if x.image is None else seen[id(x.image)], x.prompt, tuple(x.choices)) for x in batch
+    ]
 
-def _cut(items, n): return [items[i:i + n] for i in range(0, len(items), n)]
+
+def _cut(items, n):
+    return [items[i : i + n] for i in range(0, len(items), n)]
 
 # %% ../../nbs/21_vlm.scoring.ipynb #fdd6fe8a
 def fast(
-    model:HFModel,             # from `load_model`
-    level='auto',              # 0, 1, 2, a name in `LEVELS`, or 'auto': calibrate on the first inputs that are scored
-    budget_gib:float|None=None, # memory for features, prefixes and forks, in GiB; None: 1 on a CPU, 40 % of what is free on a GPU
-    tolerance:float|None=None, # largest |difference of a log-probability| that counts as level 0; None: `TOLERANCE` of the dtype
-    workers:int|None=None,     # threads that read ahead; None: 1 on a CPU, up to 4 beside a GPU
-    wave:int|None=None,        # images whose trials are scored together; None: 2 on a CPU, 16 on a GPU
-    **engine,                  # options of `Engine`: max_rows, max_tokens, least, forks, even
-)->FastModel:
+    model: HFModel,  # from `load_model`
+    level='auto',  # 0, 1, 2, a name in `LEVELS`, or 'auto': calibrate on the first inputs that are scored
+    budget_gib: float
+    | None = None,  # memory for features, prefixes and forks, in GiB; None: 1 on a CPU, 40 % of what is free on a GPU
+    tolerance: float
+    | None = None,  # largest |difference of a log-probability| that counts as level 0; None: `TOLERANCE` of the dtype
+    workers: int | None = None,  # threads that read ahead; None: 1 on a CPU, up to 4 beside a GPU
+    wave: int
+    | None = None,  # images whose trials are scored together; None: 2 on a CPU, 16 on a GPU
+    **engine,  # options of `Engine`: max_rows, max_tokens, least, forks, even
+) -> FastModel:
     "The same model, sooner; `InputError` for a level there is not."
     names = {0: 'plain', 1: 'features', 2: 'prefix', **{n: n for n in LEVELS}, 'auto': 'auto'}
-    if level not in names: raise InputError(f"level {level!r}: choose auto, 0, 1, 2 or one of {', '.join(LEVELS)}")
+    if level not in names:
+        raise InputError(f"level {level!r}: choose auto, 0, 1, 2 or one of {', '.join(LEVELS)}")
     gpu = model.model.device.type == 'cuda'
-    if budget_gib is None: budget_gib = .4 * _free(model.model.device) / 2**30 if gpu else 1.
-    if budget_gib <= 0: raise InputError(f'a memory budget of {budget_gib} GiB; give a positive number')
-    if tolerance is None: tolerance = TOLERANCE[str(model.model.dtype).removeprefix('torch.')]
-    options = dict(budget=int(budget_gib * 2**30), max_tokens=16384 if gpu else 2048, even=.2 if gpu else 0., forks=None if gpu else 2**27) | engine
-    return FastModel(model, names[level], options, tolerance, workers or (min(4, os.cpu_count() or 1) if gpu else 1), wave or (16 if gpu else 2))
+    if budget_gib is None:
+        budget_gib = 0.4 * _free(model.model.device) / 2**30 if gpu else 1.0
+    if budget_gib <= 0:
+        raise InputError(f'a memory budget of {budget_gib} GiB; give a positive number')
+    if tolerance is None:
+        tolerance = TOLERANCE[str(model.model.dtype).removeprefix('torch.')]
+    options = (
+        dict(
+            budget=int(budget_gib * 2**30),
+            max_tokens=16384 if gpu else 2048,
+            even=0.2 if gpu else 0.0,
+            forks=None if gpu else 2**27,
+        )
+        | engine
+    )
+    return FastModel(
+        model,
+        names[level],
+        options,
+        tolerance,
+        workers or (min(4, os.cpu_count() or 1) if gpu else 1),
+        wave or (16 if gpu else 2),
+    )
+
 
 def _free(device):
     import torch
+
     return torch.cuda.mem_get_info(device)[0]
 
 # %% ../../nbs/21_vlm.scoring.ipynb #2eedd125
 @dataclass(frozen=True)
 class Check:
     "A sample of answers, scored again at level 0."
-    n:int            # trials re-scored
-    max_diff:float   # largest |difference of a log-probability| of a choice
-    flips:int        # answers that changed
-    undelivered:int  # trials whose pixels, tokens or delivery differ from level 0
-    level:int        # level that was checked
-    tolerance:float  # what counts as equal
+
+    n: int  # trials re-scored
+    max_diff: float  # largest |difference of a log-probability| of a choice
+    flips: int  # answers that changed
+    undelivered: int  # trials whose pixels, tokens or delivery differ from level 0
+    level: int  # level that was checked
+    tolerance: float  # what counts as equal
 
     @property
-    def ok(self): return self.undelivered == 0 and self.max_diff <= self.tolerance
+    def ok(self):
+        return self.undelivered == 0 and self.max_diff <= self.tolerance
 
     def __str__(self):
-        return (f"{self.n} trials scored again at level 0: largest |Δ log-prob| {self.max_diff:.1e} (tolerance {self.tolerance:g}), {self.flips} flip{'s' * (self.flips != 1)}, "
-                f"delivery {'equal' if not self.undelivered else f'differs in {self.undelivered}'}")
+        return (
+            f"{self.n} trials scored again at level 0: largest |Δ log-prob| {self.max_diff:.1e} (tolerance {self.tolerance:g}), {self.flips} flip{'s' * (self.flips != 1)}, "
+            f"delivery {'equal' if not self.undelivered else f'differs in {self.undelivered}'}"
+        )
 
     def require(self):
         "`RunError` where the answers are not those of level 0."
-        if not self.ok: raise RunError(f'the answers of level {self.level} are not those of level 0: {self}')
+        if not self.ok:
+            raise RunError(f'the answers of level {self.level} are not those of level 0: {self}')
 
 # %% ../../nbs/21_vlm.scoring.ipynb #aa55f480
 def check(
-    model,               # a `FastModel`
-    inputs:list[Inputs], # what was asked
-    n:int=16,            # how many to score again, spread evenly over `inputs`
-    answers:list|None=None, # what was answered, in the order of `inputs`; None: it is asked now
-)->Check:
+    model,  # a `FastModel`
+    inputs: list[Inputs],  # what was asked
+    n: int = 16,  # how many to score again, spread evenly over `inputs`
+    answers: list
+    | None = None,  # what was answered, in the order of `inputs`; None: it is asked now
+) -> Check:
     "Score some trials again at level 0."
     pick = sorted({int(i) for i in np.linspace(0, len(inputs) - 1, min(n, len(inputs)))})
-    if not pick: raise InputError('nothing to check: there are no inputs')
+    if not pick:
+        raise InputError('nothing to check: there are no inputs')
     answers = model.score(inputs) if answers is None else answers
     pairs = [(answers[i], plain(model.model, inputs[i])[0]) for i in pick]
     diff = _largest(np.abs(np.subtract(a.logprobs, b.logprobs)).max() for a, b in pairs)
     flips = sum(int(np.argmax(a.logprobs) != np.argmax(b.logprobs)) for a, b in pairs)
-    said = lambda a: (a.pixel_sha, a.token_sha, a.delivered_sha if model.level != 'batch' else '')   # in a plain batch features differ by rounding
-    return Check(len(pairs), diff, flips, sum(said(a) != said(b) for a, b in pairs), model.info['level'], model.tolerance)
+    said = lambda a: (
+        a.pixel_sha,
+        a.token_sha,
+        a.delivered_sha if model.level != 'batch' else '',
+    )  # in a plain batch features differ by rounding
+    return Check(
+        len(pairs),
+        diff,
+        flips,
+        sum(said(a) != said(b) for a, b in pairs),
+        model.info['level'],
+        model.tolerance,
+    )

@@ -11,206 +11,573 @@ from pathlib import Path
 from ..core import InputError
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #0861b3d2
-_SENTENCES = ['Is there pleural effusion in this chest film? Answer yes or no.', 'Yes yes Yes yes No no No no YES YES NO NO', 'findings: the lungs are clear. no pneumothorax',
-              'user assistant question answer report: right left lower upper lobe consolidation', 'yes', 'Yes', 'no', 'No'] * 4
+_SENTENCES = [
+    'Is there pleural effusion in this chest film? Answer yes or no.',
+    'Yes yes Yes yes No no No no YES YES NO NO',
+    'findings: the lungs are clear. no pneumothorax',
+    'user assistant question answer report: right left lower upper lobe consolidation',
+    'yes',
+    'Yes',
+    'no',
+    'No',
+] * 4
+
 
 def tiny_tokenizer(
-    specials:list[str],    # special tokens of the family
-    named:dict|None=None,  # attribute -> special token, e.g. {'image_token': '<image>'}
-    start:str='<s>',       # start-of-text token
-    end:str='</s>',        # end-of-text token
-):                         # a fast tokenizer of about 400 tokens
+    specials: list[str],  # special tokens of the family
+    named: dict | None = None,  # attribute -> special token, e.g. {'image_token': '<image>'}
+    start: str = '<s>',  # start-of-text token
+    end: str = '</s>',  # end-of-text token
+):  # a fast tokenizer of about 400 tokens
     "Byte-level BPE trained on a few sentences; pad 0, start 1, end 2, then `specials`."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     t = Tokenizer(models.BPE())
-    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.pre_tokenizer, t.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = list(dict.fromkeys(['<pad>', start, end, *specials]))
-    t.train_from_iterator(_SENTENCES, trainers.BpeTrainer(vocab_size=400 + len(special), special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    t.train_from_iterator(
+        _SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=400 + len(special),
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     extra = dict(extra_special_tokens=named) if named else {}
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token=start, eos_token=end, **extra)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t, pad_token='<pad>', bos_token=start, eos_token=end, **extra
+    )
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #6677f7e1
 def _text(kind, tok, layers=3, **more):
     "Configuration of a language model 32 wide."
     import transformers as tf
+
     special = {k: getattr(tok, k) for k in ('pad_token_id', 'bos_token_id', 'eos_token_id')}
-    return getattr(tf, kind)(**dict(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                                    max_position_embeddings=2048, **special) | more)
+    return getattr(tf, kind)(
+        **dict(
+            vocab_size=len(tok),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            **special,
+        )
+        | more
+    )
+
 
 def _vision(kind, size=56, layers=2, **more):
     "Configuration of a vision tower 32 wide with patches of 14 pixels."
     import transformers as tf
-    return getattr(tf, kind)(**dict(hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, image_size=size, patch_size=14) | more)
+
+    return getattr(tf, kind)(
+        **dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            image_size=size,
+            patch_size=14,
+        )
+        | more
+    )
+
 
 def _chat(image, user='USER: ', end='', answer=' ASSISTANT:', head='', system='{}'):
     "A chat template: `head`, the turns (image entries become `image`), then `answer`."
     before, after = (repr(s) for s in system.split('{}'))
-    return (f"{{{{ {head!r} }}}}{{% for m in messages %}}{{{{ {before} if m['role'] == 'system' else {user!r} }}}}"
-            f"{{% for c in m['content'] %}}{{% if c['type'] == 'image' %}}{{{{ {image!r} }}}}{{% else %}}{{{{ c['text'] }}}}{{% endif %}}{{% endfor %}}"
-            f"{{{{ {after} if m['role'] == 'system' else {end!r} }}}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {answer!r} }}}}{{% endif %}}")
+    return (
+        f"{{{{ {head!r} }}}}{{% for m in messages %}}{{{{ {before} if m['role'] == 'system' else {user!r} }}}}"
+        f"{{% for c in m['content'] %}}{{% if c['type'] == 'image' %}}{{{{ {image!r} }}}}{{% else %}}{{{{ c['text'] }}}}{{% endif %}}{{% endfor %}}"
+        f"{{{{ {after} if m['role'] == 'system' else {end!r} }}}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {answer!r} }}}}{{% endif %}}"
+    )
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #73c40e4b
 _CLIP = dict(size=dict(shortest_edge=56), crop_size=dict(height=56, width=56))
-_GRID = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]   # the shapes in which an image may be tiled, in pixels
+_GRID = [
+    [56, 112],
+    [112, 56],
+    [112, 112],
+    [168, 56],
+    [56, 168],
+]  # the shapes in which an image may be tiled, in pixels
+
 
 def _llava(tok=None, template=None):
     import transformers as tf
+
     tok = tok or tiny_tokenizer(['<image>'], {'image_token': '<image>'})
-    config = tf.LlavaConfig(vision_config=_vision('CLIPVisionConfig', layers=3, projection_dim=32), text_config=_text('LlamaConfig', tok), image_seq_length=16,
-                            image_token_index=tok.convert_tokens_to_ids('<image>'))
-    return config, tf.LlavaProcessor(tf.CLIPImageProcessor(**_CLIP), tok, patch_size=14, vision_feature_select_strategy='default', num_additional_image_tokens=1,
-                                     chat_template=template or _chat('<image>\n', system='{} '))
+    config = tf.LlavaConfig(
+        vision_config=_vision('CLIPVisionConfig', layers=3, projection_dim=32),
+        text_config=_text('LlamaConfig', tok),
+        image_seq_length=16,
+        image_token_index=tok.convert_tokens_to_ids('<image>'),
+    )
+    return config, tf.LlavaProcessor(
+        tf.CLIPImageProcessor(**_CLIP),
+        tok,
+        patch_size=14,
+        vision_feature_select_strategy='default',
+        num_additional_image_tokens=1,
+        chat_template=template or _chat('<image>\n', system='{} '),
+    )
+
 
 def _llava_next(tok=None, template=None):
     import transformers as tf
+
     tok = tok or tiny_tokenizer(['<image>'], {'image_token': '<image>'})
-    config = tf.LlavaNextConfig(vision_config=_vision('CLIPVisionConfig', layers=3, projection_dim=32), text_config=_text('MistralConfig', tok), image_seq_length=16,
-                                image_grid_pinpoints=_GRID, image_token_index=tok.convert_tokens_to_ids('<image>'))
-    return config, tf.LlavaNextProcessor(tf.LlavaNextImageProcessor(**_CLIP, image_grid_pinpoints=_GRID), tok, patch_size=14, vision_feature_select_strategy='default',
-                                         num_additional_image_tokens=1, chat_template=template or _chat('<image>\n', '[INST] ', ' [/INST]', '', system='<<SYS>>\n{}\n<</SYS>>\n\n'))
+    config = tf.LlavaNextConfig(
+        vision_config=_vision('CLIPVisionConfig', layers=3, projection_dim=32),
+        text_config=_text('MistralConfig', tok),
+        image_seq_length=16,
+        image_grid_pinpoints=_GRID,
+        image_token_index=tok.convert_tokens_to_ids('<image>'),
+    )
+    return config, tf.LlavaNextProcessor(
+        tf.LlavaNextImageProcessor(**_CLIP, image_grid_pinpoints=_GRID),
+        tok,
+        patch_size=14,
+        vision_feature_select_strategy='default',
+        num_additional_image_tokens=1,
+        chat_template=template
+        or _chat('<image>\n', '[INST] ', ' [/INST]', '', system='<<SYS>>\n{}\n<</SYS>>\n\n'),
+    )
+
 
 def _llava_onevision(tok=None, template=None):
     import transformers as tf
-    tok = tok or tiny_tokenizer(['<|im_start|>', '<|im_end|>', '<image>', '<video>'], {'image_token': '<image>', 'video_token': '<video>'})
-    image, video = tok.convert_tokens_to_ids(['<image>', '<video>'])
-    config = tf.LlavaOnevisionConfig(vision_config=_vision('SiglipVisionConfig', vision_use_head=False), text_config=_text('Qwen2Config', tok), image_grid_pinpoints=_GRID,
-                                     image_token_index=image, video_token_index=video)
-    size = dict(height=56, width=56)
-    return config, tf.LlavaOnevisionProcessor(tf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=_GRID), tok, tf.LlavaOnevisionVideoProcessor(size=size),
-                                              num_image_tokens=16, vision_feature_select_strategy='full', chat_template=template or _IM('<image>\n'))
 
-def _IM(image): return _chat(image, '<|im_start|>user\n', '<|im_end|>\n', '<|im_start|>assistant\n', system='<|im_start|>system\n{}<|im_end|>\n')
+    tok = tok or tiny_tokenizer(
+        ['<|im_start|>', '<|im_end|>', '<image>', '<video>'],
+        {'image_token': '<image>', 'video_token': '<video>'},
+    )
+    image, video = tok.convert_tokens_to_ids(['<image>', '<video>'])
+    config = tf.LlavaOnevisionConfig(
+        vision_config=_vision('SiglipVisionConfig', vision_use_head=False),
+        text_config=_text('Qwen2Config', tok),
+        image_grid_pinpoints=_GRID,
+        image_token_index=image,
+        video_token_index=video,
+    )
+    size = dict(height=56, width=56)
+    return config, tf.LlavaOnevisionProcessor(
+        tf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=_GRID),
+        tok,
+        tf.LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=16,
+        vision_feature_select_strategy='full',
+        chat_template=template or _IM('<image>\n'),
+    )
+
+
+def _IM(image):
+    return _chat(
+        image,
+        '<|im_start|>user\n',
+        '<|im_end|>\n',
+        '<|im_start|>assistant\n',
+        system='<|im_start|>system\n{}<|im_end|>\n',
+    )
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #0db443fc
-_QWEN = {'image_token': '<|image_pad|>', 'video_token': '<|video_pad|>', 'vision_start_token': '<|vision_start|>', 'vision_end_token': '<|vision_end|>'}
-_MROPE = {'rope_type': 'default', 'rope_theta': 1e4, 'mrope_section': [2, 1, 1]}   # half a head of 8, divided over time, height and width
+_QWEN = {
+    'image_token': '<|image_pad|>',
+    'video_token': '<|video_pad|>',
+    'vision_start_token': '<|vision_start|>',
+    'vision_end_token': '<|vision_end|>',
+}
+_MROPE = {
+    'rope_type': 'default',
+    'rope_theta': 1e4,
+    'mrope_section': [2, 1, 1],
+}  # half a head of 8, divided over time, height and width
+
 
 def _qwen(name, vision, text, tok, template):
     "Qwen2-VL and its successors; `name` is how the classes begin."
     import transformers as tf
+
     tok = tok or tiny_tokenizer(['<|im_start|>', '<|im_end|>', *_QWEN.values()], _QWEN)
     ids = {f'{k}_id': tok.convert_tokens_to_ids(v) for k, v in _QWEN.items()}
     text = _text(f'{name}TextConfig', tok, rope_parameters=dict(_MROPE), **text)
-    config = getattr(tf, f'{name}Config')(vision_config=dict(depth=2, num_heads=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2) | vision, text_config=text.to_dict(), **ids)
-    size = dict(shortest_edge=56*56, longest_edge=112*112)
+    config = getattr(tf, f'{name}Config')(
+        vision_config=dict(
+            depth=2, num_heads=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2
+        )
+        | vision,
+        text_config=text.to_dict(),
+        **ids,
+    )
+    size = dict(shortest_edge=56 * 56, longest_edge=112 * 112)
     images = tf.Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2, size=size)
     video = tf.Qwen3VLVideoProcessor if name == 'Qwen3VL' else tf.Qwen2VLVideoProcessor
-    return config, getattr(tf, f'{name}Processor')(images, tok, video(patch_size=14), chat_template=template or _IM('<|vision_start|><|image_pad|><|vision_end|>'))
+    return config, getattr(tf, f'{name}Processor')(
+        images,
+        tok,
+        video(patch_size=14),
+        chat_template=template or _IM('<|vision_start|><|image_pad|><|vision_end|>'),
+    )
 
-def _qwen2_vl(tok=None, template=None): return _qwen('Qwen2VL', dict(embed_dim=32, hidden_size=32, mlp_ratio=2), {}, tok, template)
+
+def _qwen2_vl(tok=None, template=None):
+    return _qwen('Qwen2VL', dict(embed_dim=32, hidden_size=32, mlp_ratio=2), {}, tok, template)
+
+
 def _qwen2_5_vl(tok=None, template=None):
-    return _qwen('Qwen2_5_VL', dict(hidden_size=32, intermediate_size=64, out_hidden_size=32, window_size=56, fullatt_block_indexes=[1]), {}, tok, template)
+    return _qwen(
+        'Qwen2_5_VL',
+        dict(
+            hidden_size=32,
+            intermediate_size=64,
+            out_hidden_size=32,
+            window_size=56,
+            fullatt_block_indexes=[1],
+        ),
+        {},
+        tok,
+        template,
+    )
+
+
 def _qwen3_vl(tok=None, template=None):
-    return _qwen('Qwen3VL', dict(hidden_size=32, intermediate_size=64, out_hidden_size=32, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]), dict(head_dim=8), tok, template)
+    return _qwen(
+        'Qwen3VL',
+        dict(
+            hidden_size=32,
+            intermediate_size=64,
+            out_hidden_size=32,
+            num_position_embeddings=64,
+            deepstack_visual_indexes=[0, 1],
+        ),
+        dict(head_dim=8),
+        tok,
+        template,
+    )
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #9585968e
 def _paligemma(tok=None, template=None, text='GemmaConfig'):
     import transformers as tf
+
     tok = tok or tiny_tokenizer(['<image>'], {'image_token': '<image>'}, '<bos>', '<eos>')
     images = tf.SiglipImageProcessor(size=dict(height=56, width=56))
-    images.image_seq_length = 16                       # the processor asks for it
-    processor = tf.PaliGemmaProcessor(images, tok, chat_template=template)   # a base model: no template; adds its <loc…> and <seg…> tokens to the tokenizer
+    images.image_seq_length = 16  # the processor asks for it
+    processor = tf.PaliGemmaProcessor(
+        images, tok, chat_template=template
+    )  # a base model: no template; adds its <loc…> and <seg…> tokens to the tokenizer
     more = dict(query_pre_attn_scalar=8, sliding_window=16) if text == 'Gemma2Config' else {}
-    config = tf.PaliGemmaConfig(vision_config=_vision('SiglipVisionConfig', projection_dim=32, vision_use_head=False), text_config=_text(text, tok, head_dim=8, **more),
-                                image_token_index=tok.convert_tokens_to_ids('<image>'), projection_dim=32)
+    config = tf.PaliGemmaConfig(
+        vision_config=_vision('SiglipVisionConfig', projection_dim=32, vision_use_head=False),
+        text_config=_text(text, tok, head_dim=8, **more),
+        image_token_index=tok.convert_tokens_to_ids('<image>'),
+        projection_dim=32,
+    )
     return config, processor
 
-def _paligemma2(tok=None, template=None): return _paligemma(tok, template, 'Gemma2Config')
+
+def _paligemma2(tok=None, template=None):
+    return _paligemma(tok, template, 'Gemma2Config')
+
 
 def _gemma3(tok=None, template=None):
     import transformers as tf
-    named = {'image_token': '<image_soft_token>', 'boi_token': '<start_of_image>', 'eoi_token': '<end_of_image>'}
-    tok = tok or tiny_tokenizer(['<start_of_turn>', '<end_of_turn>', *named.values()], named, '<bos>', '<eos>')
-    text = _text('Gemma3TextConfig', tok, layers=6, head_dim=8, query_pre_attn_scalar=8, sliding_window=12)   # five sliding layers, one full
-    config = tf.Gemma3Config(vision_config=_vision('SiglipVisionConfig', 112, vision_use_head=False), text_config=text, mm_tokens_per_image=16,
-                             boi_token_index=tok.boi_token_id, eoi_token_index=tok.eoi_token_id, image_token_index=tok.image_token_id)
-    template = template or _chat('<start_of_image>', '<start_of_turn>user\n', '<end_of_turn>\n', '<start_of_turn>model\n', '<bos>', '<start_of_turn>user\n{}\n\n<end_of_turn>\n')
-    return config, tf.Gemma3Processor(tf.Gemma3ImageProcessor(size=dict(height=112, width=112), image_seq_length=16), tok, image_seq_length=16, chat_template=template)
+
+    named = {
+        'image_token': '<image_soft_token>',
+        'boi_token': '<start_of_image>',
+        'eoi_token': '<end_of_image>',
+    }
+    tok = tok or tiny_tokenizer(
+        ['<start_of_turn>', '<end_of_turn>', *named.values()], named, '<bos>', '<eos>'
+    )
+    text = _text(
+        'Gemma3TextConfig', tok, layers=6, head_dim=8, query_pre_attn_scalar=8, sliding_window=12
+    )  # five sliding layers, one full
+    config = tf.Gemma3Config(
+        vision_config=_vision('SiglipVisionConfig', 112, vision_use_head=False),
+        text_config=text,
+        mm_tokens_per_image=16,
+        boi_token_index=tok.boi_token_id,
+        eoi_token_index=tok.eoi_token_id,
+        image_token_index=tok.image_token_id,
+    )
+    template = template or _chat(
+        '<start_of_image>',
+        '<start_of_turn>user\n',
+        '<end_of_turn>\n',
+        '<start_of_turn>model\n',
+        '<bos>',
+        '<start_of_turn>user\n{}\n\n<end_of_turn>\n',
+    )
+    return config, tf.Gemma3Processor(
+        tf.Gemma3ImageProcessor(size=dict(height=112, width=112), image_seq_length=16),
+        tok,
+        image_seq_length=16,
+        chat_template=template,
+    )
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #da66e5ff
 def _mllama(tok=None, template=None):
     import transformers as tf
+
     heads = ['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>', '<|python_tag|>']
-    tok = tok or tiny_tokenizer(['<|image|>', *heads], {'image_token': '<|image|>'}, '<|begin_of_text|>', '<|end_of_text|>')
-    vision = tf.MllamaVisionConfig(hidden_size=32, num_hidden_layers=2, num_global_layers=1, attention_heads=4, intermediate_size=64, vision_output_dim=96, image_size=56, patch_size=14,
-                                   max_num_tiles=4, intermediate_layers_indices=[0, 1], supported_aspect_ratios=[[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]])
-    text = _text('MllamaTextConfig', tok, layers=5, cross_attention_layers=[1, 3], rope_parameters={'rope_type': 'default', 'rope_theta': 1e4})
+    tok = tok or tiny_tokenizer(
+        ['<|image|>', *heads], {'image_token': '<|image|>'}, '<|begin_of_text|>', '<|end_of_text|>'
+    )
+    vision = tf.MllamaVisionConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_global_layers=1,
+        attention_heads=4,
+        intermediate_size=64,
+        vision_output_dim=96,
+        image_size=56,
+        patch_size=14,
+        max_num_tiles=4,
+        intermediate_layers_indices=[0, 1],
+        supported_aspect_ratios=[[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
+    )
+    text = _text(
+        'MllamaTextConfig',
+        tok,
+        layers=5,
+        cross_attention_layers=[1, 3],
+        rope_parameters={'rope_type': 'default', 'rope_theta': 1e4},
+    )
     turn = '<|start_header_id|>{}<|end_header_id|>\n\n'.format
-    template = template or _chat('<|image|>', turn('user'), '<|eot_id|>', turn('assistant'), '<|begin_of_text|>', turn('system') + '{}<|eot_id|>')
-    config = tf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=tok.convert_tokens_to_ids('<|image|>'))
-    return config, tf.MllamaProcessor(tf.MllamaImageProcessor(size=dict(height=56, width=56), max_image_tiles=4), tok, chat_template=template)
+    template = template or _chat(
+        '<|image|>',
+        turn('user'),
+        '<|eot_id|>',
+        turn('assistant'),
+        '<|begin_of_text|>',
+        turn('system') + '{}<|eot_id|>',
+    )
+    config = tf.MllamaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tok.convert_tokens_to_ids('<|image|>'),
+    )
+    return config, tf.MllamaProcessor(
+        tf.MllamaImageProcessor(size=dict(height=56, width=56), max_image_tiles=4),
+        tok,
+        chat_template=template,
+    )
+
 
 def _janus(tok=None, template=None):
     import transformers as tf
-    named = {'image_token': '<image_placeholder>', 'boi_token': '<begin_of_image>', 'eoi_token': '<end_of_image>'}
-    tok = tok or tiny_tokenizer(list(named.values()), named, '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>')
-    vision = tf.JanusVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16, projection_dim=32, num_image_tokens=16, depth=2, mlp_ratio=2.)
-    painter = tf.JanusVQVAEConfig(embed_dim=8, num_embeddings=16, latent_channels=32, base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1, num_patches=4,
-                                  projection_dim=32, image_token_embed_dim=32)   # Janus also paints; the audit never uses that half
-    config = tf.JanusConfig(text_config=_text('LlamaConfig', tok), vision_config=vision, vq_config=painter, image_token_id=tok.image_token_id)
+
+    named = {
+        'image_token': '<image_placeholder>',
+        'boi_token': '<begin_of_image>',
+        'eoi_token': '<end_of_image>',
+    }
+    tok = tok or tiny_tokenizer(
+        list(named.values()), named, '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'
+    )
+    vision = tf.JanusVisionConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=16,
+        projection_dim=32,
+        num_image_tokens=16,
+        depth=2,
+        mlp_ratio=2.0,
+    )
+    painter = tf.JanusVQVAEConfig(
+        embed_dim=8,
+        num_embeddings=16,
+        latent_channels=32,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=1,
+        num_patches=4,
+        projection_dim=32,
+        image_token_embed_dim=32,
+    )  # Janus also paints; the audit never uses that half
+    config = tf.JanusConfig(
+        text_config=_text('LlamaConfig', tok),
+        vision_config=vision,
+        vq_config=painter,
+        image_token_id=tok.image_token_id,
+    )
     images = tf.JanusImageProcessor(size=dict(height=64, width=64), min_size=16)
-    return config, tf.JanusProcessor(images, tok, num_image_tokens=16, chat_template=template or _chat('<image_placeholder>\n', '<|User|>: ', '\n\n', '<|Assistant|>:', system='{}\n\n'))
+    return config, tf.JanusProcessor(
+        images,
+        tok,
+        num_image_tokens=16,
+        chat_template=template
+        or _chat('<image_placeholder>\n', '<|User|>: ', '\n\n', '<|Assistant|>:', system='{}\n\n'),
+    )
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #61e2eb64
-_TILES = ['<fake_token_around_image>', '<image>', '<end_of_utterance>', '<global-img>', *(f'<row_{i}_col_{j}>' for i in range(1, 7) for j in range(1, 7))]
+_TILES = [
+    '<fake_token_around_image>',
+    '<image>',
+    '<end_of_utterance>',
+    '<global-img>',
+    *(f'<row_{i}_col_{j}>' for i in range(1, 7) for j in range(1, 7)),
+]
+
 
 def _idefics3(tok=None, template=None, name='Idefics3'):
     import transformers as tf
-    named = {'image_token': '<image>', 'fake_image_token': '<fake_token_around_image>', 'global_image_token': '<global-img>', 'end_of_utterance_token': '<end_of_utterance>'}
-    tok = tok or tiny_tokenizer(_TILES, named)
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=112, patch_size=14)
-    config = getattr(tf, f'{name}Config')(vision_config=vision, text_config=_text('LlamaConfig', tok), image_token_id=tok.convert_tokens_to_ids('<image>'), scale_factor=2)
-    images = getattr(tf, f'{name}ImageProcessor')(size=dict(longest_edge=224), max_image_size=dict(longest_edge=112))
-    video = dict(video_processor=tf.SmolVLMVideoProcessor(size=dict(longest_edge=112))) if name == 'SmolVLM' else {}
-    template = template or _chat('<image>', 'User:', '<end_of_utterance>\n', 'Assistant:', '<s>', 'System: {}<end_of_utterance>\n')
-    return config, getattr(tf, f'{name}Processor')(images, tok, **video, image_seq_len=16, chat_template=template)
 
-def _smolvlm(tok=None, template=None): return _idefics3(tok, template, 'SmolVLM')
+    named = {
+        'image_token': '<image>',
+        'fake_image_token': '<fake_token_around_image>',
+        'global_image_token': '<global-img>',
+        'end_of_utterance_token': '<end_of_utterance>',
+    }
+    tok = tok or tiny_tokenizer(_TILES, named)
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=112,
+        patch_size=14,
+    )
+    config = getattr(tf, f'{name}Config')(
+        vision_config=vision,
+        text_config=_text('LlamaConfig', tok),
+        image_token_id=tok.convert_tokens_to_ids('<image>'),
+        scale_factor=2,
+    )
+    images = getattr(tf, f'{name}ImageProcessor')(
+        size=dict(longest_edge=224), max_image_size=dict(longest_edge=112)
+    )
+    video = (
+        dict(video_processor=tf.SmolVLMVideoProcessor(size=dict(longest_edge=112)))
+        if name == 'SmolVLM'
+        else {}
+    )
+    template = template or _chat(
+        '<image>',
+        'User:',
+        '<end_of_utterance>\n',
+        'Assistant:',
+        '<s>',
+        'System: {}<end_of_utterance>\n',
+    )
+    return config, getattr(tf, f'{name}Processor')(
+        images, tok, **video, image_seq_len=16, chat_template=template
+    )
+
+
+def _smolvlm(tok=None, template=None):
+    return _idefics3(tok, template, 'SmolVLM')
+
 
 def _internvl(tok=None, template=None):
     import transformers as tf
-    named = {'start_image_token': '<img>', 'end_image_token': '</img>', 'context_image_token': '<IMG_CONTEXT>', 'video_token': '<video>'}
+
+    named = {
+        'start_image_token': '<img>',
+        'end_image_token': '</img>',
+        'context_image_token': '<IMG_CONTEXT>',
+        'video_token': '<video>',
+    }
     tok = tok or tiny_tokenizer(['<|im_start|>', '<|im_end|>', *named.values()], named)
-    config = tf.InternVLConfig(vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=(56, 56), patch_size=(14, 14)),
-                               text_config=_text('Qwen2Config', tok), image_token_id=tok.convert_tokens_to_ids('<IMG_CONTEXT>'), image_seq_length=4)
-    images = tf.GotOcr2ImageProcessor(size=dict(height=56, width=56), crop_to_patches=True, min_patches=1, max_patches=4)
+    config = tf.InternVLConfig(
+        vision_config=dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=(56, 56),
+            patch_size=(14, 14),
+        ),
+        text_config=_text('Qwen2Config', tok),
+        image_token_id=tok.convert_tokens_to_ids('<IMG_CONTEXT>'),
+        image_seq_length=4,
+    )
+    images = tf.GotOcr2ImageProcessor(
+        size=dict(height=56, width=56), crop_to_patches=True, min_patches=1, max_patches=4
+    )
     video = tf.InternVLVideoProcessor(size=dict(height=56, width=56))
-    return config, tf.InternVLProcessor(images, tok, video, image_seq_length=4, chat_template=template or _IM('<IMG_CONTEXT>\n'))
+    return config, tf.InternVLProcessor(
+        images, tok, video, image_seq_length=4, chat_template=template or _IM('<IMG_CONTEXT>\n')
+    )
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #541e04da
-TINY = {b.__name__[1:]: b for b in (_llava, _llava_next, _llava_onevision, _qwen2_vl, _qwen2_5_vl, _qwen3_vl, _paligemma, _paligemma2, _gemma3, _mllama, _janus, _idefics3, _smolvlm, _internvl)}
+TINY = {
+    b.__name__[1:]: b
+    for b in (
+        _llava,
+        _llava_next,
+        _llava_onevision,
+        _qwen2_vl,
+        _qwen2_5_vl,
+        _qwen3_vl,
+        _paligemma,
+        _paligemma2,
+        _gemma3,
+        _mllama,
+        _janus,
+        _idefics3,
+        _smolvlm,
+        _internvl,
+    )
+}
+
 
 def sharpened(
-    model,       # a transformers model with fresh weights; changed in place
-    gain:float=8., # by how much queries and keys of the language model are multiplied
-):               # the model
+    model,  # a transformers model with fresh weights; changed in place
+    gain: float = 8.0,  # by how much queries and keys of the language model are multiplied
+):  # the model
     "Make a random model attend to something, and open what starts closed."
     import torch
+
     with torch.no_grad():
         for n, p in model.named_parameters():
-            if n.endswith(('attn_gate', 'mlp_gate')): p.fill_(1.)                                    # Mllama's cross-attention starts at zero
-            elif n.endswith('mm_input_projection_weight'): torch.nn.init.normal_(p, std=.2)          # Gemma 3's projector too
-            elif n.endswith('embed_tokens.weight') or 'lm_head' in n or 'projector' in n or 'connector' in n: p.mul_(4. if p.ndim > 1 else 1.)
-            elif 'vision' not in n and n.endswith(('q_proj.weight', 'k_proj.weight')): p.mul_(gain)
+            if n.endswith(('attn_gate', 'mlp_gate')):
+                p.fill_(1.0)  # Mllama's cross-attention starts at zero
+            elif n.endswith('mm_input_projection_weight'):
+                torch.nn.init.normal_(p, std=0.2)  # Gemma 3's projector too
+            elif (
+                n.endswith('embed_tokens.weight')
+                or 'lm_head' in n
+                or 'projector' in n
+                or 'connector' in n
+            ):
+                p.mul_(4.0 if p.ndim > 1 else 1.0)
+            elif 'vision' not in n and n.endswith(('q_proj.weight', 'k_proj.weight')):
+                p.mul_(gain)
     return model
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #73cc4bc9
 def tiny_checkpoint(
-    family:str,      # a key of `TINY`
-    folder,          # where to; made if missing
-    seed:int=0,      # of the weights
+    family: str,  # a key of `TINY`
+    folder,  # where to; made if missing
+    seed: int = 0,  # of the weights
     tokenizer=None,  # a real tokenizer with this family's special tokens; None: a tiny one
-    chat_template:str|None=None, # a real chat template; None: one in the family's style (PaliGemma has none)
-)->Path:             # the folder
+    chat_template: str
+    | None = None,  # a real chat template; None: one in the family's style (PaliGemma has none)
+) -> Path:  # the folder
     "Save a random checkpoint of `family` under a million parameters (more with a real tokenizer); `InputError` for a family that is not in `TINY`."
     import torch
     from transformers import AutoModelForImageTextToText
-    if family not in TINY: raise InputError(f"no tiny checkpoint of {family!r}; choose from {', '.join(TINY)}")
+
+    if family not in TINY:
+        raise InputError(f"no tiny checkpoint of {family!r}; choose from {', '.join(TINY)}")
     config, processor = TINY[family](tokenizer, chat_template)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = sharpened(AutoModelForImageTextToText.from_config(config))
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder); processor.save_pretrained(folder)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
