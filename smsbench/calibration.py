@@ -98,9 +98,9 @@ def ece(
         b = unfold(t)
         return (b[..., 1] - b[..., 2]) / b[..., 0].sum(-1, keepdims=True)
 
-    ends = lambda boot, at, tail: np.minimum(
-        1, gap_ends(gaps(boot), gaps(at), np.abs, np.sign, tail[0])
-    )
+    def ends(boot, at, tail):
+        return np.minimum(1, gap_ends(gaps(boot), gaps(at), np.abs, np.sign, tail[0]))
+
     return Statistic(
         sums, lambda t: abs(gaps(t)).sum(-1, keepdims=True), ('ece',), (0, 1), ends=ends
     )

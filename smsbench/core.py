@@ -355,7 +355,10 @@ def _revision():
     here = Path(__file__).resolve().parent.parent
     if not (here / '.git').exists():
         return None
-    git = lambda *a: subprocess.run(['git', '-C', here, *a], capture_output=True, text=True)
+
+    def git(*a):
+        return subprocess.run(['git', '-C', here, *a], capture_output=True, text=True)
+
     try:
         head, dirty = (
             git('rev-parse', '--short=12', 'HEAD'),

@@ -49,7 +49,10 @@ def residual_icc(
     residual = np.asarray(y, float) - expected
     most = np.sqrt(expected * (1 - expected))
     who = pd.factorize(np.asarray(clusters))[0]
-    products = lambda x: (np.bincount(who, x) ** 2).sum() - (x**2).sum()
+
+    def products(x):
+        return (np.bincount(who, x) ** 2).sum() - (x**2).sum()
+
     whole = products(most)
     return float(np.clip(products(residual) / whole, 0, 1)) if whole > 0 else 0.0
 
@@ -104,7 +107,10 @@ def best_temperature(
     from scipy.optimize import minimize_scalar
 
     z, sign = _log_odds(prob), 2 * np.asarray(y, float) - 1
-    loss = lambda log_t: np.logaddexp(0, -sign * z * np.exp(-log_t)).mean()
+
+    def loss(log_t):
+        return np.logaddexp(0, -sign * z * np.exp(-log_t)).mean()
+
     best = minimize_scalar(loss, bounds=(-5, 5), method='bounded', options=dict(xatol=1e-9))
     return float(np.exp(best.x))
 

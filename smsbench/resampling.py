@@ -485,7 +485,10 @@ def together(
             f'statistics of different rows cannot be resampled together: {[len(s.sums) for s in stats]}'
         )
     cuts = np.cumsum([s.sums.shape[1] for s in stats])[:-1]
-    parts = lambda t: zip(stats, np.split(t, cuts, -1))
+
+    def parts(t):
+        return zip(stats, np.split(t, cuts, -1))
+
     places = np.cumsum([len(s.names) for s in stats])[:-1]
 
     def ends(boot, at, tail):
@@ -580,7 +583,9 @@ def bootstrap_rows(
         out = statistic(*arrays, w) if batched else np.stack([statistic(*arrays, v) for v in w])
         return np.asarray(out, float).reshape(len(w), -1)
 
-    every = lambda chunks: np.concatenate([values(c) for c in chunks])
+    def every(chunks):
+        return np.concatenate([values(c) for c in chunks])
+
     cells = max(1, 2**20 * C // n)  # 2^20 row weights at once
     value, boot = values(np.ones((1, C), int))[0], every(resample_counts(C, n_boot, seed, cells))
     K, step = len(value), max(1, 2**20 // n)

@@ -80,7 +80,10 @@ def _area_slope(v, loss):
     ratio = np.log(after / np.where(v.before > 0, v.before, after))  # 0 for the first level
     off = v.lost - v.loss * v.before
     step = 1 / after - np.divide(1, v.before, out=np.zeros(len(after)), where=v.before > 0)
-    later = lambda x: x.sum() - np.cumsum(x)
+
+    def later(x):
+        return x.sum() - np.cumsum(x)
+
     inside = v.before * ratio / v.mass
     common = v.loss * inside + off / after - later(v.loss * ratio) + later(off * step)
     return loss * (1 - inside + later(ratio))[v.row] + common[v.row]

@@ -503,7 +503,10 @@ def samples_needed(
         raise InputError(
             f'power: effect {effect}, power {power}, design effect {design_effect}: effect > 0, 0 < power < 1, design effect > 0'
         )
-    enough = lambda n: power_paired(n, baseline, effect, discordant, alpha) >= power
+
+    def enough(n):
+        return power_paired(n, baseline, effect, discordant, alpha) >= power
+
     low, high = 0, 16
     while not enough(high):
         low, high = high, 2 * high
@@ -533,7 +536,10 @@ def minimum_effect(
     high = baseline if discordant is None else min(baseline, discordant, 2 * baseline - discordant)
     if low > high:
         raise InputError(f'power: {discordant} changed pairs do not fit an accuracy of {baseline}')
-    enough = lambda e: power_paired(n, baseline, e, discordant, alpha, design_effect) >= power
+
+    def enough(e):
+        return power_paired(n, baseline, e, discordant, alpha, design_effect) >= power
+
     if not enough(high):
         return float('nan')
     if enough(low):
@@ -553,7 +559,10 @@ def suppress(
     if n is None and not isinstance(x, Interval):
         raise InputError('suppress: say how many rows (n) are behind the numbers')
     small = np.asarray(x.n if n is None else n) < minimum
-    blank = lambda v: plain(np.where(small, np.nan, v))
+
+    def blank(v):
+        return plain(np.where(small, np.nan, v))
+
     if not isinstance(x, Interval):
         return blank(x)
     return replace(

@@ -158,9 +158,12 @@ def test_wrong_input(folders, here, tmp_path):
     blind = films.assign(image='')
     blind.attrs = films.attrs
     write_table(blind, tmp_path / 'blind.parquet', 'cohort')
-    go = lambda *more, cohort='c.parquet', model=READER: here(
-        'attend', '--model', model, '--cohort', cohort, '--out', 'run', '--n-boot', '100', *more
-    )
+
+    def go(*more, cohort='c.parquet', model=READER):
+        return here(
+            'attend', '--model', model, '--cohort', cohort, '--out', 'run', '--n-boot', '100', *more
+        )
+
     refused(go(cohort='blind.parquet'), 'no sample of this cohort has an image')
     refused(go('--layers', '7'), 'no layer 7', '0 to 2')
     refused(go('--heads', '9', cohort='c.parquet'), 'heads')
@@ -274,11 +277,14 @@ def test_a_run_that_is_killed_ends_the_same(tmp_path):
         ONCE,
         device='cpu',
     )
-    content = lambda path: (
-        table_hash(load_attention(path).predictions.drop(columns='seconds')),
-        table_hash(load_attention(path).looks.round(9)),
-        table_hash(load_attention(path).metrics.round(9)),
-    )
+
+    def content(path):
+        return (
+            table_hash(load_attention(path).predictions.drop(columns='seconds')),
+            table_hash(load_attention(path).looks.round(9)),
+            table_hash(load_attention(path).metrics.round(9)),
+        )
+
     context, rng = multiprocessing.get_context('spawn'), np.random.default_rng(5)
     for pause in rng.uniform(0.05, 1.0, 2):
         ready = context.Event()

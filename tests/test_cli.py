@@ -189,21 +189,24 @@ def test_bad_arguments(dataset, cli):
 
 def test_another_plan_does_not_mix_in(dataset, cli):
     assert cli('cohort', 'card.yaml', '--root', '.', '--out', 'c.parquet')[0] == 0
-    go = lambda seed: cli(
-        'audit',
-        '--cohort',
-        'c.parquet',
-        '--model',
-        'planted:constant',
-        '--arms',
-        'image_swap',
-        '--seed',
-        seed,
-        '--out',
-        'run',
-        '--n-boot',
-        '100',
-    )
+
+    def go(seed):
+        return cli(
+            'audit',
+            '--cohort',
+            'c.parquet',
+            '--model',
+            'planted:constant',
+            '--arms',
+            'image_swap',
+            '--seed',
+            seed,
+            '--out',
+            'run',
+            '--n-boot',
+            '100',
+        )
+
     assert go(1)[0] == 0
     refused(go(2), 'seed')
 

@@ -63,7 +63,10 @@ def embeddings(n, d=32, classes=7, texts=4, seed=0):
 
 def ours_zero_shot(x, y, said, prompts):
     "Accuracy, top-5 accuracy and mean per-class recall, through the project."
-    unit = lambda v: v / np.linalg.norm(v, axis=1, keepdims=True)
+
+    def unit(v):
+        return v / np.linalg.norm(v, axis=1, keepdims=True)
+
     vectors = ensemble_vectors(prompts, lambda texts: unit(np.stack([said[t] for t in texts])))
     scores = pd.DataFrame(zero_shot_scores(x, vectors, 100.0), columns=list(prompts))
     m = (
@@ -78,7 +81,10 @@ def ours_zero_shot(x, y, said, prompts):
 
 def three_numbers(x, y, said, prompts):
     "The same, without the numbers that CLIP_benchmark does not give."
-    unit = lambda v: v / np.linalg.norm(v, axis=1, keepdims=True)
+
+    def unit(v):
+        return v / np.linalg.norm(v, axis=1, keepdims=True)
+
     vectors = ensemble_vectors(prompts, lambda texts: unit(np.stack([said[t] for t in texts])))
     c = cells(
         zero_shot_scores(x, vectors, 100.0),
@@ -251,9 +257,12 @@ def test_metrics_follow_from_the_rows_alone(seed):
     "Order of films, of classes and names of patients change nothing; doubling every film changes no value."
     s, y, who = many(90, seed, 30)
     t = Thresholds(dict.fromkeys('abc', 0.5), 'given', frozenset(), {}, 0)
-    table = lambda *a: classification_metrics(*a, t, n_boot=40).set_index(['metric', 'subgroup'])[
-        ['value', 'ci_low', 'ci_high']
-    ]
+
+    def table(*a):
+        return classification_metrics(*a, t, n_boot=40).set_index(['metric', 'subgroup'])[
+            ['value', 'ci_low', 'ci_high']
+        ]
+
     base, order = table(s, y, who), np.random.default_rng(seed).permutation(90)
     assert np.allclose(
         table(s.iloc[order], y.iloc[order], np.array(['x' + w for w in who])[order]),
@@ -301,11 +310,14 @@ def test_clustered_intervals_are_wider_than_naive_ones():
         ),
         columns=['a'],
     )
-    width = lambda who: (lambda r: r.ci_high - r.ci_low)(
-        classification_metrics(s, y, who, n_boot=400)
-        .set_index(['metric', 'subgroup'])
-        .loc[('auroc', 'class=a')]
-    )
+
+    def width(who):
+        return (lambda r: r.ci_high - r.ci_low)(
+            classification_metrics(s, y, who, n_boot=400)
+            .set_index(['metric', 'subgroup'])
+            .loc[('auroc', 'class=a')]
+        )
+
     assert width(patient) > 2 * width(np.arange(600))
 
 
@@ -364,11 +376,14 @@ def test_thresholds_chosen_on_noise_do_not_look_good_elsewhere():
     val, test = (pd.DataFrame(rng.random((n, 30))) for _ in range(2))
     y = [(rng.random((n, 30)) < 0.1).astype(float) for _ in range(2)]
     t = choose_thresholds(val, y[0], np.arange(n))
-    f1 = lambda s, y, t: (
-        classification_metrics(s, y, np.arange(len(s)) + 1000, t, n_boot=1, minimum=1)
-        .set_index(['metric', 'subgroup'])
-        .value['macro_f1', 'all']
-    )
+
+    def f1(s, y, t):
+        return (
+            classification_metrics(s, y, np.arange(len(s)) + 1000, t, n_boot=1, minimum=1)
+            .set_index(['metric', 'subgroup'])
+            .value['macro_f1', 'all']
+        )
+
     own = Thresholds(t.values, t.rule, frozenset(), {}, 0)
     assert f1(val, y[0], own) > f1(test, y[1], own) + 0.05
 

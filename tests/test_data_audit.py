@@ -126,7 +126,10 @@ def test_nothing_depends_on_the_order_of_rows(audited):
     mixed.attrs = built.cohort.attrs
     again = audit(mixed, built.files.sample(frac=1, random_state=1), built.exclusions)
     columns = ['check', 'subject', 'severity', 'value', 'low', 'high', 'n']
-    key = lambda d: d[columns].sort_values(['check', 'subject']).reset_index(drop=True)
+
+    def key(d):
+        return d[columns].sort_values(['check', 'subject']).reset_index(drop=True)
+
     pd.testing.assert_frame_equal(key(again.findings), key(a.findings), atol=1e-6)
 
 

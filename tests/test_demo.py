@@ -26,7 +26,10 @@ def demo(tmp_path_factory):
 def test_verdicts_are_right(demo):
     out, printed, seconds = demo
     models = json.loads((out / 'verdicts.json').read_text())['models']
-    word = lambda m, k: models[m][f'relies_on_{k}']['verdict']
+
+    def word(m, k):
+        return models[m][f'relies_on_{k}']['verdict']
+
     assert {m: (word(m, 'image'), word(m, 'text')) for m in models} == {
         'reference-sighted-follower': ('ignores', 'relies'),
         'reference-image-reader': ('relies', 'ignores'),

@@ -23,13 +23,16 @@ def home(tmp_path_factory):
         AttendSettings(n_boot=100, minimum=3, methods=('raw', 'rollout', 'gradient')),
         device='cpu',
     )
-    cell = lambda kind, source: dict(
-        cell_type=kind,
-        id=secrets.token_hex(4),
-        metadata={},
-        source=source,
-        **(dict(execution_count=None, outputs=[]) if kind == 'code' else {}),
-    )
+
+    def cell(kind, source):
+        return dict(
+            cell_type=kind,
+            id=secrets.token_hex(4),
+            metadata={},
+            source=source,
+            **(dict(execution_count=None, outputs=[]) if kind == 'code' else {}),
+        )
+
     nb = dict(
         cells=[
             cell('markdown', '# Explorer'),

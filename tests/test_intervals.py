@@ -210,12 +210,15 @@ def test_order_of_rows_and_names_of_patients_do_not_matter(n, patients, seed):
         rng.integers(0, 9, n) / 9,
     )
     order, names = rng.permutation(n), rng.permutation(patients).astype(str)
-    every = lambda k, w: [
-        *together(
-            classification(said[k], sick[k]), proportion(said[k]), ece(score[k], sick[k])
-        ).bootstrap(w, n_boot=60),
-        auroc_interval(score[k], sick[k], w, n_boot=60),
-    ]
+
+    def every(k, w):
+        return [
+            *together(
+                classification(said[k], sick[k]), proportion(said[k]), ece(score[k], sick[k])
+            ).bootstrap(w, n_boot=60),
+            auroc_interval(score[k], sick[k], w, n_boot=60),
+        ]
+
     for a, b in zip(every(slice(None), who), every(order, names[who[order]])):
         assert [a.value, a.low, a.high, a.n_effective] == pytest.approx(
             [b.value, b.low, b.high, b.n_effective], abs=0, nan_ok=True
@@ -280,7 +283,10 @@ def test_a_difference_needs_both_sides():
 
 def test_a_floor_is_only_ever_wider():
     x, owner = np.random.default_rng(0).normal(size=200), np.arange(200) // 4
-    centre = lambda x, w: (w * x).sum(-1) / w.sum(-1)
+
+    def centre(x, w):
+        return (w * x).sum(-1) / w.sum(-1)
+
     bare = bootstrap_rows(centre, (x,), owner, n_boot=100, batched=True)
     for low, high in ((-9, 9), (0, 0), (np.nan, 5)):
         got = bootstrap_rows(

@@ -21,7 +21,11 @@ REAL = {
     'vqa_rad',
     'vqa_rad_organs',
 }  # reduced copies of real data, see test_cohorts_real
-yes_no = lambda yes, no: {k: n for k, n in (('yes', yes), ('no', no)) if n}
+
+
+def yes_no(yes, no):
+    return {k: n for k, n in (('yes', yes), ('no', no)) if n}
+
 
 # card -> finding -> label -> samples; counted by hand from the rows that make_layout writes
 LABELS = {
@@ -416,7 +420,9 @@ def test_grades_agree_with_the_published_rule(tmp_path):
 
 
 def test_texts_say_what_the_card_promises(tmp_path):
-    read_one = lambda name: read(name, make_layout(name, tmp_path / name), max_excluded=1)[0]
+    def read_one(name):
+        return read(name, make_layout(name, tmp_path / name), max_excluded=1)[0]
+
     ham, sms = read_one('ham10000'), read_one('ham10000_sms')
     assert (
         ham.text[0] == 'Age: 30.0; sex: male; site of the lesion: back'

@@ -178,7 +178,10 @@ def test_a_model_deaf_to_negation_is_found_by_negated_forms_alone(results):
 
 def test_a_keyword_flips_what_was_known_in_advance(results):
     plan = results.plan[(results.plan.arm == 'original') & (results.plan.strategy != '')]
-    says = lambda q: 'yes' if 'there' in q else 'no'
+
+    def says(q):
+        return 'yes' if 'there' in q else 'no'
+
     own = says(plan[plan.variant == 'plain'].question.iloc[0])
     worded = plan[plan.variant != 'plain'].drop_duplicates('variant')
     flips = [
@@ -232,10 +235,13 @@ def test_verdicts_do_not_move_when_questions_are_reworded_too(cohort, tmp_path):
     assert json.dumps(bare.verdicts) == json.dumps(worded.verdicts) and set(
         bare.plan.trial_id
     ) < set(worded.plan.trial_id)
-    plain = lambda r: r.metrics[
-        ~r.metrics.subgroup.str.startswith(('variant=', 'strategy=', 'wordings='))
-        & ~r.metrics.metric.str.startswith(('wording', 'state_', 'consistent_'))
-    ].reset_index(drop=True)
+
+    def plain(r):
+        return r.metrics[
+            ~r.metrics.subgroup.str.startswith(('variant=', 'strategy=', 'wordings='))
+            & ~r.metrics.metric.str.startswith(('wording', 'state_', 'consistent_'))
+        ].reset_index(drop=True)
+
     pd.testing.assert_frame_equal(plain(bare), plain(worded))
 
 
@@ -287,7 +293,10 @@ def test_probes_tell_a_report_repeater_from_a_film_reader(cohort, tmp_path):
         arms=('image_swap', 'text_swap'),
         probes=('foil', 'removed', 'history', 'unmatched'),
     )
-    arm = lambda model, metric, arm, subgroup='all': number(r, model, metric, subgroup, arm)
+
+    def arm(model, metric, arm, subgroup='all'):
+        return number(r, model, metric, subgroup, arm)
+
     assert (
         arm('text-only', 'flips', 'foil').value == 1
         and arm('text-only', 'excess_flips', 'foil').value == 1
@@ -308,7 +317,10 @@ def test_probes_tell_a_report_repeater_from_a_film_reader(cohort, tmp_path):
     assert (
         0.2 < arm('text-only', 'flips', 'removed').value < 0.8
     )  # without the statement it says no
-    seen = lambda a, metric='unmatched_share': arm('detector', metric, a, 'variant=unmatched')
+
+    def seen(a, metric='unmatched_share'):
+        return arm('detector', metric, a, 'variant=unmatched')
+
     assert (
         seen('image_swap').value == seen('text_swap').value == seen('foil').value == 1
         and seen('original').value == seen('image_swap_same').value == seen('foil_other').value == 0

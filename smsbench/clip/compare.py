@@ -108,7 +108,9 @@ def _per_class(both, said, how):
     "(metric, subgroup, interval, note): class by class and macro."
     c, decided = both[0], said[0] is not None
     names, K = (NAMES if decided else NAMES[:3])[1:], len(c.classes) + 1
-    parts = lambda held: [(held[i], held[2], held[3 + i] if decided else None) for i in (0, 1)]
+
+    def parts(held):
+        return [(held[i], held[2], held[3 + i] if decided else None) for i in (0, 1)]
 
     def of(*held):
         a, b = (class_grid(*p, held[-1])[:, 1:] for p in parts(held))

@@ -46,7 +46,10 @@ def classification_report(
     "Precision, recall and F1 of exclusive classes."
     m = matrix.to_numpy(float)
     hit, said, there = np.diag(m), m.sum(0), m.sum(1)
-    div = lambda a, b: np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)
+
+    def div(a, b):
+        return np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)
+
     occurs = there > 0
     rows = pd.DataFrame(
         dict(
@@ -58,13 +61,13 @@ def classification_report(
         index=matrix.index.rename('class'),
     )
     total = int(there.sum())
-    average = lambda w: (
-        {
+
+    def average(w):
+        return {
             c: np.average(rows[c][occurs], weights=w[occurs]) if total else np.nan
             for c in ('precision', 'recall', 'f1')
-        }
-        | dict(support=total)
-    )
+        } | dict(support=total)
+
     share = hit.sum() / total if total else np.nan
     extra = pd.DataFrame(
         [

@@ -531,7 +531,9 @@ class Pairs:
         "A batch; the numbers stay with it, for losses that know several positives."
         import torch
 
-        whole = lambda k: torch.tensor([x[k] for x in items])
+        def whole(k):
+            return torch.tensor([x[k] for x in items])
+
         words = [x['words'] for x in items]
         return dict(
             pixels=torch.stack([x['pixels'] for x in items]),

@@ -76,7 +76,10 @@ def class_values(
     p = np.stack(
         [weights @ m for m in ((y == 1).astype(float), (y == 0).astype(float))]
     )  # positives, negatives
-    div = lambda a, b: np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0)
+
+    def div(a, b):
+        return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0)
+
     out = dict(
         prevalence=div(p[0], p.sum(0)),
         auroc=np.atleast_1d(auroc(score, y, weights)),
@@ -193,7 +196,10 @@ def film_values(
         if not whole.all()
         else ''
     )
-    join = lambda *n: '; '.join(x for x in n if x)
+
+    def join(*n):
+        return '; '.join(x for x in n if x)
+
     out = dict(
         lrap=(
             lrap,
@@ -372,8 +378,12 @@ def _class_intervals(c, said, how):
     "(metric, subgroup, interval, note) per class and macro, from one resampling."
     names, K = NAMES[:3] if said is None else NAMES, len(c.classes) + 1
     held = [c.scores, c.truth, *([] if said is None else [said])]
-    decided = lambda *a: (a[0], a[1], a[2] if said is not None else None)
-    of = lambda *a: class_grid(*decided(*a), a[-1]).reshape(len(a[-1]), -1)
+
+    def decided(*a):
+        return (a[0], a[1], a[2] if said is not None else None)
+
+    def of(*a):
+        return class_grid(*decided(*a), a[-1]).reshape(len(a[-1]), -1)
 
     def floor(*a):
         f = class_floors(*decided(*a), *a[-2:])
@@ -444,7 +454,10 @@ def _calibration_intervals(c, how):
     "Calibration error and Brier score per class and over all, where the scores are probabilities."
     if c.scores.min() < 0 or c.scores.max() > 1:
         return
-    both = lambda p, y, patients: together(ece(p, y), brier(p, y)).bootstrap(patients, **how)
+
+    def both(p, y, patients):
+        return together(ece(p, y), brier(p, y)).bootstrap(patients, **how)
+
     for i, (name, k) in enumerate(zip(c.classes, c.known.T)):
         if k.any():
             for m, ci in zip(('ece', 'brier'), both(c.scores[k, i], c.truth[k, i], c.patients[k])):

@@ -191,7 +191,10 @@ def _chefer(ask):
     import torch
 
     blocks, pool, scores = _attention(ask)
-    positive = lambda a, g: (a * g).clamp(min=0).mean(1)
+
+    def positive(a, g):
+        return (a * g).clamp(min=0).mean(1)
+
     one = torch.eye(blocks[0][0].shape[-1], device=blocks[0][0].device)
     relevance = one.expand(len(ask.pixels), -1, -1)
     for a, g in blocks:
@@ -348,7 +351,10 @@ def explain_many(
             raise InputError(
                 f'{len(text)} texts for more films than that; give one text, or one per film'
             )
-        key = lambda t: t if isinstance(t, (str, tuple)) else id(t)
+
+        def key(t):
+            return t if isinstance(t, (str, tuple)) else id(t)
+
         for t in asked:
             known.setdefault(key(t), (target(clip, t, against), t))
         out += _batch(clip, tower, batch, [known[key(t)][0] for t in asked], method, layer, blocks)

@@ -112,15 +112,18 @@ def run_config(
     prompts: dict,  # said about them
 ) -> dict:  # one entry per thing that must be the same when a run is taken up again
     "What decides the weights of a run."
-    seen = lambda f: content_hash(
-        table_hash(
-            f.table[['film_id', 'patient_id', 'image_sha']].assign(
-                text=[content_hash(t) for t in f.table.text], at=range(len(f))
-            )
-        ),
-        *f.classes,
-        f.targets.to_numpy().tobytes().hex(),
-    )
+
+    def seen(f):
+        return content_hash(
+            table_hash(
+                f.table[['film_id', 'patient_id', 'image_sha']].assign(
+                    text=[content_hash(t) for t in f.table.text], at=range(len(f))
+                )
+            ),
+            *f.classes,
+            f.targets.to_numpy().tobytes().hex(),
+        )
+
     return dict(
         **{k: v for k, v in asdict(settings).items() if k not in LOOSE},
         model=model,

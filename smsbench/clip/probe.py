@@ -183,7 +183,10 @@ def knn_shares(
     chunk: int = 512,  # films at once
 ) -> dict:  # k -> (N, C) shares in 0..1, (positives + 1) / (k + 2) so that no share is certain; k above the neighbours there are is left out
     "Share of positives among the nearest neighbours."
-    unit = lambda v: v / np.linalg.norm(v, axis=1, keepdims=True)
+
+    def unit(v):
+        return v / np.linalg.norm(v, axis=1, keepdims=True)
+
     x, around = unit(np.asarray(x, float)), unit(train.x)
     out = {
         k: np.full((len(x), len(train.classes)), np.nan)

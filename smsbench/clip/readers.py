@@ -496,7 +496,10 @@ def finding_names(
     names = names or {}
     if classes and (odd := [v for v in names.values() if v not in classes]):
         raise InputError(f"{odd[0]!r} is no class; the classes are {', '.join(classes)}")
-    plain = lambda w: ' '.join(str(w).casefold().replace('_', ' ').replace('-', ' ').split())
+
+    def plain(w):
+        return ' '.join(str(w).casefold().replace('_', ' ').replace('-', ' ').split())
+
     known = {plain(c): c for c in classes} | {plain(w): c for w, c in names.items()}
     return {w: names.get(w) or (w if w in classes else known.get(plain(w), w)) for w in set(words)}
 
@@ -523,7 +526,10 @@ def agreement(
         raise InputError(
             f'no map for any of {len(keys)} readings; the first is of film {keys[0][0]!r}, finding {keys[0][1]!r}'
         )
-    pick = lambda held: [held[k] for k, h in zip(keys, have) if h]
+
+    def pick(held):
+        return [held[k] for k, h in zip(keys, have) if h]
+
     rows = localise(
         pick(maps),
         [m for m, h in zip(readings.masks, have) if h],

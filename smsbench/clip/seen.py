@@ -21,7 +21,10 @@ def keyed_hashes(
     names,  # texts
 ) -> list:  # 16 hexadecimal digits per text; '' for an empty one
     "Hashes that cannot be looked up in a list made for another file. Blanks around a name and the '.0' that programs write behind whole numbers do not count: a match too many only refuses."
-    plain = lambda n: re.sub(r'^(\d+)\.0+$', r'\1', str(n).strip())
+
+    def plain(n):
+        return re.sub(r'^(\d+)\.0+$', r'\1', str(n).strip())
+
     return [
         hashlib.blake2b(n.encode(), key=key.encode(), digest_size=8).hexdigest() if n else ''
         for n in map(plain, names)
@@ -147,8 +150,13 @@ def overlap(
 ) -> Overlap:
     "Compare films with what a checkpoint has seen."
     pictures, patients = _names(films)
-    hit = lambda names, held: np.isin(keyed_hashes(seen['key'], names), [*held] or ['-'])
-    same = lambda k: str(films.attrs.get(k, '')) == seen.get(k, '')
+
+    def hit(names, held):
+        return np.isin(keyed_hashes(seen['key'], names), [*held] or ['-'])
+
+    def same(k):
+        return str(films.attrs.get(k, '')) == seen.get(k, '')
+
     return Overlap(
         hit(pictures, seen['pictures']),
         hit(patients, seen['patients']),

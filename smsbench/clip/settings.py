@@ -120,7 +120,10 @@ def _typed(name, kind, value):
     number = (
         isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
     )
-    wrong = lambda what: InputError(f'{name} {value!r}: must be {what}')
+
+    def wrong(what):
+        return InputError(f'{name} {value!r}: must be {what}')
+
     if kind is bool and not isinstance(value, bool):
         raise wrong('true or false')
     if kind is str and not isinstance(value, str):

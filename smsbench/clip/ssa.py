@@ -72,9 +72,10 @@ def design(
     "From orders to askings and weights."
     if wording not in WORDINGS:
         raise InputError(f"wording {wording!r}: choose {' or '.join(WORDINGS)}")
-    told = lambda begun: (
-        tuple(s for s in steps if s in begun) if wording == 'fixed' else tuple(begun)
-    )
+
+    def told(begun):
+        return tuple(s for s in steps if s in begun) if wording == 'fixed' else tuple(begun)
+
     known = list(dict.fromkeys(told(o[:k]) for o in orders for k in range(len(o) + 1)))
     at, rows, weights = {k: i for i, k in enumerate(known)}, [], []
 
@@ -82,7 +83,9 @@ def design(
         rows.append(dict(what=what, order=order, step=step, added=added, arm=arm or added))
         weights.append(w)
 
-    one = lambda k: np.eye(len(known))[at[told(k)]]
+    def one(k):
+        return np.eye(len(known))[at[told(k)]]
+
     for i, o in enumerate(orders):
         for k in range(len(o) + 1):
             add('', one(o[:k]), i, k, o[k - 1] if k else '', ' + '.join((base, *o[:k])))
@@ -90,7 +93,10 @@ def design(
             add('change', one(o[:k]) - one(o[: k - 1]), i, k, o[k - 1])
     for s in steps:
         gain = [(o.index(s), one(o[: o.index(s) + 1]) - one(o[: o.index(s)])) for o in orders]
-        mean = lambda place: np.mean([g for p, g in gain if place in (None, p)], 0)  # noqa: B023
+
+        def mean(place):
+            return np.mean([g for p, g in gain if place in (None, p)], 0)  # noqa: B023
+
         add('effect', mean(None), added=s)
         if len(steps) > 1:
             for what, w in (
@@ -246,9 +252,10 @@ def ssa_metrics(
     "From answers to numbers with intervals over patients."
     unique, back = np.unique(plan.weights, axis=0, return_inverse=True)
     patients, C = samples.table.patient_id.to_numpy(), len(samples.classes)
-    measured = lambda i: _rates(said[:, :, i], samples.truth[:, i], unique).bootstrap(
-        patients, **how
-    )
+
+    def measured(i):
+        return _rates(said[:, :, i], samples.truth[:, i], unique).bootstrap(patients, **how)
+
     found = {f'class={c}': measured([i]) for i, c in enumerate(samples.classes)}
     if C > 1:
         found['all'] = _mean_of(found.values(), measured(list(range(C))), minimum, samples.closed)
@@ -257,7 +264,10 @@ def ssa_metrics(
         ci = suppress(ci, minimum=minimum)
         for m, metric in enumerate(('sensitivity', 'specificity')):
             at = m * len(unique) + back.ravel()
-            take = lambda v: np.broadcast_to(v, 2 * len(unique))[at]  # noqa: B023
+
+            def take(v):
+                return np.broadcast_to(v, 2 * len(unique))[at]  # noqa: B023
+
             parts.append(
                 plan.rows.assign(
                     model=model,
@@ -301,8 +311,13 @@ def _mean_of(classes, mean, minimum, closed):
         else f"{old or 'mean over classes'}{f'; {k} of {u} rest on n < {minimum}' if k else ''}"
         for k, u, h, old in zip(few, used, hide, np.broadcast_to(mean.note, hide.shape))
     ]
-    blank = lambda v: np.where(hide, np.nan, v)
-    count = lambda v: np.where(hide & closed, 0, v)
+
+    def blank(v):
+        return np.where(hide, np.nan, v)
+
+    def count(v):
+        return np.where(hide & closed, 0, v)
+
     low, high = _still_ends(classes, mean)
     return replace(
         mean,
@@ -319,10 +334,16 @@ def _mean_of(classes, mean, minimum, closed):
 def _still_ends(classes, mean):
     "Ends of the mean over classes; where no resample differs, the mean of the classes' own exact bounds, since few may stand behind one of them."
     shape = np.shape(mean.value)
-    at = lambda name: np.stack([np.broadcast_to(getattr(c, name), shape) for c in classes])
+
+    def at(name):
+        return np.stack([np.broadcast_to(getattr(c, name), shape) for c in classes])
+
     still = np.char.startswith(np.broadcast_to(mean.note, shape).astype(str), 'no resample differs')
     known = np.isfinite(at('low'))
-    own = lambda name: np.where(known, at(name), 0).sum(0) / np.maximum(known.sum(0), 1)
+
+    def own(name):
+        return np.where(known, at(name), 0).sum(0) / np.maximum(known.sum(0), 1)
+
     still = still & known.any(0)
     return np.where(still, np.minimum(mean.low, own('low')), mean.low), np.where(
         still, np.maximum(mean.high, own('high')), mean.high

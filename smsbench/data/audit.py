@@ -215,11 +215,14 @@ def count_tables(
     tell: Teller,  # how numbers may be shown
 ) -> dict:  # 'labels' and 'strata' -> table with samples and patients
     "Samples and patients per question, split and label, and per stratum."
-    per = lambda d, by: (
-        d.groupby(by, sort=True)
-        .agg(samples=('sample_id', 'size'), patients=('patient_id', 'nunique'))
-        .reset_index()
-    )
+
+    def per(d, by):
+        return (
+            d.groupby(by, sort=True)
+            .agg(samples=('sample_id', 'size'), patients=('patient_id', 'nunique'))
+            .reset_index()
+        )
+
     d, strata = cohort.assign(split=cohort.split.replace('', '(none)')), []
     for s in cohort.attrs.get('strata', []):
         if s not in d:
@@ -317,9 +320,12 @@ def _measured(cohort, files, seed):
 
 def _shown(tables, tell):
     "The measured tables without what credentialed data may not show."
-    words = lambda t: t.assign(
-        words=['; '.join(f"{c}: {', '.join(w)}" for c, w in x.items() if w) for x in t.words]
-    )
+
+    def words(t):
+        return t.assign(
+            words=['; '.join(f"{c}: {', '.join(w)}" for c, w in x.items() if w) for x in t.words]
+        )
+
     out = {k: words(t) if 'words' in t else t for k, t in tables.items()}
     if tell.access == 'open':
         return out

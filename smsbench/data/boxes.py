@@ -31,7 +31,10 @@ def as_box(
         a, c, b, d = a * scale[0], c * scale[0], b * scale[1], d * scale[1]
     except (TypeError, ValueError):
         return None
-    near = lambda f, x: f(round(x, 6))  # 3 * (1 / 3) is 1
+
+    def near(f, x):
+        return f(round(x, 6))  # 3 * (1 / 3) is 1
+
     return (
         [near(math.floor, a), near(math.floor, b), near(math.ceil, c), near(math.ceil, d)]
         if all(map(math.isfinite, (a, b, c, d))) and a < c and b < d

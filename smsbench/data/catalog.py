@@ -30,12 +30,15 @@ def card_names() -> list[str]:  # names of the cards that come with smsbench, so
 def cards_table() -> pd.DataFrame:  # name, access, questions, labels (where they come from), title
     "One line per card."
     cards = [(name, read_manifest(name)) for name in card_names()]
-    about = lambda m: dict(
-        access=m.access,
-        questions=len(m.tasks),
-        labels=m.label_source or 'not stated',
-        title=m.title,
-    )
+
+    def about(m):
+        return dict(
+            access=m.access,
+            questions=len(m.tasks),
+            labels=m.label_source or 'not stated',
+            title=m.title,
+        )
+
     return pd.DataFrame([dict(name=name, **about(m)) for name, m in cards])
 
 # %% ../../nbs/10b_data.catalog.ipynb #506ce40e
@@ -52,14 +55,17 @@ def how_to(
         'labels': told,
         'cite': m.citation,
     }
-    block = lambda text, indent='  ': textwrap.fill(
-        ' '.join(text.split()),
-        100,
-        initial_indent=indent,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+
+    def block(text, indent='  '):
+        return textwrap.fill(
+            ' '.join(text.split()),
+            100,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
     asked = [f'{f}: {t.question} ({" / ".join(t.choices)})' for f, t in m.tasks.items()]
     return '\n'.join(
         [

@@ -462,14 +462,17 @@ def check_images(
     mixed = int(n - f.channels.value_counts().max())
     blank = int(f.blank.sum())
     broken = int((f.reason != '').sum())
-    say = lambda name, k, severity, what, so: entry(
-        name,
-        severity if k else 'ok',
-        'all',
-        tell.value(k, n),
-        n,
-        f'{tell.share(k, n)} images {what}' + (so if k else '.'),
-    )
+
+    def say(name, k, severity, what, so):
+        return entry(
+            name,
+            severity if k else 'ok',
+            'all',
+            tell.value(k, n),
+            n,
+            f'{tell.share(k, n)} images {what}' + (so if k else '.'),
+        )
+
     return [
         say(
             'blank images',
@@ -551,9 +554,10 @@ def check_missing(
                 continue
             hit, label = gone.iloc[where].to_numpy(), cohort.label.iloc[where].to_numpy()
             top, low, i = class_gap(hit, label, cohort.patient_id.iloc[where].to_numpy())
-            say = lambda c, hit=hit, label=label: tell.share(
-                int(hit[label == c].sum()), int((label == c).sum())
-            )
+
+            def say(c, hit=hit, label=label):
+                return tell.share(int(hit[label == c].sum()), int((label == c).sum()))
+
             hidden = any(
                 tell.hides(int(hit[label == c].sum()), int((label == c).sum())) for c in (top, low)
             )
@@ -619,9 +623,10 @@ def check_exclusions(
             ]
         )
         top, low, i = class_gap(both.out, both.label, both.patient_id.to_numpy())
-        say = lambda c: tell.share(
-            int(both.out[both.label == c].sum()), int((both.label == c).sum())
-        )
+
+        def say(c):
+            return tell.share(int(both.out[both.label == c].sum()), int((both.label == c).sum()))
+
         hidden = any(
             tell.hides(int(both.out[both.label == c].sum()), int((both.label == c).sum()))
             for c in (top, low)

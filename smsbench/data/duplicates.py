@@ -144,7 +144,10 @@ def chance_rate(
         max_distance + 1,
         above[1] - above[0],
     )  # phash has 32 bits set: its distances are even
-    fit = lambda degree: np.polyfit(above, np.log(counts[above]), degree, w=np.sqrt(counts[above]))
+
+    def fit(degree):
+        return np.polyfit(above, np.log(counts[above]), degree, w=np.sqrt(counts[above]))
+
     curve = (
         fit(2) if len(above) > 2 and fit(2)[0] < 0 else fit(1)
     )  # few pairs may bend the curve up, which no tail does

@@ -196,7 +196,10 @@ PART, SECONDS, SCAN = (
 
 def _names(key, root, refs):
     "What the store calls references below this root."
-    plain = lambda s: s.encode('utf-8', 'backslashreplace').decode()
+
+    def plain(s):
+        return s.encode('utf-8', 'backslashreplace').decode()
+
     home = plain(os.path.realpath(root))
     return [content_hash(key, home, plain(r), SCAN) for r in refs]
 

@@ -218,7 +218,9 @@ def _ribs(c):
 
 # %% ../../nbs/10a_data.film.ipynb #fb91f281
 def _middle(c):
-    soft = lambda fine, coarse: fine if c.fine else coarse
+    def soft(fine, coarse):
+        return fine if c.fine else coarse
+
     below = (
         0.30
         * _step((c.y - c.floor) / (c.edge + 6 * np.maximum(-c.wall, 0)), 1)

@@ -91,9 +91,10 @@ def _sealed_source(readable, key):
     rows = source_rows(readable)
     if rows is None or not key:
         return rows
-    names = lambda c, before='': rows[c].map(
-        {v: before + pseudonym(key, v) if v else '' for v in rows[c].unique()}
-    )
+
+    def names(c, before=''):
+        return rows[c].map({v: before + pseudonym(key, v) if v else '' for v in rows[c].unique()})
+
     return rows.assign(image=names('image', SEALED), patient_id=names('patient_id'))
 
 # %% ../../nbs/13a_data.holding.ipynb #1ec8f742

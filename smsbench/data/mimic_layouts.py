@@ -203,9 +203,10 @@ def put_tables(
             if r.matter != 'not in the split'
         ],
     )
-    value = lambda x, f: (
-        '' if f not in x else f'{1.0 if labels == "negbio" and x[f] == -1 else x[f]:.1f}'
-    )
+
+    def value(x, f):
+        return '' if f not in x else f'{1.0 if labels == "negbio" and x[f] == -1 else x[f]:.1f}'
+
     studies = (
         films[films.matter != 'not labelled'].drop_duplicates('study_id').sort_values('study_id')
     )

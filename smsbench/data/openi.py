@@ -57,8 +57,13 @@ def openi_rows(
     doc: ElementTree.Element,  # one report
 ) -> list[list[str]]:  # a row of `OPENI` per image
     "The rows of one Open-i report; sections are empty where the report lacks them."
-    text = lambda e: ' '.join(''.join(e.itertext()).split())
-    joined = lambda tag: '|'.join(t for e in doc.iter(tag) if (t := text(e)))
+
+    def text(e):
+        return ' '.join(''.join(e.itertext()).split())
+
+    def joined(tag):
+        return '|'.join(t for e in doc.iter(tag) if (t := text(e)))
+
     sections = {e.get('Label', '').lower(): text(e) for e in doc.iter('AbstractText')}
     uid = next((e.get('id', '') for e in doc.iter('uId')), '')
     shared = [sections.get(s, '') for s in OPENI[2:6]] + [joined('major'), joined('automatic')]

@@ -18,7 +18,10 @@ from .rules import Card
 # %% ../../nbs/09aa_data.parts.ipynb #024010f7
 def _paths(v):
     "A path, alternatives, or several of either under names -> name -> alternatives."
-    as_list = lambda x: [x] if isinstance(x, str) else x
+
+    def as_list(x):
+        return [x] if isinstance(x, str) else x
+
     return {k: as_list(x) for k, x in v.items()} if isinstance(v, dict) else {'': as_list(v)}
 
 

@@ -208,7 +208,10 @@ def _truth(f, asked, agreement, prevalence, others):
 # %% ../../nbs/11_data.phantom.ipynb #b75e9966
 def _samples(f, asked, size, splits, shortcut, uncertain, label_from, film, text):
     "The rows of one film."
-    yes = lambda b: 'yes' if b else 'no'
+
+    def yes(b):
+        return 'yes' if b else 'no'
+
     side = film_side(f.patient, f.film)
     label = film if label_from == 'film' else text
     marker = label[asked[0]] if f.marker < (1 + shortcut) / 2 else not label[asked[0]]

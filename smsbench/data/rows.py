@@ -211,13 +211,16 @@ def first_there(
     templates: list[str],  # templates of paths
 ) -> str:  # the first whose archive, or first folder, exists
     "Which of several layouts a data set has on this disk."
-    head = lambda t: (
-        t.partition('!')[0]
-        if '!' in t
-        else t.partition('{')[0].rpartition('/')[0].partition('/')[0]
-        if '/' in t.partition('{')[0]
-        else ''
-    )
+
+    def head(t):
+        return (
+            t.partition('!')[0]
+            if '!' in t
+            else t.partition('{')[0].rpartition('/')[0].partition('/')[0]
+            if '/' in t.partition('{')[0]
+            else ''
+        )
+
     if found := next((t for t in templates if below(root, head(t))), None):
         return found
     raise InputError(

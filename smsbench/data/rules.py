@@ -151,7 +151,10 @@ def decide(
 ) -> str | None:  # a choice; '' for no value; None for a value the rule does not know
     "The choice that one cell stands for."
     then, otherwise = rule.then or choices[0], rule.otherwise or choices[1]
-    of = lambda holds: then if holds else otherwise
+
+    def of(holds):
+        return then if holds else otherwise
+
     if rule.rule:
         return {'yes': then, 'no': otherwise, '': ''}.get(cell)
     known = {plain(k): v for k, v in rule.map.items()}

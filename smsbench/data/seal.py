@@ -69,7 +69,10 @@ def seal(
     key: str,  # from `seal_key`
 ) -> pd.DataFrame:  # the table that may be written
     "Identifiers become pseudonyms; image, text and question become references that only the data's holder can follow."
-    known = lambda c: cohort[c].map({v: pseudonym(key, v) for v in cohort[c].unique()})
+
+    def known(c):
+        return cohort[c].map({v: pseudonym(key, v) for v in cohort[c].unique()})
+
     out = cohort.assign(
         **{c: known(c) for c in _IDS},
         **{c: known(c).map(lambda h: SEALED + h if h else '') for c in _REFERENCES if c in cohort},
@@ -94,10 +97,13 @@ def hide_counts(
         if not about.get('card', {}).get('columns', {}).get('finding')
         else 1
     )
-    hide = lambda n, small=small: (
-        f'<{small}' if not isinstance(n, str) and 0 < n < small else n
-    )  # text: hidden before
-    near = lambda n, small: hide(n, small) if isinstance(n, str) or n < small else round(n, -1)
+
+    def hide(n, small=small):
+        return f'<{small}' if not isinstance(n, str) and 0 < n < small else n  # text: hidden before
+
+    def near(n, small):
+        return hide(n, small) if isinstance(n, str) or n < small else round(n, -1)
+
     funnel = about.get('funnel', [])
     asked = next(
         (i for i, s in enumerate(funnel) if s['step'] == 'questions'), 0

@@ -174,9 +174,9 @@ def told_apart(
     )
     scores = np.column_stack([1 - scores, scores]) if scores.ndim == 1 else scores
     classes = range(1, 2) if scores.shape[1] == 2 else range(scores.shape[1])
-    mean = lambda *a: np.mean(
-        [within_folds(a[c], a[-3] == c, a[-2], a[-1]) for c in classes], axis=0
-    )
+
+    def mean(*a):
+        return np.mean([within_folds(a[c], a[-3] == c, a[-2], a[-1]) for c in classes], axis=0)
 
     def floor(*a):
         parts = [_within_ends(a[c], a[-4] == c, a[-3], *a[-2:]) for c in classes]

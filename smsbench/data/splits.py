@@ -59,9 +59,12 @@ def part_weights(
         )
     if bad := [k for k in sizes if not isinstance(k, str) or k != k.strip() or not k]:
         raise InputError(f'{bad[0]!r} is no name for a part; use a word such as train')
-    number = lambda v: (
-        isinstance(v, (int, float, np.number)) and not isinstance(v, bool) and math.isfinite(v)
-    )
+
+    def number(v):
+        return (
+            isinstance(v, (int, float, np.number)) and not isinstance(v, bool) and math.isfinite(v)
+        )
+
     if bad := [k for k, v in sizes.items() if not number(v) or v < 0.001]:
         raise InputError(
             f'the share of {bad[0]} is {sizes[bad[0]]!r}; it must be a number of at least 0.001'

@@ -106,12 +106,18 @@ def map_sentences(
     )
     if arrived == 'no':
         return ['Its film did not arrive, so nothing is said of where it looked.']
-    at = lambda metric, subgroup='all': next(
-        m[
-            (m.model == model) & (m.arm == arm) & (m.subgroup == subgroup) & (m.metric == metric)
-        ].itertuples(),
-        None,
-    )
+
+    def at(metric, subgroup='all'):
+        return next(
+            m[
+                (m.model == model)
+                & (m.arm == arm)
+                & (m.subgroup == subgroup)
+                & (m.metric == metric)
+            ].itertuples(),
+            None,
+        )
+
     lies = []
     for k in results.config['methods']:
         sub = 'all' if k == 'raw' else f'method={k}'
@@ -176,7 +182,10 @@ def attention_opening(
         results.metrics,
         first_arm(results.plan),
     )
-    many = lambda n, what: f"{n:,} {what}{'s' * (n != 1)}"
+
+    def many(n, what):
+        return f"{n:,} {what}{'s' * (n != 1)}"
+
     counts = (
         [
             f"{many(plan.sample_id.nunique(), 'sample')} of {many(plan.patient_id.nunique(), 'patient')}",
@@ -434,8 +443,13 @@ def attend_command(
 ) -> str:
     "The shell line that makes the numbers again."
     c = results.config
-    flag = lambda name, v: [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None, 0, ()) else []
-    listed = lambda v: ','.join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)
+
+    def flag(name, v):
+        return [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None, 0, ()) else []
+
+    def listed(v):
+        return ','.join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)
+
     data = (
         ['--cohort RUN/cohort.parquet']
         if results.open
@@ -476,13 +490,16 @@ def attention_provenance(
 ) -> Html:
     "Hashes, settings, models, and the command."
     c, env, about = results.config, results.environment, results.config['cohort']
-    say = lambda v: (
-        DASH
-        if v in (None, '', [], ())
-        else ', '.join(map(str, v))
-        if isinstance(v, (list, tuple))
-        else v
-    )
+
+    def say(v):
+        return (
+            DASH
+            if v in (None, '', [], ())
+            else ', '.join(map(str, v))
+            if isinstance(v, (list, tuple))
+            else v
+        )
+
     facts = {
         'config hash': results.config_hash,
         'plan hash': results.plan.attrs.get('plan_hash'),

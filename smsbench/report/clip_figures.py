@@ -280,7 +280,10 @@ def classes_figure(
         ax.set(title=_NAMES.get(m, m), xlim=(-0.03, 1.03), xticks=[0, 0.25, 0.5, 0.75, 1])
         ax.set_xticklabels(['0', '', '.5', '', '1'])
     legend(fig, styles)
-    say = lambda m, r: f'{r.row} {rounded(r.value, 2)}'
+
+    def say(m, r):
+        return f'{r.row} {rounded(r.value, 2)}'
+
     fig.alt = 'Dot plot with 95 % intervals per class. ' + ' '.join(
         f"{_NAMES.get(m, m)}, {s}: {', '.join(say(m, r) for r in rows[(rows.metric == m) & (rows.model == s)].itertuples())}."
         for m in shown
@@ -358,10 +361,13 @@ def retrieval_figure(
         ncols=3,
         fontsize=8,
     )
-    say = lambda a, k: ', '.join(
-        f"{m.replace('recall@', 'R@')} {percent(at.loc[('model', a, f'relevance={k}', m)].value)} (chance {percent(at.loc[('chance', a, f'relevance={k}', m)].value, 1)})"
-        for m in names
-    )
+
+    def say(a, k):
+        return ', '.join(
+            f"{m.replace('recall@', 'R@')} {percent(at.loc[('model', a, f'relevance={k}', m)].value)} (chance {percent(at.loc[('chance', a, f'relevance={k}', m)].value, 1)})"
+            for m in names
+        )
+
     fig.alt = 'Bar chart of retrieval with 95 % intervals. ' + ' '.join(
         f"{a.replace('_', ' ')}, {k}: {say(a, k)}." for a in arms for k in ('duplicates', 'strict')
     )

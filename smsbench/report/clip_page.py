@@ -53,7 +53,10 @@ def study_table(
     rows = metrics[
         (metrics.subgroup == 'all') & metrics.arm.isin(ARM_WORDS) & metrics.metric.isin(_COLUMNS)
     ]
-    cell = lambda r: f'{rounded(r.value, digits)} ({span(r.ci_low, r.ci_high, digits, 1)})'
+
+    def cell(r):
+        return f'{rounded(r.value, digits)} ({span(r.ci_low, r.ci_high, digits, 1)})'
+
     held = {(r.arm, r.metric): cell(r) for r in rows.itertuples()}
     columns = [c for c in _COLUMNS if (rows.metric == c).any()]
     arms = [a for a in ARM_WORDS if (rows.arm == a).any()]
@@ -127,11 +130,14 @@ def explained_panels(
         keys += sorted({k for k in first.maps if k[1] == c}, key=lambda k: content_hash(*k))[
             :per_finding
         ]
-    marks = lambda f, c: {
-        r.reader: held.masks[i]
-        for i, r in enumerate(held.table.itertuples())
-        if (r.film_id, r.finding) == (f, c)
-    }
+
+    def marks(f, c):
+        return {
+            r.reader: held.masks[i]
+            for i, r in enumerate(held.table.itertuples())
+            if (r.film_id, r.finding) == (f, c)
+        }
+
     panels = [
         Panel(
             c,
@@ -179,7 +185,10 @@ def explained_words(
 ) -> str:
     "How many films, patients and maps a section about maps rests on, and what was left out."
     films, maps = found.marked.films, list(found.maps.values())
-    n = lambda k: shown(k, films.attrs.get('access', 'open'))
+
+    def n(k):
+        return shown(k, films.attrs.get('access', 'open'))
+
     left, empty = len(found.marked.readings.excluded), sum(m.empty for m in maps)
     return (
         f'{n(len(films))} marked films of {n(films.table.patient_id.nunique())} patients, {n(len(maps))} maps, one per film and finding; {n(empty)} of them are empty and not counted; {n(left)} marks were left out. '

@@ -138,7 +138,10 @@ def power_figure(
 ):  # Figure with `.alt`
     "Probability of a verdict against the number of patients."
     questions = [p['question'] for p in plans]
-    same = lambda k: all(q[k] == questions[0][k] for q in questions)
+
+    def same(k):
+        return all(q[k] == questions[0][k] for q in questions)
+
     shared = [k for k in questions[0] if len(plans) > 1 and same(k)]
     fig, axes = canvas(7.4, 4.2)
     ax, told = axes[0, 0], []

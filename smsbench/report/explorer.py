@@ -212,9 +212,12 @@ class Explorer:
 
     def _captions(self, trial, query, top, below, width, two):
         "What stands below each picture."
-        column = lambda inner: markup(
-            '<div style="width:{}px;margin-right:8px;font-size:12px">{}</div>', width, inner
-        )
+
+        def column(inner):
+            return markup(
+                '<div style="width:{}px;margin-right:8px;font-size:12px">{}</div>', width, inner
+            )
+
         first = markup(
             '<b>{}: {}</b><br>arm {}, query {}<br>colour full at {} × even',
             trial.finding,

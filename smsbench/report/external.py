@@ -208,7 +208,10 @@ def readable(
     good, left = check_films(films, store=None if access == 'credentialed' else run / 'scan')
     if not len(left):
         return good, {}, []
-    count = lambda n: count_text(int(n), access)
+
+    def count(n):
+        return count_text(int(n), access)
+
     table = (
         left.groupby(['split', 'reason'])
         .size()
@@ -313,7 +316,10 @@ def measure(
         )
     tested, access = films.take(at), films.attrs.get('access', 'open')
     scores = zero_shot(clip, tested, prompts, embeddings=x[at])
-    count = lambda n: count_text(int(n), access)
+
+    def count(n):
+        return count_text(int(n), access)
+
     if len(at) < len(films):
         notes.append(
             f"measured on split {', '.join(sorted(set(tested.table.split)))}: {count(len(at))} of {count(len(films))} films"
@@ -381,7 +387,9 @@ def _probes(clip, films, x, few_shots, how):
         )
         for s in ('train', 'val', 'test')
     )
-    truth = lambda part: pd.DataFrame(part.y, columns=films.classes)
+
+    def truth(part):
+        return pd.DataFrame(part.y, columns=films.classes)
 
     def measured(scores, arm):  # function of embeddings
         limits = (
@@ -492,9 +500,12 @@ def _shown(metrics, scores, tested, thresholds, shots, at, access, how):
             )
         )
     if shots is not None:
-        one = lambda arm: next(
-            metrics[(metrics.arm == arm) & (metrics.metric == 'macro_auroc')].itertuples(), None
-        )
+
+        def one(arm):
+            return next(
+                metrics[(metrics.arm == arm) & (metrics.metric == 'macro_auroc')].itertuples(), None
+            )
+
         tables |= dict(few_shot=shots.set_index('shots'))
         figures |= dict(
             few_shot=few_shot_figure(
@@ -550,7 +561,10 @@ def save_external(
     for name, f in found.figures.items():
         (run / f'figures/{name}.png').write_bytes(f.png())
     access = films.attrs.get('access', 'open')
-    count = lambda n: n if count_text(n, access) == str(n) else count_text(n, access)
+
+    def count(n):
+        return n if count_text(n, access) == str(n) else count_text(n, access)
+
     write_json(
         dict(
             checkpoint=clip.name,

@@ -185,9 +185,10 @@ def listed(
     show=percent,  # how a value is written
 ) -> str:
     "Rows as a sentence: 'A: original 97 %, image_swap 2 %. B: …'."
-    say = lambda r: (
-        f"{r.row if 'row' in rows else r.arm} {'void' if is_void(r, void) else show(r.value) if np.isfinite(r.value) else missing(r)}"
-    )
+
+    def say(r):
+        return f"{r.row if 'row' in rows else r.arm} {'void' if is_void(r, void) else show(r.value) if np.isfinite(r.value) else missing(r)}"
+
     return ' '.join(
         f"{m}: {', '.join(say(r) for r in g.itertuples())}."
         for m, g in rows.groupby('model', sort=False)

@@ -48,7 +48,10 @@ def checks_html(
     "Every check with its number, and the tables behind them."
     if found is None:
         return Html()
-    interval = lambda r: f' ({span(r.low, r.high, 2, 1)})' if pd.notna(r.low) else ''
+
+    def interval(r):
+        return f' ({span(r.low, r.high, 2, 1)})' if pd.notna(r.low) else ''
+
     rows = pd.DataFrame(
         [
             {

@@ -231,7 +231,10 @@ def recalibration_figure(
         draw_dots(ax, rows[k], order, styles, void)
         ax.set(xlabel=label, xlim=(0, None))
     legend(fig, styles)
-    number = lambda v: rounded(v, 3)
+
+    def number(v):
+        return rounded(v, 3)
+
     fig.alt = 'Dot plot with 95 % intervals. ' + ' '.join(
         f'{label.capitalize()}. {listed(rows[k], void, number)}' for k, label in words.items()
     )

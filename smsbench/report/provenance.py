@@ -67,15 +67,18 @@ def funnel_rows(
             (f'trials answered by {model}', int((p.parse_status != 'error').sum()), None),
             (f'trials that failed for {model}', int((p.parse_status == 'error').sum()), None),
         ]
-    count = lambda n: (
-        ''
-        if n is None
-        else n
-        if isinstance(n, str)
-        else shown(int(n), access)
-        if n < 1000
-        else f'{n:,}'
-    )  # a sealed cohort states small counts as words
+
+    def count(n):
+        return (
+            ''
+            if n is None
+            else n
+            if isinstance(n, str)
+            else shown(int(n), access)
+            if n < 1000
+            else f'{n:,}'
+        )  # a sealed cohort states small counts as words
+
     return pd.DataFrame([dict(step=s, count=count(n), patients=count(k)) for s, n, k in rows])
 
 # %% ../../nbs/51b_report.provenance.ipynb #cb811cbd
@@ -183,7 +186,10 @@ def commands(
 ) -> list[str]:
     "Shell lines that make the numbers again, and the report."
     c, info = results.config, results.predictions.attrs.get('models', {})
-    flag = lambda name, v: [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None) else []
+
+    def flag(name, v):
+        return [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None) else []
+
     again = (
         loading_flags(results, ('dtype', 'revision', 'quantization', 'attn_implementation'))
         + flag('seed', c['seed'])

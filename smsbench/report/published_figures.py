@@ -234,9 +234,15 @@ def side_by_side(
 ):  # model, then one text column per arm: 'published | recomputed [low, high] on n of N'
     "Published and recomputed figures as text, one row per model; how many answers a figure rests on where it is not all."
     t = cells(table, metric, tokens, dataset)
-    num = lambda v: rounded(v, digits)
+
+    def num(v):
+        return rounded(v, digits)
+
     words = {'void': 'void', 'absent': 'not in file', 'undefined': 'undefined'}
-    figure = lambda r: f'{num(r.corrected)} [{num(r.ci_low)}, {num(r.ci_high)}] {r.basis}'.strip()
+
+    def figure(r):
+        return f'{num(r.corrected)} [{num(r.ci_low)}, {num(r.ci_high)}] {r.basis}'.strip()
+
     t['text'] = [
         f'{num(r.as_published)} | ' + (figure(r) if r.state == 'figure' else words[r.state])
         for r in t.itertuples()

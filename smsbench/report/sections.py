@@ -169,7 +169,10 @@ def opening(
     about, plan = results.config['cohort'], results.plan
     findings = sorted(plan.attrs['tasks'])
     version = f", version {about['version']}" if about.get('version') else ''
-    many = lambda n, what: f"{n:,} {what}{'s' * (n != 1)}"
+
+    def many(n, what):
+        return f"{n:,} {what}{'s' * (n != 1)}"
+
     named = f"{', '.join(findings[:8])}{', …' * (len(findings) > 8)}"
     samples, patients = (plan[c].nunique() for c in ('sample_id', 'patient_id'))
     counts = [
@@ -205,7 +208,10 @@ def estimate(
 # %% ../../nbs/51a_report.sections.ipynb #5ecc6d0f
 def _cells(v, modality, is_open):
     "What every table of verdicts shows of one."
-    count = lambda n: DASH if n is None else shown(int(n), 'open' if is_open else 'credentialed')
+
+    def count(n):
+        return DASH if n is None else shown(int(n), 'open' if is_open else 'credentialed')
+
     said = deciding_row(v)['said'] if v['state'] == 'ok' else DASH
     return {
         'verdict': _chip(v, modality, True),
@@ -355,7 +361,9 @@ def _draws(draws):
 
 def _matched(runs, is_open):
     "'sex, view: relies (240 samples)'."
-    count = lambda n: shown(int(n), 'open' if is_open else 'credentialed')
+
+    def count(n):
+        return shown(int(n), 'open' if is_open else 'credentialed')
 
     def said(r):
         if not r['n']:
@@ -431,7 +439,10 @@ def attainable_table(
     able = attainable(results.plan, results.config['margin'])
     if able.empty or not able.samples.any():
         return Html()
-    count = lambda n: shown(int(n), 'open' if results.open else 'credentialed')
+
+    def count(n):
+        return shown(int(n), 'open' if results.open else 'credentialed')
+
     numbers = ['samples', 'patients', 'donors', 'effective']
     rows = pd.DataFrame(
         {
@@ -458,7 +469,10 @@ def donor_section(
     if use.empty:
         return markup('<p class="absent">No arm shows anything of another patient.</p>')
     hide = [not results.open and n < 10 for n in use.donors]
-    least = lambda n, h: '<10' if h or (not results.open and n < 10) else rounded(n, 0)
+
+    def least(n, h):
+        return '<10' if h or (not results.open and n < 10) else rounded(n, 0)
+
     rows = pd.DataFrame(
         {
             'arm': use.arm,
@@ -503,11 +517,13 @@ def delivery_table(
             f": {v['why'].split(': ', 1)[-1]}" if v['verdict'] == 'void' else '',
         )
 
-    must = lambda a: (
-        'baseline'
-        if not a.versus
-        else markup('<span class="nowrap">pixels {}, tokens {}</span>', a.pixels, a.tokens)
-    )
+    def must(a):
+        return (
+            'baseline'
+            if not a.versus
+            else markup('<span class="nowrap">pixels {}, tokens {}</span>', a.pixels, a.tokens)
+        )
+
     rows = [
         {
             'arm': a.name,
@@ -555,7 +571,10 @@ def metric_table(
     if not cells:
         return markup('<p class="absent">Not measured in this run.</p>')
     place = {a: i for i, a in enumerate(['', *ARMS])}
-    rank = lambda kv: (kv[0][0], kv[0][1] != 'all', kv[0][1], place[kv[0][2]])
+
+    def rank(kv):
+        return (kv[0][0], kv[0][1] != 'all', kv[0][1], place[kv[0][2]])
+
     order = sorted(cells.items(), key=rank)
     table = pd.DataFrame([dict(model=m, subgroup=s, arm=a or DASH, **v) for (m, s, a), v in order])
     idle = ['subgroup'] * bool(subgroup) + ['arm'] * (not any(a for _, _, a in cells))
@@ -568,7 +587,10 @@ def _behind(row, is_open):
     "Samples and donors behind a row; a table of a tool without donors has none."
     few = 'suppressed' in row.note and not is_open
     donors = int(getattr(row, 'n_donors', 0))
-    count = lambda n: shown(int(n), 'open' if is_open else 'credentialed')
+
+    def count(n):
+        return shown(int(n), 'open' if is_open else 'credentialed')
+
     told = f'{count(donors)} ({count(row.n_effective)})' if donors and not few else DASH
     return {'samples': '<10' if few else row.n, 'donors (effective)': told}
 
@@ -675,14 +697,20 @@ def answer_table_html(
         accuracy=('accuracy, unparsed left out', '%'),
         accuracy_unparsed_wrong=('accuracy, unparsed as wrong', '%'),
     )
-    both = lambda arms, what: metric_table(
-        results,
-        columns,
-        arms=arms,
-        caption=f'Parsed share, answer mass and accuracy both ways, {what}',
-    )
+
+    def both(arms, what):
+        return metric_table(
+            results,
+            columns,
+            arms=arms,
+            caption=f'Parsed share, answer mass and accuracy both ways, {what}',
+        )
+
     counts = results.predictions.groupby(['model', 'parse_status']).size().unstack(fill_value=0)
-    hide = lambda n: '<10' if not results.open and 0 < n < 10 else f'{n:,}'
+
+    def hide(n):
+        return '<10' if not results.open and 0 < n < 10 else f'{n:,}'
+
     status = html_table(
         counts.map(hide).reset_index(),
         'How answers were read: ok, tie (two choices equally likely), error, or what the parser found',
@@ -726,9 +754,10 @@ def example_html(
             else {}
         ),
     }
-    cut = lambda t, most=1500: (
-        t if len(t) <= most else f'{t[:most]} … ({len(t) - most:,} characters more)'
-    )
+
+    def cut(t, most=1500):
+        return t if len(t) <= most else f'{t[:most]} … ({len(t) - most:,} characters more)'
+
     head = markup(
         '<h3>{}. {}, {}: {} changes its answer from {} to {}</h3>',
         number,

@@ -49,7 +49,10 @@ def shareable(
     )
     lost = {k for k, hit in zip(key, counts & ~whole) if hit}
     average = np.array([w and k in lost for w, k in zip(whole, key)], bool) & ~few
-    hide = lambda m: f'<{minimum}' if 0 < int(m[0]) < minimum else m[0]
+
+    def hide(m):
+        return f'<{minimum}' if 0 < int(m[0]) < minimum else m[0]
+
     out = metrics.assign(
         note=metrics.note.str.replace(
             r'(?<![\d.<])\d+(?= (?:of \d+ )?(?:films|rows|maps|marks|patients)\b)', hide, regex=True
@@ -122,11 +125,14 @@ def class_table(
         row=rows.subgroup.str.removeprefix('class=').replace('all', 'mean over classes'),
         metric=rows.metric.str.removeprefix('macro_'),
     )
-    cell = lambda r: (
-        rounded(r.value, digits)
-        if not np.isfinite(r.ci_low) or r.metric == 'prevalence'
-        else f'{rounded(r.value, digits)} ({span(r.ci_low, r.ci_high, digits, 1)})'
-    )
+
+    def cell(r):
+        return (
+            rounded(r.value, digits)
+            if not np.isfinite(r.ci_low) or r.metric == 'prevalence'
+            else f'{rounded(r.value, digits)} ({span(r.ci_low, r.ci_high, digits, 1)})'
+        )
+
     held = {(r.row, r.metric): cell(r) for r in rows.itertuples()}
     order = [c for c in dict.fromkeys(rows.row) if c != 'mean over classes'] + ['mean over classes']
     columns = [m for m in shown if (rows.metric == m).any()]
@@ -145,7 +151,10 @@ def latex_table(
 ) -> str:  # a table environment that needs booktabs
     "A table in LaTeX, every name escaped."
     shown = table.rename(index=str, columns=str).rename_axis(table.index.name)
-    number = lambda v: rounded(v, digits).replace('−', '-') if isinstance(v, float) else str(v)
+
+    def number(v):
+        return rounded(v, digits).replace('−', '-') if isinstance(v, float) else str(v)
+
     style = shown.map(lambda v: _tex(number(v))).rename(index=_tex, columns=_tex)
     style.index.name = _tex(shown.index.name or '')
     style.columns.name = None

@@ -80,8 +80,13 @@ def root_scale(
     low: float = 0.0,  # where the axis begins, -1..1
 ):
     "A square-root scale of movements, marked at the margin and at round numbers."
-    forward = lambda v: np.sign(v) * np.sqrt(np.abs(v))
-    back = lambda v: np.sign(v) * np.square(v)
+
+    def forward(v):
+        return np.sign(v) * np.sqrt(np.abs(v))
+
+    def back(v):
+        return np.sign(v) * np.square(v)
+
     getattr(ax, f'set_{axis}scale')('function', functions=(forward, back))
     getattr(ax, f'set_{axis}lim')(low, 1.04)
     apart = [t for t in (0.1, 0.25, 0.5, 1) if forward(t) - forward(margin) > 0.12]

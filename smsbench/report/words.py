@@ -223,7 +223,10 @@ def people(
     is_open: bool = True,  # may counts below 10 be shown?
 ) -> str:
     "Patients and donors behind a verdict, and how many independent patients they are worth."
-    count = lambda n: shown(int(n), 'open' if is_open else 'credentialed')
+
+    def count(n):
+        return shown(int(n), 'open' if is_open else 'credentialed')
+
     said = [f"{count(verdict['n_patients'])} patients"]
     if verdict['n_donors']:
         said.append(f"{count(verdict['n_donors'])} donors")

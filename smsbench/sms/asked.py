@@ -51,7 +51,10 @@ def row_wordings(
         raise InputError(
             "this cohort does not bring wordings as rows: it needs a question per row and a column variant, '0' for the original"
         )
-    key = lambda r: (r.patient_id, r.image, r.finding, getattr(r, 'asked', ''))
+
+    def key(r):
+        return (r.patient_id, r.image, r.finding, getattr(r, 'asked', ''))
+
     base = {key(r): i for i, r in rows.items() if r.variant == '0'}
     out, lone = {i: [] for i in base.values()}, [i for i, r in rows.items() if key(r) not in base]
     if not out:

@@ -293,7 +293,10 @@ def by_image(
     source,  # a `Source`
 ) -> list:  # its rows (named tuples): trials of one image together, those without an image last
     "The order in which trials are asked."
-    image = lambda t: source.rows[t.image_id].image if t.image_id else ''
+
+    def image(t):
+        return source.rows[t.image_id].image if t.image_id else ''
+
     return sorted(plan.itertuples(index=False), key=lambda t: (not t.image_id, image(t)))
 
 # %% ../../nbs/32_sms.audit.ipynb #705821b2

@@ -68,7 +68,10 @@ def _crossed(each):
     for names, values in each.items():
         keys = [n.strip() for n in names.split(',')]
         lists.append([dict(zip(keys, v if len(keys) > 1 else [v])) for v in values])
-    joined = lambda parts: {k: v for part in parts for k, v in part.items()}
+
+    def joined(parts):
+        return {k: v for part in parts for k, v in part.items()}
+
     return [joined(parts) for parts in itertools.product(*lists)]
 
 
@@ -473,7 +476,10 @@ def _kept(out, grid, code):
     if not isinstance(old, dict) or not isinstance(old.get('settings'), dict):
         raise InputError(f'{out}: is no file of this suite; choose another --out')
     same = old.get('engine') == code and old.get('limits') == grid.limits.model_dump()
-    fits = lambda e: same and old['settings'].get(e.name, {}).get('key') == e.key
+
+    def fits(e):
+        return same and old['settings'].get(e.name, {}).get('key') == e.key
+
     return {e.name: old['settings'][e.name] for e in grid.entries if fits(e)}
 
 
@@ -566,7 +572,10 @@ def verdict_table(
     rows = []
     for name, s in found['settings'].items():
         for v in s['verdicts']:
-            rate = lambda k, v=v: v['false'].get(k, {}).get('rate', np.nan)
+
+            def rate(k, v=v):
+                return v['false'].get(k, {}).get('rate', np.nan)
+
             false = {f'false {k}': rate(k) for k in ('relies', 'ignores')}
             shares = {k: v['shares'].get(k, 0.0) for k in ('relies', 'ignores', 'undecided')}
             error = max((r['error'] for r in v['false'].values()), default=np.nan)

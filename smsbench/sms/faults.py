@@ -225,12 +225,12 @@ def answer_faults(
     out, said = [], ('yes', 'no')
     scored = {a: g.index[g.published.isin(said)] for a, g in arms.items()}
     for a, g in arms.items():
-        add = lambda code, rows, evidence, a=a, g=g, checked=None: (
-            rows
-            and out.append(
+
+        def add(code, rows, evidence, a=a, g=g, checked=None):
+            return rows and out.append(
                 fault(*where, a, code, rows, len(g) if checked is None else checked, evidence)
             )
-        )
+
         if a != 'No' and 'No' in arms:
             base = arms['No']
             odd, present = (

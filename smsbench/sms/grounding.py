@@ -182,7 +182,10 @@ def state_examples(
     chosen = states[states.state.isin(STATES)].sort_values('trial_id')
     chosen = chosen.groupby(['model', 'state'], sort=False).head(most)
     order = {s: i for i, s in enumerate(STATES)}
-    place = lambda c: c.map(order) if c.name == 'state' else c
+
+    def place(c):
+        return c.map(order) if c.name == 'state' else c
+
     return chosen.sort_values(['model', 'state', 'trial_id'], key=place)
 
 # %% ../../nbs/33d_sms.grounding.ipynb #5e299855

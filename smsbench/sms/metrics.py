@@ -337,7 +337,10 @@ def _accuracy_change(cells, arm):
     "Accuracy less that of the arm compared with, on the same samples; an answer that cannot be read is not right."
     versus = ARMS[arm].versus
     on = cells.weight(arm) * cells.has(versus)
-    right = lambda a: on * (cells(a, 'parsed') & cells(a, 'correct'))
+
+    def right(a):
+        return on * (cells(a, 'parsed') & cells(a, 'correct'))
+
     return Term(
         'accuracy_change',
         arm,
@@ -353,7 +356,10 @@ def _unmatched_excess(cells, arm):
         return []
     versus = ARMS[arm].versus
     both = cells.weight(arm) * (cells(arm, 'parsed') & cells(versus, 'parsed'))
-    said = lambda a: both * (cells(a, 'said') == 'unmatched')
+
+    def said(a):
+        return both * (cells(a, 'said') == 'unmatched')
+
     return [
         Term(
             'unmatched_excess',
@@ -411,9 +417,13 @@ def excess(
 ) -> Term:
     "Movement under an arm less that under its control, on the samples shown under both."
     a, measure_of = ARMS[arm], _MOVED[metric]
-    weight = lambda one: (
-        cells.weight(one) if keep is None else _again_whole(cells, cells.weight(one) * keep(one))
-    )
+
+    def weight(one):
+        return (
+            cells.weight(one)
+            if keep is None
+            else _again_whole(cells, cells.weight(one) * keep(one))
+        )
 
     def part(one, other):
         both = np.bincount(cells.sample, weight(other) * cells(other, 'tried'))[cells.sample] > 0
@@ -492,7 +502,10 @@ def chance_rows(
     both = [levels[a] for a in ('image_swap', 'text_swap') if a in levels]
     if len(both) == 2:
         levels[''] = float(np.mean(both))
-    n = lambda a: len(np.unique(cells.sample[_apart(cells, a or 'image_swap') > 0]))
+
+    def n(a):
+        return len(np.unique(cells.sample[_apart(cells, a or 'image_swap') > 0]))
+
     return [
         _row('text_following_chance', a, v, np.nan, np.nan, n(a), note='chance level')
         for a, v in levels.items()
@@ -839,7 +852,10 @@ def _p_text(p):
 
 def _difference(one, two, arm):
     w = one.weight(arm)
-    right = lambda c: w * (c(arm, 'parsed') & c(arm, 'correct'))
+
+    def right(c):
+        return w * (c(arm, 'parsed') & c(arm, 'correct'))
+
     return Term('accuracy_difference', arm, right(one), w, (0, 1), Term('', arm, right(two), w))
 
 

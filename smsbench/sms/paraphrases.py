@@ -301,7 +301,10 @@ def renamed(
     asked: Asked,  # from `understand`
 ) -> list[Asked]:  # the same question under other names
     "Synonyms of what is asked; empty where none is listed."
-    numbered = lambda s: replace(asked, thing=s, plural=many(s))
+
+    def numbered(s):
+        return replace(asked, thing=s, plural=many(s))
+
     if asked.kind == 'exists':
         return [numbered(s) for s in synonyms(asked.thing)]
     organ = re.sub(r'^(the|this|that|these|those) ', '', asked.subject.lower())
@@ -351,7 +354,10 @@ def _rebuilt(asked):
     if asked.kind == 'exists' and (asked.subject or asked.place):
         made['order'].insert(0, filled(asked, FRONT))
     own = renamed(asked)
-    plain = lambda a: filled(a, EXISTS['phrasing'][3] if a.kind == 'exists' else '{Is} {s} {x}?')
+
+    def plain(a):
+        return filled(a, EXISTS['phrasing'][3] if a.kind == 'exists' else '{Is} {s} {x}?')
+
     made['synonym'] = [plain(a) for a in own]
     made['combined'] = [
         filled(a, (EXISTS if a.kind == 'exists' else IS)[k][0])

@@ -43,7 +43,10 @@ def published_shapes(
 ) -> dict:  # accuracy, precision, recall, specificity
     "The four figures as the published code prints them."
     yes, pos = said == 'yes', truth == 'yes'
-    over = lambda a, b, empty: a.sum() / b.sum() if b.any() else empty
+
+    def over(a, b, empty):
+        return a.sum() / b.sum() if b.any() else empty
+
     return dict(
         accuracy=over(yes == pos, np.ones(len(yes), bool), np.nan),
         precision=over(yes & pos, yes, 0.0),
@@ -205,7 +208,10 @@ def corrected_figures(
         for a in use:
             y, right, read = sheet.yes[source][a], sheet.right(source, a), sheet.read(source, a)
             said, denied = np.nan_to_num(y), np.nan_to_num(1 - y)
-            over = lambda num, den, u=read: ratio(num * u, den * u, (0, 1))
+
+            def over(num, den, u=read):
+                return ratio(num * u, den * u, (0, 1))
+
             figures = dict(
                 accuracy=over(right, 1.0),
                 precision=over(said * pos, said),
@@ -387,7 +393,10 @@ def fault_summary(
         found, columns=['model', 'dataset', 'arm', 'code', 'rows', 'checked', 'evidence']
     )
     t['example'] = t.model + ': ' + t.evidence
-    listed = lambda c: ', '.join(dict.fromkeys(v for v in c if v))
+
+    def listed(c):
+        return ', '.join(dict.fromkeys(v for v in c if v))
+
     g = (
         t.sort_values('rows', ascending=False, kind='stable')
         .groupby(['code', 'dataset'], sort=False)
@@ -480,10 +489,13 @@ def findings(
         if len(shifted)
         else 'Not one shifted arm applied the change it is named after.'
     )
-    count = lambda code: (
-        sum(f['rows'] for f in found if f['code'] == code),
-        sum(f['code'] == code for f in found),
-    )
+
+    def count(code):
+        return (
+            sum(f['rows'] for f in found if f['code'] == code),
+            sum(f['code'] == code for f in found),
+        )
+
     for code, text in (
         (
             'unparsed_recoverable',

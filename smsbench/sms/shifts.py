@@ -311,7 +311,10 @@ def _shown(arm, r, donors, rows, shapes, asking, draw=0):
             asking.rows[text_id].text,
         )
         why, change = done.why, done.change
-    lent = lambda i: rows[i].label if i else ''
+
+    def lent(i):
+        return rows[i].label if i else ''
+
     said = {'foil': opposite(r.label), 'removed': ''}.get(
         arm.text, r.label if arm.text in TEXT_OPS else lent(text_id)
     )

@@ -477,7 +477,10 @@ def _calibration(pop, arm):
 def _weighted(pop, arm, parts):
     "(metric, arm) -> (numerator, denominator) summed over the population; f1 counts as it stands."
     w = pop.weight
-    total = lambda k, num, den: float(w @ num) if k == 'f1' else float(w @ (num * den))
+
+    def total(k, num, den):
+        return float(w @ num) if k == 'f1' else float(w @ (num * den))
+
     return {(k, arm): (total(k, num, den), float(w @ den)) for k, (num, den) in parts.items()}
 
 # %% ../../nbs/37_sms.simulate.ipynb #05a5218d

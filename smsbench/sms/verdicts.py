@@ -222,7 +222,10 @@ def _families(keys, family):
     "Lists of (model, kind, name, modality) whose error rates are kept together."
     if family == 'none':
         return [[k] for k in keys]
-    group = lambda k: (k[1], k[0] if family == 'model' else '')
+
+    def group(k):
+        return (k[1], k[0] if family == 'model' else '')
+
     return [[k for k in keys if group(k) == g] for g in dict.fromkeys(map(group, keys))]
 
 # %% ../../nbs/33c_sms.verdicts.ipynb #ee2c9fb3
@@ -246,16 +249,24 @@ def give_verdicts(
         m: _parts(rows, strata)
         for m, rows in answer_table(plan, predictions).groupby('model', sort=True)
     }
-    state = lambda m, s: [a for a, v in delivery.get(m, {}).items() if v['verdict'] == s]
+
+    def state(m, s):
+        return [a for a, v in delivery.get(m, {}).items() if v['verdict'] == s]
+
     silent = {m: _silences(p, margin) for m, p in parts.items()}
     keys = [(m, *part, modality) for m, p in parts.items() for part in p for modality in NEEDS]
     cells = {k: parts[k[0]][k[1:3]] for k in keys}
-    about = lambda k: (state(k[0], 'void'), silent[k[0]].get(k[1:3], silent[k[0]]['all', 'all']))
+
+    def about(k):
+        return (state(k[0], 'void'), silent[k[0]].get(k[1:3], silent[k[0]]['all', 'all']))
+
     planned = set(plan.arm)
     none = {k: _no_record(cells[k], k[3], *about(k), margin, planned) for k in keys}
     seen = {k: evidence(cells[k], k[3]) for k in keys if none[k] is None}
     tried = [k for k, (other, *_) in seen.items() if other.n_patients >= FEWEST]
-    decided = lambda k, factor: word_for(bounds_of(*seen[k], factor), margin)[0] != 'undecided'
+
+    def decided(k, factor):
+        return word_for(bounds_of(*seen[k], factor), margin)[0] != 'undecided'
 
     factor = {}
     for members in _families(tried, family):
@@ -300,7 +311,10 @@ def _silence(cells, margin):
 
 def _model_record(model, parts, found, silent):
     "The verdicts of one model, nested as verdicts.json holds them."
-    of = lambda kind, name: {f'relies_on_{m}': found[model, kind, name, m] for m in NEEDS}
+
+    def of(kind, name):
+        return {f'relies_on_{m}': found[model, kind, name, m] for m in NEEDS}
+
     findings = {name: of(kind, name) for kind, name in parts if kind == 'finding'}
     subgroup = {name: of(kind, name) for kind, name in parts if kind == 'subgroup'}
     _add_pooled(findings)

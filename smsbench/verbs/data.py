@@ -187,9 +187,10 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
         page = render(
             'cohort_audit', report, dict(cohort=str(out.resolve()), root=str(root.resolve()))
         )
-    safe = lambda n: (
-        n if shown(n, table.attrs['access']) == str(n) else shown(n, table.attrs['access'])
-    )
+
+    def safe(n):
+        return n if shown(n, table.attrs['access']) == str(n) else shown(n, table.attrs['access'])
+
     say(
         dict(
             cohort=str(out),

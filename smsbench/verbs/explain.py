@@ -233,7 +233,10 @@ def _explained_figures(found, metrics, cascade, access):
     from smsbench.report.clip_page import explained_panels
 
     table = found.marked.readings.table
-    plain = lambda f: ''.join(c if c.isalnum() else '_' for c in f)
+
+    def plain(f):
+        return ''.join(c if c.isalnum() else '_' for c in f)
+
     figures = dict(localisation=baseline_figure(metrics)) | {
         f'localisation_{i}_{plain(f)}': baseline_figure(metrics, f'finding={f}')
         for i, f in enumerate(sorted(set(table.finding)))

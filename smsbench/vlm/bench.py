@@ -201,7 +201,10 @@ def bench_arms(
     reports: list,  # texts
 ) -> dict:  # arm -> (image or None, text)
     "What each arm of the audit shows of one sample."
-    pick = lambda things, k: things[(i + k) % len(things)]
+
+    def pick(things, k):
+        return things[(i + k) % len(things)]
+
     film, report, grey = films[i], reports[i], np.full_like(films[i], 128)
     h, w = film.shape
 
@@ -253,7 +256,10 @@ def bench_trials(
         for reports in [[report() for _ in films]]
         for i in range(samples)
     ]
-    ask = lambda shown, q: Inputs(shown[0], f'{shown[1]} {q}'.strip(), ('yes', 'no'))
+
+    def ask(shown, q):
+        return Inputs(shown[0], f'{shown[1]} {q}'.strip(), ('yes', 'no'))
+
     return {
         'five arms': [ask(a[k], QUESTIONS[0]) for a in arms for k in ARMS[:5]],
         'all arms': [ask(a[k], QUESTIONS[0]) for a in arms for k in ARMS],
@@ -302,7 +308,10 @@ def model_flops(
 ) -> float:  # floating-point operations
     "Operations that the shapes ask for."
     net, text = model.model, model.model.config.get_text_config()
-    count = lambda m: sum(p.numel() for p in m.parameters())
+
+    def count(m):
+        return sum(p.numel() for p in m.parameters())
+
     tower, eye = net.model.vision_tower, model.model.config.vision_config
     patches = (eye.image_size // eye.patch_size) ** 2
     width = (

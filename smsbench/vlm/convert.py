@@ -328,7 +328,10 @@ def _tower(tower):
 
     if tower is None:
         return None, []
-    inside = lambda tensors: {f'model.vision_tower.vision_tower.{k}': v for k, v in tensors.items()}
+
+    def inside(tensors):
+        return {f'model.vision_tower.vision_tower.{k}': v for k, v in tensors.items()}
+
     if Path(tower).is_file():
         tensors = trunk_tensors(read_weights(tower))
         if not tensors:

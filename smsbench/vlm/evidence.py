@@ -99,7 +99,10 @@ def _canvas(image):
     from PIL import Image
 
     grey = image if image.ndim == 2 else np.rint(image.mean(-1)).astype(np.uint8)
-    low = lambda a: np.asarray(Image.fromarray(a).resize((_N, _N), Image.Resampling.BOX))
+
+    def low(a):
+        return np.asarray(Image.fromarray(a).resize((_N, _N), Image.Resampling.BOX))
+
     same, a = np.zeros(grey.shape, np.uint8), grey[:-1, :-1]
     same[:-1, :-1] = (
         (a == grey[1:, :-1]) & (a == grey[:-1, 1:]) & (a == grey[1:, 1:]) & (a > 3) & (a < 250)

@@ -97,7 +97,10 @@ def jensen_shannon(
     "Jensen-Shannon divergence (Lin 1991), base 2."
     p, q = common(a, b)
     mid = (p + q) / 2
-    kl = lambda p: (p[p > 0] * np.log2(p[p > 0] / mid[p > 0])).sum()
+
+    def kl(p):
+        return (p[p > 0] * np.log2(p[p > 0] / mid[p > 0])).sum()
+
     return float(np.clip((kl(p) + kl(q)) / 2, 0, 1))
 
 # %% ../../nbs/22b_vlm.map_stats.ipynb #bfc6b4c6

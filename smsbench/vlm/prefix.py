@@ -86,14 +86,21 @@ def fork(
         if type(l).__name__ not in ('DynamicLayer', 'DynamicSlidingWindowLayer'):
             raise RunError(f'a cache layer of type {type(l).__name__} cannot be forked')
     if len(caches) == 1 and len({i for _, i in cells}) == 1:
-        pick = lambda ts: ts[0][cells[0][1] : cells[0][1] + 1].expand(
-            len(cells), *ts[0].shape[1:]
-        )  # no copy
+
+        def pick(ts):
+            return ts[0][cells[0][1] : cells[0][1] + 1].expand(
+                len(cells), *ts[0].shape[1:]
+            )  # no copy
     elif len(caches) == 1:
-        pick = lambda ts: ts[0][[i for _, i in cells]]
+
+        def pick(ts):
+            return ts[0][[i for _, i in cells]]
     else:
         order = [[id(c) for c in caches].index(id(c)) for c, _ in cells]
-        pick = lambda ts: torch.cat([ts[k][i : i + 1] for k, (_, i) in zip(order, cells)])
+
+        def pick(ts):
+            return torch.cat([ts[k][i : i + 1] for k, (_, i) in zip(order, cells)])
+
     new = copy.copy(caches[0])
     new.layers = []
     for layers in zip(*(c.layers for c in caches)):

@@ -271,7 +271,10 @@ def answer_tokens(
 
 def _spellings(tokenizer, context, word):
     "Token ids of `word` as it continues `context`, then as it stands alone; only those that read back as `word`."
-    ids = lambda s: tuple(tokenizer(s, add_special_tokens=False)['input_ids'])
+
+    def ids(s):
+        return tuple(tokenizer(s, add_special_tokens=False)['input_ids'])
+
     base = context.rstrip(' ')
     start, forms = ids(base), (word, ' ' + word) if base[-1:].isspace() else (' ' + word, word)
     found = [

@@ -394,11 +394,14 @@ def check(
     pairs = [(answers[i], plain(model.model, inputs[i])[0]) for i in pick]
     diff = _largest(np.abs(np.subtract(a.logprobs, b.logprobs)).max() for a, b in pairs)
     flips = sum(int(np.argmax(a.logprobs) != np.argmax(b.logprobs)) for a, b in pairs)
-    said = lambda a: (
-        a.pixel_sha,
-        a.token_sha,
-        a.delivered_sha if model.level != 'batch' else '',
-    )  # in a plain batch features differ by rounding
+
+    def said(a):
+        return (
+            a.pixel_sha,
+            a.token_sha,
+            a.delivered_sha if model.level != 'batch' else '',
+        )  # in a plain batch features differ by rounding
+
     return Check(
         len(pairs),
         diff,
