@@ -221,9 +221,11 @@ def test_half_precision_says_the_same(vlms, family, tmp_path):
     for method in ('raw', 'rollout', 'gradient', 'relevance'):
         a, b = (
             attention_map(
-                rows_of(v, asked(), method, choice='yes')
-                if 'choice' in METHODS[method].options
-                else rows_of(v, asked(), method),
+                (
+                    rows_of(v, asked(), method, choice='yes')
+                    if 'choice' in METHODS[method].options
+                    else rows_of(v, asked(), method)
+                ),
                 'answer',
                 'all',
             )

@@ -153,10 +153,18 @@ def tarred(files):
     return b.getvalue()
 
 
-XML = b'<eCitation><uId id="1"/><AbstractText Label="FINDINGS">clear lungs, normal heart, no effusion</AbstractText><MeSH><major>normal</major></MeSH><parentImage id="7"/></eCitation>'
+XML = (
+    b'<eCitation><uId id="1"/><AbstractText Label="FINDINGS">clear lungs, normal heart, no'
+    b' effusion</AbstractText><MeSH><major>normal</major></MeSH><parentImage id="7"/></eCitation>'
+)
 FILES = {
-    't.csv': b'id,patient,text,label,boxes,path\n7,p1,a note,yes,"[[0, 0, 2, 2]]",x/p12/y\n8,p2,another,no,,x/p13/y\n',
-    't.json': b'[{"id": "7", "patient": "p1", "text": "a note", "label": true, "boxes": [[0, 0, 2, 2]]}]',
+    't.csv': (
+        b'id,patient,text,label,boxes,path\n7,p1,a note,yes,"[[0, 0, 2,'
+        b' 2]]",x/p12/y\n8,p2,another,no,,x/p13/y\n'
+    ),
+    't.json': (
+        b'[{"id": "7", "patient": "p1", "text": "a note", "label": true, "boxes": [[0, 0, 2, 2]]}]'
+    ),
     't.jsonl': b'{"id": 7, "patient": 1, "text": "a note", "label": "yes"}\n',
     'l.txt': b'7\n9\n',
     'r/7.txt': b'FINDINGS: clear lungs, normal heart, no effusion',

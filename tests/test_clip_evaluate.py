@@ -230,7 +230,8 @@ def test_how_long_it_takes_beside_clip_benchmark(capsys):
         ours, theirs = map(min, took)
         with capsys.disabled():
             print(
-                f'\n{name}: {1000 * ours:.0f} ms here, {1000 * theirs:.0f} ms in CLIP_benchmark, ratio {ours / theirs:.2f}'
+                f'\n{name}: {1000 * ours:.0f} ms here, {1000 * theirs:.0f} ms in CLIP_benchmark,'
+                f' ratio {ours / theirs:.2f}'
             )
         if 'whole' not in name:
             assert ours < 20 * theirs
@@ -350,9 +351,11 @@ def test_what_is_withheld_is_no_difference_of_what_is_shown(seed, kind):
         scores,
         pd.DataFrame(y, columns=[*'abcd']),
         np.arange(n),
-        Thresholds(dict.fromkeys('abcd', 0.25), 'given', frozenset(), {}, 0)
-        if kind == 'multilabel'
-        else None,
+        (
+            Thresholds(dict.fromkeys('abcd', 0.25), 'given', frozenset(), {}, 0)
+            if kind == 'multilabel'
+            else None
+        ),
         kind=kind,
         n_boot=5,
     )

@@ -605,7 +605,8 @@ def test_three_layouts_of_one_mark_give_one_region(tmp_path):
             _write(
                 tmp_path,
                 'b.csv',
-                'film,finding,points,width,height\na.png,effusion,"20,40 60,40 60,100 20,100",200,160\n',
+                'film,finding,points,width,height\na.png,effusion,"20,40 60,40 60,100'
+                ' 20,100",200,160\n',
             ),
             'csv',
         ),
@@ -672,7 +673,8 @@ def test_bad_marks_among_good_ones_are_listed(tmp_path):
     path = _write(
         tmp_path,
         'm.csv',
-        'film,finding,reader,x0,y0,x1,y1,points\ns1,effusion,R1,1,1,9,9,\ns1,effusion,R1,1,1,900,9,\nzz,effusion,R1,1,1,9,9,\ns1,effusion,R1,,,,,"1,1 2,2"\ns1,effusion,R2,,,,,\n',
+        'film,finding,reader,x0,y0,x1,y1,points\ns1,effusion,R1,1,1,9,9,\ns1,effusion,R1,1,1,900,9,\nzz,effusion,R1,1,1,9,9,\ns1,effusion,R1,,,,,"1,1'
+        ' 2,2"\ns1,effusion,R2,,,,,\n',
     )
     got = place_marks(
         read_marks(path), pd.DataFrame(dict(film_id=['s1'], patient_id=['p'])), [(80, 100)]
@@ -799,5 +801,8 @@ def test_gradcam_of_a_model_trained_on_phantom_films_beats_the_centre(tmp_path):
 def test_importing_needs_no_torch():
     import subprocess
 
-    code = 'import sys, smsbench.clip.explain, smsbench.clip.readers, smsbench.report.cam_figures; assert not {"torch", "open_clip", "pytorch_grad_cam", "matplotlib"} & set(sys.modules)'
+    code = (
+        'import sys, smsbench.clip.explain, smsbench.clip.readers, smsbench.report.cam_figures;'
+        ' assert not {"torch", "open_clip", "pytorch_grad_cam", "matplotlib"} & set(sys.modules)'
+    )
     subprocess.run([sys.executable, '-c', code], check=True)

@@ -161,9 +161,11 @@ class Code:
 def test_code_in_a_pickle_does_not_run(folders, tmp_path, inside):
     weights = load_clip(str(folders['native']), device='cpu').model.state_dict()
     torch.save(
-        dict(state_dict=weights, extra=Code(tmp_path / 'ran'))
-        if inside.startswith('beside')
-        else Code(tmp_path / 'ran'),
+        (
+            dict(state_dict=weights, extra=Code(tmp_path / 'ran'))
+            if inside.startswith('beside')
+            else Code(tmp_path / 'ran')
+        ),
         tmp_path / 'weights.pt',
     )
     with pytest.raises(InputError, match='could run code') as e:

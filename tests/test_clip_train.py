@@ -303,7 +303,9 @@ def test_a_tiny_model_learns_three_findings(tmp_path):
     )
     after = macro_auroc(zero_shot(done.clip('cpu'), test), test.targets)
     print(
-        f'\nAUROC on {len(test)} test films: random weights {before[0]:.3f}, trained {after[0]:.3f} ({dict(zip(films.classes, np.round([*after[1].values()], 3)))}), {time.process_time() - begin:.0f} s CPU'
+        f'\nAUROC on {len(test)} test films: random weights {before[0]:.3f}, trained {after[0]:.3f}'
+        f' ({dict(zip(films.classes, np.round([*after[1].values()], 3)))}),'
+        f' {time.process_time() - begin:.0f} s CPU'
     )
     assert after[0] > 0.9 and min(after[1].values()) > 0.8 and after[0] > before[0] + 0.1
 

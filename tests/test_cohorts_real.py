@@ -176,7 +176,10 @@ def test_a_lost_film_is_one_exclusion(tmp_path):
     broken = exclusions[exclusions.reason.str.endswith('image')]
     assert (
         dict(zip(broken.sample_id, broken.reason))
-        == {used[0]['id']: 'missing image', used[1]['id']: 'truncated image'}
+        == {
+            used[0]['id']: 'missing image',
+            used[1]['id']: 'truncated image',
+        }
         and len(cohort) == len(used) - 2
     )
 

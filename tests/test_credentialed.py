@@ -171,7 +171,10 @@ def test_nothing_that_is_written_or_printed_holds_a_secret(lent, cli, here, tmp_
 
 def test_many_questions_about_few_films_hide_nothing_less(lent, here, tmp_path):
     "Seven questions make seven samples of a film: values of few patients stay withheld, whatever the number of rows."
-    ask = "{question: 'Is there pleural effusion?', label: {column: label, map: {'1': 'yes', '0': 'no'}}}"
+    ask = (
+        "{question: 'Is there pleural effusion?', label: {column: label, map: {'1': 'yes', '0':"
+        " 'no'}}}"
+    )
     card = (
         CARD[: CARD.index('tasks:')]
         + 'tasks:\n'

@@ -9,7 +9,10 @@ import pytest
 from smsbench.data.phantom import phantom_cohort
 from smsbench.sms.attend import AttendSettings, attend
 
-FLAGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+FLAGS = (
+    '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking'
+    ' --disable-component-update --disable-sync'.split()
+)
 
 
 @pytest.fixture(scope='module')
@@ -150,9 +153,10 @@ def opened(page, base, token):
 
 
 def state(page):
-    return page.locator('img.smsbench-picture').last.get_attribute('src'), page.locator(
-        '.smsbench-text'
-    ).last.inner_text()
+    return (
+        page.locator('img.smsbench-picture').last.get_attribute('src'),
+        page.locator('.smsbench-text').last.inner_text(),
+    )
 
 
 def changed(page, before, timeout=20.0):
@@ -203,11 +207,11 @@ def test_knobs_in_jupyterlab(home):
             (2, 'asked'),
             (3, 'rollout'),
         ):  # sample, arm, query, method
-            page.locator('.widget-dropdown select').nth(k).select_option(
-                index=option
-            ) if isinstance(option, int) else page.locator('.widget-dropdown select').nth(
-                k
-            ).select_option(label=option)
+            (
+                page.locator('.widget-dropdown select').nth(k).select_option(index=option)
+                if isinstance(option, int)
+                else page.locator('.widget-dropdown select').nth(k).select_option(label=option)
+            )
             now, seconds = changed(page, now)
             took.append(clock(page))
         assert 'arm text_swap, query asked' in now[1]
@@ -217,7 +221,8 @@ def test_knobs_in_jupyterlab(home):
         page.keyboard.press('ArrowRight')
         page.keyboard.press('ArrowRight')
         page.wait_for_function(
-            "() => [...document.querySelectorAll('.smsbench-text')].at(-1).innerText.split('no attention at all').length == 3"
+            "() => [...document.querySelectorAll('.smsbench-text')].at(-1).innerText.split('no"
+            " attention at all').length == 3"
         )  # the last layer has no gradient at this word: both models say so
         assert state(page)[0] != now[0]  # and no old map stands above it
         assert max(took) < 0.5, took

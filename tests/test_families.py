@@ -440,7 +440,10 @@ def unknown_idefics2(folder):
         ),
         tok,
         image_seq_len=4,
-        chat_template="{% for m in messages %}User:{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}\nAssistant:",
+        chat_template=(
+            "{% for m in messages %}User:{% for c in m['content'] %}{% if c['type'] == 'image'"
+            " %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}\nAssistant:"
+        ),
     ).save_pretrained(folder)
 
 

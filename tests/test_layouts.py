@@ -433,12 +433,17 @@ def test_texts_say_what_the_card_promises(tmp_path):
     assert (
         brset.text[0]
         == 'Age: 38; sex: male; eye: right; comorbidities: ; years with diabetes: ; insulin: '
-        and set(brset.sex) == {'male', 'female'}
+        and set(brset.sex)
+        == {
+            'male',
+            'female',
+        }
     )
     history = read_one('fake_history')
     assert (
         history.text[0]
-        == 'Prior chest X-ray report:\nThe lungs are clear.\n\nCurrent chest X-ray report:\nA large effusion is present.'
+        == 'Prior chest X-ray report:\nThe lungs are clear.\n\nCurrent chest X-ray report:\nA large'
+        ' effusion is present.'
     )
     foils = read_one('valse_foils')
     assert all(

@@ -29,7 +29,8 @@ def test_imports_are_light():
     assert imported('import smsbench.cli; smsbench.cli.main(["--help"])') == '[]'
     assert (
         imported(
-            'import smsbench.sms.run, smsbench.sms.published, smsbench.report.figures, smsbench.vlm.models, smsbench.cli'
+            'import smsbench.sms.run, smsbench.sms.published, smsbench.report.figures,'
+            ' smsbench.vlm.models, smsbench.cli'
         )
         == '[]'
     )

@@ -191,7 +191,8 @@ def test_a_figure_is_recomputed_as_the_quantity_that_was_published(run):
     few = accuracy_of(table, 'biomedgpt', 'Only_text')  # another quantity stands in the note alone
     assert f'{few.as_published:.4f}' == f'{few.corrected:.4f}' == '0.6047' and few.n == 129
     assert few.note.startswith(
-        'on 129 of 2,000 answers that say yes or no; with the others counted as not right it would be 0.0390'
+        'on 129 of 2,000 answers that say yes or no; with the others counted as not right it would'
+        ' be 0.0390'
     )
     assert (
         few.ci_low < few.corrected < few.ci_high and few.ci_high - few.ci_low > 0.1
@@ -221,11 +222,12 @@ def test_every_sample_counts_in_every_arm_and_n_counts_answers(run):
 def test_sentences_name_the_quantity_and_call_nothing_corrected(run):
     told = findings(run[0], run[1])
     assert (
-        'Accuracies that rest on fewer than half of the answers: biomedgpt, medeval, Only_text: 0.6047 on 129 of 2,000.'
-        in told
+        'Accuracies that rest on fewer than half of the answers: biomedgpt, medeval, Only_text:'
+        ' 0.6047 on 129 of 2,000.' in told
     )
     assert told[-1].startswith(
-        'The accuracy that changes most when it is recomputed is llama3_10b, medeval, No: published 0.6609, recomputed 0.6445'
+        'The accuracy that changes most when it is recomputed is llama3_10b, medeval, No: published'
+        ' 0.6609, recomputed 0.6445'
     )
     assert not any(re.search('correct|0.0390', line) for line in told)
 

@@ -11,7 +11,10 @@ from smsbench.report.html import render, render_run
 from smsbench.sms import run as sms_run, score as sms_score
 from smsbench.vlm.planted import planted
 
-FLAGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+FLAGS = (
+    '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking'
+    ' --disable-component-update --disable-sync'.split()
+)
 SCRIPT, IMAGE, TEX = '<script>alert(1)</script>', '<img src=x onerror=alert(2)>', '$a_b$'
 HOSTILE_MODEL = f'{IMAGE}{TEX}'
 
@@ -98,18 +101,21 @@ def test_the_default_run_opens_with_the_planted_verdicts(browser, smoke):
     assert first_screen(page, f'planted:text-only ignores the image: {swap} 0.0 points, at most by')
     assert first_screen(
         page,
-        f'planted:image-only relies on the image: {swap} 100.0 points more than one with the same finding, at least by',
+        f'planted:image-only relies on the image: {swap} 100.0 points more than one with the same'
+        ' finding, at least by',
     )
     assert first_screen(page, 'Less than 5 points, the margin, counts as no change that matters')
     holds_for_any_report(page, smoke)
     order = page.evaluate("[...document.querySelectorAll('h2[id]')].map(h => h.id)")
     assert (
         order
-        == 'verdicts firmness delivery donors accuracy flips plane calibration subgroups examples contrasts grounding confidence answers files funnel method provenance'.split()
+        == 'verdicts firmness delivery donors accuracy flips plane calibration subgroups examples'
+        ' contrasts grounding confidence answers files funnel method provenance'.split()
     )
     assert (
         page.evaluate(
-            "[...document.querySelectorAll('.contents a')].map(a => a.getAttribute('href').slice(1))"
+            "[...document.querySelectorAll('.contents a')].map(a =>"
+            " a.getAttribute('href').slice(1))"
         )
         == order
     )
@@ -152,7 +158,9 @@ def test_on_paper_everything_is_open_and_fits(browser, smoke):
     assert page.evaluate('document.documentElement.scrollWidth') <= 690
     assert all(
         page.evaluate(
-            "[...document.querySelectorAll('details table')].map(t => t.checkVisibility({contentVisibilityAuto: true}) && t.getBoundingClientRect().height > 0)"
+            "[...document.querySelectorAll('details table')].map(t =>"
+            " t.checkVisibility({contentVisibilityAuto: true}) && t.getBoundingClientRect().height"
+            " > 0)"
         )
     )
     page.close()

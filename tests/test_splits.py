@@ -38,7 +38,11 @@ def test_another_process_agrees(tmp_path):
     "Another hash seed, another locale and shuffled rows, columns and parts."
     c = phantom_cohort(n=80, findings=('effusion', 'nodule'), seed=3)
     write_table(c.sample(frac=1, random_state=1)[[*c][::-1]], tmp_path / 'c.parquet')
-    code = "import sys; from smsbench.core import read_table; from smsbench.data.splits import *; write_splits(make_splits(read_table(sys.argv[1]), dict(test=.15, val=.15, train=.7), seed=5), sys.argv[2])"
+    code = (
+        "import sys; from smsbench.core import read_table; from smsbench.data.splits import *;"
+        " write_splits(make_splits(read_table(sys.argv[1]), dict(test=.15, val=.15, train=.7),"
+        " seed=5), sys.argv[2])"
+    )
     for k, env in enumerate(
         (dict(PYTHONHASHSEED='1', LC_ALL='C'), dict(PYTHONHASHSEED='2', OMP_NUM_THREADS='1'))
     ):
@@ -56,7 +60,10 @@ def test_splits_import_nothing_heavy():
         [
             sys.executable,
             '-c',
-            "import sys, smsbench.data.splits; print([m for m in ('torch', 'sklearn', 'scipy', 'matplotlib') if m in sys.modules])",
+            (
+                "import sys, smsbench.data.splits; print([m for m in ('torch', 'sklearn', 'scipy',"
+                " 'matplotlib') if m in sys.modules])"
+            ),
         ],
         capture_output=True,
         text=True,
@@ -126,7 +133,10 @@ def test_official_splits_are_not_believed(cohorts):
     assert shared > 100 and shared > 0.7 * vqa[vqa.split == 'test'].image.nunique()
     with pytest.raises(
         InputError,
-        match=f'^{shared} of {len(where)} images are in more than one split .*test and train: {shared}.*make_splits',
+        match=(
+            f'^{shared} of {len(where)} images are in more than one split .*test and train:'
+            f' {shared}.*make_splits'
+        ),
     ) as e:
         assert_disjoint(vqa, 'image')
     assert '\n' not in str(e.value)
@@ -171,7 +181,10 @@ def test_a_class_of_few_patients_is_named(cohorts):
     rare = carriers.idxmin()
     with pytest.raises(
         InputError,
-        match=f'^{rare}: {carriers.min()} patients carry it, too few for the {carriers.min() + 1} parts',
+        match=(
+            f'^{rare}: {carriers.min()} patients carry it, too few for the {carriers.min() + 1}'
+            ' parts'
+        ),
     ):
         make_folds(c, int(carriers.min()) + 1)
     assert (split_table(apply_splits(c, make_folds(c, 5))).patients > 0).all()

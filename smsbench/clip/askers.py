@@ -18,6 +18,7 @@ from ..core import InputError, RunError
 from ..data.holding import hold
 from ..sms.prompts import Task, render
 
+
 # %% ../../nbs/43cb_clip.askers.ipynb #93eb7cc8
 def readable_samples(
     samples,  # `Films`, or a cohort table, sealed or not
@@ -43,6 +44,7 @@ def readable_samples(
     ].reset_index(drop=True)
     good.attrs = samples.attrs
     return good, left
+
 
 # %% ../../nbs/43cb_clip.askers.ipynb #3308f92b
 @dataclass(eq=False)
@@ -120,7 +122,9 @@ class ClipAsker:
         texts = list(dict.fromkeys(texts))
         if (cut := cut_texts(self.clip, texts)).any():
             raise InputError(
-                f"{self.clip.name}: {int(cut.sum())} of {len(texts)} prompts are longer than its {self.clip.info['context']} tokens, so that facts would be lost; use shorter prompts or fewer inputs"
+                f"{self.clip.name}: {int(cut.sum())} of {len(texts)} prompts are longer than its"
+                f" {self.clip.info['context']} tokens, so that facts would be lost; use shorter"
+                " prompts or fewer inputs"
             )
         return dict(zip(texts, text_embeddings(self.clip, texts)))
 
@@ -148,6 +152,7 @@ class ClipAsker:
         chosen.check(films.table.patient_id)
         return held.said(chosen)
 
+
 # %% ../../nbs/43cb_clip.askers.ipynb #807e4ee4
 def clip_asker(
     clip,  # `Clip` of clip.models
@@ -163,13 +168,16 @@ def clip_asker(
     )
     if films.kind == 'multilabel' and val is None:
         raise InputError(
-            'findings that are present or absent need thresholds: give validation films of other patients as val'
+            'findings that are present or absent need thresholds: give validation films of other'
+            ' patients as val'
         )
     if val is not None and list(val.classes) != list(films.classes):
         raise InputError(
-            f"validation films are of {', '.join(val.classes)}; the films asked of {', '.join(films.classes)}"
+            f"validation films are of {', '.join(val.classes)}; the films asked of"
+            f" {', '.join(films.classes)}"
         )
     return ClipAsker(clip, films, prompts, val, say, rule)
+
 
 # %% ../../nbs/43cb_clip.askers.ipynb #eb36d4f9
 _INFORMATION = 'clinical information'  # what the prompt calls the facts
@@ -224,10 +232,12 @@ class VlmAsker:
                 lp = np.asarray(a.logprobs, float)
                 if lp.shape != (len(x.choices),) or np.isnan(lp).any():
                     raise RunError(
-                        f'{self.name}: log-probabilities {a.logprobs} for the choices {list(x.choices)}'
+                        f'{self.name}: log-probabilities {a.logprobs} for the choices'
+                        f' {list(x.choices)}'
                     )
                 said.append(x.choices[int(lp.argmax())] if (lp == lp.max()).sum() == 1 else '')
         return said
+
 
 # %% ../../nbs/43cb_clip.askers.ipynb #2c85cebd
 def vlm_asker(

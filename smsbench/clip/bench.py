@@ -15,6 +15,7 @@ from ..core import InputError, RunError
 from .steps import PRECISIONS, adamw, train_step
 from ..vlm.bench import Meter
 
+
 # %% ../../nbs/41ba_clip.bench.ipynb #cff965e3
 def bench_clip(
     name: str = 'tiny',  # 'tiny', or a name of `open_clip.list_models()`: that shape
@@ -44,6 +45,7 @@ def bench_clip(
         )
     return model.to(device).train()
 
+
 # %% ../../nbs/41ba_clip.bench.ipynb #c5b3217b
 def bench_batch(
     model,  # open_clip model
@@ -63,6 +65,7 @@ def bench_batch(
         k: v.to(model.logit_scale.device)
         for k, v in dict(pixels=torch.randn(n, 3, *size, generator=draw), text=ids).items()
     }
+
 
 # %% ../../nbs/41ba_clip.bench.ipynb #b205d94f
 class _Ours:
@@ -119,7 +122,8 @@ class _OpenClip(_SameOptimizer):
             from open_clip_train.train import train_one_epoch
         except ImportError as e:
             raise RunError(
-                f'open_clip came without its training loop ({e}); install open_clip_torch 3.3 or later'
+                f'open_clip came without its training loop ({e}); install open_clip_torch 3.3 or'
+                ' later'
             ) from e
         pieces = [
             p
@@ -166,6 +170,7 @@ WAYS = {
     'smsbench': _Ours,
     'smsbench, same optimizer': _SameOptimizer,
 }  # name -> how it steps
+
 
 # %% ../../nbs/41ba_clip.bench.ipynb #7db926e5
 def step_benchmark(
@@ -231,9 +236,9 @@ def _row(runs, name, pairs, steps):
         cpu_ratio=beside['cpu_seconds'],
         peak_mib=middle['peak'] / 2**20,
         foreign=middle['foreign'],
-        note=f"others used {middle['foreign']:.0%} of the machine"
-        if middle['foreign'] > 0.1
-        else '',
+        note=(
+            f"others used {middle['foreign']:.0%} of the machine" if middle['foreign'] > 0.1 else ''
+        ),
     )
 
 
@@ -255,11 +260,13 @@ def _checked(batch, chunks, rounds, steps, device, precision):
 
     if min(batch, rounds, steps, *chunks) < 1 or not chunks:
         raise InputError(
-            f'batch {batch}, chunks {chunks}, rounds {rounds}, steps {steps}; each must be 1 at least'
+            f'batch {batch}, chunks {chunks}, rounds {rounds}, steps {steps}; each must be 1 at'
+            ' least'
         )
     if any(batch % k for k in chunks):
         raise InputError(
-            f'a batch of {batch} does not fall into {chunks} equal chunks; open_clip takes equal ones only'
+            f'a batch of {batch} does not fall into {chunks} equal chunks; open_clip takes equal'
+            ' ones only'
         )
     if precision not in PRECISIONS:
         raise InputError(f"no precision {precision!r}; choose from {', '.join(PRECISIONS)}")

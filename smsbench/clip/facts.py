@@ -13,6 +13,7 @@ import pandas as pd
 from ..core import InputError
 from .data import WITHHELD
 
+
 # %% ../../nbs/43ca_clip.facts.ipynb #604c6daf
 def facts_of(
     table: pd.DataFrame,  # one row per film or sample
@@ -21,7 +22,8 @@ def facts_of(
     "What is known of each row; `InputError` that lists the columns there are where one is missing."
     if lost := [c for c in columns if c not in table]:
         raise InputError(
-            f"no column {', '.join(map(repr, lost))}; there are {', '.join(map(str, table.columns))}"
+            f"no column {', '.join(map(repr, lost))}; there are"
+            f" {', '.join(map(str, table.columns))}"
         )
     plain = {
         c: [
@@ -38,6 +40,7 @@ def facts_of(
 
 def _number(v):
     return str(int(v)) if v == int(v) else str(v)  # an age read as 63.0 is 63
+
 
 # %% ../../nbs/43ca_clip.facts.ipynb #f22dfd66
 _SEXES = {
@@ -92,6 +95,7 @@ def _band(age):
         return f'over {m[1] or m[2]} years old'
     return f'aged {age}'
 
+
 # %% ../../nbs/43ca_clip.facts.ipynb #5ddb4a0e
 def in_order(
     facts: dict,  # column -> text, of one patient
@@ -119,6 +123,7 @@ def _apposition(column, value):
         else f"{column.replace('_', ' ')} {value}"
     )
 
+
 # %% ../../nbs/43ca_clip.facts.ipynb #217aee62
 def listed(
     facts: dict,  # column -> text, of one patient
@@ -128,6 +133,7 @@ def listed(
         f"{c.replace('_', ' ')} {_SEXES.get(v.lower(), v) if c == 'sex' else v}"
         for c, v in facts.items()
     )
+
 
 # %% ../../nbs/43ca_clip.facts.ipynb #56cd77f4
 def with_patient(

@@ -14,6 +14,7 @@ from ..core import InputError, validate
 from ..resampling import bootstrap_rows, by_owner, effective_number, exact_bounds, together
 from ..stats import mean
 
+
 # %% ../../nbs/43a_clip.retrieval.ipynb #ee50b08b
 @dataclass(frozen=True, eq=False)
 class Pairs:
@@ -23,6 +24,7 @@ class Pairs:
     texts: np.ndarray  # (M, D) float32, unit length
     image_of: np.ndarray  # (M,) place of each text's own film
     groups: tuple  # (M,) integer codes per kind of duplicate; -1: unknown, equal to nothing
+
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #8f8af0bf
 def pairs(
@@ -41,11 +43,13 @@ def pairs(
         or not len(texts)
     ):
         raise InputError(
-            f'retrieval: image embeddings {images.shape} and text embeddings {texts.shape} must be two tables of equal width'
+            f'retrieval: image embeddings {images.shape} and text embeddings {texts.shape} must be'
+            ' two tables of equal width'
         )
     if image_of is None and len(images) != len(texts):
         raise InputError(
-            f'retrieval: {len(texts)} texts for {len(images)} films; say which film each text belongs to (image_of)'
+            f'retrieval: {len(texts)} texts for {len(images)} films; say which film each text'
+            ' belongs to (image_of)'
         )
     own = np.arange(len(texts)) if image_of is None else np.asarray(image_of)
     if own.shape != (len(texts),) or not np.array_equal(np.unique(own), np.arange(len(images))):
@@ -73,6 +77,7 @@ def _unit(x):
 def _codes(names):
     s = pd.Series(names).astype(object)
     return pd.factorize(s.where(s.notna() & (s.astype(str) != '')))[0]
+
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #1e4d01fc
 def retrieval_ranks(
@@ -123,12 +128,16 @@ class _Right:
         if self.single:
             return self._like(at), at[:, None] == self.films
         if self.to_text:
-            return np.stack(
-                [self._like(self.order[self.starts[f] : self.starts[f + 1]]).any(0) for f in at]
-            ), at[:, None] == self.own
-        return np.logical_or.reduceat(
-            self._like(at)[:, self.order], self.starts[:-1], axis=1
-        ), self.own[at][:, None] == self.films
+            return (
+                np.stack(
+                    [self._like(self.order[self.starts[f] : self.starts[f + 1]]).any(0) for f in at]
+                ),
+                at[:, None] == self.own,
+            )
+        return (
+            np.logical_or.reduceat(self._like(at)[:, self.order], self.starts[:-1], axis=1),
+            self.own[at][:, None] == self.films,
+        )
 
     def _like(self, texts):
         "Texts that are duplicates of each of some texts, or the text itself."
@@ -151,6 +160,7 @@ def _ranks(scores, right):
         k = np.arange(1, len(own) + 1)
         ap[b] = (k / (k + above)).mean()
     return rank, ap
+
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #4003137c
 def chance_level(
@@ -182,6 +192,7 @@ def chance_level(
         map=float(ap.mean())
     )
 
+
 # %% ../../nbs/43a_clip.retrieval.ipynb #c468961c
 def median_ends(
     x,  # (n,) numbers
@@ -191,6 +202,7 @@ def median_ends(
     "Distribution-free bounds of a median, on the effective number of patients."
     number = effective_number(by_owner(np.ones(len(owner)), owner))
     return np.quantile(x, exact_bounds(0.5, number, 1 - 2 * tail), method='inverted_cdf')
+
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #42488917
 def retrieval_metrics(
@@ -291,6 +303,7 @@ def _weighted_median(x, weights):
     half = up[:, -1:] / 2
     low, high = (up >= half).argmax(1), (up > half).argmax(1)
     return (x[order][low] + x[order][high]) / 2
+
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #395a8ccf
 def retrieve(

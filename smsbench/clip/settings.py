@@ -16,12 +16,15 @@ from .sampling import BALANCE, SPEAKING
 from .steps import PRECISIONS
 from .watch import WATCHED
 
+
 # %% ../../nbs/41f_clip.settings.ipynb #e2ca3eac
 @dataclass(frozen=True)
 class TrainSettings:
     "How to train; `InputError` where a value cannot be."
 
-    train: str = 'all'  # 'all'; 'probe': the image head and the logits' scale; 'locked_image': all but the image tower
+    train: str = (  # 'all'; 'probe': the image head and the logits' scale; 'locked_image': all but the image tower
+        'all'
+    )
     texts: str = 'report'  # 'report', 'prompts', or 'both': one of the two by chance
     loss: str = 'info_nce'  # or 'siglip', for models with a logit bias
     positives: tuple = (
@@ -41,7 +44,9 @@ class TrainSettings:
     floor: float = 0.0  # share of the learning rate that is left at the end
     clip_norm: float = 1.0  # longest gradient; 0: any
     precision: str = 'fp32'  # 'fp32', 'bf16', 'fp16': of matrix products; weights stay float32
-    batch_norm: str = 'hold'  # statistics of batch normalisation: 'hold' those it came with, 'learn' them (from random weights; one chunk, one process)
+    batch_norm: str = (  # statistics of batch normalisation: 'hold' those it came with, 'learn' them (from random weights; one chunk, one process)
+        'hold'
+    )
     ema: float = 0.0  # decay of the average of the weights, which is then what is validated and kept; 0: none
     balance: str = 'even'  # how films are drawn: 'even', 'balanced', 'rare'
     patients: bool = False  # weigh patients, not films
@@ -49,7 +54,9 @@ class TrainSettings:
     speak: str = 'uniform'  # how prompts are drawn: 'uniform', 'scheduled', 'sensitivity'
     augment: float = 1.0  # strength of changes to the picture; 0: none
     flip: bool = False  # exchange left and right; refused where any text names a side
-    stop_on: str = 'loss'  # what decides which weights are kept: 'loss', 'auroc', 'sensitivity', 'recall', on validation
+    stop_on: str = (  # what decides which weights are kept: 'loss', 'auroc', 'sensitivity', 'recall', on validation
+        'loss'
+    )
     patience: int = 0  # stop after so many epochs without a better value; 0: never
     seed: int = 0  # of everything that is drawn
     train_split: str = 'train'  # split to train on
@@ -166,6 +173,7 @@ LOOSE = (
     'max_broken',
 )  # settings that decide nothing about the weights
 
+
 # %% ../../nbs/41f_clip.settings.ipynb #bfbee862
 def find_tracker(
     tracker,  # a callable(dict); '' or None; 'tensorboard' or 'wandb', where installed
@@ -178,7 +186,8 @@ def find_tracker(
         raise InputError(f"tracker {tracker!r}: give a function, tensorboard or wandb")
     if importlib.util.find_spec(tracker) is None:
         raise InputError(
-            f'tracker {tracker}: the package is not installed (pip install {tracker}); history.csv holds the same numbers'
+            f'tracker {tracker}: the package is not installed (pip install {tracker}); history.csv'
+            ' holds the same numbers'
         )
     if tracker == 'wandb':
         import wandb

@@ -31,6 +31,7 @@ def tiny_words():  # no arguments
     )
     return BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, do_lower_case=True)
 
+
 # %% ../../nbs/39_clip.tiny.ipynb #7c6ef7f1
 def _vit(pool, proj='linear'):
     return dict(
@@ -74,6 +75,7 @@ TINY_CLIP = {
         embed_dim=32, vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=64), text_cfg=_OWN
     ),
 }  # kind -> open_clip configuration without sizes
+
 
 # %% ../../nbs/39_clip.tiny.ipynb #a9cfd496
 def tiny_clip(
@@ -123,9 +125,11 @@ def _save_weights(folder, text, seed):
     from safetensors.torch import save_file
 
     here, quiet = (
-        dict(text_cfg=text | dict(hf_model_name=str(folder), hf_model_pretrained=False))
-        if 'hf_model_name' in text
-        else {},
+        (
+            dict(text_cfg=text | dict(hf_model_name=str(folder), hf_model_pretrained=False))
+            if 'hf_model_name' in text
+            else {}
+        ),
         logging.root.manager.disable,
     )
     with torch.random.fork_rng():

@@ -9,6 +9,7 @@ __all__ = ['patch_tokens', 'text_mask', 'text_tokens']
 from .models import Clip, grid_of, towers
 from ..core import InputError
 
+
 # %% ../../nbs/40b_clip.tokens.ipynb #7bbb152c
 def _native(visual, pixels, project):
     "open_clip's vision transformer: behind the last norm, without the class token."
@@ -16,7 +17,8 @@ def _native(visual, pixels, project):
     if visual.attn_pool is not None:
         if project:
             raise InputError(
-                'the patches of a tower whose attention pools into several queries (CoCa) have no place among its embeddings; take them with project=False'
+                'the patches of a tower whose attention pools into several queries (CoCa) have no'
+                ' place among its embeddings; take them with project=False'
             )
         return x[:, 1:]
     x = x[:, 1:] if visual.final_ln_after_pool and not project else visual.ln_post(x)[:, 1:]
@@ -82,7 +84,8 @@ def patch_tokens(
     rows, columns = grid_of(clip)[:2]
     if getattr(getattr(clip.model.visual, 'head', None), 'pool', None) is not None and project:
         raise InputError(
-            f'{clip.name}: patches behind an attention pooling of timm (abs_attn, rot_attn) have no place among its embeddings; take them with project=False'
+            f'{clip.name}: patches behind an attention pooling of timm (abs_attn, rot_attn) have no'
+            ' place among its embeddings; take them with project=False'
         )
     x = _PATCHES[towers(clip.model)[0]](clip.model.visual, pixels, project)
     if x.shape[1] != rows * columns:
@@ -90,6 +93,7 @@ def patch_tokens(
             f'{clip.name}: {x.shape[1]} patches do not fill its grid of {rows} x {columns}'
         )
     return x.unflatten(1, (rows, columns))
+
 
 # %% ../../nbs/40b_clip.tokens.ipynb #49a9fefb
 def text_mask(
@@ -110,6 +114,7 @@ def text_mask(
         if words.pad_token_id != words.eos_token_id
         else padding.cumsum(1) - padding.long() == 0
     )
+
 
 # %% ../../nbs/40b_clip.tokens.ipynb #b0003b81
 def text_tokens(

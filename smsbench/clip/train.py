@@ -46,6 +46,7 @@ from .watch import WATCHED, batch_match, watch
 
 _all_ = ['TrainSettings']  # what a user of this module needs beside it
 
+
 # %% ../../nbs/42_clip.train.ipynb #210c5db9
 def validate_job(
     job: Job,  # at the end of an epoch, or before the first
@@ -67,7 +68,9 @@ def validate_job(
         value = seen[s.stop_on]
         if not math.isfinite(value):
             raise InputError(
-                f"{s.stop_on} cannot be computed on the {len(job.val)} films of {s.val_split!r} ({'they lack reports' if s.stop_on == 'recall' else 'no class has films with and without it'}); watch something else (stop_on)"
+                f"{s.stop_on} cannot be computed on the {len(job.val)} films of {s.val_split!r}"
+                f" ({'they lack reports' if s.stop_on == 'recall' else 'no class has films with and without it'});"
+                " watch something else (stop_on)"
             )
         better = job.best is None or (value - job.best) * WATCHED[s.stop_on] > 0
         if better:
@@ -91,9 +94,11 @@ def validate_job(
         grad_norm=job.sums.get('norm', math.nan) / n,
         skipped=job.sums.get('skipped', 0),
         scale=job.clip.scale,
-        films_per_second=job.sums.get('films', 0) / max(job.sums.get('seconds', 0), 1e-9)
-        if job.sums
-        else math.nan,
+        films_per_second=(
+            job.sums.get('films', 0) / max(job.sums.get('seconds', 0), 1e-9)
+            if job.sums
+            else math.nan
+        ),
         **{f'val_{k}': v for k, v in seen.items()},
         best=int(job.waited == 0),
     )
@@ -123,6 +128,7 @@ def _keep(job, value):
         ),
         job.run / 'best',
     )
+
 
 # %% ../../nbs/42_clip.train.ipynb #d93533ac
 def train_epoch(
@@ -167,8 +173,10 @@ def train_epoch(
             begin = time.perf_counter()
     if (lost := job.sums.get('skipped', 0)) >= max(10, job.per_epoch):
         raise RunError(
-            f'none of the {lost} steps of this epoch could be taken: gradients overflow in {s.precision}; train in bf16 or fp32'
+            f'none of the {lost} steps of this epoch could be taken: gradients overflow in'
+            f' {s.precision}; train in bf16 or fp32'
         )
+
 
 # %% ../../nbs/42_clip.train.ipynb #20536fcf
 @dataclass(frozen=True, eq=False)
@@ -190,14 +198,16 @@ class Trained:
         "The best weights, loaded."
         return load_clip(str(self.best), device=device)
 
+
 # %% ../../nbs/42_clip.train.ipynb #499b9f4e
 def train(
     films: Films,  # with training and validation splits
     clip: Clip,  # what to train, loaded in fp32; its weights change: afterwards it holds the last ones
     settings: TrainSettings,  # how
     out,  # run directory; the same one again goes on where it stopped
-    prompts: dict
-    | None = None,  # class -> dict(positive=(...), negative=(...)); None takes the default ones
+    prompts: (
+        dict | None
+    ) = None,  # class -> dict(positive=(...), negative=(...)); None takes the default ones
     tracker=None,  # callable(dict), told about every epoch; 'tensorboard' or 'wandb' where installed
 ) -> Trained:
     "Train a model. `InputError` where it cannot be done, or where the directory holds a run with other settings; the message names them."
@@ -279,9 +289,11 @@ def _epoch(job, bar, tell):
     job.stopped = (
         'all epochs are done'
         if job.epoch == s.epochs
-        else f'{s.stop_on} did not get better for {s.patience} epochs'
-        if s.patience and job.waited >= s.patience
-        else ''
+        else (
+            f'{s.stop_on} did not get better for {s.patience} epochs'
+            if s.patience and job.waited >= s.patience
+            else ''
+        )
     )
     save_job(job)
     _write_history(job)
@@ -299,6 +311,7 @@ def _write_history(job):
         return
     with atomic(job.run / 'history.csv') as tmp:
         pd.DataFrame(job.history).to_csv(tmp, index=False)
+
 
 # %% ../../nbs/42_clip.train.ipynb #4049e879
 def phantom_recipe(

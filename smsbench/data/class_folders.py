@@ -25,6 +25,7 @@ PARTS = dict(
     train=0.6, val=0.2, external=0.2
 )  # share of the patients; external: drawn from other people and exposed otherwise
 
+
 # %% ../../nbs/11c_data.class_folders.ipynb #40b14bbc
 def save_class_folders(
     folder,  # made where missing
@@ -40,7 +41,8 @@ def save_class_folders(
         raise InputError(f'telling {telling}: must lie in 0..1')
     if n_patients < len(CLASSES) * len(PARTS):
         raise InputError(
-            f'{n_patients} patients: at least {len(CLASSES) * len(PARTS)} are needed, one per class and part'
+            f'{n_patients} patients: at least {len(CLASSES) * len(PARTS)} are needed, one per class'
+            ' and part'
         )
     folder, facts = Path(folder), []
     for i in range(n_patients):
@@ -74,6 +76,7 @@ def _patient(i, n, telling, seed):
         18 + int(age * 72),
         COMPLAINTS[kind if tells < telling else kinds[int(other * len(kinds))]],
     )
+
 
 # %% ../../nbs/11c_data.class_folders.ipynb #f84f9a23
 LAYOUTS['phantom_classes'] = (

@@ -15,6 +15,7 @@ import numpy as np
 from ..core import InputError, content_hash
 from .phantom import phantom_cohort, save_phantom
 
+
 # %% ../../nbs/11a_data.layouts.ipynb #559d1c00
 def draw(
     name: str,  # decides the picture
@@ -35,6 +36,7 @@ def draw(
         a = np.stack([a, 0.7 * a, 0.5 * a], -1)
     return (a / a.max() * (2**bits - 1)).astype(np.uint16 if bits == 16 else np.uint8)
 
+
 # %% ../../nbs/11a_data.layouts.ipynb #c3b14501
 def put_image(
     folder,  # below which the file lies
@@ -47,6 +49,7 @@ def put_image(
     path = Path(folder, ref)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(draw(ref, **more)).save(path)
+
 
 # %% ../../nbs/11a_data.layouts.ipynb #93a3ed09
 def put_csv(
@@ -63,6 +66,7 @@ def put_csv(
         out.writerow(head.split(',') if isinstance(head, str) else head)
         out.writerows(rows)
 
+
 # %% ../../nbs/11a_data.layouts.ipynb #390ac2a1
 def put_json(
     folder,  # below which the file lies
@@ -71,6 +75,7 @@ def put_json(
 ) -> None:
     "Write a list of objects."
     Path(folder, name).write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding='utf-8')
+
 
 # %% ../../nbs/11a_data.layouts.ipynb #d5132656
 def _fairvlmed(folder):
@@ -81,7 +86,10 @@ def _fairvlmed(folder):
             0 if i < 6 else 1 if i < 8 else 2
         ]
         sick, name, race = i % 2 == 0, f'data_{i + 1:05d}.npz', i % 3
-        note = f"{'Raised pressure and a thin nerve fibre layer' if sick else 'Routine visit, pressure and discs unremarkable'}; seen {i + 1} times before."
+        note = (
+            f"{'Raised pressure and a thin nerve fibre layer' if sick else 'Routine visit, pressure and discs unremarkable'};"
+            f" seen {i + 1} times before."
+        )
         Path(folder, sub).mkdir(parents=True, exist_ok=True)
         np.savez(
             Path(folder, sub, name),
@@ -230,6 +238,7 @@ def _brset(folder):
         put_image(folder, f'fundus_photos/img{i + 1:05d}.jpg', colour=True)
     put_csv(folder, 'labels_brset.csv', _BRSET, ([r.get(c, 0) for c in _BRSET] for r in rows))
 
+
 # %% ../../nbs/11a_data.layouts.ipynb #9719f12c
 _PADCHEST = (
     'ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,PatientSex_DICOM,ViewPosition_DICOM,Projection,MethodProjection,Pediatric,Modality_DICOM,'
@@ -326,7 +335,10 @@ def _nih_chestxray14(folder):
     ]
     for i, row in enumerate(rows):
         put_image(folder, f'images_{1 + 11 * (i > 8):03d}/images/{row[0]}', shape=(96, 96))
-    head = 'Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],'
+    head = (
+        'Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View'
+        ' Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],'
+    )
     put_csv(folder, 'Data_Entry_2017.csv', head, rows)
     for name, part in (('train_val_list.txt', rows[:12]), ('test_list.txt', rows[12:])):
         Path(folder, name).write_text(''.join(f'{r[0]}\n' for r in part))
@@ -344,8 +356,9 @@ def _nih_chestxray14(folder):
 
 
 _CHEXPERT = (
-    'No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,'
-    'Pleural Effusion,Pleural Other,Fracture,Support Devices'
+    'No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung'
+    ' Lesion,Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural'
+    ' Other,Fracture,Support Devices'
 ).split(',')
 
 
@@ -389,6 +402,7 @@ def _chexpert(folder):
             ['Path', 'Sex', 'Age', 'Frontal/Lateral', 'AP/PA', *_CHEXPERT],
             rows,
         )
+
 
 # %% ../../nbs/11a_data.layouts.ipynb #b71470bf
 def _vqa_rad_official(folder):
@@ -526,6 +540,7 @@ def _vqa_paraphrases(folder):
     for k in range(5):
         put_image(folder, f'files/d{k}.jpg')
 
+
 # %% ../../nbs/11a_data.layouts.ipynb #89c94436
 def _valse_foils(folder):
     "Foils: 10 films of 8 patients, one altered statement each; two questions are open."
@@ -601,6 +616,7 @@ def _csv_images(folder):
         'id,patient,image,text,label',
         zip(made.sample_id, made.patient_id, images, made.text, made.label),
     )
+
 
 # %% ../../nbs/11a_data.layouts.ipynb #f7b6a72f
 LAYOUTS: dict[str, Callable] = dict(

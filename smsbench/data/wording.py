@@ -18,7 +18,11 @@ SYNONYMS = {  # stem of a finding's name -> pattern of the words that name it
     'covid': r'covid\W?(19)?|sars\W?cov\W?2|(novel )?corona\W?virus|2019\W?n\W?cov|n\W?cov',
     'pneumonia': r'(broncho)?pneumonias?|pneumonic',
     'effusion': r'effusions?|pleural fluid|hydrothora(x|ces)',
-    'cardiomegaly': r'cardiomegaly|cardiac enlargement|(enlarged|enlargement of the) (heart|cardiac silhouette)|(heart|cardiac silhouette) (size )?(is |appears |may be )?(mildly |moderately |markedly )?enlarged',
+    'cardiomegaly': (
+        r'cardiomegaly|cardiac enlargement|(enlarged|enlargement of the) (heart|cardiac'
+        r' silhouette)|(heart|cardiac silhouette) (size )?(is |appears |may be )?(mildly'
+        r' |moderately |markedly )?enlarged'
+    ),
     'edema': r'o?edema(tous)?|fluid overload|vascular congestion',
     'atelectasis': r'atelecta(sis|ses|tic)',
     'consolidation': r'consolidations?|consolidated',
@@ -40,7 +44,10 @@ SYNONYMS = {  # stem of a finding's name -> pattern of the words that name it
     'diabet': r'diabet(es|ic)|t[12]dm',
     'melanoma': r'melanomas?',
     'nevus': r'na?ev(us|i)|moles?',
-    'no_finding': r'no (acute|significant|abnormal) (finding|process|disease|abnormalit)\w*|normal (chest|study|film|examination)',
+    'no_finding': (
+        r'no (acute|significant|abnormal) (finding|process|disease|abnormalit)\w*|normal'
+        r' (chest|study|film|examination)'
+    ),
     'cancer': r'cancer|carcinoma|malignan(t|cy)|neoplasm',
 }
 
@@ -56,15 +63,19 @@ def name_pattern(
         raise InputError(f'finding {name!r}: a name without letters cannot be looked for')
     return re.compile(r'\b(' + '|'.join(own + others) + r')(?!\w)')
 
+
 # %% ../../nbs/12c_data.wording.ipynb #0e9abe0c
 _HEDGED = re.compile(
-    r"\b(can ?not|can't|could not|not) be (excluded|ruled out)|\bnot (only|just)\b|\bno (doubt|change in|interval change)\b"
+    r"\b(can ?not|can't|could not|not) be (excluded|ruled out)|\bnot (only|just)\b|\bno"
+    r" (doubt|change in|interval change)\b"
 )
 _BEFORE = re.compile(
-    r'\b(no|not|without|denie[sd]|free of|negative for|absence of|absent|exclude[sd]?|ruled? out|never|nor|un?likely)\b'
+    r'\b(no|not|without|denie[sd]|free of|negative for|absence of|absent|exclude[sd]?|ruled?'
+    r' out|never|nor|un?likely)\b'
 )
 _AFTER = re.compile(
-    r"^[^,]{0,40}\b(is|are|was|were|has been|have been|tests?|pcr)? ?(not|absent|excluded|ruled out|unlikely|negative|cleared|resolved)\b"
+    r"^[^,]{0,40}\b(is|are|was|were|has been|have been|tests?|pcr)? ?(not|absent|excluded|ruled"
+    r" out|unlikely|negative|cleared|resolved)\b"
 )
 
 
@@ -82,6 +93,7 @@ def mention(
         )
         said = -1 if denied else 1
     return said
+
 
 # %% ../../nbs/12c_data.wording.ipynb #9db19800
 def naming_scores(
@@ -102,6 +114,7 @@ def naming_scores(
         for t in pd.unique(pd.Series(texts, dtype=object))
     }
     return np.array([known[t] for t in texts], dtype=float)
+
 
 # %% ../../nbs/12c_data.wording.ipynb #7f51ccba
 def naming_table(
@@ -150,6 +163,7 @@ def naming_table(
             'patients',
         ],
     )
+
 
 # %% ../../nbs/12c_data.wording.ipynb #b373200a
 def bag_of_words(

@@ -10,6 +10,7 @@ import pandas as pd
 
 from .html import Html, details, html_table, join, markup
 
+
 # %% ../../nbs/51d_report.checks.ipynb #3466ddb5
 def check_html(
     checks: dict,  # model -> what `check_answers` found
@@ -17,11 +18,13 @@ def check_html(
     "One line per model: the level it ran at, why, and how far its answers are from plain forward passes."
     if not checks:
         return markup(
-            '<p class="absent">No answer was scored again: the models are not of the kind that shares work, the answers were imported, or the check was switched off.</p>'
+            '<p class="absent">No answer was scored again: the models are not of the kind that'
+            ' shares work, the answers were imported, or the check was switched off.</p>'
         )
     failed = join(
         markup(
-            '<p class="warning">The answers of {} are not those of plain forward passes: {}. Run it again with --level 0.</p>',
+            '<p class="warning">The answers of {} are not those of plain forward passes: {}. Run it'
+            ' again with --level 0.</p>',
             m,
             c['said'],
         )
@@ -33,12 +36,14 @@ def check_html(
             {
                 'model': m,
                 'level': c['level'],
-                'shared': {
-                    'plain': 'nothing',
-                    'batch': 'batches',
-                    'features': 'batches, image features',
-                    'prefix': 'batches, image features, prefixes',
-                }.get(c['reuse'], c['reuse']),
+                'shared': (
+                    {
+                        'plain': 'nothing',
+                        'batch': 'batches',
+                        'features': 'batches, image features',
+                        'prefix': 'batches, image features, prefixes',
+                    }.get(c['reuse'], c['reuse'])
+                ),
                 'why': c['why'],
                 'scored again': c['n'],
                 'largest |Δ log-prob|': f"{c['max_diff']:.1e}",
@@ -58,6 +63,7 @@ def check_html(
             numbers=['largest |Δ log-prob|', 'tolerance'],
         ),
     )
+
 
 # %% ../../nbs/51d_report.checks.ipynb #d89766b4
 def spellings_html(

@@ -69,6 +69,7 @@ def reliability_curves(
         ignore_index=True,
     )
 
+
 # %% ../../nbs/50b_report.curves.ipynb #6341065b
 @styled
 def reliability_figure(

@@ -26,6 +26,7 @@ from .style import percent, rounded
 from ..sms.attend import load_attention
 from ..sms.map_store import kept_map
 
+
 # %% ../../nbs/52_report.explorer.ipynb #f792bd10
 def tile(
     image,  # (H,W) or (H,W,3) uint8
@@ -82,6 +83,7 @@ def _strip(tiles, gap=8):
     out.save(buffer, format='png', compress_level=1)
     return buffer.getvalue()
 
+
 # %% ../../nbs/52_report.explorer.ipynb #f2be9f71
 def shares_html(
     shares: dict,  # group -> share, 0..1
@@ -90,7 +92,8 @@ def shares_html(
     parts = [(g, float(shares.get(g) or 0), c) for g, c in GROUPS.items()]
     bar = join(
         markup(
-            '<span style="display:inline-block;height:14px;width:{}%;background:{}" title="{} {}"></span>',
+            '<span style="display:inline-block;height:14px;width:{}%;background:{}" title="{}'
+            ' {}"></span>',
             f'{100 * v:.2f}',
             c,
             g,
@@ -100,10 +103,12 @@ def shares_html(
         if v > 0
     )
     return markup(
-        '<div style="width:100%;white-space:nowrap;overflow:hidden;font-size:0">{}</div><div class="smsbench-shares" style="font-size:12px;line-height:1.5">{}</div>',
+        '<div style="width:100%;white-space:nowrap;overflow:hidden;font-size:0">{}</div><div'
+        ' class="smsbench-shares" style="font-size:12px;line-height:1.5">{}</div>',
         bar,
         ', '.join(f'{g} {percent(v)}' for g, v, _ in parts if v >= 0.005),
     )
+
 
 # %% ../../nbs/52_report.explorer.ipynb #42efdec9
 class Explorer:
@@ -116,7 +121,8 @@ class Explorer:
     ):
         if not results.open:
             raise InputError(
-                'pictures of credentialed data are not shown; the metrics and figures of the report say what may be said'
+                'pictures of credentialed data are not shown; the metrics and figures of the report'
+                ' say what may be said'
             )
         self.results, self.height, self.store, self.seconds = results, height, results.store, 0.0
         plan = results.plan[results.plan.variant == 'plain']
@@ -257,7 +263,8 @@ class Explorer:
         lp = np.asarray(r.logprobs, float)
         own = choices.index(trial.label)
         return markup(
-            '<div style="font-size:12px"><b>{}</b><br><span class="smsbench-answer">says {} ({}), margin of the label {}</span></div>{}',
+            '<div style="font-size:12px"><b>{}</b><br><span class="smsbench-answer">says {} ({}),'
+            ' margin of the label {}</span></div>{}',
             model,
             r.answer,
             percent(np.exp(lp.max()) / np.exp(lp).sum()),
@@ -299,7 +306,10 @@ class Explorer:
                     b'',
                     markup('<p>{}</p>', e).text,
                 )  # no old picture beside a new message
-            clock.value = f'<span style="color:#888;font-size:11px">redrawn in {1000 * self.seconds:.0f} ms</span>'
+            clock.value = (
+                f'<span style="color:#888;font-size:11px">redrawn in {1000 * self.seconds:.0f}'
+                ' ms</span>'
+            )
 
         for k in knobs.values():
             k.observe(redraw, names='value')
@@ -334,8 +344,10 @@ class Explorer:
                     continue
                 parts.append(
                     markup(
-                        '<figure><img alt="{}" src="data:image/png;base64,{}">{}<figcaption>{}, layer {}</figcaption></figure>',
-                        f'Film of sample {s}, the maps of {", ".join(self.results.models)} in layer {layer}, and their difference',
+                        '<figure><img alt="{}" src="data:image/png;base64,{}">{}<figcaption>{},'
+                        ' layer {}</figcaption></figure>',
+                        f'Film of sample {s}, the maps of {", ".join(self.results.models)} in layer'
+                        f' {layer}, and their difference',
                         base64.b64encode(png).decode(),
                         html,
                         s,
@@ -353,10 +365,12 @@ class Explorer:
         except ImportError:
             display(
                 HTML(
-                    '<p>The knobs need ipywidgets (pip install ipywidgets); these are the same views as pictures.</p>'
+                    '<p>The knobs need ipywidgets (pip install ipywidgets); these are the same'
+                    ' views as pictures.</p>'
                 )
             )
         display(HTML(details('The same as pictures', self.static()).text))
+
 
 # %% ../../nbs/52_report.explorer.ipynb #119017a3
 def explore(

@@ -12,6 +12,7 @@ from ..data.audit import SEVERITIES
 from .html import Html, details, html_table, join, markup
 from .style import DASH, rounded, span
 
+
 # %% ../../nbs/51c_report.files.ipynb #a134f8b5
 def found_html(
     found,  # `FileAudit`, or None
@@ -19,7 +20,8 @@ def found_html(
     "Findings that matter as a list, the worst first; how many checks found nothing."
     if found is None:
         return markup(
-            '<p class="absent">The files were not at hand when this run was made, so they were not audited.</p>'
+            '<p class="absent">The files were not at hand when this run was made, so they were not'
+            ' audited.</p>'
         )
     told, quiet = (
         found.findings[found.findings.severity.isin(SEVERITIES[:2])],
@@ -40,6 +42,7 @@ def found_html(
         markup('<ul>{}</ul>', lines) if len(told) else markup('<p>Nothing serious was found.</p>'),
         f'{quiet} further checks found little or nothing; all are listed below.',
     )
+
 
 # %% ../../nbs/51c_report.files.ipynb #dd8ab125
 def checks_html(

@@ -53,6 +53,7 @@ def _title(group, table):
         else literal(group.removeprefix('class='), 30)
     )
 
+
 # %% ../../nbs/50k_report.ssa_figures.ipynb #ec22b2ee
 @styled
 def ssa_figure(
@@ -128,9 +129,10 @@ def _told(table, groups):
             )
             said.append(f"{_title(g, table)}, {m}: {' → '.join(percent(x) for x in v)}.")
     return (
-        f"{literal(table.model.iloc[0])}, steps {', '.join([table.attrs['base'], *table.attrs['steps']])}. "
-        + ' '.join(said)
+        f"{literal(table.model.iloc[0])}, steps"
+        f" {', '.join([table.attrs['base'], *table.attrs['steps']])}. " + ' '.join(said)
     )
+
 
 # %% ../../nbs/50k_report.ssa_figures.ipynb #ec22b202
 @styled
@@ -199,7 +201,8 @@ def ssa_order_figure(
     fig.alt = (
         f"Effect of {', '.join(steps)} on {literal(table.model.iloc[0])}, {_orders(table)}. "
         + ' '.join(
-            f'{r.added}, {r.group}: {r.sensitivity} points of sensitivity, {r.specificity} of specificity.'
+            f'{r.added}, {r.group}: {r.sensitivity} points of sensitivity, {r.specificity} of'
+            ' specificity.'
             for r in ssa_table(table, classes).itertuples()
         )
         + (f' {left} classes that moved less are not shown.' if left else '')
@@ -212,8 +215,12 @@ def _orders(table):
     return (
         f'mean over all {n} orders'
         if n == of
-        else f'mean over {n} of {of} orders, drawn so that each input stands in each place equally often'
+        else (
+            f'mean over {n} of {of} orders, drawn so that each input stands in each place equally'
+            ' often'
+        )
     )
+
 
 # %% ../../nbs/50k_report.ssa_figures.ipynb #f74d4bb3
 def ssa_table(

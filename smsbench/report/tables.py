@@ -11,6 +11,7 @@ import numpy as np, pandas as pd
 from ..core import validate
 from .style import rounded, span
 
+
 # %% ../../nbs/50ga_report.tables.ipynb #c99dbab0
 def shareable(
     metrics: pd.DataFrame,  # metrics table
@@ -64,7 +65,8 @@ def shareable(
         out['n_effective'] = out.n_effective.where(~(few | average) & ~(out.n_effective < minimum))
     out.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients or films'
     out.loc[average, 'note'] = (
-        f'suppressed: a part of it rests on fewer than {minimum} patients or films; leave that part out for a number over the others'
+        f'suppressed: a part of it rests on fewer than {minimum} patients or films; leave that part'
+        ' out for a number over the others'
     )
     return validate(out, 'metrics')
 
@@ -87,6 +89,7 @@ def _few_films(metrics, minimum):
         few |= {(model, arm, c) for c in g.subgroup[hidden]}
     return np.array([k in few for k in zip(metrics.model, metrics.arm, metrics.subgroup)], bool)
 
+
 # %% ../../nbs/50ga_report.tables.ipynb #856e9d26
 def shareable_curve(
     curve: pd.DataFrame,  # of `few_shot`
@@ -102,6 +105,7 @@ def shareable_curve(
     out.loc[few, ['n', 'n_clusters']] = 0
     out.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
     return out
+
 
 # %% ../../nbs/50ga_report.tables.ipynb #b1b3fa23
 def class_table(
@@ -141,6 +145,7 @@ def class_table(
         index=pd.Index(order, name='class'),
         columns=columns,
     )
+
 
 # %% ../../nbs/50ga_report.tables.ipynb #7d392559
 def latex_table(

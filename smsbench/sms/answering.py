@@ -16,7 +16,9 @@ LITTLE_MASS = 0.10  # median probability on the allowed answers below which a mo
 FEW_READ = 0.50  # share of answers that can be read, likewise
 ONE_ANSWER = 0.99  # share of the commonest answer, likewise
 NEAR_CHANCE = 0.10  # distance of the AUROC from .5 that counts as chance
-CHECK = 'check the prompt, the chat template, and the spellings of the choices that the model uses'  # what to do
+CHECK = (  # what to do
+    'check the prompt, the chat template, and the spellings of the choices that the model uses'
+)
 
 
 def answering(
@@ -67,7 +69,11 @@ def _one_answer(cells):
     if commonest < ONE_ANSWER or asked.groupby('finding').label.nunique().max() < 2:
         return ''
     said = ' and '.join(sorted(set(asked.groupby('finding').said.agg(lambda s: s.mode()[0]))))
-    return f'it gives one answer ({said}) to {commonest:.0%} of the {len(np.unique(cells.sample[read]))} questions'
+    return (
+        f'it gives one answer ({said}) to {commonest:.0%} of the'
+        f' {len(np.unique(cells.sample[read]))} questions'
+    )
+
 
 # %% ../../nbs/33bb_sms.answering.ipynb #3c881be2
 def _no_better(cells, still):
@@ -81,9 +87,15 @@ def _no_better(cells, still):
     highest = max(interval_of(m)[1] for m in means)
     lowest = max(interval_of(m, 1 - 0.05 / len(means))[0] for m in means)  # Bonferroni
     if highest <= near:
-        return f'its answers are no better than the commonest answer ({name} {value:.2f}, at most {highest:.2f})'
+        return (
+            f'its answers are no better than the commonest answer ({name} {value:.2f}, at most'
+            f' {highest:.2f})'
+        )
     if still and lowest <= chance:
-        return f'its answers are not shown to be better than a guess ({name} {value:.2f}, at least {lowest:.2f}; a guess has {chance:.2f})'
+        return (
+            f'its answers are not shown to be better than a guess ({name} {value:.2f}, at least'
+            f' {lowest:.2f}; a guess has {chance:.2f})'
+        )
     return ''
 
 

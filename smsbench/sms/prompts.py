@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..core import InputError
 
+
 # %% ../../nbs/30_sms.prompts.ipynb #d82ad119
 @dataclass(frozen=True)
 class Task:
@@ -29,10 +30,12 @@ class Task:
         lowered = [c.strip().lower() for c in self.choices]
         if len(lowered) < 2 or len(set(lowered)) < len(lowered) or '' in lowered:
             raise InputError(
-                f'choices {list(self.choices)}: a task needs at least two different, non-empty answers'
+                f'choices {list(self.choices)}: a task needs at least two different, non-empty'
+                ' answers'
             )
         if not self.question.strip():
             raise InputError('a task needs a question')
+
 
 # %% ../../nbs/30_sms.prompts.ipynb #a0013896
 LEADS = {  # prompt kind -> how the prompt opens
@@ -53,6 +56,7 @@ WORDING = re.compile(
     r'[a-z][a-z0-9-]*-[1-9][0-9]*'
 )  # name of a rewording: its strategy and a number, e.g. synonym-1
 
+
 # %% ../../nbs/30_sms.prompts.ipynb #430d5970
 def opposite(
     answer: str,  # a choice
@@ -63,6 +67,7 @@ def opposite(
         other.upper() if answer.isupper() else other.capitalize() if answer[:1].isupper() else other
     )
 
+
 # %% ../../nbs/30_sms.prompts.ipynb #a19eb029
 def variant_choices(
     task: Task,  # the task
@@ -71,10 +76,12 @@ def variant_choices(
     "The answers allowed under a prompt variant."
     if variant not in VARIANTS and not WORDING.fullmatch(variant):
         raise InputError(
-            f"unknown prompt variant {variant!r}; choose from {', '.join(VARIANTS)}, or a rewording such as synonym-1"
+            f"unknown prompt variant {variant!r}; choose from {', '.join(VARIANTS)}, or a rewording"
+            " such as synonym-1"
         )
     extra = VARIANTS.get(variant, VARIANTS['plain'])[0]
     return task.choices + ((extra,) if extra and extra not in task.choices else ())
+
 
 # %% ../../nbs/30_sms.prompts.ipynb #b8a5306a
 def render(

@@ -26,6 +26,7 @@ from smsbench.verbs.app import (
 )
 from .data import ParaphrasesOption, parse_rewordings
 
+
 # %% ../../nbs/59c_verbs.attend.ipynb #dbe7244f
 def layer_choice(
     text: str,  # 'all', 'last_half', 'last_quarter', or numbers separated by commas
@@ -36,9 +37,11 @@ def layer_choice(
         return tuple(int(p) for p in parts)
     if len(parts) != 1:
         raise InputError(
-            f'--layers {text}: write all, last_half, last_quarter, or numbers separated by commas, e.g. 0,1'
+            f'--layers {text}: write all, last_half, last_quarter, or numbers separated by commas,'
+            ' e.g. 0,1'
         )
     return parts[0]
+
 
 # %% ../../nbs/59c_verbs.attend.ipynb #a55e7844
 def read_regions(
@@ -48,6 +51,7 @@ def read_regions(
     from smsbench.data.tables import whole_csv
 
     return None if path is None else whole_csv(path)
+
 
 # %% ../../nbs/59c_verbs.attend.ipynb #8c2d8976
 @app.command()
@@ -67,19 +71,28 @@ def attend(
     regions: Annotated[
         Path | None,
         typer.Option(
-            help='CSV of marked regions: sample_id or image, and mask (path below the data root) or x0,y0,x1,y1. Without: the masks or boxes of the cohort.'
+            help=(
+                'CSV of marked regions: sample_id or image, and mask (path below the data root) or'
+                ' x0,y0,x1,y1. Without: the masks or boxes of the cohort.'
+            )
         ),
     ] = None,
     arms: Annotated[
         str,
         typer.Option(
-            help='Arms that show a film, comma-separated. Empty: original,image_swap,text_swap, or image_only,image_only_swap where there are no reports.'
+            help=(
+                'Arms that show a film, comma-separated. Empty: original,image_swap,text_swap, or'
+                ' image_only,image_only_swap where there are no reports.'
+            )
         ),
     ] = '',
     queries: Annotated[
         str,
         typer.Option(
-            help="Whose attention is read: answer (the answer position), asked (the last word of the question), or words of the prompt."
+            help=(
+                "Whose attention is read: answer (the answer position), asked (the last word of the"
+                " question), or words of the prompt."
+            )
         ),
     ] = 'answer,asked',
     methods: Annotated[
@@ -88,7 +101,10 @@ def attend(
     layers: Annotated[
         str,
         typer.Option(
-            help='Layers of the maps that are measured: all, last_half, last_quarter, or numbers. The explorer shows any.'
+            help=(
+                'Layers of the maps that are measured: all, last_half, last_quarter, or numbers.'
+                ' The explorer shows any.'
+            )
         ),
     ] = 'all',
     heads: Annotated[
@@ -97,7 +113,10 @@ def attend(
     keep: Annotated[
         str,
         typer.Option(
-            help='rows: every head; pooled: the mean over the heads of each layer, for large models and cohorts.'
+            help=(
+                'rows: every head; pooled: the mean over the heads of each layer, for large models'
+                ' and cohorts.'
+            )
         ),
     ] = 'rows',
     baseline: Annotated[

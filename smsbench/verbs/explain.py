@@ -28,6 +28,7 @@ from smsbench.verbs.clip import (
     clip_app,
 )
 
+
 # %% ../../nbs/59e_verbs.explain.ipynb #c3450477
 @clip_app.command()
 def explain(
@@ -45,13 +46,20 @@ def explain(
     marks: Annotated[
         Path | None,
         typer.Option(
-            help="Radiologists' boxes, masks or polygons: CSV, COCO JSON or the MS-CXR layout; none takes the boxes of the cohort."
+            help=(
+                "Radiologists' boxes, masks or polygons: CSV, COCO JSON or the MS-CXR layout; none"
+                " takes the boxes of the cohort."
+            )
         ),
     ] = None,
     names: Annotated[
         str,
         typer.Option(
-            help="What the marks call a finding, where the cohort calls it otherwise, e.g. 'Pleural Effusion=effusion,Enlarged heart=cardiomegaly'; case, blanks and underscores do not matter."
+            help=(
+                "What the marks call a finding, where the cohort calls it otherwise, e.g. 'Pleural"
+                " Effusion=effusion,Enlarged heart=cardiomegaly'; case, blanks and underscores do"
+                " not matter."
+            )
         ),
     ] = '',
     limit: Annotated[int, typer.Option(min=0, help='Most films; 0: all that are marked.')] = 0,
@@ -61,7 +69,10 @@ def explain(
     seed: Annotated[
         int,
         typer.Option(
-            help='Decides which films, where there is a limit, the shuffled weights and the random orders.'
+            help=(
+                'Decides which films, where there is a limit, the shuffled weights and the random'
+                ' orders.'
+            )
         ),
     ] = 0,
     as_json: JsonOption = False,
@@ -178,8 +189,10 @@ def _own_words(model, films, prompts):
         'WARNING: the checkpoint was trained or chosen on some of these films or patients'
     ] * bool(o and o.seen.any())
     return words, notes + [
-        'WARNING: whether the checkpoint was trained on these patients cannot be said: they stand under other pseudonyms'
+        'WARNING: whether the checkpoint was trained on these patients cannot be said: they stand'
+        ' under other pseudonyms'
     ] * bool(o and o.same_cohort and not o.same_names)
+
 
 # %% ../../nbs/59e_verbs.explain.ipynb #29450e18
 def save_explained(
@@ -253,6 +266,7 @@ def _explained_figures(found, metrics, cascade, access):
         figures['cascade'] = cascade_figure(cascade)
     return figures
 
+
 # %% ../../nbs/59e_verbs.explain.ipynb #8d703e37
 def plain_cells(
     table,  # DataFrame; its words may come from anybody's files
@@ -261,6 +275,7 @@ def plain_cells(
     return table.map(
         lambda v: f"'{v}" if isinstance(v, str) and v[:1] in ('=', '+', '-', '@', '\t', '\r') else v
     )
+
 
 # %% ../../nbs/59e_verbs.explain.ipynb #c3450402
 @clip_app.command()
@@ -300,7 +315,10 @@ def ssa(
     wording: Annotated[
         str,
         typer.Option(
-            help="'fixed': facts are told in one order; 'added': in the order in which they were added."
+            help=(
+                "'fixed': facts are told in one order; 'added': in the order in which they were"
+                " added."
+            )
         ),
     ] = 'fixed',
     most_orders: Annotated[
@@ -325,7 +343,8 @@ def ssa(
         raise InputError('name one model: --model for CLIP, or --vlm for a vision-language model')
     if vlm and (by or prompts or pretrained):
         raise InputError(
-            '--by, --prompts and --pretrained belong to --model; a vision-language model is asked the questions of the cohort'
+            '--by, --prompts and --pretrained belong to --model; a vision-language model is asked'
+            ' the questions of the cohort'
         )
     ask, asked, about, notes, left = (
         _vlm_asker(vlm, device, cohort, root, findings, splits, split_list(test))
@@ -368,7 +387,8 @@ def ssa(
     plain_cells(table).to_csv(run / 'tables/effects.csv', index=False)
     if len(left):
         notes.append(
-            f"{shown(len(left), access)} picture(s) cannot be read and are left out{'; tables/excluded.csv lists them' if access == 'open' else ''}"
+            f"{shown(len(left), access)} picture(s) cannot be read and are left"
+            f" out{'; tables/excluded.csv lists them' if access == 'open' else ''}"
         )
     if len(left) and access == 'open':
         plain_cells(left).to_csv(run / 'tables/excluded.csv', index=False)

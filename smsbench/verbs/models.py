@@ -13,6 +13,7 @@ import typer
 
 from .app import JsonOption, app, say
 
+
 # %% ../../nbs/59b_verbs.models.ipynb #57406719
 @app.command()
 def models(
@@ -63,13 +64,17 @@ def _columns(t):
         for r in [list(t), *t.itertuples(index=False)]
     )
 
+
 # %% ../../nbs/59b_verbs.models.ipynb #57406702
 @app.command()
 def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help='Folder of a checkpoint in the original LLaVA layout (LLaVA-Med v1.5, LLaVA-Rad, LLaVA-1.5).'
+            help=(
+                'Folder of a checkpoint in the original LLaVA layout (LLaVA-Med v1.5, LLaVA-Rad,'
+                ' LLaVA-1.5).'
+            )
         ),
     ],
     out: Annotated[Path, typer.Option(help='Folder to write.')],
@@ -92,6 +97,7 @@ def convert(
     convert_llava(source, out, tower, base)
     print(f'smsbench audit --model {out} ...')
 
+
 # %% ../../nbs/59b_verbs.models.ipynb #57406703
 @app.command()
 def bench(
@@ -99,7 +105,10 @@ def bench(
     device: Annotated[
         str,
         typer.Option(
-            help='cpu: a random LLaVA of about 80 million parameters. cuda: models of the shapes of LLaVA-1.5-7B and Gemma-3-4B; nothing is downloaded.'
+            help=(
+                'cpu: a random LLaVA of about 80 million parameters. cuda: models of the shapes of'
+                ' LLaVA-1.5-7B and Gemma-3-4B; nothing is downloaded.'
+            )
         ),
     ] = 'cpu',
     rounds: Annotated[
@@ -118,7 +127,9 @@ def bench(
         bool,
         typer.Option(
             '--clip',
-            help="Instead: a CLIP training step beside open_clip's own, on the same model and batch.",
+            help=(
+                "Instead: a CLIP training step beside open_clip's own, on the same model and batch."
+            ),
         ),
     ] = False,
     as_json: JsonOption = False,
@@ -182,4 +193,8 @@ def _ratios(t):
 
 
 def _machine(found):
-    return f"{found['date']}, {found['card'] or str(found['cpus']) + ' CPU cores'}, {found['threads']} threads, torch {found['torch']}, transformers {found['transformers']}, medians of {found['rounds']} rounds{', tiny models' * found['smoke']}"
+    return (
+        f"{found['date']}, {found['card'] or str(found['cpus']) + ' CPU cores'}, {found['threads']}"
+        f" threads, torch {found['torch']}, transformers {found['transformers']}, medians of"
+        f" {found['rounds']} rounds{', tiny models' * found['smoke']}"
+    )

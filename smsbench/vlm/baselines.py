@@ -29,6 +29,7 @@ def permute(
         block.copy_(torch.empty_like(block).index_copy_(0, order, block) if back else block[order])
     return weights
 
+
 # %% ../../nbs/22d_vlm.baselines.ipynb #f87ee19d
 def weights_of(
     model: HFModel,  # a loaded model
@@ -47,9 +48,11 @@ def weights_of(
     out = {n: p for n, p in inner.named_parameters() if part == 'all' or id(p) in spoken}
     if packed := [n for n, p in out.items() if not p.is_floating_point()]:
         raise InputError(
-            f'{model.name}: {packed[0]} is quantised and cannot be randomised; load the model without quantization'
+            f'{model.name}: {packed[0]} is quantised and cannot be randomised; load the model'
+            ' without quantization'
         )
     return out
+
 
 # %% ../../nbs/22d_vlm.baselines.ipynb #94c99733
 @contextlib.contextmanager

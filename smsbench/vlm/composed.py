@@ -17,6 +17,7 @@ from .geometry import Layout
 from .models import HFModel, Inputs
 from .rollout import joined_heads, rollout_step
 
+
 # %% ../../nbs/22bb_vlm.composed.ipynb #53254cfa
 def vision_modules(
     model: HFModel,  # a loaded model
@@ -35,17 +36,21 @@ def vision_modules(
     ]
     if tower is inner or not found or any(hasattr(m, 'qkv') for m in found):
         raise InputError(
-            f'{model.name}: its vision tower ({type(tower).__name__}) hands out no attention weights, so no map can be composed with it; use raw, rollout, gradient or relevance'
+            f'{model.name}: its vision tower ({type(tower).__name__}) hands out no attention'
+            ' weights, so no map can be composed with it; use raw, rollout, gradient or relevance'
         )
     taken = getattr(inner.config, 'vision_feature_layer', None)
     taken = (
         -1
         if taken is None
-        else max(taken, key=lambda i: i % (len(found) + 1))
-        if isinstance(taken, (list, tuple))
-        else taken
+        else (
+            max(taken, key=lambda i: i % (len(found) + 1))
+            if isinstance(taken, (list, tuple))
+            else taken
+        )
     )
     return dict(enumerate(found[: taken % (len(found) + 1)]))
+
 
 # %% ../../nbs/22bb_vlm.composed.ipynb #eb260512
 class Tower:
@@ -71,9 +76,11 @@ class Tower:
         a = joined_heads(w)  # (crops, tokens, tokens)
         if self.how == 'rollout':
             self.sum = rollout_step(
-                torch.eye(a.shape[-1], device=a.device).repeat(len(a), 1, 1)
-                if self.sum is None
-                else self.sum,
+                (
+                    torch.eye(a.shape[-1], device=a.device).repeat(len(a), 1, 1)
+                    if self.sum is None
+                    else self.sum
+                ),
                 a,
             )
         else:
@@ -87,7 +94,8 @@ class Tower:
         "What went through the tower; `RunError` where a layer said nothing."
         if self.heard != len(self.layers):
             raise RunError(
-                f'{name}: {len(self.layers) - self.heard} layers of its vision tower returned no attention weights; load the model with attn_implementation eager'
+                f'{name}: {len(self.layers) - self.heard} layers of its vision tower returned no'
+                ' attention weights; load the model with attn_implementation eager'
             )
         return tuple(self.sum.shape[:2])
 
@@ -100,9 +108,11 @@ class Tower:
         v = self.sum.cpu().numpy() * patches
         if not np.isfinite(v).all():
             raise RunError(
-                f'{name}: attention weights of the vision tower are not numbers; load the model in bfloat16 or float32'
+                f'{name}: attention weights of the vision tower are not numbers; load the model in'
+                ' bfloat16 or float32'
             )
         return v / v.sum(-1, keepdims=True)
+
 
 # %% ../../nbs/22bb_vlm.composed.ipynb #7366779f
 def _pictures(model, layout, crops, p):
@@ -141,7 +151,8 @@ def _laid(v, start, tiles, each, first, p):
         t = t[(R - r) // 2 :][:r, (C - c) // 2 :][:, :c]
     if t.shape[0] * c != t.shape[1] * r or t.shape[0] % r:
         raise InputError(
-            f'view {v.name!r} has {r} x {c} tokens from {R} x {C} patches: they are interpolated, not merged, so no map can be composed; use raw, rollout, gradient or relevance'
+            f'view {v.name!r} has {r} x {c} tokens from {R} x {C} patches: they are interpolated,'
+            ' not merged, so no map can be composed; use raw, rollout, gradient or relevance'
         )
     return t
 
@@ -170,6 +181,7 @@ def vision_tokens(
     ]
     is_patch = (np.arange(tokens) % each >= first) & (np.arange(tokens) % each < first + p * p)
     return laid, is_patch
+
 
 # %% ../../nbs/22bb_vlm.composed.ipynb #71d5ec17
 def _finer(layout, groups, laid, cells, keys):
@@ -221,6 +233,7 @@ def composed(
         layout=layout,
         groups=groups,
     )
+
 
 # %% ../../nbs/22bb_vlm.composed.ipynb #caf28ffb
 def composed_rows(

@@ -17,6 +17,7 @@ from .models import extended
 from .prefix import NOTHING, Heading, Ledger, Prefix, Row, chunks, fork, grow, spared
 from .reuse import Features, Trial, join_features
 
+
 # %% ../../nbs/20h_vlm.engine.ipynb #7d6c6478
 def rows_of(
     model,  # an `HFModel`
@@ -59,6 +60,7 @@ def rows_of(
             )
         )
     return rows
+
 
 # %% ../../nbs/20h_vlm.engine.ipynb #9182dd34
 class Pass:
@@ -203,6 +205,7 @@ def _positions(row, lo, n):
     on = p[:, -1:] + torch.arange(1, 1 + max(0, lo + n - p.shape[1]))
     return torch.cat([p, on], 1)[:, lo : lo + n]
 
+
 # %% ../../nbs/20h_vlm.engine.ipynb #19ee1622
 class Proof:
     "What should enter the language model for a trial."
@@ -265,8 +268,10 @@ class Proof:
             trial.vision and self.model.caps.image_token and self._places(trial.ids)[foreign].all()
         )
         raise RunError(
-            f"what entered the language model is not the trial's own {'text' if text else 'image'}; a fault of the cache, so nothing of this run counts"
+            f"what entered the language model is not the trial's own {'text' if text else 'image'};"
+            " a fault of the cache, so nothing of this run counts"
         )
+
 
 # %% ../../nbs/20h_vlm.engine.ipynb #2fb5d2ab
 def halving(
@@ -289,6 +294,7 @@ def halving(
     for some in (items[:half], items[half:]):
         halving(some, do, told)
 
+
 # %% ../../nbs/20h_vlm.engine.ipynb #fe5790b6
 class Engine:
     "Scores trials that are in memory together, within a budget."
@@ -301,8 +307,9 @@ class Engine:
         max_rows: int = 64,  # rows of a forward pass
         max_tokens: int = 2048,  # tokens of a forward pass, padding included
         least: int = 32,  # shortest stretch of tokens that is worth a prefix
-        forks: int
-        | None = None,  # bytes of forks in one pass, at most; on a CPU copying them costs more than small batches do; None: what the budget leaves
+        forks: (
+            int | None
+        ) = None,  # bytes of forks in one pass, at most; on a CPU copying them costs more than small batches do; None: what the budget leaves
         even: float = 0.0,  # share of a prefix that may be computed again so that prefixes of unlike length go in one pass; 0: none
     ):
         (
@@ -314,7 +321,16 @@ class Engine:
             self.least,
             self.forks,
             self.even,
-        ) = model, level, budget * 7 // 8, max_rows, max_tokens, least, forks, even
+        ) = (
+            model,
+            level,
+            budget * 7 // 8,
+            max_rows,
+            max_tokens,
+            least,
+            forks,
+            even,
+        )
         self.go = Pass(model, level, budget // 8)
         self.proof, self.stats = Proof(model, self.go.features), self.go.stats
         self.full, self.prove, self.live, self.row_bytes = (

@@ -21,6 +21,7 @@ from smsbench.vlm.attention import (
 )
 from .models import HFModel, Inputs, few_threads
 
+
 # %% ../../nbs/22ba_vlm.rollout.ipynb #d5dbf5e3
 def rollout_step(
     running,  # (..., n, keys) tensor: from which keys each position's content came before this layer; changed in place
@@ -34,6 +35,7 @@ def rollout_step(
     running.mul_(0.5)[..., : a.shape[-1]] += a / 2
     return running
 
+
 # %% ../../nbs/22ba_vlm.rollout.ipynb #e8f0af0f
 def joined_heads(
     weights,  # (..., heads, queries, keys) tensor
@@ -45,6 +47,7 @@ def joined_heads(
             f'heads {heads!r}: a rollout joins the heads of every layer by mean or max'
         )
     return weights.float().mean(-3) if heads == 'mean' else weights.float().amax(-3)
+
 
 # %% ../../nbs/22ba_vlm.rollout.ipynb #ef8f2a45
 def one_layer(
@@ -71,6 +74,7 @@ def one_layer(
         p.about | dict(method=method, joined=dict(layers=list(layers), heads=heads)),
     )
 
+
 # %% ../../nbs/22ba_vlm.rollout.ipynb #4e7b3c2e
 def _complete(model, heard, wanted, running):
     "Did every layer speak, and in numbers?"
@@ -78,11 +82,13 @@ def _complete(model, heard, wanted, running):
 
     if lacking := [i for i in wanted if i not in heard]:
         raise RunError(
-            f'{model.name}: layer {lacking[0]} returned no attention weights; load the model with attn_implementation eager'
+            f'{model.name}: layer {lacking[0]} returned no attention weights; load the model with'
+            ' attn_implementation eager'
         )
     if not torch.isfinite(running).all():
         raise RunError(
-            f'{model.name}: attention weights are not numbers; load the model in bfloat16 or float32'
+            f'{model.name}: attention weights are not numbers; load the model in bfloat16 or'
+            ' float32'
         )
 
 

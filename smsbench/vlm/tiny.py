@@ -53,6 +53,7 @@ def tiny_tokenizer(
         tokenizer_object=t, pad_token='<pad>', bos_token=start, eos_token=end, **extra
     )
 
+
 # %% ../../nbs/20c_vlm.tiny.ipynb #6677f7e1
 def _text(kind, tok, layers=3, **more):
     "Configuration of a language model 32 wide."
@@ -95,10 +96,13 @@ def _chat(image, user='USER: ', end='', answer=' ASSISTANT:', head='', system='{
     "A chat template: `head`, the turns (image entries become `image`), then `answer`."
     before, after = (repr(s) for s in system.split('{}'))
     return (
-        f"{{{{ {head!r} }}}}{{% for m in messages %}}{{{{ {before} if m['role'] == 'system' else {user!r} }}}}"
-        f"{{% for c in m['content'] %}}{{% if c['type'] == 'image' %}}{{{{ {image!r} }}}}{{% else %}}{{{{ c['text'] }}}}{{% endif %}}{{% endfor %}}"
-        f"{{{{ {after} if m['role'] == 'system' else {end!r} }}}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {answer!r} }}}}{{% endif %}}"
+        f"{{{{ {head!r} }}}}{{% for m in messages %}}{{{{ {before} if m['role'] == 'system' else"
+        f" {user!r} }}}}{{% for c in m['content'] %}}{{% if c['type'] == 'image' %}}{{{{ {image!r}"
+        f" }}}}{{% else %}}{{{{ c['text'] }}}}{{% endif %}}{{% endfor %}}{{{{ {after} if m['role']"
+        f" == 'system' else {end!r} }}}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{"
+        f" {answer!r} }}}}{{% endif %}}"
     )
+
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #73c40e4b
 _CLIP = dict(size=dict(shortest_edge=56), crop_size=dict(height=56, width=56))
@@ -188,6 +192,7 @@ def _IM(image):
         system='<|im_start|>system\n{}<|im_end|>\n',
     )
 
+
 # %% ../../nbs/20c_vlm.tiny.ipynb #0db443fc
 _QWEN = {
     'image_token': '<|image_pad|>',
@@ -263,6 +268,7 @@ def _qwen3_vl(tok=None, template=None):
         template,
     )
 
+
 # %% ../../nbs/20c_vlm.tiny.ipynb #9585968e
 def _paligemma(tok=None, template=None, text='GemmaConfig'):
     import transformers as tf
@@ -323,6 +329,7 @@ def _gemma3(tok=None, template=None):
         image_seq_length=16,
         chat_template=template,
     )
+
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #da66e5ff
 def _mllama(tok=None, template=None):
@@ -421,6 +428,7 @@ def _janus(tok=None, template=None):
         or _chat('<image_placeholder>\n', '<|User|>: ', '\n\n', '<|Assistant|>:', system='{}\n\n'),
     )
 
+
 # %% ../../nbs/20c_vlm.tiny.ipynb #61e2eb64
 _TILES = [
     '<fake_token_around_image>',
@@ -511,6 +519,7 @@ def _internvl(tok=None, template=None):
         images, tok, video, image_seq_length=4, chat_template=template or _IM('<IMG_CONTEXT>\n')
     )
 
+
 # %% ../../nbs/20c_vlm.tiny.ipynb #541e04da
 TINY = {
     b.__name__[1:]: b
@@ -557,14 +566,16 @@ def sharpened(
                 p.mul_(gain)
     return model
 
+
 # %% ../../nbs/20c_vlm.tiny.ipynb #73cc4bc9
 def tiny_checkpoint(
     family: str,  # a key of `TINY`
     folder,  # where to; made if missing
     seed: int = 0,  # of the weights
     tokenizer=None,  # a real tokenizer with this family's special tokens; None: a tiny one
-    chat_template: str
-    | None = None,  # a real chat template; None: one in the family's style (PaliGemma has none)
+    chat_template: (
+        str | None
+    ) = None,  # a real chat template; None: one in the family's style (PaliGemma has none)
 ) -> Path:  # the folder
     "Save a random checkpoint of `family` under a million parameters (more with a real tokenizer); `InputError` for a family that is not in `TINY`."
     import torch
