@@ -14,7 +14,7 @@ demo: $(STAMP)
 
 demo test: export OMP_NUM_THREADS = 1
 test: $(STAMP) browser lint sync
-	timeout 2400 $(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 12 tests/notebooks.py
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 setup: $(STAMP)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def cli(tmp_path):
     "Run `smsbench …` as a person would; returns (exit code, stdout, stderr)."
 
-    def run(*args, cwd=tmp_path, timeout=300):
+    def run(*args, cwd=tmp_path, timeout=1500):
         p = subprocess.run(
             [Path(sys.executable).parent / 'smsbench', *map(str, args)],
             cwd=cwd,
