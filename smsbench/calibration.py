@@ -106,7 +106,10 @@ def ece(
     n_bins: int = 10,  # bins
     scheme: str = 'equal_width',  # or 'equal_mass'
 ) -> Statistic:  # one number in 0..1
-    "Expected calibration error (Naeini et al. 2015): mean |mean probability - frequency| over the rows' bins."
+    """Expected calibration error: mean |mean probability - frequency| over the rows' bins.
+
+    Source: Naeini et al. 2015.
+    """
     sums, unfold, _ = bin_sums(prob, y, n_bins, scheme)
 
     def gaps(t):
@@ -231,10 +234,11 @@ def reliability_curve(
     scheme: str = 'equal_width',  # or 'equal_mass'
     minimum: int = 10,  # smallest bin that is reported
     **how,  # n_boot, level, seed of `Statistic.bootstrap`
-) -> (
-    pd.DataFrame
-):  # one row per bin: bin_low, bin_high, prob, frequency, ci_low, ci_high, n, n_clusters, note
-    "Mean probability and frequency per bin, with intervals of the frequency."
+) -> pd.DataFrame:  # one row per bin
+    """Mean probability and frequency per bin, with intervals of the frequency.
+
+    Columns: bin_low, bin_high, prob, frequency, ci_low, ci_high, n, n_clusters, note.
+    """
     sums, unfold, edges = bin_sums(prob, y, n_bins, scheme)
     where = unfold(sums)[..., 0] == 1  # (n, m)
     ci = together(*(proportion(y, w, f'bin {k}') for k, w in enumerate(where.T))).bootstrap(

@@ -67,7 +67,10 @@ def _wave(v):
 
 
 def _ellipse(c, cx, cy, h, aspect, t):
-    "Squared radius in an ellipse of horizontal half-extent `h`, tilted by twice the angle whose tangent is `t`."
+    """Squared radius in an ellipse of horizontal half-extent `h`.
+
+    The ellipse is tilted by twice the angle whose tangent is `t`.
+    """
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     w = h / math.sqrt(cos * cos + aspect * aspect * sin * sin)
     dx, dy = c.x - cx, c.y - cy
@@ -148,7 +151,7 @@ def _axis(size):
 
 
 def _frame(c, size, rows):
-    "Add the coordinates of the pixels in `rows` to the chest, and the contours that several layers share."
+    "Add pixel coordinates in `rows` to the chest, and the contours that several layers use."
     c, t = SimpleNamespace(**vars(c)), c.turn * (0.02 if c.ap else 0.008)
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     x, y = _axis(size)[None, :] - np.float32(c.shift), _axis(size)[rows, None] - np.float32(c.lift)
@@ -443,10 +446,12 @@ def draw_film(
     view: str = 'PA',  # 'PA' or 'AP'
     sex: str = 'F',  # 'F' or 'M'
     marker: bool = False,  # burn in the shortcut marker
-) -> (
-    tuple
-):  # (size, size) uint8 film; dict finding -> (size, size) bool mask of the pixels it may change
-    "Draw a film and the masks of all `FINDINGS` (empty for absent ones); `InputError` for an unknown finding, view, sex or size."
+) -> tuple:  # film: (size, size) uint8; masks: dict finding -> (size, size) bool
+    """Draw a film and the masks of all `FINDINGS`.
+
+    A mask holds the pixels that its finding may change; it is empty for absent findings.
+    `InputError` for an unknown finding, view, sex or size.
+    """
     if unknown := set(findings) - set(FINDINGS):
         raise InputError(f"unknown finding {min(unknown)!r}; choose from {', '.join(FINDINGS)}")
     if view not in ('PA', 'AP') or sex not in ('F', 'M'):
@@ -503,9 +508,7 @@ def film_side(
 # %% ../../nbs/10a_data.film.ipynb #e61ed99f
 def mask_box(
     mask: np.ndarray,  # (H, W) bool
-) -> list[
-    int
-]:  # [x0, y0, x1, y1] in pixels, x1 and y1 one past the last; [] where the mask is empty
+) -> list[int]:  # [x0, y0, x1, y1] in pixels, x1, y1 one past the last; [] for an empty mask
     "The smallest box around a mask."
     ys, xs = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     return [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1] if len(xs) else []
@@ -520,19 +523,17 @@ def phantom_ref(
     view: str = 'PA',  # "
     sex: str = 'F',  # "
     marker: bool = False,  # "
-) -> (
-    str
-):  # 'phantom:1/PATIENT/FILM/SIZE/VIEW/SEX/FINDINGS/MARKER'; the 1 is the version of the drawing
-    "The reference under which `read_phantom` draws this film."
-    return f"phantom:1/{patient}/{film}/{size}/{view}/{sex}/{'+'.join(f for f in FINDINGS if f in findings) or 'none'}/{'marker' if marker else 'plain'}"
+) -> str:  # 'phantom:1/PATIENT/FILM/SIZE/VIEW/SEX/FINDINGS/MARKER'; 1: version of the drawing
+    "Reference from which `read_phantom` draws this film."
+    shown = '+'.join(f for f in FINDINGS if f in findings) or 'none'
+    corner = 'marker' if marker else 'plain'
+    return f'phantom:1/{patient}/{film}/{size}/{view}/{sex}/{shown}/{corner}'
 
 
 # %% ../../nbs/10a_data.film.ipynb #24595bb9
 def phantom_film(
     ref: str,  # a reference made by `phantom_ref`
-) -> (
-    tuple
-):  # (size, size) uint8 film; dict finding -> (size, size) bool mask, empty for what is not there
+) -> tuple:  # film and masks, as from `draw_film`
     "The film that a reference names and its masks; `InputError` where it is no such reference."
     m = re.fullmatch(
         r'phantom:1/([\w-]+)/(\d+)/(\d+)/(PA|AP)/([FM])/([a-z+]+)/(marker|plain)', str(ref)

@@ -167,7 +167,10 @@ def read_member(
     inner: str,  # name of a member
     limit: int = MAX_BYTES,  # bytes it may unpack to
 ) -> bytes:
-    "The content of one zip member; `FileError` where it is missing, encrypted, damaged, too large or has a name that climbs."
+    """Read one member of a zip.
+
+    `FileError` if it is missing, encrypted, damaged, too large, or its name leaves the archive.
+    """
     path, shown = locate(root, archive), as_shown(f'{archive}!{inner}')
     if _leaves(inner):
         raise FileError(
@@ -251,7 +254,8 @@ def fetch(
         ) from None
     except MemoryError:
         raise
-    except Exception as e:  # the words of a protocol's package may hold keys: its kind, or what the system said, must do
+    except Exception as e:
+        # the message of a protocol's package may contain keys: give the system's words or its type
         said = e.strerror if isinstance(e, OSError) and e.strerror else type(e).__name__
         raise FileError(f"{shown}: cannot be fetched ({' '.join(said.split())})") from None
     if len(data) > limit:
@@ -293,7 +297,7 @@ def _fsspec(url, limit, timeout):
 # %% ../../nbs/08_data.sources.ipynb #8dbfa7b1
 def open_ref(
     root,  # data root; every file must lie below it
-    ref: str,  # path of a file, 'archive.zip!inner/name', or an address; what follows '#' is not looked at
+    ref: str,  # path, 'archive.zip!inner/name' or address; text after '#' is ignored
     remote: bool = False,  # follow addresses
     limit: int = MAX_BYTES,  # bytes that a zip member or an answer may have
 ):  # an open binary file that can seek
@@ -322,7 +326,10 @@ def read_bytes(
     ref: str,  # path of a file, or 'archive.zip!inner/name'
     limit: int = MAX_BYTES,  # the most bytes to accept
 ) -> bytes:
-    "The whole content of a file or zip member; `FileError` where it is missing, lies elsewhere or is larger than `limit`."
+    """Read a whole file or zip member.
+
+    `FileError` if it is missing, outside `root` or larger than `limit`.
+    """
     with open_ref(root, ref, limit=limit) as f:
         try:
             data = f.read(limit + 1)
