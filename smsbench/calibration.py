@@ -37,9 +37,8 @@ def bin_edges(
     if scheme != 'equal_mass':
         raise InputError(f"calibration: bins are 'equal_width' or 'equal_mass', not {scheme!r}")
     inner = np.unique(np.quantile(prob, np.arange(1, n_bins) / n_bins))
-    return np.r_[
-        0.0, inner[inner > 0], 1.0
-    ]  # a quantile at 1 leaves [1, 1] as last bin: the saturated answers
+    # a quantile at 1 leaves [1, 1] as last bin: the saturated answers
+    return np.r_[0.0, inner[inner > 0], 1.0]
 
 
 # %% ../nbs/02_calibration.ipynb #e6f3a775
@@ -136,9 +135,8 @@ def max_calibration_error(
     sums, unfold, _ = bin_sums(prob, y, n_bins, scheme)
     size, total, _ = unfold(sums.sum(0)).T
     keep = size >= minimum
-    p = (total[keep] + 0.5) / (
-        size[keep] + 1
-    )  # pulled off 0 and 1, where a model seems to have no noise
+    # pulled off 0 and 1, where a model seems to have no noise
+    p = (total[keep] + 0.5) / (size[keep] + 1)
 
     def gaps(t):
         b = unfold(t)[..., keep, :]

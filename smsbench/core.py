@@ -42,9 +42,8 @@ class RunError(RuntimeError):
 
 
 # %% ../nbs/00_core.ipynb #ba2497ae
-_encode = json.JSONEncoder(
-    ensure_ascii=False
-).encode  # made once: a new encoder per row would take most of the time
+# made once: a new encoder per row would take most of the time
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def content_hash(

@@ -158,9 +158,8 @@ def _canonical(rows, clusters):
         raise InputError(
             f'no cluster (patient) label in {int((name < 0).sum())} of {len(name)} rows'
         )
-    key = (
-        np.ascontiguousarray(rows + 0.0).view(f'V{8 * rows.shape[1]}').ravel()
-    )  # + 0. makes -0. and 0. the same bytes
+    # + 0. makes -0. and 0. the same bytes
+    key = np.ascontiguousarray(rows + 0.0).view(f'V{8 * rows.shape[1]}').ravel()
     by_value = np.argsort(key, kind='stable')
     code = np.empty(len(rows), np.int64)  # equal rows share a code
     code[by_value] = np.cumsum(np.r_[0, key[by_value][1:] != key[by_value][:-1]])
@@ -445,9 +444,8 @@ class Statistic:
         names = tuple(f'{a} - {b}' for a, b in zip(self.names, other.names))
         bounds = self._bounds - other._bounds[:, ::-1]
         one, two = self._used, other._used
-        used = (
-            one if np.array_equal(one, two) else np.concatenate([one, two], 2)
-        )  # it needs the rows of both
+        # it needs the rows of both
+        used = one if np.array_equal(one, two) else np.concatenate([one, two], 2)
         return Statistic(
             both.sums, lambda t: both.of(t)[..., :K] - both.of(t)[..., K:], names, bounds, used
         )

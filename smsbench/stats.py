@@ -520,13 +520,11 @@ def power_paired(
     n, changing = int(n / design_effect + 1e-9), worse + better
     if n < 1 or changing == 0:
         return 0.0
-    D = np.arange(
-        binom.ppf(1e-12, n, changing), binom.isf(1e-12, n, changing) + 1
-    )  # how many pairs change
+    # how many pairs change
+    D = np.arange(binom.ppf(1e-12, n, changing), binom.isf(1e-12, n, changing) + 1)
     k = binom.ppf(alpha / 2, D, 0.5)
-    k = np.where(
-        binom.cdf(k, D, 0.5) <= alpha / 2, k, k - 1
-    )  # at most k of D on the rarer side rejects
+    # at most k of D on the rarer side rejects
+    k = np.where(binom.cdf(k, D, 0.5) <= alpha / 2, k, k - 1)
     reject = binom.cdf(k, D, worse / changing) + binom.sf(D - k - 1, D, worse / changing)
     return float((binom.pmf(D, n, changing) * reject).sum())
 
@@ -592,9 +590,8 @@ def minimum_effect(
     "Minimum detectable drop in accuracy."
     if not 0 <= baseline <= 1 or not 0 < power < 1:
         raise InputError(f'power: accuracy {baseline} and power {power} lie in 0..1')
-    low = (
-        0.0 if discordant is None else max(0.0, discordant - 2 * (1 - baseline))
-    )  # so many changes cannot all be of the other kind
+    # so many changes cannot all be of the other kind
+    low = 0.0 if discordant is None else max(0.0, discordant - 2 * (1 - baseline))
     high = baseline if discordant is None else min(baseline, discordant, 2 * baseline - discordant)
     if low > high:
         raise InputError(f'power: {discordant} changed pairs do not fit an accuracy of {baseline}')

@@ -59,9 +59,8 @@ def box_table(
     if len(b.columns) == 1:
         numbers = [None if is_missing(c) else list_cell(c) or () for c in t[b.columns[0]]]
     else:
-        numbers = [
-            None if all(map(is_missing, c)) else c for c in zip(*(t[c] for c in b.columns))
-        ]  # a row without coordinates says: no box here
+        # a row without coordinates says: no box here
+        numbers = [None if all(map(is_missing, c)) else c for c in zip(*(t[c] for c in b.columns))]
     sizes = (
         list(zip(*([s] * len(t) if _number(s) else t[s] for s in b.size)))
         if b.size

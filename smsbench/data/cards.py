@@ -136,15 +136,10 @@ LABEL_SOURCES = {  # what a card may say, and what it means
 }
 
 # %% ../../nbs/09b_data.cards.ipynb #f004149a
-_CONTROL = re.compile(
-    '[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]'
-)  # also what turns the direction of writing
-_LINES = (
-    'how',
-    'layout',
-    'question',
-    'text',
-)  # may have several lines; `columns.text` may be a template of a report
+# also what turns the direction of writing
+_CONTROL = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
+# may have several lines; `columns.text` may be a template of a report
+_LINES = ('how', 'layout', 'question', 'text')
 _CELLS = (
     'map',
     'equals',
@@ -347,9 +342,8 @@ def manifest_path(
 class _Loader(yaml.SafeLoader):
     "Safe YAML in which every scalar stays text and no key stands twice."
 
-    yaml_implicit_resolvers = {
-        '<': yaml.SafeLoader.yaml_implicit_resolvers['<']
-    }  # `<<: *anchor` is the only word with a meaning
+    # `<<: *anchor` is the only word with a meaning
+    yaml_implicit_resolvers = {'<': yaml.SafeLoader.yaml_implicit_resolvers['<']}
 
     def construct_mapping(self, node, deep=False):
         keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
@@ -384,9 +378,8 @@ def read_manifest(
 
 
 def _first_fault(e):
-    faults = sorted(
-        e.errors(include_url=False), key=lambda x: x['type'] != 'extra_forbidden'
-    )  # a misspelt key explains the missing one
+    # a misspelt key explains the missing one
+    faults = sorted(e.errors(include_url=False), key=lambda x: x['type'] != 'extra_forbidden')
     where, what, more = (
         '.'.join(map(str, faults[0]['loc'])),
         faults[0]['type'],

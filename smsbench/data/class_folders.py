@@ -15,15 +15,13 @@ from .film import draw_film, uniform
 from .layouts import LAYOUTS
 
 # %% ../../nbs/11c_data.class_folders.ipynb #7832cfb6
-CLASSES = dict(
-    clear=(), effusion=('effusion',), cardiomegaly=('cardiomegaly',)
-)  # folder -> what is in its films
+# folder -> what is in its films
+CLASSES = dict(clear=(), effusion=('effusion',), cardiomegaly=('cardiomegaly',))
 COMPLAINTS = dict(
     clear='no complaint', effusion='shortness of breath', cardiomegaly='swollen ankles'
 )  # folder -> what such a patient says
-PARTS = dict(
-    train=0.6, val=0.2, external=0.2
-)  # share of the patients; external: drawn from other people and exposed otherwise
+# share of the patients; external: drawn from other people and exposed otherwise
+PARTS = dict(train=0.6, val=0.2, external=0.2)
 
 
 # %% ../../nbs/11c_data.class_folders.ipynb #40b14bbc

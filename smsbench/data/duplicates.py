@@ -167,7 +167,6 @@ def chance_rate(
     def fit(degree):
         return np.polyfit(above, np.log(counts[above]), degree, w=np.sqrt(counts[above]))
 
-    curve = (
-        fit(2) if len(above) > 2 and fit(2)[0] < 0 else fit(1)
-    )  # few pairs may bend the curve up, which no tail does
+    # few pairs may bend the curve up, which no tail does
+    curve = fit(2) if len(above) > 2 and fit(2)[0] < 0 else fit(1)
     return float(min(1, np.exp(np.polyval(curve, below)).sum() / counts.sum()))

@@ -141,9 +141,8 @@ def stamp(
 ) -> tuple[int, int, int]:  # `STAMP` of the file or archive; zeros where no file holds it
     "By what a changed file is noticed."
     try:
-        s = os.stat(
-            os.path.join(root, split_ref(ref)[0])
-        )  # ten times as fast as `locate`, which decides when the file is read
+        # ten times as fast as `locate`, which decides when the file is read
+        s = os.stat(os.path.join(root, split_ref(ref)[0]))
     except (OSError, ValueError):
         return 0, 0, 0
     return s.st_size, s.st_mtime_ns, s.st_ctime_ns

@@ -138,9 +138,8 @@ def _chest(patient, film, view, sex):
         c.clavicle - 0.07 * c.ap,
     )
     p, e = (1 if c.side_p < 0.5 else -1), (1 if c.side_e < 0.5 else -1)
-    c.side = dict(
-        pneumothorax=p, device=-p, effusion=e, nodule=e, opacity=-e
-    )  # findings of one side keep to different zones
+    # findings of one side keep to different zones
+    c.side = dict(pneumothorax=p, device=-p, effusion=e, nodule=e, opacity=-e)
     return c
 
 
@@ -364,9 +363,8 @@ def _nodule(c):
 
 
 def _pneumothorax(c):
-    inner = (
-        1 - c.rho - c.depth * (1 - 0.85 * np.square(np.clip((c.y + 0.55) * 1.5, 0, 1)))
-    )  # 0 on the pleural line, negative in the air
+    # 0 on the pleural line, negative in the air
+    inner = 1 - c.rho - c.depth * (1 - 0.85 * np.square(np.clip((c.y + 0.55) * 1.5, 0, 1)))
     where = c.lung * (c.y < 0.12) * (c.x * c.side['pneumothorax'] > 0)
     line = 0.20 * _bump(np.square(inner * (1 / max(0.018, c.edge * 0.7)))) * _step(0.06 - c.y, 0.1)
     return where * (line - _step(-inner, 0.03) * (0.18 + 0.9 * c.vessels))
@@ -389,10 +387,9 @@ def _device(c):
         * _step(ax + 0.08 * s, 0.02)
     )  # through the subclavian vein
     turn = top + 0.55 * (0.08 * s + 0.28) * (0.08 * s + 0.28)
-    p, end = (
-        np.clip((c.y - turn) * (1 / (0.42 - turn)), 0, 1),
-        (0.40 if c.pacemaker else -0.05),
-    )  # down the vena cava
+    # down the vena cava
+    p = np.clip((c.y - turn) * (1 / (0.42 - turn)), 0, 1)
+    end = 0.40 if c.pacemaker else -0.05
     drop = (
         _bump(np.square((c.x + 0.08 - 0.30 * p * p * c.pacemaker) * (1 / width)))
         * _step(c.y - turn, 0.02)
@@ -488,9 +485,8 @@ def _expose(c, findings):
     t = np.maximum(sum(added.values(), start=t), 0) * (1.15 * c.exposure)
     masks = {f: added[f] != 0 if f in added else np.zeros(c.x.shape, bool) for f in FINDINGS}
     if 'cardiomegaly' in added:
-        masks['cardiomegaly'] |= (
-            _heart(c, c.big) != 0
-        )  # the whole enlarged heart, not only its new rim
+        # the whole enlarged heart, not only its new rim
+        masks['cardiomegaly'] |= _heart(c, c.big) != 0
     return t / np.sqrt(1 + t * t), masks
 
 
@@ -562,9 +558,8 @@ def read_phantom(
     return phantom_film(ref)[0]
 
 
-READERS['phantom'] = lambda root, rest: read_phantom(
-    f'phantom:{rest}'
-)  # whoever reads images by reference reads these too
+# whoever reads images by reference reads these too
+READERS['phantom'] = lambda root, rest: read_phantom(f'phantom:{rest}')
 
 
 # %% ../../nbs/10a_data.film.ipynb #dfaff91c

@@ -352,9 +352,8 @@ def _chexpert(folder):
     for part, shown in films.items():
         rows = []
         for n, (p, study, view) in enumerate(shown):
-            s = states[
-                n % 5
-            ]  # radiologists read the validation films: nothing uncertain, nothing left out
+            # radiologists read the validation films: nothing uncertain, nothing left out
+            s = states[n % 5]
             ref, labels = (
                 f'{part}/patient{p:05d}/study{study}/view1_{view}.jpg',
                 [s.get(c, '') if part == 'train' else max(0.0, s.get(c, 0.0)) for c in _CHEXPERT],

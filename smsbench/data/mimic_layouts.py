@@ -326,9 +326,8 @@ def ms_cxr(
         where = (r.dicom_id, f, _SAYS[f].split(' ', 1)[-1], film_path(r))
         rows.append((*where, 10 + i, 20, 40, 30, 128, 96, r.split))
         if i == 0:
-            rows.append(
-                (*where, 70, 21, 33, 31, 128, 96, r.split)
-            )  # a second box of the same phrase
+            # a second box of the same phrase
+            rows.append((*where, 70, 21, 33, 31, 128, 96, r.split))
     put_csv(
         folder,
         'MS_CXR_Local_Alignment_v1.1.0.csv',

@@ -134,9 +134,8 @@ def write_report(
                 (order, _say(f, state, (sides or {}).get(f, '') if state != 'no' else '', u))
             )
     places = uniform(len(_DISTRACTORS), 'distractor', key)
-    chosen = sorted(zip(places, _DISTRACTORS))[
-        :distractors
-    ]  # the smallest uniforms: a random choice
+    # the smallest uniforms: a random choice
+    chosen = sorted(zip(places, _DISTRACTORS))[:distractors]
     sentences += [(u, s) for u, (_, s) in zip(uniform(distractors, 'place', key), chosen)]
     return ' '.join(s for _, s in sorted(sentences))
 

@@ -44,12 +44,8 @@ from smsbench.data.sources import (
     why,
 )
 
-_all_ = [
-    'IMAGE_REASONS',
-    'FileError',
-    'locate',
-    'read_bytes',
-]  # what a user of this module needs beside it
+# what a user of this module needs beside it
+_all_ = ['IMAGE_REASONS', 'FileError', 'locate', 'read_bytes']
 
 
 # %% ../../nbs/09_data.readers.ipynb #a086972b
@@ -429,9 +425,8 @@ def load_image(
     except MemoryError:
         raise RunError(f'{shown}: there is not enough memory to read it') from None
     except Exception as e:
-        raise FileError(
-            f'{shown}: cannot be read ({why(e)})'
-        ) from None  # a decoder may raise anything on broken bytes
+        # a decoder may raise anything on broken bytes
+        raise FileError(f'{shown}: cannot be read ({why(e)})') from None
 
 
 def _ending(ref):
@@ -475,15 +470,8 @@ def plain(
 
 
 # %% ../../nbs/09_data.readers.ipynb #ddafd928
-MISSING = {
-    '',
-    'nan',
-    'na',
-    'n/a',
-    '<na>',
-    'null',
-    'none',
-}  # what programs write for 'no value', in lower case
+# what programs write for 'no value', in lower case
+MISSING = {'', 'nan', 'na', 'n/a', '<na>', 'null', 'none'}
 
 
 def is_missing(

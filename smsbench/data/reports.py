@@ -114,9 +114,8 @@ def _wording(heading, case):
 
 
 def _heading_pattern():
-    headings = sorted(
-        (h for hs in SECTIONS.values() for h in hs), key=len, reverse=True
-    )  # the longest first
+    # the longest first
+    headings = sorted((h for hs in SECTIONS.values() for h in hs), key=len, reverse=True)
     capitals, titles = (
         '|'.join(_wording(h, str) for h in headings),
         '|'.join(f"{h[0]}(?i:{_wording(h, str)[1:]})" for h in headings),

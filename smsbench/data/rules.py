@@ -201,12 +201,8 @@ def decide(
 
 
 # %% ../../nbs/09a_data.rules.ipynb #176ed41d
-LABEL_FAULTS = (
-    'NaN label',
-    'unknown label',
-    'uncertain label',
-    'left out by the rule',
-)  # why a row has no label
+# why a row has no label
+LABEL_FAULTS = ('NaN label', 'unknown label', 'uncertain label', 'left out by the rule')
 
 
 def apply_rule(

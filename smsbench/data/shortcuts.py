@@ -29,10 +29,8 @@ from ..resampling import Interval, bootstrap_rows, by_owner
 from ..stats import auroc, auroc_ends, auroc_influence, combined_ends, tied_share
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #3d69428e
-BINS, RARE = (
-    8,
-    10,
-)  # quantile bins of a number; a level with fewer rows is pooled with the other rare ones
+# quantile bins of a number; a level with fewer rows is pooled with the other rare ones
+BINS, RARE = 8, 10
 
 
 def level_codes(
@@ -215,9 +213,8 @@ def told_apart(
             np.stack(slopes, 1),
         )
 
-    sides = np.stack([np.asarray(y) == c for c in range(scores.shape[1])], -1)[
-        :, None
-    ]  # it needs films of every class
+    # it needs films of every class
+    sides = np.stack([np.asarray(y) == c for c in range(scores.shape[1])], -1)[:, None]
     return bootstrap_rows(
         mean,
         [*scores.T, np.asarray(y), fold],

@@ -116,9 +116,8 @@ def locate(
     try:
         real = os.path.realpath(os.path.join(home, ref))
     except ValueError:
-        raise FileError(
-            f'{shown}: no file can have this name', 'missing image'
-        ) from None  # e.g. a NUL character
+        # e.g. a NUL character
+        raise FileError(f'{shown}: no file can have this name', 'missing image') from None
     if os.path.commonpath([home, real]) != home:
         raise FileError(f'{shown}: a link leads out of the data root', 'path outside the root')
     if not os.path.isfile(real):
@@ -215,20 +214,8 @@ def _archive(
 
 
 # %% ../../nbs/08_data.sources.ipynb #fe653c4a
-REMOTE = (
-    'http',
-    'https',
-    'ftp',
-    'sftp',
-    's3',
-    'gs',
-    'gcs',
-    'az',
-    'abfs',
-    'hf',
-    'webdav',
-    'memory',
-)  # protocols that `remote=True` allows
+# protocols that `remote=True` allows
+REMOTE = ('http', 'https', 'ftp', 'sftp', 's3', 'gs', 'gcs', 'az', 'abfs', 'hf', 'webdav', 'memory')
 
 
 def fetch(
@@ -280,9 +267,8 @@ def _http(url, limit, timeout):
             'missing image' if e.code in (404, 410) else 'unreadable image',
         ) from None
     except error.URLError as e:
-        raise (
-            e.reason if isinstance(e.reason, OSError) else e
-        ) from None  # what the system said: refused, timed out, no such host
+        # what the system said: refused, timed out, no such host
+        raise (e.reason if isinstance(e.reason, OSError) else e) from None
 
 
 def _fsspec(url, limit, timeout):

@@ -166,9 +166,8 @@ def _settle(patient, kind, samples, ids, weights, seed):
     P, size = len(ids), np.bincount(patient, samples).astype(int)
     rarest = np.full(P, P)
     np.minimum.at(rarest, patient, np.bincount(kind)[kind])
-    for attempt in range(
-        max(2, min(20, 200_000 // P))
-    ):  # a second try only where a class is still lacking somewhere
+    # a second try only where a class is still lacking somewhere
+    for attempt in range(max(2, min(20, 200_000 // P))):
         ties = [int(content_hash(seed, attempt, i), 16) for i in ids]
         chance = np.argsort(np.argsort(np.array(ties, dtype=np.uint64), kind='stable'))
         order = (
@@ -385,9 +384,8 @@ def write_splits(
             'these splits were changed after they were made; make them again with make_splits'
         )
     with atomic(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
-        out = csv.writer(
-            f, lineterminator='\r\n'
-        )  # with the standard's line end, an id that holds either half of it is quoted
+        # with the standard's line end, an id that holds either half of it is quoted
+        out = csv.writer(f, lineterminator='\r\n')
         out.writerow(_HEADER)
         for i, (patient, part) in enumerate(signed.items()):
             out.writerow(

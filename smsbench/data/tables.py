@@ -208,9 +208,8 @@ def read_csv(
                 raise InputError(f'{name}: is empty')
             if twice := sorted({c for c in head if c and head.count(c) > 1}):
                 raise InputError(f"{name}: two columns are called {', '.join(twice)[:200]}")
-            head = [
-                c or f'_{i}' for i, c in enumerate(head)
-            ]  # pandas writes its index without a name
+            # pandas writes its index without a name
+            head = [c or f'_{i}' for i, c in enumerate(head)]
             return to_table(_whole(reader, len(head), broken), head), broken
         except csv.Error as e:
             raise InputError(f'{name}, line {reader.line_num}: {e}; check the quotes') from None
@@ -241,9 +240,8 @@ def whole_csv(
 
 
 # %% ../../nbs/09c_data.tables.ipynb #ba4c876d
-MAX_JSON = (
-    512 << 20
-)  # bytes of a JSON file, which cannot be read as a stream, and of a line of a JSONL file
+# bytes of a JSON file, which cannot be read as a stream, and of a line of a JSONL file
+MAX_JSON = 512 << 20
 
 
 def as_cell(
@@ -494,9 +492,8 @@ def read_source(
         parts.append(rows)
         broken += bad
     for rows, ref in zip(parts, used.values()):
-        require(
-            rows, [c for c in needed if any(c in p for p in parts)], ref
-        )  # a gap would be read as an empty cell
+        # a gap would be read as an empty cell
+        require(rows, [c for c in needed if any(c in p for p in parts)], ref)
     out = pd.concat(parts)
     return (out if len(parts) == 1 else out.fillna('')), broken
 
