@@ -37,9 +37,8 @@ def bin_edges(
     if scheme != 'equal_mass':
         raise InputError(f"calibration: bins are 'equal_width' or 'equal_mass', not {scheme!r}")
     inner = np.unique(np.quantile(prob, np.arange(1, n_bins) / n_bins))
-    return np.r_[
-        0.0, inner[inner > 0], 1.0
-    ]  # a quantile at 1 leaves [1, 1] as last bin: the saturated answers
+    # a quantile at 1 leaves [1, 1] as last bin: the saturated answers
+    return np.r_[0.0, inner[inner > 0], 1.0]
 
 
 # %% ../nbs/02_calibration.ipynb #e6f3a775
@@ -106,7 +105,10 @@ def ece(
     n_bins: int = 10,  # bins
     scheme: str = 'equal_width',  # or 'equal_mass'
 ) -> Statistic:  # one number in 0..1
-    "Expected calibration error (Naeini et al. 2015): mean |mean probability - frequency| over the rows' bins."
+    """Expected calibration error: mean |mean probability - frequency| over the rows' bins.
+
+    Source: Naeini et al. 2015.
+    """
     sums, unfold, _ = bin_sums(prob, y, n_bins, scheme)
 
     def gaps(t):
@@ -133,9 +135,8 @@ def max_calibration_error(
     sums, unfold, _ = bin_sums(prob, y, n_bins, scheme)
     size, total, _ = unfold(sums.sum(0)).T
     keep = size >= minimum
-    p = (total[keep] + 0.5) / (
-        size[keep] + 1
-    )  # pulled off 0 and 1, where a model seems to have no noise
+    # pulled off 0 and 1, where a model seems to have no noise
+    p = (total[keep] + 0.5) / (size[keep] + 1)
 
     def gaps(t):
         b = unfold(t)[..., keep, :]
@@ -231,10 +232,11 @@ def reliability_curve(
     scheme: str = 'equal_width',  # or 'equal_mass'
     minimum: int = 10,  # smallest bin that is reported
     **how,  # n_boot, level, seed of `Statistic.bootstrap`
-) -> (
-    pd.DataFrame
-):  # one row per bin: bin_low, bin_high, prob, frequency, ci_low, ci_high, n, n_clusters, note
-    "Mean probability and frequency per bin, with intervals of the frequency."
+) -> pd.DataFrame:  # one row per bin
+    """Mean probability and frequency per bin, with intervals of the frequency.
+
+    Columns: bin_low, bin_high, prob, frequency, ci_low, ci_high, n, n_clusters, note.
+    """
     sums, unfold, edges = bin_sums(prob, y, n_bins, scheme)
     where = unfold(sums)[..., 0] == 1  # (n, m)
     ci = together(*(proportion(y, w, f'bin {k}') for k, w in enumerate(where.T))).bootstrap(

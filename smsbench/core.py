@@ -42,9 +42,8 @@ class RunError(RuntimeError):
 
 
 # %% ../nbs/00_core.ipynb #ba2497ae
-_encode = json.JSONEncoder(
-    ensure_ascii=False
-).encode  # made once: a new encoder per row would take most of the time
+# made once: a new encoder per row would take most of the time
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def content_hash(
@@ -238,7 +237,10 @@ def validate(
     df: pd.DataFrame,  # the table
     kind: str,  # which schema it must meet
 ) -> pd.DataFrame:  # the table, numbers coerced
-    "The table itself if it meets its schema; else `InputError` naming the table, the column and what is wrong."
+    """Check a table against its schema and return it.
+
+    `InputError` names the table, the column and the fault.
+    """
     import pandera.errors as pe
 
     missing = [c for c in SCHEMAS[kind] if c not in df.columns]
@@ -270,7 +272,10 @@ def validate(
 
 
 def _plainly_valid(cells, kind, rule):
-    "Does a column meet its rule as it is? The common case, without pandera, which then words what is wrong."
+    """Whether a column meets its rule as it is.
+
+    This settles the common case quickly; pandera is only needed to word a fault.
+    """
     if kind == 'list':
         return True
     if kind != _TEXT:
@@ -315,7 +320,11 @@ def read_table(
     path,  # parquet file
     kind: str = '',  # schema it must meet; '' checks nothing
 ) -> pd.DataFrame:  # the table, its metadata in `.attrs`
-    "Read a table; `InputError` where the file is missing, is no parquet, breaks its schema, or is a cohort that does not say whether it is open or credentialed."
+    """Read a table from a parquet file.
+
+    `InputError` if the file is missing, is not parquet or breaks its schema, or if a cohort does
+    not state whether it is open or credentialed.
+    """
     import pyarrow as pa, pyarrow.parquet as pq
 
     try:
@@ -353,7 +362,10 @@ def environment(
     device: str = '',  # device the models were asked to run on ('' when no model ran)
     **hashes,  # names of what was computed on: manifest, cohort, plan
 ) -> dict:  # JSON-ready
-    "Packages, interpreter, platform, torch build, code revision and hashes of a run; no user name, host or path."
+    """Packages, interpreter, platform, torch build, code revision and hashes of a run.
+
+    User name, host and paths are left out.
+    """
     names = (
         'smsbench torch torchvision transformers open_clip_torch numpy pandas pyarrow scipy'
         ' scikit-learn matplotlib pillow papermill nbconvert'.split()
@@ -388,7 +400,10 @@ def _torch_build():
 
 
 def _revision():
-    "Git revision of the checkout this module stands in, with '+changes' when files differ; None for an installed wheel."
+    """Git revision of the checkout that holds this module; None for an installed wheel.
+
+    '+changes' is appended if files differ.
+    """
     here = Path(__file__).resolve().parent.parent
     if not (here / '.git').exists():
         return None
@@ -445,7 +460,11 @@ def progress(
 
 # %% ../nbs/00_core.ipynb #b6d70640
 class Run:
-    "A run directory: `run/'plan.parquet'` is a path in it, `run.freeze(config)` fixes what it computes, `run.log(line)` keeps its story."
+    """The directory of a run.
+
+    `run / 'plan.parquet'` is a path in it, `run.freeze(config)` fixes its settings, and
+    `run.log(line)` adds a line to its log.
+    """
 
     def __init__(
         self,
@@ -464,7 +483,7 @@ class Run:
         config: dict,  # what the run computes: decides the config hash
         **loose,  # how it is computed or where its data lies: recorded, may differ on resume
     ) -> str:  # the config hash
-        "Write config.json, or check that the run in this directory had the same `config` (else `InputError`)."
+        "Write config.json; `InputError` if it is there with another `config`."
         config = json.loads(json.dumps(_jsonable(config)))
         old = (
             read_json(self / 'config.json')['config'] if (self / 'config.json').exists() else config

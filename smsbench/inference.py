@@ -246,7 +246,7 @@ def sample_size(
 
 
 def _binomial_size(mean, level):
-    "Size of the binomial sample with this mean and variance, less for the few donors it is estimated from."
+    "Size of the binomial sample with this mean and variance, reduced if donors are few."
     low, high = mean.bounds
     p, tail = (mean.value - low) / (high - low), (1 - level) / 2
     few = stdtrit(max(mean.n_patients - 1, 1), tail) / stdtrit(max(mean.n_effective - 1, 0.1), tail)
@@ -269,7 +269,10 @@ def interval_of(
 
 
 def _t_interval(mean, level):
-    "Student t interval; one effective patient gives none. Where nothing varies, the next patient may lie at a bound."
+    """Student t interval; with one effective patient the whole range (NaN if it has no ends).
+
+    If nothing varies, the next patient may lie at a bound.
+    """
     effective, tail = mean.n_effective, (1 - level) / 2
     low, high = mean.bounds
     if effective <= 1:
@@ -306,7 +309,10 @@ def difference_of(
     b: Mean,  # over the same samples
     level: float = 0.95,  # confidence level
 ) -> tuple[float, float, float]:  # (a - b, low, high)
-    "Difference of two means with its confidence interval (MOVER; Newcombe 1998, Zou and Donner 2008)."
+    """Difference of two means with its confidence interval (MOVER).
+
+    Source: Newcombe 1998; Zou and Donner 2008.
+    """
     if np.isnan(a.value) or np.isnan(b.value):
         return np.nan, np.nan, np.nan
     return joined(a, b, correlation(dyads, a, b), level)
@@ -364,7 +370,7 @@ def area_of(
 
 
 def _placements(score, pos, neg):
-    "For a positive the share of negatives below it, for a negative the share of positives above it."
+    "Share of negatives below each positive, and of positives above each negative."
     _, level = np.unique(np.where(pos + neg > 0, score, -np.inf), return_inverse=True)
     p, q = np.bincount(level, pos), np.bincount(level, neg)
     below = (np.cumsum(q) - q / 2) / q.sum()

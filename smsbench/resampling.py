@@ -40,20 +40,19 @@ from .core import InputError
 # %% ../nbs/00a_resampling.ipynb #f3672386
 @dataclass(frozen=True, eq=False)
 class Interval:
-    "A statistic with its confidence interval. Holds one number, or K side by side as (K,) arrays; `interval[k]` and iteration give them one at a time."
+    """A statistic with its confidence interval: one number, or K of them as (K,) arrays.
 
-    value: (
-        float | np.ndarray
-    )  # the statistic on the data, NaN where it is not defined (an empty denominator) or suppressed
+    `interval[k]` and iteration give them one at a time.
+    """
+
+    value: float | np.ndarray  # NaN where undefined (an empty denominator) or suppressed
     low: float | np.ndarray  # lower end
     high: float | np.ndarray  # upper end
     n: int | np.ndarray  # rows that count
     n_clusters: int | np.ndarray  # independent units (patients) among them
     level: float = 0.95  # confidence level of [low, high]
     note: str | np.ndarray = ''  # what a reader must know about this number
-    n_effective: float | np.ndarray = (
-        np.nan
-    )  # clusters of equal weight that bound the interval; of several groups that are all needed, the smallest
+    n_effective: float | np.ndarray = np.nan  # clusters of equal weight, in the smallest group
 
     def __len__(self):
         return np.size(self.value)
@@ -88,7 +87,10 @@ def exact_bounds(
     n,  # independent units (patients) behind it, >= 0, may be fractional: number or array
     level: float = 0.95,  # two-sided confidence level, 0..1
 ):  # low, high: floats, or arrays of the common shape; 0 and 1 where n is 0
-    "Clopper-Pearson bounds of a share, also for fractional counts. Source: Clopper and Pearson, Biometrika 1934."
+    """Clopper-Pearson bounds of a share, also for fractional counts.
+
+    Source: Clopper and Pearson, Biometrika 1934.
+    """
     from scipy.special import betaincinv
 
     share, n = np.broadcast_arrays(np.asarray(share, float), np.asarray(n, float))
@@ -110,7 +112,10 @@ def exact_bounds(
 def effective_number(
     weights,  # (C,) rows of each cluster, >= 0; or (C, K) for K denominators
 ):  # float, or (K,): 0..C, C where all weights are equal; 0 where they are all 0
-    "Clusters of equal weight that C clusters of unequal weight are worth: (sum w)^2 / sum w^2. Source: Kish, Survey Sampling, 1965."
+    """Number of equally weighted clusters that are worth as much: (sum w)^2 / sum w^2.
+
+    Source: Kish, Survey Sampling, 1965.
+    """
     w = np.asarray(weights, float)
     if not (w >= 0).all():
         raise InputError('effective_number: weights are 0 or more and not NaN')
@@ -123,7 +128,10 @@ def cluster_totals(
     sums: np.ndarray,  # (n, J) per-row numbers, finite
     clusters,  # (n,) which patient a row belongs to: text or numbers, none missing
 ) -> np.ndarray:  # (C, J) per-cluster sums, in an order that ignores row order and cluster names
-    "Sum the rows of each cluster; `InputError` on NaN, infinity, missing clusters or another number of rows."
+    """Sum the rows of each cluster.
+
+    `InputError` on NaN, infinity, missing clusters or a different number of rows.
+    """
     sums = np.asarray(sums, float)
     if sums.ndim != 2 or 0 in sums.shape:
         raise InputError(
@@ -139,7 +147,10 @@ def cluster_totals(
 
 
 def _canonical(rows, clusters):
-    "An order of the rows (n,) that keeps clusters together, and where each cluster starts (C,); it depends on values alone."
+    """Order of the rows (n,) that keeps clusters together, and the start of each cluster (C,).
+
+    The order depends on the values alone.
+    """
     name = pd.Series(clusters).factorize()[0]
     if len(name) != len(rows):
         raise InputError(f'{len(rows)} rows but {len(name)} cluster labels')
@@ -147,9 +158,8 @@ def _canonical(rows, clusters):
         raise InputError(
             f'no cluster (patient) label in {int((name < 0).sum())} of {len(name)} rows'
         )
-    key = (
-        np.ascontiguousarray(rows + 0.0).view(f'V{8 * rows.shape[1]}').ravel()
-    )  # + 0. makes -0. and 0. the same bytes
+    # + 0. makes -0. and 0. the same bytes
+    key = np.ascontiguousarray(rows + 0.0).view(f'V{8 * rows.shape[1]}').ravel()
     by_value = np.argsort(key, kind='stable')
     code = np.empty(len(rows), np.int64)  # equal rows share a code
     code[by_value] = np.cumsum(np.r_[0, key[by_value][1:] != key[by_value][:-1]])
@@ -209,7 +219,7 @@ def percentile_ends(
     boot: np.ndarray,  # (B, K) resampled values
     tail,  # probability left out on each side: a number, or (K,) one per column
 ) -> np.ndarray:  # (2, K) lower and upper ends
-    "Quantiles of the resampled values; NaN among them are ignored, a column of nothing but NaN gives NaN."
+    "Quantiles of the resampled values; NaN are ignored, and a column of NaN gives NaN."
     tail = np.broadcast_to(tail, boot.shape[1])
     return _quantiles(boot, np.stack([tail, 1 - tail]))
 
@@ -219,7 +229,10 @@ def expanded_tail(
     tail,  # probability left out on each side, 0..0.5: number or array
     n,  # effective number of clusters that count: number or array
 ):  # the smaller probability of the expanded percentile interval; 0 where n is 1 or less
-    "Tail at which a percentile interval is as wide as a t interval. Source: Hesterberg, The American Statistician 2015."
+    """Tail at which a percentile interval is as wide as a t interval.
+
+    Source: Hesterberg, The American Statistician 2015.
+    """
     from scipy.special import ndtr, stdtrit
 
     n = np.asarray(n, float)
@@ -230,7 +243,10 @@ def expanded_tail(
 
 # %% ../nbs/00a_resampling.ipynb #917ead04
 def _bca(boot, value, left_out, tail):
-    "Bias-corrected and accelerated ends (2, K); `left_out` (C, K) is the statistic without each cluster in turn."
+    """Bias-corrected and accelerated ends (2, K).
+
+    `left_out` (C, K) is the statistic without each cluster in turn.
+    """
     from scipy.special import ndtr, ndtri
 
     with np.errstate(all='ignore'):
@@ -250,10 +266,11 @@ def bounded_ends(
     n_effective,  # (K,) effective number of clusters that count
     bounds,  # (K, 2) range of each statistic
     tail: float,  # probability left out on each side
-) -> (
-    np.ndarray
-):  # (2, K) lower and upper ends; NaN where the range has no end or the value is not known
-    "Exact bounds on the number of independent units that a bounded statistic is worth. Source: Clopper and Pearson 1934; Korn and Graubard, Survey Methodology 1998."
+) -> np.ndarray:  # (2, K) lower and upper ends; NaN if the range is open or the value unknown
+    """Exact bounds on the number of independent units that a bounded statistic is worth.
+
+    Source: Clopper and Pearson 1934; Korn and Graubard, Survey Methodology 1998.
+    """
     low, width = (
         bounds[:, 0],
         np.where(np.isfinite(bounds).all(1), bounds[:, 1] - bounds[:, 0], np.nan),
@@ -289,13 +306,11 @@ class Counts(NamedTuple):
 
     n: np.ndarray  # (K,) rows
     n_clusters: np.ndarray  # (K,) clusters
-    n_effective: (
-        np.ndarray
-    )  # (K,) clusters of equal weight, in the smallest of the groups that are needed
+    n_effective: np.ndarray  # (K,) clusters of equal weight, in the smallest group needed
 
 
 def counts_of(
-    used,  # (n,), (n, K) or (n, K, S) bool: rows that count, in each of S groups that a statistic needs
+    used,  # (n,), (n, K) or (n, K, S) bool: rows that count, in each of S groups needed
     owner,  # (n,) cluster of each row, 0..C-1, in ascending order
     K: int = 1,  # statistics
 ) -> Counts:
@@ -366,7 +381,10 @@ def influences(
     step: float = 1e-4,  # change of weight
     rows: int = 2**20,  # numbers held at once
 ) -> np.ndarray:  # (C, K), sums to 0; 0 where it is not defined
-    "Empirical influence of each cluster, by central differences (infinitesimal jackknife, Jaeckel 1972)."
+    """Empirical influence of each cluster, by central differences.
+
+    Source: Jaeckel 1972 (infinitesimal jackknife).
+    """
     at, chunk = per_cluster.sum(0), max(1, rows // per_cluster.shape[1])
     out = []
     for start in range(0, len(per_cluster), chunk):
@@ -380,21 +398,23 @@ def influences(
 # %% ../nbs/00a_resampling.ipynb #f3672302
 @dataclass(frozen=True, eq=False)
 class Statistic:
-    "K statistics that are functions of sums over rows. `.value` is the number(s), `.bootstrap(clusters)` the `Interval`."
+    """K statistics that are functions of sums over rows.
+
+    `.value` is the number or numbers, `.bootstrap(clusters)` the `Interval`.
+
+    - `used`: rows that count as n, (n,) or (n, K); (n, K, S) for S groups that are all needed.
+    - `ends`: function (totals (B, J), totals (J,), tails (K,)) -> ends (2, K), for statistics
+      where quantiles of resampled values mislead.
+    - `own`: numbers that `ends` was made for; their intervals are not widened further.
+    """
 
     sums: np.ndarray  # (n, J) per-row numbers, finite
     of: Callable  # totals (..., J) -> values (..., K)
     names: tuple = ('',)  # K names
     bounds: tuple | np.ndarray = (-np.inf, np.inf)  # range of the statistic: (low, high) or (K, 2)
-    used: np.ndarray | None = (
-        None  # (n,) or (n, K) rows that count as its n; (n, K, S): S groups of which it needs each; None: all
-    )
-    ends: Callable | None = (
-        None  # (totals (B, J), totals (J,), tails (K,)) -> ends (2, K), where quantiles of resampled values mislead
-    )
-    own: tuple | None = (
-        None  # (K,) bool: which numbers the ends were made for, so that they stand as they are; None: all, where there are `ends`
-    )
+    used: np.ndarray | None = None  # (n,), (n, K) or (n, K, S) rows that count; None: all
+    ends: Callable | None = None  # gives ends (2, K) in place of quantiles; see above
+    own: tuple | None = None  # (K,) bool: numbers that `ends` is for; None: all, given `ends`
 
     @property
     def value(self):
@@ -424,9 +444,8 @@ class Statistic:
         names = tuple(f'{a} - {b}' for a, b in zip(self.names, other.names))
         bounds = self._bounds - other._bounds[:, ::-1]
         one, two = self._used, other._used
-        used = (
-            one if np.array_equal(one, two) else np.concatenate([one, two], 2)
-        )  # it needs the rows of both
+        # it needs the rows of both
+        used = one if np.array_equal(one, two) else np.concatenate([one, two], 2)
         return Statistic(
             both.sums, lambda t: both.of(t)[..., :K] - both.of(t)[..., K:], names, bounds, used
         )
@@ -583,11 +602,8 @@ def bootstrap_sums(
     level: float = 0.95,  # confidence level, 0..1
     method: str = 'percentile',  # or 'bca'
     seed: int = 0,  # same seed, same interval
-    bounds=(
-        -np.inf,
-        np.inf,
-    ),  # range of the statistic, (low, high) or (K, 2): gives exact bounds for rare events
-    used=None,  # (n,), (n, K) or (n, K, S) rows that count, as in `Statistic`; None finds them (see `rows_used`)
+    bounds=(-np.inf, np.inf),  # its range, (low, high) or (K, 2): exact bounds for rare events
+    used=None,  # rows that count, as in `Statistic`; None finds them (see `rows_used`)
 ) -> Interval:  # floats where K is 1, else (K,) arrays
     "Clustered bootstrap of a function of sums; independent of row order and of cluster names."
     sums = np.asarray(sums, float)
@@ -602,7 +618,7 @@ def bootstrap_sums(
 
 # %% ../nbs/00a_resampling.ipynb #e7c80ebc
 def bootstrap_rows(
-    statistic,  # (*arrays, weights (n,)) -> number or (K,); with `batched`, weights (b, n) -> (b,) or (b, K)
+    statistic,  # (*arrays, weights (n,)) -> number or (K,); for (b, n) see `batched`
     arrays,  # what it is computed from: arrays of n rows each
     clusters,  # (n,) patient of each row
     n_boot: int = 2000,  # resamples
@@ -610,13 +626,15 @@ def bootstrap_rows(
     method: str = 'percentile',  # or 'bca', which needs one more evaluation per cluster
     seed: int = 0,  # same seed, same interval
     bounds=(-np.inf, np.inf),  # range of the statistic, (low, high) or (K, 2)
-    batched: bool = False,  # the statistic takes many sets of weights at once
-    used=None,  # (n,), (n, K) or (n, K, S) bool: rows that count, in each of S groups that it needs; None: all
-    floor: (
-        Callable | None
-    ) = None,  # (*arrays, owner (n,), tail) -> ends (2, K) than which the interval is never narrower
+    batched: bool = False,  # the statistic takes weights (b, n) and gives (b,) or (b, K)
+    used=None,  # (n,), (n, K) or (n, K, S) bool: rows that count, as in `Statistic`; None: all
+    floor: Callable | None = None,  # (*arrays, owner (n,), tail) -> least ends (2, K)
 ) -> Interval:  # floats where K is 1, else (K,) arrays
-    "Clustered bootstrap of any statistic that takes integer row weights; independent of row order and of cluster names."
+    """Clustered bootstrap of any statistic that takes integer row weights.
+
+    The result is independent of row order and cluster names. The interval is never narrower than
+    the ends that `floor` gives.
+    """
     tail = _tail(n_boot, level, method)
     arrays, owner, order = _by_cluster([np.asarray(a) for a in arrays], clusters)
     n, C = len(owner), owner[-1] + 1
@@ -653,7 +671,7 @@ def bootstrap_rows(
 
 
 def _by_cluster(arrays, clusters):
-    "The arrays in canonical order, the number of the cluster that owns each row (n,), and the order (n,)."
+    "Arrays in canonical order, number of the cluster of each row (n,), and the order (n,)."
     if {len(a) for a in arrays} != {len(clusters)} or not len(clusters):
         raise InputError(
             f'arrays of {[len(a) for a in arrays]} rows, {len(clusters)} cluster labels'

@@ -187,8 +187,11 @@ def classification(
 def design_effect(
     x,  # (n,) numbers, e.g. right/wrong
     clusters,  # (n,) patient of each row
-) -> float:  # >= 0; 1 means rows are as good as independent; NaN where x never varies or there is one cluster
-    "Variance of the mean of x with clusters over its variance with independent rows (linearised ratio of sums)."
+) -> float:  # >= 0; 1: as good as independent; NaN: x never varies, or there is one cluster
+    """Variance of the mean of x with clusters, over its variance with independent rows.
+
+    The variance is that of a linearised ratio of sums.
+    """
     x = np.asarray(x, float)
     per = cluster_totals(np.column_stack([x, np.ones(len(x))]), clusters)
     (total, n), C = per.sum(0), len(per)
@@ -204,7 +207,10 @@ def auroc(
     y,  # (n,) true/false or 1/0
     weights=None,  # (n,) or (B, n) row weights, e.g. how often a row was drawn; None: 1 each
 ):  # float, or (B,) for (B, n) weights; NaN where one class is absent
-    "Area under the ROC curve, ties counted half; `InputError` on NaN scores or labels other than 0/1."
+    """Area under the ROC curve, ties counted half.
+
+    `InputError` on NaN scores or labels other than 0/1.
+    """
     score, y = np.asarray(score, float), np.asarray(y)
     if score.ndim != 1 or score.shape != y.shape:
         raise InputError(
@@ -230,8 +236,11 @@ def auroc(
 def auroc_influence(
     score,  # (n,) higher means more positive
     y,  # (n,) true/false or 1/0
-) -> np.ndarray:  # (n,) change of the AUROC per unit of weight of each row; sums to 0; NaN where one class is absent
-    "Placements of each row, less the AUROC. Source: DeLong, DeLong and Clarke-Pearson, Biometrics 1988."
+) -> np.ndarray:  # (n,), sums to 0; NaN where one class is absent
+    """Change of the AUROC per unit of weight of each row: its placement less the AUROC.
+
+    Source: DeLong, DeLong and Clarke-Pearson, Biometrics 1988.
+    """
     score, positive = np.asarray(score, float), np.asarray(y) == 1
     m, n = positive.sum(), (~positive).sum()
     if not m * n:
@@ -349,7 +358,10 @@ def combined_ends(
     weights,  # (P,) of the parts in the sum, any sign
     influence,  # (C, P) influence of each cluster on each part
 ) -> np.ndarray:  # (2,) bounds of the weighted sum
-    "Bounds of a weighted sum from bounds of its parts. Source: Zou and Donner, Statistics in Medicine 2008 (MOVER)."
+    """Bounds of a weighted sum from bounds of its parts (MOVER).
+
+    Source: Zou and Donner, Statistics in Medicine 2008.
+    """
     known = ~np.isnan(values)
     v, (low, high), w, r = (
         a[..., known] for a in map(np.asarray, (values, ends, weights, influence))
@@ -459,9 +471,7 @@ def holm(
 class Equivalence(NamedTuple):
     "Verdict of two one-sided tests."
 
-    equivalent: (
-        bool | np.ndarray
-    )  # the interval lies strictly inside the margins; False where there is no interval
+    equivalent: bool | np.ndarray  # interval strictly inside the margins; False without one
     low: float | np.ndarray  # ends of the interval that decided
     high: float | np.ndarray
     margin: tuple  # (lowest, highest) effect that counts as none
@@ -494,9 +504,7 @@ def power_paired(
     n: int,  # samples, each answered before and after
     baseline: float,  # accuracy before, 0..1
     effect: float,  # drop in accuracy, 0..baseline
-    discordant: (
-        float | None
-    ) = None,  # share of samples whose correctness changes either way; None: independent answers
+    discordant: float | None = None,  # share that changes either way; None: independent answers
     alpha: float = 0.05,  # level of the two-sided test
     design_effect: float = 1.0,  # n / design_effect samples are independent
 ) -> float:  # probability that the exact McNemar test finds the effect
@@ -512,13 +520,11 @@ def power_paired(
     n, changing = int(n / design_effect + 1e-9), worse + better
     if n < 1 or changing == 0:
         return 0.0
-    D = np.arange(
-        binom.ppf(1e-12, n, changing), binom.isf(1e-12, n, changing) + 1
-    )  # how many pairs change
+    # how many pairs change
+    D = np.arange(binom.ppf(1e-12, n, changing), binom.isf(1e-12, n, changing) + 1)
     k = binom.ppf(alpha / 2, D, 0.5)
-    k = np.where(
-        binom.cdf(k, D, 0.5) <= alpha / 2, k, k - 1
-    )  # at most k of D on the rarer side rejects
+    # at most k of D on the rarer side rejects
+    k = np.where(binom.cdf(k, D, 0.5) <= alpha / 2, k, k - 1)
     reject = binom.cdf(k, D, worse / changing) + binom.sf(D - k - 1, D, worse / changing)
     return float((binom.pmf(D, n, changing) * reject).sum())
 
@@ -547,9 +553,7 @@ def samples_needed(
     baseline: float,  # accuracy before, 0..1
     effect: float,  # drop in accuracy to be found, > 0
     power: float = 0.8,  # wanted probability of finding it
-    discordant: (
-        float | None
-    ) = None,  # share of samples that change either way; None: independent answers
+    discordant: float | None = None,  # share that changes either way; None: independent answers
     alpha: float = 0.05,  # level of the two-sided test
     design_effect: float = 1.0,  # how many clustered samples are worth one independent sample
 ) -> int:  # samples, at which the power crosses `power`
@@ -579,17 +583,15 @@ def minimum_effect(
     n: int,  # samples
     baseline: float,  # accuracy before, 0..1
     power: float = 0.8,  # wanted probability of finding it
-    discordant: float
-    | None = None,  # share of samples that change either way; None: independent answers
+    discordant: float | None = None,  # share that changes in either direction; None: independent
     alpha: float = 0.05,  # level of the two-sided test
     design_effect: float = 1.0,  # n / design_effect samples are independent
 ) -> float:  # smallest drop in accuracy the samples can show, to 1e-4; NaN where they can show none
     "Minimum detectable drop in accuracy."
     if not 0 <= baseline <= 1 or not 0 < power < 1:
         raise InputError(f'power: accuracy {baseline} and power {power} lie in 0..1')
-    low = (
-        0.0 if discordant is None else max(0.0, discordant - 2 * (1 - baseline))
-    )  # so many changes cannot all be of the other kind
+    # so many changes cannot all be of the other kind
+    low = 0.0 if discordant is None else max(0.0, discordant - 2 * (1 - baseline))
     high = baseline if discordant is None else min(baseline, discordant, 2 * baseline - discordant)
     if low > high:
         raise InputError(f'power: {discordant} changed pairs do not fit an accuracy of {baseline}')

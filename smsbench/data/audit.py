@@ -66,11 +66,23 @@ def told_severity(
 ) -> str:  # a severity
     "Severity of an AUROC; where the interval is too wide to exclude anything, a note."
     severity = graded(low, limits, 0.5)
-    return (
-        'note'
-        if severity == 'ok' and (high > limits[1] + 0.05 or high - low > UNSURE)
-        else severity
-    )
+    wide = high > limits[1] + 0.05 or high - low > UNSURE
+    return 'note' if severity == 'ok' and wide else severity
+
+
+def _unsure(r):
+    "End of a sentence about an AUROC that is worth no more than a note."
+    if r.low <= 0.5:
+        return ': too few patients to rule it out.'
+    weak = r.high - r.low < UNSURE
+    return ': weak.' if weak else ': something, but too few patients to say how much.'
+
+
+def _auroc_words(r, hidden):
+    "An AUROC with its interval in words."
+    if hidden:
+        return 'an AUROC that is not shown (a class has under 10 rows)'
+    return f'AUROC {r.auroc:.2f} [{r.low:.2f}, {r.high:.2f}], chance 0.50'
 
 
 # %% ../../nbs/13_data.audit.ipynb #907d4b88
@@ -79,52 +91,22 @@ def shortcut_entries(
     tell: Teller,  # how numbers may be shown
     strata,  # attributes that donors can be matched on
 ) -> list:  # entries, one per attribute
-    "What each attribute tells about the label."
+    "Entries on how well each attribute predicts the label."
     out = []
     for name, g in table.groupby('attribute', sort=False):
         found, limits = [], FILM_TOLD if name in FILM else TOLD
         for r in g.itertuples():
             severity = told_severity(r.low, r.high, limits)
             hidden = tell.access != 'open' and r.smallest < 10
-            cure = (
-                f'; match donors on it (--match {name}) and report by it'
-                if name in strata
-                else (
-                    '; report results by it'
-                    if name not in FILM
-                    else '; disease itself may change it'
-                )
-            )
-            so = {
-                'serious': (
-                    ': a model that answers from it alone passes for one that reads the'
-                    f' image{cure}.'
-                ),
-                'warning': f': swapped images differ in it as well as in the finding{cure}.',
-                'note': (
-                    ': too few patients to rule it out.'
-                    if r.low <= 0.5
-                    else (
-                        ': weak.'
-                        if r.high - r.low < UNSURE
-                        else ': something, but too few patients to say how much.'
-                    )
-                ),
-                'ok': ': nothing that matters.',
-            }[severity]
-            numbers = (
-                'an AUROC that is not shown (a class has under 10 rows)'
-                if hidden
-                else f'AUROC {r.auroc:.2f} [{r.low:.2f}, {r.high:.2f}], chance 0.50'
-            )
+            so = _shortcut_advice(severity, r, _cure(name, strata))
             found.append(
                 entry(
                     'shortcut',
                     severity,
                     name,
-                    *((np.nan,) if hidden else (r.auroc,)),
+                    np.nan if hidden else r.auroc,
                     r.n,
-                    f'{r.finding}: {name} alone tells the label with {numbers}{so}',
+                    f'{r.finding}: {name} alone tells the label with {_auroc_words(r, hidden)}{so}',
                     'AUROC',
                     r.finding,
                     *((np.nan, np.nan) if hidden else (r.low, r.high)),
@@ -134,23 +116,39 @@ def shortcut_entries(
     return out
 
 
+def _cure(name, strata):
+    "Advice on an attribute that predicts the label."
+    if name in strata:
+        return f'; match donors on it (--match {name}) and report by it'
+    return '; disease itself may change it' if name in FILM else '; report results by it'
+
+
+def _shortcut_advice(severity, r, cure):
+    "End of the sentence about an attribute."
+    passes = ': a model that answers from it alone passes for one that reads the image'
+    return {
+        'serious': f'{passes}{cure}.',
+        'warning': f': swapped images differ in it as well as in the finding{cure}.',
+        'note': _unsure(r),
+        'ok': ': nothing that matters.',
+    }[severity]
+
+
 # %% ../../nbs/13_data.audit.ipynb #4c85c13a
 def naming_entries(
     table: pd.DataFrame,  # from `naming_table`
     tell: Teller,  # how numbers may be shown
 ) -> list:  # one entry, or none
-    "How often texts name what is asked for."
+    "Entry on how often texts name the diagnosis that is asked for."
     found = []
     for finding, g in table.groupby('finding', sort=False):
         about = g[g.label.str.lower() != 'no'] if set(g.label.str.lower()) <= {'yes', 'no'} else g
         r = about.loc[about.named.idxmax()]
         k, n = round(r.named * r.n), int(r.n)
         rest = g[g.label != r.label]
-        other = (
-            (round((rest.named * rest.n).sum()), int(rest.n.sum()))
-            if len(about) < len(g)
-            else (0, 0)
-        )  # each class has its own name: no comparison
+        other = 0, 0  # each class has its own name: no comparison
+        if len(about) < len(g):
+            other = round((rest.named * rest.n).sum()), int(rest.n.sum())
         hidden = tell.hides(k, n) or tell.hides(*other)
         gap = r.named - (other[0] / other[1] if other[1] else 0)
         severity = graded(gap, NAMED) if r.low > 0.5 or gap >= NAMED[1] else 'note' if k else 'ok'
@@ -186,40 +184,14 @@ def words_entries(
     tell: Teller,  # how numbers may be shown
     column: str = 'text',  # which text: 'text' or 'question'
 ) -> list:  # one entry, or none
-    "How well the words alone tell the label."
+    "Entry on how well the words alone predict the label."
     found = []
     for r in table.itertuples():
         severity = told_severity(r.low, r.high, TEXT_TOLD if column == 'text' else TOLD)
         hidden = tell.access != 'open' and r.smallest < 10
         top = '; '.join(f"{c}: {', '.join(w[:5])}" for c, w in r.words.items() if w)
         shown = f' (most telling words: {top})' if top and tell.access == 'open' else ''
-        so = {
-            'serious': (
-                ': accuracy without the image can be as high; only arms that remove or swap the'
-                ' text show whether the image counts.'
-                if column == 'text'
-                else (
-                    ': a model can be right from how the question is put, seeing neither image nor'
-                    ' report; hold its accuracy against the arm `neither`.'
-                )
-            ),
-            'warning': ': part of any accuracy comes without the image.',
-            'note': (
-                ': too few patients to rule it out.'
-                if r.low <= 0.5
-                else (
-                    ': weak.'
-                    if r.high - r.low < UNSURE
-                    else ': something, but too few patients to say how much.'
-                )
-            ),
-            'ok': ': nothing that matters.',
-        }[severity]
-        numbers = (
-            'an AUROC that is not shown (a class has under 10 rows)'
-            if hidden
-            else f'AUROC {r.auroc:.2f} [{r.low:.2f}, {r.high:.2f}], chance 0.50'
-        )
+        so = _words_advice(severity, r, column)
         found.append(
             entry(
                 f'words of the {column}',
@@ -228,13 +200,31 @@ def words_entries(
                 np.nan if hidden else r.auroc,
                 r.n,
                 f'{r.finding}: the words of the {column} alone tell the label with'
-                f' {numbers}{shown}{so}',
+                f' {_auroc_words(r, hidden)}{shown}{so}',
                 'AUROC',
                 r.finding,
                 *((np.nan, np.nan) if hidden else (r.low, r.high)),
             )
         )
     return gather(found)
+
+
+def _words_advice(severity, r, column):
+    "End of the sentence about the words of a text or a question."
+    from_text = (
+        ': accuracy without the image can be as high; only arms that remove or swap the'
+        ' text show whether the image counts.'
+    )
+    from_question = (
+        ': a model can be right from how the question is put, seeing neither image nor'
+        ' report; hold its accuracy against the arm `neither`.'
+    )
+    return {
+        'serious': from_text if column == 'text' else from_question,
+        'warning': ': part of any accuracy comes without the image.',
+        'note': _unsure(r),
+        'ok': ': nothing that matters.',
+    }[severity]
 
 
 # %% ../../nbs/13_data.audit.ipynb #5535ca19
@@ -344,22 +334,26 @@ def size_table(
 # %% ../../nbs/13_data.audit.ipynb #adf7d7e7
 @dataclass(frozen=True, eq=False)
 class FileAudit:
-    "What the files say about themselves."
+    """Findings of an audit of the files, and the tables behind them.
 
-    findings: (
-        pd.DataFrame
-    )  # check, severity, subject, finding, value, low, high, unit, n, sentence; the worst first
-    tables: dict  # name -> DataFrame: labels, strata, missing, sizes, shortcuts, naming, words, duplicates
+    Columns of the findings: check, severity, subject, finding, value, low, high, unit, n, sentence.
+    Names of the tables: labels, strata, missing, sizes, shortcuts, naming, words, questions,
+    duplicates.
+    """
+
+    findings: pd.DataFrame  # the worst first
+    tables: dict  # name -> DataFrame
 
 
 def _measured(cohort, files, seed):
     "The tables that need a classifier or a search."
     out, asked = {}, cohort['question'] if 'question' in cohort else None
     if files is not None:
+        # raises an error if the files are not those of the cohort
         out = dict(
             shortcuts=shortcut_table(cohort, files, seed),
             duplicates=near_duplicates(files.loc[cohort.image[cohort.image != ''].unique()]),
-        )  # complains where the files are not those of the cohort
+        )
     out |= dict(naming=naming_table(cohort, seed), words=bag_of_words(cohort, 'text', seed))
     if asked is not None and asked.groupby(cohort.finding).nunique().max() > 1:
         out['questions'] = bag_of_words(cohort, 'question', seed)
@@ -399,10 +393,11 @@ def _shown(tables, tell):
 # %% ../../nbs/13_data.audit.ipynb #0b70ddb4
 def source_rows(
     cohort: pd.DataFrame,  # from `build_cohort`, whose `.attrs` hold the card and the data root
-) -> (
-    pd.DataFrame | None
-):  # image, split, patient_id of every row of the data set; None where no filter left any out, or there is no split
-    "The rows before the card's filters."
+) -> pd.DataFrame | None:  # image, split, patient_id of every row of the data set
+    """Rows before the card's filters.
+
+    None if there is no filter, no split or no data root.
+    """
     card, root = cohort.attrs.get('card') or {}, cohort.attrs.get('root', '')
     if not card.get('filters') or not card['columns'].get('split') or not os.path.isdir(root):
         return None
@@ -420,61 +415,27 @@ def source_rows(
 # %% ../../nbs/13_data.audit.ipynb #3f670fa4
 def audit(
     cohort: pd.DataFrame,  # a cohort; `.attrs['access']` decides what is shown
-    files: (
-        pd.DataFrame | None
-    ),  # from `scan_files`, a row per image; None or empty: images were not read
+    files: pd.DataFrame | None,  # from `scan_files`; None or empty: images were not read
     exclusions: pd.DataFrame | None = None,  # from `build_cohort`
     seed: int = 0,  # folds and resamples
     source: pd.DataFrame | None = None,  # from `source_rows`, which is asked where there is none
 ) -> FileAudit:
-    "All checks and the tables behind them; `InputError` where an image was not scanned, the cohort is empty or sealed."
+    """Run all checks on a cohort and its files.
+
+    `InputError` if an image was not scanned, or the cohort is empty or sealed.
+    """
     if cohort.attrs.get('sealed'):
         raise InputError(
             'a sealed cohort has no texts and no images to audit; build it from the files'
         )
     if cohort.empty:
         raise InputError('the cohort is empty: there is nothing to audit')
-    tell = Teller(
-        'open' if cohort.attrs.get('access') == 'open' else 'credentialed'
-    )  # what does not say that it is open is not
+    # only data that are declared open are open
+    tell = Teller('open' if cohort.attrs.get('access') == 'open' else 'credentialed')
     files = None if files is None or files.empty or (cohort.image == '').all() else files
     source, t = source_rows(cohort) if source is None else source, _measured(cohort, files, seed)
     rows = check_classes(cohort, tell) + check_patients(cohort, tell, source)
-    if files is not None:
-        rows += (
-            check_copies(cohort, files, tell, source)
-            + check_near_copies(cohort, files, tell, t['duplicates'])
-            + check_conflicts(cohort, files, tell)
-            + check_images(cohort, files, tell)
-            + shortcut_entries(t['shortcuts'], tell, cohort.attrs.get('strata', []))
-        )
-    else:
-        rows.append(
-            entry(
-                'images',
-                'note',
-                'all',
-                np.nan,
-                len(cohort),
-                'No image was read: copies, blank films, sizes and shortcuts are unchecked.',
-            )
-        )
-    rows += (
-        naming_entries(t['naming'], tell)
-        + words_entries(t['words'], tell)
-        + (words_entries(t['questions'], tell, 'question') if 'questions' in t else [])
-    )
-    if (cohort.text.str.strip() == '').all():
-        rows.append(
-            entry(
-                'text',
-                'note',
-                'text',
-                np.nan,
-                len(cohort),
-                'There is no text: only arms that swap or remove the image can be run.',
-            )
-        )
+    rows += _image_entries(cohort, files, tell, source, t) + _text_entries(cohort, tell, t)
     rows += check_missing(cohort, tell) + check_exclusions(cohort, exclusions, tell)
     tables = (
         count_tables(cohort, tell)
@@ -483,6 +444,31 @@ def audit(
         | _shown(t, tell)
     )
     return FileAudit(_sorted(rows, tell), tables)
+
+
+def _image_entries(cohort, files, tell, source, t):
+    "Entries on the images; `t` are the measured tables."
+    if files is None:
+        none = 'No image was read: copies, blank films, sizes and shortcuts are unchecked.'
+        return [entry('images', 'note', 'all', np.nan, len(cohort), none)]
+    return (
+        check_copies(cohort, files, tell, source)
+        + check_near_copies(cohort, files, tell, t['duplicates'])
+        + check_conflicts(cohort, files, tell)
+        + check_images(cohort, files, tell)
+        + shortcut_entries(t['shortcuts'], tell, cohort.attrs.get('strata', []))
+    )
+
+
+def _text_entries(cohort, tell, t):
+    "Entries on the texts; `t` are the measured tables."
+    rows = naming_entries(t['naming'], tell) + words_entries(t['words'], tell)
+    if 'questions' in t:
+        rows += words_entries(t['questions'], tell, 'question')
+    if (cohort.text.str.strip() == '').all():
+        none = 'There is no text: only arms that swap or remove the image can be run.'
+        rows.append(entry('text', 'note', 'text', np.nan, len(cohort), none))
+    return rows
 
 
 def _sorted(rows, tell):
@@ -502,10 +488,8 @@ def audit_files(
     exclusions: pd.DataFrame | None = None,  # from `build_cohort`
     seed: int = 0,  # folds and resamples
     source: pd.DataFrame | None = None,  # from `source_rows`, which is asked where there is none
-) -> (
-    pd.DataFrame
-):  # check, severity, subject, finding, value, low, high, unit, n, sentence; the worst first
-    "What in the files could mislead an audit."
+) -> pd.DataFrame:  # columns as in `FileAudit`; the worst first
+    "List everything in the files that could mislead an audit."
     return audit(cohort, files, exclusions, seed, source).findings
 
 

@@ -47,8 +47,11 @@ def as_box(
 def box_table(
     m: Manifest,  # a card with `boxes`
     root,  # data root
-) -> dict:  # (key, finding word or '') -> list of (four numbers, (width, height) at which they were drawn or None)
-    "The boxes of a card's box table."
+) -> dict:  # (key, finding word or '') -> list of (four numbers, size)
+    """Read the boxes of a card's box table.
+
+    `size` is the (width, height) at which a box was drawn, or None.
+    """
     b = m.boxes
     t = source(m, root, b.table)[0]
     size = [s for s in b.size if not _number(s)]
@@ -56,9 +59,8 @@ def box_table(
     if len(b.columns) == 1:
         numbers = [None if is_missing(c) else list_cell(c) or () for c in t[b.columns[0]]]
     else:
-        numbers = [
-            None if all(map(is_missing, c)) else c for c in zip(*(t[c] for c in b.columns))
-        ]  # a row without coordinates says: no box here
+        # a row without coordinates says: no box here
+        numbers = [None if all(map(is_missing, c)) else c for c in zip(*(t[c] for c in b.columns))]
     sizes = (
         list(zip(*([s] * len(t) if _number(s) else t[s] for s in b.size)))
         if b.size
@@ -84,7 +86,7 @@ def _number(s):
 def sample_boxes(
     m: Manifest,  # the card
     rows: pd.DataFrame,  # table rows
-    every: pd.DataFrame,  # samples: `row` (position of its row), finding, height and width of its file (0: unknown)
+    every: pd.DataFrame,  # samples: row (position), finding, height, width of the file (0: unknown)
     root,  # data root
 ) -> pd.Series:  # list of boxes per sample; None where one is no box or leaves its image
     "Boxes that mark each sample's finding, in pixels of the file."
@@ -117,7 +119,10 @@ def _inline(cell):
 
 
 def _placed(boxes, h, w, form):
-    "Boxes scaled and cut to an image of `h` x `w` pixels (0: unknown); None where one is broken or leaves it by more than a pixel."
+    """Scale boxes and crop them to an image of `h` x `w` pixels (0: unknown).
+
+    None if a box is broken or extends beyond the image by more than a pixel.
+    """
     known, out = bool(h and w), []
     for numbers, at in boxes:
         if at and not known:

@@ -94,9 +94,7 @@ class TaskCard(Card):
 class Columns(Card):
     "Cohort column -> column of the table, or a template such as `images/{id}.png`."
 
-    sample_id: (
-        str  # unique per row; where a card asks several questions of a row, `:finding` is appended
-    )
+    sample_id: str  # unique per row; with several questions per row, `:finding` is appended
     patient_id: str  # the unit of inference
     image: str  # path below the root, or another reference that a reader knows
     text: str = ''  # report or note; unmapped: the data set has none, or see `text` of the manifest
@@ -138,15 +136,10 @@ LABEL_SOURCES = {  # what a card may say, and what it means
 }
 
 # %% ../../nbs/09b_data.cards.ipynb #f004149a
-_CONTROL = re.compile(
-    '[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]'
-)  # also what turns the direction of writing
-_LINES = (
-    'how',
-    'layout',
-    'question',
-    'text',
-)  # may have several lines; `columns.text` may be a template of a report
+# also what turns the direction of writing
+_CONTROL = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
+# may have several lines; `columns.text` may be a template of a report
+_LINES = ('how', 'layout', 'question', 'text')
 _CELLS = (
     'map',
     'equals',
@@ -217,21 +210,15 @@ class Manifest(Card):
     derive: dict[str, Derive] = {}  # new columns, in order
     filters: list[Filter] = []  # which rows the cohort is about, in order
     columns: Columns  # where the fixed columns come from
-    text: TextCard | None = (
-        None  # reports in files or in several columns, their sections, their least length
-    )
+    text: TextCard | None = None  # reports in files or columns; their sections and least length
     tasks: dict[str, TaskCard] = Field(min_length=1)  # finding -> question
     label_source: str = ''  # where the labels come from, a key of `LABEL_SOURCES`; '' is not stated
-    strata: dict[
-        str, Stratum
-    ] = {}  # cohort column -> how rows are grouped; a bare word is the column
+    strata: dict[str, Stratum] = {}  # cohort column -> grouping; a bare word is the column
     boxes: Boxes | None = None  # boxes in a table of their own
     keep: list[str] = []  # further columns to carry along unchanged; * and ? stand for any letters
     needs_text: bool = True  # where there is text: an empty one excludes the sample
     patient_disjoint: bool = False  # the splits must not share a patient
-    max_excluded: float = Field(
-        default=0.2, ge=0, le=1
-    )  # largest share of samples that may be excluded
+    max_excluded: float = Field(default=0.2, ge=0, le=1)  # largest share that may be excluded
     expected: Expected = Expected()  # number of samples
 
     @field_validator('separator')
@@ -281,7 +268,10 @@ class Manifest(Card):
 
     @property
     def hash(self) -> str:
-        "Hash of what the card says; comments, the order of its keys and defaults written out do not matter."
+        """Hash of the card's content.
+
+        Comments, order of keys and explicit defaults do not change it.
+        """
         return content_hash(
             json.dumps(self.model_dump(mode='json', exclude_defaults=True), sort_keys=True)
         )
@@ -332,15 +322,19 @@ def _known_encoding(name):
 def manifest_path(
     name,  # path of a card, or the name of one that ships with the package
 ) -> Path:  # the file
-    "Where a card is: the path itself, else NAME.yaml in the package or in the checkout's data_manifests/."
+    """Path of a card.
+
+    That is `name` itself, or NAME.yaml in the package or in the checkout's data_manifests/.
+    """
     home = Path(str(files('smsbench')))
     folders = [f for f in (home / 'data_manifests', home.parent / 'data_manifests') if f.is_dir()]
     places = [Path(name), *(f / f'{name}.yaml' for f in folders), *(f / str(name) for f in folders)]
     if found := next((p for p in places if os.path.isfile(p)), None):
         return found
+    names = sorted({p.stem for f in folders for p in f.glob('*.yaml')})
     raise InputError(
         f"{name}: no such manifest; give the path of a YAML card, or one of"
-        f" {', '.join(sorted({p.stem for f in folders for p in f.glob('*.yaml')})) or '(none installed)'}"
+        f" {', '.join(names) or '(none installed)'}"
     )
 
 
@@ -348,9 +342,8 @@ def manifest_path(
 class _Loader(yaml.SafeLoader):
     "Safe YAML in which every scalar stays text and no key stands twice."
 
-    yaml_implicit_resolvers = {
-        '<': yaml.SafeLoader.yaml_implicit_resolvers['<']
-    }  # `<<: *anchor` is the only word with a meaning
+    # `<<: *anchor` is the only word with a meaning
+    yaml_implicit_resolvers = {'<': yaml.SafeLoader.yaml_implicit_resolvers['<']}
 
     def construct_mapping(self, node, deep=False):
         keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
@@ -385,9 +378,8 @@ def read_manifest(
 
 
 def _first_fault(e):
-    faults = sorted(
-        e.errors(include_url=False), key=lambda x: x['type'] != 'extra_forbidden'
-    )  # a misspelt key explains the missing one
+    # a misspelt key explains the missing one
+    faults = sorted(e.errors(include_url=False), key=lambda x: x['type'] != 'extra_forbidden')
     where, what, more = (
         '.'.join(map(str, faults[0]['loc'])),
         faults[0]['type'],

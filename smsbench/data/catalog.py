@@ -48,7 +48,10 @@ def cards_table() -> pd.DataFrame:  # name, access, questions, labels (where the
 def how_to(
     name,  # name of a card, or the path of one
 ) -> str:  # some lines
-    "How the data are obtained, where they go, and what they are asked; `InputError` where there is no such card."
+    """Describe how to obtain a data set, where its files go, and the questions asked of it.
+
+    `InputError` if there is no such card.
+    """
     m = read_manifest(name)
     told = LABEL_SOURCES[m.label_source] + f' ({m.label_source})' * bool(m.label_source)
     facts = {
@@ -58,25 +61,14 @@ def how_to(
         'labels': told,
         'cite': m.citation,
     }
-
-    def block(text, indent='  '):
-        return textwrap.fill(
-            ' '.join(text.split()),
-            100,
-            initial_indent=indent,
-            subsequent_indent=indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-
     asked = [f'{f}: {t.question} ({" / ".join(t.choices)})' for f, t in m.tasks.items()]
     return '\n'.join(
         [
             f'{m.title}, version {m.version} ({m.name})',
-            *(block(f'{k}: {v}') for k, v in facts.items() if v),
+            *(_block(f'{k}: {v}') for k, v in facts.items() if v),
             '',
             'How to obtain it',
-            block(m.how or 'Nothing is said.'),
+            _block(m.how or 'Nothing is said.'),
             *(
                 ['', 'Below --root', textwrap.indent(m.layout.strip('\n'), '  ')]
                 if m.layout
@@ -84,9 +76,21 @@ def how_to(
             ),
             '',
             'Questions',
-            *(block(a, '  ') for a in asked),
+            *(_block(a) for a in asked),
             '',
             'Then',
             f'  smsbench cohort {name} --root FOLDER --out {m.name}.parquet',
         ]
+    )
+
+
+def _block(text):
+    "Text in indented lines of at most 100 columns."
+    return textwrap.fill(
+        ' '.join(text.split()),
+        100,
+        initial_indent='  ',
+        subsequent_indent='  ',
+        break_long_words=False,
+        break_on_hyphens=False,
     )

@@ -15,15 +15,13 @@ from .film import draw_film, uniform
 from .layouts import LAYOUTS
 
 # %% ../../nbs/11c_data.class_folders.ipynb #7832cfb6
-CLASSES = dict(
-    clear=(), effusion=('effusion',), cardiomegaly=('cardiomegaly',)
-)  # folder -> what is in its films
+# folder -> what is in its films
+CLASSES = dict(clear=(), effusion=('effusion',), cardiomegaly=('cardiomegaly',))
 COMPLAINTS = dict(
     clear='no complaint', effusion='shortness of breath', cardiomegaly='swollen ankles'
 )  # folder -> what such a patient says
-PARTS = dict(
-    train=0.6, val=0.2, external=0.2
-)  # share of the patients; external: drawn from other people and exposed otherwise
+# share of the patients; external: drawn from other people and exposed otherwise
+PARTS = dict(train=0.6, val=0.2, external=0.2)
 
 
 # %% ../../nbs/11c_data.class_folders.ipynb #40b14bbc
@@ -31,10 +29,13 @@ def save_class_folders(
     folder,  # made where missing
     n_patients: int = 60,  # each with one film
     size: int = 64,  # pixels per side, 64 to 1024
-    telling: float = 0.7,  # how often the complaint is that of the class; otherwise it is drawn from all
+    telling: float = 0.7,  # share of complaints that fit the class; others are drawn from all
     seed: int = 0,  # another seed, other people
 ) -> Path:  # the folder: PART/CLASS/PATIENT_film.png, and facts.csv (path, age, sex, complaint)
-    "Write a synthetic collection; `InputError` for a share outside 0..1 or fewer patients than classes and parts."
+    """Write a synthetic collection.
+
+    `InputError` for a share outside 0..1 or fewer patients than classes times parts.
+    """
     from PIL import Image
 
     if not 0 <= telling <= 1:

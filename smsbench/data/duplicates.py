@@ -53,7 +53,10 @@ def close_hashes(
 
 
 def _within(bits, keys, k):
-    "Pairs of equal key within `k` bits: neighbours in sorted order at lag 1, 2, ... as long as any share their key."
+    """Pairs of equal key within `k` bits.
+
+    These are neighbours in sorted order at lag 1, 2, ... as long as any have the same key.
+    """
     order = np.argsort(keys, kind='stable')
     left, out, lag = np.arange(len(keys)), [np.empty((0, 2), int)], 0
     while len(left):
@@ -68,10 +71,14 @@ def _within(bits, keys, k):
 
 # %% ../../nbs/12a_data.duplicates.ipynb #45d51118
 def near_duplicates(
-    files: pd.DataFrame,  # from `scan_files`: index = reference; image_sha, phash, and where there are any width, height, blank, reason
+    files: pd.DataFrame,  # from `scan_files`, index = reference
     max_distance: int = MAX_DISTANCE,  # bits of 64
 ) -> pd.DataFrame:  # ref_a, ref_b, distance (bits; -1: the same pixels), by distance and reference
-    "Pairs of images that are the same or nearly so; blank and unreadable ones are left out. `InputError` for hashes that are none."
+    """Find pairs of images that are the same or nearly so.
+
+    `files` has the columns image_sha and phash, and may have width, height, blank and reason. Blank
+    and unreadable images are left out. `InputError` for invalid hashes.
+    """
     if not 0 <= max_distance <= 16:
         raise InputError(f'max_distance {max_distance}: must lie between 0 and 16 bits')
     whole = files[
@@ -160,7 +167,6 @@ def chance_rate(
     def fit(degree):
         return np.polyfit(above, np.log(counts[above]), degree, w=np.sqrt(counts[above]))
 
-    curve = (
-        fit(2) if len(above) > 2 and fit(2)[0] < 0 else fit(1)
-    )  # few pairs may bend the curve up, which no tail does
+    # few pairs may bend the curve up, which no tail does
+    curve = fit(2) if len(above) > 2 and fit(2)[0] < 0 else fit(1)
     return float(min(1, np.exp(np.polyval(curve, below)).sum() / counts.sum()))

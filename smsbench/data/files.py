@@ -42,8 +42,12 @@ BLANK, WHITE = 2, 240  # grey values: spread of a blank image; from here on a pi
 
 def measure(
     a: np.ndarray,  # uint8, (H,W) or (H,W,3)
-) -> dict:  # image_sha, height, width, channels (1|3), phash (16 hex), mean, std (0..255), blank, marker (0..1)
-    "What a cohort wants to know about one image."
+) -> dict:  # see below
+    """Measure one image for a cohort.
+
+    Keys: image_sha, height, width, channels (1 or 3), phash (16 hexadecimal digits), mean and std
+    (0..255), blank, marker (0..1).
+    """
     import imagehash
     from PIL import Image
 
@@ -126,11 +130,9 @@ def scan_file(
 
 
 # %% ../../nbs/09e_data.files.ipynb #454ecc8e
-STAMP = (
-    'size',
-    'changed',
-    'touched',
-)  # bytes, and the times (ns) of the last change of content and of anything about the file, which no copying tool sets back
+# bytes, time (ns) of the last change of content, and of any change to the file; no copying tool
+# sets the last one back
+STAMP = ('size', 'changed', 'touched')
 
 
 def stamp(
@@ -139,9 +141,8 @@ def stamp(
 ) -> tuple[int, int, int]:  # `STAMP` of the file or archive; zeros where no file holds it
     "By what a changed file is noticed."
     try:
-        s = os.stat(
-            os.path.join(root, split_ref(ref)[0])
-        )  # ten times as fast as `locate`, which decides when the file is read
+        # ten times as fast as `locate`, which decides when the file is read
+        s = os.stat(os.path.join(root, split_ref(ref)[0]))
     except (OSError, ValueError):
         return 0, 0, 0
     return s.st_size, s.st_mtime_ns, s.st_ctime_ns
@@ -204,11 +205,8 @@ def _can_travel(readers):
 
 
 # %% ../../nbs/09e_data.files.ipynb #26b88852
-PART, SECONDS, SCAN = (
-    2000,
-    30,
-    2,
-)  # a part is written at so many rows, or when so old (s); raise SCAN when other things are measured: older stores then count no more
+PART, SECONDS = 2000, 30  # a part is written at so many rows, or after so many seconds
+SCAN = 2  # version of the measurement: raise it with every change, and older stores are ignored
 
 
 def _names(key, root, refs):
@@ -270,8 +268,12 @@ def scan_files(
     workers: int | None = None,  # how many files are read at a time; default: one per core
     remote: bool = False,  # follow addresses
     key: str = '',  # secret that the names in the store are hashed with
-) -> pd.DataFrame:  # index: reference, in order of first appearance; columns `COLUMNS`: those of `measure`, bytes (0 where unknown), reason and detail ('' where nothing is wrong)
-    "Decode every image once and measure it; broken ones carry their reason. `InputError` where the store is no store."
+) -> pd.DataFrame:  # columns `COLUMNS`, index: reference, in order of first appearance
+    """Decode every image once and measure it; broken ones have a reason.
+
+    The columns are those of `measure`, bytes (0 if unknown), and reason and detail ('' if nothing
+    is wrong). `InputError` if the store is not a store.
+    """
     if workers is not None and workers < 1:
         raise InputError(f'workers must be 1 or more, not {workers}')
     if store is not None and Path(store).exists() and not Path(store).is_dir():

@@ -67,7 +67,10 @@ def _wave(v):
 
 
 def _ellipse(c, cx, cy, h, aspect, t):
-    "Squared radius in an ellipse of horizontal half-extent `h`, tilted by twice the angle whose tangent is `t`."
+    """Squared radius in an ellipse of horizontal half-extent `h`.
+
+    The ellipse is tilted by twice the angle whose tangent is `t`.
+    """
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     w = h / math.sqrt(cos * cos + aspect * aspect * sin * sin)
     dx, dy = c.x - cx, c.y - cy
@@ -135,9 +138,8 @@ def _chest(patient, film, view, sex):
         c.clavicle - 0.07 * c.ap,
     )
     p, e = (1 if c.side_p < 0.5 else -1), (1 if c.side_e < 0.5 else -1)
-    c.side = dict(
-        pneumothorax=p, device=-p, effusion=e, nodule=e, opacity=-e
-    )  # findings of one side keep to different zones
+    # findings of one side keep to different zones
+    c.side = dict(pneumothorax=p, device=-p, effusion=e, nodule=e, opacity=-e)
     return c
 
 
@@ -148,7 +150,7 @@ def _axis(size):
 
 
 def _frame(c, size, rows):
-    "Add the coordinates of the pixels in `rows` to the chest, and the contours that several layers share."
+    "Add pixel coordinates in `rows` to the chest, and the contours that several layers use."
     c, t = SimpleNamespace(**vars(c)), c.turn * (0.02 if c.ap else 0.008)
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     x, y = _axis(size)[None, :] - np.float32(c.shift), _axis(size)[rows, None] - np.float32(c.lift)
@@ -361,9 +363,8 @@ def _nodule(c):
 
 
 def _pneumothorax(c):
-    inner = (
-        1 - c.rho - c.depth * (1 - 0.85 * np.square(np.clip((c.y + 0.55) * 1.5, 0, 1)))
-    )  # 0 on the pleural line, negative in the air
+    # 0 on the pleural line, negative in the air
+    inner = 1 - c.rho - c.depth * (1 - 0.85 * np.square(np.clip((c.y + 0.55) * 1.5, 0, 1)))
     where = c.lung * (c.y < 0.12) * (c.x * c.side['pneumothorax'] > 0)
     line = 0.20 * _bump(np.square(inner * (1 / max(0.018, c.edge * 0.7)))) * _step(0.06 - c.y, 0.1)
     return where * (line - _step(-inner, 0.03) * (0.18 + 0.9 * c.vessels))
@@ -386,10 +387,9 @@ def _device(c):
         * _step(ax + 0.08 * s, 0.02)
     )  # through the subclavian vein
     turn = top + 0.55 * (0.08 * s + 0.28) * (0.08 * s + 0.28)
-    p, end = (
-        np.clip((c.y - turn) * (1 / (0.42 - turn)), 0, 1),
-        (0.40 if c.pacemaker else -0.05),
-    )  # down the vena cava
+    # down the vena cava
+    p = np.clip((c.y - turn) * (1 / (0.42 - turn)), 0, 1)
+    end = 0.40 if c.pacemaker else -0.05
     drop = (
         _bump(np.square((c.x + 0.08 - 0.30 * p * p * c.pacemaker) * (1 / width)))
         * _step(c.y - turn, 0.02)
@@ -443,10 +443,12 @@ def draw_film(
     view: str = 'PA',  # 'PA' or 'AP'
     sex: str = 'F',  # 'F' or 'M'
     marker: bool = False,  # burn in the shortcut marker
-) -> (
-    tuple
-):  # (size, size) uint8 film; dict finding -> (size, size) bool mask of the pixels it may change
-    "Draw a film and the masks of all `FINDINGS` (empty for absent ones); `InputError` for an unknown finding, view, sex or size."
+) -> tuple:  # film: (size, size) uint8; masks: dict finding -> (size, size) bool
+    """Draw a film and the masks of all `FINDINGS`.
+
+    A mask holds the pixels that its finding may change; it is empty for absent findings.
+    `InputError` for an unknown finding, view, sex or size.
+    """
     if unknown := set(findings) - set(FINDINGS):
         raise InputError(f"unknown finding {min(unknown)!r}; choose from {', '.join(FINDINGS)}")
     if view not in ('PA', 'AP') or sex not in ('F', 'M'):
@@ -483,9 +485,8 @@ def _expose(c, findings):
     t = np.maximum(sum(added.values(), start=t), 0) * (1.15 * c.exposure)
     masks = {f: added[f] != 0 if f in added else np.zeros(c.x.shape, bool) for f in FINDINGS}
     if 'cardiomegaly' in added:
-        masks['cardiomegaly'] |= (
-            _heart(c, c.big) != 0
-        )  # the whole enlarged heart, not only its new rim
+        # the whole enlarged heart, not only its new rim
+        masks['cardiomegaly'] |= _heart(c, c.big) != 0
     return t / np.sqrt(1 + t * t), masks
 
 
@@ -503,9 +504,7 @@ def film_side(
 # %% ../../nbs/10a_data.film.ipynb #e61ed99f
 def mask_box(
     mask: np.ndarray,  # (H, W) bool
-) -> list[
-    int
-]:  # [x0, y0, x1, y1] in pixels, x1 and y1 one past the last; [] where the mask is empty
+) -> list[int]:  # [x0, y0, x1, y1] in pixels, x1, y1 one past the last; [] for an empty mask
     "The smallest box around a mask."
     ys, xs = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     return [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1] if len(xs) else []
@@ -520,19 +519,17 @@ def phantom_ref(
     view: str = 'PA',  # "
     sex: str = 'F',  # "
     marker: bool = False,  # "
-) -> (
-    str
-):  # 'phantom:1/PATIENT/FILM/SIZE/VIEW/SEX/FINDINGS/MARKER'; the 1 is the version of the drawing
-    "The reference under which `read_phantom` draws this film."
-    return f"phantom:1/{patient}/{film}/{size}/{view}/{sex}/{'+'.join(f for f in FINDINGS if f in findings) or 'none'}/{'marker' if marker else 'plain'}"
+) -> str:  # 'phantom:1/PATIENT/FILM/SIZE/VIEW/SEX/FINDINGS/MARKER'; 1: version of the drawing
+    "Reference from which `read_phantom` draws this film."
+    shown = '+'.join(f for f in FINDINGS if f in findings) or 'none'
+    corner = 'marker' if marker else 'plain'
+    return f'phantom:1/{patient}/{film}/{size}/{view}/{sex}/{shown}/{corner}'
 
 
 # %% ../../nbs/10a_data.film.ipynb #24595bb9
 def phantom_film(
     ref: str,  # a reference made by `phantom_ref`
-) -> (
-    tuple
-):  # (size, size) uint8 film; dict finding -> (size, size) bool mask, empty for what is not there
+) -> tuple:  # film and masks, as from `draw_film`
     "The film that a reference names and its masks; `InputError` where it is no such reference."
     m = re.fullmatch(
         r'phantom:1/([\w-]+)/(\d+)/(\d+)/(PA|AP)/([FM])/([a-z+]+)/(marker|plain)', str(ref)
@@ -561,9 +558,8 @@ def read_phantom(
     return phantom_film(ref)[0]
 
 
-READERS['phantom'] = lambda root, rest: read_phantom(
-    f'phantom:{rest}'
-)  # whoever reads images by reference reads these too
+# whoever reads images by reference reads these too
+READERS['phantom'] = lambda root, rest: read_phantom(f'phantom:{rest}')
 
 
 # %% ../../nbs/10a_data.film.ipynb #dfaff91c

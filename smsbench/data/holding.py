@@ -34,7 +34,10 @@ def hold(
     cohort,  # cohort table, sealed or not; `Built`; or a `Holding`, which comes back as it is
     root='',  # folder below which the files lie; '' takes the cohort's own
 ) -> Holding:
-    "Open what is sealed, seal what is not and must be. `InputError` where the files are not those of the cohort."
+    """Open a sealed cohort, or seal one of credentialed data.
+
+    `InputError` if the files are not those of the cohort.
+    """
     if isinstance(cohort, Holding):
         return cohort
     if isinstance(cohort, Built):
@@ -107,7 +110,10 @@ def write_audit(
     found: FileAudit,  # the audit
     folder,  # folder to write into
 ):
-    "Findings and tables as parquet files. The findings are written last: where they are, all is there."
+    """Write findings and tables as parquet files.
+
+    The findings are written last: if they are there, the audit is complete.
+    """
     for old in (Path(folder) / 'findings.parquet', *Path(folder).glob('table_*.parquet')):
         old.unlink(missing_ok=True)
     for name, t in found.tables.items():

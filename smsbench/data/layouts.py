@@ -23,7 +23,10 @@ def draw(
     bits: int = 8,  # 8 or 16
     colour: bool = False,  # three channels
 ) -> np.ndarray:  # (H,W) or (H,W,3), uint8 or uint16
-    "A bright disc before a slope with some noise; the same name gives the same picture on every machine."
+    """Draw a bright disc on a slope with some noise.
+
+    The same name gives the same picture on every machine.
+    """
     rng = np.random.default_rng(int(content_hash('layout', name), 16))
     y, x = np.mgrid[: shape[0], : shape[1]] / np.max(shape)
     (cy, cx, r), slope = rng.uniform(0.25, 0.6, 3), rng.uniform(0.1, 0.4)
@@ -78,6 +81,12 @@ def put_json(
 
 
 # %% ../../nbs/11a_data.layouts.ipynb #d5132656
+_EYES = (
+    'Routine visit, pressure and discs unremarkable',
+    'Raised pressure and a thin nerve fibre layer',
+)
+
+
 def _fairvlmed(folder):
     "FairVLMed: 12 subjects, 6 training, 2 validation, 4 test."
     rows = []
@@ -86,10 +95,7 @@ def _fairvlmed(folder):
             0 if i < 6 else 1 if i < 8 else 2
         ]
         sick, name, race = i % 2 == 0, f'data_{i + 1:05d}.npz', i % 3
-        note = (
-            f"{'Raised pressure and a thin nerve fibre layer' if sick else 'Routine visit, pressure and discs unremarkable'};"
-            f" seen {i + 1} times before."
-        )
+        note = f'{_EYES[sick]}; seen {i + 1} times before.'
         Path(folder, sub).mkdir(parents=True, exist_ok=True)
         np.savez(
             Path(folder, sub, name),
@@ -153,9 +159,10 @@ def _ham10000(folder):
 
 
 _MBRSET = (
-    'patient,age,sex,dm_time,insulin,insulin_time,oraltreatment_dm,systemic_hypertension,insurance,educational_level,alcohol_consumption,smoking,'
-    'obesity,vascular_disease,acute_myocardial_infarction,nephropathy,neuropathy,diabetic_foot,file,laterality,final_artifacts,final_quality,'
-    'final_icdr,final_edema'
+    'patient,age,sex,dm_time,insulin,insulin_time,oraltreatment_dm,systemic_hypertension,'
+    'insurance,educational_level,alcohol_consumption,smoking,obesity,vascular_disease,'
+    'acute_myocardial_infarction,nephropathy,neuropathy,diabetic_foot,file,laterality,'
+    'final_artifacts,final_quality,final_icdr,final_edema'
 ).split(',')
 
 
@@ -187,9 +194,11 @@ def _mbrset(folder):
 
 
 _BRSET = (
-    'image_id,patient_id,camera,patient_age,comorbidities,diabetes_time_y,insuline,patient_sex,exam_eye,diabetes,nationality,optic_disc,vessels,macula,'
-    'DR_SDRG,DR_ICDR,focus,Illuminaton,image_field,artifacts,diabetic_retinopathy,macular_edema,scar,nevus,amd,vascular_occlusion,'
-    'hypertensive_retinopathy,drusens,hemorrhage,retinal_detachment,myopic_fundus,increased_cup_disc,other,quality'
+    'image_id,patient_id,camera,patient_age,comorbidities,diabetes_time_y,insuline,patient_sex,'
+    'exam_eye,diabetes,nationality,optic_disc,vessels,macula,DR_SDRG,DR_ICDR,focus,Illuminaton,'
+    'image_field,artifacts,diabetic_retinopathy,macular_edema,scar,nevus,amd,'
+    'vascular_occlusion,hypertensive_retinopathy,drusens,hemorrhage,retinal_detachment,'
+    'myopic_fundus,increased_cup_disc,other,quality'
 ).split(',')
 
 
@@ -197,54 +206,45 @@ def _brset(folder):
     "BRSET: 14 images of 7 patients."
     rows = []
     for i in range(14):
-        p, grade, good = (
-            i // 2,
-            (0, 0, 0, 2, 0, 4, 1)[i % 7],
-            dict.fromkeys(
-                (
-                    'optic_disc',
-                    'vessels',
-                    'macula',
-                    'focus',
-                    'Illuminaton',
-                    'image_field',
-                    'artifacts',
-                ),
-                1,
-            ),
-        )
-        rows.append(
-            good
-            | dict(
-                image_id=f'img{i + 1:05d}',
-                patient_id=p + 1,
-                camera=('Canon CR', 'NIKON NF5050')[p % 2],
-                patient_age='' if p == 3 else 38 + 6 * p,
-                comorbidities=('', 'hypertension')[grade > 0],
-                diabetes_time_y='',
-                insuline='',
-                patient_sex=1 + p % 2,
-                exam_eye=1 + i % 2,
-                diabetes=('No', 'yes')[grade > 0],
-                nationality='Brazil',
-                DR_SDRG=grade,
-                DR_ICDR=grade,
-                diabetic_retinopathy=int(grade > 0),
-                macular_edema=int(grade == 4),
-                increased_cup_disc=int(i % 5 == 0),
-                quality=('Adequate', 'Inadequate')[i == 11],
-            )
-        )
+        rows.append(_brset_row(i))
         put_image(folder, f'fundus_photos/img{i + 1:05d}.jpg', colour=True)
     put_csv(folder, 'labels_brset.csv', _BRSET, ([r.get(c, 0) for c in _BRSET] for r in rows))
 
 
+def _brset_row(i):
+    "The row of image `i`; absent columns are 0."
+    p, grade = i // 2, (0, 0, 0, 2, 0, 4, 1)[i % 7]
+    good = 'optic_disc vessels macula focus Illuminaton image_field artifacts'.split()
+    return dict.fromkeys(good, 1) | dict(
+        image_id=f'img{i + 1:05d}',
+        patient_id=p + 1,
+        camera=('Canon CR', 'NIKON NF5050')[p % 2],
+        patient_age='' if p == 3 else 38 + 6 * p,
+        comorbidities=('', 'hypertension')[grade > 0],
+        diabetes_time_y='',
+        insuline='',
+        patient_sex=1 + p % 2,
+        exam_eye=1 + i % 2,
+        diabetes=('No', 'yes')[grade > 0],
+        nationality='Brazil',
+        DR_SDRG=grade,
+        DR_ICDR=grade,
+        diabetic_retinopathy=int(grade > 0),
+        macular_edema=int(grade == 4),
+        increased_cup_disc=int(i % 5 == 0),
+        quality=('Adequate', 'Inadequate')[i == 11],
+    )
+
+
 # %% ../../nbs/11a_data.layouts.ipynb #9719f12c
 _PADCHEST = (
-    'ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,PatientSex_DICOM,ViewPosition_DICOM,Projection,MethodProjection,Pediatric,Modality_DICOM,'
-    'Manufacturer_DICOM,PhotometricInterpretation_DICOM,PixelRepresentation_DICOM,PixelAspectRatio_DICOM,SpatialResolution_DICOM,BitsStored_DICOM,'
-    'WindowCenter_DICOM,WindowWidth_DICOM,Rows_DICOM,Columns_DICOM,XRayTubeCurrent_DICOM,Exposure_DICOM,ExposureInuAs_DICOM,ExposureTime,'
-    'RelativeXRayExposure_DICOM,ReportID,Report,MethodLabel,Labels,Localizations,LabelsLocalizationsBySentence,labelCUIS,LocalizationsCUIS'
+    'ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,PatientSex_DICOM,'
+    'ViewPosition_DICOM,Projection,MethodProjection,Pediatric,Modality_DICOM,'
+    'Manufacturer_DICOM,PhotometricInterpretation_DICOM,PixelRepresentation_DICOM,'
+    'PixelAspectRatio_DICOM,SpatialResolution_DICOM,BitsStored_DICOM,WindowCenter_DICOM,'
+    'WindowWidth_DICOM,Rows_DICOM,Columns_DICOM,XRayTubeCurrent_DICOM,Exposure_DICOM,'
+    'ExposureInuAs_DICOM,ExposureTime,RelativeXRayExposure_DICOM,ReportID,Report,MethodLabel,'
+    'Labels,Localizations,LabelsLocalizationsBySentence,labelCUIS,LocalizationsCUIS'
 ).split(',')
 
 
@@ -292,47 +292,8 @@ def _padchest(folder):
 
 
 def _nih_chestxray14(folder):
-    "ChestX-ray14: 18 films of 9 patients, 12 for training, 6 for testing, three of these with boxes."
-    found = [
-        'No Finding',
-        'Atelectasis|Effusion',
-        'Cardiomegaly',
-        'No Finding',
-        'Pneumonia|Infiltration',
-        'Pneumothorax',
-        'Effusion',
-        'No Finding',
-        'Hernia',
-    ]
-    ages = [
-        20,
-        '028Y',
-        36,
-        '044Y',
-        '414',
-        '060Y',
-        68,
-        '011M',
-        84,
-    ]  # as the versions of the table write them, an impossible one included
-    rows = [
-        (
-            f'{p + 1:08d}_{v:03d}.png',
-            found[(2 * p + v) % 9],
-            v,
-            p + 1,
-            ages[p],
-            'MF'[p % 2],
-            ('PA', 'AP')[v],
-            2500,
-            2048,
-            0.171,
-            0.171,
-            '',
-        )
-        for p in range(9)
-        for v in range(2)
-    ]
+    "ChestX-ray14: 18 films of 9 patients, 12 for training, 6 for testing; three have boxes."
+    rows = [_nih_row(p, v) for p in range(9) for v in range(2)]
     for i, row in enumerate(rows):
         put_image(folder, f'images_{1 + 11 * (i > 8):03d}/images/{row[0]}', shape=(96, 96))
     head = (
@@ -353,6 +314,19 @@ def _nih_chestxray14(folder):
         'Image Index,Finding Label,Bbox [x,y,w,h],,,',
         ((*b, '', '', '') for b in boxes),
     )
+
+
+def _nih_row(p, v):
+    "The row of visit `v` (0 or 1) of patient `p` (0..8)."
+    found = (
+        'No Finding,Atelectasis|Effusion,Cardiomegaly,No Finding,Pneumonia|Infiltration,'
+        'Pneumothorax,Effusion,No Finding,Hernia'
+    ).split(',')
+    # ages as the versions of the table write them, an impossible one included
+    ages = [20, '028Y', 36, '044Y', '414', '060Y', 68, '011M', 84]
+    name, view = f'{p + 1:08d}_{v:03d}.png', ('PA', 'AP')[v]
+    about = name, found[(2 * p + v) % 9], v, p + 1, ages[p], 'MF'[p % 2], view
+    return (*about, 2500, 2048, 0.171, 0.171, '')
 
 
 _CHEXPERT = (
@@ -378,9 +352,8 @@ def _chexpert(folder):
     for part, shown in films.items():
         rows = []
         for n, (p, study, view) in enumerate(shown):
-            s = states[
-                n % 5
-            ]  # radiologists read the validation films: nothing uncertain, nothing left out
+            # radiologists read the validation films: nothing uncertain, nothing left out
+            s = states[n % 5]
             ref, labels = (
                 f'{part}/patient{p:05d}/study{study}/view1_{view}.jpg',
                 [s.get(c, '') if part == 'train' else max(0.0, s.get(c, 0.0)) for c in _CHEXPERT],
@@ -454,23 +427,12 @@ def _slake(folder):
                 base_type='vqa',
                 triple=['vhead', '_', '_'],
             )
+            liver, abnormal = ('No', 'Yes')[k % 2], ('Yes', 'No', 'Yes')[k % 3]
             asked = [
                 ('en', 'What modality is used?', about['modality'], 'OPEN', 'Modality'),
                 ('zh', '图中有肝脏吗?', '没有', 'CLOSED', 'Organ'),
-                (
-                    'en',
-                    'Does the picture contain a liver?',
-                    ('No', 'Yes')[k % 2],
-                    'CLOSED',
-                    'Organ',
-                ),
-                (
-                    'en',
-                    'Is this an abnormal image?',
-                    ('Yes', 'No', 'Yes')[k % 3],
-                    'CLOSED',
-                    'Abnormality',
-                ),
+                ('en', 'Does the picture contain a liver?', liver, 'CLOSED', 'Organ'),
+                ('en', 'Is this an abnormal image?', abnormal, 'CLOSED', 'Abnormality'),
             ]
             rows += [
                 dict(
@@ -531,12 +493,11 @@ def _vqa_paraphrases(folder):
         for k in range(5)
         for v, (way, q) in enumerate(ways)
     ]
-    put_csv(
-        folder,
-        'questions.csv',
-        'dicom_id,subject_id,study_id,question,question_type,answer,split,image_path,baseline_question,question_variant,variant_index,strategy',
-        rows,
+    head = (
+        'dicom_id,subject_id,study_id,question,question_type,answer,split,image_path,'
+        'baseline_question,question_variant,variant_index,strategy'
     )
+    put_csv(folder, 'questions.csv', head, rows)
     for k in range(5):
         put_image(folder, f'files/d{k}.jpg')
 
@@ -644,7 +605,10 @@ def make_layout(
     name: str,  # name of a card, a key of `LAYOUTS`
     folder,  # where to write; made if it is not there, must be empty
 ) -> Path:  # the folder, a data root for the card
-    "Write the made-up miniature of an official layout; `InputError` for an unknown name or a folder that holds something."
+    """Write the made-up miniature of an official layout.
+
+    `InputError` for an unknown name or a folder that is not empty.
+    """
     folder = Path(folder)
     if name not in LAYOUTS:
         raise InputError(

@@ -80,8 +80,12 @@ _ODD = {
 
 def mimic_films(
     times: int = 1,  # how often each study of the plan is there
-) -> pd.DataFrame:  # one row per film: subject_id, study_id, dicom_id, split, view, matter, report (its kind), labels (finding -> 1, 0, -1)
-    "The films of the plan; always the same."
+) -> pd.DataFrame:  # one row per film
+    """Films of the plan; always the same.
+
+    Columns: subject_id, study_id, dicom_id, split, view, matter, report (its kind), labels (dict
+    finding -> 1, 0 or -1).
+    """
     rows, study, subject = [], 99500000, 99000000
     for matter, sizes, views, report in PLAN:
         for split, n in zip(('train', 'validate', 'test'), sizes):
@@ -185,6 +189,21 @@ def put_reports(
 
 
 # %% ../../nbs/11b_data.mimic_layouts.ipynb #b06633f3
+_METADATA = (
+    'dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,'
+    'StudyDate,StudyTime,ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,'
+    'PatientOrientationCodeSequence_CodeMeaning'
+)
+
+
+def _metadata_rows(films):
+    "Rows of the table of metadata, one per film."
+    procedure = films.view.map({'AP': 'CHEST (PORTABLE AP)'}).fillna('CHEST (PA AND LAT)')
+    for r, p in zip(films.itertuples(), procedure):
+        ids, times = (r.dicom_id, r.subject_id, r.study_id), (21800101, 101530.5)
+        yield (*ids, p, r.view, 48, 64, *times, p, r.view.lower(), 'Erect')
+
+
 def put_tables(
     folder,  # data root
     films: pd.DataFrame,  # from `mimic_films`
@@ -193,30 +212,7 @@ def put_tables(
 ):
     "Write metadata, split and labels with the official names and columns."
     films, start = films.sort_values('dicom_id'), 'mimic-cxr-2.0.0-'
-    procedure = films.view.map({'AP': 'CHEST (PORTABLE AP)'}).fillna('CHEST (PA AND LAT)')
-    head = 'dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate,StudyTime,ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,PatientOrientationCodeSequence_CodeMeaning'
-    put_csv(
-        folder,
-        f'{start}metadata{ending}',
-        head,
-        [
-            (
-                r.dicom_id,
-                r.subject_id,
-                r.study_id,
-                p,
-                r.view,
-                48,
-                64,
-                21800101,
-                101530.5,
-                p,
-                r.view.lower(),
-                'Erect',
-            )
-            for r, p in zip(films.itertuples(), procedure)
-        ],
-    )
+    put_csv(folder, f'{start}metadata{ending}', _METADATA, _metadata_rows(films))
     put_csv(
         folder,
         f'{start}split{ending}',
@@ -281,7 +277,10 @@ def patchib_films(
 def patchib_jsonl(
     folder,  # an empty folder
 ):
-    "The master file of Patch-IB-CXR with its films; besides a report that is too short and a film that is not there."
+    """Write the master file of Patch-IB-CXR and its films.
+
+    The first report is too short; the first and the last film are missing.
+    """
     films = mimic_films()
     films = films[patchib_films(films)].reset_index(drop=True)
     rows = [
@@ -327,9 +326,8 @@ def ms_cxr(
         where = (r.dicom_id, f, _SAYS[f].split(' ', 1)[-1], film_path(r))
         rows.append((*where, 10 + i, 20, 40, 30, 128, 96, r.split))
         if i == 0:
-            rows.append(
-                (*where, 70, 21, 33, 31, 128, 96, r.split)
-            )  # a second box of the same phrase
+            # a second box of the same phrase
+            rows.append((*where, 70, 21, 33, 31, 128, 96, r.split))
     put_csv(
         folder,
         'MS_CXR_Local_Alignment_v1.1.0.csv',
@@ -365,44 +363,49 @@ OPENI = (
 def iu_xray(
     folder,  # an empty folder
 ):
-    "Open-i's archive of XML reports, films in NLMCXR_png/, and the table of views. Each report has a frontal and a lateral film; the last film is in no table of views."
+    """Write Open-i's archive of XML reports, films in NLMCXR_png/, and the table of views.
+
+    Each report has a frontal and a lateral film. The last film is missing from the table of views.
+    """
     plan = [(m, f, i) for m, n, f, i in OPENI for _ in range(n)]
-    views, section = (
-        [],
-        lambda label, text: f'<AbstractText Label="{label}">{escape(text)}</AbstractText>',
-    )
+    views = []
     with tarfile.open(Path(folder, 'NLMCXR_reports.tgz'), 'w:gz') as archive:
         for n, (mesh, findings, impression) in enumerate(plan, 1):
-            films = (
-                [f'1_IM-0001-{k}001' for k in (4, 3)]
-                if n == 1
-                else [f'{n}_IM-{n:04d}-{k}001' for k in (1, 2)]
-            )  # as the archive names them: the first with its number twice
+            # names as in the archive: the first has its number twice
+            films = [f'{n}_IM-{n:04d}-{k}001' for k in ((4, 3) if n == 1 else (1, 2))]
             ids = [f'CXR{n}_{f}' if n == 1 else f'CXR{f}' for f in films]
             views += [(n, f'{f}.dcm.png', v) for f, v in zip(films, ('Frontal', 'Lateral'))]
-            xml = (
-                '<?xml version="1.0" encoding="utf-8"?><eCitation><uId'
-                f' id="CXR{n}"/><MedlineCitation><Article><Abstract>'
-                + section('COMPARISON', 'None.')
-                + section('INDICATION', 'Suspected sarcoidosis, XXXX-year-old XXXX')
-                + section('FINDINGS', findings)
-                + section('IMPRESSION', impression)
-                + '</Abstract></Article></MedlineCitation><MeSH>'
-                + ''.join(f'<major>{m}</major>' for m in mesh.split('|') if m)
-                + '</MeSH>'
-                + ''.join(
-                    f'<parentImage id="{i}"><caption>Xray Chest PA and'
-                    ' Lateral</caption></parentImage>'
-                    for i in ids
-                )
-                + '</eCitation>'
-            ).encode()
+            xml = _openi_xml(n, ids, mesh, findings, impression)
             info = tarfile.TarInfo(f'ecgen-radiology/{n}.xml')
             info.size = len(xml)
             archive.addfile(info, io.BytesIO(xml))
             for i in ids:
                 put_image(folder, f'NLMCXR_png/{i}.png')
     put_csv(folder, 'indiana_projections.csv', 'uid,filename,projection', views[:-1])
+
+
+def _openi_xml(n, ids, mesh, findings, impression):
+    "Report `n` as bytes of XML, with the ids of its films."
+
+    def section(label, text):
+        return f'<AbstractText Label="{label}">{escape(text)}</AbstractText>'
+
+    return (
+        '<?xml version="1.0" encoding="utf-8"?><eCitation><uId'
+        f' id="CXR{n}"/><MedlineCitation><Article><Abstract>'
+        + section('COMPARISON', 'None.')
+        + section('INDICATION', 'Suspected sarcoidosis, XXXX-year-old XXXX')
+        + section('FINDINGS', findings)
+        + section('IMPRESSION', impression)
+        + '</Abstract></Article></MedlineCitation><MeSH>'
+        + ''.join(f'<major>{m}</major>' for m in mesh.split('|') if m)
+        + '</MeSH>'
+        + ''.join(
+            f'<parentImage id="{i}"><caption>Xray Chest PA and Lateral</caption></parentImage>'
+            for i in ids
+        )
+        + '</eCitation>'
+    ).encode()
 
 
 LAYOUTS.update(

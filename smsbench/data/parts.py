@@ -48,15 +48,15 @@ def check_separator(
 
 
 # %% ../../nbs/09aa_data.parts.ipynb #63b97d09
+_Paths = Annotated[dict[str, list[str]], BeforeValidator(_paths)]
+_Kind = Literal['', 'csv', 'json', 'jsonl', 'list', 'folders', 'openi']
+
+
 class TableCard(Card):
     "A table: one file, or several of one layout."
 
-    path: Annotated[
-        dict[str, list[str]], BeforeValidator(_paths)
-    ]  # below the root; a path, alternatives, or name -> path
-    kind: Literal['', 'csv', 'json', 'jsonl', 'list', 'folders', 'openi'] = (
-        ''  # default: from the ending
-    )
+    path: _Paths  # below the root; a path, alternatives, or name -> path
+    kind: _Kind = ''  # csv, json, jsonl, list, folders or openi; default: from the ending
     separator: str = ''  # between fields; default: a tab for .tsv and .tab, else the manifest's
     encoding: str = ''  # default: the manifest's
     under: str = ''  # key of the list in a JSON object
@@ -113,36 +113,35 @@ def _shortened(name):
 
 
 # %% ../../nbs/09aa_data.parts.ipynb #f4f3fa4f
+def _named(v):
+    "A list of names as {name: name}; anything else unchanged."
+    return {k: k for k in v} if isinstance(v, list) and all(isinstance(k, str) for k in v) else v
+
+
+_Names = Annotated[dict[str, str], BeforeValidator(_named)]
+
+
 class Join(Card):
-    "A further table laid beside the rows: at most one of its rows for each of theirs."
+    "A further table that is joined to the rows: at most one of its rows for each of theirs."
 
     table: Table  # the table
-    on: Annotated[
-        dict[str, str],
-        BeforeValidator(
-            lambda v: (
-                {k: k for k in v}
-                if isinstance(v, list) and all(isinstance(k, str) for k in v)
-                else v
-            )
-        ),
-    ] = Field(min_length=1)  # key columns: names or templates, or {here: there}
+    on: _Names = Field(min_length=1)  # key columns: names or templates, or {here: there}
     columns: list[str] = []  # columns to take; default: all that are not there yet
-    required: bool = (
-        True  # rows without a partner are dropped and counted; false: they stay, with empty cells
-    )
+    required: bool = True  # drop and count rows without a partner; false: keep, with empty cells
     why: str = ''  # a sentence for the funnel
 
 
 # %% ../../nbs/09aa_data.parts.ipynb #4f990fee
 class Derive(Card):
-    "A new column made from another one; exactly one of `pattern`, `lists`, `map`."
+    """A new column made from another one; exactly one of `pattern`, `lists`, `map`.
+
+    With `lists` the new cell is the word whose list contains the cell. A list is a table of the
+    kind `list`, or one with a single column.
+    """
 
     column: str  # where it comes from
     pattern: str = ''  # regular expression; the new cell is its first group
-    lists: dict[
-        str, Table
-    ] = {}  # word -> list of values (kind `list`, or a table of one column); the new cell is the word whose list holds the cell
+    lists: dict[str, Table] = {}  # word -> list of cells
     map: dict[str, str] = {}  # cell -> new cell; others stay, unless `otherwise` is given
     otherwise: str | None = None  # where nothing matches; default ''
 
@@ -160,22 +159,18 @@ class Derive(Card):
 
 
 # %% ../../nbs/09aa_data.parts.ipynb #1b068fb8
-class TextCard(Card):
-    "Where a report is and which part of it is used; the text may also stand in `columns.text`."
+_OneOrMore = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
-    file: Annotated[
-        list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
-    ] = []  # template of its path, also 'reports.zip!{id}.txt'; of several the first whose archive or folder exists
-    columns: Annotated[
-        dict[str, str],
-        BeforeValidator(
-            lambda v: (
-                {c: c for c in v}
-                if isinstance(v, list) and all(isinstance(c, str) for c in v)
-                else v
-            )
-        ),
-    ] = {}  # section -> column that holds it
+
+class TextCard(Card):
+    """Source of a report, and the part of it that is used.
+
+    The text may also stand in `columns.text`. Of several templates in `file`, the first counts
+    whose archive or folder exists.
+    """
+
+    file: _OneOrMore = []  # template of its path, also 'reports.zip!{id}.txt', or several
+    columns: _Names = {}  # section -> column that holds it
     sections: list[str] = []  # sections to keep, in this order; default: the whole text
     min_chars: int = Field(default=0, ge=0)  # shorter texts are excluded as 'short report'
 
@@ -235,7 +230,9 @@ class Filter(Card):
     def says(self) -> str:
         "The condition as people say it."
         if self.any_in:
-            return f"{', '.join(self.columns) if len(self.columns) < 4 else f'any of {len(self.columns)} columns'} in {', '.join(self.any_in)}"
+            n = len(self.columns)
+            which = ', '.join(self.columns) if n < 4 else f'any of {n} columns'
+            return f"{which} in {', '.join(self.any_in)}"
         if self.at_least is not None or self.at_most is not None:
             return (
                 f'{self.column} at least {self.at_least:g}'
@@ -334,13 +331,9 @@ class Boxes(Card):
     table: Table  # one row per box
     key: str  # its column that says which row a box belongs to
     of: str = ''  # column of the main table that `key` repeats; default: columns.sample_id
-    columns: list[
-        str
-    ]  # the four coordinates, in the order of `format`, or one column with a list of them
+    columns: list[str]  # four coordinates in the order of `format`, or one column with a list
     format: Literal['xywh', 'xyxy'] = 'xywh'  # corner and size, or two corners
-    size: list[
-        str
-    ] = []  # width and height at which the boxes were drawn: two columns of the box table or two numbers; default: the file's
+    size: list[str] = []  # width, height they were drawn at: two columns or numbers; default: file
     finding: str = ''  # its column that names the finding; '' where boxes hold for every task
     names: dict[str, list[str]] = {}  # task -> what that column says for it
 

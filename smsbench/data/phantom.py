@@ -134,9 +134,8 @@ def write_report(
                 (order, _say(f, state, (sides or {}).get(f, '') if state != 'no' else '', u))
             )
     places = uniform(len(_DISTRACTORS), 'distractor', key)
-    chosen = sorted(zip(places, _DISTRACTORS))[
-        :distractors
-    ]  # the smallest uniforms: a random choice
+    # the smallest uniforms: a random choice
+    chosen = sorted(zip(places, _DISTRACTORS))[:distractors]
     sentences += [(u, s) for u, (_, s) in zip(uniform(distractors, 'place', key), chosen)]
     return ' '.join(s for _, s in sorted(sentences))
 
@@ -233,6 +232,13 @@ def _truth(f, asked, agreement, prevalence, others):
 
 
 # %% ../../nbs/11_data.phantom.ipynb #b75e9966
+def _part(place, splits):
+    "The split that contains `place` (0..1); the last one takes the rest."
+    for s, edge in zip(splits, itertools.accumulate(splits.values())):
+        if place < edge or s == list(splits)[-1]:
+            return s
+
+
 def _samples(f, asked, size, splits, shortcut, uncertain, label_from, film, text):
     "The rows of one film."
 
@@ -245,19 +251,13 @@ def _samples(f, asked, size, splits, shortcut, uncertain, label_from, film, text
     hedged = [
         g for g in FINDINGS if text[g] and uniform(1, 'hedge', f.patient, f.film, g)[0] < uncertain
     ]
-    image, masks = draw_film(
-        f.patient, f.film, [g for g in FINDINGS if film[g]], size, f.view, f.sex, marker
-    )
+    shown = [g for g in FINDINGS if film[g]]
+    drawing = f.patient, f.film, shown, size, f.view, f.sex, marker
+    image, masks = draw_film(*drawing)
     common = dict(
         patient_id=f.patient[:12],
-        split=next(
-            s
-            for s, edge in zip(splits, itertools.accumulate(splits.values()))
-            if f.split < edge or s == list(splits)[-1]
-        ),
-        image=phantom_ref(
-            f.patient, f.film, [g for g in FINDINGS if film[g]], size, f.view, f.sex, marker
-        ),
+        split=_part(f.split, splits),
+        image=phantom_ref(*drawing),
         image_sha=array_hash(image),
         text=write_report(
             [g for g in FINDINGS if text[g]], asked, side, hedged, f'{f.patient}/{f.film}'
@@ -326,7 +326,14 @@ def phantom_cohort(
             *_truth(f, findings, agreement, prevalence, others),
         )
     df = pd.DataFrame(rows)
-    df.attrs = dict(
+    phantom = dict(n=n, size=size, seed=seed, label_from=label_from, **rates)
+    df.attrs = _about_phantom(findings, label_from, phantom)
+    return validate(df, 'cohort')
+
+
+def _about_phantom(findings, label_from, phantom):
+    "Metadata of a phantom cohort; `phantom` are its parameters."
+    return dict(
         manifest='phantom',
         title='Synthetic chest films with known truth',
         version='1',
@@ -337,7 +344,7 @@ def phantom_cohort(
         root='',
         label_source='report' if label_from == 'text' else 'other',
         strata=['age_band', 'sex', 'view'],
-        phantom=dict(n=n, size=size, seed=seed, label_from=label_from, **rates),
+        phantom=phantom,
         tasks={
             g: dict(
                 question=QUESTIONS[g], choices=['yes', 'no'], noun='chest film', text_noun='report'
@@ -345,7 +352,6 @@ def phantom_cohort(
             for g in findings
         },
     )
-    return validate(df, 'cohort')
 
 
 # %% ../../nbs/11_data.phantom.ipynb #6c66932e
@@ -353,7 +359,10 @@ def save_phantom(
     cohort: pd.DataFrame,  # from `phantom_cohort`
     folder,  # made where missing
 ) -> Path:  # the CSV
-    "Write cohort.csv, images/*.png and masks/*.png (255 inside); `image` and `mask` in the CSV are paths relative to the folder."
+    """Write cohort.csv, images/*.png and masks/*.png (255 inside).
+
+    `image` and `mask` in the CSV are paths relative to the folder.
+    """
     from PIL import Image
 
     folder, rows = Path(folder), []

@@ -44,19 +44,18 @@ from smsbench.data.sources import (
     why,
 )
 
-_all_ = [
-    'IMAGE_REASONS',
-    'FileError',
-    'locate',
-    'read_bytes',
-]  # what a user of this module needs beside it
+# what a user of this module needs beside it
+_all_ = ['IMAGE_REASONS', 'FileError', 'locate', 'read_bytes']
 
 
 # %% ../../nbs/09_data.readers.ipynb #a086972b
 def stretch(
     a: np.ndarray,  # numbers of any kind
 ) -> np.ndarray:  # uint8, same shape
-    "Linear map of an image's own range to 0..255; a constant image becomes 0. `FileError` where a value is not finite."
+    """Map an image's own range linearly to 0..255; a constant image becomes 0.
+
+    `FileError` if a value is not finite.
+    """
 
     def line(v):
         v = v.astype(np.float64)
@@ -69,7 +68,10 @@ def stretch(
 
 
 def _by_value(a, f):
-    "`f(a)` for an `f` that treats equal values alike; integers of up to 16 bits go through a table of those that occur, which is faster and small."
+    """`f(a)` for an `f` that treats equal values alike.
+
+    Integers of up to 16 bits are looked up in a small table of their range, which is faster.
+    """
     if a.dtype.kind not in 'biu' or a.itemsize > 2:
         return f(a)
     low = int(a.min())
@@ -138,9 +140,9 @@ def read_npz(
     "One array of an npz archive as an image; other types than uint8 are stretched."
     with zipfile.ZipFile(f) as z:
         if f'{key}.npy' not in z.NameToInfo:
+            names = [n[:-4] for n in z.NameToInfo if n.endswith('.npy')]
             raise FileError(
-                f"no array {key!r}; it holds"
-                f" {', '.join(repr(n[:-4]) for n in z.NameToInfo if n.endswith('.npy'))[:200] or 'none'}"
+                f"no array {key!r}; it holds {', '.join(map(repr, names))[:200] or 'none'}"
             )
         if z.NameToInfo[f'{key}.npy'].file_size > 8 * MAX_PIXELS:
             raise FileError('the array is too large for an image', 'too many pixels')
@@ -243,9 +245,7 @@ def read_dicom(
 
 
 def _check_dicom(ds):
-    "What can be known before decoding."
-    from pydicom.pixels import get_decoder
-
+    "Raise `FileError` for faults that can be found before decoding."
     if 'Rows' not in ds:
         raise FileError('holds no image')
     if 'PixelData' not in ds:
@@ -266,17 +266,26 @@ def _check_dicom(ds):
         raise FileError('its photometric interpretation is not supported')
     if not (uid := ds.file_meta.TransferSyntaxUID).is_transfer_syntax or uid.is_private:
         raise FileError('its transfer syntax is unknown')
-    if not uid.is_compressed:
-        bits = (
-            ds.Rows
-            * ds.Columns
-            * ds.SamplesPerPixel
-            * ds.BitsAllocated
-            * (2 / 3 if ds.PhotometricInterpretation == 'YBR_FULL_422' else 1)
-        )
-        if len(ds.PixelData) < bits / 8:
-            raise FileError('its pixels end early', 'truncated image')
-        return
+    if uid.is_compressed:
+        _check_compressed(ds, uid)
+    else:
+        _check_length(ds)
+
+
+def _check_length(ds):
+    "Raise `FileError` if uncompressed pixels end early."
+    subsampled = ds.PhotometricInterpretation == 'YBR_FULL_422'
+    bits = (
+        ds.Rows * ds.Columns * ds.SamplesPerPixel * ds.BitsAllocated * (2 / 3 if subsampled else 1)
+    )
+    if len(ds.PixelData) < bits / 8:
+        raise FileError('its pixels end early', 'truncated image')
+
+
+def _check_compressed(ds, uid):
+    "Raise `FileError` if no decoder is installed or compressed pixels end early."
+    from pydicom.pixels import get_decoder
+
     try:
         decoder = get_decoder(uid)
     except NotImplementedError:
@@ -289,9 +298,8 @@ def _check_dicom(ds):
             f" {'pylibjpeg-openjpeg' if '2000' in uid.name else 'pylibjpeg-libjpeg'}"
         )
     if uid.name.startswith('JPEG') and b'\xff\xd9' not in ds.PixelData[-1024:]:
-        raise FileError(
-            'its pixels end early', 'truncated image'
-        )  # a lenient decoder would fill the rest with grey
+        # a lenient decoder would fill the rest with grey
+        raise FileError('its pixels end early', 'truncated image')
 
 
 def _shown_values(ds):
@@ -417,9 +425,8 @@ def load_image(
     except MemoryError:
         raise RunError(f'{shown}: there is not enough memory to read it') from None
     except Exception as e:
-        raise FileError(
-            f'{shown}: cannot be read ({why(e)})'
-        ) from None  # a decoder may raise anything on broken bytes
+        # a decoder may raise anything on broken bytes
+        raise FileError(f'{shown}: cannot be read ({why(e)})') from None
 
 
 def _ending(ref):
@@ -439,10 +446,14 @@ def _image(a):
 # %% ../../nbs/09_data.readers.ipynb #3fa2cf74
 def read_image(
     root,  # data root; every file must lie below it
-    ref: str,  # 'film.png', 'a.dcm', 'arrays.npz#key', 'archive.zip!inner/film.png', 'scheme:rest', 'https://host/film.png'
+    ref: str,  # path, 'archive.zip!inner/film.png', 'arrays.npz#key', 'scheme:rest' or address
     remote: bool = False,  # follow addresses (`REMOTE`)
 ) -> np.ndarray:  # uint8, (H,W) or (H,W,3)
-    "The pixels that a cohort's `image` names; `FileError` (an `InputError`) with its reason where they cannot be had whole."
+    """Read the pixels that a cohort's `image` names.
+
+    For example 'film.png', 'a.dcm' or 'https://host/film.png'. `FileError` (an `InputError`) with
+    its reason if they cannot be read whole.
+    """
     return load_image(root, ref, remote)[0]
 
 
@@ -450,21 +461,17 @@ def read_image(
 def plain(
     cell: str,  # one cell of a table
 ) -> str:  # the cell without outer blanks; '1.0' becomes '1'
-    "A cell as rules compare it. Programs that meet a gap in a column of whole numbers write 1 as 1.0; ids are never treated so."
+    """A cell in the form in which rules compare it.
+
+    Some programs write 1 as 1.0 if a column of whole numbers has a gap. Ids are not changed.
+    """
     cell = cell.strip()
     return cell[:-2] if re.fullmatch(r'-?\d+\.0', cell) else cell
 
 
 # %% ../../nbs/09_data.readers.ipynb #ddafd928
-MISSING = {
-    '',
-    'nan',
-    'na',
-    'n/a',
-    '<na>',
-    'null',
-    'none',
-}  # what programs write for 'no value', in lower case
+# what programs write for 'no value', in lower case
+MISSING = {'', 'nan', 'na', 'n/a', '<na>', 'null', 'none'}
 
 
 def is_missing(

@@ -114,16 +114,16 @@ def _wording(heading, case):
 
 
 def _heading_pattern():
-    headings = sorted(
-        (h for hs in SECTIONS.values() for h in hs), key=len, reverse=True
-    )  # the longest first
+    # the longest first
+    headings = sorted((h for hs in SECTIONS.values() for h in hs), key=len, reverse=True)
     capitals, titles = (
         '|'.join(_wording(h, str) for h in headings),
         '|'.join(f"{h[0]}(?i:{_wording(h, str)[1:]})" for h in headings),
     )
     return re.compile(
         rf'(?:^[^\S\n]*(?:[A-Z]{{2,20}}[^\S\n]+){{0,3}}?)?(?<![\w/&-])(?P<capitals>{capitals})\s*:'
-        rf'|(?:^|(?<=:))[^\S\n]*(?P<title>{titles})\s*:|^[^\S\n]*(?P<final>FINAL[^\S\n]+REPORT)[^\S\n]*$'
+        rf'|(?:^|(?<=:))[^\S\n]*(?P<title>{titles})\s*:'
+        r'|^[^\S\n]*(?P<final>FINAL[^\S\n]+REPORT)[^\S\n]*$'
         r'|^[^\S\n]*(?P<view>[A-Z0-9][A-Z0-9 ,/()&-]{1,60}):',
         re.M,
     )
@@ -133,7 +133,10 @@ _HEADING = _heading_pattern()
 
 
 def _section(m):
-    "The section that a heading opens; 'view' where it only names the views taken; '' where it is none of the list."
+    """Section that a heading opens.
+
+    'view' if it only names the views; '' if it is not in the list.
+    """
     if m['final']:
         return 'preamble'
     if m['view']:
@@ -162,7 +165,7 @@ def _pieces(text):
 
 
 def _described(pieces):
-    "The pieces, with the section `report` split off where neither findings nor impression have a heading."
+    "Split off the section `report` if neither findings nor impression have a heading."
     if (
         not pieces
         or any(n in REPORT for n, _ in pieces)
@@ -177,8 +180,11 @@ def _described(pieces):
 
 def split_sections(
     text: str,  # a report
-) -> dict:  # section -> its text in one line, in the order of first appearance; several sections of one name are joined
-    "The sections of a report, de-identification marks made neutral. Words keep their case and language."
+) -> dict:  # section -> its text in one line, in the order of first appearance
+    """Split a report into sections and make de-identification marks neutral.
+
+    Words keep their case and language. Sections of the same name are joined.
+    """
     out = {}
     for name, body in _described(_pieces(clean_marks(text))):
         out[name] = clean_marks(' '.join([*out.get(name, '').split(), *body.split()]))
@@ -187,7 +193,7 @@ def split_sections(
 
 # %% ../../nbs/09d_data.reports.ipynb #f3b3cf64
 def keep_sections(
-    text,  # a report, or its sections as a dict: name -> text, as archives with a column per section have them
+    text,  # a report, or a dict section -> text, as from archives with a column per section
     names,  # sections to keep, from `SECTIONS`; none keeps the whole text
 ) -> str:  # one line; '' where there is none of them
     "The named sections of a report. `InputError` for a name that is no section."

@@ -59,10 +59,11 @@ def join(
     rows: pd.DataFrame,  # table of text cells
     j: Join,  # what is laid beside it
     other: pd.DataFrame,  # its table
-) -> tuple[
-    pd.DataFrame, pd.Series
-]:  # rows with the new columns ('' without a partner); bool: has a partner
-    "Columns of another table, by key. Rows of `other` that share a key must agree in the columns that are taken."
+) -> tuple[pd.DataFrame, pd.Series]:  # rows with the new columns; bool: has a partner
+    """Add columns of another table, by key; '' for rows without a partner.
+
+    Rows of `other` that share a key must agree in these columns.
+    """
     name = j.table.name
     here, there = ([c for k in side for c in needs(k)] for side in (j.on, j.on.values()))
     require(rows, here, f'the table that {name} is joined to')
@@ -158,10 +159,12 @@ def read_rows(
     m: Manifest,  # the card
     root,  # data root
     limit: int | None = None,  # use so many rows only, spread evenly over the table
-) -> tuple[
-    pd.DataFrame, list, list[dict]
-]:  # rows (text, index = line), lines with a wrong number of fields, funnel: step, removed, left, why
-    "The rows that the cohort is about: tables joined, columns derived, filters applied. `InputError` where a table or a column is not there."
+) -> tuple[pd.DataFrame, list, list[dict]]:  # rows, broken lines, funnel
+    """Read the rows of a cohort: join tables, derive columns, apply filters.
+
+    Rows are text and indexed by line; a broken line has a wrong number of fields; an entry of the
+    funnel has the keys step, removed, left and why. `InputError` if a table or a column is missing.
+    """
     if not os.path.isdir(root):
         raise InputError(f'{root}: no such folder; --root must be where {m.name} lies')
     rows, broken = source(m, root, m.table)
@@ -193,7 +196,10 @@ def read_rows(
 
 
 def _derived(m, root, rows, pending, last=False):
-    "The pending columns that can be made by now, which leave `pending`; at last all of them, or the message says why not."
+    """Add the pending columns that can be made now, and remove them from `pending`.
+
+    With `last` all are made; a column that cannot be made raises the error.
+    """
     for name, d in list(pending.items()):
         if last or d.column in rows:
             rows = derive(
@@ -252,8 +258,12 @@ def read_texts(
     refs,  # text files, also 'archive.zip!member'; repeats are read once
     encoding: str = 'utf-8',
     keep=str,  # function(text) -> what is kept of it; the whole text is let go
-) -> pd.DataFrame:  # index: reference; columns text, reason ('', 'missing text', 'unreadable text', 'path outside the root')
-    "The content of many small files, reduced one by one; an archive is opened once."
+) -> pd.DataFrame:  # columns text and reason, index: reference
+    """Read many small files and reduce them one by one; an archive is opened once.
+
+    `reason` is '', 'missing text', 'unreadable text', 'wrong text encoding', 'text too large' or
+    'path outside the root'.
+    """
     refs = list(dict.fromkeys(refs))
     codec = 'utf-8-sig' if encoding.lower() in ('utf-8', 'utf8') else encoding
     texts, reasons = [], []
@@ -285,15 +295,32 @@ def row_texts(
     m: Manifest,  # the card
     rows: pd.DataFrame,  # its rows
     root,  # data root
-) -> pd.DataFrame:  # text, reason ('', 'missing text', 'unreadable text', 'empty text', 'no such section', 'short report', 'path outside the root'), ref (its file, '' where it stands in a column); index of `rows`
-    "The text of each row, reduced to the sections that the card asks for."
-    out, t = (
-        pd.DataFrame(
-            dict(text=fill(m.columns.text, rows).astype(object), reason='', ref=''),
-            index=rows.index,
-        ),
-        m.text,
+) -> pd.DataFrame:  # columns text, reason and ref; index of `rows`
+    """Texts of the rows, reduced to the sections that the card asks for.
+
+    `reason` is one of `read_texts`, 'empty text', 'no such section' or 'short report'. `ref` is
+    the file, '' for a text in a column.
+    """
+    out, t = _found_texts(m, rows, root), m.text
+    other = out.text == _OTHER
+    out['text'] = out.text.mask(other, '')
+    blank = out.text.map({x: is_missing(x) for x in out.text.unique()}).astype(bool)
+    short = ~blank & (out.text.str.len() < (t.min_chars if t else 0))
+    if not m.has_text or not m.needs_text:
+        serious = ['unreadable text', 'wrong text encoding', 'text too large']
+        out = out.assign(reason=out.reason.where(out.reason.isin(serious), ''))
+        blank = False & blank
+    faults = np.select(
+        [other & blank, blank, short], ['no such section', 'empty text', 'short report'], ''
     )
+    faults = pd.Series(faults, index=rows.index)
+    return out.assign(reason=out.reason.mask(out.reason == '', faults))
+
+
+def _found_texts(m, rows, root):
+    "Text, reason and ref of each row as read, before its length is checked."
+    text, t = fill(m.columns.text, rows).astype(object), m.text
+    out = pd.DataFrame(dict(text=text, reason='', ref=''), index=rows.index)
     if t and t.file:
         refs = fill(first_there(root, t.file), rows)
         found = read_texts(
@@ -304,33 +331,7 @@ def row_texts(
         out['text'] = _from_columns(rows, t)
     elif t:
         out['text'] = out.text.map({x: _of_sections(x, t.sections) for x in out.text.unique()})
-    other = out.text == _OTHER
-    out['text'] = out.text.mask(other, '')
-    blank = out.text.map({x: is_missing(x) for x in out.text.unique()}).astype(bool)
-    short = ~blank & (out.text.str.len() < (t.min_chars if t else 0))
-    if not m.has_text or not m.needs_text:
-        out, blank = (
-            out.assign(
-                reason=out.reason.where(
-                    out.reason.isin(['unreadable text', 'wrong text encoding', 'text too large']),
-                    '',
-                )
-            ),
-            False & blank,
-        )
-    return out.assign(
-        reason=out.reason.mask(
-            out.reason == '',
-            pd.Series(
-                np.select(
-                    [other & blank, blank, short],
-                    ['no such section', 'empty text', 'short report'],
-                    '',
-                ),
-                index=rows.index,
-            ),
-        )
-    )
+    return out
 
 
 _OTHER = '\0'  # stands for a report that holds text, but none of the sections

@@ -68,12 +68,10 @@ RULES: dict[str, Callable] = dict(
 
 # %% ../../nbs/09a_data.rules.ipynb #440f2b4c
 class LabelRule(Card):
-    "How cells become a choice; exactly one of `column` and `columns`, and at most one of the forms."
+    "Rule from cells to a choice; one of `column` and `columns`, and at most one of the forms."
 
     column: str = ''  # the column that holds the answer
-    columns: list[
-        str
-    ] = []  # 0/1 columns, one per finding: any 1 counts; or the columns that `rule` reads
+    columns: list[str] = []  # 0/1 columns of findings (any 1 counts), or those that `rule` reads
     map: dict[str, str] = {}  # cell -> choice
     equals: str | None = None  # the cell that counts as `then`
     any_of: list[str] = []  # words, one of which the list in the cell must hold
@@ -81,9 +79,7 @@ class LabelRule(Card):
     threshold: float | None = None  # number from which on (inclusive) `then` holds
     rule: str = ''  # a published rule: a name in `RULES`
     uncertain: str = ''  # what -1 stands for: 'exclude' or a choice; default: an unknown label
-    split_on: str = (
-        '|'  # what separates the words of a list; 'list': a list as Python or JSON writes it
-    )
+    split_on: str = '|'  # separator of the words of a list; 'list': a Python or JSON list
     then: str = ''  # choice where the rule holds; default: the task's first
     otherwise: str = ''  # choice where it does not; default: the task's second
     empty: str = ''  # choice for an empty cell; default: excluded as 'NaN label'
@@ -150,9 +146,7 @@ def list_cell(
 def words_of(
     cell: str,  # one cell
     split_on: str,  # what separates the words, or 'list'
-) -> (
-    set | None
-):  # the words without outer blanks; None where the cell should spell a list and does not
+) -> set | None:  # words without outer blanks; None if the cell should be a list and is not
     "The words that a cell lists."
     found = list_cell(cell) if split_on == 'list' else cell.split(split_on)
     return None if found is None else {str(w).strip() for w in found}
@@ -207,20 +201,19 @@ def decide(
 
 
 # %% ../../nbs/09a_data.rules.ipynb #176ed41d
-LABEL_FAULTS = (
-    'NaN label',
-    'unknown label',
-    'uncertain label',
-    'left out by the rule',
-)  # why a row has no label
+# why a row has no label
+LABEL_FAULTS = ('NaN label', 'unknown label', 'uncertain label', 'left out by the rule')
 
 
 def apply_rule(
     rule: LabelRule,  # the rule
     rows: pd.DataFrame,  # table of text cells
     choices: list,  # the task's answers
-) -> pd.DataFrame:  # columns `label` ('' where there is none), `reason` ('' or one of `LABEL_FAULTS`) and `cell`, index of `rows`
-    "Labels of all rows."
+) -> pd.DataFrame:  # columns label, reason and cell; index of `rows`
+    """Labels of all rows.
+
+    `label` is '' if there is none; `reason` is '' or one of `LABEL_FAULTS`.
+    """
     if rule.rule:
         cells = pd.Series(
             np.asarray(RULES[rule.rule](rows[rule.reads])), index=rows.index, dtype=object

@@ -29,10 +29,8 @@ from ..resampling import Interval, bootstrap_rows, by_owner
 from ..stats import auroc, auroc_ends, auroc_influence, combined_ends, tied_share
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #3d69428e
-BINS, RARE = (
-    8,
-    10,
-)  # quantile bins of a number; a level with fewer rows is pooled with the other rare ones
+# quantile bins of a number; a level with fewer rows is pooled with the other rare ones
+BINS, RARE = 8, 10
 
 
 def level_codes(
@@ -63,8 +61,11 @@ FILM = ('mean brightness', 'contrast')  # what a finding may change by itself
 def attributes(
     cohort: pd.DataFrame,  # a cohort
     files: pd.DataFrame,  # from `scan_files`: a row for every image of the cohort
-) -> dict:  # attribute -> (n, columns) integer codes, a row per row of the cohort; one that never varies is left out
-    "The strata, and what can be seen of an image without looking at it. `InputError` where an image was not scanned."
+) -> dict:  # attribute -> (n, columns) integer codes, one row per row of the cohort
+    """Codes of the strata and of plain image properties such as size and brightness.
+
+    Attributes that never vary are left out. `InputError` if an image was not scanned.
+    """
     wanted = cohort.image[cohort.image != '']
     if lost := int((~wanted.drop_duplicates().isin(files.index)).sum()):
         raise InputError(
@@ -89,11 +90,8 @@ def attributes(
 
 
 # %% ../../nbs/12b_data.shortcuts.ipynb #7e37873f
-ROWS, FOLDS, PATIENTS = (
-    5000,
-    5,
-    10,
-)  # rows that are used at most; folds; patients that a class must have to be told at all
+ROWS, FOLDS = 5000, 5  # rows that are used at most; folds
+PATIENTS = 10  # classes with fewer patients are left out
 
 
 def fold_rows(
@@ -102,10 +100,11 @@ def fold_rows(
     seed: int = 0,  # another seed, other folds
     most: int = ROWS,  # rows at most
     ids=None,  # (n,) what names a row among those of its patient
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # positions of the rows used, and the fold of each; both empty where fewer than two classes have enough patients
-    "Stratified folds that never part a patient; independent of row order."
+) -> tuple[np.ndarray, np.ndarray]:  # positions of the rows used, and the fold of each
+    """Stratified folds that never separate the rows of a patient; independent of row order.
+
+    Both arrays are empty if fewer than two classes have enough patients.
+    """
     from sklearn.model_selection import StratifiedGroupKFold
 
     d = pd.DataFrame(
@@ -190,7 +189,10 @@ def told_apart(
     seed: int = 0,  # same seed, same interval
     fold=None,  # (n,) fold in which a row was scored; None: one scale for all
 ) -> Interval:
-    "AUROC (mean over classes against the rest, where there are more than two) with an interval over patients."
+    """AUROC with an interval over patients.
+
+    With more than two classes, it is the mean over classes against the rest.
+    """
     scores, fold = (
         np.asarray(scores, float),
         np.zeros(len(y), int) if fold is None else np.asarray(fold),
@@ -211,9 +213,8 @@ def told_apart(
             np.stack(slopes, 1),
         )
 
-    sides = np.stack([np.asarray(y) == c for c in range(scores.shape[1])], -1)[
-        :, None
-    ]  # it needs films of every class
+    # it needs films of every class
+    sides = np.stack([np.asarray(y) == c for c in range(scores.shape[1])], -1)[:, None]
     return bootstrap_rows(
         mean,
         [*scores.T, np.asarray(y), fold],
@@ -252,8 +253,12 @@ def shortcut_table(
     cohort: pd.DataFrame,  # a cohort
     files: pd.DataFrame,  # from `scan_files`
     seed: int = 0,  # folds and resamples
-) -> pd.DataFrame:  # finding, attribute, auroc, low, high, n, patients, smallest (rows of the rarest class); no rows for a finding whose classes are too small
-    "How well each attribute alone tells the label of each question, across patients."
+) -> pd.DataFrame:  # finding, attribute, auroc, low, high, n, patients, smallest
+    """Measure how well each attribute alone predicts the label of each question, across patients.
+
+    `smallest` is the number of rows of the rarest class. A finding whose classes are too small has
+    no rows.
+    """
     every, rows = attributes(cohort, files), []
     for finding, where in cohort.groupby('finding', sort=False).indices.items():
         g = cohort.iloc[where]

@@ -116,9 +116,8 @@ def locate(
     try:
         real = os.path.realpath(os.path.join(home, ref))
     except ValueError:
-        raise FileError(
-            f'{shown}: no file can have this name', 'missing image'
-        ) from None  # e.g. a NUL character
+        # e.g. a NUL character
+        raise FileError(f'{shown}: no file can have this name', 'missing image') from None
     if os.path.commonpath([home, real]) != home:
         raise FileError(f'{shown}: a link leads out of the data root', 'path outside the root')
     if not os.path.isfile(real):
@@ -167,7 +166,10 @@ def read_member(
     inner: str,  # name of a member
     limit: int = MAX_BYTES,  # bytes it may unpack to
 ) -> bytes:
-    "The content of one zip member; `FileError` where it is missing, encrypted, damaged, too large or has a name that climbs."
+    """Read one member of a zip.
+
+    `FileError` if it is missing, encrypted, damaged, too large, or its name leaves the archive.
+    """
     path, shown = locate(root, archive), as_shown(f'{archive}!{inner}')
     if _leaves(inner):
         raise FileError(
@@ -212,20 +214,8 @@ def _archive(
 
 
 # %% ../../nbs/08_data.sources.ipynb #fe653c4a
-REMOTE = (
-    'http',
-    'https',
-    'ftp',
-    'sftp',
-    's3',
-    'gs',
-    'gcs',
-    'az',
-    'abfs',
-    'hf',
-    'webdav',
-    'memory',
-)  # protocols that `remote=True` allows
+# protocols that `remote=True` allows
+REMOTE = ('http', 'https', 'ftp', 'sftp', 's3', 'gs', 'gcs', 'az', 'abfs', 'hf', 'webdav', 'memory')
 
 
 def fetch(
@@ -251,7 +241,8 @@ def fetch(
         ) from None
     except MemoryError:
         raise
-    except Exception as e:  # the words of a protocol's package may hold keys: its kind, or what the system said, must do
+    except Exception as e:
+        # the message of a protocol's package may contain keys: give the system's words or its type
         said = e.strerror if isinstance(e, OSError) and e.strerror else type(e).__name__
         raise FileError(f"{shown}: cannot be fetched ({' '.join(said.split())})") from None
     if len(data) > limit:
@@ -276,9 +267,8 @@ def _http(url, limit, timeout):
             'missing image' if e.code in (404, 410) else 'unreadable image',
         ) from None
     except error.URLError as e:
-        raise (
-            e.reason if isinstance(e.reason, OSError) else e
-        ) from None  # what the system said: refused, timed out, no such host
+        # what the system said: refused, timed out, no such host
+        raise (e.reason if isinstance(e.reason, OSError) else e) from None
 
 
 def _fsspec(url, limit, timeout):
@@ -293,7 +283,7 @@ def _fsspec(url, limit, timeout):
 # %% ../../nbs/08_data.sources.ipynb #8dbfa7b1
 def open_ref(
     root,  # data root; every file must lie below it
-    ref: str,  # path of a file, 'archive.zip!inner/name', or an address; what follows '#' is not looked at
+    ref: str,  # path, 'archive.zip!inner/name' or address; text after '#' is ignored
     remote: bool = False,  # follow addresses
     limit: int = MAX_BYTES,  # bytes that a zip member or an answer may have
 ):  # an open binary file that can seek
@@ -322,7 +312,10 @@ def read_bytes(
     ref: str,  # path of a file, or 'archive.zip!inner/name'
     limit: int = MAX_BYTES,  # the most bytes to accept
 ) -> bytes:
-    "The whole content of a file or zip member; `FileError` where it is missing, lies elsewhere or is larger than `limit`."
+    """Read a whole file or zip member.
+
+    `FileError` if it is missing, outside `root` or larger than `limit`.
+    """
     with open_ref(root, ref, limit=limit) as f:
         try:
             data = f.read(limit + 1)

@@ -29,10 +29,11 @@ from .manifest import shown
 def class_counts(
     cohort: pd.DataFrame,  # a cohort
     by=('label',),  # columns that, with the finding, make a class: the label, or strata too
-) -> (
-    pd.DataFrame
-):  # one row per patient and class: patient_id, finding, class (its name), samples (count)
-    "How many samples of which class each patient has; `InputError` where a column is missing or a patient has no id."
+) -> pd.DataFrame:  # one row per patient and class: patient_id, finding, class (name), samples
+    """Count the samples of each patient and class.
+
+    `InputError` if a column is missing or a patient has no id.
+    """
     by = [by] if isinstance(by, str) else list(by)
     if missing := [c for c in ('patient_id', 'finding', *by) if c not in cohort]:
         raise InputError(
@@ -66,7 +67,10 @@ def class_counts(
 def part_weights(
     sizes: dict,  # part -> share of the cohort; the shares sum to 1
 ) -> dict:  # part -> whole number, in the order of the names
-    "Shares as the smallest whole numbers in that proportion; `InputError` where they are no shares."
+    """Shares as the smallest whole numbers in the same proportion.
+
+    `InputError` if they are not shares.
+    """
     if not isinstance(sizes, dict) or not sizes:
         raise InputError(
             "sizes must name the parts and their shares, e.g. {'train': 0.7, 'val': 0.15, 'test':"
@@ -94,50 +98,37 @@ def part_weights(
 
 # %% ../../nbs/12_data.splits.ipynb #39b93ab5
 class _Board:
-    "Which patient is in which part, and how far each part is from what its share promises (whole numbers throughout)."
+    """Assignment of patients to parts, and the distance of each part from its share.
+
+    patient, kind, samples (n,): code of the patient, code of the class and count, one entry per
+    pair; weights (K,): shares as whole numbers. All numbers are whole.
+    """
 
     def __init__(self, patient, kind, samples, weights):
-        # patient, kind, samples (n,): codes of patient and class and the count, one entry per pair; weights (K,): whole-number shares
         P, self.C, self.D = int(patient.max()) + 1, int(kind.max()) + 1, int(weights.sum())
         order = np.lexsort((kind, patient))
         self.kind = kind[order]
         self.start = np.searchsorted(patient[order], np.arange(P + 1)).tolist()
-        twice = np.lexsort(
-            (np.r_[kind, kind + self.C], np.r_[patient, patient])
-        )  # columns 0..C-1 count samples, C..2C-1 patients
-        self.column, self.value = (
-            np.r_[kind, kind + self.C][twice],
-            np.r_[samples, np.ones_like(samples)][twice],
-        )
+        # columns 0..C-1 count samples, C..2C-1 patients
+        twice = np.lexsort((np.r_[kind, kind + self.C], np.r_[patient, patient]))
+        self.column = np.r_[kind, kind + self.C][twice]
+        self.value = np.r_[samples, np.ones_like(samples)][twice]
         total = np.bincount(self.column, self.value, 2 * self.C).astype(np.int64)
-        scale = (64 * total.max() // total) * np.repeat(
-            [16, 1], self.C
-        )  # 1/promised, samples before patients
+        # 1 / number promised; samples count before patients
+        scale = (64 * total.max() // total) * np.repeat([16, 1], self.C)
         self.per_part = 16 * self.D // weights
-        bound = (
-            8
-            * 1024
-            * self.C
-            * self.D
-            * int(self.per_part.max())
-            * int(total.max())
-            * int(samples.max())
-        )  # scale x total is at most 1024 x total.max()
-        kind_of_int = (
-            np.int64 if bound < 2**62 else object
-        )  # beyond 64 bits Python's own integers, same result
-        self.pull, self.value = (
-            (scale[self.column] * self.value.astype(object)).astype(kind_of_int),
-            self.value.astype(kind_of_int),
-        )
-        self.gap = -(weights[:, None] * total).astype(
-            kind_of_int
-        )  # (K, 2C) D x held - weight x total
-        self.held, self.free, self.lack = (
-            np.zeros((len(weights), self.C), np.int64),
-            total[self.C :].copy(),
-            np.full(self.C, len(weights)),
-        )
+        # scale x total is at most 1024 x total.max()
+        most = int(self.per_part.max()) * int(total.max()) * int(samples.max())
+        bound = 8 * 1024 * self.C * self.D * most
+        # beyond 64 bits Python's own integers, same result
+        kind_of_int = np.int64 if bound < 2**62 else object
+        self.pull = (scale[self.column] * self.value.astype(object)).astype(kind_of_int)
+        self.value = self.value.astype(kind_of_int)
+        # (K, 2C) D x held - weight x total
+        self.gap = -(weights[:, None] * total).astype(kind_of_int)
+        self.held = np.zeros((len(weights), self.C), np.int64)
+        self.free = total[self.C :].copy()
+        self.lack = np.full(self.C, len(weights))
         self.part = np.full(P, -1)
 
     def place(self, p, tie):
@@ -175,9 +166,8 @@ def _settle(patient, kind, samples, ids, weights, seed):
     P, size = len(ids), np.bincount(patient, samples).astype(int)
     rarest = np.full(P, P)
     np.minimum.at(rarest, patient, np.bincount(kind)[kind])
-    for attempt in range(
-        max(2, min(20, 200_000 // P))
-    ):  # a second try only where a class is still lacking somewhere
+    # a second try only where a class is still lacking somewhere
+    for attempt in range(max(2, min(20, 200_000 // P))):
         ties = [int(content_hash(seed, attempt, i), 16) for i in ids]
         chance = np.argsort(np.argsort(np.array(ties, dtype=np.uint64), kind='stable'))
         order = (
@@ -204,7 +194,10 @@ def make_splits(
     by=('label',),  # columns that, with the finding, make a class
     seed: int = 0,  # another seed, another split of the same quality
 ) -> pd.Series:  # index patient_id, values the part; .attrs: hash, seed, sizes, by, patients
-    "Stratified, patient-disjoint parts (Sechidis et al. 2011). `InputError` where a class cannot be in every part."
+    """Split a cohort into stratified, patient-disjoint parts.
+
+    Source: Sechidis et al. 2011. `InputError` if a class cannot be in every part.
+    """
     counts, weights = class_counts(cohort, by), part_weights(sizes)
     patient, ids = pd.factorize(counts.patient_id, sort=True)
     kind, names = pd.factorize(counts['class'], sort=True)
@@ -297,8 +290,12 @@ def apply_splits(
 def split_table(
     cohort: pd.DataFrame,  # a cohort with its `split`, official or applied
     by=('label',),  # columns that, with the finding, make a class
-) -> pd.DataFrame:  # split, finding, class, patients, samples, share (of the finding's samples in that split); numbers, or text where counts are hidden
-    "Patients, samples and share of every class in every split."
+) -> pd.DataFrame:  # split, finding, class, patients, samples, share
+    """Patients, samples and share of every class in every split.
+
+    The share is that of the finding's samples in the split. Columns are numbers, or text if
+    counts are hidden.
+    """
     t = pd.concat(
         [class_counts(g, by).assign(split=s) for s, g in cohort.groupby(cohort.split.fillna(''))]
         or [class_counts(cohort, by)]
@@ -335,7 +332,10 @@ def _usual(name):
 
 
 def _hide_small(t):
-    "Counts as text, those below 10 as '<10'; no row or column of a finding keeps a single hidden cell, which a total would give away."
+    """Counts as text, those below 10 as '<10'.
+
+    No row or column of a finding has a single hidden cell, which its total would reveal.
+    """
     small = t.samples.between(1, 9) | t.patients.between(1, 9)
     hidden = small.copy()
     lines = [
@@ -373,7 +373,10 @@ def write_splits(
     splits: pd.Series,  # from `make_splits`
     path,  # CSV to write
 ):
-    "Write a split: columns patient_id, split, and on the first line made (JSON: seed, sizes, by, patients) and hash."
+    """Write a split as a table of patient_id, split, made and hash.
+
+    The last two are on the first line only; made is JSON: seed, sizes, by, patients.
+    """
     about = {k: v for k, v in splits.attrs.items() if k != 'hash'}
     signed = _signed(splits.sort_index(), about)
     if signed.attrs['hash'] != splits.attrs.get('hash'):
@@ -381,9 +384,8 @@ def write_splits(
             'these splits were changed after they were made; make them again with make_splits'
         )
     with atomic(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
-        out = csv.writer(
-            f, lineterminator='\r\n'
-        )  # with the standard's line end, an id that holds either half of it is quoted
+        # with the standard's line end, an id that holds either half of it is quoted
+        out = csv.writer(f, lineterminator='\r\n')
         out.writerow(_HEADER)
         for i, (patient, part) in enumerate(signed.items()):
             out.writerow(
@@ -441,9 +443,12 @@ def read_splits(
 # %% ../../nbs/12_data.splits.ipynb #ff546da0
 def assert_disjoint(
     cohort: pd.DataFrame,  # a cohort with its `split`; samples without one are not looked at
-    unit: str = 'patient_id',  # what two splits may not share: 'patient_id', 'image' or 'image_sha' (equal pixels)
+    unit: str = 'patient_id',  # not to be shared: this, 'image' or 'image_sha' (equal pixels)
 ):
-    "`InputError` that says how many patients (or images) are in more than one split; an id is named only where data are open."
+    """Raise `InputError` if patients (or images) are in more than one split.
+
+    It gives their number; an id is named only if data are open.
+    """
     if missing := [c for c in ('split', unit) if c not in cohort]:
         raise InputError(f'the cohort has no column {missing[0]}')
     rows = cohort.loc[

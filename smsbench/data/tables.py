@@ -106,7 +106,10 @@ def open_bytes(
     root,  # data root
     ref: str,  # 'a.csv', 'a.csv.gz', 'archive.zip!inner/a.csv'
 ):  # yields a binary stream, unpacked
-    "The bytes of a file or of a member of a zip; `InputError` where they are missing, lie elsewhere or are broken."
+    """Open a file or a member of a zip.
+
+    `InputError` if it is missing, outside `root` or broken.
+    """
     archive, bang, inner = ref.partition('!')
     with contextlib.ExitStack() as stack:
         f = stack.enter_context(open(locate(root, archive), 'rb'))
@@ -178,10 +181,12 @@ def read_csv(
     name: str = '',  # what messages call it; default: the file's name
     separator: str = ',',  # one character between fields
     encoding: str = 'utf-8',  # 'utf-8' also takes a byte-order mark
-) -> tuple[
-    pd.DataFrame, list[int]
-]:  # all cells as text, indexed by line number; line numbers of rows with a wrong number of fields
-    "A CSV file as text; `InputError` where it is empty, has another encoding, a broken quote or two columns of one name."
+) -> tuple[pd.DataFrame, list[int]]:  # cells as text, index = line number; broken lines
+    """Read a CSV file as text.
+
+    A broken line has a wrong number of fields. `InputError` if the file is empty, or has another
+    encoding, a broken quote or two columns of one name.
+    """
     if not hasattr(file, 'read'):
         with one_line(name or os.path.basename(file)), open(file, 'rb') as f:
             return read_csv(f, name or os.path.basename(file), separator, encoding)
@@ -203,9 +208,8 @@ def read_csv(
                 raise InputError(f'{name}: is empty')
             if twice := sorted({c for c in head if c and head.count(c) > 1}):
                 raise InputError(f"{name}: two columns are called {', '.join(twice)[:200]}")
-            head = [
-                c or f'_{i}' for i, c in enumerate(head)
-            ]  # pandas writes its index without a name
+            # pandas writes its index without a name
+            head = [c or f'_{i}' for i, c in enumerate(head)]
             return to_table(_whole(reader, len(head), broken), head), broken
         except csv.Error as e:
             raise InputError(f'{name}, line {reader.line_num}: {e}; check the quotes') from None
@@ -236,9 +240,8 @@ def whole_csv(
 
 
 # %% ../../nbs/09c_data.tables.ipynb #ba4c876d
-MAX_JSON = (
-    512 << 20
-)  # bytes of a JSON file, which cannot be read as a stream, and of a line of a JSONL file
+# bytes of a JSON file, which cannot be read as a stream, and of a line of a JSONL file
+MAX_JSON = 512 << 20
 
 
 def as_cell(
@@ -270,9 +273,7 @@ def read_json(
     name: str,  # what messages call it
     under: str = '',  # key of the list, where it stands in an object
     encoding: str = 'utf-8',
-) -> tuple[
-    pd.DataFrame, list[int]
-]:  # text, indexed by position from 1; positions that hold no object
+) -> tuple[pd.DataFrame, list[int]]:  # text, index = position from 1; positions without object
     "A JSON list of objects as a table."
     with one_line(name, encoding):
         data = file.read(MAX_JSON + 1)
@@ -343,10 +344,12 @@ def read_list(
 def read_folders(
     root,  # data root
     ref: str,  # a folder below it
-) -> tuple[
-    pd.DataFrame, list[int]
-]:  # path (below the root), folder (first one below `ref`, '' for files right in it), name, stem; no broken ones
-    "The image files below a folder, in order of their paths; hidden files are none, and links to folders are not followed."
+) -> tuple[pd.DataFrame, list[int]]:  # path, folder, name, stem; an empty list (none is broken)
+    """List the image files below a folder, in order of their paths.
+
+    `path` is relative to the root; `folder` is the first one below `ref`, '' for files directly
+    in it. Hidden files and links to folders are left out.
+    """
     top, home = below(root, ref), os.path.realpath(root)
     if top is None or not os.path.isdir(top):
         raise FileError(f'{ref!r:.200}: no such folder below the data root', 'missing image')
@@ -373,9 +376,7 @@ def read_folders(
 def read_openi(
     root,  # data root
     ref: str,  # archive (.tgz, .tar.gz, .tar, .zip) or folder of XML reports
-) -> tuple[
-    pd.DataFrame, list[str]
-]:  # columns `OPENI`, indexed by running number; names of files that are no whole XML
+) -> tuple[pd.DataFrame, list[str]]:  # columns `OPENI`, index from 1; names of broken files
     "One row per (report, image) of an Open-i archive or folder, in order of the file names."
     found, broken = [], []
     with one_line(ref), contextlib.closing(_xml_files(root, ref)) as files:
@@ -389,13 +390,15 @@ def read_openi(
 
 
 def _as_counted(name):
-    return [
-        (int(w), '') if w.isdecimal() else (-1, w) for w in re.split(r'(\d+)', name)
-    ]  # 9.xml before 10.xml
+    "Sort key that puts 9.xml before 10.xml."
+    return [(int(w), '') if w.isdecimal() else (-1, w) for w in re.split(r'(\d+)', name)]
 
 
 def _xml_files(root, ref):
-    "Yields (base name, bytes) of the XML files, none larger than `MAX_XML` and one byte, all together no more than `MAX_BYTES`."
+    """Yield (base name, bytes) of the XML files.
+
+    Each has at most `MAX_XML` + 1 bytes, and all together at most `MAX_BYTES`.
+    """
     if (path := below(root, ref)) is None:
         raise FileError(f'{ref!r:.200}: no such file below the data root', 'missing image')
     wanted, total = (
@@ -462,10 +465,12 @@ def read_source(
     separator: str = ',',  # the manifest's
     encoding: str = 'utf-8',  # the manifest's
     needed=(),  # columns which, if one of several tables has them, all must have
-) -> tuple[
-    pd.DataFrame, list
-]:  # text, index = line number ('name:line' where there are several tables); the lines that are broken
-    "A table of any kind; `InputError` (`FileError` where it is not there) of one line."
+) -> tuple[pd.DataFrame, list]:  # text, index = line number; the lines that are broken
+    """Read a table of any kind.
+
+    With several tables, lines are 'name:line'. `InputError` of one line (`FileError` if a table
+    is missing).
+    """
     several = set(table.path) != {''}
     parts, broken, used = (
         [],
@@ -487,9 +492,8 @@ def read_source(
         parts.append(rows)
         broken += bad
     for rows, ref in zip(parts, used.values()):
-        require(
-            rows, [c for c in needed if any(c in p for p in parts)], ref
-        )  # a gap would be read as an empty cell
+        # a gap would be read as an empty cell
+        require(rows, [c for c in needed if any(c in p for p in parts)], ref)
     out = pd.concat(parts)
     return (out if len(parts) == 1 else out.fillna('')), broken
 
@@ -522,7 +526,10 @@ def require(
     columns: list,  # columns it must have
     name: str,  # what messages call it
 ):
-    "`InputError` naming the columns that are missing, those that are there, and the separator where it is probably another one."
+    """Raise `InputError` if columns are missing.
+
+    It names them, the columns that are there, and the probable separator if that seems wrong.
+    """
     if missing := [c for c in columns if c not in rows]:
         hint = next(
             (

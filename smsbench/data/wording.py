@@ -120,8 +120,12 @@ def naming_scores(
 def naming_table(
     cohort: pd.DataFrame,  # a cohort
     seed: int = 0,  # rows used of a large cohort, and resamples
-) -> pd.DataFrame:  # finding, label, n (texts), named, denied (shares), and of the finding auroc, low, high, smallest (rows of its rarest class)
-    "How often the texts of each class name the finding, and how well that alone tells the label; rows without a text are left out."
+) -> pd.DataFrame:  # finding, label, n, named, denied, auroc, low, high, smallest, patients
+    """Measure how often texts of each class name the finding, and how well that predicts the label.
+
+    n is the number of texts; named and denied are shares. The other columns concern the finding;
+    smallest is the number of rows of its rarest class. Rows without a text are left out.
+    """
     out = []
     for finding, g in cohort[cohort.text.str.strip() != ''].groupby('finding', sort=False):
         y = pd.factorize(g.label, sort=True)[0]
@@ -134,35 +138,11 @@ def naming_table(
         i = told_apart(s, y, g.patient_id.to_numpy(), seed)
         for k, c in enumerate(labels):
             own = s[y == k] if s.ndim == 1 else s[y == k, k]
-            out.append(
-                (
-                    finding,
-                    c,
-                    len(own),
-                    (own > 0).mean(),
-                    (own < 0).mean(),
-                    i.value,
-                    i.low,
-                    i.high,
-                    int(np.bincount(y).min()),
-                    g.patient_id.nunique(),
-                )
-            )
-    return pd.DataFrame(
-        out,
-        columns=[
-            'finding',
-            'label',
-            'n',
-            'named',
-            'denied',
-            'auroc',
-            'low',
-            'high',
-            'smallest',
-            'patients',
-        ],
-    )
+            about = finding, c, len(own), (own > 0).mean(), (own < 0).mean()
+            sizes = int(np.bincount(y).min()), g.patient_id.nunique()
+            out.append((*about, i.value, i.low, i.high, *sizes))
+    columns = 'finding label n named denied auroc low high smallest patients'.split()
+    return pd.DataFrame(out, columns=columns)
 
 
 # %% ../../nbs/12c_data.wording.ipynb #b373200a
@@ -171,8 +151,12 @@ def bag_of_words(
     column: str = 'text',  # which text: 'text' or 'question'
     seed: int = 0,  # folds and resamples
     top: int = 8,  # words per class
-) -> pd.DataFrame:  # finding, auroc, low, high, n, patients, smallest, words (dict class -> words, most telling first; empty for credentialed data)
-    "How well the words of a text tell the label, across patients; rows without a text are left out."
+) -> pd.DataFrame:  # finding, auroc, low, high, n, patients, smallest, words
+    """Measure how well the words of a text predict the label, across patients.
+
+    smallest is the number of rows of the rarest class; words is a dict class -> words, the most
+    predictive first, and empty for credentialed data. Rows without a text are left out.
+    """
     out, open_data = [], cohort.attrs.get('access') == 'open'
     for finding, g in cohort[cohort[column].str.strip() != ''].groupby('finding', sort=False):
         y = pd.factorize(g.label, sort=True)[0]
