@@ -13,7 +13,6 @@ import numpy as np, pandas as pd
 from .core import InputError
 from .inference import Dyads, Mean, mean_of
 
-
 # %% ../nbs/02b_risk_coverage.ipynb #608bcb30
 class Levels(NamedTuple):
     "Samples by distinct confidence, the surest first; (m,) each but the last."
@@ -24,7 +23,6 @@ class Levels(NamedTuple):
     before: np.ndarray  # weight of everything surer
     lost: np.ndarray  # summed loss of everything surer
     row: np.ndarray  # (n,) level of each row
-
 
 # %% ../nbs/02b_risk_coverage.ipynb #aab1eef1
 def levels(
@@ -45,7 +43,6 @@ def levels(
     mass, lost = np.bincount(row, w), np.bincount(row, w * np.where(on, l, 0))
     return Levels(-distinct, mass, lost / mass, np.cumsum(mass) - mass, np.cumsum(lost) - lost, row)
 
-
 # %% ../nbs/02b_risk_coverage.ipynb #dbd1169b
 def aurc(
     confidence,  # (n,) the larger, the surer
@@ -58,7 +55,6 @@ def aurc(
     v = levels(confidence, loss, weight)
     harmonic = digamma(v.before + v.mass + 1) - digamma(v.before + 1)
     return float((v.loss * v.mass + (v.lost - v.loss * v.before) * harmonic).sum() / v.mass.sum())
-
 
 # %% ../nbs/02b_risk_coverage.ipynb #812d2200
 def aurc_of(
@@ -92,7 +88,6 @@ def _area_slope(v, loss):
     common = v.loss * inside + off / after - later(v.loss * ratio) + later(off * step)
     return loss * (1 - inside + later(ratio))[v.row] + common[v.row]
 
-
 # %% ../nbs/02b_risk_coverage.ipynb #2aad0253
 def risk_at_of(
     dyads: Dyads,  # who is asked and who lends
@@ -116,7 +111,6 @@ def risk_at_of(
     pull = kept * (l - v.loss[edge])
     influence = w * (pull - (w * pull).sum() / w.sum()) / (coverage * w.sum())
     return mean_of(dyads, influence, value, [w * kept], arm)
-
 
 # %% ../nbs/02b_risk_coverage.ipynb #8dbd5bb8
 def risk_coverage(

@@ -1,6 +1,6 @@
 """Run every notebook from top to bottom, as `nbdev_test` does; a notebook that hangs is ended by name.
 
-    python -m pytest -n 2 --dist worksteal tests/notebooks.py
+python -m pytest -n 2 --dist worksteal tests/notebooks.py
 """
 
 import pytest
@@ -14,7 +14,5 @@ NOTEBOOKS = sorted(p.absolute() for p in nbglob(as_path=True))
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(CONFIG.nbs_path)))
 def test_notebook(path):
-    passed, _ = run_notebook(
-        path, skip_flags=CONFIG.tst_flags.split(), basepath=CONFIG.config_path
-    )
+    passed, _ = run_notebook(path, skip_flags=CONFIG.tst_flags.split(), basepath=CONFIG.config_path)
     assert passed, f'{path.name}: see the error above'

@@ -18,7 +18,6 @@ from ..core import InputError, RunError
 from ..data.holding import hold
 from ..sms.prompts import Task, render
 
-
 # %% ../../nbs/43cb_clip.askers.ipynb #93eb7cc8
 def readable_samples(
     samples,  # `Films`, or a cohort table, sealed or not
@@ -44,7 +43,6 @@ def readable_samples(
     ].reset_index(drop=True)
     good.attrs = samples.attrs
     return good, left
-
 
 # %% ../../nbs/43cb_clip.askers.ipynb #3308f92b
 @dataclass(eq=False)
@@ -152,7 +150,6 @@ class ClipAsker:
         chosen.check(films.table.patient_id)
         return held.said(chosen)
 
-
 # %% ../../nbs/43cb_clip.askers.ipynb #807e4ee4
 def clip_asker(
     clip,  # `Clip` of clip.models
@@ -177,7 +174,6 @@ def clip_asker(
             f" {', '.join(films.classes)}"
         )
     return ClipAsker(clip, films, prompts, val, say, rule)
-
 
 # %% ../../nbs/43cb_clip.askers.ipynb #eb36d4f9
 _INFORMATION = 'clinical information'  # what the prompt calls the facts
@@ -237,7 +233,6 @@ class VlmAsker:
                     )
                 said.append(x.choices[int(lp.argmax())] if (lp == lp.max()).sum() == 1 else '')
         return said
-
 
 # %% ../../nbs/43cb_clip.askers.ipynb #2c85cebd
 def vlm_asker(

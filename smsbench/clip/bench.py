@@ -15,7 +15,6 @@ from ..core import InputError, RunError
 from .steps import PRECISIONS, adamw, train_step
 from ..vlm.bench import Meter
 
-
 # %% ../../nbs/41ba_clip.bench.ipynb #cff965e3
 def bench_clip(
     name: str = 'tiny',  # 'tiny', or a name of `open_clip.list_models()`: that shape
@@ -45,7 +44,6 @@ def bench_clip(
         )
     return model.to(device).train()
 
-
 # %% ../../nbs/41ba_clip.bench.ipynb #c5b3217b
 def bench_batch(
     model,  # open_clip model
@@ -65,7 +63,6 @@ def bench_batch(
         k: v.to(model.logit_scale.device)
         for k, v in dict(pixels=torch.randn(n, 3, *size, generator=draw), text=ids).items()
     }
-
 
 # %% ../../nbs/41ba_clip.bench.ipynb #b205d94f
 class _Ours:
@@ -170,7 +167,6 @@ WAYS = {
     'smsbench': _Ours,
     'smsbench, same optimizer': _SameOptimizer,
 }  # name -> how it steps
-
 
 # %% ../../nbs/41ba_clip.bench.ipynb #7db926e5
 def step_benchmark(

@@ -16,7 +16,6 @@ from ..stats import combined_ends, holm, mcnemar_clustered, paired_difference, s
 from .evaluate import NAMES, class_floors, class_grid, grid_sides, macro_number
 from .scores import cells
 
-
 # %% ../../nbs/43e_clip.compare.ipynb #a70bb88c
 def difference_floors(
     one,  # `Floors` of the first model
@@ -54,7 +53,6 @@ def _apart(one, other, m):
         for a, b, e, s in pairs
     ]
     return np.array(each).T
-
 
 # %% ../../nbs/43e_clip.compare.ipynb #dcad8e81
 def compare(

@@ -13,7 +13,6 @@ import pandas as pd
 from ..core import InputError
 from .data import WITHHELD
 
-
 # %% ../../nbs/43ca_clip.facts.ipynb #604c6daf
 def facts_of(
     table: pd.DataFrame,  # one row per film or sample
@@ -40,7 +39,6 @@ def facts_of(
 
 def _number(v):
     return str(int(v)) if v == int(v) else str(v)  # an age read as 63.0 is 63
-
 
 # %% ../../nbs/43ca_clip.facts.ipynb #f22dfd66
 _SEXES = {
@@ -95,7 +93,6 @@ def _band(age):
         return f'over {m[1] or m[2]} years old'
     return f'aged {age}'
 
-
 # %% ../../nbs/43ca_clip.facts.ipynb #5ddb4a0e
 def in_order(
     facts: dict,  # column -> text, of one patient
@@ -123,7 +120,6 @@ def _apposition(column, value):
         else f"{column.replace('_', ' ')} {value}"
     )
 
-
 # %% ../../nbs/43ca_clip.facts.ipynb #217aee62
 def listed(
     facts: dict,  # column -> text, of one patient
@@ -133,7 +129,6 @@ def listed(
         f"{c.replace('_', ' ')} {_SEXES.get(v.lower(), v) if c == 'sex' else v}"
         for c, v in facts.items()
     )
-
 
 # %% ../../nbs/43ca_clip.facts.ipynb #56cd77f4
 def with_patient(

@@ -14,7 +14,6 @@ from ..core import InputError, validate
 from ..resampling import bootstrap_rows, by_owner, effective_number, exact_bounds, together
 from ..stats import mean
 
-
 # %% ../../nbs/43a_clip.retrieval.ipynb #ee50b08b
 @dataclass(frozen=True, eq=False)
 class Pairs:
@@ -24,7 +23,6 @@ class Pairs:
     texts: np.ndarray  # (M, D) float32, unit length
     image_of: np.ndarray  # (M,) place of each text's own film
     groups: tuple  # (M,) integer codes per kind of duplicate; -1: unknown, equal to nothing
-
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #8f8af0bf
 def pairs(
@@ -77,7 +75,6 @@ def _unit(x):
 def _codes(names):
     s = pd.Series(names).astype(object)
     return pd.factorize(s.where(s.notna() & (s.astype(str) != '')))[0]
-
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #1e4d01fc
 def retrieval_ranks(
@@ -161,7 +158,6 @@ def _ranks(scores, right):
         ap[b] = (k / (k + above)).mean()
     return rank, ap
 
-
 # %% ../../nbs/43a_clip.retrieval.ipynb #4003137c
 def chance_level(
     right,  # (n,) right items per query
@@ -192,7 +188,6 @@ def chance_level(
         map=float(ap.mean())
     )
 
-
 # %% ../../nbs/43a_clip.retrieval.ipynb #c468961c
 def median_ends(
     x,  # (n,) numbers
@@ -202,7 +197,6 @@ def median_ends(
     "Distribution-free bounds of a median, on the effective number of patients."
     number = effective_number(by_owner(np.ones(len(owner)), owner))
     return np.quantile(x, exact_bounds(0.5, number, 1 - 2 * tail), method='inverted_cdf')
-
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #42488917
 def retrieval_metrics(
@@ -303,7 +297,6 @@ def _weighted_median(x, weights):
     half = up[:, -1:] / 2
     low, high = (up >= half).argmax(1), (up > half).argmax(1)
     return (x[order][low] + x[order][high]) / 2
-
 
 # %% ../../nbs/43a_clip.retrieval.ipynb #395a8ccf
 def retrieve(

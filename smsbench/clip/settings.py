@@ -16,7 +16,6 @@ from .sampling import BALANCE, SPEAKING
 from .steps import PRECISIONS
 from .watch import WATCHED
 
-
 # %% ../../nbs/41f_clip.settings.ipynb #e2ca3eac
 @dataclass(frozen=True)
 class TrainSettings:
@@ -172,7 +171,6 @@ LOOSE = (
     'cache_mb',
     'max_broken',
 )  # settings that decide nothing about the weights
-
 
 # %% ../../nbs/41f_clip.settings.ipynb #bfbee862
 def find_tracker(

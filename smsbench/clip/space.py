@@ -84,7 +84,6 @@ def _fisher(w, size, means):
     between = np.nansum(size * ((means - centre[:, None]) ** 2).sum(-1), 1)
     return between / (n - np.nansum(size * (means**2).sum(-1), 1))
 
-
 # %% ../../nbs/43c_clip.space.ipynb #2a36e712
 def space_metrics(
     data: Embedded,  # held-out films, from `clip.probe`
@@ -135,7 +134,6 @@ def space_metrics(
 
 _BOUNDS = [(-1, 1), (0, np.inf), (0, np.inf), (0, 2), (0, 2), (0, np.inf)]
 
-
 # %% ../../nbs/43c_clip.space.ipynb #2cde2bea
 def unit_rows(x):
     "Rows of length 1."
@@ -143,7 +141,6 @@ def unit_rows(x):
     if not len(x) or not (length > 0).all():
         raise InputError('embedding space: no films, or an embedding that is zero')
     return np.asarray(x, float) / length
-
 
 # %% ../../nbs/43c_clip.space.ipynb #f22e8eb8
 def labellings(data, minimum):
@@ -170,7 +167,6 @@ def labellings(data, minimum):
         np.searchsorted(enough, label[keep]),
         f"classes of fewer than {minimum} films left out: {', '.join(left)}" if left else '',
     )
-
 
 # %% ../../nbs/43c_clip.space.ipynb #2c8ebfa2
 def coordinates(

@@ -31,7 +31,6 @@ def tiny_words():  # no arguments
     )
     return BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, do_lower_case=True)
 
-
 # %% ../../nbs/39_clip.tiny.ipynb #7c6ef7f1
 def _vit(pool, proj='linear'):
     return dict(
@@ -75,7 +74,6 @@ TINY_CLIP = {
         embed_dim=32, vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=64), text_cfg=_OWN
     ),
 }  # kind -> open_clip configuration without sizes
-
 
 # %% ../../nbs/39_clip.tiny.ipynb #a9cfd496
 def tiny_clip(

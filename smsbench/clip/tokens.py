@@ -9,7 +9,6 @@ __all__ = ['patch_tokens', 'text_mask', 'text_tokens']
 from .models import Clip, grid_of, towers
 from ..core import InputError
 
-
 # %% ../../nbs/40b_clip.tokens.ipynb #7bbb152c
 def _native(visual, pixels, project):
     "open_clip's vision transformer: behind the last norm, without the class token."
@@ -94,7 +93,6 @@ def patch_tokens(
         )
     return x.unflatten(1, (rows, columns))
 
-
 # %% ../../nbs/40b_clip.tokens.ipynb #49a9fefb
 def text_mask(
     clip: Clip,  # a loaded model
@@ -114,7 +112,6 @@ def text_mask(
         if words.pad_token_id != words.eos_token_id
         else padding.cumsum(1) - padding.long() == 0
     )
-
 
 # %% ../../nbs/40b_clip.tokens.ipynb #b0003b81
 def text_tokens(

@@ -14,7 +14,6 @@ import numpy as np
 from ..core import InputError, RunError, content_hash
 from .models import Clip, grid_of
 
-
 # %% ../../nbs/43g_clip.towers.ipynb #3d1973be
 @dataclass(frozen=True, eq=False)
 class Tower:
@@ -26,7 +25,6 @@ class Tower:
     grid: tuple | None  # rows and columns of patches; None: the feature map says it
     prefix: int  # tokens before the first patch
     pool: str  # 'token', 'average', 'attention', or another name: how tokens become one vector
-
 
 # %% ../../nbs/43g_clip.towers.ipynb #bcdc7cb6
 def tower_of(
@@ -68,7 +66,6 @@ def tower_of(
         ' can be made for open_clip and timm transformers and for ResNets'
     )
 
-
 # %% ../../nbs/43g_clip.towers.ipynb #82bdfe7b
 @contextlib.contextmanager
 def undisturbed(
@@ -100,7 +97,6 @@ def undisturbed(
         for p, was, grad in weights:
             p.requires_grad_(was)
             p.grad = grad
-
 
 # %% ../../nbs/43g_clip.towers.ipynb #82bdfe02
 @contextlib.contextmanager
@@ -141,7 +137,6 @@ def attention_taken(
         for m, name, was in flags:
             setattr(m, name, was)
 
-
 # %% ../../nbs/43g_clip.towers.ipynb #519aca60
 def stages(
     clip: Clip,  # a loaded model
@@ -163,7 +158,6 @@ def stages(
         reverse=True,
     )
     return {s: found[s] for s in ('head', *blocks, 'embedding') if s in found}
-
 
 # %% ../../nbs/43g_clip.towers.ipynb #e2a5a11b
 def shuffled(

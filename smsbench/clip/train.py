@@ -46,7 +46,6 @@ from .watch import WATCHED, batch_match, watch
 
 _all_ = ['TrainSettings']  # what a user of this module needs beside it
 
-
 # %% ../../nbs/42_clip.train.ipynb #210c5db9
 def validate_job(
     job: Job,  # at the end of an epoch, or before the first
@@ -129,7 +128,6 @@ def _keep(job, value):
         job.run / 'best',
     )
 
-
 # %% ../../nbs/42_clip.train.ipynb #d93533ac
 def train_epoch(
     job: Job,  # where the run stands; changed
@@ -177,7 +175,6 @@ def train_epoch(
             f' {s.precision}; train in bf16 or fp32'
         )
 
-
 # %% ../../nbs/42_clip.train.ipynb #20536fcf
 @dataclass(frozen=True, eq=False)
 class Trained:
@@ -197,7 +194,6 @@ class Trained:
     ) -> Clip:
         "The best weights, loaded."
         return load_clip(str(self.best), device=device)
-
 
 # %% ../../nbs/42_clip.train.ipynb #499b9f4e
 def train(
@@ -311,7 +307,6 @@ def _write_history(job):
         return
     with atomic(job.run / 'history.csv') as tmp:
         pd.DataFrame(job.history).to_csv(tmp, index=False)
-
 
 # %% ../../nbs/42_clip.train.ipynb #4049e879
 def phantom_recipe(

@@ -14,7 +14,6 @@ from .models import image_embeddings, text_embeddings
 from .sampling import count_found
 from .scores import zero_shot
 
-
 # %% ../../nbs/41e_clip.watch.ipynb #671934e1
 def batch_groups(
     films,  # `Films`
@@ -34,7 +33,6 @@ def batch_groups(
     )
     return np.stack([group_codes(names[k]) for k in share] or [np.full(len(films), -1)], 1)
 
-
 # %% ../../nbs/41e_clip.watch.ipynb #44235e8a
 def batch_match(
     batch: dict,  # of all processes: groups (B, G), labels (B, C), asked and answer (B,) (-1: a report)
@@ -44,7 +42,6 @@ def batch_match(
 
     fits = fits_prompt(batch['labels'], batch['asked'].clamp(min=0), batch['answer'])
     return torch.where((batch['asked'] >= 0)[None, :], fits, same_group(batch['groups']))
-
 
 # %% ../../nbs/41e_clip.watch.ipynb #648e5bdd
 WATCHED = dict(
@@ -65,7 +62,6 @@ def recall_at(
         hits.append(((~fits & (s >= best)).sum(1) < k).mean())
     return float(np.mean(hits))
 
-
 # %% ../../nbs/41e_clip.watch.ipynb #fd3ced11
 def macro_auroc(
     scores,  # (N, C) higher is more likely
@@ -78,7 +74,6 @@ def macro_auroc(
     both = [c for c in range(y.shape[1]) if {0.0, 1.0} <= set(y[:, c])]
     each = {c: float(roc_auc_score(y[(k := np.isfinite(y[:, c])), c], s[k, c])) for c in both}
     return (float(np.mean([*each.values()])) if each else float('nan')), each
-
 
 # %% ../../nbs/41e_clip.watch.ipynb #2a0fa6cc
 def watch(

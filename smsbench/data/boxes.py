@@ -17,7 +17,6 @@ from .rows import source
 from .rules import list_cell
 from .tables import require
 
-
 # %% ../../nbs/09h_data.boxes.ipynb #95bbc146
 def as_box(
     numbers,  # four numbers or words for numbers
@@ -41,7 +40,6 @@ def as_box(
         if all(map(math.isfinite, (a, b, c, d))) and a < c and b < d
         else None
     )
-
 
 # %% ../../nbs/09h_data.boxes.ipynb #1ebecca6
 def box_table(
@@ -80,7 +78,6 @@ def _number(s):
         return math.isfinite(float(s))
     except ValueError:
         return False
-
 
 # %% ../../nbs/09h_data.boxes.ipynb #d7b55f09
 def sample_boxes(

@@ -14,7 +14,6 @@ import pandas as pd
 
 from .cards import LABEL_SOURCES, read_manifest
 
-
 # %% ../../nbs/10b_data.catalog.ipynb #b1b322a3
 def card_names() -> list[str]:  # names of the cards that come with smsbench, sorted
     "The cards in the package, or in the checkout's data_manifests/."
@@ -26,7 +25,6 @@ def card_names() -> list[str]:  # names of the cards that come with smsbench, so
             for p in f.glob('*.yaml')
         }
     )
-
 
 # %% ../../nbs/10b_data.catalog.ipynb #e2699464
 def cards_table() -> pd.DataFrame:  # name, access, questions, labels (where they come from), title
@@ -42,7 +40,6 @@ def cards_table() -> pd.DataFrame:  # name, access, questions, labels (where the
         )
 
     return pd.DataFrame([dict(name=name, **about(m)) for name, m in cards])
-
 
 # %% ../../nbs/10b_data.catalog.ipynb #506ce40e
 def how_to(

@@ -23,7 +23,6 @@ COMPLAINTS = dict(
 # share of the patients; external: drawn from other people and exposed otherwise
 PARTS = dict(train=0.6, val=0.2, external=0.2)
 
-
 # %% ../../nbs/11c_data.class_folders.ipynb #40b14bbc
 def save_class_folders(
     folder,  # made where missing
@@ -77,7 +76,6 @@ def _patient(i, n, telling, seed):
         18 + int(age * 72),
         COMPLAINTS[kind if tells < telling else kinds[int(other * len(kinds))]],
     )
-
 
 # %% ../../nbs/11c_data.class_folders.ipynb #f84f9a23
 LAYOUTS['phantom_classes'] = (

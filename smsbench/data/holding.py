@@ -18,7 +18,6 @@ from .files import scan_files
 from .manifest import Built, gather_card
 from .seal import SEALED, pseudonym, seal, seal_key, unseal
 
-
 # %% ../../nbs/13a_data.holding.ipynb #86481678
 @dataclass(frozen=True)
 class Holding:
@@ -27,7 +26,6 @@ class Holding:
     cohort: pd.DataFrame  # may be written; sealed where data are credentialed
     opened: pd.DataFrame  # the same rows and ids, with images and texts; never to be written
     key: str = ''  # what the pseudonyms were made with; '' for open data
-
 
 # %% ../../nbs/13a_data.holding.ipynb #5248a9b5
 def hold(
@@ -54,7 +52,6 @@ def hold(
     sealed = seal(cohort, key)
     return Holding(sealed, unseal(sealed, cohort, key), key)
 
-
 # %% ../../nbs/13a_data.holding.ipynb #588642f1
 def scan_holding(
     held: Holding,  # the cohort
@@ -76,7 +73,6 @@ def scan_holding(
     )
     files.index = pd.Index([names[r] for r in files.index], dtype=object)
     return files.assign(detail='') if held.key else files  # the detail names files
-
 
 # %% ../../nbs/13a_data.holding.ipynb #181fab01
 def audit_holding(
@@ -104,7 +100,6 @@ def _sealed_source(readable, key):
 
     return rows.assign(image=names('image', SEALED), patient_id=names('patient_id'))
 
-
 # %% ../../nbs/13a_data.holding.ipynb #1ec8f742
 def write_audit(
     found: FileAudit,  # the audit
@@ -119,7 +114,6 @@ def write_audit(
     for name, t in found.tables.items():
         write_table(t, Path(folder) / f'table_{name}.parquet')
     write_table(found.findings, Path(folder) / 'findings.parquet')
-
 
 # %% ../../nbs/13a_data.holding.ipynb #7aa7ad35
 def read_audit(

@@ -15,7 +15,6 @@ import numpy as np
 from ..core import InputError, content_hash
 from .phantom import phantom_cohort, save_phantom
 
-
 # %% ../../nbs/11a_data.layouts.ipynb #559d1c00
 def draw(
     name: str,  # decides the picture
@@ -39,7 +38,6 @@ def draw(
         a = np.stack([a, 0.7 * a, 0.5 * a], -1)
     return (a / a.max() * (2**bits - 1)).astype(np.uint16 if bits == 16 else np.uint8)
 
-
 # %% ../../nbs/11a_data.layouts.ipynb #c3b14501
 def put_image(
     folder,  # below which the file lies
@@ -52,7 +50,6 @@ def put_image(
     path = Path(folder, ref)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(draw(ref, **more)).save(path)
-
 
 # %% ../../nbs/11a_data.layouts.ipynb #93a3ed09
 def put_csv(
@@ -69,7 +66,6 @@ def put_csv(
         out.writerow(head.split(',') if isinstance(head, str) else head)
         out.writerows(rows)
 
-
 # %% ../../nbs/11a_data.layouts.ipynb #390ac2a1
 def put_json(
     folder,  # below which the file lies
@@ -78,7 +74,6 @@ def put_json(
 ) -> None:
     "Write a list of objects."
     Path(folder, name).write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding='utf-8')
-
 
 # %% ../../nbs/11a_data.layouts.ipynb #d5132656
 _EYES = (
@@ -235,7 +230,6 @@ def _brset_row(i):
         quality=('Adequate', 'Inadequate')[i == 11],
     )
 
-
 # %% ../../nbs/11a_data.layouts.ipynb #9719f12c
 _PADCHEST = (
     'ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,PatientSex_DICOM,'
@@ -376,7 +370,6 @@ def _chexpert(folder):
             rows,
         )
 
-
 # %% ../../nbs/11a_data.layouts.ipynb #b71470bf
 def _vqa_rad_official(folder):
     "VQA-RAD: 12 questions on 3 images, all of them in both splits; 8 are answered yes or no."
@@ -501,7 +494,6 @@ def _vqa_paraphrases(folder):
     for k in range(5):
         put_image(folder, f'files/d{k}.jpg')
 
-
 # %% ../../nbs/11a_data.layouts.ipynb #89c94436
 def _valse_foils(folder):
     "Foils: 10 films of 8 patients, one altered statement each; two questions are open."
@@ -577,7 +569,6 @@ def _csv_images(folder):
         'id,patient,image,text,label',
         zip(made.sample_id, made.patient_id, images, made.text, made.label),
     )
-
 
 # %% ../../nbs/11a_data.layouts.ipynb #f7b6a72f
 LAYOUTS: dict[str, Callable] = dict(

@@ -39,7 +39,6 @@ def parse_xml(
         raise ValueError(str(e)) from None
     return tree.close()
 
-
 # %% ../../nbs/09ba_data.openi.ipynb #47fbfff6
 OPENI = (
     'uid',

@@ -23,7 +23,6 @@ def clean_marks(
     "De-identification marks of all kinds as one neutral mark; everything else is left as it is."
     return _REPEATED.sub(MARK, _BLANKED.sub(MARK, _RULED.sub('', text)))
 
-
 # %% ../../nbs/09d_data.reports.ipynb #fba702f3
 SECTIONS = {
     'findings': ('FINDING',),
@@ -143,7 +142,6 @@ def _section(m):
         return 'view' if _VIEW.search(m['view']) else ''
     return _OF[_key(m['capitals'] or m['title'])]
 
-
 # %% ../../nbs/09d_data.reports.ipynb #4d4d0d3d
 def _pieces(text):
     "(section, text) in the order of the report; the text of a view heading includes that heading."
@@ -189,7 +187,6 @@ def split_sections(
     for name, body in _described(_pieces(clean_marks(text))):
         out[name] = clean_marks(' '.join([*out.get(name, '').split(), *body.split()]))
     return out
-
 
 # %% ../../nbs/09d_data.reports.ipynb #f3b3cf64
 def keep_sections(

@@ -63,7 +63,6 @@ def name_pattern(
         raise InputError(f'finding {name!r}: a name without letters cannot be looked for')
     return re.compile(r'\b(' + '|'.join(own + others) + r')(?!\w)')
 
-
 # %% ../../nbs/12c_data.wording.ipynb #0e9abe0c
 _HEDGED = re.compile(
     r"\b(can ?not|can't|could not|not) be (excluded|ruled out)|\bnot (only|just)\b|\bno"
@@ -94,7 +93,6 @@ def mention(
         said = -1 if denied else 1
     return said
 
-
 # %% ../../nbs/12c_data.wording.ipynb #9db19800
 def naming_scores(
     texts,  # (n,) texts
@@ -114,7 +112,6 @@ def naming_scores(
         for t in pd.unique(pd.Series(texts, dtype=object))
     }
     return np.array([known[t] for t in texts], dtype=float)
-
 
 # %% ../../nbs/12c_data.wording.ipynb #7f51ccba
 def naming_table(
@@ -143,7 +140,6 @@ def naming_table(
             out.append((*about, i.value, i.low, i.high, *sizes))
     columns = 'finding label n named denied auroc low high smallest patients'.split()
     return pd.DataFrame(out, columns=columns)
-
 
 # %% ../../nbs/12c_data.wording.ipynb #b373200a
 def bag_of_words(

@@ -10,7 +10,6 @@ import pandas as pd
 
 from .html import Html, details, html_table, join, markup
 
-
 # %% ../../nbs/51d_report.checks.ipynb #3466ddb5
 def check_html(
     checks: dict,  # model -> what `check_answers` found
@@ -63,7 +62,6 @@ def check_html(
             numbers=['largest |Δ log-prob|', 'tolerance'],
         ),
     )
-
 
 # %% ../../nbs/51d_report.checks.ipynb #d89766b4
 def spellings_html(

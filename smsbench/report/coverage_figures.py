@@ -11,7 +11,6 @@ import numpy as np, pandas as pd
 from .style import COLOURS, canvas, literal, percent, styled
 from ..sms.coverage import TOLERANCE
 
-
 # %% ../../nbs/50n_report.coverage_figures.ipynb #b2fc02d1
 def coverage_points(
     found: dict,  # what `run_grid` returned or wrote
@@ -48,7 +47,6 @@ def error_points(
     columns = ['family', 'verdict', 'rate', 'low', 'high', 'studies', 'undecided']
     return pd.DataFrame(rows, columns=columns)
 
-
 # %% ../../nbs/50n_report.coverage_figures.ipynb #f2a0a6a4
 def _rows(ax, names):
     "Name the rows of a panel, with a band behind every second."
@@ -63,7 +61,6 @@ def _rows(ax, names):
 def _spread(n, width=0.6):
     "Heights of n dots that share a row."
     return (np.arange(n) - (n - 1) / 2) * (width / max(n - 1, 1))
-
 
 # %% ../../nbs/50n_report.coverage_figures.ipynb #0e1f090b
 def _draw_coverage(ax, points, limit):
@@ -94,7 +91,6 @@ def _draw_errors(ax, points, limits):
     ax.set(xlim=(-0.005, widest), xlabel='share of false verdicts at the margin')
     ax.legend(loc='lower right', fontsize=8)
 
-
 # %% ../../nbs/50n_report.coverage_figures.ipynb #8863be24
 @styled
 def coverage_figure(
@@ -119,7 +115,6 @@ def coverage_figure(
     fig.alt = f"Dot plots of {s['audits']} simulated audits: {', '.join(told)}."
     return fig
 
-
 # %% ../../nbs/50n_report.coverage_figures.ipynb #fb680b4e
 def plan_name(
     plan: dict,  # what `plan_verdict` returned
@@ -135,7 +130,6 @@ def _value(v):
     if isinstance(v, (list, tuple)):
         return '-'.join(map(str, v))
     return f'{v:g}' if isinstance(v, float) else str(v)
-
 
 # %% ../../nbs/50n_report.coverage_figures.ipynb #9042cbd5
 @styled

@@ -69,7 +69,6 @@ def reliability_curves(
         ignore_index=True,
     )
 
-
 # %% ../../nbs/50b_report.curves.ipynb #6341065b
 @styled
 def reliability_figure(

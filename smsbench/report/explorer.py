@@ -26,7 +26,6 @@ from .style import percent, rounded
 from ..sms.attend import load_attention
 from ..sms.map_store import kept_map
 
-
 # %% ../../nbs/52_report.explorer.ipynb #f792bd10
 def tile(
     image,  # (H,W) or (H,W,3) uint8
@@ -83,7 +82,6 @@ def _strip(tiles, gap=8):
     out.save(buffer, format='png', compress_level=1)
     return buffer.getvalue()
 
-
 # %% ../../nbs/52_report.explorer.ipynb #f2be9f71
 def shares_html(
     shares: dict,  # group -> share, 0..1
@@ -108,7 +106,6 @@ def shares_html(
         bar,
         ', '.join(f'{g} {percent(v)}' for g, v, _ in parts if v >= 0.005),
     )
-
 
 # %% ../../nbs/52_report.explorer.ipynb #42efdec9
 class Explorer:
@@ -370,7 +367,6 @@ class Explorer:
                 )
             )
         display(HTML(details('The same as pictures', self.static()).text))
-
 
 # %% ../../nbs/52_report.explorer.ipynb #119017a3
 def explore(

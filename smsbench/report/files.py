@@ -12,7 +12,6 @@ from ..data.audit import SEVERITIES
 from .html import Html, details, html_table, join, markup
 from .style import DASH, rounded, span
 
-
 # %% ../../nbs/51c_report.files.ipynb #a134f8b5
 def found_html(
     found,  # `FileAudit`, or None
@@ -42,7 +41,6 @@ def found_html(
         markup('<ul>{}</ul>', lines) if len(told) else markup('<p>Nothing serious was found.</p>'),
         f'{quiet} further checks found little or nothing; all are listed below.',
     )
-
 
 # %% ../../nbs/51c_report.files.ipynb #dd8ab125
 def checks_html(

@@ -92,7 +92,6 @@ def funnel_table(
         left=steps.left.map(_number).where(safe, DASH),
     )
 
-
 # %% ../../nbs/50f_report.funnel.ipynb #abb9748a
 def _lengths(table):
     "What is left after each step, as far as the shown numbers tell: hidden counts are taken for 0 until the next number that is shown."

@@ -53,7 +53,6 @@ def _title(group, table):
         else literal(group.removeprefix('class='), 30)
     )
 
-
 # %% ../../nbs/50k_report.ssa_figures.ipynb #ec22b2ee
 @styled
 def ssa_figure(
@@ -132,7 +131,6 @@ def _told(table, groups):
         f"{literal(table.model.iloc[0])}, steps"
         f" {', '.join([table.attrs['base'], *table.attrs['steps']])}. " + ' '.join(said)
     )
-
 
 # %% ../../nbs/50k_report.ssa_figures.ipynb #ec22b202
 @styled
@@ -220,7 +218,6 @@ def _orders(table):
             ' often'
         )
     )
-
 
 # %% ../../nbs/50k_report.ssa_figures.ipynb #f74d4bb3
 def ssa_table(

@@ -11,7 +11,6 @@ import numpy as np, pandas as pd
 from ..core import validate
 from .style import rounded, span
 
-
 # %% ../../nbs/50ga_report.tables.ipynb #c99dbab0
 def shareable(
     metrics: pd.DataFrame,  # metrics table
@@ -89,7 +88,6 @@ def _few_films(metrics, minimum):
         few |= {(model, arm, c) for c in g.subgroup[hidden]}
     return np.array([k in few for k in zip(metrics.model, metrics.arm, metrics.subgroup)], bool)
 
-
 # %% ../../nbs/50ga_report.tables.ipynb #856e9d26
 def shareable_curve(
     curve: pd.DataFrame,  # of `few_shot`
@@ -105,7 +103,6 @@ def shareable_curve(
     out.loc[few, ['n', 'n_clusters']] = 0
     out.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
     return out
-
 
 # %% ../../nbs/50ga_report.tables.ipynb #b1b3fa23
 def class_table(
@@ -145,7 +142,6 @@ def class_table(
         index=pd.Index(order, name='class'),
         columns=columns,
     )
-
 
 # %% ../../nbs/50ga_report.tables.ipynb #7d392559
 def latex_table(

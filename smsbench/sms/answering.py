@@ -74,7 +74,6 @@ def _one_answer(cells):
         f' {len(np.unique(cells.sample[read]))} questions'
     )
 
-
 # %% ../../nbs/33bb_sms.answering.ipynb #3c881be2
 def _no_better(cells, still):
     "Shown to be near chance; where nothing moves (`still`), not shown to be above it."

@@ -13,7 +13,6 @@ from functools import lru_cache
 from .languages import SENSE
 from .statements import HEDGE, NEGATION, THAN, clauses
 
-
 # %% ../../nbs/30ec_sms.choices.ipynb #c3f75a19
 @dataclass(frozen=True)
 class Names:
@@ -30,7 +29,6 @@ class Names:
     @property
     def by_letter(self):
         return all(len(c) == 1 for c in self.of.values())  # texts only of options
-
 
 # %% ../../nbs/30ec_sms.choices.ipynb #aa847049
 _NOTHING = re.compile(
@@ -73,7 +71,6 @@ def _sides(own):
     other = next(n for n in own if n not in nothing)
     return dict(yes=own[other], no=own[nothing[0]]), other
 
-
 # %% ../../nbs/30ec_sms.choices.ipynb #e33e1edf
 _LETTER = re.compile(r"\(?([A-Za-z])(?:\)|(?=\s*(?:$|[.,:)\n]|(?:and|or|&|/) [A-J]\b))(?!\s*'))")
 _BECAUSE = re.compile(r'([A-Z])\s+(?=because|since|as|which|\()')
@@ -109,7 +106,6 @@ def _answers(name, rest, marked):
     ended = SENSE.get(name) == 'yes' or marked or _ENDED.match(rest)
     return bool(ended) and not re.match(r'-\w', rest)
 
-
 # %% ../../nbs/30ec_sms.choices.ipynb #13a7fdfe
 _AND, _BARE = re.compile(r'\s*(?:,?\s*(?:and|or|/|&)|,)\s*'), re.compile(r'\s*(?:$|[.,!)\n])')
 
@@ -130,7 +126,6 @@ def opening(
     second, end = _leading(rest[more.end() :], names, False) if more else ('', '')
     both = second and names.of[second] != names.of[name] and _BARE.match(end)
     return '?' if both else names.of[name]
-
 
 # %% ../../nbs/30ec_sms.choices.ipynb #41500557
 _MARK = re.compile(
@@ -183,7 +178,6 @@ def explicit(
         return '?', 'final'
     return (last, 'final') if last else (first, 'first' if first else '')
 
-
 # %% ../../nbs/30ec_sms.choices.ipynb #3a143e44
 _VAGUELY = r'\s+(?:(?:an?|the|more|most|likely|probably|clearly|to be|of|consistent with)\s+)*$'
 _IS = re.compile(r'\b(?:is|are|be|was|were|has|have|shows?|suggests?)' + _VAGUELY)
@@ -232,7 +226,6 @@ def named(
         return ''.join(every)
     first = set(found[0][1])
     return first.pop() if len(first) == 1 else '?'
-
 
 # %% ../../nbs/30ec_sms.choices.ipynb #70748e08
 _BRACKET = re.compile(r'\(([A-J])\)|\b[Oo]ption ([A-J])\b')

@@ -23,7 +23,6 @@ from .statements import words
 from .stripping import flat, strip_answer
 from ..vlm.models import Answer
 
-
 # %% ../../nbs/32a_sms.exchange.ipynb #5fa06602
 def export_trials(
     plan: pd.DataFrame,  # the plan
@@ -58,7 +57,6 @@ def export_trials(
         tmp.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     return len(lines)
 
-
 # %% ../../nbs/32a_sms.exchange.ipynb #d87341e1
 def _finite(v):
     "Whether `v` is a number that fits into a float."
@@ -68,7 +66,6 @@ def _finite(v):
         )
     except OverflowError:
         return False
-
 
 # %% ../../nbs/32a_sms.exchange.ipynb #47a5fed9
 def _asked_in(
@@ -89,7 +86,6 @@ def _asked_in(
         inverted=bool(getattr(trial, 'inverted', False)),
     )
 
-
 # %% ../../nbs/32a_sms.exchange.ipynb #b8924904
 def _line(text, number, trials):
     "One line of an import as an object whose trial is in the plan."
@@ -108,7 +104,6 @@ def _line(text, number, trials):
         raise InputError(f'{where}: needs logprobs or raw_text')
     return r
 
-
 # %% ../../nbs/32a_sms.exchange.ipynb #6834c456
 def _logprobs(given, choices, number):
     "Log-probabilities in the order of the choices; `InputError` where they cannot be such."
@@ -126,7 +121,6 @@ def _logprobs(given, choices, number):
             'give log-probabilities (log-softmax over the vocabulary), not raw scores'
         )
     return tuple(lp)
-
 
 # %% ../../nbs/32a_sms.exchange.ipynb #c176dc36
 def _imported_row(
@@ -154,7 +148,6 @@ def _imported_row(
         seconds=seconds,
         error='',
     ), read.choice
-
 
 # %% ../../nbs/32a_sms.exchange.ipynb #ce1e0536
 def _still_asks(text, told):
@@ -189,7 +182,6 @@ def _check_texts(
         f'none of {len(rows)} answers could be read as one of the choices ({kinds})'
         f'{example}; check raw_text, or give logprobs'
     )
-
 
 # %% ../../nbs/32a_sms.exchange.ipynb #7a157d4d
 def _read_from(
@@ -226,7 +218,6 @@ def _read_sentences(counts):
         )
     return out
 
-
 # %% ../../nbs/32a_sms.exchange.ipynb #022b0954
 def _lines(path):
     "The lines of a file that say something, with their numbers."
@@ -261,7 +252,6 @@ def _read_file(path, plan, source, max_missing):
             f'at least {1 - max_missing:.0%} are needed'
         )
     return rows, texts, told
-
 
 # %% ../../nbs/32a_sms.exchange.ipynb #4c3a4a96
 def import_predictions(

@@ -140,7 +140,6 @@ def language_of(
     best = max(hits, key=hits.get)
     return best if hits[best] > hits['en'] else 'en'
 
-
 # %% ../../nbs/30e_sms.languages.ipynb #c2b55cae
 def _compiled(language):
     "Pairs (pattern, English word) of a language; words written without spaces have no edges."
@@ -149,7 +148,6 @@ def _compiled(language):
 
 
 _COMPILED = {language: _compiled(language) for language in WORDS}
-
 
 # %% ../../nbs/30e_sms.languages.ipynb #9c1d0314
 def to_english(

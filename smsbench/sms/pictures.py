@@ -10,7 +10,6 @@ import numpy as np
 
 from ..core import content_hash
 
-
 # %% ../../nbs/30d_sms.pictures.ipynb #cfabb2e2
 def thumbnail(
     image: np.ndarray,  # (H,W) or (H,W,3) uint8
@@ -24,7 +23,6 @@ def thumbnail(
     ).ravel()
     small -= small.mean()
     return small / max(float(np.linalg.norm(small)), 1e-6)
-
 
 # %% ../../nbs/30d_sms.pictures.ipynb #f8c4bea8
 def region_elsewhere(
@@ -55,7 +53,6 @@ def region_elsewhere(
         x, y = min(free, key=lambda p: content_hash(key, n, *p))
         out.append([x, y, x + bw, y + bh])
     return out
-
 
 # %% ../../nbs/30d_sms.pictures.ipynb #7988b07b
 def shift_image(

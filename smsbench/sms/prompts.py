@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from ..core import InputError
 
-
 # %% ../../nbs/30_sms.prompts.ipynb #d82ad119
 @dataclass(frozen=True)
 class Task:
@@ -36,7 +35,6 @@ class Task:
         if not self.question.strip():
             raise InputError('a task needs a question')
 
-
 # %% ../../nbs/30_sms.prompts.ipynb #a0013896
 LEADS = {  # prompt kind -> how the prompt opens
     'both': 'Here are a {noun} and its {text_noun}.',
@@ -56,7 +54,6 @@ WORDING = re.compile(
     r'[a-z][a-z0-9-]*-[1-9][0-9]*'
 )  # name of a rewording: its strategy and a number, e.g. synonym-1
 
-
 # %% ../../nbs/30_sms.prompts.ipynb #430d5970
 def opposite(
     answer: str,  # a choice
@@ -66,7 +63,6 @@ def opposite(
     return (
         other.upper() if answer.isupper() else other.capitalize() if answer[:1].isupper() else other
     )
-
 
 # %% ../../nbs/30_sms.prompts.ipynb #a19eb029
 def variant_choices(
@@ -81,7 +77,6 @@ def variant_choices(
         )
     extra = VARIANTS.get(variant, VARIANTS['plain'])[0]
     return task.choices + ((extra,) if extra and extra not in task.choices else ())
-
 
 # %% ../../nbs/30_sms.prompts.ipynb #b8a5306a
 def render(

@@ -26,7 +26,6 @@ from smsbench.verbs.app import (
 )
 from .data import ParaphrasesOption, parse_rewordings
 
-
 # %% ../../nbs/59c_verbs.attend.ipynb #dbe7244f
 def layer_choice(
     text: str,  # 'all', 'last_half', 'last_quarter', or numbers separated by commas
@@ -42,7 +41,6 @@ def layer_choice(
         )
     return parts[0]
 
-
 # %% ../../nbs/59c_verbs.attend.ipynb #a55e7844
 def read_regions(
     path,  # CSV file, or None
@@ -51,7 +49,6 @@ def read_regions(
     from smsbench.data.tables import whole_csv
 
     return None if path is None else whole_csv(path)
-
 
 # %% ../../nbs/59c_verbs.attend.ipynb #8c2d8976
 @app.command()

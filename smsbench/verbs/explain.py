@@ -28,7 +28,6 @@ from smsbench.verbs.clip import (
     clip_app,
 )
 
-
 # %% ../../nbs/59e_verbs.explain.ipynb #c3450477
 @clip_app.command()
 def explain(
@@ -193,7 +192,6 @@ def _own_words(model, films, prompts):
         ' under other pseudonyms'
     ] * bool(o and o.same_cohort and not o.same_names)
 
-
 # %% ../../nbs/59e_verbs.explain.ipynb #29450e18
 def save_explained(
     found,  # `Explained`
@@ -266,7 +264,6 @@ def _explained_figures(found, metrics, cascade, access):
         figures['cascade'] = cascade_figure(cascade)
     return figures
 
-
 # %% ../../nbs/59e_verbs.explain.ipynb #8d703e37
 def plain_cells(
     table,  # DataFrame; its words may come from anybody's files
@@ -275,7 +272,6 @@ def plain_cells(
     return table.map(
         lambda v: f"'{v}" if isinstance(v, str) and v[:1] in ('=', '+', '-', '@', '\t', '\r') else v
     )
-
 
 # %% ../../nbs/59e_verbs.explain.ipynb #c3450402
 @clip_app.command()

@@ -13,7 +13,6 @@ import typer
 
 from .app import JsonOption, app, say
 
-
 # %% ../../nbs/59b_verbs.models.ipynb #57406719
 @app.command()
 def models(
@@ -64,7 +63,6 @@ def _columns(t):
         for r in [list(t), *t.itertuples(index=False)]
     )
 
-
 # %% ../../nbs/59b_verbs.models.ipynb #57406702
 @app.command()
 def convert(
@@ -96,7 +94,6 @@ def convert(
 
     convert_llava(source, out, tower, base)
     print(f'smsbench audit --model {out} ...')
-
 
 # %% ../../nbs/59b_verbs.models.ipynb #57406703
 @app.command()

@@ -29,7 +29,6 @@ def permute(
         block.copy_(torch.empty_like(block).index_copy_(0, order, block) if back else block[order])
     return weights
 
-
 # %% ../../nbs/22d_vlm.baselines.ipynb #f87ee19d
 def weights_of(
     model: HFModel,  # a loaded model
@@ -52,7 +51,6 @@ def weights_of(
             ' without quantization'
         )
     return out
-
 
 # %% ../../nbs/22d_vlm.baselines.ipynb #94c99733
 @contextlib.contextmanager

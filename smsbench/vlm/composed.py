@@ -17,7 +17,6 @@ from .geometry import Layout
 from .models import HFModel, Inputs
 from .rollout import joined_heads, rollout_step
 
-
 # %% ../../nbs/22bb_vlm.composed.ipynb #53254cfa
 def vision_modules(
     model: HFModel,  # a loaded model
@@ -50,7 +49,6 @@ def vision_modules(
         )
     )
     return dict(enumerate(found[: taken % (len(found) + 1)]))
-
 
 # %% ../../nbs/22bb_vlm.composed.ipynb #eb260512
 class Tower:
@@ -112,7 +110,6 @@ class Tower:
                 ' bfloat16 or float32'
             )
         return v / v.sum(-1, keepdims=True)
-
 
 # %% ../../nbs/22bb_vlm.composed.ipynb #7366779f
 def _pictures(model, layout, crops, p):
@@ -182,7 +179,6 @@ def vision_tokens(
     is_patch = (np.arange(tokens) % each >= first) & (np.arange(tokens) % each < first + p * p)
     return laid, is_patch
 
-
 # %% ../../nbs/22bb_vlm.composed.ipynb #71d5ec17
 def _finer(layout, groups, laid, cells, keys):
     "Layout and groups with a key per patch behind those that are no cell of a grid, and a last one for what is beside the film."
@@ -233,7 +229,6 @@ def composed(
         layout=layout,
         groups=groups,
     )
-
 
 # %% ../../nbs/22bb_vlm.composed.ipynb #caf28ffb
 def composed_rows(

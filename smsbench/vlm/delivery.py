@@ -47,7 +47,6 @@ def position_hashes(
         else flat.new_zeros(bits.shape[:-1], dtype=torch.long)
     )
 
-
 # %% ../../nbs/18_vlm.delivery.ipynb #76b08417
 def delivered_sha(
     hashes: np.ndarray,  # (n,) int64: one number per position of the prompt, image positions included
@@ -59,7 +58,6 @@ def delivered_sha(
             [[len(hashes)], np.asarray(hashes, np.int64), np.asarray(extra, np.int64)]
         ).astype(np.int64)
     )
-
 
 # %% ../../nbs/18_vlm.delivery.ipynb #a5cc0be9
 _BESIDE = (
@@ -85,7 +83,6 @@ class Heard:
     ) -> str:  # its `delivered_sha`
         "The hash of row `i`, had it been computed whole in this pass."
         return delivered_sha(self.hashes[i, :n].cpu().numpy(), self.beside[i].cpu().numpy())
-
 
 # %% ../../nbs/18_vlm.delivery.ipynb #0c782078
 def _shares(t, marks, rows):

@@ -17,7 +17,6 @@ from .models import extended
 from .prefix import NOTHING, Heading, Ledger, Prefix, Row, chunks, fork, grow, spared
 from .reuse import Features, Trial, join_features
 
-
 # %% ../../nbs/20h_vlm.engine.ipynb #7d6c6478
 def rows_of(
     model,  # an `HFModel`
@@ -60,7 +59,6 @@ def rows_of(
             )
         )
     return rows
-
 
 # %% ../../nbs/20h_vlm.engine.ipynb #9182dd34
 class Pass:
@@ -205,7 +203,6 @@ def _positions(row, lo, n):
     on = p[:, -1:] + torch.arange(1, 1 + max(0, lo + n - p.shape[1]))
     return torch.cat([p, on], 1)[:, lo : lo + n]
 
-
 # %% ../../nbs/20h_vlm.engine.ipynb #19ee1622
 class Proof:
     "What should enter the language model for a trial."
@@ -272,7 +269,6 @@ class Proof:
             " a fault of the cache, so nothing of this run counts"
         )
 
-
 # %% ../../nbs/20h_vlm.engine.ipynb #2fb5d2ab
 def halving(
     items: list,  # what to do it with
@@ -293,7 +289,6 @@ def halving(
         torch.cuda.empty_cache()
     for some in (items[:half], items[half:]):
         halving(some, do, told)
-
 
 # %% ../../nbs/20h_vlm.engine.ipynb #fe5790b6
 class Engine:

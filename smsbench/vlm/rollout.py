@@ -21,7 +21,6 @@ from smsbench.vlm.attention import (
 )
 from .models import HFModel, Inputs, few_threads
 
-
 # %% ../../nbs/22ba_vlm.rollout.ipynb #d5dbf5e3
 def rollout_step(
     running,  # (..., n, keys) tensor: from which keys each position's content came before this layer; changed in place
@@ -35,7 +34,6 @@ def rollout_step(
     running.mul_(0.5)[..., : a.shape[-1]] += a / 2
     return running
 
-
 # %% ../../nbs/22ba_vlm.rollout.ipynb #e8f0af0f
 def joined_heads(
     weights,  # (..., heads, queries, keys) tensor
@@ -47,7 +45,6 @@ def joined_heads(
             f'heads {heads!r}: a rollout joins the heads of every layer by mean or max'
         )
     return weights.float().mean(-3) if heads == 'mean' else weights.float().amax(-3)
-
 
 # %% ../../nbs/22ba_vlm.rollout.ipynb #ef8f2a45
 def one_layer(
@@ -73,7 +70,6 @@ def one_layer(
         layout,
         p.about | dict(method=method, joined=dict(layers=list(layers), heads=heads)),
     )
-
 
 # %% ../../nbs/22ba_vlm.rollout.ipynb #4e7b3c2e
 def _complete(model, heard, wanted, running):

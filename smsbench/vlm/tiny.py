@@ -53,7 +53,6 @@ def tiny_tokenizer(
         tokenizer_object=t, pad_token='<pad>', bos_token=start, eos_token=end, **extra
     )
 
-
 # %% ../../nbs/20c_vlm.tiny.ipynb #6677f7e1
 def _text(kind, tok, layers=3, **more):
     "Configuration of a language model 32 wide."
@@ -102,7 +101,6 @@ def _chat(image, user='USER: ', end='', answer=' ASSISTANT:', head='', system='{
         f" == 'system' else {end!r} }}}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{"
         f" {answer!r} }}}}{{% endif %}}"
     )
-
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #73c40e4b
 _CLIP = dict(size=dict(shortest_edge=56), crop_size=dict(height=56, width=56))
@@ -192,7 +190,6 @@ def _IM(image):
         system='<|im_start|>system\n{}<|im_end|>\n',
     )
 
-
 # %% ../../nbs/20c_vlm.tiny.ipynb #0db443fc
 _QWEN = {
     'image_token': '<|image_pad|>',
@@ -268,7 +265,6 @@ def _qwen3_vl(tok=None, template=None):
         template,
     )
 
-
 # %% ../../nbs/20c_vlm.tiny.ipynb #9585968e
 def _paligemma(tok=None, template=None, text='GemmaConfig'):
     import transformers as tf
@@ -329,7 +325,6 @@ def _gemma3(tok=None, template=None):
         image_seq_length=16,
         chat_template=template,
     )
-
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #da66e5ff
 def _mllama(tok=None, template=None):
@@ -428,7 +423,6 @@ def _janus(tok=None, template=None):
         or _chat('<image_placeholder>\n', '<|User|>: ', '\n\n', '<|Assistant|>:', system='{}\n\n'),
     )
 
-
 # %% ../../nbs/20c_vlm.tiny.ipynb #61e2eb64
 _TILES = [
     '<fake_token_around_image>',
@@ -519,7 +513,6 @@ def _internvl(tok=None, template=None):
         images, tok, video, image_seq_length=4, chat_template=template or _IM('<IMG_CONTEXT>\n')
     )
 
-
 # %% ../../nbs/20c_vlm.tiny.ipynb #541e04da
 TINY = {
     b.__name__[1:]: b
@@ -565,7 +558,6 @@ def sharpened(
             elif 'vision' not in n and n.endswith(('q_proj.weight', 'k_proj.weight')):
                 p.mul_(gain)
     return model
-
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #73cc4bc9
 def tiny_checkpoint(
