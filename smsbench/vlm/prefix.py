@@ -36,7 +36,7 @@ class Row:
     trial: object  # whose it is
     ids: np.ndarray  # (n,) token ids
     read: int  # first position whose logits are read; the last is n-1
-    asks: list  # token ids whose log-probability is wanted: any number at `read`, or one at each of read..n-1
+    asks: list  # token ids to score: any number at `read`, or one at each of read..n-1
     floor: int = 0  # a prefix must hold at least so many tokens
     node: object = None  # the `Node` it continues
     extra: int = 0  # how many of `ids` belong to the answer
@@ -70,9 +70,7 @@ def grow(
     rows: list[Row],  # rows that may share: of one image, or without image
     least: int = 32,  # shortest stretch worth a pass of its own, in tokens
     parent: Node | None = None,  # the node that all rows continue already
-    first: (
-        int | None
-    ) = None,  # the same for the first stretch, where sharing saves more than tokens; None: `least`
+    first: int | None = None,  # the same for the first stretch, which saves more; None: `least`
 ) -> list[Node]:  # parents before children; `node` of each row is set
     "The tree of shared beginnings."
     lo = parent.hi if parent else 0

@@ -186,7 +186,7 @@ _TEMPLATE = (
 def train_tokenizer(
     texts,  # prompts to learn the words from
 ):  # a fast tokenizer with <pad>, <s>, </s> and <image>
-    "Byte-level BPE, lower case; words of `texts` become single tokens, everything else stays spellable."
+    "Byte-level BPE, lower case: words of `texts` are single tokens, all others can be spelled."
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -277,7 +277,10 @@ def build_vlm(
 
 # %% ../../nbs/20b_vlm.reference.ipynb #f7d703d3
 class Stepper:
-    "Takes training steps on some parameters: Muon for the matrices of the layers, AdamW for the rest, one cycle."
+    """Takes training steps on some parameters, in one cycle.
+
+    Muon for the matrices of the layers, AdamW for the rest.
+    """
 
     def __init__(
         self,
@@ -327,7 +330,7 @@ class Stepper:
 def film_tensors(
     processor,  # from `build_vlm`
     lessons: list[Lesson],  # n films
-) -> tuple:  # pixels (n,3,64,64) as the model takes them; which patches hold which finding (n,64,findings), 0 or 1
+) -> tuple:  # pixels (n,3,64,64) for the model; findings per patch (n,64,findings), 0 or 1
     "Films and masks as tensors."
     import torch
 
@@ -361,7 +364,10 @@ def learn_to_see(
     steps: int,  # of 64 films each
     seed: int = 0,
 ) -> list[float]:  # loss per step
-    "Train the vision tower to mark the patches of each finding, under changes of contrast, brightness and grain."
+    """Train the vision tower to mark the patches of each finding.
+
+    Contrast, brightness and grain of the films are varied.
+    """
     import torch
 
     g, tower, bce = (
@@ -422,9 +428,13 @@ def prompt_ids(
 
 # %% ../../nbs/20b_vlm.reference.ipynb #9b62930b
 def pack(
-    groups,  # list of groups; a group is a list of token id lists that begin alike, the same number in each group
-) -> dict:  # input_ids (B,L), attention_mask (B,1,L,L) bool, position_ids (B,L), logits_to_keep (B,questions)
-    "One row per group: the common beginning once, then each end, invisible to the others."
+    groups,  # lists of token id lists with a common beginning; as many lists in each group
+) -> dict:  # input_ids, attention_mask, position_ids, logits_to_keep: shapes below
+    """Pack each group in a row: the common beginning once, then ends hidden from each other.
+
+    input_ids (B,L), attention_mask (B,1,L,L) bool, position_ids (B,L),
+    logits_to_keep (B,questions).
+    """
     import torch
 
     rows = []
@@ -466,8 +476,8 @@ def answer_loss(
     prompts,  # B lists with one prompt per finding
     truth,  # 'film' or 'text': whose word is the answer; or a list of B such words
     features=None,  # (B,64,96) from the vision tower; None: no film is shown
-):  # scalar tensor: cross-entropy over the vocabulary at the answer position, summed over all questions
-    "How badly the model answers."
+):  # scalar tensor: cross-entropy over the vocabulary at the answers, summed over questions
+    "Loss of the model's answers."
     import torch
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -579,7 +589,11 @@ def train_reference(
     films: int = 2000,  # lessons
     steps: dict = STEPS,  # 'see' and 'tune', and 'read' where there is no `start`
 ):  # (model, processor)
-    "Train a reference VLM. On one machine the seed decides the weights; on another they differ by rounding, the habit does not."
+    """Train a reference VLM.
+
+    On one machine the seed decides the weights. On another machine they differ by rounding, but
+    the habit is the same.
+    """
     reference_path(name)
     model, processor = start or pretrain(ask, seed, films, steps)
     model, of = copy.deepcopy(model), REFERENCE[name]

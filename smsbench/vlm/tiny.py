@@ -573,11 +573,12 @@ def tiny_checkpoint(
     folder,  # where to; made if missing
     seed: int = 0,  # of the weights
     tokenizer=None,  # a real tokenizer with this family's special tokens; None: a tiny one
-    chat_template: (
-        str | None
-    ) = None,  # a real chat template; None: one in the family's style (PaliGemma has none)
+    chat_template: str | None = None,  # a real one; None: in the family's style (PaliGemma: none)
 ) -> Path:  # the folder
-    "Save a random checkpoint of `family` under a million parameters (more with a real tokenizer); `InputError` for a family that is not in `TINY`."
+    """Save a random checkpoint of `family` under a million parameters.
+
+    A real tokenizer makes it larger. `InputError` for a family that is not in `TINY`.
+    """
     import torch
     from transformers import AutoModelForImageTextToText
 
