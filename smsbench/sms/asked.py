@@ -51,11 +51,13 @@ def reword(
 
 # %% ../../nbs/30c_sms.asked.ipynb #b8e64e6c
 def row_wordings(
-    rows: dict,  # sample_id -> row of the cohort, opened: with question, variant, and strategy or asked where the card has them
-) -> tuple[
-    dict, list
-]:  # (sample_id of variant 0 -> list of (`Variant`, sample_id of the row that brings the words), sample_ids without a variant 0)
-    "The rows of a cohort as wordings of its variant 0; `InputError` where it has no such rows."
+    rows: dict,  # sample_id -> opened row, with question, variant, and strategy or asked if any
+) -> tuple[dict, list]:  # wordings per sample_id of variant 0; sample_ids without a variant 0
+    """Take the rows of a cohort as wordings of its variant 0.
+
+    Wordings are lists of (`Variant`, sample_id of the row that has the words). `InputError` where
+    the cohort has no such rows.
+    """
     if not all(hasattr(r, 'variant') and getattr(r, 'question', '') for r in rows.values()):
         raise InputError(
             "this cohort does not bring wordings as rows: it needs a question per row and a column"

@@ -67,17 +67,10 @@ WITH_TEXT, WITHOUT_TEXT = (
 class AttendSettings(Wordings):
     "What a comparison of attention computes; rewordings are shown in the first arm only."
 
-    arms: tuple[
-        str, ...
-    ] = ()  # arm names, all of which show a film; empty: `WITH_TEXT` or `WITHOUT_TEXT`
-    queries: tuple[str, ...] = (
-        'answer',
-        'asked',
-    )  # see `smsbench.sms.map_store.spelled_query`; the first one is reported
+    arms: tuple[str, ...] = ()  # arms that show a film; empty: `WITH_TEXT` or `WITHOUT_TEXT`
+    queries: tuple[str, ...] = ('answer', 'asked')  # see `spelled_query`; the first is reported
     methods: tuple[str, ...] = ('raw',)  # see `smsbench.vlm.maps.METHODS`
-    layers: str | tuple[int, ...] = (
-        'all'  # of the maps that are measured: all, last_half, last_quarter or numbers
-    )
+    layers: str | tuple[int, ...] = 'all'  # of the maps: all, last_half, last_quarter or numbers
     heads: str | int = 'mean'  # the same: mean, max, entropy or a number
     keep: str = 'rows'  # 'rows': every head; 'pooled': the mean over the heads of each layer
     baseline: bool = True  # ask the same model with random weights about the films with a region
@@ -123,7 +116,10 @@ def attend_plan(
     source,  # its `Source`
     settings: AttendSettings = AttendSettings(),  # what is computed
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # (plan, exclusions)
-    "The frozen trials: the chosen arms and what they are compared with, of all samples or of `limit` of them. `InputError` for a cohort without images."
+    """Freeze the trials of the chosen arms and their baselines.
+
+    `limit` restricts the samples. `InputError` for a cohort without images.
+    """
     if not (cohort.image.fillna('') != '').any():
         raise InputError('no sample of this cohort has an image; maps need films')
     texts = cohort.text.fillna('').str.strip() != ''
@@ -188,7 +184,10 @@ def open_attending(
     settings: AttendSettings = AttendSettings(),  # what is computed
     **how,  # further options of `smsbench.sms.run.open_model`
 ):  # an `HFModel`
-    "Load a model whose attention can be read; `InputError` for one without, and for layers or heads that it does not have."
+    """Load a model whose attention can be read.
+
+    `InputError` for one without, and for layers or heads that it does not have.
+    """
     from smsbench.vlm.attention import layer_kinds
     from smsbench.vlm.composed import vision_modules
 
@@ -231,7 +230,11 @@ def attend_model(
     run: Run,  # run directory
     settings: AttendSettings,  # what is computed
 ) -> pd.DataFrame:  # predictions, in the order of the plan
-    "Ask one model all trials, part by part; what is there is not asked again, and a model that has nothing to do is not loaded. `RunError` above `max_failures`."
+    """Ask one model all trials, part by part.
+
+    Answers that are there are not asked again, and a model with nothing to do is not loaded.
+    `RunError` above `max_failures`.
+    """
     trials, parts, loaded = by_image(plan, source), [], None
     cuts = [trials[i : i + settings.part_size] for i in range(0, len(trials), settings.part_size)]
     bar = progress(None, f'looking at {name}', total=len(trials), unit='trial')
@@ -287,7 +290,7 @@ def attend(
     models,  # one or two (or more) model specs: 'reference-…', folders, Hugging Face ids
     out,  # run directory; a run that stopped goes on here
     settings: AttendSettings = AttendSettings(),  # what is computed
-    regions=None,  # table of regions, see `smsbench.sms.map_tables.Regions`; None: masks or boxes of the cohort
+    regions=None,  # see `smsbench.sms.map_tables.Regions`; None: masks or boxes of the cohort
     root='',  # folder of the images; '' takes the cohort's own
     remote: bool = False,  # whether images may be fetched from other machines
     **how,  # options of `open_model`: device, dtype, revision, quantization, ...
@@ -350,7 +353,11 @@ def attend(
 
 
 def _before_the_first_trial(models, plan, source, marked, settings, how):
-    "The first model, opened. What is wrong with a region, or with a layer, head or method of any model, is said now and leaves no half-made run."
+    """Check everything before the first trial, and return the first model, opened.
+
+    A wrong region, or a wrong layer, head or method of any model, is reported now and leaves no
+    half-made run.
+    """
     marked.check(dict.fromkeys(i for i in plan.image_id if i in source.rows))
     for spec in reversed(models):
         first = None
@@ -405,7 +412,10 @@ def conclude_attention(
     settings: AttendSettings,  # what is computed
     marked,  # `Regions`
 ):
-    "Tables and metrics of a run: looks, profile, pairs, changes, metrics.parquet and delivery.json."
+    """Compute tables and metrics of a run.
+
+    Writes looks, profile, pairs, changes, metrics.parquet and delivery.json.
+    """
     plan, said, store = (
         read_table(run / 'plan.parquet', 'plan'),
         read_predictions(run),

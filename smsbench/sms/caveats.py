@@ -110,7 +110,10 @@ def can_match(
     files,  # `FileAudit`
     column: str,  # an attribute
 ) -> bool:
-    "Is there a level of the attribute that holds samples of two classes, so that donors can be matched on it?"
+    """Can donors be matched on the attribute?
+
+    They can where one of its levels has samples of two classes.
+    """
     counts = files.tables.get('strata')
     if counts is None or not len(counts):
         return False
@@ -247,7 +250,10 @@ def file_caveats(
     imported: bool = False,  # were the answers made elsewhere?
     columns=(),  # columns of the cohort
 ) -> list:  # caveats; the one with a command first
-    "The serious findings of the file audit, and the matched run that tells whether they made the verdict."
+    """List the serious findings of the file audit.
+
+    The first may name a matched run that shows whether they explain the verdict.
+    """
     if files is None:
         return [
             _caveat(
@@ -314,7 +320,7 @@ def training_note(
 
 # %% ../../nbs/34c_sms.caveats.ipynb #cdc9bcf7
 def label_note(
-    verdict: dict,  # a model's verdicts; `label_error` of the image tells what wrong labels would do
+    verdict: dict,  # a model's verdicts; `label_error` of the image: effect of wrong labels
     cohort: dict,  # label_source, as a card states it
 ) -> str:  # '' where the labels do not come from the report
     "A sentence where labels come from the report, or nobody says from where."
@@ -386,9 +392,13 @@ def gather_caveats(
     files,  # `FileAudit`; None where the files were not audited
     info: dict,  # what the predictions' metadata say about the model
     cohort: dict,  # what the run says about its data: manifest, title, access, label_source
-    command: dict,  # config.json of the run (config, loose), plan: attributes of its plan, and columns: those of the cohort; makes the command of the matched run
+    command: dict,  # config.json of the run (config, loose), with plan and columns, see below
 ) -> list:  # dicts of kind, text and command, in the order of `KINDS`
-    "Everything that limits the verdicts of one model."
+    """List everything that limits the verdicts of one model.
+
+    From `command` the command of the matched run is made: plan holds the attributes of the run's
+    plan, columns the columns of its cohort.
+    """
     out = answer_caveats(verdict) + delivery_caveats(verdict, delivery)
     out += file_caveats(files, command, 'imported' in info, command.get('columns', ()))
     notes = dict(

@@ -39,10 +39,12 @@ _VOIDS = (
 # %% ../../nbs/33f_sms.faults.ipynb #f2c106bd
 def rounding_step(
     x: np.ndarray,  # (n, k) logits
-) -> (
-    np.ndarray
-):  # (k,) distance of neighbouring values on the grid they were rounded to; 0 for a constant
-    "The smallest gap among the largest values of each column: floating-point spacing doubles with each power of two, so the largest values have the widest grid."
+) -> np.ndarray:  # (k,) distance of neighbours on the rounding grid; 0 for a constant
+    """Find the smallest gap among the largest values of each column.
+
+    Floating-point spacing doubles with each power of two, so the largest values have the widest
+    grid.
+    """
 
     def step(v):
         u = np.unique(np.abs(v))
@@ -56,9 +58,7 @@ def rounding_step(
 def repeats(
     arm: np.ndarray,  # (n, k) logits of an arm
     base: np.ndarray,  # (n, k) logits of the same samples in the baseline
-) -> (
-    tuple
-):  # (rows that are equal, share of the other rows that moved by at most one rounding step)
+) -> tuple:  # (equal rows, share of the others that moved by at most one rounding step)
     "How many rows an arm leaves unchanged, and what rounding explains."
     same = (arm == base).all(1)
     near = (np.abs(arm - base) <= rounding_step(base)).all(1) & ~same
@@ -70,9 +70,13 @@ def borrowed(
     arm: np.ndarray,  # (m, k) logits of an arm
     own: np.ndarray,  # (m, k) baseline logits of the same samples
     pool: np.ndarray,  # (n, k) all baseline logits
-) -> tuple:  # (mask (m,) of rows equal to another sample's baseline row, share of the other rows that are one step from a baseline row,
-    #  share of `pool` rows that occur twice, row numbers (m,) and (n,) of arm and pool: equal rows share a number)
-    "Which rows are other samples' baseline rows, and what rounding explains."
+) -> tuple:  # (hit, near, twice, row numbers of arm, row numbers of pool)
+    """Find the rows that are other samples' baseline rows, and those that rounding explains.
+
+    hit (m,): rows equal to another sample's baseline row. near: share of the other rows that are
+    one step from a baseline row. twice: share of `pool` rows that occur twice. Row numbers (m,)
+    and (n,): equal rows share a number.
+    """
     from scipy.spatial import cKDTree
 
     _, row = np.unique(
@@ -152,7 +156,10 @@ def _unchanged(arm, a, b):
 
 
 def _others(arm, a, b, pool, labels, pool_labels, no_image):
-    "(rows, evidence) when an arm's rows are baseline rows of other samples more often than baseline rows coincide."
+    """(rows, evidence) where an arm's rows are baseline rows of other samples.
+
+    They must be so more often than baseline rows coincide.
+    """
     hit, near, twice, row, known = borrowed(a, b, pool)
     rows, share = int(hit.sum()), hit.mean()
     if rows < MIN_ROWS or share <= twice + 0.05 or share < NEARLY_ALL and share <= 2 * near:
@@ -365,7 +372,7 @@ def probabilities(
 def pair_shares(
     g: pd.DataFrame,  # rows with the four logit columns
 ) -> dict:  # tokens -> (n,) share in 0..1
-    "Mass of each pair: of all when the file has probabilities, else of the four tokens (an upper bound)."
+    "Mass of each pair: of all where the file has probabilities, else of four tokens (upper bound)."
     p = {t: g[list(pair)].to_numpy() for t, pair in TOKENS.items()}
     if probabilities(g):
         return {t: v.sum(1) for t, v in p.items()}
@@ -476,8 +483,8 @@ def faults(
                         'missing_arm',
                         0,
                         len(g),
-                        f"No {a} row in the"
-                        f" file{'; without the baseline nothing can be compared' if a == 'No' else ''}.",
+                        f"No {a} row in the file"
+                        f"{'; without the baseline nothing can be compared' if a == 'No' else ''}.",
                     )
                 )
         out += delivery_faults(arms, where) + answer_faults(arms, where) + token_faults(arms, where)
@@ -489,7 +496,10 @@ def faults(
 def void_arms(
     found: list,  # faults
 ) -> dict:  # (model, dataset, arm) -> why it is void
-    "Arms that may not be read as what they are called: at least `VOID_SHARE` of their rows show a fault of delivery."
+    """Find arms that may not be read as named.
+
+    At least `VOID_SHARE` of their rows show a fault of delivery.
+    """
     never = {
         'Image': 'image never changed',
         'Text': 'text never changed',

@@ -58,8 +58,12 @@ from ..stats import holm, mcnemar_clustered
 def answer_table(
     plan: pd.DataFrame,  # the plan, with `tasks` in its metadata
     predictions: pd.DataFrame,  # answers of one or more models
-) -> pd.DataFrame:  # plan columns, then donor, 'same COLUMN' per stratum (does the donor agree?), model, tried, parsed, said, correct, margin, p, answer_mass, probs
-    "Plan and answers joined, with what every metric is made of."
+) -> pd.DataFrame:  # one row per trial and model, with the columns below
+    """Join plan and answers, with the columns from which metrics are computed.
+
+    Columns: those of the plan, donor, 'same COLUMN' per stratum (does the donor agree?), model,
+    tried, parsed, said, correct, margin, p, answer_mass, probs.
+    """
     unknown = set(predictions.trial_id) - set(plan.trial_id)
     if unknown:
         raise InputError(f'{len(unknown)} predictions belong to no trial of this plan')
@@ -105,7 +109,7 @@ def _every_trial(plan, predictions):
 
 
 def _scores(logprobs, choices, labels):
-    "(margin of the label (n,), probabilities (n, choices)), NaN where there are no log-probabilities."
+    "(margin of the label (n,), probabilities (n, choices)); NaN without log-probabilities."
     k, n = len(choices), len(labels)
     known = np.array([x is not None and np.ndim(x) == 1 and len(x) == k for x in logprobs])
     margin, probs = np.full(n, np.nan), np.full((n, k), np.nan)
@@ -153,9 +157,7 @@ class Term:
     minus: 'Term | None' = None  # what is taken off, over the same samples
     also: tuple = ()  # further terms, averaged with this one
     lends: str = ''  # the arm whose donors take part, where it is not `arm`
-    share: bool | None = (
-        None  # bound it like a share? None: where every row lies at an end of its range
-    )
+    share: bool | None = None  # bound it like a share? None: if all rows lie at ends of the range
 
     @property
     def value(self) -> float:
@@ -180,7 +182,10 @@ _EMPTY = dict(
 
 
 class Cells:
-    "One model's answers as arrays over samples (times draws): `cells(arm, column)`, 0 (or NaN for floats) where an arm lacks the sample."
+    """One model's answers as arrays over samples (times draws): `cells(arm, column)`.
+
+    0 (or NaN for floats) where an arm lacks the sample.
+    """
 
     def __init__(
         self,
@@ -205,7 +210,10 @@ class Cells:
         arm: str,  # arm name
         column: str,  # column of `answer_table`
     ) -> np.ndarray:  # (n,)
-        "A column of an arm, laid out over samples and draws; an arm that is not drawn several times stands in every draw."
+        """A column of an arm, over samples and draws.
+
+        An arm that is not drawn several times is repeated in every draw.
+        """
         if (arm, column) not in self._kept:
             self._kept[arm, column] = self._laid_out(arm, column)
         return self._kept[arm, column]
@@ -224,9 +232,7 @@ class Cells:
     def weight(
         self,
         arm: str,  # arm name
-    ) -> (
-        np.ndarray
-    ):  # (n,) share of its sample that each row stands for; 0 where the plan has no trial
+    ) -> np.ndarray:  # (n,) share of its sample that a row represents; 0 without a trial
         "The trials of an arm in the plan, answered or not, averaged within the sample."
         planned = np.zeros(self.n)
         if arm not in self._at:
@@ -362,7 +368,10 @@ def _if_missing_stay(cells, arm):
 
 
 def _accuracy_change(cells, arm):
-    "Accuracy less that of the arm compared with, on the same samples; an answer that cannot be read is not right."
+    """Accuracy less that of the arm compared with, on the same samples.
+
+    An answer that cannot be read is not right.
+    """
     versus = ARMS[arm].versus
     on = cells.weight(arm) * cells.has(versus)
 
@@ -432,7 +441,10 @@ def movement(
     arm: str,  # one arm
     versus: str,  # another
 ) -> np.ndarray:  # (n,) in 0..1, 0 where `versus` has no answer
-    "How far each answer moved: 1 for a flip or an answer that is missing now, else the total variation."
+    """Measure how far each answer moved.
+
+    1 for a flip or an answer that is missing now, else the total variation.
+    """
     return np.fmax(flipped(cells, arm, versus).astype(float), total_variation(cells, arm, versus))
 
 
@@ -477,9 +489,7 @@ def _again_whole(cells, weight):
 # %% ../../nbs/33_sms.metrics.ipynb #34f8f99d
 def following_terms(
     cells: Cells,  # one model's answers
-) -> list[
-    Term
-]:  # text_following per arm and over both modalities, its chance level, donor_following
+) -> list[Term]:  # text_following per arm and over both, its chance level, donor_following
     "With whom does the answer side?"
     found = {arm: _sides_with_text(cells, arm) for arm in cells.arms}
     found = {arm: t for arm, t in found.items() if t.den.any()}
@@ -522,7 +532,10 @@ def _apart(cells, arm):
 def chance_rows(
     cells: Cells,  # one model's answers
 ) -> list[dict]:  # metrics rows: text_following_chance per arm and over both modalities
-    "How often an answer would side with the text if it sided with neither: each answer as often as it is given."
+    """Chance that an answer sides with the text if it sides with neither.
+
+    Each answer is taken as often as it is given.
+    """
     levels = {}
     for arm in cells.arms:
         apart = _apart(cells, arm)
@@ -583,7 +596,7 @@ def across_terms(
 
 
 def _contrast(cells, name, one, two):
-    "Flips under one arm less flips under another, each against its own baseline, on the same samples."
+    "Flips under one arm less flips under another, each from its baseline, on the same samples."
     answered = cells(ARMS[one].versus, 'parsed') & cells(ARMS[two].versus, 'parsed')
 
     def part(arm, other):
@@ -781,7 +794,11 @@ def _ece_row(cells, arm, w, level, seed):
 
 
 def _stated(cells, arm):
-    "(probability, did it happen?): of the first of two choices, of the given answer where there are more (Guo et al. 2017)."
+    """(probability, did it happen?) for calibration.
+
+    It is that of the first of two choices, and of the given answer where there are more
+    (Guo et al. 2017).
+    """
     if _binary(cells):
         return cells(arm, 'p'), (cells.samples.label == cells.samples['first']).to_numpy()
     return cells.probabilities(arm).max(1), cells(arm, 'correct')
@@ -873,7 +890,10 @@ def compare_models(
     minimum: int = 10,  # samples below which a number is suppressed
     **_,  # n_boot, seed: what callers that resample pass along
 ) -> list[dict]:  # metrics rows: accuracy_difference per pair and arm, Holm's p in the note
-    "Paired differences in accuracy between models, arm by arm; an answer that cannot be read is not right."
+    """Paired differences in accuracy between models, arm by arm.
+
+    An answer that cannot be read is not right.
+    """
     by_model, out, ps = dict(list(rows.groupby('model', sort=True))), [], []
     for a, b in combinations(by_model, 2):
         shared = set(by_model[a].trial_id) & set(by_model[b].trial_id)
@@ -951,9 +971,8 @@ def metrics_table(
     table = table.fillna(dict(n_donors=0, n_effective=table.n_clusters)).astype(
         dict(n_donors=int, n_effective=float)
     )
-    if (
-        about.get('access') == 'credentialed'
-    ):  # few patients stay few, however many questions each is asked; n is 0 where it may not be told
+    # few patients stay few, however many questions each is asked; n is 0 where it is not shown
+    if about.get('access') == 'credentialed':
         few = table.n_clusters < minimum
         table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan
         table.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
@@ -976,7 +995,10 @@ def measure(
     minimum: int = 10,  # samples below which a number is suppressed
     pooled: bool = False,  # also the AUROC over all findings pooled
 ) -> pd.DataFrame:  # metrics table
-    "Every metric per model, arm and subgroup, with an interval over the patients who are asked and who lend."
+    """Compute every metric per model, arm and subgroup.
+
+    Intervals are over the patients who are asked and those who are donors.
+    """
     rows, out = answer_table(plan, predictions), []
     how = dict(level=level, minimum=minimum)
     for model, mine in rows.groupby('model', sort=True):

@@ -158,7 +158,10 @@ _NEGATED = re.compile(
     r" out|excluded|lacks?|never|neither|nor)\b|n't\b",
     re.I,
 )
-_SEEN = r'(?:present|seen|visible|visuali[sz]ed|evident|noted|identified|demonstrated|shown|found|apparent)'
+_SEEN = (
+    r'(?:present|seen|visible|visuali[sz]ed|evident|noted|identified|demonstrated|shown|found'
+    r'|apparent)'
+)
 _PLACE = re.compile(
     r' (?:in|on|at|within|near|inside|along|across|around|over|under|behind)'
     r' (?:the|this|that|these|those|both|either|each) .+$',
@@ -196,7 +199,8 @@ def many(
     head = re.split(r' (?:of|due to|in|on) ', name.lower())[0]
     return bool(
         re.search(
-            r'(?<!ss)(?<!is)(?<!us)(?<!os)(?<=s)$|(sulci|gyri|hila|ganglia|bronchi|vertebrae|fossae|calculi|apices)$',
+            r'(?<!ss)(?<!is)(?<!us)(?<!os)(?<=s)$|(sulci|gyri|hila|ganglia|bronchi|vertebrae|fossae'
+            r'|calculi|apices)$',
             head,
         )
     ) and not re.search(r'(pancreas|ascites|pons|lens|diabetes|series)$', head)
@@ -253,7 +257,8 @@ def _exists(g):
     if not place and (m := _PLACE.search(thing)):
         thing, place = thing[: m.start()], m[0]
     simple = re.fullmatch(r"[\w'/-]+( [\w'/-]+){0,6}", thing) and not re.search(
-        r'\b(and|or|that|which|who|than|are|is|there|you|both|these|any\w+|some\w+|wrong|least|more|other)\b|^(the|this|that|it)\b',
+        r'\b(and|or|that|which|who|than|are|is|there|you|both|these|any\w+|some\w+|wrong|least'
+        r'|more|other)\b|^(the|this|that|it)\b',
         thing,
         re.I,
     )
@@ -419,7 +424,10 @@ def paraphrases(
     n: int | None = None,  # rewordings beside the original, at most; None: all that the rules give
     strategies=tuple(STRATEGIES),  # which strategies; a subset of `STRATEGIES`
 ) -> list[Variant]:  # variant 0 is the question as it stands
-    "The question and its rewordings; `InputError` for an unknown strategy, an empty question, or a negative n."
+    """List the question and its rewordings.
+
+    `InputError` for an unknown strategy, an empty question, or a negative n.
+    """
     if unknown := [s for s in strategies if s not in STRATEGIES]:
         raise InputError(
             f"unknown strategy {', '.join(unknown)}; choose from {', '.join(STRATEGIES)}"

@@ -73,8 +73,12 @@ def published_shapes(
 def published_ece(
     p: np.ndarray,  # (n,) P(yes) in 0..1
     pos: np.ndarray,  # (n,) bool, truth is yes
-) -> float:  # NaN where the published code fails: a value on a bin edge makes its two kinds of bins disagree in number
-    "Calibration error as published: frequencies from right-closed bins, weights from left-closed ones."
+) -> float:  # NaN where the published code fails
+    """Calibration error as published.
+
+    Frequencies are from right-closed bins, weights from left-closed ones. A value on a bin edge
+    makes the two disagree in number, and the published code fails.
+    """
     if not len(p):
         return np.nan
     edges = np.linspace(0, 1, 11)
@@ -101,9 +105,7 @@ def softmax_yes(
 # %% ../../nbs/34_sms.published.ipynb #c6926502
 def as_published(
     rows: pd.DataFrame,  # rows of one file, from `read_results`
-) -> (
-    pd.DataFrame
-):  # arm, metric, tokens, as_published, n_published; every arm of `ARMS`, also those the file lacks
+) -> pd.DataFrame:  # arm, metric, tokens, as_published, n_published; a row for every arm
     "Every figure of a file as the published code computes it."
     out = []
     for tokens in ('', *TOKENS):
@@ -147,7 +149,11 @@ def as_published(
 
 # %% ../../nbs/34_sms.published.ipynb #eb807180
 class Sheet:
-    "One file on a grid of samples x arms. `yes[source][arm]` (n,) is 1, 0, 1/2 or NaN; `use[source][arm]` (n,) marks the samples that count; source is '', 'lower' or 'upper'."
+    """One file on a grid of samples x arms.
+
+    `yes[source][arm]` (n,) is 1, 0, 1/2 or NaN; `use[source][arm]` (n,) marks the samples that
+    count; source is '', 'lower' or 'upper'.
+    """
 
     def __init__(
         self,
@@ -306,8 +312,11 @@ def corrected(
     found: list = (),  # its faults, from `sms.faults.faults`; void arms get no figure
     n_boot: int = 2000,  # resamples
     seed: int = 0,  # any integer
-) -> pd.DataFrame:  # arm, metric, tokens, as_published, corrected, ci_low, ci_high, n, note; arms the file lacks included
-    "Published figures of a file with the recomputed ones beside them."
+) -> pd.DataFrame:  # a row per arm, metric and tokens; missing arms included
+    """Recompute the published figures of a file.
+
+    Columns: arm, metric, tokens, as_published, corrected, ci_low, ci_high, n, note.
+    """
     sheet, where = Sheet(by_arm(rows)), (rows.model.iloc[0], rows.dataset.iloc[0])
     void = {k[2]: v for k, v in void_arms(found).items() if k[:2] == where}
     part = {
@@ -386,9 +395,7 @@ def _absent(sheet, arm):
 # %% ../../nbs/34_sms.published.ipynb #260ba974
 def fault_summary(
     found: list,  # faults
-) -> (
-    pd.DataFrame
-):  # one row per code and dataset: code, dataset, arms, models, rows, checked, example
+) -> pd.DataFrame:  # a row per code and dataset; arms, models, rows, checked, example
     "Faults of the same kind in one row, most telling first; the example is the one with most rows."
     order = {
         c: i
@@ -440,7 +447,10 @@ def fault_summary(
 
 # %% ../../nbs/34_sms.published.ipynb #803b48f2
 def _changed_most(table):
-    "A sentence about the accuracy that reading the answers properly changes most; none where nothing can be compared."
+    """Write a sentence on the accuracy that reading the answers properly changes most.
+
+    No sentence where nothing can be compared.
+    """
     t = table[(table.metric == 'accuracy') & table.corrected.notna() & table.as_published.notna()]
     if t.empty:
         return []
@@ -453,7 +463,7 @@ def _changed_most(table):
 
 
 def _rests_on_few(table):
-    "A sentence about accuracies that rest on fewer than half of the answers; none where there are none."
+    "Write a sentence on accuracies that rest on fewer than half of the answers, if there are any."
     t = table[(table.metric == 'accuracy') & table.corrected.notna()]
     t = t.assign(
         whole=t.note.str.extract(r'^on [\d,]+ of ([\d,]+) answers')[0]

@@ -151,7 +151,7 @@ def robust_label(
 # %% ../../nbs/33e_sms.results.ipynb #c7170f1c
 def find_results(
     folder,  # results folder: <model>/<dataset>_base_shifted[_unmatched].csv
-    dataset: str = '',  # one dataset, or several separated by commas; '' takes all. A name brings its _unmatched files along
+    dataset: str = '',  # names separated by commas, with their _unmatched files; '' takes all
 ) -> list[tuple]:  # (model, dataset, path); plain files before _unmatched ones
     "Result files in the official layout; `InputError` when there are none."
     folder = Path(folder)
@@ -182,7 +182,7 @@ def find_results(
 
 # %% ../../nbs/33e_sms.results.ipynb #2cd1785d
 def _load(path):
-    "The file's cells as text; `InputError` with one line when it is no comma-separated result table."
+    "Read the cells as text; `InputError` in one line where it is no comma-separated result table."
     try:
         df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
     except pd.errors.EmptyDataError:
@@ -413,8 +413,13 @@ def read_file(
 def read_results(
     folder,  # results folder in the official layout
     dataset: str = '',  # as in `find_results`
-) -> pd.DataFrame:  # model, dataset, sample_id, patient_id, arm, truth, prediction, four logits, published and robust answer, status, copy; faults in .attrs['faults']
-    "All result files as one long table; a file that cannot be read becomes a fault `unreadable_file`, and `InputError` when none can."
+) -> pd.DataFrame:  # one row per answer; faults in .attrs['faults']
+    """Read all result files as one long table.
+
+    Columns: model, dataset, sample_id, patient_id, arm, truth, prediction, four logits,
+    published and robust answer, status, copy. A file that cannot be read becomes a fault
+    `unreadable_file`; `InputError` where none can be read.
+    """
     tables, faults = [], []
     for model, name, path in find_results(folder, dataset):
         try:
@@ -489,7 +494,10 @@ def example_table(
 
 
 def _example_arm(arm, i, t, image, text, truth):
-    "Rows of one arm, when image `i` and text `t` are delivered; the wobble stands for everything else that an image or a text changes."
+    """Rows of one arm, when image `i` and text `t` are delivered.
+
+    The wobble stands for all other effects of an image or a text.
+    """
     wobble = np.sin(np.outer(7.1 * image[i] + 13.7 * text[t], [1, 1.3, 1.7, 2.1])) * 0.2
     margin = 0.5 * image[i] + text[t]
     logits = (

@@ -146,7 +146,10 @@ def conclude(
     run: Run,  # run directory with plan and predictions
     settings: AuditSettings,
 ) -> dict:  # the verdicts
-    "Delivery proof, metrics and verdicts of a run; writes delivery.json, metrics.parquet and verdicts.json."
+    """Prove the delivery and compute metrics and verdicts of a run.
+
+    Writes delivery.json, metrics.parquet and verdicts.json.
+    """
     plan, predictions = read_table(run / 'plan.parquet', 'plan'), read_predictions(run)
     delivery = prove_delivery(plan, predictions)
     write_json(delivery, run / 'delivery.json')
@@ -271,7 +274,7 @@ def run_audit(
     exclusions: pd.DataFrame = None,  # what the manifest left out
     files: pd.DataFrame = None,  # measures of the image files, from `scan_files`; None makes them
     remote: bool = False,  # whether images may be fetched from other machines
-    registration='',  # file of a registration that the run must keep to; True registers before the first answer
+    registration='',  # binding registration file; True registers before the first answer
     **how,  # options of `open_model`: device, dtype, batch_size, level, ...
 ) -> Run:  # the run directory, with everything but the report in it
     "cohort → audit of its files → plan → predictions → delivery proof → metrics → verdicts."
@@ -337,7 +340,10 @@ def run_audit(
 
 
 def _write_environment(run, plan, about, device=''):
-    "What the run was made with; a resumed run that loads no model leaves the record of the one that did."
+    """Record the environment of the run.
+
+    A resumed run that loads no model keeps the record of the run that did.
+    """
     made = environment(
         device,
         manifest=about['manifest_hash'],

@@ -139,7 +139,10 @@ def select_arms(
 
 # %% ../../nbs/31_sms.shifts.ipynb #b31bc801
 def _pop_fitting(heaps, fits):
-    "The least used donor over `heaps` that fits; what was tried goes back, the chosen one with one use more."
+    """Take the least used donor from `heaps` that fits.
+
+    The others that were tried go back as they were, the chosen one with one more use.
+    """
     tried, chosen = [], None
     while chosen is None and any(heaps):
         heap = min((h for h in heaps if h), key=lambda h: h[0])
@@ -182,7 +185,7 @@ def draw_several(
     seed: int = 0,  # which draw
     match=(),  # columns in which donor and sample must agree
 ) -> list[dict[str, str]]:  # k times sample_id -> donor's sample_id, '' where no further one fits
-    "Draw k different donors per sample, balanced over donors; the first are those of `draw_donors`."
+    "Draw k donors per sample, balanced over donors; the first are those of `draw_donors`."
     named = cohort.assign(image_sha=image_names(cohort))
     rows = {r.sample_id: r for r in named.itertuples(index=False)}
     role = 'same' if same_class else 'other'
@@ -247,7 +250,10 @@ def nearest_donors(
     match=(),  # columns in which donor and sample must agree
     same_class: bool = False,  # nearest of the sample's own class instead?
 ) -> dict[str, str]:  # sample_id -> sample_id of the nearest fitting image, '' where none fits
-    "For each sample the nearest picture of another class (or the same) and another patient; ties go to the smaller id."
+    """Find each sample's nearest picture of another class (or the same) and another patient.
+
+    Ties go to the smaller id.
+    """
     table = (
         cohort.assign(image_sha=image_names(cohort))
         .reset_index(drop=True)
@@ -448,7 +454,10 @@ def enough_donors(
 
 
 def _modalities(arms):
-    "How many of image and text are asked about: that many verdicts share an error rate, if there is one model."
+    """Count the modalities (image, text) that are asked about.
+
+    With one model, that many verdicts share an error rate.
+    """
     return max(len({'image_swap', 'text_swap'} & set(arms)), 1)
 
 
@@ -477,16 +486,18 @@ def make_plan(
     seed: int = 0,  # which draw of donors
     match=(),  # columns in which donor and sample must agree
     variants=('plain',),  # prompt variants, see `smsbench.sms.prompts.VARIANTS`
-    read_image=None,  # function sample_id -> (H,W) or (H,W,3) uint8; needed by hard_swap and the region arms
-    paraphrases=0,  # rewordings of every question: how many, or a table, or 'cohort', see `smsbench.sms.asked`
+    read_image=None,  # sample_id -> (H,W) or (H,W,3) uint8; for hard_swap and the region arms
+    paraphrases=0,  # rewordings: a number, a table, or 'cohort', see `smsbench.sms.asked`
     probes=(),  # keys of `PROBES`
-    opened: (
-        dict | None
-    ) = None,  # sample_id -> row with its text and question, where `cohort` is sealed
-    donors=1,  # donors per sample in the arms that verdicts rest on: a number, or 'auto', see `enough_donors`
+    opened: dict | None = None,  # sample_id -> row with text and question, for a sealed `cohort`
+    donors=1,  # donors per sample in arms with verdicts: a number, or 'auto' (`enough_donors`)
     margin: float = 0.05,  # smallest movement that matters, for 'auto'
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # (plan, exclusions: sample_id, stage, arm, reason)
-    "Freeze the trials. `InputError` for an unknown arm, probe, column or variant, and where no sample can be shown as `original`."
+    """Freeze the trials.
+
+    `InputError` for an unknown arm, probe, column or variant, and where no sample can be shown as
+    `original`.
+    """
     cohort = (
         validate(cohort, 'cohort').sort_values('sample_id', kind='stable').reset_index(drop=True)
     )
@@ -556,7 +567,10 @@ def make_plan(
 
 
 def _has_baseline(plan, asked):
-    "Is there something to compare with: `original`, or `image_only` where nothing that was asked for shows a text?"
+    """Is there a baseline: `original`, or `image_only`?
+
+    `image_only` is one where none of the arms that were asked for shows a text.
+    """
     return 'original' in set(plan.arm) or (
         'image_only' in set(plan.arm) and all(ARMS[a].text == 'none' for a in asked) and bool(asked)
     )
@@ -633,7 +647,10 @@ def attainable(
     plan: pd.DataFrame,  # a plan
     margin: float = 0.05,  # smallest movement that matters
 ) -> pd.DataFrame:  # finding, label, samples, patients, donors, effective_donors, verdicts
-    "Donors and attainable verdicts over all ('all', 'all'), per finding, and per finding and class, for one model in the family."
+    """Count donors and attainable verdicts, for one model in the family.
+
+    Rows: over all ('all', 'all'), per finding, and per finding and class.
+    """
     patient = (
         plan[plan.arm == 'original'].drop_duplicates('sample_id').set_index('sample_id').patient_id
     )
@@ -665,7 +682,10 @@ def attainable_lines(
     plan: pd.DataFrame,  # a plan
     margin: float = 0.05,  # smallest movement that matters
 ) -> list[str]:  # nothing where the plan has no swaps
-    "What can be shown with this plan, in words: per finding, and a warning where a verdict is out of reach."
+    """Say in words what can be shown with this plan, per finding.
+
+    A verdict that is out of reach gets a warning.
+    """
     table = attainable(plan, margin)
     if not table.samples[0] or not table.effective_donors[0]:
         return []
@@ -680,7 +700,10 @@ def attainable_lines(
 
 
 def _donor_row(finding, label, swaps, margin, members):
-    "One row: the arm with the fewest effective patients decides, at the strictest error rate of Holm's steps."
+    """Make one row of `attainable`.
+
+    The arm with the fewest effective patients decides, at the strictest error rate of Holm's steps.
+    """
     arms = [_effective(g) for _, g in swaps.groupby('arm')]
     effective = min(arms) if arms else 0.0
     patients, absence = swaps.patient_id.nunique(), patients_for_absence(margin, 0.05 / members)

@@ -219,8 +219,8 @@ _IS = re.compile(r'\s*(?:\([^)]*\)\s*)?(?:is|are)\b')
 _IS_THERE = re.compile(
     r'\s*(?:is|are) (?:\w+'
     r' ){0,2}?(?:present|seen|visible|visuali[sz]ed|noted|evident|apparent|found'
-    r'|identified|detected|observed|demonstrated|shown|confirmed|likely|suggested|indicated|there|in'
-    r'|on|at|mild|moderate|severe|small|large|bilateral|stable|unchanged)\b'
+    r'|identified|detected|observed|demonstrated|shown|confirmed|likely|suggested|indicated'
+    r'|there|in|on|at|mild|moderate|severe|small|large|bilateral|stable|unchanged)\b'
 )
 
 

@@ -67,7 +67,10 @@ def label_error(
     margin: float,  # smallest movement that matters
     strict: float = 1.0,  # by how much the stated error rates are divided
 ) -> list[dict]:  # error, value, ci_low, ci_high, verdict
-    "The verdict on the image if a share of the labels were wrong (two balanced classes, error independent of the image)."
+    """Repeat the verdict on the image as if a share of the labels were wrong.
+
+    Assumes two balanced classes and errors independent of the image.
+    """
     out = []
     for error in LABEL_ERRORS:
         grow = 1 / (1 - 2 * error) ** 2
@@ -98,7 +101,10 @@ def firmness(
     strata=(),  # recorded strata
     matched=(),  # strata in which the plan matched already
 ) -> dict:  # draws and matched: lists of verdicts with their excess
-    "The same verdict from each draw of donors, and from donors that agree in a stratum; each at its own error rate."
+    """Repeat a verdict for each draw of donors, and for donors that agree in a stratum.
+
+    Each has its own error rate.
+    """
     draw = np.arange(cells.n) % cells.k
     draws = [
         dict(draw=d, **_alone(cells, modality, margin, lambda arm, d=d: draw == d))
@@ -258,8 +264,11 @@ def give_verdicts(
     seed: int = 0,  # not used any more
     family: str = 'run',  # over which verdicts the error rates hold, see `FAMILIES`
     margin_reason: str = '',  # why the margin is what it is
-) -> dict:  # {'models': {name: {relies_on_image, relies_on_text, answers, findings, subgroups, ...}}, 'family', 'margin'}
-    "A verdict per model and modality, over all, per finding and per subgroup."
+) -> dict:  # 'models' (name -> record), 'margin', 'margin_reason', 'family'
+    """Give a verdict per model and modality, over all, per finding and per subgroup.
+
+    Keys of a record: relies_on_image, relies_on_text, answers, findings, subgroups, ...
+    """
     if not 0 < margin < 1:
         raise InputError(f'margin {margin}: must lie between 0 and 1')
     if family not in FAMILIES:
@@ -321,7 +330,10 @@ DEFAULT_MARGIN = (  # where the user gives no reason
 
 
 def _silences(parts, margin):
-    "Whether a model answers, over all and per finding; where it answers nothing, it answers no finding."
+    """Decide whether a model answers, over all and per finding.
+
+    Where it answers nothing, it answers no finding.
+    """
     whole = _silence(parts['all', 'all'], margin)
     each = {k: _silence(p, margin) for k, p in parts.items() if k[0] == 'finding'}
     return {k: whole if whole['reasons'] else v for k, v in each.items()} | {('all', 'all'): whole}
