@@ -122,13 +122,7 @@ def attend_plan(
     """
     if not (cohort.image.fillna('') != '').any():
         raise InputError('no sample of this cohort has an image; maps need films')
-    texts = cohort.text.fillna('').str.strip() != ''
-    arms = settings.arms or (WITH_TEXT if texts.any() else WITHOUT_TEXT)
-    if unknown := [a for a in arms if a not in ARMS]:
-        raise InputError(
-            f"unknown arm {', '.join(unknown)}; choose from"
-            f" {', '.join(n for n, a in ARMS.items() if a.image != 'none')}"
-        )
+    arms = _chosen_arms(cohort, settings)
     wanted = [n for n in ARMS if n in {*arms, *(ARMS[a].versus for a in arms)}]
     told = cohort.assign(image=cohort.image.fillna(''))[cohort.image.fillna('') != '']
     if all(ARMS[a].text == 'none' for a in arms):  # no report is shown, so none is needed
@@ -162,6 +156,18 @@ def attend_plan(
         excluded.arm.isin(wanted)
         & excluded.sample_id.isin({*few, *(set(cohort.sample_id) - set(plan.sample_id))})
     ].reset_index(drop=True)
+
+
+def _chosen_arms(cohort, settings):
+    "The arms that were asked for, or those that suit the cohort; `InputError` for unknown ones."
+    texts = cohort.text.fillna('').str.strip() != ''
+    arms = settings.arms or (WITH_TEXT if texts.any() else WITHOUT_TEXT)
+    if unknown := [a for a in arms if a not in ARMS]:
+        raise InputError(
+            f"unknown arm {', '.join(unknown)}; choose from"
+            f" {', '.join(n for n, a in ARMS.items() if a.image != 'none')}"
+        )
+    return arms
 
 
 # %% ../../nbs/36c_sms.attend.ipynb #57b1548a
@@ -296,16 +302,7 @@ def attend(
     **how,  # options of `open_model`: device, dtype, revision, quantization, ...
 ) -> Run:  # the run directory, with everything but the report in it
     "cohort → plan → answers and rows of attention → tables → metrics."
-    names = [model_name(m) for m in models]
-    if len(set(names)) < len(names) or not names:
-        raise InputError(f'models {names}: at least one, each with a name of its own')
-    if settings.baseline and how.get('quantization'):
-        raise InputError(
-            'quantization: the weights of a quantised model cannot be put in random order; add'
-            ' --no-baseline (baseline=False)'
-        )
-    if not (Path(out) / 'config.json').exists():
-        [check_attending(m, **how) for m in models]  # a typing error leaves nothing behind
+    names = _checked_names(models, settings, out, how)
     exclusions = cohort.exclusions if isinstance(cohort, Built) else None
     run, held = Run(out), hold(cohort, root)
     cohort, source = held.cohort, Source(held, root, remote=remote)
@@ -336,12 +333,7 @@ def attend(
     _keep_cohort(run, cohort, exclusions)
     if regions is not None and about['access'] == 'open':
         write_table(regions, run / 'regions.parquet')
-    run.log(
-        f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
-        f" {shown(plan.sample_id.nunique(), about['access'])} samples,"
-        f" {shown(plan.patient_id.nunique(), about['access'])} patients, arms"
-        f" {', '.join(plan.attrs['arms'])}"
-    )
+    run.log(_plan_line(plan, about['access']))
     for spec in models:
         _one_model(
             spec, plan, source, run, settings, marked, how, first if spec == models[0] else None
@@ -350,6 +342,31 @@ def attend(
     _write_environment(run, plan, about, how.get('device', ''))
     conclude_attention(run, settings, marked)
     return run
+
+
+def _checked_names(models, settings, out, how):
+    "Names of the models; `InputError` for a request that cannot be met."
+    names = [model_name(m) for m in models]
+    if len(set(names)) < len(names) or not names:
+        raise InputError(f'models {names}: at least one, each with a name of its own')
+    if settings.baseline and how.get('quantization'):
+        raise InputError(
+            'quantization: the weights of a quantised model cannot be put in random order; add'
+            ' --no-baseline (baseline=False)'
+        )
+    if not (Path(out) / 'config.json').exists():
+        [check_attending(m, **how) for m in models]  # a typing error leaves nothing behind
+    return names
+
+
+def _plan_line(plan, access):
+    "A line for the log on the size of a plan."
+    return (
+        f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
+        f" {shown(plan.sample_id.nunique(), access)} samples,"
+        f" {shown(plan.patient_id.nunique(), access)} patients, arms"
+        f" {', '.join(plan.attrs['arms'])}"
+    )
 
 
 def _before_the_first_trial(models, plan, source, marked, settings, how):
@@ -426,11 +443,7 @@ def conclude_attention(
     delivery = prove_delivery(plan, own)
     write_json(delivery, run / 'delivery.json')
     boot = dict(n_boot=settings.n_boot, seed=settings.seed, minimum=settings.minimum)
-    measured, worded = measure(plan, own, **boot), measure_wordings(plan, own, **boot)
-    if len(worded):
-        about = measured.attrs
-        measured = pd.concat([measured, worded], ignore_index=True)
-        measured.attrs = about
+    measured = _measured(plan, own, boot)
     shown_as = dict(layers=settings.layers, heads=settings.heads)
     looks, profile = look_table(
         plan,
@@ -440,15 +453,7 @@ def conclude_attention(
         **shown_as,
         methods=settings.methods,
     )
-    pairs = pd.concat(
-        [
-            pair_table(plan, store, (a, b), **shown_as)
-            for i, a in enumerate(models)
-            for b in models[i + 1 :]
-        ]
-        or [pd.DataFrame()],
-        ignore_index=True,
-    )
+    pairs = _all_pairs(plan, store, models, shown_as)
     changes = change_table(plan, store, answer_table(plan, own), models, **shown_as)
     full = with_baselines(looks, profile, settings.seed)
     for name, t in dict(looks=full, profile=profile, pairs=pairs, changes=changes).items():
@@ -457,6 +462,27 @@ def conclude_attention(
     write_table(mark_void(metrics, delivery), run / 'metrics.parquet', 'metrics')
     for line in void_lines(delivery):
         run.log(line)
+
+
+def _measured(plan, own, boot):
+    "Metrics of the answers, those of the rewordings included."
+    measured, worded = measure(plan, own, **boot), measure_wordings(plan, own, **boot)
+    if not len(worded):
+        return measured
+    about = measured.attrs
+    measured = pd.concat([measured, worded], ignore_index=True)
+    measured.attrs = about
+    return measured
+
+
+def _all_pairs(plan, store, models, shown_as):
+    "The `pair_table` of every two models, in one table."
+    tables = [
+        pair_table(plan, store, (a, b), **shown_as)
+        for i, a in enumerate(models)
+        for b in models[i + 1 :]
+    ]
+    return pd.concat(tables or [pd.DataFrame()], ignore_index=True)
 
 
 # %% ../../nbs/36c_sms.attend.ipynb #fe902f3b

@@ -173,17 +173,8 @@ def matched_command(
     options = _options(asked, _VALUES, _LISTS)
     if imported:
         return shlex.join(
-            [
-                'smsbench',
-                'plan',
-                'RUN/cohort.parquet',
-                '--root',
-                'DATA',
-                *match,
-                *options,
-                '--out',
-                'RUN-matched/plan.parquet',
-            ]
+            ['smsbench', 'plan', 'RUN/cohort.parquet', '--root', 'DATA', *match, *options]
+            + ['--out', 'RUN-matched/plan.parquet']
         )
     models = [f for m in config.get('models', []) for f in _flag('model', m)]
     loading = [
@@ -194,22 +185,8 @@ def matched_command(
     ]
     remote = ['--trust-remote-code'] * bool(loose.get('trust_remote_code'))
     return shlex.join(
-        [
-            'smsbench',
-            'audit',
-            '--cohort',
-            'RUN/cohort.parquet',
-            '--root',
-            'DATA',
-            *models,
-            *match,
-            *options,
-            *_options(asked, _AUDIT, ()),
-            *loading,
-            *remote,
-            '--out',
-            'RUN-matched',
-        ]
+        ['smsbench', 'audit', '--cohort', 'RUN/cohort.parquet', '--root', 'DATA', *models, *match]
+        + [*options, *_options(asked, _AUDIT, ()), *loading, *remote, '--out', 'RUN-matched']
     )
 
 
@@ -265,31 +242,11 @@ def file_caveats(
     before = {*(asked.get('plan', {}).get('match') or asked.get('config', {}).get('match') or ())}
     matched, rest = {}, []
     for r in files.findings[files.findings.severity == 'serious'].itertuples():
-        attribute = (
-            r.check in _ATTRIBUTES
-            and len(files.tables.get('strata', ()))
-            and (files.tables['strata'].stratum == r.subject).any()
-        )
-        if attribute and r.subject in before:
-            rest.append(f'{r.sentence} Donors were matched on it, so it cannot decide the verdict.')
-        elif attribute and can_match(files, r.subject):
-            matched.setdefault(r.subject, []).append(r.sentence)
-        elif r.check in _ATTRIBUTES and MEASURED.get(r.subject) in {*columns} - before:
-            matched.setdefault(MEASURED[r.subject], []).append(r.sentence)
-        elif (
-            r.check in _ATTRIBUTES and r.subject in MEASURED and MEASURED[r.subject] not in columns
-        ):
-            rest.append(
-                f'{r.sentence} To see whether that made the verdict, give the cohort a column'
-                f' {MEASURED[r.subject]} and match donors on it (--match {MEASURED[r.subject]}).'
-            )
-        elif attribute:
-            rest.append(
-                f'{r.sentence} Donors cannot be matched on it: none of its values occurs in two'
-                ' classes.'
-            )
+        column, sentence = _remedy(r, files, before, columns)
+        if column is None:
+            rest.append(sentence)
         else:
-            rest.append(r.sentence)
+            matched.setdefault(column, []).append(sentence)
     out = [_caveat('files', f'Serious in the files: {text}') for text in rest]
     if not matched:
         return out
@@ -300,6 +257,34 @@ def file_caveats(
     )
     told += ': make this plan, and have it answered.' if imported else '.'
     return [_caveat('files', told, matched_command(asked, [*matched], imported))] + out
+
+
+def _remedy(r, files, before, columns):
+    "(column to match donors on, or None; sentence) of a serious finding."
+    by_attribute = r.check in _ATTRIBUTES
+    recorded = (
+        by_attribute
+        and len(files.tables.get('strata', ()))
+        and (files.tables['strata'].stratum == r.subject).any()
+    )
+    column = MEASURED.get(r.subject)
+    if recorded and r.subject in before:
+        return None, f'{r.sentence} Donors were matched on it, so it cannot decide the verdict.'
+    if recorded and can_match(files, r.subject):
+        return r.subject, r.sentence
+    if by_attribute and column in {*columns} - before:
+        return column, r.sentence
+    if by_attribute and r.subject in MEASURED and column not in columns:
+        return None, (
+            f'{r.sentence} To see whether that made the verdict, give the cohort a column'
+            f' {column} and match donors on it (--match {column}).'
+        )
+    if recorded:
+        return None, (
+            f'{r.sentence} Donors cannot be matched on it: none of its values occurs in two'
+            ' classes.'
+        )
+    return None, r.sentence
 
 
 # %% ../../nbs/34c_sms.caveats.ipynb #cc50b806

@@ -20,9 +20,7 @@ class Names:
     "What stands for which choice; made by `names_of`."
 
     of: dict = field(default_factory=dict)  # name in lower case -> choice
-    sides: dict = field(
-        default_factory=dict
-    )  # 'yes' and 'no' -> choice, where the choices are sides
+    sides: dict = field(default_factory=dict)  # 'yes', 'no' -> choice, where choices are sides
     finding: str = ''  # the choice that is a finding, if one is its absence
     words: tuple[str, ...] = ()  # names longer than a letter, longest first
     letters: frozenset = frozenset()  # names of one letter, in capitals

@@ -324,57 +324,52 @@ def between_rows(
 
     There is no difference of shares, and no test, where a share is 1 by construction.
     """
-    out, tested, keys = [], [], ['trial_id', 'query', 'method']
-    pairs = pairs[pairs.variant == 'plain'] if len(pairs) else pairs
+    out, tested = [], []
     for a, b in combinations(sorted(set(full.model)), 2):
         across = _cross(full[full.model.isin([a, b])])
-        both = full[full.model == a].merge(
-            full[full.model == b][[*keys, *(c for c in COMPARED if c in full)]],
-            on=keys,
-            suffixes=('', '_b'),
-        )
-        for c in (c for c in COMPARED if c in full):
-            both[c] = both[c] - both[f'{c}_b']
-        for arm, t in both[both.variant == 'plain'].groupby('arm') if len(both) else ():
-            for name, g in _groups(t):
-                rows = [
-                    dict(
-                        r,
-                        metric=r['metric'] + '_difference',
-                        model=f'{a} − {b}',
-                        arm=arm,
-                        subgroup=name,
-                    )
-                    for r in mean_rows(g, COMPARED, dict.fromkeys(COMPARED, (-1, 1)), **boot)
-                ]
-                for r in (r for r in rows if across and r['metric'] == 'share_image_difference'):
-                    r |= dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, note=CROSS)
-                tested += [
-                    (
-                        r,
-                        sign_flip(
-                            g[r['metric'].removesuffix('_difference')],
-                            g.patient_id,
-                            seed=boot.get('seed', 0),
-                        ),
-                    )
-                    for r in rows
-                    if np.isfinite(r['value'])
-                ]
-                out += rows
+        for arm, name, g in _paired(full, a, b):
+            rows = _difference_rows(g, dict(model=f'{a} − {b}', arm=arm, subgroup=name), boot)
+            for r in (r for r in rows if across and r['metric'] == 'share_image_difference'):
+                r |= dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, note=CROSS)
+            tested += [(r, _flip_p(g, r, boot)) for r in rows if np.isfinite(r['value'])]
+            out += rows
     for (r, _), p in zip(tested, holm([p for _, p in tested]) if tested else ()):
         r['note'] = '; '.join(x for x in (f'p (Holm) = {p:.2g}', r['note']) if x)
+    return out + _likeness_rows(pairs, boot)
+
+
+def _paired(full, a, b):
+    "Yield (arm, subgroup, rows) of two models on the same films; the columns are differences."
+    keys, columns = ['trial_id', 'query', 'method'], [c for c in COMPARED if c in full]
+    both = full[full.model == a].merge(
+        full[full.model == b][[*keys, *columns]], on=keys, suffixes=('', '_b')
+    )
+    for c in columns:
+        both[c] = both[c] - both[f'{c}_b']
+    for arm, t in both[both.variant == 'plain'].groupby('arm') if len(both) else ():
+        yield from ((arm, name, g) for name, g in _groups(t))
+
+
+def _difference_rows(g, about, boot):
+    "Metrics rows of the mean differences between two models."
+    found = mean_rows(g, COMPARED, dict.fromkeys(COMPARED, (-1, 1)), **boot)
+    return [dict(r, metric=r['metric'] + '_difference', **about) for r in found]
+
+
+def _flip_p(g, r, boot):
+    "p-value of a difference, by flips of the sign."
+    c = r['metric'].removesuffix('_difference')
+    return sign_flip(g[c], g.patient_id, seed=boot.get('seed', 0))
+
+
+def _likeness_rows(pairs, boot):
+    "Metrics rows on how alike the maps of two models are, for the plain questions."
+    out, bounds = [], dict(js=(0, 1), cosine=(0, 1), ssim=(-1, 1))
+    pairs = pairs[pairs.variant == 'plain'] if len(pairs) else pairs
     for (a, b, arm), t in pairs.groupby(['model_a', 'model_b', 'arm']) if len(pairs) else ():
         for name, g in _groups(t):
-            out += [
-                dict(r, model=f'{a} × {b}', arm=arm, subgroup=name)
-                for r in mean_rows(
-                    g,
-                    ['js', 'cosine', 'ssim'],
-                    dict(js=(0, 1), cosine=(0, 1), ssim=(-1, 1)),
-                    **boot,
-                )
-            ]
+            found = mean_rows(g, [*bounds], bounds, **boot)
+            out += [dict(r, model=f'{a} × {b}', arm=arm, subgroup=name) for r in found]
     return out
 
 

@@ -570,27 +570,28 @@ def change_table(
             p, q = said[model, first], said[model, t.trial_id]
             if not (p.parsed and q.parsed):
                 continue  # an answer that was not read did not flip
-            was = (
-                opposite(p.said) if getattr(t, 'inverted', False) else p.said
-            )  # yes to 'is it absent?' is no to 'is it there?'
-            moved = abs(1 / (1 + np.exp(-p.margin)) - 1 / (1 + np.exp(-q.margin)))
             for name in (q for q in one.queries if q in two.queries):
                 films = [_film(r, name, layers, heads, most) for r in (one, two)]
                 if not any(f is None for f in films):
-                    out.append(
-                        dict(
-                            model=model,
-                            trial_id=t.trial_id,
-                            sample_id=t.sample_id,
-                            patient_id=t.patient_id,
-                            finding=t.finding,
-                            arm=t.arm,
-                            variant=t.variant,
-                            strategy=getattr(t, 'strategy', ''),
-                            query=name,
-                            **likeness(*films),
-                            moved=moved,
-                            flipped=was != q.said,
-                        )
-                    )
+                    out.append(_change(model, t, name, p, q, films))
     return pd.DataFrame(out)
+
+
+def _change(model, t, query, p, q, films):
+    "A row of `change_table`: `p` is the answer to the first trial, `q` that to this one."
+    # yes to 'is it absent?' is no to 'is it there?'
+    was = opposite(p.said) if getattr(t, 'inverted', False) else p.said
+    return dict(
+        model=model,
+        trial_id=t.trial_id,
+        sample_id=t.sample_id,
+        patient_id=t.patient_id,
+        finding=t.finding,
+        arm=t.arm,
+        variant=t.variant,
+        strategy=getattr(t, 'strategy', ''),
+        query=query,
+        **likeness(*films),
+        moved=abs(1 / (1 + np.exp(-p.margin)) - 1 / (1 + np.exp(-q.margin))),
+        flipped=was != q.said,
+    )

@@ -319,13 +319,7 @@ def corrected(
     """
     sheet, where = Sheet(by_arm(rows)), (rows.model.iloc[0], rows.dataset.iloc[0])
     void = {k[2]: v for k, v in void_arms(found).items() if k[:2] == where}
-    part = {
-        f['arm']: f"{f['code']} in {f['rows']} of {f['checked']} rows"
-        for f in found
-        if (f['model'], f['dataset']) == where
-        and f['arm'] not in void
-        and f['code'] in ('identical_to_baseline', 'baseline_of_another_sample', 'constant_output')
-    }
+    part = _partly_faulty(found, where, void)
     figures = corrected_figures(sheet)
     ci = together(*[f[3] for f in figures]).bootstrap(sheet.clusters, n_boot=n_boot, seed=seed)
     of = {
@@ -348,37 +342,29 @@ def corrected(
         _answers(sheet, a, t, pairs=m.endswith('nfr') and (a, m, t) in of) for a, m, t in keys
     ]
     table['note'] = [
-        '; '.join(
-            [w]
-            if w
-            else [
-                n
-                for n in (
-                    *_notes(sheet, *k, r.corrected, r.n, r.n_published),
-                    r.quiet,
-                    part.get(k[0], ''),
-                )
-                if n
-            ]
+        w or '; '.join(n for n in (*_notes(sheet, *k, *v), quiet, part.get(k[0], '')) if n)
+        for k, w, quiet, *v in zip(
+            keys, why, table.quiet, table.corrected, table.n, table.n_published
         )
-        for k, w, r in zip(keys, why, table.itertuples())
     ]
     table[['model', 'dataset']] = where
-    return table[
-        [
-            'model',
-            'dataset',
-            'arm',
-            'metric',
-            'tokens',
-            'as_published',
-            'corrected',
-            'ci_low',
-            'ci_high',
-            'n',
-            'note',
-        ]
-    ]
+    return table[[*_FIGURE]]
+
+
+_FIGURE = (
+    *('model', 'dataset', 'arm', 'metric', 'tokens', 'as_published'),
+    *('corrected', 'ci_low', 'ci_high', 'n', 'note'),
+)
+
+
+def _partly_faulty(found, where, void):
+    "Arm of a file -> note of a fault of delivery, for arms that are not void."
+    codes = ('identical_to_baseline', 'baseline_of_another_sample', 'constant_output')
+    return {
+        f['arm']: f"{f['code']} in {f['rows']} of {f['checked']} rows"
+        for f in found
+        if (f['model'], f['dataset']) == where and f['arm'] not in void and f['code'] in codes
+    }
 
 
 def _answers(sheet, arm, tokens, pairs):
@@ -397,28 +383,7 @@ def fault_summary(
     found: list,  # faults
 ) -> pd.DataFrame:  # a row per code and dataset; arms, models, rows, checked, example
     "Faults of the same kind in one row, most telling first; the example is the one with most rows."
-    order = {
-        c: i
-        for i, c in enumerate(
-            (
-                'unreadable_file',
-                'identical_to_baseline',
-                'baseline_of_another_sample',
-                'constant_output',
-                'identical_to_other_arm',
-                'missing_arm',
-                'logits_contradict_answer',
-                'unequal_samples',
-                'unparsed_recoverable',
-                'misread',
-                'unparsed',
-                'ties',
-                'low_pair_mass',
-                'one_answer',
-                'undefined_precision',
-            )
-        )
-    }
+    order = {c: i for i, c in enumerate(_TELLING)}
     t = pd.DataFrame(
         found, columns=['model', 'dataset', 'arm', 'code', 'rows', 'checked', 'evidence']
     )
@@ -443,6 +408,25 @@ def fault_summary(
         .sort_values('code', key=lambda c: c.map(order).fillna(len(order)), kind='stable')
         .reset_index(drop=True)
     )
+
+
+_TELLING = (  # codes of faults, most telling first
+    'unreadable_file',
+    'identical_to_baseline',
+    'baseline_of_another_sample',
+    'constant_output',
+    'identical_to_other_arm',
+    'missing_arm',
+    'logits_contradict_answer',
+    'unequal_samples',
+    'unparsed_recoverable',
+    'misread',
+    'unparsed',
+    'ties',
+    'low_pair_mass',
+    'one_answer',
+    'undefined_precision',
+)
 
 
 # %% ../../nbs/34_sms.published.ipynb #803b48f2
@@ -493,6 +477,25 @@ def findings(
         f"{files.model.nunique()} models in {len(files)} result files of"
         f" {', '.join(files.dataset.unique())}."
     ]
+    out += _void_sentences(files, void)
+    shifted = table[
+        (table.metric == 'nfr')
+        & table.arm.isin({a for a in ARMS if a != 'No'})
+        & ~table.note.str.startswith('void')
+        & (table.note != 'arm not in the file')
+    ]
+    out.append(
+        f'{len(shifted)} of {len(files) * 4} shifted arms applied the change they are named after.'
+        if len(shifted)
+        else 'Not one shifted arm applied the change it is named after.'
+    )
+    out += _counted(found)
+    return out + _rests_on_few(table) + _changed_most(table)
+
+
+def _void_sentences(files, void):
+    "Sentences on the arms that are void, and on files whose swap arms both are."
+    out = []
     for arm, what in (
         ('Image', 'image swap'),
         ('Text', 'text swap'),
@@ -514,32 +517,17 @@ def findings(
             f'Both swap arms are void in {both} of {len(files)} files: nothing there compares'
             ' reliance on the image with reliance on the text.'
         )
-    shown = {a for a in ARMS if a != 'No'}
-    shifted = table[
-        (table.metric == 'nfr')
-        & table.arm.isin(shown)
-        & ~table.note.str.startswith('void')
-        & (table.note != 'arm not in the file')
-    ]
-    out.append(
-        f'{len(shifted)} of {len(files) * 4} shifted arms applied the change they are named after.'
-        if len(shifted)
-        else 'Not one shifted arm applied the change it is named after.'
-    )
+    return out
 
-    def count(code):
-        return (
-            sum(f['rows'] for f in found if f['code'] == code),
-            sum(f['code'] == code for f in found),
-        )
 
+def _counted(found):
+    "Sentences on how many rows and arms show certain faults."
+    out = []
     for code, text in (
         (
             'unparsed_recoverable',
-            (
-                'Answers that say yes or no, but that the published parser leaves out: {}, in'
-                ' arms: {}.'
-            ),
+            'Answers that say yes or no, but that the published parser leaves out: {}, in'
+            ' arms: {}.',
         ),
         (
             'unequal_samples',
@@ -551,9 +539,10 @@ def findings(
         ),
         ('missing_arm', 'Missing arms: {1}.'),
     ):
-        if count(code)[1]:
-            out.append(text.format(*count(code)))
-    return out + _rests_on_few(table) + _changed_most(table)
+        rows = [f['rows'] for f in found if f['code'] == code]
+        if rows:
+            out.append(text.format(sum(rows), len(rows)))
+    return out
 
 
 # %% ../../nbs/34_sms.published.ipynb #62d12f68

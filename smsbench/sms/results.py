@@ -368,10 +368,29 @@ def read_file(
         patient_id=df[patient].where(df[patient] != '', df.sample_id),
         copy=df.duplicated(['sample_id', 'arm']),
     )
+    faults += _repeated(df, where)
+    unmatched = dataset.endswith('_unmatched')
+    choices = ('yes', 'no', 'unmatched') if unmatched else ('yes', 'no')
+    df['published'] = _each(df.prediction, lambda t: published_label(t, unmatched))
+    df['answer'], df['status'] = (
+        _each(df.prediction, lambda t, i=i: robust_label(t, choices)[i]) for i in (0, 1)
+    )
+    return df[[*_COLUMNS]], faults
+
+
+_COLUMNS = (
+    *('model', 'dataset', 'sample_id', 'patient_id', 'arm', 'truth', 'prediction'),
+    *LOGITS,
+    *('published', 'answer', 'status', 'copy'),
+)
+
+
+def _repeated(df, where):
+    "Faults of arms whose rows repeat a sample."
+    cells, out = ['sample_id', 'arm', 'truth', 'prediction', *LOGITS], []
     for arm, g in df[df['copy']].groupby('arm', sort=False):
-        cells = ['sample_id', 'arm', 'truth', 'prediction', *LOGITS]
         same = df[df.arm == arm].duplicated(cells).sum()
-        faults.append(
+        out.append(
             fault(
                 *where,
                 arm,
@@ -382,31 +401,7 @@ def read_file(
                 ' figures count them, recomputed figures use the first.',
             )
         )
-    unmatched = dataset.endswith('_unmatched')
-    choices = ('yes', 'no', 'unmatched') if unmatched else ('yes', 'no')
-    df['published'] = _each(df.prediction, lambda t: published_label(t, unmatched))
-    df['answer'], df['status'] = (
-        _each(df.prediction, lambda t, i=i: robust_label(t, choices)[i]) for i in (0, 1)
-    )
-    return (
-        df[
-            [
-                'model',
-                'dataset',
-                'sample_id',
-                'patient_id',
-                'arm',
-                'truth',
-                'prediction',
-                *LOGITS,
-                'published',
-                'answer',
-                'status',
-                'copy',
-            ]
-        ],
-        faults,
-    )
+    return out
 
 
 # %% ../../nbs/33e_sms.results.ipynb #b95ef569

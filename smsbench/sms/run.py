@@ -278,27 +278,13 @@ def run_audit(
     **how,  # options of `open_model`: device, dtype, batch_size, level, ...
 ) -> Run:  # the run directory, with everything but the report in it
     "cohort → audit of its files → plan → predictions → delivery proof → metrics → verdicts."
-    names = [model_name(m) for m in models]
-    if len(set(names)) < len(names) or not names:
-        raise InputError(f'models {names}: at least one, each with a name of its own')
-    select_arms(settings.arms, settings.probes)
+    names = _checked_names(models, settings)
     if isinstance(cohort, Built):
         exclusions, files = cohort.exclusions, cohort.files if len(cohort.files) else None
-    if not (
-        Path(out) / 'config.json'
-    ).exists():  # a file or model that is not there leaves nothing behind
-        if settings.wordings:
-            read_wordings(settings.wordings)
-        for m in models:
-            check_model(m, **how)
+    if not (Path(out) / 'config.json').exists():
+        _check_there(models, settings, how)
     held = hold(cohort, root)
-    if registration and registration is not True:
-        check_registration(
-            read_registration(registration),
-            settings,
-            cohort_hash(held.cohort),
-            plan.attrs['plan_hash'] if plan is not None else '',
-        )
+    _check_kept(registration, settings, held.cohort, plan)
     run = Run(out)
     for m in models:
         _same_model(run, model_name(m), m, how, write=False)
@@ -322,11 +308,7 @@ def run_audit(
     if plan is not None and not (run / 'plan.parquet').exists():
         write_table(plan, run / 'plan.parquet', 'plan')
     plan = freeze_plan(run, cohort, source, settings)
-    run.log(
-        f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
-        f" {shown(plan.sample_id.nunique(), about['access'])} samples,"
-        f" {shown(plan.patient_id.nunique(), about['access'])} patients, {plan.arm.nunique()} arms"
-    )
+    run.log(_plan_line(plan, about['access']))
     for line in attainable_lines(plan, settings.margin):
         run.log(line)
     keep_registration(run, registration, plan, settings)
@@ -337,6 +319,43 @@ def run_audit(
     _write_environment(run, plan, about, how.get('device', ''))
     conclude(run, settings)
     return run
+
+
+def _checked_names(models, settings):
+    "Names of the models; `InputError` where they are not distinct, and for unknown arms."
+    names = [model_name(m) for m in models]
+    if len(set(names)) < len(names) or not names:
+        raise InputError(f'models {names}: at least one, each with a name of its own')
+    select_arms(settings.arms, settings.probes)
+    return names
+
+
+def _check_there(models, settings, how):
+    "Check that the files and models of a new run exist, so that a failure leaves nothing behind."
+    if settings.wordings:
+        read_wordings(settings.wordings)
+    for m in models:
+        check_model(m, **how)
+
+
+def _check_kept(registration, settings, cohort, plan):
+    "Check that a run keeps to its registration, where that is a file."
+    if registration and registration is not True:
+        check_registration(
+            read_registration(registration),
+            settings,
+            cohort_hash(cohort),
+            plan.attrs['plan_hash'] if plan is not None else '',
+        )
+
+
+def _plan_line(plan, access):
+    "A line for the log on the size of a plan."
+    return (
+        f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
+        f" {shown(plan.sample_id.nunique(), access)} samples,"
+        f" {shown(plan.patient_id.nunique(), access)} patients, {plan.arm.nunique()} arms"
+    )
 
 
 def _write_environment(run, plan, about, device=''):

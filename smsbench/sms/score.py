@@ -191,38 +191,22 @@ def check_answers(
     found = check(model, inputs, len(inputs), answers)
     alike = [x for x in inputs if x.choices == inputs[0].choices]
     spellings = model.model.variant_mass(alike).drop(columns='ids').to_dict('records')
-    how = {
-        k: model.info.get(k)
-        for k in (
-            'level',
-            'reuse',
-            'why',
-            'largest_difference',
-            'tolerance',
-            'tried',
-            'route',
-            'family',
-        )
-    }
-    write_json(
-        read_checks(run)
-        | {
-            model.name: (
-                how
-                | dict(
-                    n=found.n,
-                    max_diff=found.max_diff,
-                    flips=found.flips,
-                    undelivered=found.undelivered,
-                    ok=found.ok,
-                    said=str(found),
-                    spellings=spellings,
-                )
-            )
-        },
-        run / 'checks.json',
+    result = dict(
+        n=found.n,
+        max_diff=found.max_diff,
+        flips=found.flips,
+        undelivered=found.undelivered,
+        ok=found.ok,
+        said=str(found),
+        spellings=spellings,
     )
+    how = {k: model.info.get(k) for k in _HOW}
+    write_json(read_checks(run) | {model.name: how | result}, run / 'checks.json')
     run.log(f'{model.name}: {found}')
+
+
+# keys of `info` that describe how a model scores
+_HOW = ('level', 'reuse', 'why', 'largest_difference', 'tolerance', 'tried', 'route', 'family')
 
 
 # %% ../../nbs/34a_sms.score.ipynb #d7b88131

@@ -498,11 +498,7 @@ def make_plan(
     `InputError` for an unknown arm, probe, column or variant, and where no sample can be shown as
     `original`.
     """
-    cohort = (
-        validate(cohort, 'cohort').sort_values('sample_id', kind='stable').reset_index(drop=True)
-    )
-    if missing := [m for m in match if m not in cohort]:
-        raise InputError(f"cannot match on {', '.join(missing)}: the cohort has no such column")
+    cohort = _sorted_cohort(cohort, match)
     chosen, attrs, whole = select_arms(arms, probes), cohort.attrs, cohort_hash(cohort)
     variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
     for t in attrs['tasks'].values():
@@ -511,16 +507,7 @@ def make_plan(
     rows = {
         r.sample_id: r for r in cohort.assign(image_sha=image_names(cohort)).itertuples(index=False)
     }
-    if attrs.get('sealed') and opened is None and (paraphrases or probes):
-        raise InputError(
-            'this cohort is sealed: rewordings and probes need its texts; give the data root'
-        )
-    asking = Asking(
-        {i: opened[i] for i in rows} if opened else rows,
-        attrs['tasks'],
-        paraphrases,
-        attrs.get('access', 'open'),
-    )
+    asking = _asking(rows, opened, attrs, paraphrases, probes)
     cohort = (
         cohort[cohort.sample_id.isin(asking.samples)]
         .reset_index(drop=True)
@@ -543,27 +530,55 @@ def make_plan(
         )
     if not any(a.probe for a in chosen):
         plan = plan.drop(columns='change')
-    strata = [
-        c for c in attrs.get('strata', []) if c not in plan
-    ]  # a stratum 'variant' of a cohort of wordings is what the plan's own column says
-    plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
-    plan.attrs = {
-        **{
-            a: attrs[a]
-            for a in ('manifest', 'version', 'access', 'tasks', 'label_source')
-            if a in attrs
-        },
-        'strata': strata,
-        'seed': seed,
-        'match': list(match),
-        'variants': list(variants),
-        'arms': [a.name for a in chosen],
-        'donors': k,
+    about = dict(
+        seed=seed,
+        match=list(match),
+        variants=list(variants),
+        arms=[a.name for a in chosen],
+        donors=k,
         **asking.about,
-        'cohort_hash': whole,
+        cohort_hash=whole,
+    )
+    return _described(plan, cohort, attrs, about), out.reset_index(drop=True)
+
+
+def _sorted_cohort(cohort, match):
+    "The cohort in the order of its samples; `InputError` without the columns to match on."
+    cohort = (
+        validate(cohort, 'cohort').sort_values('sample_id', kind='stable').reset_index(drop=True)
+    )
+    if missing := [m for m in match if m not in cohort]:
+        raise InputError(f"cannot match on {', '.join(missing)}: the cohort has no such column")
+    return cohort
+
+
+def _asking(rows, opened, attrs, paraphrases, probes):
+    "The `Asking` of a plan; `InputError` for a sealed cohort whose texts are needed."
+    if attrs.get('sealed') and opened is None and (paraphrases or probes):
+        raise InputError(
+            'this cohort is sealed: rewordings and probes need its texts; give the data root'
+        )
+    return Asking(
+        {i: opened[i] for i in rows} if opened else rows,
+        attrs['tasks'],
+        paraphrases,
+        attrs.get('access', 'open'),
+    )
+
+
+def _described(plan, cohort, attrs, about):
+    "A plan with the strata of its cohort and its metadata."
+    # a stratum 'variant' of a cohort of wordings is the plan's own column
+    strata = [c for c in attrs.get('strata', []) if c not in plan]
+    plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
+    kept = ('manifest', 'version', 'access', 'tasks', 'label_source')
+    plan.attrs = {
+        **{a: attrs[a] for a in kept if a in attrs},
+        'strata': strata,
+        **about,
         'plan_hash': table_hash(plan),
     }
-    return validate(plan, 'plan'), out.reset_index(drop=True)
+    return validate(plan, 'plan')
 
 
 def _has_baseline(plan, asked):

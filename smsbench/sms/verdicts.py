@@ -294,12 +294,7 @@ def give_verdicts(
     seen = {k: evidence(cells[k], k[3]) for k in keys if none[k] is None}
     tried = [k for k, (other, *_) in seen.items() if other.n_patients >= FEWEST]
 
-    def decided(k, factor):
-        return word_for(bounds_of(*seen[k], factor), margin)[0] != 'undecided'
-
-    factor = {}
-    for members in _families(tried, family):
-        factor |= holm_factors(decided, members)
+    factor = _strictness(seen, tried, family, margin)
     found = {k: none[k] or record(*seen[k], margin, factor.get(k, 1.0)) for k in keys}
     found = {
         k: _with_firmness(v, cells[k], k[3], plan.attrs, factor.get(k, 1.0))
@@ -327,6 +322,18 @@ DEFAULT_MARGIN = (  # where the user gives no reason
     'the default of this tool: a twentieth of all answers, or of the probability, may move without'
     ' being called reliance'
 )
+
+
+def _strictness(seen, tried, family, margin):
+    "By how much the error rates of each verdict are divided, within its family."
+
+    def decided(k, factor):
+        return word_for(bounds_of(*seen[k], factor), margin)[0] != 'undecided'
+
+    factor = {}
+    for members in _families(tried, family):
+        factor |= holm_factors(decided, members)
+    return factor
 
 
 def _silences(parts, margin):

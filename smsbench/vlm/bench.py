@@ -617,27 +617,23 @@ def bench_table(
         for load, w in m['workloads'].items():
             base = w['ways']['generate(8)']
             for way, r in w['ways'].items():
-                busy = float(np.median(r['foreign']))
-                where = ', '.join(
-                    f'{k} {s / sum(r["where"].values()):.0%}' for k, s in r['where'].items()
-                )
-                rows.append(
-                    dict(
-                        model=name,
-                        workload=load,
-                        way=way,
-                        trials=w['trials'],
-                        trials_per_second=r['trials_per_second'],
-                        ratio=r['trials_per_second'] / base['trials_per_second'],
-                        cpu_ratio=float(
-                            np.median(base['cpu_seconds']) / np.median(r['cpu_seconds'])
-                        ),
-                        largest_difference=r['largest_difference'],
-                        flips=r['flips'],
-                        lm_tokens=r['lm_tokens'],
-                        utilisation=r['flops'] / float(np.median(r['seconds'])) / m['matmul_flops'],
-                        where=where,
-                        note=f'others used {busy:.0%} of the machine' if busy > 0.1 else '',
-                    )
-                )
+                about = dict(model=name, workload=load, way=way, trials=w['trials'])
+                rows.append(about | _bench_row(r, base, m['matmul_flops']))
     return pd.DataFrame(rows)
+
+
+def _bench_row(r, base, matmul_flops):
+    "The numbers of one way, beside those of generate(8)."
+    busy, seconds = float(np.median(r['foreign'])), float(np.median(r['seconds']))
+    where = ', '.join(f'{k} {s / sum(r["where"].values()):.0%}' for k, s in r['where'].items())
+    return dict(
+        trials_per_second=r['trials_per_second'],
+        ratio=r['trials_per_second'] / base['trials_per_second'],
+        cpu_ratio=float(np.median(base['cpu_seconds']) / np.median(r['cpu_seconds'])),
+        largest_difference=r['largest_difference'],
+        flips=r['flips'],
+        lm_tokens=r['lm_tokens'],
+        utilisation=r['flops'] / seconds / matmul_flops,
+        where=where,
+        note=f'others used {busy:.0%} of the machine' if busy > 0.1 else '',
+    )

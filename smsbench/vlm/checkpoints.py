@@ -281,30 +281,7 @@ def describe_checkpoint(
     if not path.is_dir():
         raise InputError(f'{folder}: no such folder')
     raw = _config_of(path, folder) if (path / 'config.json').is_file() else {}
-    weights = [p for p in path.iterdir() if p.suffix in ('.safetensors', '.bin', '.pt', '.pth')]
-    tokens = (
-        read_json(path / 'tokenizer_config.json')
-        if (path / 'tokenizer_config.json').is_file()
-        else {}
-    )
-    told = (
-        any((path / f).is_file() for f in ('chat_template.jinja', 'chat_template.json'))
-        or isinstance(tokens, dict)
-        and 'chat_template' in tokens
-    )
-    out = dict(
-        route='',
-        family='',
-        title='',
-        top_level='',
-        why='',
-        model_type=raw.get('model_type', ''),
-        architecture=(raw.get('architectures') or [''])[0],
-        dtype=str(raw.get('dtype') or raw.get('torch_dtype') or ''),
-        prompt='chat template' if told else 'plain prompt',
-        gigabytes=round(sum(p.stat().st_size for p in weights) / 1e9, 3),
-        note='',
-    )
+    out = _outline(path, raw)
     if is_original_llava(raw):
         return out | dict(
             route='conversion',
@@ -330,6 +307,31 @@ def describe_checkpoint(
         return out | dict(note=str(e))
     return out | dict(
         route='loader', family=caps.family, title=caps.title, top_level=caps.top_level, why=caps.why
+    )
+
+
+def _outline(path, raw):
+    "Describe a checkpoint as far as is possible without its route."
+    weights = [p for p in path.iterdir() if p.suffix in ('.safetensors', '.bin', '.pt', '.pth')]
+    file = path / 'tokenizer_config.json'
+    tokens = read_json(file) if file.is_file() else {}
+    has_template = (
+        any((path / f).is_file() for f in ('chat_template.jinja', 'chat_template.json'))
+        or isinstance(tokens, dict)
+        and 'chat_template' in tokens
+    )
+    return dict(
+        route='',
+        family='',
+        title='',
+        top_level='',
+        why='',
+        model_type=raw.get('model_type', ''),
+        architecture=(raw.get('architectures') or [''])[0],
+        dtype=str(raw.get('dtype') or raw.get('torch_dtype') or ''),
+        prompt='chat template' if has_template else 'plain prompt',
+        gigabytes=round(sum(p.stat().st_size for p in weights) / 1e9, 3),
+        note='',
     )
 
 

@@ -318,7 +318,15 @@ def convert_llava(
         tok.unk_token_id or 0,
         raw['vocab_size'],
     )
-    if lacking := sorted(set(wanted) - found):
+    _check_complete(sorted(set(wanted) - found), source)
+    config.save_pretrained(out)
+    _processor(tok, raw, config).save_pretrained(out)
+    return out
+
+
+def _check_complete(lacking, source):
+    "Refuse a checkpoint that lacks tensors, with `InputError`."
+    if lacking:
         raise InputError(
             f"{source}: {len(lacking)} tensors are missing, {lacking[0]} among them"
             + (
@@ -327,9 +335,6 @@ def convert_llava(
                 else ''
             )
         )
-    config.save_pretrained(out)
-    _processor(tok, raw, config).save_pretrained(out)
-    return out
 
 
 def _shards(source, base):

@@ -92,15 +92,8 @@ class Pass:
     ):  # cache or None, `Heading` per row, logits (B, K, vocabulary) at the positions to read
         "One forward pass."
         import torch
-        from transformers import DynamicCache
 
-        cache = (
-            fork([(p.cache, i) for p, i in cells])
-            if cells
-            else DynamicCache(config=self.net.config)
-            if keep
-            else None
-        )
+        cache = self._cache(cells, keep)
         under = self.ledger.of(cache) if cells else [NOTHING] * len(rows)
         put = self._tokens(rows, lo, his, bool(cells)) | ({} if cells else self._images(rows))
         at = (
@@ -135,6 +128,14 @@ class Pass:
         if keep:
             self.ledger.note(out.past_key_values, headings)
         return out.past_key_values, headings, out.logits
+
+    def _cache(self, cells, keep):
+        "A fork of the prefixes, a new cache to keep, or None."
+        from transformers import DynamicCache
+
+        if cells:
+            return fork([(p.cache, i) for p, i in cells])
+        return DynamicCache(config=self.net.config) if keep else None
 
     def kind(
         self,

@@ -426,16 +426,7 @@ def token_layout(
     `InputError` without an image, for a family whose geometry is not known, and where the number
     of tokens is not the expected one.
     """
-    if x.image is None:
-        raise InputError(
-            'a prompt without an image has no image tokens; ask for the layout of an arm that'
-            ' shows one'
-        )
-    if model.caps.family not in _ORDER:
-        raise InputError(
-            f'{model.name}: the geometry of a {model.model.config.model_type} model is not known'
-            f' here; maps can be made for {", ".join(_ORDER)}'
-        )
+    _check_shown(model, x)
     row, (h, w) = model.encode(x)[0] if row is None else row, np.asarray(x.image).shape[:2]
     pos, keys = image_keys(model, row)
     if not len(pos):
@@ -463,6 +454,20 @@ def token_layout(
             ' and model do not belong together'
         )
     return out
+
+
+def _check_shown(model, x):
+    "Refuse a prompt without an image, and a family whose geometry is not known."
+    if x.image is None:
+        raise InputError(
+            'a prompt without an image has no image tokens; ask for the layout of an arm that'
+            ' shows one'
+        )
+    if model.caps.family not in _ORDER:
+        raise InputError(
+            f'{model.name}: the geometry of a {model.model.config.model_type} model is not known'
+            f' here; maps can be made for {", ".join(_ORDER)}'
+        )
 
 
 # %% ../../nbs/22_vlm.geometry.ipynb #56922f8f
@@ -520,14 +525,7 @@ def patch_check(
     )
     lay, before = token_layout(model, grey), image_states(model, model.encode(grey)[0])
     for v in lay.views:
-        inside = [
-            rc
-            for rc in np.ndindex(v.grid)
-            if np.prod(
-                np.diff(np.clip(v.cell(*rc).reshape(2, 2), 0, (width, height)), axis=0).clip(0)
-            )
-            > 0.33 * np.linalg.det(v.affine[:, :2])
-        ]
+        inside = _cells_on(v, height, width)
         tried = [inside[i] for i in rng.permutation(len(inside))[:n]]
         change = np.stack(
             [
@@ -551,6 +549,17 @@ def patch_check(
             for (r, c), (a, b) in zip(tried, found)
         ]
     return pd.DataFrame(out)
+
+
+def _cells_on(v, height, width):
+    "The cells of a view of which a third lies on the film."
+    least = 0.33 * np.linalg.det(v.affine[:, :2])
+
+    def area(rc):
+        box = np.clip(v.cell(*rc).reshape(2, 2), 0, (width, height))
+        return np.prod(np.diff(box, axis=0).clip(0))
+
+    return [rc for rc in np.ndindex(v.grid) if area(rc) > least]
 
 
 def _patch(x, box):

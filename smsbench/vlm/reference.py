@@ -227,11 +227,22 @@ def build_vlm(
     import torch, transformers as tf
 
     torch.manual_seed(seed)
-    size, width = dict(height=64, width=64), 96
+    processor = _small_processor(tokenizer)
+    model = tf.LlavaForConditionalGeneration(_small_config(tokenizer))
+    # words far enough apart to be matched early
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
+    return model, processor
+
+
+def _small_processor(tokenizer):
+    "A LLaVA processor for films of 64 px."
+    import transformers as tf
+
+    size = dict(height=64, width=64)
     images = tf.CLIPImageProcessor(
         size=size, do_center_crop=False, crop_size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3
     )
-    processor = tf.LlavaProcessor(
+    return tf.LlavaProcessor(
         images,
         tokenizer,
         patch_size=8,
@@ -239,6 +250,13 @@ def build_vlm(
         num_additional_image_tokens=1,
         chat_template=_TEMPLATE,
     )
+
+
+def _small_config(tokenizer):
+    "The configuration of the reference models."
+    import transformers as tf
+
+    width = 96
     vision = tf.CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -259,20 +277,14 @@ def build_vlm(
         eos_token_id=2,
         tie_word_embeddings=True,
     )
-    model = tf.LlavaForConditionalGeneration(
-        tf.LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=tokenizer.convert_tokens_to_ids('<image>'),
-            image_seq_length=64,
-            vision_feature_layer=-1,
-            tie_word_embeddings=True,
-        )
+    return tf.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids('<image>'),
+        image_seq_length=64,
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
     )
-    torch.nn.init.normal_(
-        model.get_input_embeddings().weight, std=0.1
-    )  # words far enough apart to be matched early
-    return model, processor
 
 
 # %% ../../nbs/20b_vlm.reference.ipynb #f7d703d3
