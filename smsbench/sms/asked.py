@@ -106,7 +106,7 @@ def common_ids(
 
 # %% ../../nbs/30c_sms.asked.ipynb #4e72c074
 class Asking:
-    "What each sample of a plan is asked beside its own question."
+    "The rewordings of each sample's own question in a plan."
 
     def __init__(
         self,

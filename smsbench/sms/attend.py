@@ -65,7 +65,7 @@ WITH_TEXT, WITHOUT_TEXT = (
 
 @dataclass(frozen=True)
 class AttendSettings(Wordings):
-    "What a comparison of attention computes; rewordings are shown in the first arm only."
+    "Settings of a comparison of attention; rewordings are shown in the first arm only."
 
     arms: tuple[str, ...] = ()  # arms that show a film; empty: `WITH_TEXT` or `WITHOUT_TEXT`
     queries: tuple[str, ...] = ('answer', 'asked')  # see `spelled_query`; the first is reported

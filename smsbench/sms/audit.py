@@ -144,7 +144,7 @@ class Source:
         self,
         trial,  # a row of the plan
     ) -> Inputs:  # pixels, prompt, choices
-        "What the model is shown in this trial."
+        "The input of the model in this trial."
         arm, task = ARMS[trial.arm], self.task(trial)
         image = None
         if trial.image_id:
@@ -388,7 +388,7 @@ def delivery_faults(
     shown: pd.DataFrame,  # hashes of this arm's trials
     base: pd.DataFrame,  # hashes of the arm it is compared with, same rows in the same order
 ) -> pd.Series:  # '' or what is wrong, one per trial
-    "What each trial's hashes say against the definition of its arm."
+    "Compare each trial's hashes with the definition of its arm."
     differ = {
         c: shown[c].to_numpy() != base[c].to_numpy()
         for c in ('pixel_sha', 'token_sha', 'delivered_sha')

@@ -51,7 +51,7 @@ def beside_original(
 def rewording_terms(
     beside: pd.DataFrame,  # rows of `beside_original`, of one model and arm
 ) -> list[Term]:
-    "What is measured per rewording."
+    "Metrics per rewording."
     arm = beside.arm.iloc[0] if len(beside) else ''
     pair, flip, ok, right, was = (
         beside[c].to_numpy(bool) for c in ('pair', 'flip', 'parsed', 'correct', 'base_correct')

@@ -265,7 +265,7 @@ def answer_faults(
     arms: dict,  # arm -> rows indexed by sample, from `by_arm`
     where: tuple,  # (model, dataset)
 ) -> list:  # faults
-    "What happens to the written answers on their way to a published figure."
+    "Find faults between the written answers and a published figure."
     out, said = [], ('yes', 'no')
     scored = {a: g.index[g.published.isin(said)] for a, g in arms.items()}
     for a, g in arms.items():
@@ -404,7 +404,7 @@ def token_faults(
     arms: dict,  # arm -> rows indexed by sample, from `by_arm`
     where: tuple,  # (model, dataset)
 ) -> list:  # faults
-    "What the first-token logits of a file cannot support."
+    "Find conclusions that the first-token logits of a file cannot support."
     rows = pd.concat(arms.values())
     of = '' if probabilities(rows) else 'four tokens’ '
     out = _scale_faults(rows, where)

@@ -428,7 +428,7 @@ def _change_groups(changes):
 
 
 def _flips_told(g, minimum, how):
-    "Whether the change of the map tells of a flip, as part of a metrics row."
+    "Does the change of the map predict a flip? Part of a metrics row."
     row = dict(
         metric='map_change_auroc',
         n=len(g),

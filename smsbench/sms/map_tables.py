@@ -411,7 +411,7 @@ def first_arm(
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #5d84a082
 def _region_of(trial, regions, shape):
-    "Region of the film that was shown (its lender's), or None."
+    "Region of the film that was shown (its donor's, where that is another), or None."
     return (
         regions(trial.image_id, shape)
         if ARMS[trial.arm].image in ('own', 'other', 'same', 'near')
@@ -421,7 +421,7 @@ def _region_of(trial, regions, shape):
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #b12671bc
 def _line(rows, query, layers, heads, mask):
-    "What is measured of one map; where nothing fell on the film, on what it fell."
+    "Measures of one map; where nothing fell on the film, the shares only."
     try:
         return dict(empty=False) | map_line(kept_map(rows, query, layers, heads), mask)
     except RunError:

@@ -136,7 +136,7 @@ def donor_samples(
 
 
 def _of_donor(plan, lends, column):
-    "What the plan says of the sample that lends."
+    "A column of the plan, for the donor."
     known = plan.drop_duplicates('sample_id').set_index('sample_id')[column]
     return lends.map(known)
 
@@ -269,7 +269,7 @@ class Cells:
 
     @property
     def dyads(self) -> Dyads:
-        "Who is asked and who lends, per arm."
+        "Patients who are asked, and their donors, per arm."
         if 'dyads' not in self._kept:
             donors = {a: self(a, 'donor') for a in self.arms}
             self._kept['dyads'] = Dyads(self.patients, donors, self.sample)
@@ -281,7 +281,7 @@ def arm_terms(
     cells: Cells,  # one model's answers
     arm: str,  # arm name
 ) -> list[Term]:  # accuracy, parsed share, answer mass, margin, Brier score, confusion metrics
-    "What is measured within one arm."
+    "Metrics within one arm."
     w = cells.weight(arm)
     ok, right, said = w * cells(arm, 'parsed'), cells(arm, 'correct'), cells(arm, 'said')
     terms = [
@@ -334,7 +334,7 @@ def pair_terms(
     cells: Cells,  # one model's answers
     arm: str,  # an arm with `versus`
 ) -> list[Term]:  # nfr, flips, movement and their relatives, with their excess over the control
-    "What changed against the arm it is compared with."
+    "Changes against the arm it is compared with."
     a = ARMS[arm]
     base = cells.weight(arm) * cells(arm, 'tried') * cells(a.versus, 'parsed')
     was, now = cells(a.versus, 'correct'), cells(arm, 'parsed') & cells(arm, 'correct')
@@ -578,7 +578,7 @@ def _row(metric, arm, value, low, high, n, n_patients=0, n_donors=0, n_effective
 def across_terms(
     cells: Cells,  # one model's answers
 ) -> list[Term]:  # phi_image, phi_text, interaction, silencing, region_dependence, noise_floor
-    "What needs several arms at once."
+    "Metrics that need several arms at once."
     names = ('original', 'image_only', 'text_only', 'text_only_told', 'neither', 'identity')
     it, i, t, told, o, again = (cells(a, 'margin') for a in names)
     means = dict(

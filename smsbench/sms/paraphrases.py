@@ -142,7 +142,7 @@ def synonyms(
 # %% ../../nbs/30a_sms.paraphrases.ipynb #5c853012
 @dataclass(frozen=True)
 class Asked:
-    "What a question asks; `kind` is 'exists', 'is' or '' where it was not taken apart."
+    "The meaning of a question; `kind` is 'exists', 'is' or '' where it was not taken apart."
 
     kind: str
     thing: str = ''  # exists: the finding, with its article; is: what it is said to be
@@ -222,7 +222,7 @@ def core(
 def understand(
     question: str,  # a question
 ) -> Asked:
-    "What is asked, where the rules can take it apart."
+    "Parse a question, where the rules can take it apart."
     q = core(question)
     unknown = Asked(
         '',
@@ -372,7 +372,7 @@ def renamed(
 def wordings(
     question: str,  # a question
 ) -> dict[str, list[str]]:  # strategy -> rewordings, without repeats
-    "What every strategy makes of a question."
+    "Rewordings of a question by every strategy."
     asked, seen = understand(question), {core(question).lower()}
     made = _framed(question, asked) if not asked.kind else _rebuilt(asked)
     out = {}

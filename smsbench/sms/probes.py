@@ -304,7 +304,7 @@ def shift_text(
     lender='',  # the text of the lender: shown instead (other, same), or as history
     noun: str = 'report',  # what the text is called
 ) -> Altered:
-    "Apply a text operation; one that is not in `TEXT_OPS` shows the lender's text as it is."
+    "Apply a text operation; one that is not in `TEXT_OPS` shows the donor's text as it is."
     if op not in TEXT_OPS:
         return Altered(lender)
     return TEXT_OPS[op](

@@ -282,7 +282,7 @@ def _unread_note(sheet, arm, metric):
 
 
 def _notes(sheet, arm, metric, tokens, value, n, n_published):
-    "What a reader must know about one figure that is not void."
+    "Notes that a reader needs on one figure that is not void."
     u, out = sheet.use[tokens][arm], []
     y = sheet.yes[tokens][arm]
     unread = '' if tokens else _unread_note(sheet, arm, metric)
@@ -471,7 +471,7 @@ def findings(
     table: pd.DataFrame,  # the table of `published`
     found: list,  # its faults
 ) -> list:  # sentences, most important first
-    "What the re-analysis says, in plain sentences."
+    "Sum up the re-analysis in plain sentences."
     files, void = table[['model', 'dataset']].drop_duplicates(), void_arms(found)
     out = [
         f"{files.model.nunique()} models in {len(files)} result files of"

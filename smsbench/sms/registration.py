@@ -53,7 +53,7 @@ RATES = {'relies': 0.025, 'ignores': 0.05}  # stated rate of a false verdict, on
 
 # %% ../../nbs/34b_sms.registration.ipynb #cd66492e
 class Registration(Card):
-    "What an audit is going to do."
+    "The intended analysis of an audit."
 
     registered: str = Field(pattern=r'^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$')  # when, UTC
     tool: str  # program and version that wrote it

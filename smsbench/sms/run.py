@@ -171,7 +171,7 @@ def conclude(
 
 
 def _all_metrics(plan, predictions, settings):
-    "What is measured of arms, of rewordings, and of confidence and grounding, in one table."
+    "Metrics of arms, of rewordings, and of confidence and grounding, in one table."
     how = dict(n_boot=settings.n_boot, seed=settings.seed, minimum=settings.minimum)
     tables = [f(plan, predictions, **how) for f in (measure, measure_wordings, measure_grounding)]
     out = pd.concat([t for t in tables if len(t)], ignore_index=True)
@@ -235,7 +235,7 @@ def audit_the_files(
     seed: int = 0,  # folds and resamples
     remote: bool = False,  # whether images may be fetched from other machines
 ):
-    "What the files give away, kept in the run directory for the report; done once."
+    "Audit the files once, and keep the result in the run directory for the report."
     if (run / 'files' / 'findings.parquet').exists():
         return
     if files is None:
@@ -248,7 +248,7 @@ def audit_the_files(
 
 # %% ../../nbs/35_sms.run.ipynb #56b7663e
 def _about(cohort):
-    "What a run says about its data."
+    "Describe the data of a run."
     return {
         k: cohort.attrs.get(k)
         for k in (

@@ -121,14 +121,14 @@ class Wordings:
 
     @property
     def rewordings(self):
-        "What `make_plan` takes as its paraphrases."
+        "The argument `paraphrases` of `make_plan`."
         return read_wordings(self.wordings) if self.wordings else self.paraphrases
 
 
 # %% ../../nbs/34a_sms.score.ipynb #e8a0d390
 @dataclass(frozen=True)
 class AuditSettings(Wordings):
-    "What an audit computes."
+    "Settings of an audit."
 
     arms: tuple[str, ...] = ()  # arm names; empty means all that the cohort allows
     seed: int = 0  # of the donors and of the resampling
@@ -149,7 +149,7 @@ class AuditSettings(Wordings):
 
     @property
     def asked(self):
-        "What decides the numbers, and so may not change when a run is resumed."
+        "Settings that decide the numbers, and so may not change when a run is resumed."
         return (
             {
                 k: v

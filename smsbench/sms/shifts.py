@@ -169,7 +169,7 @@ def image_names(
 
 # %% ../../nbs/31_sms.shifts.ipynb #16edb011
 def _differs(a, b):
-    "May `b` lend to `a`: another patient, another picture, another text?"
+    "May `b` be a donor for `a`: another patient, another picture, another text?"
     return (
         a.patient_id != b.patient_id
         and a.image_sha != b.image_sha

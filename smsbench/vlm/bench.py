@@ -225,7 +225,7 @@ def bench_arms(
     films: list,  # (H,W) uint8 images; the next ones are donors
     reports: list,  # texts
 ) -> dict:  # arm -> (image or None, text)
-    "What each arm of the audit shows of one sample."
+    "Image and text of one sample in each arm of the audit."
 
     def pick(things, k):
         return things[(i + k) % len(things)]
@@ -361,7 +361,7 @@ def matmul_rate(
     dtype: str,  # e.g. 'bfloat16'
     side: int = 8192,  # of the square matrices
 ) -> float:  # floating-point operations per second, best of five
-    "What this device reaches on a large matrix product."
+    "Measure the speed of this device on a large matrix product."
     import torch
 
     a, times = torch.randn(side, side, device=device).to(getattr(torch, dtype)), []

@@ -44,7 +44,7 @@ def folder_hash(
 def one_line(
     name,  # what is being loaded
 ):  # a context
-    "What the libraries say about a checkpoint they cannot load, as one line: `InputError`."
+    "Report in one line why the libraries cannot load a checkpoint: `InputError`."
     try:
         yield
     except (InputError, MemoryError):

@@ -212,7 +212,7 @@ def _positions(row, lo, n):
 
 # %% ../../nbs/20h_vlm.engine.ipynb #19ee1622
 class Proof:
-    "What should enter the language model for a trial."
+    "Predicts the input of the language model for a trial."
 
     def __init__(
         self,

@@ -53,7 +53,7 @@ def text_evidence(
     finding: str,  # from `FINDINGS`
     strength: float = STRENGTH,  # logits
 ) -> float:  # +strength, -strength, or 0 where no report is shown
-    "What the report in a prompt says, in logits."
+    "Evidence of the report in a prompt, in logits."
     before = _halves(prompt)[0]
     shown = re.search(
         r'^\s*\w[\w ]*:\s*\S', before, re.M
@@ -196,7 +196,7 @@ def film_evidence(
     finding: str,  # from `FINDINGS`
     strength: float = STRENGTH,  # logits
 ) -> float:  # +strength, -strength, or 0 for no or a uniform picture
-    "What a film shows, measured in its pixels, in logits."
+    "Evidence of a film, measured in its pixels, in logits."
     if finding not in _MEASURE:
         raise InputError(f"unknown finding {finding!r}; choose from {', '.join(FINDINGS)}")
     canvas = None if image is None else _canvas(image)

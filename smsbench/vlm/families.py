@@ -23,7 +23,7 @@ import pandas as pd
 # %% ../../nbs/19_vlm.families.ipynb #1f3cdf80
 @dataclass(frozen=True)
 class Capabilities:
-    "What is particular about a family."
+    "The particular features of a family."
 
     family: str  # its name here; also its `model_type`, unless that is set below
     title: str  # as people call it
@@ -127,7 +127,7 @@ FAMILIES = {c.family: c for c in _RECORDS}  # family -> its record
 def caps_of(
     config,  # a transformers configuration
 ) -> Capabilities:  # the record of its family; `PLAIN` where there is none
-    "What is known about the family of a checkpoint."
+    "Look up the family of a checkpoint."
     kind, text = (
         getattr(config, 'model_type', ''),
         getattr(getattr(config, 'text_config', None), 'model_type', ''),

@@ -60,7 +60,7 @@ _all_ = [
 # %% ../../nbs/20_vlm.models.ipynb #22963006
 @dataclass(frozen=True)
 class Answer:
-    "What a model said in one trial, and what it received."
+    "The answer of a model in one trial, and hashes of what it received."
 
     logprobs: tuple[float, ...]  # natural log P per choice, not renormalised over the choices
     answer_mass: float  # sum of exp(logprobs), in [0,1]: belief that falls on the choices
@@ -453,7 +453,7 @@ def _device(device):
 
 
 def _about(vlm, where, revision, quantization):
-    "What the metadata of the predictions say about a loaded model; no path of this machine."
+    "Describe a loaded model for the metadata of predictions; no path of this machine."
     local, model, caps = isinstance(where, Path), vlm.model, vlm.caps
     card = (
         read_json(where / 'smsbench.json') if local and (where / 'smsbench.json').is_file() else {}

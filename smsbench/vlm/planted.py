@@ -87,7 +87,7 @@ class Planted:
         return self.seen[sha, finding]
 
     def log_odds(self, x, sha):
-        "What the rule makes of the pixels and words of a trial."
+        "Apply the rule to the pixels and words of a trial."
         finding = asked_finding(x.prompt) if self.uses else ''
         film = self.film(x.image, sha, finding) if 'film' in self.uses else 0.0
         report = self.read(x.prompt, finding, 1.0) if 'report' in self.uses else 0.0

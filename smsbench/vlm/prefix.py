@@ -151,7 +151,7 @@ def seals(
 # %% ../../nbs/20g_vlm.prefix.ipynb #b1524055
 @dataclass
 class Heading:
-    "What had entered the language model by the end of a prefix."
+    "The input of the language model up to the end of a prefix."
 
     hashes: np.ndarray  # (n,) int64, one per position
     beside: np.ndarray  # (k,) int64, one per vector beside them
@@ -195,7 +195,7 @@ class Ledger:
         self,
         cache,  # a fork of B rows, about to be continued
     ) -> list[Heading]:
-        "What each row of a fork stands on; `RunError` for a prefix that was never noted."
+        "Look up the prefix of each row of a fork; `RunError` for one that was never noted."
         found = [self.known.get(s) for s in seals(cache)]
         if None in found:
             raise RunError(

@@ -31,7 +31,7 @@ from .families import PLAIN, Capabilities
 # %% ../../nbs/19a_vlm.prompting.ipynb #bd5d7020
 @dataclass(frozen=True)
 class Inputs:
-    "What is delivered to a model in one trial; never ids or labels."
+    "The input of a model in one trial; never ids or labels."
 
     image: np.ndarray | None  # (H,W) or (H,W,3) uint8; None: no image
     prompt: str  # the full question text with the report in it; no chat template, no image token

@@ -635,7 +635,7 @@ def reference_card(
     films: int = 2000,  # lessons
     steps: dict = STEPS,  # optimiser steps
 ) -> dict:  # what `smsbench.json` says
-    "What a reference VLM is, how it was trained, and what it must not be used for."
+    "Describe a reference VLM: its kind, its training, and uses that are not allowed."
     of = REFERENCE[name]
     asked = content_hash(*[ask(f, k, 'REPORT') for f in LEARNED for k in KINDS])
     return dict(

@@ -110,7 +110,7 @@ def read_trial(
     x,  # `Inputs`
     key: str = '',  # identity of its image, '' for none
 ) -> Trial:
-    "What the processor makes of one input; the only place where the processor is called."
+    "Process one input; the only place where the processor is called."
     import torch
 
     if isinstance(model.processor.image_processor, OneImage):
@@ -190,7 +190,7 @@ _PARTS = (
 
 @dataclass
 class Feature:
-    "What the vision tower made of one image."
+    "The vision tower's output for one image."
 
     made: object  # an output object with `_PARTS`, or cross-attention states (tiles, n, width)
     hashes: np.ndarray  # (m,) int64, one per feature vector that takes the place of an image token

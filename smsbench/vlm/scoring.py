@@ -308,7 +308,7 @@ def _attempt(do):
 
 
 def _keys(batch):
-    "What makes two inputs the same trial: (image, prompt, choices); each array is hashed once."
+    "Identify a trial by (image, prompt, choices); each array is hashed once."
     seen = {}
     for x in batch:
         if x.image is not None and id(x.image) not in seen:
