@@ -34,7 +34,7 @@ from .stripping import flat, strip_answer
 
 # %% ../../nbs/30ed_sms.answers.ipynb #cc4c3c8d
 class Reading(NamedTuple):
-    "What was read in an answer, and which layer decided."
+    "The choice read from an answer, and the layer that decided."
 
     choice: str  # one of the choices, or ''
     status: str  # ok, empty, refused, ambiguous, unparsed
@@ -173,7 +173,7 @@ def reading(
     inverted: bool = False,  # whether the question asks for the absence
     options=None,  # letter -> text, where options were listed
 ) -> Reading:  # (choice or '', status, layer)
-    "Read one answer and tell which layer decided."
+    "Read one answer, and name the layer that decided."
     listed = tuple((str(k), str(v)) for k, v in (options or {}).items())
     names = tuple(str(c) for c in choices)
     told = finding or '', question or '', prompt or ''

@@ -42,11 +42,13 @@ def reword(
 
 # %% ../../nbs/30c_sms.asked.ipynb #b8e64e6c
 def row_wordings(
-    rows: dict,  # sample_id -> row of the cohort, opened: with question, variant, and strategy or asked where the card has them
-) -> tuple[
-    dict, list
-]:  # (sample_id of variant 0 -> list of (`Variant`, sample_id of the row that brings the words), sample_ids without a variant 0)
-    "The rows of a cohort as wordings of its variant 0; `InputError` where it has no such rows."
+    rows: dict,  # sample_id -> opened row, with question, variant, and strategy or asked if any
+) -> tuple[dict, list]:  # wordings per sample_id of variant 0; sample_ids without a variant 0
+    """Take the rows of a cohort as wordings of its variant 0.
+
+    Wordings are lists of (`Variant`, sample_id of the row that has the words). `InputError` where
+    the cohort has no such rows.
+    """
     if not all(hasattr(r, 'variant') and getattr(r, 'question', '') for r in rows.values()):
         raise InputError(
             "this cohort does not bring wordings as rows: it needs a question per row and a column"
@@ -93,7 +95,7 @@ def common_ids(
 
 # %% ../../nbs/30c_sms.asked.ipynb #4e72c074
 class Asking:
-    "What each sample of a plan is asked beside its own question."
+    "The rewordings of each sample's own question in a plan."
 
     def __init__(
         self,
@@ -102,24 +104,9 @@ class Asking:
         paraphrases=0,  # see the table above
         access: str = 'open',  # of the cohort: words of credentialed rows are not written down
     ):
-        self.rows, self.tasks, self.closed, self.excluded, self.ids = (
-            rows,
-            tasks,
-            access == 'credentialed',
-            [],
-            [],
-        )
-        self.source = (
-            'none'
-            if not paraphrases
-            else (
-                'cohort'
-                if paraphrases == 'cohort'
-                else 'table'
-                if isinstance(paraphrases, dict)
-                else 'rules'
-            )
-        )
+        self.rows, self.tasks, self.closed = rows, tasks, access == 'credentialed'
+        self.excluded, self.ids = [], []
+        self.source = _source_of(paraphrases)
         if self.source == 'rules' and not (isinstance(paraphrases, int) and paraphrases > 0):
             raise InputError(
                 f"paraphrases {paraphrases!r}: give a number, a table of wordings, or 'cohort'"
@@ -137,15 +124,7 @@ class Asking:
         if self.source == 'cohort':
             self._of, lone = row_wordings(rows)
             self.samples = list(self._of)
-            self.excluded = [
-                dict(
-                    sample_id=i,
-                    stage='plan',
-                    arm='wordings',
-                    reason='no original wording beside it',
-                )
-                for i in lone
-            ]
+            self.excluded = [_excluded(i, 'no original wording beside it') for i in lone]
         elif self.source != 'none':
             self._offer(paraphrases)
 
@@ -159,21 +138,13 @@ class Asking:
         return own if isinstance(own, str) and own else self.tasks[r.finding]['question']
 
     def _offer(self, how):
+        "Find the rewordings of each question; those that all have in common are asked."
         by_question = {}
         for i in self.samples:
             by_question.setdefault(
                 (self.question(i), tuple(self.tasks[self.rows[i].finding]['choices'])), []
             ).append(i)
-        lists = {
-            k: [
-                v
-                for v in (
-                    how.get(k[0], [None])[1:] if isinstance(how, dict) else paraphrases(k[0])[1:]
-                )
-                if not v.inverted or {'yes', 'no'} <= {c.lower() for c in k[1]}
-            ]
-            for k in by_question
-        }
+        lists = {k: _rewordings(how, *k) for k in by_question}
         if not any(lists.values()):
             raise InputError(
                 'no question of this cohort has a rewording'
@@ -194,12 +165,7 @@ class Asking:
             for i in by_question[k]:
                 self._of[i] = [(have[n], '') for n in self.ids if n in have]
             self.excluded += [
-                dict(
-                    sample_id=i,
-                    stage='plan',
-                    arm='wordings',
-                    reason=f'its question has no rewording {n}',
-                )
+                _excluded(i, f'its question has no rewording {n}')
                 for n in self.ids
                 if n not in have
                 for i in by_question[k]
@@ -249,6 +215,27 @@ class Asking:
                 )
             )
         )
+
+
+def _source_of(paraphrases):
+    "Name the source of rewordings: 'none', 'cohort', 'table' or 'rules'."
+    if not paraphrases:
+        return 'none'
+    if isinstance(paraphrases, dict):
+        return 'table'
+    return 'cohort' if paraphrases == 'cohort' else 'rules'
+
+
+def _excluded(sample_id, reason):
+    "One row of the exclusions."
+    return dict(sample_id=sample_id, stage='plan', arm='wordings', reason=reason)
+
+
+def _rewordings(how, question, choices):
+    "The rewordings of a question, inverted ones only where the choices are yes and no."
+    made = how.get(question, [None]) if isinstance(how, dict) else paraphrases(question)
+    sides = {'yes', 'no'} <= {c.lower() for c in choices}
+    return [v for v in made[1:] if sides or not v.inverted]
 
 # %% ../../nbs/30c_sms.asked.ipynb #b8614bd3
 def asked_question(

@@ -54,19 +54,12 @@ WITH_TEXT, WITHOUT_TEXT = (
 
 @dataclass(frozen=True)
 class AttendSettings(Wordings):
-    "What a comparison of attention computes; rewordings are shown in the first arm only."
+    "Settings of a comparison of attention; rewordings are shown in the first arm only."
 
-    arms: tuple[
-        str, ...
-    ] = ()  # arm names, all of which show a film; empty: `WITH_TEXT` or `WITHOUT_TEXT`
-    queries: tuple[str, ...] = (
-        'answer',
-        'asked',
-    )  # see `smsbench.sms.map_store.spelled_query`; the first one is reported
+    arms: tuple[str, ...] = ()  # arms that show a film; empty: `WITH_TEXT` or `WITHOUT_TEXT`
+    queries: tuple[str, ...] = ('answer', 'asked')  # see `spelled_query`; the first is reported
     methods: tuple[str, ...] = ('raw',)  # see `smsbench.vlm.maps.METHODS`
-    layers: str | tuple[int, ...] = (
-        'all'  # of the maps that are measured: all, last_half, last_quarter or numbers
-    )
+    layers: str | tuple[int, ...] = 'all'  # of the maps: all, last_half, last_quarter or numbers
     heads: str | int = 'mean'  # the same: mean, max, entropy or a number
     keep: str = 'rows'  # 'rows': every head; 'pooled': the mean over the heads of each layer
     baseline: bool = True  # ask the same model with random weights about the films with a region
@@ -111,16 +104,13 @@ def attend_plan(
     source,  # its `Source`
     settings: AttendSettings = AttendSettings(),  # what is computed
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # (plan, exclusions)
-    "The frozen trials: the chosen arms and what they are compared with, of all samples or of `limit` of them. `InputError` for a cohort without images."
+    """Freeze the trials of the chosen arms and their baselines.
+
+    `limit` restricts the samples. `InputError` for a cohort without images.
+    """
     if not (cohort.image.fillna('') != '').any():
         raise InputError('no sample of this cohort has an image; maps need films')
-    texts = cohort.text.fillna('').str.strip() != ''
-    arms = settings.arms or (WITH_TEXT if texts.any() else WITHOUT_TEXT)
-    if unknown := [a for a in arms if a not in ARMS]:
-        raise InputError(
-            f"unknown arm {', '.join(unknown)}; choose from"
-            f" {', '.join(n for n, a in ARMS.items() if a.image != 'none')}"
-        )
+    arms = _chosen_arms(cohort, settings)
     wanted = [n for n in ARMS if n in {*arms, *(ARMS[a].versus for a in arms)}]
     told = cohort.assign(image=cohort.image.fillna(''))[cohort.image.fillna('') != '']
     if all(ARMS[a].text == 'none' for a in arms):  # no report is shown, so none is needed
@@ -155,6 +145,18 @@ def attend_plan(
         & excluded.sample_id.isin({*few, *(set(cohort.sample_id) - set(plan.sample_id))})
     ].reset_index(drop=True)
 
+
+def _chosen_arms(cohort, settings):
+    "The arms that were asked for, or those that suit the cohort; `InputError` for unknown ones."
+    texts = cohort.text.fillna('').str.strip() != ''
+    arms = settings.arms or (WITH_TEXT if texts.any() else WITHOUT_TEXT)
+    if unknown := [a for a in arms if a not in ARMS]:
+        raise InputError(
+            f"unknown arm {', '.join(unknown)}; choose from"
+            f" {', '.join(n for n, a in ARMS.items() if a.image != 'none')}"
+        )
+    return arms
+
 # %% ../../nbs/36c_sms.attend.ipynb #57b1548a
 def check_attending(
     spec: str,  # see `open_attending`
@@ -174,7 +176,10 @@ def open_attending(
     settings: AttendSettings = AttendSettings(),  # what is computed
     **how,  # further options of `smsbench.sms.run.open_model`
 ):  # an `HFModel`
-    "Load a model whose attention can be read; `InputError` for one without, and for layers or heads that it does not have."
+    """Load a model whose attention can be read.
+
+    `InputError` for one without, and for layers or heads that it does not have.
+    """
     from smsbench.vlm.attention import layer_kinds
     from smsbench.vlm.composed import vision_modules
 
@@ -216,7 +221,11 @@ def attend_model(
     run: Run,  # run directory
     settings: AttendSettings,  # what is computed
 ) -> pd.DataFrame:  # predictions, in the order of the plan
-    "Ask one model all trials, part by part; what is there is not asked again, and a model that has nothing to do is not loaded. `RunError` above `max_failures`."
+    """Ask one model all trials, part by part.
+
+    Answers that are there are not asked again, and a model with nothing to do is not loaded.
+    `RunError` above `max_failures`.
+    """
     trials, parts, loaded = by_image(plan, source), [], None
     cuts = [trials[i : i + settings.part_size] for i in range(0, len(trials), settings.part_size)]
     bar = progress(None, f'looking at {name}', total=len(trials), unit='trial')
@@ -271,22 +280,13 @@ def attend(
     models,  # one or two (or more) model specs: 'reference-…', folders, Hugging Face ids
     out,  # run directory; a run that stopped goes on here
     settings: AttendSettings = AttendSettings(),  # what is computed
-    regions=None,  # table of regions, see `smsbench.sms.map_tables.Regions`; None: masks or boxes of the cohort
+    regions=None,  # see `smsbench.sms.map_tables.Regions`; None: masks or boxes of the cohort
     root='',  # folder of the images; '' takes the cohort's own
     remote: bool = False,  # whether images may be fetched from other machines
     **how,  # options of `open_model`: device, dtype, revision, quantization, ...
 ) -> Run:  # the run directory, with everything but the report in it
     "cohort → plan → answers and rows of attention → tables → metrics."
-    names = [model_name(m) for m in models]
-    if len(set(names)) < len(names) or not names:
-        raise InputError(f'models {names}: at least one, each with a name of its own')
-    if settings.baseline and how.get('quantization'):
-        raise InputError(
-            'quantization: the weights of a quantised model cannot be put in random order; add'
-            ' --no-baseline (baseline=False)'
-        )
-    if not (Path(out) / 'config.json').exists():
-        [check_attending(m, **how) for m in models]  # a typing error leaves nothing behind
+    names = _checked_names(models, settings, out, how)
     exclusions = cohort.exclusions if isinstance(cohort, Built) else None
     run, held = Run(out), hold(cohort, root)
     cohort, source = held.cohort, Source(held, root, remote=remote)
@@ -317,12 +317,7 @@ def attend(
     _keep_cohort(run, cohort, exclusions)
     if regions is not None and about['access'] == 'open':
         write_table(regions, run / 'regions.parquet')
-    run.log(
-        f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
-        f" {shown(plan.sample_id.nunique(), about['access'])} samples,"
-        f" {shown(plan.patient_id.nunique(), about['access'])} patients, arms"
-        f" {', '.join(plan.attrs['arms'])}"
-    )
+    run.log(_plan_line(plan, about['access']))
     for spec in models:
         _one_model(
             spec, plan, source, run, settings, marked, how, first if spec == models[0] else None
@@ -333,8 +328,37 @@ def attend(
     return run
 
 
+def _checked_names(models, settings, out, how):
+    "Names of the models; `InputError` for a request that cannot be met."
+    names = [model_name(m) for m in models]
+    if len(set(names)) < len(names) or not names:
+        raise InputError(f'models {names}: at least one, each with a name of its own')
+    if settings.baseline and how.get('quantization'):
+        raise InputError(
+            'quantization: the weights of a quantised model cannot be put in random order; add'
+            ' --no-baseline (baseline=False)'
+        )
+    if not (Path(out) / 'config.json').exists():
+        [check_attending(m, **how) for m in models]  # a typing error leaves nothing behind
+    return names
+
+
+def _plan_line(plan, access):
+    "A line for the log on the size of a plan."
+    return (
+        f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
+        f" {shown(plan.sample_id.nunique(), access)} samples,"
+        f" {shown(plan.patient_id.nunique(), access)} patients, arms"
+        f" {', '.join(plan.attrs['arms'])}"
+    )
+
+
 def _before_the_first_trial(models, plan, source, marked, settings, how):
-    "The first model, opened. What is wrong with a region, or with a layer, head or method of any model, is said now and leaves no half-made run."
+    """Check everything before the first trial, and return the first model, opened.
+
+    A wrong region, or a wrong layer, head or method of any model, is reported now and leaves no
+    half-made run.
+    """
     marked.check(dict.fromkeys(i for i in plan.image_id if i in source.rows))
     for spec in reversed(models):
         first = None
@@ -388,7 +412,10 @@ def conclude_attention(
     settings: AttendSettings,  # what is computed
     marked,  # `Regions`
 ):
-    "Tables and metrics of a run: looks, profile, pairs, changes, metrics.parquet and delivery.json."
+    """Compute tables and metrics of a run.
+
+    Writes looks, profile, pairs, changes, metrics.parquet and delivery.json.
+    """
     plan, said, store = (
         read_table(run / 'plan.parquet', 'plan'),
         read_predictions(run),
@@ -399,11 +426,7 @@ def conclude_attention(
     delivery = prove_delivery(plan, own)
     write_json(delivery, run / 'delivery.json')
     boot = dict(n_boot=settings.n_boot, seed=settings.seed, minimum=settings.minimum)
-    measured, worded = measure(plan, own, **boot), measure_wordings(plan, own, **boot)
-    if len(worded):
-        about = measured.attrs
-        measured = pd.concat([measured, worded], ignore_index=True)
-        measured.attrs = about
+    measured = _measured(plan, own, boot)
     shown_as = dict(layers=settings.layers, heads=settings.heads)
     looks, profile = look_table(
         plan,
@@ -413,15 +436,7 @@ def conclude_attention(
         **shown_as,
         methods=settings.methods,
     )
-    pairs = pd.concat(
-        [
-            pair_table(plan, store, (a, b), **shown_as)
-            for i, a in enumerate(models)
-            for b in models[i + 1 :]
-        ]
-        or [pd.DataFrame()],
-        ignore_index=True,
-    )
+    pairs = _all_pairs(plan, store, models, shown_as)
     changes = change_table(plan, store, answer_table(plan, own), models, **shown_as)
     full = with_baselines(looks, profile, settings.seed)
     for name, t in dict(looks=full, profile=profile, pairs=pairs, changes=changes).items():
@@ -430,6 +445,27 @@ def conclude_attention(
     write_table(mark_void(metrics, delivery), run / 'metrics.parquet', 'metrics')
     for line in void_lines(delivery):
         run.log(line)
+
+
+def _measured(plan, own, boot):
+    "Metrics of the answers, those of the rewordings included."
+    measured, worded = measure(plan, own, **boot), measure_wordings(plan, own, **boot)
+    if not len(worded):
+        return measured
+    about = measured.attrs
+    measured = pd.concat([measured, worded], ignore_index=True)
+    measured.attrs = about
+    return measured
+
+
+def _all_pairs(plan, store, models, shown_as):
+    "The `pair_table` of every two models, in one table."
+    tables = [
+        pair_table(plan, store, (a, b), **shown_as)
+        for i, a in enumerate(models)
+        for b in models[i + 1 :]
+    ]
+    return pd.concat(tables or [pd.DataFrame()], ignore_index=True)
 
 # %% ../../nbs/36c_sms.attend.ipynb #fe902f3b
 @dataclass

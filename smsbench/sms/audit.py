@@ -93,8 +93,8 @@ class Source:
     def task(
         self,
         trial,  # a row of the plan
-    ) -> Task:  # with the words of the trial, or the sample's own question where the cohort has one per sample
-        "What the trial asks."
+    ) -> Task:  # with the words of the trial, or the sample's own question if the cohort has them
+        "The question of a trial."
         question = asked_question(trial, self.question(trial), self.rows)
         return replace(self.tasks[trial.finding], question=question)
 
@@ -110,7 +110,10 @@ class Source:
         self,
         trial,  # a row of the plan
     ) -> str:  # '' where none is shown
-        "The report of a trial, altered where its arm alters it; `InputError` where that cannot be done any more."
+        """The report of a trial, altered where its arm alters it.
+
+        `InputError` where the alteration is not possible any more.
+        """
         if not trial.text_id:
             return ''
         done = shift_text(
@@ -130,7 +133,7 @@ class Source:
         self,
         trial,  # a row of the plan
     ) -> Inputs:  # pixels, prompt, choices
-        "What the model is shown in this trial."
+        "The input of the model in this trial."
         arm, task = ARMS[trial.arm], self.task(trial)
         image = None
         if trial.image_id:
@@ -195,7 +198,7 @@ def score_trials(
     model,  # a `smsbench.vlm.models.Model`
     batch_size: int = 16,  # trials per call of the model
 ) -> list[dict]:  # predictions rows, in order
-    "Ask the model; what fails is asked again in halves, so that only the trial at fault is an error row."
+    "Ask the model; failures are asked again in halves, so that one bad trial is one error row."
     shown, rows = [_show(t, source) for t in trials], {}
     good = [i for i, x in enumerate(shown) if isinstance(x, Inputs)]
     if hasattr(model, 'score_each'):
@@ -247,7 +250,8 @@ def _ask_halving(some, model):
         return dict(zip(places, _ask(trials, inputs, model)))
     except Exception as e:
         if isinstance(e, RunError) and hasattr(model, 'score_each'):
-            raise  # something was delivered to a trial that is not its own: no answer of this model may count
+            # a trial received what is not its own: no answer of this model may count
+            raise
         if len(some) == 1:
             return {places[0]: _error_row(trials[0], e)}
     half = len(some) // 2
@@ -310,7 +314,10 @@ def score_plan(
     part_size: int = PART_SIZE,  # trials per part; fixed, or a resumed run would batch differently
     max_failures: float = 0.05,  # share of failing trials above which the run fails
 ) -> pd.DataFrame:  # predictions, in the order of the plan
-    "Ask a model every trial of a plan; started again, it goes on where it stopped. `RunError` above `max_failures`."
+    """Ask a model every trial of a plan.
+
+    A second start continues where the first stopped. `RunError` above `max_failures`.
+    """
     check_rules(plan)
     trials, parts = by_image(plan, source), []
     for k in progress(range(-(-len(trials) // part_size)), f'scoring {model.name}', unit='part'):
@@ -340,7 +347,10 @@ def score_plan(
 def read_predictions(
     run: Run,  # run directory
 ) -> pd.DataFrame:  # all models' predictions
-    "The predictions of a run; metadata holds each model's `info`. `InputError` where there are none."
+    """Read the predictions of a run; metadata holds each model's `info`.
+
+    `InputError` where there are none.
+    """
     parts = [read_table(p) for p in sorted((run / 'predictions').glob('part-*.parquet'))]
     if not parts:
         raise InputError(f'{run.path}: no predictions here yet')
@@ -357,7 +367,7 @@ def delivery_faults(
     shown: pd.DataFrame,  # hashes of this arm's trials
     base: pd.DataFrame,  # hashes of the arm it is compared with, same rows in the same order
 ) -> pd.Series:  # '' or what is wrong, one per trial
-    "What each trial's hashes say against the definition of its arm."
+    "Compare each trial's hashes with the definition of its arm."
     differ = {
         c: shown[c].to_numpy() != base[c].to_numpy()
         for c in ('pixel_sha', 'token_sha', 'delivered_sha')
@@ -444,7 +454,7 @@ def _arm_delivery(arm, by_arm, trials, compared):
 
 
 def _not_reworded(shown, on):
-    "Of the trials `on`, which (sample, variant) brought the model the very tokens of variant 0, though they ask in other words."
+    "Mark the trials `on` that arrived as the very tokens of variant 0, despite other words."
     variant = shown.index.get_level_values('variant')
     own = shown.token_sha[variant == 'plain'].droplevel('variant')
     own = own[~own.index.duplicated()]

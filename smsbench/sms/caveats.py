@@ -93,7 +93,10 @@ def can_match(
     files,  # `FileAudit`
     column: str,  # an attribute
 ) -> bool:
-    "Is there a level of the attribute that holds samples of two classes, so that donors can be matched on it?"
+    """Can donors be matched on the attribute?
+
+    They can where one of its levels has samples of two classes.
+    """
     counts = files.tables.get('strata')
     if counts is None or not len(counts):
         return False
@@ -151,17 +154,8 @@ def matched_command(
     options = _options(asked, _VALUES, _LISTS)
     if imported:
         return shlex.join(
-            [
-                'smsbench',
-                'plan',
-                'RUN/cohort.parquet',
-                '--root',
-                'DATA',
-                *match,
-                *options,
-                '--out',
-                'RUN-matched/plan.parquet',
-            ]
+            ['smsbench', 'plan', 'RUN/cohort.parquet', '--root', 'DATA', *match, *options]
+            + ['--out', 'RUN-matched/plan.parquet']
         )
     models = [f for m in config.get('models', []) for f in _flag('model', m)]
     loading = [
@@ -172,22 +166,8 @@ def matched_command(
     ]
     remote = ['--trust-remote-code'] * bool(loose.get('trust_remote_code'))
     return shlex.join(
-        [
-            'smsbench',
-            'audit',
-            '--cohort',
-            'RUN/cohort.parquet',
-            '--root',
-            'DATA',
-            *models,
-            *match,
-            *options,
-            *_options(asked, _AUDIT, ()),
-            *loading,
-            *remote,
-            '--out',
-            'RUN-matched',
-        ]
+        ['smsbench', 'audit', '--cohort', 'RUN/cohort.parquet', '--root', 'DATA', *models, *match]
+        + [*options, *_options(asked, _AUDIT, ()), *loading, *remote, '--out', 'RUN-matched']
     )
 
 # %% ../../nbs/34c_sms.caveats.ipynb #5a55c7b4
@@ -226,7 +206,10 @@ def file_caveats(
     imported: bool = False,  # were the answers made elsewhere?
     columns=(),  # columns of the cohort
 ) -> list:  # caveats; the one with a command first
-    "The serious findings of the file audit, and the matched run that tells whether they made the verdict."
+    """List the serious findings of the file audit.
+
+    The first may name a matched run that shows whether they explain the verdict.
+    """
     if files is None:
         return [
             _caveat(
@@ -238,31 +221,11 @@ def file_caveats(
     before = {*(asked.get('plan', {}).get('match') or asked.get('config', {}).get('match') or ())}
     matched, rest = {}, []
     for r in files.findings[files.findings.severity == 'serious'].itertuples():
-        attribute = (
-            r.check in _ATTRIBUTES
-            and len(files.tables.get('strata', ()))
-            and (files.tables['strata'].stratum == r.subject).any()
-        )
-        if attribute and r.subject in before:
-            rest.append(f'{r.sentence} Donors were matched on it, so it cannot decide the verdict.')
-        elif attribute and can_match(files, r.subject):
-            matched.setdefault(r.subject, []).append(r.sentence)
-        elif r.check in _ATTRIBUTES and MEASURED.get(r.subject) in {*columns} - before:
-            matched.setdefault(MEASURED[r.subject], []).append(r.sentence)
-        elif (
-            r.check in _ATTRIBUTES and r.subject in MEASURED and MEASURED[r.subject] not in columns
-        ):
-            rest.append(
-                f'{r.sentence} To see whether that made the verdict, give the cohort a column'
-                f' {MEASURED[r.subject]} and match donors on it (--match {MEASURED[r.subject]}).'
-            )
-        elif attribute:
-            rest.append(
-                f'{r.sentence} Donors cannot be matched on it: none of its values occurs in two'
-                ' classes.'
-            )
+        column, sentence = _remedy(r, files, before, columns)
+        if column is None:
+            rest.append(sentence)
         else:
-            rest.append(r.sentence)
+            matched.setdefault(column, []).append(sentence)
     out = [_caveat('files', f'Serious in the files: {text}') for text in rest]
     if not matched:
         return out
@@ -273,6 +236,34 @@ def file_caveats(
     )
     told += ': make this plan, and have it answered.' if imported else '.'
     return [_caveat('files', told, matched_command(asked, [*matched], imported))] + out
+
+
+def _remedy(r, files, before, columns):
+    "(column to match donors on, or None; sentence) of a serious finding."
+    by_attribute = r.check in _ATTRIBUTES
+    recorded = (
+        by_attribute
+        and len(files.tables.get('strata', ()))
+        and (files.tables['strata'].stratum == r.subject).any()
+    )
+    column = MEASURED.get(r.subject)
+    if recorded and r.subject in before:
+        return None, f'{r.sentence} Donors were matched on it, so it cannot decide the verdict.'
+    if recorded and can_match(files, r.subject):
+        return r.subject, r.sentence
+    if by_attribute and column in {*columns} - before:
+        return column, r.sentence
+    if by_attribute and r.subject in MEASURED and column not in columns:
+        return None, (
+            f'{r.sentence} To see whether that made the verdict, give the cohort a column'
+            f' {column} and match donors on it (--match {column}).'
+        )
+    if recorded:
+        return None, (
+            f'{r.sentence} Donors cannot be matched on it: none of its values occurs in two'
+            ' classes.'
+        )
+    return None, r.sentence
 
 # %% ../../nbs/34c_sms.caveats.ipynb #cc50b806
 def training_note(
@@ -291,7 +282,7 @@ def training_note(
 
 # %% ../../nbs/34c_sms.caveats.ipynb #cdc9bcf7
 def label_note(
-    verdict: dict,  # a model's verdicts; `label_error` of the image tells what wrong labels would do
+    verdict: dict,  # a model's verdicts; `label_error` of the image: effect of wrong labels
     cohort: dict,  # label_source, as a card states it
 ) -> str:  # '' where the labels do not come from the report
     "A sentence where labels come from the report, or nobody says from where."
@@ -361,9 +352,13 @@ def gather_caveats(
     files,  # `FileAudit`; None where the files were not audited
     info: dict,  # what the predictions' metadata say about the model
     cohort: dict,  # what the run says about its data: manifest, title, access, label_source
-    command: dict,  # config.json of the run (config, loose), plan: attributes of its plan, and columns: those of the cohort; makes the command of the matched run
+    command: dict,  # config.json of the run (config, loose), with plan and columns, see below
 ) -> list:  # dicts of kind, text and command, in the order of `KINDS`
-    "Everything that limits the verdicts of one model."
+    """List everything that limits the verdicts of one model.
+
+    From `command` the command of the matched run is made: plan holds the attributes of the run's
+    plan, columns the columns of its cohort.
+    """
     out = answer_caveats(verdict) + delivery_caveats(verdict, delivery)
     out += file_caveats(files, command, 'imported' in info, command.get('columns', ()))
     notes = dict(

@@ -16,12 +16,10 @@ from .statements import HEDGE, NEGATION, THAN, clauses
 # %% ../../nbs/30ec_sms.choices.ipynb #c3f75a19
 @dataclass(frozen=True)
 class Names:
-    "What stands for which choice; made by `names_of`."
+    "Names of each choice; made by `names_of`."
 
     of: dict = field(default_factory=dict)  # name in lower case -> choice
-    sides: dict = field(
-        default_factory=dict
-    )  # 'yes' and 'no' -> choice, where the choices are sides
+    sides: dict = field(default_factory=dict)  # 'yes', 'no' -> choice, where choices are sides
     finding: str = ''  # the choice that is a finding, if one is its absence
     words: tuple[str, ...] = ()  # names longer than a letter, longest first
     letters: frozenset = frozenset()  # names of one letter, in capitals

@@ -16,8 +16,12 @@ from ..stats import Interval, auroc_interval
 # %% ../../nbs/33b_sms.consistency.ipynb #9bdf00eb
 def beside_original(
     rows: pd.DataFrame,  # from `answer_table`
-) -> pd.DataFrame:  # its rows that are rewordings, with stands (answer as to the original), base_stands, base_correct, pair (both were read), flip
-    "Every answer to a rewording beside the answer to variant 0 of the same sample, arm and model."
+) -> pd.DataFrame:  # rows that are rewordings, with the columns below
+    """Pair each answer to a rewording with that to variant 0 of its sample, arm and model.
+
+    New columns: stands (answer as to the original), base_stands, base_correct, pair (both were
+    read), flip.
+    """
     if 'inverted' not in rows:
         return rows.iloc[:0].assign(
             stands='', base_stands='', base_correct=False, pair=False, flip=False
@@ -38,7 +42,7 @@ def beside_original(
 def rewording_terms(
     beside: pd.DataFrame,  # rows of `beside_original`, of one model and arm
 ) -> list[Term]:
-    "What is measured per rewording."
+    "Metrics per rewording."
     arm = beside.arm.iloc[0] if len(beside) else ''
     pair, flip, ok, right, was = (
         beside[c].to_numpy(bool) for c in ('pair', 'flip', 'parsed', 'correct', 'base_correct')
@@ -51,9 +55,12 @@ def rewording_terms(
 
 # %% ../../nbs/33b_sms.consistency.ipynb #d3d9d52b
 def sample_terms(
-    rows: pd.DataFrame,  # from `answer_table`, with stands, of one model and arm: variant 0 and rewordings
+    rows: pd.DataFrame,  # from `answer_table`, with stands: one model and arm, all wordings
 ) -> tuple[list[Term], np.ndarray]:  # terms over samples, and the patient of each
-    "What is measured per sample, over all its wordings that were read; samples with fewer than two do not count."
+    """Measure each sample over all its wordings that were read.
+
+    Samples with fewer than two do not count.
+    """
     read = rows[rows.parsed].groupby('sample_id')
     many = read.variant.nunique() > 1
     one, right, spread = read.stands.nunique() == 1, read.correct.all(), read.margin.std(ddof=0)
@@ -134,7 +141,10 @@ def map_change_predicts_flip(
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
 ) -> Interval:  # AUROC: 1 where every flip goes with a greater change than every answer that stayed
-    "Area under the ROC curve of map change for a flipped answer, with its patient-clustered interval; NaN where all answers or none flipped. `InputError` on NaN or unequal lengths."
+    """AUROC of the map change for a flipped answer, with its patient-clustered interval.
+
+    NaN where all answers or none flipped. `InputError` on NaN or unequal lengths.
+    """
     d, f, who = np.asarray(divergences, float), np.asarray(flips), np.asarray(patients)
     if not len(d) == len(f) == len(who):
         raise InputError(

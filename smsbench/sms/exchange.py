@@ -73,7 +73,7 @@ def _asked_in(
     tasks: dict,  # finding -> `Task`
     source=None,  # a `Source`, where the questions are those of the samples
 ) -> dict:  # choices, finding, question, prompt, inverted, as `reading` takes them
-    "What the reader is told of a trial."
+    "The context of a trial that a reader of answers needs."
     task = source.task(trial) if source else tasks[trial.finding]
     own = '' if source else getattr(trial, 'question', '')
     if own:

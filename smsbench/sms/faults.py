@@ -25,10 +25,12 @@ _VOIDS = (
 # %% ../../nbs/33f_sms.faults.ipynb #f2c106bd
 def rounding_step(
     x: np.ndarray,  # (n, k) logits
-) -> (
-    np.ndarray
-):  # (k,) distance of neighbouring values on the grid they were rounded to; 0 for a constant
-    "The smallest gap among the largest values of each column: floating-point spacing doubles with each power of two, so the largest values have the widest grid."
+) -> np.ndarray:  # (k,) distance of neighbours on the rounding grid; 0 for a constant
+    """Find the smallest gap among the largest values of each column.
+
+    Floating-point spacing doubles with each power of two, so the largest values have the widest
+    grid.
+    """
 
     def step(v):
         u = np.unique(np.abs(v))
@@ -41,9 +43,7 @@ def rounding_step(
 def repeats(
     arm: np.ndarray,  # (n, k) logits of an arm
     base: np.ndarray,  # (n, k) logits of the same samples in the baseline
-) -> (
-    tuple
-):  # (rows that are equal, share of the other rows that moved by at most one rounding step)
+) -> tuple:  # (equal rows, share of the others that moved by at most one rounding step)
     "How many rows an arm leaves unchanged, and what rounding explains."
     same = (arm == base).all(1)
     near = (np.abs(arm - base) <= rounding_step(base)).all(1) & ~same
@@ -54,9 +54,13 @@ def borrowed(
     arm: np.ndarray,  # (m, k) logits of an arm
     own: np.ndarray,  # (m, k) baseline logits of the same samples
     pool: np.ndarray,  # (n, k) all baseline logits
-) -> tuple:  # (mask (m,) of rows equal to another sample's baseline row, share of the other rows that are one step from a baseline row,
-    #  share of `pool` rows that occur twice, row numbers (m,) and (n,) of arm and pool: equal rows share a number)
-    "Which rows are other samples' baseline rows, and what rounding explains."
+) -> tuple:  # (hit, near, twice, row numbers of arm, row numbers of pool)
+    """Find the rows that are other samples' baseline rows, and those that rounding explains.
+
+    hit (m,): rows equal to another sample's baseline row. near: share of the other rows that are
+    one step from a baseline row. twice: share of `pool` rows that occur twice. Row numbers (m,)
+    and (n,): equal rows share a number.
+    """
     from scipy.spatial import cKDTree
 
     _, row = np.unique(
@@ -134,7 +138,10 @@ def _unchanged(arm, a, b):
 
 
 def _others(arm, a, b, pool, labels, pool_labels, no_image):
-    "(rows, evidence) when an arm's rows are baseline rows of other samples more often than baseline rows coincide."
+    """(rows, evidence) where an arm's rows are baseline rows of other samples.
+
+    They must be so more often than baseline rows coincide.
+    """
     hit, near, twice, row, known = borrowed(a, b, pool)
     rows, share = int(hit.sum()), hit.mean()
     if rows < MIN_ROWS or share <= twice + 0.05 or share < NEARLY_ALL and share <= 2 * near:
@@ -169,53 +176,46 @@ def delivery_faults(
     "Which arms did not deliver what their name says."
     cols = [c for c in LOGITS if any(g[c].notna().any() for g in arms.values())]
     full = {a: g[g[cols].notna().all(axis=1)] for a, g in arms.items()} if cols else {}
-    out, base = {}, full.get('No')
-    for a, g in full.items():
-        if len(g) < MIN_ROWS:
-            out[a] = (
-                'few_rows',
-                len(g),
-                len(g),
-                (
-                    f'{a} has {len(g)} rows with logits; fewer than {MIN_ROWS} cannot show whether'
-                    ' the shift was delivered.'
-                ),
-            )
-        elif c := _constant(a, g[cols].to_numpy()):
-            out[a] = ('constant_output', c[0], len(g), c[1])
+    base = full.get('No')
+    out = {a: c for a, g in full.items() if (c := _by_itself(a, g[cols].to_numpy()))}
     no_image = out.get('Only_image', '')[:1] == ('constant_output',)
-    for a in [
-        a
-        for a in full
-        if a != 'No'
-        and a not in out
-        and base is not None
-        and out.get('No', '')[:1] != ('constant_output',)
-    ]:
-        ids = full[a].index.intersection(base.index)
-        x, y, pool = (
-            full[a].loc[ids, cols].to_numpy(),
-            base.loc[ids, cols].to_numpy(),
-            base[cols].to_numpy(),
-        )
-        if len(ids) < MIN_ROWS:
-            out[a] = (
-                'few_rows',
-                len(ids),
-                len(ids),
-                (
-                    f'{a} and No share {len(ids)} samples; fewer than {MIN_ROWS} cannot show'
-                    ' whether the shift was delivered.'
-                ),
-            )
-        elif c := _unchanged(a, x, y):
-            out[a] = ('identical_to_baseline', c[0], len(ids), c[1])
-        elif c := _others(
-            a, x, y, pool, base.truth[ids].to_numpy(), base.truth.to_numpy(), no_image
-        ):
-            out[a] = ('baseline_of_another_sample', c[0], len(ids), c[1])
+    if base is not None and out.get('No', '')[:1] != ('constant_output',):
+        for a in [a for a in full if a != 'No' and a not in out]:
+            if c := _beside_baseline(a, full[a], base, cols, no_image):
+                out[a] = c
     out |= _twins({a: g[cols] for a, g in full.items() if a != 'No' and a not in out})
     return [fault(*where, a, *out[a]) for a in ARMS if a in out]
+
+
+def _by_itself(a, x):
+    "(code, rows, checked, evidence) of an arm that shows nothing, or always the same; or None."
+    if len(x) < MIN_ROWS:
+        evidence = (
+            f'{a} has {len(x)} rows with logits; fewer than {MIN_ROWS} cannot show whether'
+            ' the shift was delivered.'
+        )
+        return 'few_rows', len(x), len(x), evidence
+    if c := _constant(a, x):
+        return 'constant_output', c[0], len(x), c[1]
+    return None
+
+
+def _beside_baseline(a, g, base, cols, no_image):
+    "(code, rows, checked, evidence) of an arm that repeats its baseline; or None."
+    ids = g.index.intersection(base.index)
+    x, y = g.loc[ids, cols].to_numpy(), base.loc[ids, cols].to_numpy()
+    if len(ids) < MIN_ROWS:
+        evidence = (
+            f'{a} and No share {len(ids)} samples; fewer than {MIN_ROWS} cannot show'
+            ' whether the shift was delivered.'
+        )
+        return 'few_rows', len(ids), len(ids), evidence
+    if c := _unchanged(a, x, y):
+        return 'identical_to_baseline', c[0], len(ids), c[1]
+    labels = base.truth[ids].to_numpy(), base.truth.to_numpy()
+    if c := _others(a, x, y, base[cols].to_numpy(), *labels, no_image):
+        return 'baseline_of_another_sample', c[0], len(ids), c[1]
+    return None
 
 
 def _twins(frames):
@@ -245,79 +245,103 @@ def answer_faults(
     arms: dict,  # arm -> rows indexed by sample, from `by_arm`
     where: tuple,  # (model, dataset)
 ) -> list:  # faults
-    "What happens to the written answers on their way to a published figure."
+    "Find faults between the written answers and a published figure."
     out, said = [], ('yes', 'no')
     scored = {a: g.index[g.published.isin(said)] for a, g in arms.items()}
     for a, g in arms.items():
-
-        def add(code, rows, evidence, a=a, g=g, checked=None):
-            return rows and out.append(
-                fault(*where, a, code, rows, len(g) if checked is None else checked, evidence)
-            )
-
         if a != 'No' and 'No' in arms:
-            base = arms['No']
-            odd, present = (
-                scored[a].symmetric_difference(scored['No']),
-                g.index.symmetric_difference(base.index),
-            )
-            add(
-                'unequal_samples',
-                len(odd),
-                f"Published figures rest on {len(scored[a])} of {len(g)} {a} rows and on"
-                f" {len(scored['No'])} of {len(base)} No rows; {len(odd)} samples count in one arm"
-                f" only ({len(odd.intersection(present))} because a row is missing, the others"
-                " because the parser dropped one).",
-                checked=len(g.index.union(base.index)),
-            )
-            ids = g.index.intersection(base.index)
-            differ = int((g.truth[ids] != base.truth[ids]).sum())
-            add(
-                'label_differs',
-                differ,
-                f'{differ} of {len(ids)} {a} rows have another ground truth than the No row of the'
-                ' same sample; recomputed figures use that of the No row.',
-                checked=len(ids),
-            )
-        lost, wrong = (
-            (g.published == '') & g.answer.isin(said),
-            (g.published != '') & (g.published != g.answer),
+            out += _sample_faults(a, arms, scored, where)
+        out += _parser_faults(a, g, where) + _choice_faults(a, g, len(scored[a]), where)
+    return out
+
+
+def _if_any(where, arm, code, rows, checked, evidence):
+    "A list with one fault, or an empty one where no row shows it."
+    return [fault(*where, arm, code, rows, checked, evidence)] if rows else []
+
+
+def _sample_faults(a, arms, scored, where):
+    "Faults of an arm that is not scored on the samples and labels of its baseline."
+    g, base = arms[a], arms['No']
+    odd = scored[a].symmetric_difference(scored['No'])
+    present = g.index.symmetric_difference(base.index)
+    ids = g.index.intersection(base.index)
+    differ = int((g.truth[ids] != base.truth[ids]).sum())
+    return _if_any(
+        where,
+        a,
+        'unequal_samples',
+        len(odd),
+        len(g.index.union(base.index)),
+        f"Published figures rest on {len(scored[a])} of {len(g)} {a} rows and on"
+        f" {len(scored['No'])} of {len(base)} No rows; {len(odd)} samples count in one arm"
+        f" only ({len(odd.intersection(present))} because a row is missing, the others"
+        " because the parser dropped one).",
+    ) + _if_any(
+        where,
+        a,
+        'label_differs',
+        differ,
+        len(ids),
+        f'{differ} of {len(ids)} {a} rows have another ground truth than the No row of the'
+        ' same sample; recomputed figures use that of the No row.',
+    )
+
+
+def _parser_faults(a, g, where):
+    "Faults of an arm whose answers the published parser drops or misreads."
+    lost = (g.published == '') & g.answer.isin(('yes', 'no'))
+    wrong = (g.published != '') & (g.published != g.answer)
+    return _if_any(
+        where,
+        a,
+        'unparsed_recoverable',
+        lost.sum(),
+        len(g),
+        f'The published parser leaves out {lost.sum()} of {len(g)} {a} answers that say yes or'
+        f' no, such as {_quote(g.prediction[lost])}.',
+    ) + _if_any(
+        where,
+        a,
+        'misread',
+        wrong.sum(),
+        len(g),
+        f'The published parser reads {wrong.sum()} of {len(g)} {a} answers as something they do'
+        f' not say, such as {_quote(g.prediction[wrong])}.',
+    )
+
+
+def _choice_faults(a, g, scored, where):
+    "Faults of an arm with unreadable answers, one answer only, or no yes among `scored` answers."
+    none = g.answer == ''
+    told, yes = g.answer[~none], (g.published == 'yes').sum()
+    out = _if_any(
+        where,
+        a,
+        'unparsed',
+        none.sum(),
+        len(g),
+        f"{none.sum()} of {len(g)} {a} answers say neither yes nor no"
+        f" ({', '.join(f'{n} {s}' for s, n in g.status[none].value_counts().items())}).",
+    )
+    if len(told) >= MIN_ROWS and told.nunique() == 1:
+        left = (
+            'accuracy only restates the share of that class'
+            if told.iloc[0] in ('yes', 'no')
+            else 'no accuracy can be read from them'
         )
-        add(
-            'unparsed_recoverable',
-            lost.sum(),
-            f'The published parser leaves out {lost.sum()} of {len(g)} {a} answers that say yes or'
-            f' no, such as {_quote(g.prediction[lost])}.',
+        evidence = f'All {len(told)} readable {a} answers are {told.iloc[0]!r}: {left}.'
+        out += _if_any(where, a, 'one_answer', len(told), len(told), evidence)
+    if not yes:
+        out += _if_any(
+            where,
+            a,
+            'undefined_precision',
+            len(g),
+            len(g),
+            f'None of the {scored} scored {a} answers is yes; the published code prints'
+            ' precision 0.0 where the quotient is 0/0.',
         )
-        add(
-            'misread',
-            wrong.sum(),
-            f'The published parser reads {wrong.sum()} of {len(g)} {a} answers as something they do'
-            f' not say, such as {_quote(g.prediction[wrong])}.',
-        )
-        none = g.answer == ''
-        add(
-            'unparsed',
-            none.sum(),
-            f"{none.sum()} of {len(g)} {a} answers say neither yes nor no"
-            f" ({', '.join(f'{n} {s}' for s, n in g.status[none].value_counts().items())}).",
-        )
-        told, yes = g.answer[~none], (g.published == 'yes').sum()
-        if len(told) >= MIN_ROWS and told.nunique() == 1:
-            add(
-                'one_answer',
-                len(told),
-                f"All {len(told)} readable {a} answers are {told.iloc[0]!r}:"
-                f" {'accuracy only restates the share of that class' if told.iloc[0] in said else 'no accuracy can be read from them'}.",
-                checked=len(told),
-            )
-        if not yes:
-            add(
-                'undefined_precision',
-                len(g),
-                f'None of the {len(scored[a])} scored {a} answers is yes; the published code prints'
-                ' precision 0.0 where the quotient is 0/0.',
-            )
     return out
 
 
@@ -343,7 +367,7 @@ def probabilities(
 def pair_shares(
     g: pd.DataFrame,  # rows with the four logit columns
 ) -> dict:  # tokens -> (n,) share in 0..1
-    "Mass of each pair: of all when the file has probabilities, else of the four tokens (an upper bound)."
+    "Mass of each pair: of all where the file has probabilities, else of four tokens (upper bound)."
     p = {t: g[list(pair)].to_numpy() for t, pair in TOKENS.items()}
     if probabilities(g):
         return {t: v.sum(1) for t, v in p.items()}
@@ -357,83 +381,80 @@ def token_faults(
     arms: dict,  # arm -> rows indexed by sample, from `by_arm`
     where: tuple,  # (model, dataset)
 ) -> list:  # faults
-    "What the first-token logits of a file cannot support."
+    "Find conclusions that the first-token logits of a file cannot support."
     rows = pd.concat(arms.values())
+    of = '' if probabilities(rows) else 'four tokens’ '
+    out = _scale_faults(rows, where)
+    for a, g in arms.items():
+        out += _ties(a, g, where) + _low_masses(a, g, of, where) + _contradictions(a, g, where)
+    return out
+
+
+def _scale_faults(rows, where):
+    "The fault of a file whose columns named p_ hold logits, in a list."
     x = rows[LOGITS].to_numpy()
     finite = np.isfinite(x)
+    if not finite.any() or probabilities(rows):
+        return []
+    beyond = (finite & ((x < 0) | (x > 1))).any(1)
+    evidence = (
+        f'Columns named p_ hold values from {x[finite].min():g} to {x[finite].max():g},'
+        ' which are logits: how much of the whole probability the four tokens carry cannot'
+        ' be known from this file.'
+    )
+    return [fault(*where, '', 'logits_not_probabilities', beyond.sum(), len(rows), evidence)]
+
+
+def _ties(a, g, where):
+    "The fault of an arm with equal logits of yes and no, in a list."
+    tied = {t: (g[y] == g[n]).to_numpy() for t, (y, n) in TOKENS.items()}
+    either = np.any(list(tied.values()), axis=0)
+    if not either.any():
+        return []
+    counts = ', '.join(
+        f"{v.sum()} between {' and '.join(TOKENS[t])}" for t, v in tied.items() if v.any()
+    )
+    evidence = (
+        f'Ties in {either.sum()} of {len(g)} {a} rows ({counts}): the published rule'
+        ' counts each as no.'
+    )
+    return [fault(*where, a, 'ties', either.sum(), len(g), evidence)]
+
+
+def _low_masses(a, g, of, where):
+    "Faults of pairs of tokens that hold hardly any of the mass in most rows of an arm."
     out = []
-    if finite.any() and not probabilities(rows):
-        beyond = (finite & ((x < 0) | (x > 1))).any(1)
-        out.append(
-            fault(
-                *where,
-                '',
-                'logits_not_probabilities',
-                beyond.sum(),
-                len(rows),
-                f'Columns named p_ hold values from {x[finite].min():g} to {x[finite].max():g},'
-                ' which are logits: how much of the whole probability the four tokens carry cannot'
-                ' be known from this file.',
+    for t, share in pair_shares(g).items():
+        low, known = share < 0.01, np.isfinite(share).sum()
+        if low.sum() > known / 2:
+            evidence = (
+                f"{' and '.join(TOKENS[t])} together hold under 1 % of the"
+                f" {of}mass in {low.sum()} of"
+                f" {len(g)} {a} rows (median {np.nanmedian(share):.2g}): which of the two"
+                " is larger is not the answer."
             )
-        )
-    for a, g in arms.items():
-        tied = {t: (g[y] == g[n]).to_numpy() for t, (y, n) in TOKENS.items()}
-        either = np.any(list(tied.values()), axis=0)
-        counts = ', '.join(
-            f"{v.sum()} between {' and '.join(TOKENS[t])}" for t, v in tied.items() if v.any()
-        )
-        if either.any():
-            out.append(
-                fault(
-                    *where,
-                    a,
-                    'ties',
-                    either.sum(),
-                    len(g),
-                    f'Ties in {either.sum()} of {len(g)} {a} rows ({counts}): the published rule'
-                    ' counts each as no.',
-                )
-            )
-        for t, share in pair_shares(g).items():
-            low = share < 0.01
-            if low.sum() > np.isfinite(share).sum() / 2:
-                out.append(
-                    fault(
-                        *where,
-                        a,
-                        'low_pair_mass',
-                        low.sum(),
-                        np.isfinite(share).sum(),
-                        f"{' and '.join(TOKENS[t])} together hold under 1 % of the"
-                        f" {'' if probabilities(rows) else 'four tokens’ '}mass in {low.sum()} of"
-                        f" {len(g)} {a} rows (median {np.nanmedian(share):.2g}): which of the two"
-                        " is larger is not the answer.",
-                    )
-                )
-        first = g.prediction.str.extract(r'^\s*(yes|Yes|no|No)\b')[0]
-        against = {
-            w: (
-                (g[f'p_{w}'] < g[f"p_{ {'yes': 'no', 'no': 'yes', 'Yes': 'No', 'No': 'Yes'}[w] }"])
-                & (first == w)
-            )
-            for w in ('yes', 'no', 'Yes', 'No')
-        }
-        wrong = sum(v.sum() for v in against.values())
-        asked = int(first.notna().sum())
-        if wrong >= MIN_ROWS and wrong > 0.05 * asked:
-            out.append(
-                fault(
-                    *where,
-                    a,
-                    'logits_contradict_answer',
-                    wrong,
-                    asked,
-                    f'{wrong} of {asked} {a} answers begin with a token whose opposite has the'
-                    ' higher logit; greedy decoding cannot do that, so the logits belong to'
-                    ' another step, prompt or spelling of the token.',
-                )
-            )
+            out.append(fault(*where, a, 'low_pair_mass', low.sum(), known, evidence))
     return out
+
+
+_OPPOSITE = {'yes': 'no', 'no': 'yes', 'Yes': 'No', 'No': 'Yes'}
+
+
+def _contradictions(a, g, where):
+    "The fault of an arm whose answers begin with a token of lower logit, in a list."
+    first = g.prediction.str.extract(r'^\s*(yes|Yes|no|No)\b')[0]
+    wrong = sum(
+        ((g[f'p_{w}'] < g[f'p_{other}']) & (first == w)).sum() for w, other in _OPPOSITE.items()
+    )
+    asked = int(first.notna().sum())
+    if wrong < MIN_ROWS or wrong <= 0.05 * asked:
+        return []
+    evidence = (
+        f'{wrong} of {asked} {a} answers begin with a token whose opposite has the'
+        ' higher logit; greedy decoding cannot do that, so the logits belong to'
+        ' another step, prompt or spelling of the token.'
+    )
+    return [fault(*where, a, 'logits_contradict_answer', wrong, asked, evidence)]
 
 # %% ../../nbs/33f_sms.faults.ipynb #bec42e94
 def faults(
@@ -452,8 +473,8 @@ def faults(
                         'missing_arm',
                         0,
                         len(g),
-                        f"No {a} row in the"
-                        f" file{'; without the baseline nothing can be compared' if a == 'No' else ''}.",
+                        f"No {a} row in the file"
+                        f"{'; without the baseline nothing can be compared' if a == 'No' else ''}.",
                     )
                 )
         out += delivery_faults(arms, where) + answer_faults(arms, where) + token_faults(arms, where)
@@ -464,7 +485,10 @@ def faults(
 def void_arms(
     found: list,  # faults
 ) -> dict:  # (model, dataset, arm) -> why it is void
-    "Arms that may not be read as what they are called: at least `VOID_SHARE` of their rows show a fault of delivery."
+    """Find arms that may not be read as named.
+
+    At least `VOID_SHARE` of their rows show a fault of delivery.
+    """
     never = {
         'Image': 'image never changed',
         'Text': 'text never changed',

@@ -43,10 +43,10 @@ def mean_rows(
     table: pd.DataFrame,  # one row per map, with patient_id
     columns,  # column names
     bounds=None,  # column -> (lowest, highest); None takes `COLUMNS`
-    n_boot: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-    minimum: int = 10,  # resamples; confidence level; of the resampling; rows below which a number is suppressed
+    n_boot: int = 2000,  # resamples
+    level: float = 0.95,  # confidence level
+    seed: int = 0,  # of the resampling
+    minimum: int = 10,  # rows below which a number is suppressed
 ) -> list[dict]:  # metric, value, ci_low, ci_high, n, n_clusters, n_effective, note
     "Mean of each column over the rows that have it."
     bounds, columns = (
@@ -91,7 +91,11 @@ def sign_flip(
     n: int = 9999,  # flips
     seed: int = 0,  # of the flips
 ) -> float:  # two-sided p; 1 where nothing differs; NaN without a pair
-    "Sign-flip permutation test of the patients' summed differences: every pattern of signs where there are few patients, else `n` random ones (the own one among them)."
+    """Sign-flip permutation test of the patients' summed differences.
+
+    All patterns of signs where there are few patients, else `n` random ones besides the observed
+    one.
+    """
     d = (
         pd.Series(np.asarray(differences, float))
         .groupby(np.asarray(patients))
@@ -126,11 +130,16 @@ def halves(
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #5217dc8d
 def cross_fitted(
-    profile: pd.DataFrame,  # rows of `look_table`'s second table, of one model, method, query and arm
+    profile: pd.DataFrame,  # second table of `look_table`: one model, method, query and arm
     least: int = 5,  # films of a finding in each half, at least
     seed: int = 0,  # which halving
-) -> pd.DataFrame:  # trial_id, pixel_auroc_chosen, mass_chosen, pointing_chosen, the same with _uniform and _centre on the raster of the heads, chosen_layer, chosen_head (−1: mean over heads)
-    "Localisation of the layer and head that localised best on the other half of the patients, finding by finding."
+) -> pd.DataFrame:  # one row per trial, with the columns below
+    """Localisation of the layer and head that localised best on the other half of the patients.
+
+    The choice is made finding by finding. Columns: trial_id, pixel_auroc_chosen, mass_chosen,
+    pointing_chosen, the same with _uniform and _centre on the raster of the heads, chosen_layer,
+    chosen_head (−1: mean over heads).
+    """
     marked, out, kept = (
         profile[profile.pixel_auroc.notna()],
         [],
@@ -252,22 +261,17 @@ def map_rows(
     full: pd.DataFrame,  # from `with_baselines`
     **boot,  # n_boot, level, seed, minimum
 ) -> list[dict]:  # metrics rows
-    "Means per model, arm and subgroup; the differences from baselines with their p-values in the note."
+    """Average per model, arm and subgroup.
+
+    Differences from baselines have their p-values in the note.
+    """
     out = []
     for (model, arm), t in full[full.variant == 'plain'].groupby(['model', 'arm']):
         for name, g in _groups(t):
             for r in mean_rows(g, COLUMNS, **boot):
                 if '_over_' in r['metric'] and np.isfinite(r['value']):
-                    r['note'] = '; '.join(
-                        x
-                        for x in (
-                            (
-                                f"p = {sign_flip(g[r['metric']], g.patient_id, seed=boot.get('seed', 0)):.2g}"
-                            ),
-                            r['note'],
-                        )
-                        if x
-                    )
+                    p = sign_flip(g[r['metric']], g.patient_id, seed=boot.get('seed', 0))
+                    r['note'] = '; '.join(x for x in (f'p = {p:.2g}', r['note']) if x)
                 if r['metric'] == 'share_image' and np.isfinite(r['value']) and _cross(g):
                     r['note'] = CROSS
                 if r['metric'] == 'pixel_auroc_uniform' and np.isfinite(r['value']):
@@ -294,58 +298,56 @@ def between_rows(
     pairs: pd.DataFrame,  # from `pair_table`
     **boot,  # n_boot, level, seed, minimum
 ) -> list[dict]:  # metrics rows of models 'A − B' and 'A × B'
-    "Two models on the same films: differences, and how alike their maps are. No difference of shares, and no test, where one is 1 by construction."
-    out, tested, keys = [], [], ['trial_id', 'query', 'method']
-    pairs = pairs[pairs.variant == 'plain'] if len(pairs) else pairs
+    """Compare two models on the same films: differences, and similarity of their maps.
+
+    There is no difference of shares, and no test, where a share is 1 by construction.
+    """
+    out, tested = [], []
     for a, b in combinations(sorted(set(full.model)), 2):
         across = _cross(full[full.model.isin([a, b])])
-        both = full[full.model == a].merge(
-            full[full.model == b][[*keys, *(c for c in COMPARED if c in full)]],
-            on=keys,
-            suffixes=('', '_b'),
-        )
-        for c in (c for c in COMPARED if c in full):
-            both[c] = both[c] - both[f'{c}_b']
-        for arm, t in both[both.variant == 'plain'].groupby('arm') if len(both) else ():
-            for name, g in _groups(t):
-                rows = [
-                    dict(
-                        r,
-                        metric=r['metric'] + '_difference',
-                        model=f'{a} − {b}',
-                        arm=arm,
-                        subgroup=name,
-                    )
-                    for r in mean_rows(g, COMPARED, dict.fromkeys(COMPARED, (-1, 1)), **boot)
-                ]
-                for r in (r for r in rows if across and r['metric'] == 'share_image_difference'):
-                    r |= dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, note=CROSS)
-                tested += [
-                    (
-                        r,
-                        sign_flip(
-                            g[r['metric'].removesuffix('_difference')],
-                            g.patient_id,
-                            seed=boot.get('seed', 0),
-                        ),
-                    )
-                    for r in rows
-                    if np.isfinite(r['value'])
-                ]
-                out += rows
+        for arm, name, g in _paired(full, a, b):
+            rows = _difference_rows(g, dict(model=f'{a} − {b}', arm=arm, subgroup=name), boot)
+            for r in (r for r in rows if across and r['metric'] == 'share_image_difference'):
+                r |= dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, note=CROSS)
+            tested += [(r, _flip_p(g, r, boot)) for r in rows if np.isfinite(r['value'])]
+            out += rows
     for (r, _), p in zip(tested, holm([p for _, p in tested]) if tested else ()):
         r['note'] = '; '.join(x for x in (f'p (Holm) = {p:.2g}', r['note']) if x)
+    return out + _likeness_rows(pairs, boot)
+
+
+def _paired(full, a, b):
+    "Yield (arm, subgroup, rows) of two models on the same films; the columns are differences."
+    keys, columns = ['trial_id', 'query', 'method'], [c for c in COMPARED if c in full]
+    both = full[full.model == a].merge(
+        full[full.model == b][[*keys, *columns]], on=keys, suffixes=('', '_b')
+    )
+    for c in columns:
+        both[c] = both[c] - both[f'{c}_b']
+    for arm, t in both[both.variant == 'plain'].groupby('arm') if len(both) else ():
+        yield from ((arm, name, g) for name, g in _groups(t))
+
+
+def _difference_rows(g, about, boot):
+    "Metrics rows of the mean differences between two models."
+    found = mean_rows(g, COMPARED, dict.fromkeys(COMPARED, (-1, 1)), **boot)
+    return [dict(r, metric=r['metric'] + '_difference', **about) for r in found]
+
+
+def _flip_p(g, r, boot):
+    "p-value of a difference, by flips of the sign."
+    c = r['metric'].removesuffix('_difference')
+    return sign_flip(g[c], g.patient_id, seed=boot.get('seed', 0))
+
+
+def _likeness_rows(pairs, boot):
+    "Metrics rows on how alike the maps of two models are, for the plain questions."
+    out, bounds = [], dict(js=(0, 1), cosine=(0, 1), ssim=(-1, 1))
+    pairs = pairs[pairs.variant == 'plain'] if len(pairs) else pairs
     for (a, b, arm), t in pairs.groupby(['model_a', 'model_b', 'arm']) if len(pairs) else ():
         for name, g in _groups(t):
-            out += [
-                dict(r, model=f'{a} × {b}', arm=arm, subgroup=name)
-                for r in mean_rows(
-                    g,
-                    ['js', 'cosine', 'ssim'],
-                    dict(js=(0, 1), cosine=(0, 1), ssim=(-1, 1)),
-                    **boot,
-                )
-            ]
+            found = mean_rows(g, [*bounds], bounds, **boot)
+            out += [dict(r, model=f'{a} × {b}', arm=arm, subgroup=name) for r in found]
     return out
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #4ce65d86
@@ -383,7 +385,10 @@ def agreement_rows(
 
 # %% ../../nbs/36b_sms.map_metrics.ipynb #3aae26c6
 def _change_groups(changes):
-    "(model, arm, subgroup, rows): each arm in which the film stayed; all rewordings, and those of each strategy."
+    """Yield (model, arm, subgroup, rows) for each arm in which the film stayed.
+
+    Rewordings are yielded together, and per strategy.
+    """
     worded = changes.variant != 'plain'
     for (model, arm), t in changes[~worded].groupby(['model', 'arm']):
         yield from ((model, arm, name, g) for name, g in _groups(t))
@@ -399,7 +404,7 @@ def _change_groups(changes):
 
 
 def _flips_told(g, minimum, how):
-    "Whether the change of the map tells of a flip, as part of a metrics row."
+    "Does the change of the map predict a flip? Part of a metrics row."
     row = dict(
         metric='map_change_auroc',
         n=len(g),
@@ -431,10 +436,12 @@ def _flips_told(g, minimum, how):
 def change_rows(
     changes: pd.DataFrame,  # from `change_table`
     **boot,  # n_boot, level, seed, minimum
-) -> list[
-    dict
-]:  # metrics rows: map_change (JS, bits), answer_change (of the probability), flips_same_film, map_change_auroc (of flips)
-    "How far maps and answers moved while the film stayed, and whether the one tells of the other."
+) -> list[dict]:  # metrics rows
+    """How far maps and answers moved while the film stayed, and whether both go together.
+
+    Metrics: map_change (JS, bits), answer_change (of the probability), flips_same_film,
+    map_change_auroc (of flips).
+    """
     if not len(changes):
         return []
     out, how = [], {k: v for k, v in boot.items() if k != 'minimum'}
@@ -462,7 +469,10 @@ def attention_metrics(
     measured,  # metrics table of `smsbench.sms.metrics.measure`
     **boot,  # n_boot, level, seed, minimum
 ) -> pd.DataFrame:  # metrics table
-    "Answers and maps in one metrics table; counts below ten are hidden where data are credentialed."
+    """Put answers and maps in one metrics table.
+
+    Counts below ten are hidden where data are credentialed.
+    """
     rows = (
         map_rows(full, **boot)
         + between_rows(full, pairs, **boot)

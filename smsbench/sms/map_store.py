@@ -40,7 +40,10 @@ def asked_queries(
     queries,  # see `spelled_query`
     trial,  # a row of the plan
 ) -> tuple[str, ...]:
-    "What is read of a trial: in a rewording no word by name, which another may have taken the place of."
+    """Choose the queries of a trial.
+
+    In a rewording no word is read by name, because it may have been replaced by another.
+    """
     if getattr(trial, 'variant', 'plain') == 'plain':
         return tuple(queries)
     return tuple(q for q in queries if q in ('answer', 'asked')) or ('answer',)
@@ -338,7 +341,10 @@ def kept_map(
     layers='all',  # see `smsbench.vlm.attention.chosen_layers`
     heads='mean',  # see `smsbench.vlm.attention.pooled`
 ) -> AttentionMap:
-    "The map of a query; `InputError` where only the mean over heads was kept and another choice is asked for."
+    """Make the map of a query.
+
+    `InputError` where only the mean over heads was kept and another choice is asked for.
+    """
     return attention_map(rows, query, *_choice(rows, layers, heads))
 
 
@@ -358,8 +364,8 @@ def kept_shares(
     query: str = 'answer',  # one of its queries
     layers='all',  # see `smsbench.vlm.attention.chosen_layers`
     heads='mean',  # see `smsbench.vlm.attention.pooled`
-) -> dict:  # group of tokens -> share, 0..1; empty where the query has no weight at all, as a gradient may have none
-    "What the attention of a query fell on, also where nothing of it fell on the film."
+) -> dict:  # group of tokens -> share, 0..1; empty for a query without weight (gradients)
+    "Split the attention of a query among groups of tokens, even where the film got none."
     at = rows.queries.index(query)
     try:
         return (

@@ -36,12 +36,16 @@ REGION_COLUMNS = ('x0', 'y0', 'x1', 'y1')
 
 
 class Regions:
-    "The marked region of a sample's finding: `regions(sample_id, shape)`."
+    """The marked region of a sample's finding: `regions(sample_id, shape)`.
+
+    `table` has sample_id or image, and mask (path below the data root) or x0, y0, x1, y1 (pixels of
+    the film). Several rows make one region.
+    """
 
     def __init__(
         self,
         source,  # a `Source`
-        table=None,  # DataFrame: sample_id or image, and mask (path below the data root) or x0, y0, x1, y1 (pixels of the film); several rows make one region
+        table=None,  # DataFrame: sample_id or image, and mask or x0, y0, x1, y1, see below
     ):
         self.source, self.table = source, {}
         if table is None:
@@ -74,7 +78,11 @@ class Regions:
         sample_id: str,  # whose film, and whose finding
         shape: tuple[int, int],  # height and width of the film
     ) -> np.ndarray | None:  # (H,W) bool; None where nothing is marked
-        "The region; `InputError` for a mask of another size than the film, and for one that marks nothing. Errors name files of open data only."
+        """Return the region of a sample.
+
+        `InputError` for a mask of another size than the film, and for one that marks nothing.
+        Errors name files of open data only.
+        """
         r = self.source.rows[sample_id]
         if self.table:
             return self._union(
@@ -114,7 +122,10 @@ class Regions:
         self,
         sample_ids,  # whose films will be shown
     ):
-        "`InputError` for the first region that cannot be used, before any model runs. A film that cannot be read is left to its trial."
+        """Read all regions before any model runs; `InputError` for the first unusable one.
+
+        A film that cannot be read is left to its trial.
+        """
         for i in progress(list(sample_ids), 'reading regions', unit='film'):
             if not self.marks(i):
                 continue
@@ -208,9 +219,7 @@ def raster(
 def film_map(
     found,  # `AttentionMap`
     most: int = RASTER,  # pixels along the longer side
-) -> (
-    np.ndarray
-):  # (h, w): share of attention per pixel of the raster; NaN where the model was not shown the film
+) -> np.ndarray:  # (h, w): share of attention per pixel of the raster; NaN where not shown
     "All views of a map laid on the film."
     small = replace(found, layout=raster(found.layout, most))
     maps = np.stack([small.on_film(v.name) for v in small.layout.views])
@@ -221,7 +230,10 @@ def fit_mask(
     mask: np.ndarray,  # (H,W) bool, on the film
     shape: tuple[int, int],  # of the raster
 ) -> np.ndarray:  # bool, of that shape
-    "A region on the raster: the pixels of which half is marked, or the most marked ones where none is."
+    """Put a region on the raster.
+
+    It marks the pixels that are at least half covered, or the most covered ones where none is.
+    """
     if mask.shape == tuple(shape):
         return mask
     from PIL import Image
@@ -237,8 +249,13 @@ def map_line(
     found,  # `AttentionMap`
     mask=None,  # (H,W) bool on the film, or None
     most: int = RASTER,  # pixels along the longer side
-) -> dict:  # share_… per group, cross (does the film enter by cross-attention, so that its share is 1 by construction?), entropy (bits), focus, gini, x and y (of width and height), region (its size); mass … pixel_auroc, and the same with _uniform and _centre
-    "What is measured of a map."
+) -> dict:  # the keys below
+    """Measure a map.
+
+    Keys: share_… per group; cross (does the film enter by cross-attention, so that its share is
+    1 by construction?); entropy (bits), focus, gini; x and y (of width and height); region (its
+    size); mass … pixel_auroc, and the same with _uniform and _centre.
+    """
     cells = np.concatenate([g.ravel() for g in found.grids.values()])
     film = film_map(found, most)
     x, y = centre_of_mass(film)
@@ -271,9 +288,7 @@ def film_values(
     rows,  # `Rows`
     query: int = 0,  # index of the query
     most: int = 48,  # pixels along the longer side
-) -> tuple[
-    np.ndarray, tuple
-]:  # (layers, heads, pixels) share per pixel, NaN where not shown; shape of the raster
+) -> tuple[np.ndarray, tuple]:  # shares (layers, heads, pixels), NaN: not shown; shape
     "The maps of every layer and head on the film."
     lay = raster(rows.layout, most)
     w, total, seen = rows.weights[:, :, query], 0.0, False
@@ -312,10 +327,12 @@ def head_lines(
     mask,  # (H,W) bool on the film, or None
     query: int = 0,  # index of the query
     most: int = 48,  # pixels along the longer side
-) -> list[
-    dict
-]:  # layer, head (−1: mean over heads), share (on the image); pixel_auroc, mass, pointing, and the same with _uniform and _centre on this raster: NaN without a region
-    "Share and localisation of every layer and head, and of the mean over the heads of each layer."
+) -> list[dict]:  # one per layer and head
+    """Share and localisation of every layer and head, and of the mean over the heads of each layer.
+
+    Keys: layer; head (−1: mean over heads); share (on the image); pixel_auroc, mass, pointing,
+    and the same with _uniform and _centre on this raster: NaN without a region.
+    """
     w, (n_layers, n_heads) = rows.weights[:, :, query], rows.weights.shape[:2]
     film, shape = film_values(rows, query, most)
     film = np.concatenate([film, film.mean(1, keepdims=True)], 1)
@@ -368,7 +385,7 @@ def first_arm(
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #5d84a082
 def _region_of(trial, regions, shape):
-    "Region of the film that was shown (its lender's), or None."
+    "Region of the film that was shown (its donor's, where that is another), or None."
     return (
         regions(trial.image_id, shape)
         if ARMS[trial.arm].image in ('own', 'other', 'same', 'near')
@@ -377,7 +394,7 @@ def _region_of(trial, regions, shape):
 
 # %% ../../nbs/36a_sms.map_tables.ipynb #b12671bc
 def _line(rows, query, layers, heads, mask):
-    "What is measured of one map; where nothing fell on the film, on what it fell."
+    "Measures of one map; where nothing fell on the film, the shares only."
     try:
         return dict(empty=False) | map_line(kept_map(rows, query, layers, heads), mask)
     except RunError:
@@ -404,10 +421,12 @@ def look_table(
     layers='all',  # see `smsbench.vlm.attention.chosen_layers`
     heads='mean',  # see `smsbench.vlm.attention.pooled`
     methods=('raw',),  # see `smsbench.vlm.maps.METHODS`
-) -> tuple[
-    pd.DataFrame, pd.DataFrame
-]:  # one row per model, trial, query and method; one row per model, trial of an unchanged film, query, method that has layers, layer and head
-    "Every map measured."
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # maps; layers and heads
+    """Measure every map.
+
+    The first table has a row per model, trial, query and method. The second has a row per model,
+    trial of an unchanged film, query, method that has layers, layer and head.
+    """
     lines, profile, carried = (
         [],
         [],
@@ -453,8 +472,12 @@ def pair_table(
     layers='all',  # see `chosen_layers`
     heads='mean',  # see `pooled`
     most: int = 64,  # pixels along the longer side of the common raster
-) -> pd.DataFrame:  # model_a, model_b, trial_id, sample_id, patient_id, finding, arm, variant, query, js, cosine, ssim
-    "How alike the maps of two models are, trial by trial."
+) -> pd.DataFrame:  # one row per trial and query
+    """Compare the maps of two models, trial by trial.
+
+    Columns: model_a, model_b, trial_id, sample_id, patient_id, finding, arm, variant, query, js,
+    cosine, ssim.
+    """
     a, b = models
     out = []
     for t in plan.itertuples(index=False):
@@ -489,8 +512,13 @@ def change_table(
     layers='all',  # see `chosen_layers`
     heads='mean',  # see `pooled`
     most: int = 64,  # pixels along the longer side
-) -> pd.DataFrame:  # model, trial_id, sample_id, patient_id, finding, arm, variant, strategy, query, js, cosine, ssim, moved (of the probability of the label against the best other choice, 0..1), flipped
-    "Same film, other text or other words: how far the map moved, and how far the answer."
+) -> pd.DataFrame:  # one row per model, trial and query
+    """Measure how far map and answer moved while the film stayed and text or words changed.
+
+    Columns: model, trial_id, sample_id, patient_id, finding, arm, variant, strategy, query, js,
+    cosine, ssim, moved (change in the probability of the label against the best other choice,
+    0..1), flipped.
+    """
     lead = first_arm(plan)
     base = {
         t.sample_id: t.trial_id
@@ -512,27 +540,28 @@ def change_table(
             p, q = said[model, first], said[model, t.trial_id]
             if not (p.parsed and q.parsed):
                 continue  # an answer that was not read did not flip
-            was = (
-                opposite(p.said) if getattr(t, 'inverted', False) else p.said
-            )  # yes to 'is it absent?' is no to 'is it there?'
-            moved = abs(1 / (1 + np.exp(-p.margin)) - 1 / (1 + np.exp(-q.margin)))
             for name in (q for q in one.queries if q in two.queries):
                 films = [_film(r, name, layers, heads, most) for r in (one, two)]
                 if not any(f is None for f in films):
-                    out.append(
-                        dict(
-                            model=model,
-                            trial_id=t.trial_id,
-                            sample_id=t.sample_id,
-                            patient_id=t.patient_id,
-                            finding=t.finding,
-                            arm=t.arm,
-                            variant=t.variant,
-                            strategy=getattr(t, 'strategy', ''),
-                            query=name,
-                            **likeness(*films),
-                            moved=moved,
-                            flipped=was != q.said,
-                        )
-                    )
+                    out.append(_change(model, t, name, p, q, films))
     return pd.DataFrame(out)
+
+
+def _change(model, t, query, p, q, films):
+    "A row of `change_table`: `p` is the answer to the first trial, `q` that to this one."
+    # yes to 'is it absent?' is no to 'is it there?'
+    was = opposite(p.said) if getattr(t, 'inverted', False) else p.said
+    return dict(
+        model=model,
+        trial_id=t.trial_id,
+        sample_id=t.sample_id,
+        patient_id=t.patient_id,
+        finding=t.finding,
+        arm=t.arm,
+        variant=t.variant,
+        strategy=getattr(t, 'strategy', ''),
+        query=query,
+        **likeness(*films),
+        moved=abs(1 / (1 + np.exp(-p.margin)) - 1 / (1 + np.exp(-q.margin))),
+        flipped=was != q.said,
+    )

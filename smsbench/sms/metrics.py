@@ -35,8 +35,12 @@ from ..stats import holm, mcnemar_clustered
 def answer_table(
     plan: pd.DataFrame,  # the plan, with `tasks` in its metadata
     predictions: pd.DataFrame,  # answers of one or more models
-) -> pd.DataFrame:  # plan columns, then donor, 'same COLUMN' per stratum (does the donor agree?), model, tried, parsed, said, correct, margin, p, answer_mass, probs
-    "Plan and answers joined, with what every metric is made of."
+) -> pd.DataFrame:  # one row per trial and model, with the columns below
+    """Join plan and answers, with the columns from which metrics are computed.
+
+    Columns: those of the plan, donor, 'same COLUMN' per stratum (does the donor agree?), model,
+    tried, parsed, said, correct, margin, p, answer_mass, probs.
+    """
     unknown = set(predictions.trial_id) - set(plan.trial_id)
     if unknown:
         raise InputError(f'{len(unknown)} predictions belong to no trial of this plan')
@@ -82,7 +86,7 @@ def _every_trial(plan, predictions):
 
 
 def _scores(logprobs, choices, labels):
-    "(margin of the label (n,), probabilities (n, choices)), NaN where there are no log-probabilities."
+    "(margin of the label (n,), probabilities (n, choices)); NaN without log-probabilities."
     k, n = len(choices), len(labels)
     known = np.array([x is not None and np.ndim(x) == 1 and len(x) == k for x in logprobs])
     margin, probs = np.full(n, np.nan), np.full((n, k), np.nan)
@@ -108,7 +112,7 @@ def donor_samples(
 
 
 def _of_donor(plan, lends, column):
-    "What the plan says of the sample that lends."
+    "A column of the plan, for the donor."
     known = plan.drop_duplicates('sample_id').set_index('sample_id')[column]
     return lends.map(known)
 
@@ -128,9 +132,7 @@ class Term:
     minus: 'Term | None' = None  # what is taken off, over the same samples
     also: tuple = ()  # further terms, averaged with this one
     lends: str = ''  # the arm whose donors take part, where it is not `arm`
-    share: bool | None = (
-        None  # bound it like a share? None: where every row lies at an end of its range
-    )
+    share: bool | None = None  # bound it like a share? None: if all rows lie at ends of the range
 
     @property
     def value(self) -> float:
@@ -154,7 +156,10 @@ _EMPTY = dict(
 
 
 class Cells:
-    "One model's answers as arrays over samples (times draws): `cells(arm, column)`, 0 (or NaN for floats) where an arm lacks the sample."
+    """One model's answers as arrays over samples (times draws): `cells(arm, column)`.
+
+    0 (or NaN for floats) where an arm lacks the sample.
+    """
 
     def __init__(
         self,
@@ -179,7 +184,10 @@ class Cells:
         arm: str,  # arm name
         column: str,  # column of `answer_table`
     ) -> np.ndarray:  # (n,)
-        "A column of an arm, laid out over samples and draws; an arm that is not drawn several times stands in every draw."
+        """A column of an arm, over samples and draws.
+
+        An arm that is not drawn several times is repeated in every draw.
+        """
         if (arm, column) not in self._kept:
             self._kept[arm, column] = self._laid_out(arm, column)
         return self._kept[arm, column]
@@ -198,9 +206,7 @@ class Cells:
     def weight(
         self,
         arm: str,  # arm name
-    ) -> (
-        np.ndarray
-    ):  # (n,) share of its sample that each row stands for; 0 where the plan has no trial
+    ) -> np.ndarray:  # (n,) share of its sample that a row represents; 0 without a trial
         "The trials of an arm in the plan, answered or not, averaged within the sample."
         planned = np.zeros(self.n)
         if arm not in self._at:
@@ -237,7 +243,7 @@ class Cells:
 
     @property
     def dyads(self) -> Dyads:
-        "Who is asked and who lends, per arm."
+        "Patients who are asked, and their donors, per arm."
         if 'dyads' not in self._kept:
             donors = {a: self(a, 'donor') for a in self.arms}
             self._kept['dyads'] = Dyads(self.patients, donors, self.sample)
@@ -248,7 +254,7 @@ def arm_terms(
     cells: Cells,  # one model's answers
     arm: str,  # arm name
 ) -> list[Term]:  # accuracy, parsed share, answer mass, margin, Brier score, confusion metrics
-    "What is measured within one arm."
+    "Metrics within one arm."
     w = cells.weight(arm)
     ok, right, said = w * cells(arm, 'parsed'), cells(arm, 'correct'), cells(arm, 'said')
     terms = [
@@ -300,7 +306,7 @@ def pair_terms(
     cells: Cells,  # one model's answers
     arm: str,  # an arm with `versus`
 ) -> list[Term]:  # nfr, flips, movement and their relatives, with their excess over the control
-    "What changed against the arm it is compared with."
+    "Changes against the arm it is compared with."
     a = ARMS[arm]
     base = cells.weight(arm) * cells(arm, 'tried') * cells(a.versus, 'parsed')
     was, now = cells(a.versus, 'correct'), cells(arm, 'parsed') & cells(arm, 'correct')
@@ -334,7 +340,10 @@ def _if_missing_stay(cells, arm):
 
 
 def _accuracy_change(cells, arm):
-    "Accuracy less that of the arm compared with, on the same samples; an answer that cannot be read is not right."
+    """Accuracy less that of the arm compared with, on the same samples.
+
+    An answer that cannot be read is not right.
+    """
     versus = ARMS[arm].versus
     on = cells.weight(arm) * cells.has(versus)
 
@@ -401,7 +410,10 @@ def movement(
     arm: str,  # one arm
     versus: str,  # another
 ) -> np.ndarray:  # (n,) in 0..1, 0 where `versus` has no answer
-    "How far each answer moved: 1 for a flip or an answer that is missing now, else the total variation."
+    """Measure how far each answer moved.
+
+    1 for a flip or an answer that is missing now, else the total variation.
+    """
     return np.fmax(flipped(cells, arm, versus).astype(float), total_variation(cells, arm, versus))
 
 # %% ../../nbs/33_sms.metrics.ipynb #c5c11666
@@ -444,9 +456,7 @@ def _again_whole(cells, weight):
 # %% ../../nbs/33_sms.metrics.ipynb #34f8f99d
 def following_terms(
     cells: Cells,  # one model's answers
-) -> list[
-    Term
-]:  # text_following per arm and over both modalities, its chance level, donor_following
+) -> list[Term]:  # text_following per arm and over both, its chance level, donor_following
     "With whom does the answer side?"
     found = {arm: _sides_with_text(cells, arm) for arm in cells.arms}
     found = {arm: t for arm, t in found.items() if t.den.any()}
@@ -488,7 +498,10 @@ def _apart(cells, arm):
 def chance_rows(
     cells: Cells,  # one model's answers
 ) -> list[dict]:  # metrics rows: text_following_chance per arm and over both modalities
-    "How often an answer would side with the text if it sided with neither: each answer as often as it is given."
+    """Chance that an answer sides with the text if it sides with neither.
+
+    Each answer is taken as often as it is given.
+    """
     levels = {}
     for arm in cells.arms:
         apart = _apart(cells, arm)
@@ -530,7 +543,7 @@ def _row(metric, arm, value, low, high, n, n_patients=0, n_donors=0, n_effective
 def across_terms(
     cells: Cells,  # one model's answers
 ) -> list[Term]:  # phi_image, phi_text, interaction, silencing, region_dependence, noise_floor
-    "What needs several arms at once."
+    "Metrics that need several arms at once."
     names = ('original', 'image_only', 'text_only', 'text_only_told', 'neither', 'identity')
     it, i, t, told, o, again = (cells(a, 'margin') for a in names)
     means = dict(
@@ -548,7 +561,7 @@ def across_terms(
 
 
 def _contrast(cells, name, one, two):
-    "Flips under one arm less flips under another, each against its own baseline, on the same samples."
+    "Flips under one arm less flips under another, each from its baseline, on the same samples."
     answered = cells(ARMS[one].versus, 'parsed') & cells(ARMS[two].versus, 'parsed')
 
     def part(arm, other):
@@ -742,7 +755,11 @@ def _ece_row(cells, arm, w, level, seed):
 
 
 def _stated(cells, arm):
-    "(probability, did it happen?): of the first of two choices, of the given answer where there are more (Guo et al. 2017)."
+    """(probability, did it happen?) for calibration.
+
+    It is that of the first of two choices, and of the given answer where there are more
+    (Guo et al. 2017).
+    """
     if _binary(cells):
         return cells(arm, 'p'), (cells.samples.label == cells.samples['first']).to_numpy()
     return cells.probabilities(arm).max(1), cells(arm, 'correct')
@@ -831,7 +848,10 @@ def compare_models(
     minimum: int = 10,  # samples below which a number is suppressed
     **_,  # n_boot, seed: what callers that resample pass along
 ) -> list[dict]:  # metrics rows: accuracy_difference per pair and arm, Holm's p in the note
-    "Paired differences in accuracy between models, arm by arm; an answer that cannot be read is not right."
+    """Paired differences in accuracy between models, arm by arm.
+
+    An answer that cannot be read is not right.
+    """
     by_model, out, ps = dict(list(rows.groupby('model', sort=True))), [], []
     for a, b in combinations(by_model, 2):
         shared = set(by_model[a].trial_id) & set(by_model[b].trial_id)
@@ -908,9 +928,8 @@ def metrics_table(
     table = table.fillna(dict(n_donors=0, n_effective=table.n_clusters)).astype(
         dict(n_donors=int, n_effective=float)
     )
-    if (
-        about.get('access') == 'credentialed'
-    ):  # few patients stay few, however many questions each is asked; n is 0 where it may not be told
+    # few patients stay few, however many questions each is asked; n is 0 where it is not shown
+    if about.get('access') == 'credentialed':
         few = table.n_clusters < minimum
         table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan
         table.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
@@ -932,7 +951,10 @@ def measure(
     minimum: int = 10,  # samples below which a number is suppressed
     pooled: bool = False,  # also the AUROC over all findings pooled
 ) -> pd.DataFrame:  # metrics table
-    "Every metric per model, arm and subgroup, with an interval over the patients who are asked and who lend."
+    """Compute every metric per model, arm and subgroup.
+
+    Intervals are over the patients who are asked and those who are donors.
+    """
     rows, out = answer_table(plan, predictions), []
     how = dict(level=level, minimum=minimum)
     for model, mine in rows.groupby('model', sort=True):

@@ -117,7 +117,7 @@ def synonyms(
 # %% ../../nbs/30a_sms.paraphrases.ipynb #5c853012
 @dataclass(frozen=True)
 class Asked:
-    "What a question asks; `kind` is 'exists', 'is' or '' where it was not taken apart."
+    "The meaning of a question; `kind` is 'exists', 'is' or '' where it was not taken apart."
 
     kind: str
     thing: str = ''  # exists: the finding, with its article; is: what it is said to be
@@ -132,7 +132,10 @@ _NEGATED = re.compile(
     r" out|excluded|lacks?|never|neither|nor)\b|n't\b",
     re.I,
 )
-_SEEN = r'(?:present|seen|visible|visuali[sz]ed|evident|noted|identified|demonstrated|shown|found|apparent)'
+_SEEN = (
+    r'(?:present|seen|visible|visuali[sz]ed|evident|noted|identified|demonstrated|shown|found'
+    r'|apparent)'
+)
 _PLACE = re.compile(
     r' (?:in|on|at|within|near|inside|along|across|around|over|under|behind)'
     r' (?:the|this|that|these|those|both|either|each) .+$',
@@ -170,7 +173,8 @@ def many(
     head = re.split(r' (?:of|due to|in|on) ', name.lower())[0]
     return bool(
         re.search(
-            r'(?<!ss)(?<!is)(?<!us)(?<!os)(?<=s)$|(sulci|gyri|hila|ganglia|bronchi|vertebrae|fossae|calculi|apices)$',
+            r'(?<!ss)(?<!is)(?<!us)(?<!os)(?<=s)$|(sulci|gyri|hila|ganglia|bronchi|vertebrae|fossae'
+            r'|calculi|apices)$',
             head,
         )
     ) and not re.search(r'(pancreas|ascites|pons|lens|diabetes|series)$', head)
@@ -190,7 +194,7 @@ def core(
 def understand(
     question: str,  # a question
 ) -> Asked:
-    "What is asked, where the rules can take it apart."
+    "Parse a question, where the rules can take it apart."
     q = core(question)
     unknown = Asked(
         '',
@@ -225,7 +229,8 @@ def _exists(g):
     if not place and (m := _PLACE.search(thing)):
         thing, place = thing[: m.start()], m[0]
     simple = re.fullmatch(r"[\w'/-]+( [\w'/-]+){0,6}", thing) and not re.search(
-        r'\b(and|or|that|which|who|than|are|is|there|you|both|these|any\w+|some\w+|wrong|least|more|other)\b|^(the|this|that|it)\b',
+        r'\b(and|or|that|which|who|than|are|is|there|you|both|these|any\w+|some\w+|wrong|least'
+        r'|more|other)\b|^(the|this|that|it)\b',
         thing,
         re.I,
     )
@@ -335,7 +340,7 @@ def renamed(
 def wordings(
     question: str,  # a question
 ) -> dict[str, list[str]]:  # strategy -> rewordings, without repeats
-    "What every strategy makes of a question."
+    "Rewordings of a question by every strategy."
     asked, seen = understand(question), {core(question).lower()}
     made = _framed(question, asked) if not asked.kind else _rebuilt(asked)
     out = {}
@@ -386,7 +391,10 @@ def paraphrases(
     n: int | None = None,  # rewordings beside the original, at most; None: all that the rules give
     strategies=tuple(STRATEGIES),  # which strategies; a subset of `STRATEGIES`
 ) -> list[Variant]:  # variant 0 is the question as it stands
-    "The question and its rewordings; `InputError` for an unknown strategy, an empty question, or a negative n."
+    """List the question and its rewordings.
+
+    `InputError` for an unknown strategy, an empty question, or a negative n.
+    """
     if unknown := [s for s in strategies if s not in STRATEGIES]:
         raise InputError(
             f"unknown strategy {', '.join(unknown)}; choose from {', '.join(STRATEGIES)}"

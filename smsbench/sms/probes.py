@@ -28,7 +28,11 @@ def named_in_reports(
     question: str,  # what is asked
     finding: str,  # its key in the card
 ) -> re.Pattern:  # finds the finding in lower-case text
-    "How reports name what a question asks: its own words and listed synonyms, and for the findings of the phantom their report terms."
+    """Compile a pattern for the names that reports give to the finding of a question.
+
+    These are the question's own words and listed synonyms; for the findings of the phantom, their
+    report terms.
+    """
     if finding in TERMS:
         return TERMS[finding]
     asked, key = understand(question), finding.replace('_', ' ').lower()
@@ -150,7 +154,10 @@ def turned(
 
 
 def _alone(sentence, about):
-    "(the statement about the finding alone, the rest of a list); (None, '') where it cannot be taken apart."
+    """Split a list into (the statement about the finding alone, the rest).
+
+    (None, '') where the list cannot be split.
+    """
     if not re.search(r',| and | or |/', sentence):
         return sentence, ''
     m = _LIST.match(sentence)
@@ -256,7 +263,8 @@ def history(
     )
 
 # %% ../../nbs/30b_sms.probes.ipynb #e347f9e8
-TEXT_OPS = {  # text operation -> (statements about the finding, text, key, prior, noun) -> `Altered`
+# text operation -> (statements about the finding, text, key, prior, noun) -> `Altered`
+TEXT_OPS = {
     'foil': lambda about, text, key, prior, noun: foil(text, about),
     'foil_other': lambda about, text, key, prior, noun: foil_other(text, about, key),
     'removed': lambda about, text, key, prior, noun: removed(text, about),
@@ -273,7 +281,7 @@ def shift_text(
     lender='',  # the text of the lender: shown instead (other, same), or as history
     noun: str = 'report',  # what the text is called
 ) -> Altered:
-    "Apply a text operation; one that is not in `TEXT_OPS` shows the lender's text as it is."
+    "Apply a text operation; one that is not in `TEXT_OPS` shows the donor's text as it is."
     if op not in TEXT_OPS:
         return Altered(lender)
     return TEXT_OPS[op](

@@ -17,10 +17,7 @@ class Task:
     "One question that every sample of a finding is asked."
 
     question: str  # e.g. 'Is there pleural effusion?'
-    choices: tuple[str, ...] = (
-        'yes',
-        'no',
-    )  # allowed answers, in the order in which log-probabilities are stored
+    choices: tuple[str, ...] = ('yes', 'no')  # allowed answers, in the order of log-probabilities
     noun: str = 'image'  # what the image is called in the prompt
     text_noun: str = 'report'  # what the text is called in the prompt
 

@@ -58,8 +58,12 @@ def published_shapes(
 def published_ece(
     p: np.ndarray,  # (n,) P(yes) in 0..1
     pos: np.ndarray,  # (n,) bool, truth is yes
-) -> float:  # NaN where the published code fails: a value on a bin edge makes its two kinds of bins disagree in number
-    "Calibration error as published: frequencies from right-closed bins, weights from left-closed ones."
+) -> float:  # NaN where the published code fails
+    """Calibration error as published.
+
+    Frequencies are from right-closed bins, weights from left-closed ones. A value on a bin edge
+    makes the two disagree in number, and the published code fails.
+    """
     if not len(p):
         return np.nan
     edges = np.linspace(0, 1, 11)
@@ -84,9 +88,7 @@ def softmax_yes(
 # %% ../../nbs/34_sms.published.ipynb #c6926502
 def as_published(
     rows: pd.DataFrame,  # rows of one file, from `read_results`
-) -> (
-    pd.DataFrame
-):  # arm, metric, tokens, as_published, n_published; every arm of `ARMS`, also those the file lacks
+) -> pd.DataFrame:  # arm, metric, tokens, as_published, n_published; a row for every arm
     "Every figure of a file as the published code computes it."
     out = []
     for tokens in ('', *TOKENS):
@@ -129,7 +131,11 @@ def as_published(
 
 # %% ../../nbs/34_sms.published.ipynb #eb807180
 class Sheet:
-    "One file on a grid of samples x arms. `yes[source][arm]` (n,) is 1, 0, 1/2 or NaN; `use[source][arm]` (n,) marks the samples that count; source is '', 'lower' or 'upper'."
+    """One file on a grid of samples x arms.
+
+    `yes[source][arm]` (n,) is 1, 0, 1/2 or NaN; `use[source][arm]` (n,) marks the samples that
+    count; source is '', 'lower' or 'upper'.
+    """
 
     def __init__(
         self,
@@ -255,7 +261,7 @@ def _unread_note(sheet, arm, metric):
 
 
 def _notes(sheet, arm, metric, tokens, value, n, n_published):
-    "What a reader must know about one figure that is not void."
+    "Notes that a reader needs on one figure that is not void."
     u, out = sheet.use[tokens][arm], []
     y = sheet.yes[tokens][arm]
     unread = '' if tokens else _unread_note(sheet, arm, metric)
@@ -284,17 +290,14 @@ def corrected(
     found: list = (),  # its faults, from `sms.faults.faults`; void arms get no figure
     n_boot: int = 2000,  # resamples
     seed: int = 0,  # any integer
-) -> pd.DataFrame:  # arm, metric, tokens, as_published, corrected, ci_low, ci_high, n, note; arms the file lacks included
-    "Published figures of a file with the recomputed ones beside them."
+) -> pd.DataFrame:  # a row per arm, metric and tokens; missing arms included
+    """Recompute the published figures of a file.
+
+    Columns: arm, metric, tokens, as_published, corrected, ci_low, ci_high, n, note.
+    """
     sheet, where = Sheet(by_arm(rows)), (rows.model.iloc[0], rows.dataset.iloc[0])
     void = {k[2]: v for k, v in void_arms(found).items() if k[:2] == where}
-    part = {
-        f['arm']: f"{f['code']} in {f['rows']} of {f['checked']} rows"
-        for f in found
-        if (f['model'], f['dataset']) == where
-        and f['arm'] not in void
-        and f['code'] in ('identical_to_baseline', 'baseline_of_another_sample', 'constant_output')
-    }
+    part = _partly_faulty(found, where, void)
     figures = corrected_figures(sheet)
     ci = together(*[f[3] for f in figures]).bootstrap(sheet.clusters, n_boot=n_boot, seed=seed)
     of = {
@@ -317,37 +320,29 @@ def corrected(
         _answers(sheet, a, t, pairs=m.endswith('nfr') and (a, m, t) in of) for a, m, t in keys
     ]
     table['note'] = [
-        '; '.join(
-            [w]
-            if w
-            else [
-                n
-                for n in (
-                    *_notes(sheet, *k, r.corrected, r.n, r.n_published),
-                    r.quiet,
-                    part.get(k[0], ''),
-                )
-                if n
-            ]
+        w or '; '.join(n for n in (*_notes(sheet, *k, *v), quiet, part.get(k[0], '')) if n)
+        for k, w, quiet, *v in zip(
+            keys, why, table.quiet, table.corrected, table.n, table.n_published
         )
-        for k, w, r in zip(keys, why, table.itertuples())
     ]
     table[['model', 'dataset']] = where
-    return table[
-        [
-            'model',
-            'dataset',
-            'arm',
-            'metric',
-            'tokens',
-            'as_published',
-            'corrected',
-            'ci_low',
-            'ci_high',
-            'n',
-            'note',
-        ]
-    ]
+    return table[[*_FIGURE]]
+
+
+_FIGURE = (
+    *('model', 'dataset', 'arm', 'metric', 'tokens', 'as_published'),
+    *('corrected', 'ci_low', 'ci_high', 'n', 'note'),
+)
+
+
+def _partly_faulty(found, where, void):
+    "Arm of a file -> note of a fault of delivery, for arms that are not void."
+    codes = ('identical_to_baseline', 'baseline_of_another_sample', 'constant_output')
+    return {
+        f['arm']: f"{f['code']} in {f['rows']} of {f['checked']} rows"
+        for f in found
+        if (f['model'], f['dataset']) == where and f['arm'] not in void and f['code'] in codes
+    }
 
 
 def _answers(sheet, arm, tokens, pairs):
@@ -363,32 +358,9 @@ def _absent(sheet, arm):
 # %% ../../nbs/34_sms.published.ipynb #260ba974
 def fault_summary(
     found: list,  # faults
-) -> (
-    pd.DataFrame
-):  # one row per code and dataset: code, dataset, arms, models, rows, checked, example
+) -> pd.DataFrame:  # a row per code and dataset; arms, models, rows, checked, example
     "Faults of the same kind in one row, most telling first; the example is the one with most rows."
-    order = {
-        c: i
-        for i, c in enumerate(
-            (
-                'unreadable_file',
-                'identical_to_baseline',
-                'baseline_of_another_sample',
-                'constant_output',
-                'identical_to_other_arm',
-                'missing_arm',
-                'logits_contradict_answer',
-                'unequal_samples',
-                'unparsed_recoverable',
-                'misread',
-                'unparsed',
-                'ties',
-                'low_pair_mass',
-                'one_answer',
-                'undefined_precision',
-            )
-        )
-    }
+    order = {c: i for i, c in enumerate(_TELLING)}
     t = pd.DataFrame(
         found, columns=['model', 'dataset', 'arm', 'code', 'rows', 'checked', 'evidence']
     )
@@ -414,9 +386,31 @@ def fault_summary(
         .reset_index(drop=True)
     )
 
+
+_TELLING = (  # codes of faults, most telling first
+    'unreadable_file',
+    'identical_to_baseline',
+    'baseline_of_another_sample',
+    'constant_output',
+    'identical_to_other_arm',
+    'missing_arm',
+    'logits_contradict_answer',
+    'unequal_samples',
+    'unparsed_recoverable',
+    'misread',
+    'unparsed',
+    'ties',
+    'low_pair_mass',
+    'one_answer',
+    'undefined_precision',
+)
+
 # %% ../../nbs/34_sms.published.ipynb #803b48f2
 def _changed_most(table):
-    "A sentence about the accuracy that reading the answers properly changes most; none where nothing can be compared."
+    """Write a sentence on the accuracy that reading the answers properly changes most.
+
+    No sentence where nothing can be compared.
+    """
     t = table[(table.metric == 'accuracy') & table.corrected.notna() & table.as_published.notna()]
     if t.empty:
         return []
@@ -429,7 +423,7 @@ def _changed_most(table):
 
 
 def _rests_on_few(table):
-    "A sentence about accuracies that rest on fewer than half of the answers; none where there are none."
+    "Write a sentence on accuracies that rest on fewer than half of the answers, if there are any."
     t = table[(table.metric == 'accuracy') & table.corrected.notna()]
     t = t.assign(
         whole=t.note.str.extract(r'^on [\d,]+ of ([\d,]+) answers')[0]
@@ -452,12 +446,31 @@ def findings(
     table: pd.DataFrame,  # the table of `published`
     found: list,  # its faults
 ) -> list:  # sentences, most important first
-    "What the re-analysis says, in plain sentences."
+    "Sum up the re-analysis in plain sentences."
     files, void = table[['model', 'dataset']].drop_duplicates(), void_arms(found)
     out = [
         f"{files.model.nunique()} models in {len(files)} result files of"
         f" {', '.join(files.dataset.unique())}."
     ]
+    out += _void_sentences(files, void)
+    shifted = table[
+        (table.metric == 'nfr')
+        & table.arm.isin({a for a in ARMS if a != 'No'})
+        & ~table.note.str.startswith('void')
+        & (table.note != 'arm not in the file')
+    ]
+    out.append(
+        f'{len(shifted)} of {len(files) * 4} shifted arms applied the change they are named after.'
+        if len(shifted)
+        else 'Not one shifted arm applied the change it is named after.'
+    )
+    out += _counted(found)
+    return out + _rests_on_few(table) + _changed_most(table)
+
+
+def _void_sentences(files, void):
+    "Sentences on the arms that are void, and on files whose swap arms both are."
+    out = []
     for arm, what in (
         ('Image', 'image swap'),
         ('Text', 'text swap'),
@@ -479,32 +492,17 @@ def findings(
             f'Both swap arms are void in {both} of {len(files)} files: nothing there compares'
             ' reliance on the image with reliance on the text.'
         )
-    shown = {a for a in ARMS if a != 'No'}
-    shifted = table[
-        (table.metric == 'nfr')
-        & table.arm.isin(shown)
-        & ~table.note.str.startswith('void')
-        & (table.note != 'arm not in the file')
-    ]
-    out.append(
-        f'{len(shifted)} of {len(files) * 4} shifted arms applied the change they are named after.'
-        if len(shifted)
-        else 'Not one shifted arm applied the change it is named after.'
-    )
+    return out
 
-    def count(code):
-        return (
-            sum(f['rows'] for f in found if f['code'] == code),
-            sum(f['code'] == code for f in found),
-        )
 
+def _counted(found):
+    "Sentences on how many rows and arms show certain faults."
+    out = []
     for code, text in (
         (
             'unparsed_recoverable',
-            (
-                'Answers that say yes or no, but that the published parser leaves out: {}, in'
-                ' arms: {}.'
-            ),
+            'Answers that say yes or no, but that the published parser leaves out: {}, in'
+            ' arms: {}.',
         ),
         (
             'unequal_samples',
@@ -516,9 +514,10 @@ def findings(
         ),
         ('missing_arm', 'Missing arms: {1}.'),
     ):
-        if count(code)[1]:
-            out.append(text.format(*count(code)))
-    return out + _rests_on_few(table) + _changed_most(table)
+        rows = [f['rows'] for f in found if f['code'] == code]
+        if rows:
+            out.append(text.format(sum(rows), len(rows)))
+    return out
 
 # %% ../../nbs/34_sms.published.ipynb #62d12f68
 def published(

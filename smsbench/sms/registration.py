@@ -36,7 +36,7 @@ RATES = {'relies': 0.025, 'ignores': 0.05}  # stated rate of a false verdict, on
 
 # %% ../../nbs/34b_sms.registration.ipynb #cd66492e
 class Registration(Card):
-    "What an audit is going to do."
+    "The intended analysis of an audit."
 
     registered: str = Field(pattern=r'^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$')  # when, UTC
     tool: str  # program and version that wrote it
@@ -223,7 +223,10 @@ def keep_registration(
     plan: pd.DataFrame,  # the frozen plan
     settings: AuditSettings,  # what the audit computes
 ):
-    "Check the registration and put it into the run directory; `InputError` where the audit deviates from it, or another one is there."
+    """Check the registration and put it into the run directory.
+
+    `InputError` where the audit deviates from it, or another one is there.
+    """
     kept = run / 'registration.yaml'
     if not source or (source is True and kept.exists()):
         return
@@ -242,7 +245,10 @@ def mark_first_answer(
     run: Run,  # run directory
     known: bool = True,  # False where the answers were made elsewhere, nobody knows when
 ):
-    "Write down when scoring starts, before the first answer; once there are answers, later calls change nothing."
+    """Record when scoring starts, before the first answer.
+
+    Once there are answers, later calls change nothing.
+    """
     file, answered = run / 'first_answer.json', any((run / 'predictions').glob('part-*.parquet'))
     if file.exists() and answered:
         return
@@ -294,8 +300,11 @@ UNREGISTERED = (
 
 def registration_note(
     run,  # run directory, or its path
-) -> dict:  # sentence; short, without times; registered (bool); older: is it older than the first answer? None where that is not known
-    "What a report says about the registration of a run."
+) -> dict:  # sentence, short (without times), registered (bool), older (bool or None)
+    """Describe the registration of a run, for a report.
+
+    older: is it older than the first answer? None where that is not known.
+    """
     run = run if isinstance(run, Run) else Run(run)
     none = dict(sentence=UNREGISTERED, short='not registered before', registered=False, older=None)
     if not (run / 'registration.yaml').exists():

@@ -215,8 +215,12 @@ def record(
     r: float,  # correlation of the two
     margin: float,  # smallest movement that matters
     strict: float = 1.0,  # by how much the stated error rates are divided
-) -> dict:  # verdict, state, value with 95 % interval, movements with theirs, the bound that decides, where it stands
-    "A verdict with everything it rests on."
+) -> dict:  # verdict, state, value, ci_low, ci_high, movements, bound, stands_from, ...
+    """Record a verdict with the numbers behind it.
+
+    They are 95 % intervals of value and movements, the bound that decides, and the range of
+    margins for which the verdict stands.
+    """
     if other.n_patients < FEWEST:
         return nothing('too few', margin, f'fewer than {FEWEST} patients', 'undecided') | dict(
             n=other.n, n_patients=other.n_patients

@@ -132,7 +132,7 @@ def robust_label(
 # %% ../../nbs/33e_sms.results.ipynb #c7170f1c
 def find_results(
     folder,  # results folder: <model>/<dataset>_base_shifted[_unmatched].csv
-    dataset: str = '',  # one dataset, or several separated by commas; '' takes all. A name brings its _unmatched files along
+    dataset: str = '',  # names separated by commas, with their _unmatched files; '' takes all
 ) -> list[tuple]:  # (model, dataset, path); plain files before _unmatched ones
     "Result files in the official layout; `InputError` when there are none."
     folder = Path(folder)
@@ -162,7 +162,7 @@ def find_results(
 
 # %% ../../nbs/33e_sms.results.ipynb #2cd1785d
 def _load(path):
-    "The file's cells as text; `InputError` with one line when it is no comma-separated result table."
+    "Read the cells as text; `InputError` in one line where it is no comma-separated result table."
     try:
         df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
     except pd.errors.EmptyDataError:
@@ -344,10 +344,29 @@ def read_file(
         patient_id=df[patient].where(df[patient] != '', df.sample_id),
         copy=df.duplicated(['sample_id', 'arm']),
     )
+    faults += _repeated(df, where)
+    unmatched = dataset.endswith('_unmatched')
+    choices = ('yes', 'no', 'unmatched') if unmatched else ('yes', 'no')
+    df['published'] = _each(df.prediction, lambda t: published_label(t, unmatched))
+    df['answer'], df['status'] = (
+        _each(df.prediction, lambda t, i=i: robust_label(t, choices)[i]) for i in (0, 1)
+    )
+    return df[[*_COLUMNS]], faults
+
+
+_COLUMNS = (
+    *('model', 'dataset', 'sample_id', 'patient_id', 'arm', 'truth', 'prediction'),
+    *LOGITS,
+    *('published', 'answer', 'status', 'copy'),
+)
+
+
+def _repeated(df, where):
+    "Faults of arms whose rows repeat a sample."
+    cells, out = ['sample_id', 'arm', 'truth', 'prediction', *LOGITS], []
     for arm, g in df[df['copy']].groupby('arm', sort=False):
-        cells = ['sample_id', 'arm', 'truth', 'prediction', *LOGITS]
         same = df[df.arm == arm].duplicated(cells).sum()
-        faults.append(
+        out.append(
             fault(
                 *where,
                 arm,
@@ -358,38 +377,19 @@ def read_file(
                 ' figures count them, recomputed figures use the first.',
             )
         )
-    unmatched = dataset.endswith('_unmatched')
-    choices = ('yes', 'no', 'unmatched') if unmatched else ('yes', 'no')
-    df['published'] = _each(df.prediction, lambda t: published_label(t, unmatched))
-    df['answer'], df['status'] = (
-        _each(df.prediction, lambda t, i=i: robust_label(t, choices)[i]) for i in (0, 1)
-    )
-    return (
-        df[
-            [
-                'model',
-                'dataset',
-                'sample_id',
-                'patient_id',
-                'arm',
-                'truth',
-                'prediction',
-                *LOGITS,
-                'published',
-                'answer',
-                'status',
-                'copy',
-            ]
-        ],
-        faults,
-    )
+    return out
 
 # %% ../../nbs/33e_sms.results.ipynb #b95ef569
 def read_results(
     folder,  # results folder in the official layout
     dataset: str = '',  # as in `find_results`
-) -> pd.DataFrame:  # model, dataset, sample_id, patient_id, arm, truth, prediction, four logits, published and robust answer, status, copy; faults in .attrs['faults']
-    "All result files as one long table; a file that cannot be read becomes a fault `unreadable_file`, and `InputError` when none can."
+) -> pd.DataFrame:  # one row per answer; faults in .attrs['faults']
+    """Read all result files as one long table.
+
+    Columns: model, dataset, sample_id, patient_id, arm, truth, prediction, four logits,
+    published and robust answer, status, copy. A file that cannot be read becomes a fault
+    `unreadable_file`; `InputError` where none can be read.
+    """
     tables, faults = [], []
     for model, name, path in find_results(folder, dataset):
         try:
@@ -462,7 +462,10 @@ def example_table(
 
 
 def _example_arm(arm, i, t, image, text, truth):
-    "Rows of one arm, when image `i` and text `t` are delivered; the wobble stands for everything else that an image or a text changes."
+    """Rows of one arm, when image `i` and text `t` are delivered.
+
+    The wobble stands for all other effects of an image or a text.
+    """
     wobble = np.sin(np.outer(7.1 * image[i] + 13.7 * text[t], [1, 1.3, 1.7, 2.1])) * 0.2
     margin = 0.5 * image[i] + text[t]
     logits = (

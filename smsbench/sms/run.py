@@ -127,7 +127,10 @@ def conclude(
     run: Run,  # run directory with plan and predictions
     settings: AuditSettings,
 ) -> dict:  # the verdicts
-    "Delivery proof, metrics and verdicts of a run; writes delivery.json, metrics.parquet and verdicts.json."
+    """Prove the delivery and compute metrics and verdicts of a run.
+
+    Writes delivery.json, metrics.parquet and verdicts.json.
+    """
     plan, predictions = read_table(run / 'plan.parquet', 'plan'), read_predictions(run)
     delivery = prove_delivery(plan, predictions)
     write_json(delivery, run / 'delivery.json')
@@ -149,7 +152,7 @@ def conclude(
 
 
 def _all_metrics(plan, predictions, settings):
-    "What is measured of arms, of rewordings, and of confidence and grounding, in one table."
+    "Metrics of arms, of rewordings, and of confidence and grounding, in one table."
     how = dict(n_boot=settings.n_boot, seed=settings.seed, minimum=settings.minimum)
     tables = [f(plan, predictions, **how) for f in (measure, measure_wordings, measure_grounding)]
     out = pd.concat([t for t in tables if len(t)], ignore_index=True)
@@ -210,7 +213,7 @@ def audit_the_files(
     seed: int = 0,  # folds and resamples
     remote: bool = False,  # whether images may be fetched from other machines
 ):
-    "What the files give away, kept in the run directory for the report; done once."
+    "Audit the files once, and keep the result in the run directory for the report."
     if (run / 'files' / 'findings.parquet').exists():
         return
     if files is None:
@@ -222,7 +225,7 @@ def audit_the_files(
 
 # %% ../../nbs/35_sms.run.ipynb #56b7663e
 def _about(cohort):
-    "What a run says about its data."
+    "Describe the data of a run."
     return {
         k: cohort.attrs.get(k)
         for k in (
@@ -248,31 +251,17 @@ def run_audit(
     exclusions: pd.DataFrame = None,  # what the manifest left out
     files: pd.DataFrame = None,  # measures of the image files, from `scan_files`; None makes them
     remote: bool = False,  # whether images may be fetched from other machines
-    registration='',  # file of a registration that the run must keep to; True registers before the first answer
+    registration='',  # binding registration file; True registers before the first answer
     **how,  # options of `open_model`: device, dtype, batch_size, level, ...
 ) -> Run:  # the run directory, with everything but the report in it
     "cohort → audit of its files → plan → predictions → delivery proof → metrics → verdicts."
-    names = [model_name(m) for m in models]
-    if len(set(names)) < len(names) or not names:
-        raise InputError(f'models {names}: at least one, each with a name of its own')
-    select_arms(settings.arms, settings.probes)
+    names = _checked_names(models, settings)
     if isinstance(cohort, Built):
         exclusions, files = cohort.exclusions, cohort.files if len(cohort.files) else None
-    if not (
-        Path(out) / 'config.json'
-    ).exists():  # a file or model that is not there leaves nothing behind
-        if settings.wordings:
-            read_wordings(settings.wordings)
-        for m in models:
-            check_model(m, **how)
+    if not (Path(out) / 'config.json').exists():
+        _check_there(models, settings, how)
     held = hold(cohort, root)
-    if registration and registration is not True:
-        check_registration(
-            read_registration(registration),
-            settings,
-            cohort_hash(held.cohort),
-            plan.attrs['plan_hash'] if plan is not None else '',
-        )
+    _check_kept(registration, settings, held.cohort, plan)
     run = Run(out)
     for m in models:
         _same_model(run, model_name(m), m, how, write=False)
@@ -296,11 +285,7 @@ def run_audit(
     if plan is not None and not (run / 'plan.parquet').exists():
         write_table(plan, run / 'plan.parquet', 'plan')
     plan = freeze_plan(run, cohort, source, settings)
-    run.log(
-        f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
-        f" {shown(plan.sample_id.nunique(), about['access'])} samples,"
-        f" {shown(plan.patient_id.nunique(), about['access'])} patients, {plan.arm.nunique()} arms"
-    )
+    run.log(_plan_line(plan, about['access']))
     for line in attainable_lines(plan, settings.margin):
         run.log(line)
     keep_registration(run, registration, plan, settings)
@@ -313,8 +298,48 @@ def run_audit(
     return run
 
 
+def _checked_names(models, settings):
+    "Names of the models; `InputError` where they are not distinct, and for unknown arms."
+    names = [model_name(m) for m in models]
+    if len(set(names)) < len(names) or not names:
+        raise InputError(f'models {names}: at least one, each with a name of its own')
+    select_arms(settings.arms, settings.probes)
+    return names
+
+
+def _check_there(models, settings, how):
+    "Check that the files and models of a new run exist, so that a failure leaves nothing behind."
+    if settings.wordings:
+        read_wordings(settings.wordings)
+    for m in models:
+        check_model(m, **how)
+
+
+def _check_kept(registration, settings, cohort, plan):
+    "Check that a run keeps to its registration, where that is a file."
+    if registration and registration is not True:
+        check_registration(
+            read_registration(registration),
+            settings,
+            cohort_hash(cohort),
+            plan.attrs['plan_hash'] if plan is not None else '',
+        )
+
+
+def _plan_line(plan, access):
+    "A line for the log on the size of a plan."
+    return (
+        f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
+        f" {shown(plan.sample_id.nunique(), access)} samples,"
+        f" {shown(plan.patient_id.nunique(), access)} patients, {plan.arm.nunique()} arms"
+    )
+
+
 def _write_environment(run, plan, about, device=''):
-    "What the run was made with; a resumed run that loads no model leaves the record of the one that did."
+    """Record the environment of the run.
+
+    A resumed run that loads no model keeps the record of the run that did.
+    """
     made = environment(
         device,
         manifest=about['manifest_hash'],

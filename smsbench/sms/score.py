@@ -56,9 +56,12 @@ def open_model(
     batch_size: int = 16,  # rows of a forward pass at most
     level='auto',  # how much work trials may share, see `smsbench.vlm.scoring.fast`
     budget_gib: float | None = None,  # memory for what they share, GiB; None: as `fast` chooses
-    **loading,  # further options of `load_model`: system, extra, revision, quantization, attn_implementation, trust_remote_code
+    **loading,  # options of `load_model`: system, extra, revision, quantization, ..., see below
 ):  # a `smsbench.vlm.models.Model`
-    "Load a model; `InputError` where there is none of that name."
+    """Load a model; `InputError` where there is none of that name.
+
+    Further options: attn_implementation, trust_remote_code.
+    """
     if spec.startswith('planted:'):
         from smsbench.vlm.planted import planted
 
@@ -83,9 +86,7 @@ def open_model(
 class Wordings:
     "Where rewordings of the questions come from."
 
-    paraphrases: int | str = (
-        0  # rewordings of each question by rule; 'cohort': those that the cohort brings as rows
-    )
+    paraphrases: int | str = 0  # rewordings per question by rule; 'cohort': those in its rows
     wordings: str = ''  # CSV file with rewordings of one's own, see `smsbench.sms.paraphrases`
 
     def __post_init__(self):
@@ -106,13 +107,13 @@ class Wordings:
 
     @property
     def rewordings(self):
-        "What `make_plan` takes as its paraphrases."
+        "The argument `paraphrases` of `make_plan`."
         return read_wordings(self.wordings) if self.wordings else self.paraphrases
 
 # %% ../../nbs/34a_sms.score.ipynb #e8a0d390
 @dataclass(frozen=True)
 class AuditSettings(Wordings):
-    "What an audit computes."
+    "Settings of an audit."
 
     arms: tuple[str, ...] = ()  # arm names; empty means all that the cohort allows
     seed: int = 0  # of the donors and of the resampling
@@ -126,16 +127,14 @@ class AuditSettings(Wordings):
     extra: str = ''  # sentence behind every question; '' is the family's default
     check: int = 16  # trials per model that are scored again at level 0; 0 checks nothing
     probes: tuple[str, ...] = ()  # keys of `smsbench.sms.shifts.PROBES`
-    donors: int | str = (
-        'auto'  # donors per sample in the arms that verdicts rest on, see `make_plan`
-    )
+    donors: int | str = 'auto'  # donors per sample in arms with verdicts, see `make_plan`
     family: str = 'run'  # verdicts over which the error rates hold: run, model or none
     primary: str = 'image'  # the question that was asked first: image or text
     margin_reason: str = ''  # why the margin is what it is
 
     @property
     def asked(self):
-        "What decides the numbers, and so may not change when a run is resumed."
+        "Settings that decide the numbers, and so may not change when a run is resumed."
         return (
             {
                 k: v
@@ -157,7 +156,10 @@ def check_answers(
     source,  # a `Source`
     recorded: pd.DataFrame,  # predictions, these trials among them
 ):
-    "Score some trials again at level 0 and hold the recorded answers against it; what came out, and the spellings that count as an answer, go to checks.json."
+    """Score some trials again at level 0 and compare the recorded answers.
+
+    Result and spellings that count as an answer go to checks.json.
+    """
     from smsbench.vlm.scoring import check
 
     inputs, rows = (
@@ -173,38 +175,22 @@ def check_answers(
     found = check(model, inputs, len(inputs), answers)
     alike = [x for x in inputs if x.choices == inputs[0].choices]
     spellings = model.model.variant_mass(alike).drop(columns='ids').to_dict('records')
-    how = {
-        k: model.info.get(k)
-        for k in (
-            'level',
-            'reuse',
-            'why',
-            'largest_difference',
-            'tolerance',
-            'tried',
-            'route',
-            'family',
-        )
-    }
-    write_json(
-        read_checks(run)
-        | {
-            model.name: (
-                how
-                | dict(
-                    n=found.n,
-                    max_diff=found.max_diff,
-                    flips=found.flips,
-                    undelivered=found.undelivered,
-                    ok=found.ok,
-                    said=str(found),
-                    spellings=spellings,
-                )
-            )
-        },
-        run / 'checks.json',
+    result = dict(
+        n=found.n,
+        max_diff=found.max_diff,
+        flips=found.flips,
+        undelivered=found.undelivered,
+        ok=found.ok,
+        said=str(found),
+        spellings=spellings,
     )
+    how = {k: model.info.get(k) for k in _HOW}
+    write_json(read_checks(run) | {model.name: how | result}, run / 'checks.json')
     run.log(f'{model.name}: {found}')
+
+
+# keys of `info` that describe how a model scores
+_HOW = ('level', 'reuse', 'why', 'largest_difference', 'tolerance', 'tried', 'route', 'family')
 
 # %% ../../nbs/34a_sms.score.ipynb #d7b88131
 def read_checks(
@@ -235,7 +221,10 @@ def score_model(
     batch_size: int = 16,  # trials per call, or rows of a forward pass
     **how,  # further options of `open_model`
 ) -> pd.DataFrame:  # predictions
-    "Score the plan with one model and check some answers; the model is not even loaded where all that is there."
+    """Score the plan with one model and check some answers.
+
+    The model is not loaded where all of this is there already.
+    """
     done, name = _finished(run, plan, model_name(spec)), model_name(spec)
     _same_model(run, name, spec, how)
     if done is not None and (
@@ -263,7 +252,10 @@ def score_model(
 
 
 def _same_model(run, name, spec, how, write=True):
-    "`InputError` where this directory holds answers of another model of that name, or of the same model loaded otherwise."
+    """Refuse a directory with answers of another model of that name, with `InputError`.
+
+    The same model loaded otherwise is refused as well.
+    """
     from smsbench.vlm.checkpoints import folder_hash
 
     asked = {
@@ -291,7 +283,7 @@ def _spread(n, k):
 
 
 def _finished(run, plan, name):
-    "The predictions of a model, in the order of the plan, where all are there and none failed; else None."
+    "Predictions of a model in the order of the plan, if complete and without failures; else None."
     parts = [part_path(run, name, k) for k in range(-(-len(plan) // PART_SIZE))]
     if not all(p.exists() for p in parts):
         return None

@@ -116,7 +116,10 @@ def select_arms(
 
 # %% ../../nbs/31_sms.shifts.ipynb #b31bc801
 def _pop_fitting(heaps, fits):
-    "The least used donor over `heaps` that fits; what was tried goes back, the chosen one with one use more."
+    """Take the least used donor from `heaps` that fits.
+
+    The others that were tried go back as they were, the chosen one with one more use.
+    """
     tried, chosen = [], None
     while chosen is None and any(heaps):
         heap = min((h for h in heaps if h), key=lambda h: h[0])
@@ -141,7 +144,7 @@ def image_names(
 
 # %% ../../nbs/31_sms.shifts.ipynb #16edb011
 def _differs(a, b):
-    "May `b` lend to `a`: another patient, another picture, another text?"
+    "May `b` be a donor for `a`: another patient, another picture, another text?"
     return (
         a.patient_id != b.patient_id
         and a.image_sha != b.image_sha
@@ -156,7 +159,7 @@ def draw_several(
     seed: int = 0,  # which draw
     match=(),  # columns in which donor and sample must agree
 ) -> list[dict[str, str]]:  # k times sample_id -> donor's sample_id, '' where no further one fits
-    "Draw k different donors per sample, balanced over donors; the first are those of `draw_donors`."
+    "Draw k donors per sample, balanced over donors; the first are those of `draw_donors`."
     named = cohort.assign(image_sha=image_names(cohort))
     rows = {r.sample_id: r for r in named.itertuples(index=False)}
     role = 'same' if same_class else 'other'
@@ -219,7 +222,10 @@ def nearest_donors(
     match=(),  # columns in which donor and sample must agree
     same_class: bool = False,  # nearest of the sample's own class instead?
 ) -> dict[str, str]:  # sample_id -> sample_id of the nearest fitting image, '' where none fits
-    "For each sample the nearest picture of another class (or the same) and another patient; ties go to the smaller id."
+    """Find each sample's nearest picture of another class (or the same) and another patient.
+
+    Ties go to the smaller id.
+    """
     table = (
         cohort.assign(image_sha=image_names(cohort))
         .reset_index(drop=True)
@@ -414,7 +420,10 @@ def enough_donors(
 
 
 def _modalities(arms):
-    "How many of image and text are asked about: that many verdicts share an error rate, if there is one model."
+    """Count the modalities (image, text) that are asked about.
+
+    With one model, that many verdicts share an error rate.
+    """
     return max(len({'image_swap', 'text_swap'} & set(arms)), 1)
 
 
@@ -441,21 +450,19 @@ def make_plan(
     seed: int = 0,  # which draw of donors
     match=(),  # columns in which donor and sample must agree
     variants=('plain',),  # prompt variants, see `smsbench.sms.prompts.VARIANTS`
-    read_image=None,  # function sample_id -> (H,W) or (H,W,3) uint8; needed by hard_swap and the region arms
-    paraphrases=0,  # rewordings of every question: how many, or a table, or 'cohort', see `smsbench.sms.asked`
+    read_image=None,  # sample_id -> (H,W) or (H,W,3) uint8; for hard_swap and the region arms
+    paraphrases=0,  # rewordings: a number, a table, or 'cohort', see `smsbench.sms.asked`
     probes=(),  # keys of `PROBES`
-    opened: (
-        dict | None
-    ) = None,  # sample_id -> row with its text and question, where `cohort` is sealed
-    donors=1,  # donors per sample in the arms that verdicts rest on: a number, or 'auto', see `enough_donors`
+    opened: dict | None = None,  # sample_id -> row with text and question, for a sealed `cohort`
+    donors=1,  # donors per sample in arms with verdicts: a number, or 'auto' (`enough_donors`)
     margin: float = 0.05,  # smallest movement that matters, for 'auto'
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # (plan, exclusions: sample_id, stage, arm, reason)
-    "Freeze the trials. `InputError` for an unknown arm, probe, column or variant, and where no sample can be shown as `original`."
-    cohort = (
-        validate(cohort, 'cohort').sort_values('sample_id', kind='stable').reset_index(drop=True)
-    )
-    if missing := [m for m in match if m not in cohort]:
-        raise InputError(f"cannot match on {', '.join(missing)}: the cohort has no such column")
+    """Freeze the trials.
+
+    `InputError` for an unknown arm, probe, column or variant, and where no sample can be shown as
+    `original`.
+    """
+    cohort = _sorted_cohort(cohort, match)
     chosen, attrs, whole = select_arms(arms, probes), cohort.attrs, cohort_hash(cohort)
     variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
     for t in attrs['tasks'].values():
@@ -464,16 +471,7 @@ def make_plan(
     rows = {
         r.sample_id: r for r in cohort.assign(image_sha=image_names(cohort)).itertuples(index=False)
     }
-    if attrs.get('sealed') and opened is None and (paraphrases or probes):
-        raise InputError(
-            'this cohort is sealed: rewordings and probes need its texts; give the data root'
-        )
-    asking = Asking(
-        {i: opened[i] for i in rows} if opened else rows,
-        attrs['tasks'],
-        paraphrases,
-        attrs.get('access', 'open'),
-    )
+    asking = _asking(rows, opened, attrs, paraphrases, probes)
     cohort = (
         cohort[cohort.sample_id.isin(asking.samples)]
         .reset_index(drop=True)
@@ -496,31 +494,62 @@ def make_plan(
         )
     if not any(a.probe for a in chosen):
         plan = plan.drop(columns='change')
-    strata = [
-        c for c in attrs.get('strata', []) if c not in plan
-    ]  # a stratum 'variant' of a cohort of wordings is what the plan's own column says
-    plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
-    plan.attrs = {
-        **{
-            a: attrs[a]
-            for a in ('manifest', 'version', 'access', 'tasks', 'label_source')
-            if a in attrs
-        },
-        'strata': strata,
-        'seed': seed,
-        'match': list(match),
-        'variants': list(variants),
-        'arms': [a.name for a in chosen],
-        'donors': k,
+    about = dict(
+        seed=seed,
+        match=list(match),
+        variants=list(variants),
+        arms=[a.name for a in chosen],
+        donors=k,
         **asking.about,
-        'cohort_hash': whole,
+        cohort_hash=whole,
+    )
+    return _described(plan, cohort, attrs, about), out.reset_index(drop=True)
+
+
+def _sorted_cohort(cohort, match):
+    "The cohort in the order of its samples; `InputError` without the columns to match on."
+    cohort = (
+        validate(cohort, 'cohort').sort_values('sample_id', kind='stable').reset_index(drop=True)
+    )
+    if missing := [m for m in match if m not in cohort]:
+        raise InputError(f"cannot match on {', '.join(missing)}: the cohort has no such column")
+    return cohort
+
+
+def _asking(rows, opened, attrs, paraphrases, probes):
+    "The `Asking` of a plan; `InputError` for a sealed cohort whose texts are needed."
+    if attrs.get('sealed') and opened is None and (paraphrases or probes):
+        raise InputError(
+            'this cohort is sealed: rewordings and probes need its texts; give the data root'
+        )
+    return Asking(
+        {i: opened[i] for i in rows} if opened else rows,
+        attrs['tasks'],
+        paraphrases,
+        attrs.get('access', 'open'),
+    )
+
+
+def _described(plan, cohort, attrs, about):
+    "A plan with the strata of its cohort and its metadata."
+    # a stratum 'variant' of a cohort of wordings is the plan's own column
+    strata = [c for c in attrs.get('strata', []) if c not in plan]
+    plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
+    kept = ('manifest', 'version', 'access', 'tasks', 'label_source')
+    plan.attrs = {
+        **{a: attrs[a] for a in kept if a in attrs},
+        'strata': strata,
+        **about,
         'plan_hash': table_hash(plan),
     }
-    return validate(plan, 'plan'), out.reset_index(drop=True)
+    return validate(plan, 'plan')
 
 
 def _has_baseline(plan, asked):
-    "Is there something to compare with: `original`, or `image_only` where nothing that was asked for shows a text?"
+    """Is there a baseline: `original`, or `image_only`?
+
+    `image_only` is one where none of the arms that were asked for shows a text.
+    """
     return 'original' in set(plan.arm) or (
         'image_only' in set(plan.arm) and all(ARMS[a].text == 'none' for a in asked) and bool(asked)
     )
@@ -594,7 +623,10 @@ def attainable(
     plan: pd.DataFrame,  # a plan
     margin: float = 0.05,  # smallest movement that matters
 ) -> pd.DataFrame:  # finding, label, samples, patients, donors, effective_donors, verdicts
-    "Donors and attainable verdicts over all ('all', 'all'), per finding, and per finding and class, for one model in the family."
+    """Count donors and attainable verdicts, for one model in the family.
+
+    Rows: over all ('all', 'all'), per finding, and per finding and class.
+    """
     patient = (
         plan[plan.arm == 'original'].drop_duplicates('sample_id').set_index('sample_id').patient_id
     )
@@ -626,7 +658,10 @@ def attainable_lines(
     plan: pd.DataFrame,  # a plan
     margin: float = 0.05,  # smallest movement that matters
 ) -> list[str]:  # nothing where the plan has no swaps
-    "What can be shown with this plan, in words: per finding, and a warning where a verdict is out of reach."
+    """Say in words what can be shown with this plan, per finding.
+
+    A verdict that is out of reach gets a warning.
+    """
     table = attainable(plan, margin)
     if not table.samples[0] or not table.effective_donors[0]:
         return []
@@ -641,7 +676,10 @@ def attainable_lines(
 
 
 def _donor_row(finding, label, swaps, margin, members):
-    "One row: the arm with the fewest effective patients decides, at the strictest error rate of Holm's steps."
+    """Make one row of `attainable`.
+
+    The arm with the fewest effective patients decides, at the strictest error rate of Holm's steps.
+    """
     arms = [_effective(g) for _, g in swaps.groupby('arm')]
     effective = min(arms) if arms else 0.0
     patients, absence = swaps.patient_id.nunique(), patients_for_absence(margin, 0.05 / members)

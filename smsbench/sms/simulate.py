@@ -248,10 +248,8 @@ _IMAGE_OPS = (*_TEXT_OPS, 'grey')  # operations with a meaning here
 def shown_evidence(
     plan: pd.DataFrame,  # the plan
     cohort: pd.DataFrame,  # simulated cohort
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # evidence of image and report per trial, NaN where none is shown
-    "What each trial shows."
+) -> tuple[np.ndarray, np.ndarray]:  # evidence of image and report per trial, NaN: not shown
+    "Evidence shown in each trial."
     arms = [ARMS[a] for a in plan.arm.unique()]
     strange = [a.name for a in arms if a.image not in _IMAGE_OPS or a.text not in _TEXT_OPS]
     if strange:

@@ -130,7 +130,7 @@ def same_word(
 # %% ../../nbs/30eb_sms.statements.ipynb #9f4f17f0
 @dataclass(frozen=True)
 class Asked:
-    "What an answer is about; made by `asked`."
+    "The subject of an answer; made by `asked`."
 
     keys: tuple[str, ...] = ()  # telling words, opposites as their partner
     base: str = ''  # the one of them that has an opposite, such as 'normal'
@@ -196,8 +196,8 @@ _IS = re.compile(r'\s*(?:\([^)]*\)\s*)?(?:is|are)\b')
 _IS_THERE = re.compile(
     r'\s*(?:is|are) (?:\w+'
     r' ){0,2}?(?:present|seen|visible|visuali[sz]ed|noted|evident|apparent|found'
-    r'|identified|detected|observed|demonstrated|shown|confirmed|likely|suggested|indicated|there|in'
-    r'|on|at|mild|moderate|severe|small|large|bilateral|stable|unchanged)\b'
+    r'|identified|detected|observed|demonstrated|shown|confirmed|likely|suggested|indicated'
+    r'|there|in|on|at|mild|moderate|severe|small|large|bilateral|stable|unchanged)\b'
 )
 
 
@@ -265,7 +265,7 @@ def said_of(
     what: Asked,  # what is asked
     clause: str,  # one of `clauses`
 ) -> str:  # 'present', 'absent', 'unsure', or '' where nothing is stated
-    "What one clause states about it."
+    "The statement of one clause about it."
     clause = IDIOM.sub(' ', THAN.sub('', clause) if what.named else clause)
     held = share(what, clause)
     denies = _object(what, clause)
@@ -305,7 +305,7 @@ def stated(
     text: str,  # what a model said
     what: Asked,  # what is asked
 ) -> set[str]:  # of 'present', 'absent', 'unsure'
-    "What a text states about it, over all its clauses; a normal image has no finding."
+    "The statement of a text about it, over all its clauses; a normal image has no finding."
     if what.base:
         text = _ITEM.sub('', text)  # a list of normal organs is no conclusion
     parts = clauses(plainly(text))

@@ -85,7 +85,7 @@ _THOUGHT = re.compile(
 def without_thoughts(
     text: str,  # what a model said
 ) -> str:
-    "What stands behind the last thought, or before the first that never ends."
+    "Return the text behind the last thought, or before the first that never ends."
     marks = list(_THOUGHT.finditer(text))
     if not marks:
         return text
@@ -103,7 +103,7 @@ def behind(
     text: str,  # what a model said
     echo: str,  # what it may repeat
 ) -> str:  # a word or two before an echo count as the answer where nothing follows it
-    "What stands behind the last place where `echo` is repeated; the text itself where it is not."
+    "Return the text behind the last repetition of `echo`; all of it where there is none."
     places = list(_loosely(echo).finditer(text)) if echo.strip() else []
     if not places:
         return text
@@ -213,7 +213,7 @@ def strip_answer(
     question: str = '',  # the question in it
     choices: tuple = (),  # allowed answers
 ) -> str:
-    "What a model said, bare: one line per line, nothing of what it repeats."
+    "Reduce an answer to the model's own words: one line per line, without repetitions."
     text = flat(value)
     last = prompt.strip().split('\n')[-1]
     echoes = [e.translate(_SIGNS) for e in (prompt, last, question) if len(e.split()) > 1]

@@ -54,7 +54,10 @@ def label_error(
     margin: float,  # smallest movement that matters
     strict: float = 1.0,  # by how much the stated error rates are divided
 ) -> list[dict]:  # error, value, ci_low, ci_high, verdict
-    "The verdict on the image if a share of the labels were wrong (two balanced classes, error independent of the image)."
+    """Repeat the verdict on the image as if a share of the labels were wrong.
+
+    Assumes two balanced classes and errors independent of the image.
+    """
     out = []
     for error in LABEL_ERRORS:
         grow = 1 / (1 - 2 * error) ** 2
@@ -84,7 +87,10 @@ def firmness(
     strata=(),  # recorded strata
     matched=(),  # strata in which the plan matched already
 ) -> dict:  # draws and matched: lists of verdicts with their excess
-    "The same verdict from each draw of donors, and from donors that agree in a stratum; each at its own error rate."
+    """Repeat a verdict for each draw of donors, and for donors that agree in a stratum.
+
+    Each has its own error rate.
+    """
     draw = np.arange(cells.n) % cells.k
     draws = [
         dict(draw=d, **_alone(cells, modality, margin, lambda arm, d=d: draw == d))
@@ -238,8 +244,11 @@ def give_verdicts(
     seed: int = 0,  # not used any more
     family: str = 'run',  # over which verdicts the error rates hold, see `FAMILIES`
     margin_reason: str = '',  # why the margin is what it is
-) -> dict:  # {'models': {name: {relies_on_image, relies_on_text, answers, findings, subgroups, ...}}, 'family', 'margin'}
-    "A verdict per model and modality, over all, per finding and per subgroup."
+) -> dict:  # 'models' (name -> record), 'margin', 'margin_reason', 'family'
+    """Give a verdict per model and modality, over all, per finding and per subgroup.
+
+    Keys of a record: relies_on_image, relies_on_text, answers, findings, subgroups, ...
+    """
     if not 0 < margin < 1:
         raise InputError(f'margin {margin}: must lie between 0 and 1')
     if family not in FAMILIES:
@@ -265,12 +274,7 @@ def give_verdicts(
     seen = {k: evidence(cells[k], k[3]) for k in keys if none[k] is None}
     tried = [k for k, (other, *_) in seen.items() if other.n_patients >= FEWEST]
 
-    def decided(k, factor):
-        return word_for(bounds_of(*seen[k], factor), margin)[0] != 'undecided'
-
-    factor = {}
-    for members in _families(tried, family):
-        factor |= holm_factors(decided, members)
+    factor = _strictness(seen, tried, family, margin)
     found = {k: none[k] or record(*seen[k], margin, factor.get(k, 1.0)) for k in keys}
     found = {
         k: _with_firmness(v, cells[k], k[3], plan.attrs, factor.get(k, 1.0))
@@ -300,8 +304,23 @@ DEFAULT_MARGIN = (  # where the user gives no reason
 )
 
 
+def _strictness(seen, tried, family, margin):
+    "By how much the error rates of each verdict are divided, within its family."
+
+    def decided(k, factor):
+        return word_for(bounds_of(*seen[k], factor), margin)[0] != 'undecided'
+
+    factor = {}
+    for members in _families(tried, family):
+        factor |= holm_factors(decided, members)
+    return factor
+
+
 def _silences(parts, margin):
-    "Whether a model answers, over all and per finding; where it answers nothing, it answers no finding."
+    """Decide whether a model answers, over all and per finding.
+
+    Where it answers nothing, it answers no finding.
+    """
     whole = _silence(parts['all', 'all'], margin)
     each = {k: _silence(p, margin) for k, p in parts.items() if k[0] == 'finding'}
     return {k: whole if whole['reasons'] else v for k, v in each.items()} | {('all', 'all'): whole}

@@ -24,7 +24,10 @@ def spelled_text(
     tokenizer,  # a Hugging Face tokenizer
     ids: list[int],  # token ids
 ) -> tuple[str, np.ndarray]:  # the text; for each of its characters the index of its token
-    "What tokens spell, one by one; bytes that only several tokens together spell belong to the first of them."
+    """Spell the tokens one by one.
+
+    Bytes that only several tokens together spell belong to the first of them.
+    """
     text, owner, i = '', [], 0
     while i < len(ids):
         n = next((n for n in (1, 2, 3, 4) if '\ufffd' not in tokenizer.decode(ids[i : i + n])), 1)
@@ -36,7 +39,10 @@ def spelled_text(
 
 # %% ../../nbs/22a_vlm.attention.ipynb #986a8b23
 def _span(text, owner, part, what):
-    "Indices of the tokens that spell `part`, at its last occurrence; white space and capitals aside, which some tokenizers drop."
+    """Find the tokens that spell `part`, at its last occurrence.
+
+    White space and capitals do not count, because some tokenizers drop them.
+    """
     keep = np.array([not c.isspace() for c in text], bool)
     squeezed, part = (
         ''.join(c.lower() if len(c.lower()) == 1 else c for c in t if not c.isspace())
@@ -56,8 +62,11 @@ def token_groups(
     x: Inputs,  # what it was asked
     row: dict,  # from `model.encode`
     report: str = '',  # the part of the prompt that is the report
-) -> dict:  # 'image', 'report', 'question', 'special', 'template' -> positions in the prompt; every position is in one of them
-    "Which tokens are what; `InputError` where the prompt or the report is not found."
+) -> dict:  # 'image', 'report', 'question', 'special', 'template' -> positions in the prompt
+    """Sort the tokens of a prompt into groups; every position is in one of them.
+
+    `InputError` where the prompt or the report is not found.
+    """
     tok, ids = model.processor.tokenizer, row['input_ids'][0].tolist()
     text, owner = spelled_text(tok, ids)
     special = {
@@ -129,7 +138,7 @@ class Prompt:
     tokens: int  # of the prompt, without what was said
     queries: tuple[str, ...]  # as asked
     positions: tuple[int, ...]  # where they stand
-    groups: dict  # group -> positions in the prompt; 'image' is empty where it enters by cross-attention
+    groups: dict  # group -> positions in the prompt; 'image' is empty with cross-attention
     layout: Layout  # where the film is among the keys
     about: dict  # provenance: id, revision, dtype, model, family, said
 
@@ -173,7 +182,10 @@ def eager(
     model: HFModel,  # a loaded model
     part: str = 'text_config',  # or 'vision_config'
 ):  # a context
-    "The language model, or the vision tower, attends in the eager implementation, the only one that returns weights; put back afterwards."
+    """Switch the language model, or the vision tower, to eager attention, and back afterwards.
+
+    Eager is the only implementation that returns weights.
+    """
     inner, config = model.model, model.model.config
     config, part = (getattr(config, part), part) if part in config.sub_configs else (config, '')
     before = config._attn_implementation
@@ -239,7 +251,10 @@ def checked(
     taken: dict,  # layer -> array whose last axis sums to 1
     layers,  # what should be there
 ) -> np.ndarray:  # (layers, ...), stacked
-    "What was taken, if it is all there and a distribution; `RunError` where weights are missing, no numbers, or do not sum to 1."
+    """Stack the weights that were taken, if all are there and are distributions.
+
+    `RunError` where weights are missing, are not numbers, or do not sum to 1.
+    """
     lacking = [i for i in layers if i not in taken]
     if lacking:
         raise RunError(
@@ -282,7 +297,10 @@ def attention_rows(
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice written behind the prompt, so that its own row can be asked
 ) -> Rows:
-    "Attention of some queries in one forward pass; `InputError` for words that are not there, `RunError` where no weights come."
+    """Read the attention of some queries in one forward pass.
+
+    `InputError` for words that are not in the prompt, `RunError` where no weights are returned.
+    """
     import torch
 
     p, kinds, taken = prompt_of(model, x, queries, report, said), layer_kinds(model), {}
@@ -319,7 +337,10 @@ def chosen_layers(
     rows: Rows,  # attention rows
     layers='last_quarter',  # 'last_quarter', 'last_half', 'all', or numbers of layers
 ) -> list[int]:  # indices into `rows.layers`
-    "Which layers count: never those with a window where others have none; `InputError` for a layer that was not read."
+    """Choose layers: never those with a window where others have none.
+
+    `InputError` for a layer that was not read.
+    """
     if layers in PART:
         usable = [i for i, k in enumerate(rows.kinds) if k != 'sliding'] or list(
             range(len(rows.kinds))
@@ -361,8 +382,12 @@ def shares(
     rows: Rows,  # attention rows
     layers='last_quarter',  # see `chosen_layers`
     heads='mean',  # see `pooled`
-) -> pd.DataFrame:  # one row per query: its share of attention on each group, in [0,1], and 'beside': image tokens that are no cell
-    "How much of the attention falls on image, report, question, special tokens and template; 1 together (an image in cross-attention has all of it by construction). `RunError` for a query without any weight."
+) -> pd.DataFrame:  # one row per query: a share in [0,1] per group, and 'beside'
+    """Split the attention among image, report, question, special tokens and template.
+
+    The shares sum to 1; 'beside' is the share on image tokens that are no cell. An image in
+    cross-attention has all of it by construction. `RunError` for a query without any weight.
+    """
     p = pooled(rows, layers, heads)
     if dead := [q for q, a in zip(rows.queries, p) if not a.sum() > 0]:
         raise RunError(
@@ -379,7 +404,7 @@ def shares(
 # %% ../../nbs/22a_vlm.attention.ipynb #9f5ad903
 @dataclass(frozen=True, eq=False)
 class AttentionMap:
-    "Where one query looked: one grid per view of the film, and what share of its attention that is."
+    "Where one query looked: a grid per view of the film, and the share of its attention there."
 
     grids: dict[str, np.ndarray]  # view -> (rows, columns): share of all attention of the query
     shares: dict[str, float]  # group -> share, from `shares`
@@ -389,9 +414,7 @@ class AttentionMap:
     def on_film(
         self,
         view: str = '',  # name of a view; '': the first one
-    ) -> (
-        np.ndarray
-    ):  # (H,W): share of attention per pixel of the film; NaN where the view does not show it
+    ) -> np.ndarray:  # (H,W): share of attention per pixel of the film; NaN where not shown
         "A grid laid on the film: every pixel has the value of its cell over the pixels of a cell."
         v = next((v for v in self.layout.views if v.name == view or not view), None)
         if v is None:
@@ -412,7 +435,10 @@ def attention_map(
     layers='last_quarter',  # see `chosen_layers`
     heads='mean',  # see `pooled`
 ) -> AttentionMap:
-    "The map of one query, beside its shares; `InputError` for a query that was not read, `RunError` where nothing at all fell on the film."
+    """Make the map of one query, with its shares.
+
+    `InputError` for a query that was not read, `RunError` where no attention fell on the film.
+    """
     if query not in rows.queries:
         raise InputError(f"query {query!r} was not read; the rows hold {', '.join(rows.queries)}")
     q = rows.queries.index(query)

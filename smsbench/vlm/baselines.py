@@ -32,7 +32,7 @@ def permute(
 # %% ../../nbs/22d_vlm.baselines.ipynb #f87ee19d
 def weights_of(
     model: HFModel,  # a loaded model
-    part: str = 'language',  # 'language': the language model with its embeddings and output layer; 'all'
+    part: str = 'language',  # 'language': with embeddings and output layer; 'all'
 ) -> dict:  # name -> parameter, shared ones once
     "The weights of a part; `InputError` for another part, and where they are quantised."
     if part not in ('language', 'all'):
@@ -59,7 +59,10 @@ def randomised(
     seed: int = 0,  # decides the order of the weights
     part: str = 'language',  # 'language' or 'all', see `weights_of`
 ):  # a context; yields the model
-    "The same model with its weights in random order; every bit, the name and the revision are put back afterwards."
+    """Put the model's weights in random order, and restore them afterwards.
+
+    Every bit, the name and the revision are restored.
+    """
     weights, done = weights_of(model, part), []
     name, revision = model.name, model.info.get('revision', '')
 

@@ -104,7 +104,9 @@ _TOKENS = {
         'eoi_token': '<end_of_image>',
     },
 }
-SHAPES = {  # name -> (maker, published shape, tiny shape for a smoke run, dtype); vision: width, layers, heads, image side, ...
+# name -> (maker, published shape, tiny shape for a smoke run, dtype)
+# vision: width, layers, heads, image side, ...
+SHAPES = {
     'llava-80m': (
         _llava,
         dict(hidden=512, wide=1376, layers=8, heads=8, vision=(384, 12, 6, 336)),
@@ -140,7 +142,10 @@ def bench_model(
     device: str = 'cpu',  # where it is made: its weights never exist elsewhere
     smoke: bool = False,  # a tiny model of the same kind
 ) -> HFModel:
-    "A model of published shape with random weights; `InputError` for a name that is not in `SHAPES`."
+    """Make a model of published shape with random weights.
+
+    `InputError` for a name that is not in `SHAPES`.
+    """
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -203,7 +208,7 @@ def bench_arms(
     films: list,  # (H,W) uint8 images; the next ones are donors
     reports: list,  # texts
 ) -> dict:  # arm -> (image or None, text)
-    "What each arm of the audit shows of one sample."
+    "Image and text of one sample in each arm of the audit."
 
     def pick(things, k):
         return things[(i + k) % len(things)]
@@ -335,7 +340,7 @@ def matmul_rate(
     dtype: str,  # e.g. 'bfloat16'
     side: int = 8192,  # of the square matrices
 ) -> float:  # floating-point operations per second, best of five
-    "What this device reaches on a large matrix product."
+    "Measure the speed of this device on a large matrix product."
     import torch
 
     a, times = torch.randn(side, side, device=device).to(getattr(torch, dtype)), []
@@ -355,7 +360,7 @@ def _now(device):
 
 # %% ../../nbs/21a_vlm.bench.ipynb #41508e93
 class Meter:
-    "Wall time, own processor time, and the share of all processors that others used meanwhile, in [0,1]."
+    "Wall time, own processor time, and the share of all processors used by others, in [0,1]."
 
     def __init__(self, device='cpu'):
         self.device = device
@@ -416,8 +421,12 @@ def measure(
     way: str,  # one of `WAYS`
     trials: list[Inputs],  # what to ask
     quick: dict,  # `FastModel` per level; filled here, emptied of features before each run
-) -> dict:  # seconds, cpu_seconds, foreign (share of the machine), logprobs, work (counts), where (seconds per part)
-    "Ask all trials in one way, and time it."
+) -> dict:  # seconds, cpu_seconds, foreign, logprobs, work, where
+    """Ask all trials in one way, and time it.
+
+    foreign is the share of the machine used by others, work holds counts, and where holds
+    seconds per part.
+    """
     device = str(model.model.device)
     if way.startswith('generate'):
         new = int(way[9:-1])
@@ -520,9 +529,7 @@ def run_bench(
     out=None,  # JSON file to write; None writes nothing
     rounds: int = 3,  # over which medians are taken
     smoke: bool = False,  # tiny models of all kinds, one sample: seconds instead of minutes
-    samples: (
-        int | None
-    ) = None,  # samples per workload; None: 4, and 8 on a GPU; from 4 on, donors are samples too, as in an audit
+    samples: int | None = None,  # per workload; None: 4, GPU 8; from 4 on, donors are samples
 ) -> dict:  # what was measured, with the machine and the date
     "Time every way; `InputError` for a device there is not, and for no rounds or samples."
     import torch
@@ -566,8 +573,13 @@ def run_bench(
 # %% ../../nbs/21a_vlm.bench.ipynb #832caa37
 def bench_table(
     found: dict,  # from `run_bench`, or read from its file
-) -> pd.DataFrame:  # model, workload, way, trials, trials_per_second, ratio (of trials per second to generate(8)), cpu_ratio (of processor time: less moved by others), largest_difference, flips, lm_tokens, utilisation, where, note
-    "The benchmark as a table; `InputError` where that is no benchmark."
+) -> pd.DataFrame:  # one row per model, workload and way
+    """Make a table of the benchmark; `InputError` where `found` is no benchmark.
+
+    Columns: model, workload, way, trials, trials_per_second, ratio (of trials per second to
+    generate(8)), cpu_ratio (of processor time: less affected by other programs),
+    largest_difference, flips, lm_tokens, utilisation, where, note.
+    """
     models = found.get('models') if isinstance(found, dict) else None
     if not isinstance(models, dict) or not all(
         isinstance(m, dict) and isinstance(m.get('workloads'), dict) for m in models.values()
@@ -580,27 +592,23 @@ def bench_table(
         for load, w in m['workloads'].items():
             base = w['ways']['generate(8)']
             for way, r in w['ways'].items():
-                busy = float(np.median(r['foreign']))
-                where = ', '.join(
-                    f'{k} {s / sum(r["where"].values()):.0%}' for k, s in r['where'].items()
-                )
-                rows.append(
-                    dict(
-                        model=name,
-                        workload=load,
-                        way=way,
-                        trials=w['trials'],
-                        trials_per_second=r['trials_per_second'],
-                        ratio=r['trials_per_second'] / base['trials_per_second'],
-                        cpu_ratio=float(
-                            np.median(base['cpu_seconds']) / np.median(r['cpu_seconds'])
-                        ),
-                        largest_difference=r['largest_difference'],
-                        flips=r['flips'],
-                        lm_tokens=r['lm_tokens'],
-                        utilisation=r['flops'] / float(np.median(r['seconds'])) / m['matmul_flops'],
-                        where=where,
-                        note=f'others used {busy:.0%} of the machine' if busy > 0.1 else '',
-                    )
-                )
+                about = dict(model=name, workload=load, way=way, trials=w['trials'])
+                rows.append(about | _bench_row(r, base, m['matmul_flops']))
     return pd.DataFrame(rows)
+
+
+def _bench_row(r, base, matmul_flops):
+    "The numbers of one way, beside those of generate(8)."
+    busy, seconds = float(np.median(r['foreign'])), float(np.median(r['seconds']))
+    where = ', '.join(f'{k} {s / sum(r["where"].values()):.0%}' for k, s in r['where'].items())
+    return dict(
+        trials_per_second=r['trials_per_second'],
+        ratio=r['trials_per_second'] / base['trials_per_second'],
+        cpu_ratio=float(np.median(base['cpu_seconds']) / np.median(r['cpu_seconds'])),
+        largest_difference=r['largest_difference'],
+        flips=r['flips'],
+        lm_tokens=r['lm_tokens'],
+        utilisation=r['flops'] / seconds / matmul_flops,
+        where=where,
+        note=f'others used {busy:.0%} of the machine' if busy > 0.1 else '',
+    )

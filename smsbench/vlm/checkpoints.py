@@ -17,7 +17,7 @@ from .families import caps_of
 def folder_hash(
     folder,  # a checkpoint folder
 ) -> str:  # 16 hexadecimal digits
-    "Name of a checkpoint folder's content: its weights, configuration, tokenizer, templates and code."
+    "Hash a checkpoint folder: its weights, configuration, tokenizer, templates and code."
     h = hashlib.blake2b(digest_size=8)
     for p in sorted({*Path(folder).iterdir(), *Path(folder).rglob('*.py')}):  # code may lie deeper
         if p.suffix not in ('.safetensors', '.json', '.jinja', '.model', '.txt', '.py'):
@@ -33,7 +33,7 @@ def folder_hash(
 def one_line(
     name,  # what is being loaded
 ):  # a context
-    "What the libraries say about a checkpoint they cannot load, as one line: `InputError`."
+    "Report in one line why the libraries cannot load a checkpoint: `InputError`."
     try:
         yield
     except (InputError, MemoryError):
@@ -87,12 +87,13 @@ def _check_folder(path, name):
 # %% ../../nbs/19b_vlm.checkpoints.ipynb #4664e8e3
 def check_trust(
     id_or_path: str,  # folder, or hub id
-    revision: (
-        str | None
-    ) = None,  # commit hash (40 hexadecimal digits); for a folder 'files:' and its hash
+    revision: str | None = None,  # commit hash (40 hex digits); for a folder 'files:' and its hash
     trust_remote_code: bool = False,  # was foreign code asked for?
 ):  # nothing
-    "`InputError` where foreign code would run unpinned, or would come from elsewhere (for a hub id `check_checkpoint` sees to that)."
+    """Refuse foreign code that would run unpinned or come from elsewhere, with `InputError`.
+
+    For a hub id, `check_checkpoint` checks where the code comes from.
+    """
     if not trust_remote_code:
         return
     path = Path(id_or_path).expanduser()
@@ -129,7 +130,10 @@ def check_checkpoint(
     revision=None,  # hub revision
     trust_remote_code: bool = False,  # may its own code define the classes?
 ):  # the transformers configuration
-    "The configuration of a checkpoint that may be loaded; `InputError` where it is missing, no VLM, only pickled, or would run code."
+    """Return the configuration of a checkpoint that may be loaded.
+
+    `InputError` where it is missing, not of a VLM, has pickled weights only, or would run code.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     path = Path(id_or_path).expanduser()
@@ -171,7 +175,10 @@ def _plain_config(where, shown, options):
 
 
 def _config_of(path, shown):
-    "A folder's config.json as a dict with a list of architectures; `InputError` where it is something else."
+    """Read a folder's config.json as a dict with a list of architectures.
+
+    `InputError` where it is something else.
+    """
     raw = read_json(path / 'config.json')
     if not isinstance(raw, dict):
         raise InputError(
@@ -186,7 +193,10 @@ def _config_of(path, shown):
 
 
 def _check_hub(name, raw, revision):
-    "`InputError` where a hub checkpoint's configurations, as plain data of the pinned commit, take code from elsewhere."
+    """Refuse a hub checkpoint whose configurations take code from elsewhere, with `InputError`.
+
+    The configurations are read as plain data of the pinned commit.
+    """
     from transformers.utils import cached_file
 
     _refuse_elsewhere(raw, name, 'config.json')
@@ -243,38 +253,18 @@ def auto_name(
 # %% ../../nbs/19b_vlm.checkpoints.ipynb #dfb037b7
 def describe_checkpoint(
     folder,  # a folder on disk
-) -> (
-    dict
-):  # route, family, title, top_level, why, model_type, architecture, dtype, prompt, gigabytes, note
-    "What a checkpoint would be loaded as, without loading it; `route` is '' where it would be refused and `note` says why. `InputError` where there is no folder, or its config.json is none."
+) -> dict:  # the keys below
+    """Describe how a checkpoint would be loaded, without loading it.
+
+    Keys: route, family, title, top_level, why, model_type, architecture, dtype, prompt,
+    gigabytes, note. Where the checkpoint would be refused, `route` is '' and `note` gives the
+    reason. `InputError` where there is no such folder, or its config.json is not usable.
+    """
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise InputError(f'{folder}: no such folder')
     raw = _config_of(path, folder) if (path / 'config.json').is_file() else {}
-    weights = [p for p in path.iterdir() if p.suffix in ('.safetensors', '.bin', '.pt', '.pth')]
-    tokens = (
-        read_json(path / 'tokenizer_config.json')
-        if (path / 'tokenizer_config.json').is_file()
-        else {}
-    )
-    told = (
-        any((path / f).is_file() for f in ('chat_template.jinja', 'chat_template.json'))
-        or isinstance(tokens, dict)
-        and 'chat_template' in tokens
-    )
-    out = dict(
-        route='',
-        family='',
-        title='',
-        top_level='',
-        why='',
-        model_type=raw.get('model_type', ''),
-        architecture=(raw.get('architectures') or [''])[0],
-        dtype=str(raw.get('dtype') or raw.get('torch_dtype') or ''),
-        prompt='chat template' if told else 'plain prompt',
-        gigabytes=round(sum(p.stat().st_size for p in weights) / 1e9, 3),
-        note='',
-    )
+    out = _outline(path, raw)
     if is_original_llava(raw):
         return out | dict(
             route='conversion',
@@ -300,6 +290,31 @@ def describe_checkpoint(
         return out | dict(note=str(e))
     return out | dict(
         route='loader', family=caps.family, title=caps.title, top_level=caps.top_level, why=caps.why
+    )
+
+
+def _outline(path, raw):
+    "Describe a checkpoint as far as is possible without its route."
+    weights = [p for p in path.iterdir() if p.suffix in ('.safetensors', '.bin', '.pt', '.pth')]
+    file = path / 'tokenizer_config.json'
+    tokens = read_json(file) if file.is_file() else {}
+    has_template = (
+        any((path / f).is_file() for f in ('chat_template.jinja', 'chat_template.json'))
+        or isinstance(tokens, dict)
+        and 'chat_template' in tokens
+    )
+    return dict(
+        route='',
+        family='',
+        title='',
+        top_level='',
+        why='',
+        model_type=raw.get('model_type', ''),
+        architecture=(raw.get('architectures') or [''])[0],
+        dtype=str(raw.get('dtype') or raw.get('torch_dtype') or ''),
+        prompt='chat template' if has_template else 'plain prompt',
+        gigabytes=round(sum(p.stat().st_size for p in weights) / 1e9, 3),
+        note='',
     )
 
 # %% ../../nbs/19b_vlm.checkpoints.ipynb #bf16deac

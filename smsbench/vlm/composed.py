@@ -20,9 +20,7 @@ from .rollout import joined_heads, rollout_step
 # %% ../../nbs/22bb_vlm.composed.ipynb #53254cfa
 def vision_modules(
     model: HFModel,  # a loaded model
-) -> (
-    dict
-):  # layer number -> attention module of the vision tower, up to the layer whose features are taken
+) -> dict:  # layer number -> the tower's attention module, up to the layer that is used
     "Where the vision tower attends; `InputError` where it hands out no weights."
     import torch
 
@@ -135,7 +133,10 @@ def _pictures(model, layout, crops, p):
 
 
 def _laid(v, start, tiles, each, first, p):
-    "The tower's token at each patch of a view: its pictures side by side, without the margins that the view leaves out."
+    """Number the tower's token at each patch of a view.
+
+    Its pictures are side by side, without the margins that the view leaves out.
+    """
     at = (start + np.arange(tiles[0] * tiles[1])) * each + first
     t = (
         (at[:, None] + np.arange(p * p))
@@ -159,10 +160,13 @@ def vision_tokens(
     layout: Layout,  # of the prompt
     crops: int,  # pictures that went through the tower
     tokens: int,  # of the tower, per picture
-) -> tuple[
-    list, np.ndarray
-]:  # per view (rows, columns) int: the tower's token at each patch, counted over all pictures; (tokens,) bool: which tokens of a picture are patches
-    "Which tokens of the vision tower lie where; `InputError` where the grid of a view is not made of whole blocks of patches."
+) -> tuple[list, np.ndarray]:  # per view (rows, columns) int; (tokens,) bool
+    """Locate the tokens of the vision tower.
+
+    For each view, the tower's token at each patch, counted over all pictures; then, for the
+    tokens of a picture, which are patches. `InputError` where the grid of a view is not made of
+    whole blocks of patches.
+    """
     vision = model.model.config.vision_config
     side, patch = (
         a[0] if isinstance(a, (list, tuple)) else a for a in (vision.image_size, vision.patch_size)
@@ -181,7 +185,11 @@ def vision_tokens(
 
 # %% ../../nbs/22bb_vlm.composed.ipynb #71d5ec17
 def _finer(layout, groups, laid, cells, keys):
-    "Layout and groups with a key per patch behind those that are no cell of a grid, and a last one for what is beside the film."
+    """Layout and groups with a key per patch.
+
+    The patches follow the keys that are no cell of a grid. A last key stands for tokens beside the
+    film.
+    """
     number, kept = np.full(keys, -1), np.setdiff1d(np.arange(keys), cells)
     number[kept] = np.arange(len(kept))
     views, at = [], len(kept)
@@ -200,7 +208,7 @@ def _finer(layout, groups, laid, cells, keys):
 
 def composed(
     rows: Rows,  # attention rows of a prompt
-    tower: np.ndarray,  # (crops, tokens, tokens): from where each token of the vision tower took; rows sum to 1 over its patches
+    tower: np.ndarray,  # (crops, tokens, tokens): the tower's attention; rows sum to 1 over patches
     laid: list,  # per view, from `vision_tokens`
 ) -> Rows:  # rows over patches; every row keeps its sum
     "The rows over image tokens, taken on to the patches."
@@ -237,9 +245,12 @@ def composed_rows(
     queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice written behind the prompt
-    vision='all',  # which layers of the vision tower are averaged: 'all', 'last_half', 'last_quarter'; or 'rollout'
-) -> Rows:  # (layers, heads, queries, keys): layers and heads of the language model; the film's keys are patches
-    "Attention rows taken on through the vision tower; `InputError` where that is not defined, else errors as in `attention_rows`."
+    vision='all',  # layers of the tower to average: 'all', 'last_half', 'last_quarter'; 'rollout'
+) -> Rows:  # (layers, heads, queries, keys) of the language model; the film's keys are patches
+    """Read attention rows and take them on through the vision tower.
+
+    `InputError` where that is not defined, else errors as in `attention_rows`.
+    """
     tower = Tower(vision_modules(model), vision)
     with eager(model, 'vision_config'), on_weights(tower.modules, tower):
         rows = attention_rows(model, x, queries, report, said)

@@ -210,7 +210,7 @@ def _check_original(raw, shown, tower):
 def llava_config(
     raw: dict,  # config.json of the original checkpoint
     vocabulary: int,  # its number of tokens, without <image>
-    tower_config=None,  # a transformers CLIPVisionConfig or Dinov2Config; None: CLIP ViT-L/14 at 336 px
+    tower_config=None,  # a CLIPVisionConfig or Dinov2Config; None: CLIP ViT-L/14 at 336 px
 ):  # a transformers LlavaConfig
     "The configuration in the words of transformers; `<image>` gets the id behind the vocabulary."
     import transformers as tf
@@ -243,7 +243,10 @@ _NEEDED = (
 
 
 def _settings(source):
-    "config.json of a checkpoint; `InputError` where it is none, or lacks what the conversion needs."
+    """Read config.json of a checkpoint.
+
+    `InputError` where it is not usable, or lacks a setting that the conversion needs.
+    """
     raw = read_json(source / 'config.json')
     if not isinstance(raw, dict):
         raise InputError(
@@ -262,10 +265,15 @@ def _settings(source):
 def convert_llava(
     source,  # folder of a checkpoint in the original layout
     out,  # folder to write; made if missing
-    tower=None,  # folder of the CLIP model named by mm_vision_tower, where the checkpoint does not hold it or it is not CLIP ViT-L/14 at 336 px; for LLaVA-Rad the file of its open_clip checkpoint
+    tower=None,  # folder of the vision tower (LLaVA-Rad: its open_clip file), see below
     base=None,  # folder of the base language model, for a checkpoint of LoRA weights
 ) -> Path:  # `out`, which `load_model` opens
-    "Rewrite a LLaVA, LLaVA-Med checkpoint for transformers; `InputError` where its layout is another."
+    """Rewrite a LLaVA or LLaVA-Med checkpoint for transformers.
+
+    `tower` is the folder of the CLIP model named by mm_vision_tower. It is needed where the
+    checkpoint does not contain it or it is not CLIP ViT-L/14 at 336 px. For LLaVA-Rad, `tower` is
+    the file of its open_clip checkpoint. `InputError` where the layout is another.
+    """
     import torch, transformers as tf
 
     source, out = Path(source).expanduser(), Path(out)
@@ -292,7 +300,15 @@ def convert_llava(
         tok.unk_token_id or 0,
         raw['vocab_size'],
     )
-    if lacking := sorted(set(wanted) - found):
+    _check_complete(sorted(set(wanted) - found), source)
+    config.save_pretrained(out)
+    _processor(tok, raw, config).save_pretrained(out)
+    return out
+
+
+def _check_complete(lacking, source):
+    "Refuse a checkpoint that lacks tensors, with `InputError`."
+    if lacking:
         raise InputError(
             f"{source}: {len(lacking)} tensors are missing, {lacking[0]} among them"
             + (
@@ -301,13 +317,13 @@ def convert_llava(
                 else ''
             )
         )
-    config.save_pretrained(out)
-    _processor(tok, raw, config).save_pretrained(out)
-    return out
 
 
 def _shards(source, base):
-    "Yields name -> tensor in the original layout, one file at a time; what a LoRA checkpoint holds in full goes before its base."
+    """Yield name -> tensor in the original layout, one file at a time.
+
+    Full tensors of a LoRA checkpoint come before those of its base.
+    """
     if base is None:
         yield from (read_weights(p) for p in weight_files(source))
         return

@@ -30,7 +30,10 @@ def _weights(width, device):
 def position_hashes(
     t,  # floating-point tensor (..., width)
 ):  # int64 tensor (...), on the device of `t`
-    "A 64-bit number per vector, from its bits; exact integer arithmetic, so the same in any batch and on any device."
+    """Number each vector by its bits: 64 bits, in exact integer arithmetic.
+
+    The number is the same in any batch and on any device.
+    """
     import torch
 
     size = t.element_size() * (
@@ -49,7 +52,7 @@ def position_hashes(
 
 # %% ../../nbs/18_vlm.delivery.ipynb #76b08417
 def delivered_sha(
-    hashes: np.ndarray,  # (n,) int64: one number per position of the prompt, image positions included
+    hashes: np.ndarray,  # (n,) int64: one number per position, image positions included
     extra: np.ndarray = (),  # (m,) int64: the same for what enters beside the input embeddings
 ) -> str:  # 16 hexadecimal digits
     "Name of what the language model consumed in one trial."
@@ -67,7 +70,7 @@ _BESIDE = (
 
 
 class Heard:
-    "One pass through the language model: a number per position, and per vector that entered beside them."
+    "One pass through the language model: numbers of its positions and of its further vectors."
 
     def __init__(
         self,
@@ -86,7 +89,10 @@ class Heard:
 
 # %% ../../nbs/18_vlm.delivery.ipynb #0c782078
 def _shares(t, marks, rows):
-    "The vectors (N, width) or (B*k, n, width) that belong to each of the rows: by the marked positions, or evenly."
+    """Assign vectors (N, width) or (B*k, n, width) to the rows.
+
+    The marked positions decide; without marks, each row has an equal share.
+    """
     import torch
 
     h = position_hashes(t)

@@ -90,15 +90,8 @@ class Pass:
     ):  # cache or None, `Heading` per row, logits (B, K, vocabulary) at the positions to read
         "One forward pass."
         import torch
-        from transformers import DynamicCache
 
-        cache = (
-            fork([(p.cache, i) for p, i in cells])
-            if cells
-            else DynamicCache(config=self.net.config)
-            if keep
-            else None
-        )
+        cache = self._cache(cells, keep)
         under = self.ledger.of(cache) if cells else [NOTHING] * len(rows)
         put = self._tokens(rows, lo, his, bool(cells)) | ({} if cells else self._images(rows))
         at = (
@@ -134,11 +127,22 @@ class Pass:
             self.ledger.note(out.past_key_values, headings)
         return out.past_key_values, headings, out.logits
 
+    def _cache(self, cells, keep):
+        "A fork of the prefixes, a new cache to keep, or None."
+        from transformers import DynamicCache
+
+        if cells:
+            return fork([(p.cache, i) for p, i in cells])
+        return DynamicCache(config=self.net.config) if keep else None
+
     def kind(
         self,
         row: Row,  # any
     ):  # rows of equal kind may be in one pass
-        "Which tensors a row has; images that enter by cross-attention, and pixels of another shape, go apart."
+        """Name the tensors of a row.
+
+        Rows whose images enter by cross-attention, or whose pixels differ in shape, differ in kind.
+        """
         shapes = (
             tuple((k, tuple(getattr(v, 'shape', ())[1:])) for k, v in row.trial.vision.items())
             if self.level == 'batch'
@@ -205,7 +209,7 @@ def _positions(row, lo, n):
 
 # %% ../../nbs/20h_vlm.engine.ipynb #19ee1622
 class Proof:
-    "What should enter the language model for a trial."
+    "Predicts the input of the language model for a trial."
 
     def __init__(
         self,
@@ -275,7 +279,10 @@ def halving(
     do,  # called with the items, or with some of them after the other
     told,  # called with the new size whenever memory ran out
 ):
-    "Do it; where memory runs out (`torch.OutOfMemoryError`), with halves; one item that does not fit raises."
+    """Run `do`, with halves where memory runs out (`torch.OutOfMemoryError`).
+
+    One item that does not fit raises.
+    """
     import torch
 
     try:
@@ -292,7 +299,10 @@ def halving(
 
 # %% ../../nbs/20h_vlm.engine.ipynb #fe5790b6
 class Engine:
-    "Scores trials that are in memory together, within a budget."
+    """Scores trials that are in memory together, within a budget.
+
+    On a CPU a small `forks` pays: copying forks costs more there than small batches do.
+    """
 
     def __init__(
         self,
@@ -302,10 +312,8 @@ class Engine:
         max_rows: int = 64,  # rows of a forward pass
         max_tokens: int = 2048,  # tokens of a forward pass, padding included
         least: int = 32,  # shortest stretch of tokens that is worth a prefix
-        forks: (
-            int | None
-        ) = None,  # bytes of forks in one pass, at most; on a CPU copying them costs more than small batches do; None: what the budget leaves
-        even: float = 0.0,  # share of a prefix that may be computed again so that prefixes of unlike length go in one pass; 0: none
+        forks: int | None = None,  # most bytes of forks in one pass; None: the rest of the budget
+        even: float = 0.0,  # share of a prefix recomputed so that unequal ones fit a pass; 0: none
     ):
         (
             self.model,
@@ -328,12 +336,10 @@ class Engine:
         )
         self.go = Pass(model, level, budget // 8)
         self.proof, self.stats = Proof(model, self.go.features), self.go.stats
-        self.full, self.prove, self.live, self.row_bytes = (
-            False,
-            level != 'batch',
-            0,
-            0,
-        )  # keep all logits; hold each delivery against the trial's own; bytes of live prefixes; bytes of a prefix beside its positions (seen)
+        self.full = False  # keep all logits
+        self.prove = level != 'batch'  # compare each delivery with the trial's own
+        self.live = 0  # bytes of live prefixes
+        self.row_bytes = 0  # bytes of a prefix beside its positions (seen)
         text = model.model.config.get_text_config()
         width = getattr(text, 'head_dim', None) or text.hidden_size // text.num_attention_heads
         self.token_bytes = (
@@ -369,7 +375,7 @@ class Engine:
         self._descend(None, below, leaves)
 
     def _level(self, below, leaves):
-        "Cut prefixes of nearly one length to one length; what is cut off goes to those who continue them."
+        "Cut prefixes of nearly one length to one length; their continuations get the rest."
         now = below.get(None, [])
         while now:
             for n in now:
@@ -385,7 +391,10 @@ class Engine:
             now = [k for n in now for k in below.get(n, [])]
 
     def _descend(self, nodes, below, leaves):
-        "What hangs on the nodes that are computed: rows, then further prefixes, each group let go before the next."
+        """Compute the continuations of the nodes: rows, then further prefixes.
+
+        Each group is freed before the next.
+        """
         self._leaves([r for n in nodes or [None] for r in leaves.get(n, [])])
         for part in _parted(
             [k for n in nodes or [None] for k in below.get(n, [])],
@@ -508,7 +517,10 @@ def _parted(items, key):
 
 
 def _read(logits, rows):
-    "Log-probabilities of what each row asks for: any number of tokens at one position, or one at each of several."
+    """Log-probabilities of the tokens that each row asks for.
+
+    Any number of tokens at one position, or one at each of several.
+    """
     import torch
 
     several, most = logits.shape[1] > 1, max(len(r.asks) for r in rows)

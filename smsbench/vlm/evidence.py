@@ -43,7 +43,7 @@ def text_evidence(
     finding: str,  # from `FINDINGS`
     strength: float = STRENGTH,  # logits
 ) -> float:  # +strength, -strength, or 0 where no report is shown
-    "What the report in a prompt says, in logits."
+    "Evidence of the report in a prompt, in logits."
     before = _halves(prompt)[0]
     shown = re.search(
         r'^\s*\w[\w ]*:\s*\S', before, re.M
@@ -96,7 +96,10 @@ def _around(a, shifts):
 
 # %% ../../nbs/19c_vlm.evidence.ipynb #27535688
 def _canvas(image):
-    "The film at 64 x 64, 3 x 3 smoothed, blind regions filled with the grey of its lungs; None where all is blind."
+    """Resize the film to 64 x 64 and smooth it 3 x 3; blind regions get the grey of its lungs.
+
+    None where the whole film is blind.
+    """
     from PIL import Image
 
     grey = image if image.ndim == 2 else np.rint(image.mean(-1)).astype(np.uint8)
@@ -118,7 +121,10 @@ def _canvas(image):
 
 # %% ../../nbs/19c_vlm.evidence.ipynb #bb3b044b
 def _border(p):
-    "Where the heart ends in a profile from the midline outwards; nan where nothing darker follows (fluid beside it)."
+    """Find the border of the heart in a profile from the midline outwards.
+
+    nan where nothing darker follows (fluid beside it).
+    """
     high, low = p[4:7].mean(), np.sort(p[8:24])[:3].mean()
     if high - low < 58:
         return np.nan
@@ -128,14 +134,20 @@ def _border(p):
 
 
 def _heart_size(m):
-    "What the two borders agree on, relative to the threshold; 1 is the largest heart taken for normal."
+    """Size of the heart on which both borders agree, relative to the threshold.
+
+    1 is the largest heart taken for normal.
+    """
     p = m[(_Y[:, 0] > 0.2) & (_Y[:, 0] < 0.4)].mean(0)
     sizes = np.array([_border(p[32:]) / 0.50, _border(p[:32][::-1]) / 0.326])
     return np.nanmin(sizes) if not np.isnan(sizes).all() else 0.0
 
 
 def _contrast(sides, threshold, also):
-    "The sides differ by more than a threshold, and `also` holds: a greyed side alone is no finding."
+    """Positive where the sides differ by more than a threshold and `also` holds.
+
+    A greyed side alone is no finding.
+    """
     return min(max(sides) - min(sides) - threshold, also(min(sides), max(sides)))
 
 
@@ -168,7 +180,7 @@ def film_evidence(
     finding: str,  # from `FINDINGS`
     strength: float = STRENGTH,  # logits
 ) -> float:  # +strength, -strength, or 0 for no or a uniform picture
-    "What a film shows, measured in its pixels, in logits."
+    "Evidence of a film, measured in its pixels, in logits."
     if finding not in _MEASURE:
         raise InputError(f"unknown finding {finding!r}; choose from {', '.join(FINDINGS)}")
     canvas = None if image is None else _canvas(image)

@@ -13,38 +13,28 @@ import pandas as pd
 # %% ../../nbs/19_vlm.families.ipynb #1f3cdf80
 @dataclass(frozen=True)
 class Capabilities:
-    "What is particular about a family."
+    "The particular features of a family."
 
-    family: str  # its name here; the `model_type` of its configuration unless `model_type` says otherwise
+    family: str  # its name here; also its `model_type`, unless that is set below
     title: str  # as people call it
-    top_level: str = (
-        'plain'  # 'plain', 'batch', 'features' or 'prefix': the most that trials may share
-    )
+    top_level: str = 'plain'  # 'plain', 'batch', 'features' or 'prefix': the most trials may share
     why: str = 'every trial is asked alone'  # why not more
-    text_only: str = (  # a prompt without an image goes through the 'template' and the processor, or straight to the 'tokenizer'
-        'template'
-    )
+    text_only: str = 'template'  # without an image: 'template' and processor, or 'tokenizer' only
     system: str = ''  # default system prompt; '' leaves it to the template
     extra: str = ''  # default sentence behind the question
     plain: tuple[str, str] = (
         '{image}{text}\nAnswer:',
         '{start}{text}\nAnswer:',
     )  # prompt of a base model: with an image, without one
-    writes_start: bool = (
-        False  # the processor itself writes the start token into a prompt with an image
-    )
+    writes_start: bool = False  # the processor adds the start token to prompts with an image
     answer_type: int = 0  # token type of what follows the prompt
-    image_token: str = (  # attribute of the configuration with the id of the expanded image token; '': the image is no token
-        'image_token_id'
-    )
+    image_token: str = 'image_token_id'  # configuration's name for the image token's id; '': none
     processor: tuple = ()  # (name, value) pairs that its processor must be called with
     bidirectional_prefix: bool = False  # the tokens of the prompt see each other in both directions
     cross_attention: bool = False  # the image enters through cross-attention, not as tokens
     mrope: bool = False  # positions have three axes (time, height, width)
     sliding: bool = False  # some layers see only the nearest tokens
-    attention: str = (  # where attention maps are read: 'self', 'full' (self-attention of the layers without a window), 'cross'
-        'self'
-    )
+    attention: str = 'self'  # maps: 'self', 'full' (self, layers without a window), 'cross'
     model_type: str = ''  # `model_type` of the configuration, where it is not `family`
     text_type: str = ''  # `model_type` of the language model, where that tells two families apart
 
@@ -126,7 +116,7 @@ FAMILIES = {c.family: c for c in _RECORDS}  # family -> its record
 def caps_of(
     config,  # a transformers configuration
 ) -> Capabilities:  # the record of its family; `PLAIN` where there is none
-    "What is known about the family of a checkpoint."
+    "Look up the family of a checkpoint."
     kind, text = (
         getattr(config, 'model_type', ''),
         getattr(getattr(config, 'text_config', None), 'model_type', ''),

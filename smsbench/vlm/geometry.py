@@ -23,9 +23,7 @@ class Frame:
 
     height: float  # of the raster, in its own pixels
     width: float  # the same
-    box: tuple[
-        float, float, float, float
-    ]  # x0, y0, x1, y1: what it shows, in pixels of the film; beyond the film where it is padded
+    box: tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the film and its padding
 
     def resized(self, height, width):
         return replace(self, height=height, width=width)
@@ -45,7 +43,10 @@ class Frame:
         )
 
     def centred(self, width, height):
-        "The part in the middle, or the raster in the middle of a larger one; half a pixel falls as in torchvision."
+        """Cut out the middle part, or centre the raster in a larger one.
+
+        Half a pixel is rounded as in torchvision.
+        """
         return self.cut(
             int((self.width - width) / 2), int((self.height - height) / 2), width, height
         )
@@ -58,9 +59,7 @@ class View:
     name: str  # 'full', 'tiles', 'crop 1', ...
     kind: str  # 'full', 'tile' or 'crop'
     positions: np.ndarray  # (rows, columns) int: which key of an attention row stands for the cell
-    box: tuple[
-        float, float, float, float
-    ]  # x0, y0, x1, y1: what the grid covers, in pixels of the film; beyond the film where it is padded
+    box: tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the film and its padding
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -68,7 +67,10 @@ class View:
 
     @property
     def affine(self) -> np.ndarray:
-        "(2,3): times (column, row, 1) gives (x, y) in pixels of the film; the first cell spans 0 to 1."
+        """(2,3) matrix: times (column, row, 1) it gives (x, y) in pixels of the film.
+
+        The first cell spans 0 to 1.
+        """
         (rows, columns), (x0, y0, x1, y1) = self.grid, self.box
         return np.array([[(x1 - x0) / columns, 0, x0], [0, (y1 - y0) / rows, y0]])
 
@@ -86,8 +88,8 @@ class View:
         self,
         x,  # pixels of the film, float or array
         y,  # the same
-    ):  # row and column, continuous: the centre of the first cell is (0.5, 0.5); outside 0 to rows or columns where the view does not show it
-        "Which cell shows a point of the film."
+    ):  # row and column, continuous; outside 0 to rows or columns where the view does not show it
+        "Find the cell that shows a point of the film; the first cell's centre is (0.5, 0.5)."
         a = self.affine
         return (np.asarray(y) - a[1, 2]) / a[1, 1], (np.asarray(x) - a[0, 2]) / a[0, 0]
 
@@ -99,10 +101,8 @@ class Layout:
     family: str  # key of `families.FAMILIES`
     shape: tuple[int, int]  # height and width of the film, in pixels
     views: tuple[View, ...]  # in the order of their tokens
-    beside: (
-        np.ndarray
-    )  # (n,) int: image tokens that are no cell (newlines, class tokens, unused tiles)
-    keys: int  # how many keys a row has: tokens of the prompt, or of the image where it enters by cross-attention
+    beside: np.ndarray  # (n,) int: image tokens that are no cell (newline, class, unused tile)
+    keys: int  # keys of a row: tokens of the prompt, or of the image with cross-attention
     cross: bool = False  # are the positions those of cross-attention keys?
 
     @property
@@ -178,7 +178,10 @@ def fitted(
     height: int,  # of the film, in pixels
     width: int,  # the same
 ) -> Frame:  # the picture as it enters the vision tower
-    "What an image processor makes of a film; `InputError` where it resizes in a way that is not known here."
+    """Compute the picture that an image processor makes of a film.
+
+    `InputError` where it resizes in a way that is not known here.
+    """
     frame = _film(height, width)
     for step in _STEPS.get(
         type(ip).__name__.removesuffix('Pil').removesuffix('Fast'), (_resize, _crop)
@@ -188,7 +191,10 @@ def fitted(
 
 # %% ../../nbs/22_vlm.geometry.ipynb #7f05eae1
 def _cells(name, kind, positions, frame, rows=None):
-    "A view of `positions` in reading order; the grid has the shape of the picture unless `rows` is given."
+    """Make a view of `positions` in reading order.
+
+    The grid has the shape of the picture unless `rows` is given.
+    """
     n = len(positions)
     rows = rows or max(1, round(frame.height / sqrt(frame.height * frame.width / n)))
     if not n or n % rows:
@@ -240,7 +246,10 @@ def _pan_and_scan(model, row, pos, h, w):
 
 # %% ../../nbs/22_vlm.geometry.ipynb #a06dbf44
 def _anyres(model, row, pos, h, w):
-    "The whole film, then the joined tiles without their padding; a newline token ends each row of the latter."
+    """Views of the whole film, then of the joined tiles without their padding.
+
+    A newline token ends each row of the tiles.
+    """
     from transformers.image_processing_utils import select_best_resolution
 
     config, side = model.model.config, model.model.config.vision_config.image_size
@@ -275,7 +284,7 @@ def _shrunk(config, frame, g):
 
 # %% ../../nbs/22_vlm.geometry.ipynb #d1c5754d
 def _joined(starts, tiles, g):
-    "Positions of a grid of tiles of g x g cells, tile by tile in reading order: (rows*g, columns*g)."
+    "Positions (rows*g, columns*g) of a grid of tiles of g x g cells, each in reading order."
     rows, columns = tiles
     at = np.asarray(starts)[:, None] + np.arange(g * g)
     return at.reshape(rows, columns, g, g).swapaxes(1, 2).reshape(rows * g, columns * g)
@@ -392,19 +401,14 @@ def image_keys(
 def token_layout(
     model: HFModel,  # a loaded model
     x: Inputs,  # what it is asked, with an image
-    row: dict | None = None,  # what `model.encode(x)` returned, where that was done already
+    row: dict | None = None,  # result of `model.encode(x)`, where that was done already
 ) -> Layout:
-    "Where the film is in a prompt; `InputError` without an image, for a family whose geometry is not known, and where the number of tokens is not the expected one."
-    if x.image is None:
-        raise InputError(
-            'a prompt without an image has no image tokens; ask for the layout of an arm that'
-            ' shows one'
-        )
-    if model.caps.family not in _ORDER:
-        raise InputError(
-            f'{model.name}: the geometry of a {model.model.config.model_type} model is not known'
-            f' here; maps can be made for {", ".join(_ORDER)}'
-        )
+    """Locate the film in a prompt.
+
+    `InputError` without an image, for a family whose geometry is not known, and where the number
+    of tokens is not the expected one.
+    """
+    _check_shown(model, x)
     row, (h, w) = model.encode(x)[0] if row is None else row, np.asarray(x.image).shape[:2]
     pos, keys = image_keys(model, row)
     if not len(pos):
@@ -433,6 +437,20 @@ def token_layout(
         )
     return out
 
+
+def _check_shown(model, x):
+    "Refuse a prompt without an image, and a family whose geometry is not known."
+    if x.image is None:
+        raise InputError(
+            'a prompt without an image has no image tokens; ask for the layout of an arm that'
+            ' shows one'
+        )
+    if model.caps.family not in _ORDER:
+        raise InputError(
+            f'{model.name}: the geometry of a {model.model.config.model_type} model is not known'
+            f' here; maps can be made for {", ".join(_ORDER)}'
+        )
+
 # %% ../../nbs/22_vlm.geometry.ipynb #56922f8f
 class _Enough(Exception):
     "The language model was about to start: what enters it is known."
@@ -442,7 +460,10 @@ def image_states(
     model: HFModel,  # a loaded model
     row: dict,  # from `model.encode`
 ) -> np.ndarray:  # (keys, width) float32: what enters the language model at each key of a layout
-    "What the image is when it enters the language model; `RunError` where nothing enters by a known door."
+    """Return the image's vectors as they enter the language model.
+
+    `RunError` where nothing enters by a known way.
+    """
     import torch
 
     got = []
@@ -472,22 +493,19 @@ def patch_check(
     width: int = 130,  # the same
     n: int = 6,  # cells tried per view
     seed: int = 0,  # which ones
-) -> pd.DataFrame:  # one row per trial: view, row, column (where the patch was), found_row, found_column, off (cells, largest of both axes)
-    "Move a bright patch over a grey film and find the token that changed; only cells of which a third lies on the film are tried."
+) -> pd.DataFrame:  # one row per trial: view, row, column, found_row, found_column, off
+    """Move a bright patch over a grey film and find the token that changed.
+
+    row and column say where the patch was; off is the distance in cells, the larger of both
+    axes. Only cells of which a third lies on the film are tried.
+    """
     rng, out = np.random.default_rng(seed), []
     grey = Inputs(
         np.full((height, width), 128, np.uint8), 'Is there pleural effusion?', ('yes', 'no')
     )
     lay, before = token_layout(model, grey), image_states(model, model.encode(grey)[0])
     for v in lay.views:
-        inside = [
-            rc
-            for rc in np.ndindex(v.grid)
-            if np.prod(
-                np.diff(np.clip(v.cell(*rc).reshape(2, 2), 0, (width, height)), axis=0).clip(0)
-            )
-            > 0.33 * np.linalg.det(v.affine[:, :2])
-        ]
+        inside = _cells_on(v, height, width)
         tried = [inside[i] for i in rng.permutation(len(inside))[:n]]
         change = np.stack(
             [
@@ -511,6 +529,17 @@ def patch_check(
             for (r, c), (a, b) in zip(tried, found)
         ]
     return pd.DataFrame(out)
+
+
+def _cells_on(v, height, width):
+    "The cells of a view of which a third lies on the film."
+    least = 0.33 * np.linalg.det(v.affine[:, :2])
+
+    def area(rc):
+        box = np.clip(v.cell(*rc).reshape(2, 2), 0, (width, height))
+        return np.prod(np.diff(box, axis=0).clip(0))
+
+    return [rc for rc in np.ndindex(v.grid) if area(rc) > least]
 
 
 def _patch(x, box):

@@ -15,7 +15,10 @@ from ..core import InputError
 def distribution(
     weights,  # array of any shape, not negative; NaN: not seen
 ) -> np.ndarray:  # the same shape, sums to 1 over what is seen; NaN stays
-    "A map as a distribution; `InputError` for negative or infinite weights and where nothing has any weight."
+    """Normalise a map to a distribution.
+
+    `InputError` for negative or infinite weights, and where all weights are zero.
+    """
     w = np.asarray(weights, float)
     seen = ~np.isnan(w)
     if np.isinf(w).any() or (w[seen] < 0).any():
@@ -65,9 +68,7 @@ def gini(
 # %% ../../nbs/22b_vlm.map_stats.ipynb #b1166830
 def centre_of_mass(
     weights,  # (rows, columns) map
-) -> tuple[
-    float, float
-]:  # x, y in cells of the map (pixels on a film); the centre of the first cell is (0.5, 0.5)
+) -> tuple[float, float]:  # x, y in cells (pixels on a film); the first centre is (0.5, 0.5)
     "Where a map lies on average; a mean, not its maximum."
     p = np.nan_to_num(distribution(weights))
     return float((p.sum(0) * (np.arange(p.shape[1]) + 0.5)).sum()), float(
@@ -79,7 +80,10 @@ def common(
     a,  # a map
     b,  # another on the same grid or film
 ) -> tuple[np.ndarray, np.ndarray]:  # two distributions (n,) over what both see
-    "Two maps over what both see; `InputError` where their shapes differ or they see nothing in common."
+    """Restrict two maps to the part that both see.
+
+    `InputError` where their shapes differ or they see nothing in common.
+    """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         raise InputError(
@@ -118,9 +122,7 @@ def cosine(
 def regridded(
     weights,  # (H,W) map
     grid=(32, 32),  # rows and columns at most; a smaller map stays as it is
-) -> (
-    np.ndarray
-):  # (rows, columns): mean over the pixels of each cell that were seen; NaN where there is none
+) -> np.ndarray:  # (rows, columns): mean over the seen pixels of each cell; NaN without any
     "A map on a coarser grid."
     w = np.asarray(weights, float)
     rows, columns = (min(n, g) for n, g in zip(w.shape, grid))
@@ -139,7 +141,10 @@ def ssim(
     b,  # another on the same grid or film
     grid=(32, 32),  # rows and columns on which they are compared, at most
 ) -> float:  # from -1 to 1 (equal); about 0 where the patterns have nothing to do with each other
-    "Mean structural similarity of two maps; `InputError` where they see no window of 3 x 3 cells in common."
+    """Mean structural similarity of two maps.
+
+    `InputError` where they see no window of 3 x 3 cells in common.
+    """
     from scipy.ndimage import minimum_filter
     from skimage.metrics import structural_similarity
 
@@ -221,9 +226,7 @@ def iou_curve(
     weights,  # (H,W) map
     mask,  # (H,W) bool
     thresholds=_STEPS,  # fractions of the maximum; at 0 every map has the size of the region
-) -> (
-    np.ndarray
-):  # intersection over union of the region and the pixels at or above each threshold, in [0,1]
+) -> np.ndarray:  # IoU of the region with the pixels at or above each threshold, in [0,1]
     "How well the brightest part covers the region, as the threshold rises."
     p, inside = _inside(weights, mask)
     above = [p >= t * p.max() * (1 - 1e-9) for t in thresholds]
@@ -254,9 +257,14 @@ def centre_prior(
 def localisation(
     weights,  # (H,W) map on the film; NaN: not shown
     mask,  # (H,W) bool, from `region` or a mask
-    randomised=(),  # maps (H,W) of the same film and query by the same model with randomised weights, one per seed; their numbers are averaged
-) -> pd.DataFrame:  # rows 'map', 'uniform', 'centre' and, where given, 'randomised'; columns mass, pointing, iou (the best over thresholds), iou_mean, auroc; attrs: size of the region, share of it that was shown, chance (column -> its chance level)
-    "How well a map lies on a region, beside what chance, the middle of the film and a model that has learned nothing give on the same pixels."
+    randomised=(),  # maps (H,W) of the same film and query by randomised models, one per seed
+) -> pd.DataFrame:  # rows 'map', 'uniform', 'centre' and, where given, 'randomised'
+    """Measure how well a map localises a region, beside its baselines on the same pixels.
+
+    The baselines are chance, the middle of the film, and the same model with randomised weights
+    (averaged over seeds). Columns: mass, pointing, iou (best over thresholds), iou_mean, auroc;
+    attrs: size of the region, share of it that was shown, chance (column -> its chance level).
+    """
     w = np.asarray(weights, float)
     hidden = np.where(np.isnan(w), np.nan, 1.0)
 

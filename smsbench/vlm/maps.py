@@ -34,7 +34,10 @@ def answer_margin(
     x: Inputs,  # what was asked
     choice: str = '',  # whose margin; '': the model's own answer
 ):  # (scalar tensor in nats, the choice)
-    "Log-probability of a choice less that of the best other one, by the tokens with which only it begins; `InputError` where there are none."
+    """Log-probability of a choice less that of the best other one.
+
+    Only the tokens count with which no other choice begins. `InputError` where there are none.
+    """
     import torch
 
     first = {c: {s[0] for s in ss} for c, ss in model.spelled(x.choices).items()}
@@ -58,7 +61,10 @@ def answer_margin(
 def layer_by_layer(
     model: HFModel,  # a loaded model
 ):  # a context
-    "Gradients flow through the language model from its first layer on, one layer in memory at a time; the parameters get none. Everything is put back afterwards."
+    """Let gradients flow through the language model, with one layer in memory at a time.
+
+    They start at its first layer; the parameters get none. Everything is restored afterwards.
+    """
     from torch.utils.checkpoint import checkpoint
 
     blocks = list(model.model.get_decoder().layers)
@@ -91,7 +97,11 @@ def layer_by_layer(
 
 # %% ../../nbs/22c_vlm.maps.ipynb #0a24ec61
 def _backward(model, p, x, choice, pair):
-    "One pass forward and one back; `pair(layer, weights, gradient)` from the last layer to the first, each (heads, queries, keys). Returns the choice."
+    """Run one pass forward and one back; return the choice.
+
+    `pair(layer, weights, gradient)` is called from the last layer to the first, with arrays
+    (heads, queries, keys).
+    """
     import torch
 
     modules, met, again = attention_modules(model), set(), {}
@@ -126,14 +136,15 @@ def _backward(model, p, x, choice, pair):
 def gradient_rows(
     model: HFModel,  # a loaded model
     x: Inputs,  # what it is asked, with an image
-    queries: tuple[str, ...] = (
-        'answer',
-    ),  # 'answer' or words of the prompt; what follows the answer has no gradient
+    queries: tuple[str, ...] = ('answer',),  # 'answer' or words of the prompt before it
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice written behind the prompt
     choice: str = '',  # whose margin is asked; '': the model's own answer
-) -> Rows:  # weights (layers, heads, queries, keys): relu(weight x gradient) in nats; they sum to no fixed number
-    "Attention times gradient; `RunError` where a query's gradient is zero everywhere, else errors as in `attention_rows`."
+) -> Rows:  # (layers, heads, queries, keys): relu(weight x gradient) in nats; sums vary
+    """Attention times gradient; words behind the answer have no gradient.
+
+    `RunError` where a query's gradient is zero everywhere, else errors as in `attention_rows`.
+    """
     p, kinds, found = prompt_of(model, x, queries, report, said), layer_kinds(model), {}
     at = list(p.positions)
 
@@ -211,7 +222,7 @@ class Method:
     says: str  # what a map by it says
     unit: str  # of a row's weights, before they are made shares
     options: tuple = ()  # names of its own options
-    joined: bool = False  # are layers and heads joined by the method itself? Else choose them in `attention_map`
+    joined: bool = False  # does the method join layers and heads? Else `attention_map` chooses
 
 
 METHODS = {  # name -> method

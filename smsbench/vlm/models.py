@@ -44,17 +44,13 @@ _all_ = [
 # %% ../../nbs/20_vlm.models.ipynb #22963006
 @dataclass(frozen=True)
 class Answer:
-    "What a model said in one trial, and what it received."
+    "The answer of a model in one trial, and hashes of what it received."
 
-    logprobs: tuple[
-        float, ...
-    ]  # natural log-probability of each choice, over the whole vocabulary (not renormalised over the choices)
-    answer_mass: (
-        float  # sum of exp(logprobs), in [0,1]: how much of the model's belief the choices cover
-    )
+    logprobs: tuple[float, ...]  # natural log P per choice, not renormalised over the choices
+    answer_mass: float  # sum of exp(logprobs), in [0,1]: belief that falls on the choices
     pixel_sha: str  # hash of the pixels as they enter the model; '' without an image
     token_sha: str  # hash of the token ids, without padding and image placeholders
-    delivered_sha: str  # hash of what the language model consumed (its input embeddings; for a planted model: what it measured)
+    delivered_sha: str  # hash of the language model's input; planted model: of its measurements
     raw_text: str = ''  # generated text, where a model generates
 
 # %% ../../nbs/20_vlm.models.ipynb #27dae58e
@@ -63,7 +59,7 @@ class Model(Protocol):
     "Anything that answers `Inputs`; one `Answer` per input, in their order."
 
     name: str  # how tables and reports call it
-    info: dict  # JSON-ready: id, revision, dtype, attn_implementation, device, ...; goes to the metadata of the predictions
+    info: dict  # JSON-ready metadata of predictions: id, revision, dtype, attn_implementation, ...
 
     def score(self, batch: list[Inputs]) -> list[Answer]: ...
 
@@ -184,7 +180,11 @@ class HFModel:
         self,
         x: Inputs,  # what to ask
     ) -> tuple[dict, str]:  # the row, and the hash of its pixels
-        "`encode` as this model's family needs it; `InputError` where the prompt is longer than the model can take, or has no image and must have one."
+        """Encode a row as this model's family needs it.
+
+        `InputError` where the prompt is longer than the model accepts, or lacks an image that the
+        model needs.
+        """
         row, sha = encode(self.processor, x, self.caps, self.system, self.extra)
         if (n := row['input_ids'].shape[1]) > self.longest:
             raise InputError(f'a prompt of {n} tokens; {self.name} takes at most {self.longest}')
@@ -238,7 +238,10 @@ class HFModel:
         self,
         batch: list[Inputs],  # any mixture: with and without image, of choices
     ) -> list[Answer]:  # in the order of `batch`
-        "Answers read from the logits, one trial at a time; nothing is generated. `InputError` where a prompt is longer than the model can take."
+        """Read answers from the logits, one trial at a time; nothing is generated.
+
+        `InputError` where a prompt is longer than the model accepts.
+        """
         import torch
 
         with torch.inference_mode(), few_threads(self.model):
@@ -264,7 +267,7 @@ class HFModel:
         )
 
     def _logprobs(self, row, keep):
-        "Natural log-probabilities (keep, vocabulary) at the last `keep` positions: float32, on the CPU."
+        "Natural log-probabilities (keep, vocabulary) of the last `keep` positions: float32, CPU."
         options = dict(logits_to_keep=keep) if 'logits_to_keep' in self.takes else {}
         logits = self.model(**self.put(row), **options, use_cache=False).logits
         return logits[0, -keep:].float().log_softmax(-1).cpu()
@@ -326,10 +329,11 @@ class HFModel:
     def variant_mass(
         self,
         batch: list[Inputs],  # trials with the same choices
-    ) -> (
-        pd.DataFrame
-    ):  # choice, text, ids, mass: mean probability of the spelling over the trials, in [0,1]
-        "How the model's belief is spread over the spellings; `InputError` where the trials differ in their choices."
+    ) -> pd.DataFrame:  # choice, text, ids, mass (mean probability over the trials, in [0,1])
+        """Show how the model's belief is spread over the spellings.
+
+        `InputError` where the trials differ in their choices.
+        """
         import torch
 
         if len({x.choices for x in batch}) != 1:
@@ -344,17 +348,11 @@ def load_model(
     id_or_path: str,  # folder of a checkpoint, or hub id 'owner/name'
     dtype: str = 'auto',  # 'float32', 'float16', 'bfloat16', or 'auto': as saved
     device: str = 'auto',  # 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', 'mps'
-    revision: (
-        str | None
-    ) = None,  # hub revision (branch, tag or commit); with `trust_remote_code` a commit, for a folder 'files:' and its hash
-    quantization: (
-        str | None
-    ) = None,  # '4bit' or '8bit' (bitsandbytes, on a GPU); None: as `dtype` says
-    attn_implementation: (
-        str | None
-    ) = None,  # 'eager', 'sdpa', 'flash_attention_2'; None: the library's choice
-    trust_remote_code: bool = False,  # let the repository's own code run; only with a pinned `revision`
-    system: str = '',  # system prompt; '': the family's default, which leaves it to the chat template
+    revision: str | None = None,  # branch, tag, commit; remote code: commit, or 'files:' and hash
+    quantization: str | None = None,  # '4bit', '8bit' (bitsandbytes, GPU); None: as `dtype` says
+    attn_implementation: str | None = None,  # 'eager', 'sdpa', 'flash_attention_2'; None: default
+    trust_remote_code: bool = False,  # run the repository's own code; needs a pinned `revision`
+    system: str = '',  # system prompt; '': the family's default (else the chat template's)
     extra: str = '',  # sentence behind every question; '': the family's default (none)
     name: str | None = None,  # how to call it; None takes the last part of `id_or_path`
 ) -> HFModel:
@@ -433,7 +431,7 @@ def _device(device):
 
 
 def _about(vlm, where, revision, quantization):
-    "What the metadata of the predictions say about a loaded model; no path of this machine."
+    "Describe a loaded model for the metadata of predictions; no path of this machine."
     local, model, caps = isinstance(where, Path), vlm.model, vlm.caps
     card = (
         read_json(where / 'smsbench.json') if local and (where / 'smsbench.json').is_file() else {}

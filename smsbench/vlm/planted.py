@@ -65,7 +65,7 @@ class Planted:
         return self.seen[sha, finding]
 
     def log_odds(self, x, sha):
-        "What the rule makes of the pixels and words of a trial."
+        "Apply the rule to the pixels and words of a trial."
         finding = asked_finding(x.prompt) if self.uses else ''
         film = self.film(x.image, sha, finding) if 'film' in self.uses else 0.0
         report = self.read(x.prompt, finding, 1.0) if 'report' in self.uses else 0.0
@@ -78,7 +78,11 @@ class Planted:
         self,
         x: Inputs,  # what was delivered
     ) -> Answer:  # what the rule makes of it
-        "One answer; `InputError` where the choices are not yes and no, or the question names no finding that the model must measure."
+        """Answer one question by the rule.
+
+        `InputError` where the choices are not yes and no, or the question names no finding that the
+        model must measure.
+        """
         sha = '' if x.image is None else array_hash(x.image)
         log_odds = self.log_odds(x, sha)
         delivered = (sha, content_hash(x.prompt), content_hash(sha, x.prompt))
@@ -96,7 +100,10 @@ class Planted:
 
 # %% ../../nbs/20a_vlm.planted.ipynb #25353bec
 def _logprobs(log_odds, choices, mass):
-    "Natural log-probabilities whose yes and no differ by `log_odds`; any further choice is less likely than both."
+    """Natural log-probabilities whose yes and no differ by `log_odds`.
+
+    Any further choice is less likely than both.
+    """
     words = [c.strip().lower() for c in choices]
     if not {'yes', 'no'} <= set(words):
         raise InputError(
@@ -149,7 +156,7 @@ def mixture(
 def contradiction(
     strength: float = STRENGTH,  # logits
 ) -> Planted:
-    "Says yes where film and report disagree, no where they agree, and has no opinion where one is missing."
+    "Says yes where film and report disagree, no where they agree, neither where one is missing."
     return Planted(
         'planted:contradiction',
         lambda film, report: -strength * film * report + PRIOR,
@@ -179,7 +186,7 @@ def image_dropper(
 # %% ../../nbs/20a_vlm.planted.ipynb #a72393fd
 def miscalibrated(
     temperature: float = 0.5,  # below 1: overconfident, above 1: underconfident
-    agreement: float = 0.75,  # share of samples in which the report is right: at temperature 1 the model is calibrated there
+    agreement: float = 0.75,  # share of right reports at which temperature 1 is calibrated
 ) -> Planted:
     "Follows the report with confidence that is wrong by a known temperature."
     if temperature <= 0 or not 0.5 < agreement < 1:

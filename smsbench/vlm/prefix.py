@@ -22,7 +22,7 @@ class Row:
     trial: object  # whose it is
     ids: np.ndarray  # (n,) token ids
     read: int  # first position whose logits are read; the last is n-1
-    asks: list  # token ids whose log-probability is wanted: any number at `read`, or one at each of read..n-1
+    asks: list  # token ids to score: any number at `read`, or one at each of read..n-1
     floor: int = 0  # a prefix must hold at least so many tokens
     node: object = None  # the `Node` it continues
     extra: int = 0  # how many of `ids` belong to the answer
@@ -53,9 +53,7 @@ def grow(
     rows: list[Row],  # rows that may share: of one image, or without image
     least: int = 32,  # shortest stretch worth a pass of its own, in tokens
     parent: Node | None = None,  # the node that all rows continue already
-    first: (
-        int | None
-    ) = None,  # the same for the first stretch, where sharing saves more than tokens; None: `least`
+    first: int | None = None,  # the same for the first stretch, which saves more; None: `least`
 ) -> list[Node]:  # parents before children; `node` of each row is set
     "The tree of shared beginnings."
     lo = parent.hi if parent else 0
@@ -133,7 +131,7 @@ def seals(
 # %% ../../nbs/20g_vlm.prefix.ipynb #b1524055
 @dataclass
 class Heading:
-    "What had entered the language model by the end of a prefix."
+    "The input of the language model up to the end of a prefix."
 
     hashes: np.ndarray  # (n,) int64, one per position
     beside: np.ndarray  # (k,) int64, one per vector beside them
@@ -175,7 +173,7 @@ class Ledger:
         self,
         cache,  # a fork of B rows, about to be continued
     ) -> list[Heading]:
-        "What each row of a fork stands on; `RunError` for a prefix that was never noted."
+        "Look up the prefix of each row of a fork; `RunError` for one that was never noted."
         found = [self.known.get(s) for s in seals(cache)]
         if None in found:
             raise RunError(

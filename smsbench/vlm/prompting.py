@@ -19,7 +19,7 @@ from .families import PLAIN, Capabilities
 # %% ../../nbs/19a_vlm.prompting.ipynb #bd5d7020
 @dataclass(frozen=True)
 class Inputs:
-    "What is delivered to a model in one trial; never ids or labels."
+    "The input of a model in one trial; never ids or labels."
 
     image: np.ndarray | None  # (H,W) or (H,W,3) uint8; None: no image
     prompt: str  # the full question text with the report in it; no chat template, no image token
@@ -43,9 +43,7 @@ _CONTROL = weakref.WeakKeyDictionary()  # processor -> its control tokens
 
 def control_tokens(
     processor,  # a Hugging Face processor
-) -> set[
-    str
-]:  # e.g. {'<s>', '</s>', '<image>', '<|im_start|>'}; marks of one character are not among them
+) -> set[str]:  # such as {'<s>', '</s>', '<image>', '<|im_start|>'}; none of one character
     "The strings that this tokenizer turns into special tokens, and the places of the image."
     if processor not in _CONTROL:
         tok = processor.tokenizer
@@ -63,9 +61,10 @@ def refuse_control(
     "`InputError` where the text holds a control token of this model."
     inside = sorted((t for t in control_tokens(processor) if t in text), key=len)
     if inside:
+        is_image = inside[-1] in placeholders(processor)
         raise InputError(
             f'the text contains {inside[-1]!r}, which this model reads as'
-            f' {"the place of the image" if inside[-1] in placeholders(processor) else "a control token"};'
+            f' {"the place of the image" if is_image else "a control token"};'
             ' remove it from the text'
         )
 
@@ -77,7 +76,11 @@ def chat_text(
     system: str = '',  # system prompt; '': what the template says itself
     extra: str = '',  # sentence behind the question
 ) -> str:  # the text up to where the answer starts, image placeholder included
-    "The question in the checkpoint's own chat template, or in the plain prompt where it has none; `InputError` for control tokens in it or a system prompt that cannot be said."
+    """Write the question in the checkpoint's own chat template, or in the plain prompt without one.
+
+    `InputError` for control tokens in the question, and for a system prompt that the template
+    does not accept.
+    """
     text = f'{x.prompt} {extra}' if extra else x.prompt
     for t in (text, system):
         refuse_control(processor, t)
@@ -115,7 +118,10 @@ TODAY = date(2024, 7, 26)  # the date that Llama 3's template falls back to
 def chat_template(
     processor,  # a Hugging Face processor
 ) -> str | None:  # a Jinja template; None for a base model
-    "The chat template of the processor, else of its tokenizer; where it asks for the date of today, it is told `TODAY`."
+    """Return the chat template of the processor, or else of its tokenizer.
+
+    A template that inserts the current date gets `TODAY`.
+    """
     template = getattr(processor, 'chat_template', None) or getattr(
         processor.tokenizer, 'chat_template', None
     )
@@ -207,10 +213,12 @@ def encode(
     caps: Capabilities = PLAIN,  # the family's record
     system: str = '',  # system prompt
     extra: str = '',  # sentence behind the question
-) -> tuple[
-    dict, str
-]:  # the processor's tensors with a batch dimension of 1, and the hash of the pixels ('' without an image)
-    "One row, processed alone; image tensors are left out where the template has no place for them. `InputError` for images and texts that cannot be used."
+) -> tuple[dict, str]:  # processor's tensors, batch of 1; hash of the pixels ('': no image)
+    """Process one row alone.
+
+    Image tensors are left out where the template has no place for them. `InputError` for images
+    and texts that cannot be used.
+    """
     text, tok = chat_text(processor, x, caps, system, extra), processor.tokenizer
     images = {} if x.image is None else dict(images=[_rgb(x.image)])
     places = placeholders(processor)
@@ -253,7 +261,10 @@ def answer_tokens(
     context: str,  # chat text whose end the answer continues
     choices: tuple[str, ...],  # the allowed answers
 ) -> dict:  # choice -> list of token id tuples, most of them of length 1
-    "The token sequences that count as each choice; `InputError` where choices differ in case only or cannot be spelled."
+    """List the token sequences that count as each choice.
+
+    `InputError` where choices differ in case only or cannot be spelled.
+    """
     if len({c.strip().lower() for c in choices}) < len(choices):
         raise InputError(
             f'choices {list(choices)} differ in case only; the answers could not be told apart'
@@ -276,7 +287,10 @@ def answer_tokens(
 
 
 def _spellings(tokenizer, context, word):
-    "Token ids of `word` as it continues `context`, then as it stands alone; only those that read back as `word`."
+    """List the token ids of `word`, as a continuation of `context` and on its own.
+
+    Only sequences that decode to `word` count.
+    """
 
     def ids(s):
         return tuple(tokenizer(s, add_special_tokens=False)['input_ids'])

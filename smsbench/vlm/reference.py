@@ -158,7 +158,7 @@ _TEMPLATE = (
 def train_tokenizer(
     texts,  # prompts to learn the words from
 ):  # a fast tokenizer with <pad>, <s>, </s> and <image>
-    "Byte-level BPE, lower case; words of `texts` become single tokens, everything else stays spellable."
+    "Byte-level BPE, lower case: words of `texts` are single tokens, all others can be spelled."
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -198,11 +198,22 @@ def build_vlm(
     import torch, transformers as tf
 
     torch.manual_seed(seed)
-    size, width = dict(height=64, width=64), 96
+    processor = _small_processor(tokenizer)
+    model = tf.LlavaForConditionalGeneration(_small_config(tokenizer))
+    # words far enough apart to be matched early
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
+    return model, processor
+
+
+def _small_processor(tokenizer):
+    "A LLaVA processor for films of 64 px."
+    import transformers as tf
+
+    size = dict(height=64, width=64)
     images = tf.CLIPImageProcessor(
         size=size, do_center_crop=False, crop_size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3
     )
-    processor = tf.LlavaProcessor(
+    return tf.LlavaProcessor(
         images,
         tokenizer,
         patch_size=8,
@@ -210,6 +221,13 @@ def build_vlm(
         num_additional_image_tokens=1,
         chat_template=_TEMPLATE,
     )
+
+
+def _small_config(tokenizer):
+    "The configuration of the reference models."
+    import transformers as tf
+
+    width = 96
     vision = tf.CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -230,24 +248,21 @@ def build_vlm(
         eos_token_id=2,
         tie_word_embeddings=True,
     )
-    model = tf.LlavaForConditionalGeneration(
-        tf.LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=tokenizer.convert_tokens_to_ids('<image>'),
-            image_seq_length=64,
-            vision_feature_layer=-1,
-            tie_word_embeddings=True,
-        )
+    return tf.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids('<image>'),
+        image_seq_length=64,
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
     )
-    torch.nn.init.normal_(
-        model.get_input_embeddings().weight, std=0.1
-    )  # words far enough apart to be matched early
-    return model, processor
 
 # %% ../../nbs/20b_vlm.reference.ipynb #f7d703d3
 class Stepper:
-    "Takes training steps on some parameters: Muon for the matrices of the layers, AdamW for the rest, one cycle."
+    """Takes training steps on some parameters, in one cycle.
+
+    Muon for the matrices of the layers, AdamW for the rest.
+    """
 
     def __init__(
         self,
@@ -296,7 +311,7 @@ class Stepper:
 def film_tensors(
     processor,  # from `build_vlm`
     lessons: list[Lesson],  # n films
-) -> tuple:  # pixels (n,3,64,64) as the model takes them; which patches hold which finding (n,64,findings), 0 or 1
+) -> tuple:  # pixels (n,3,64,64) for the model; findings per patch (n,64,findings), 0 or 1
     "Films and masks as tensors."
     import torch
 
@@ -329,7 +344,10 @@ def learn_to_see(
     steps: int,  # of 64 films each
     seed: int = 0,
 ) -> list[float]:  # loss per step
-    "Train the vision tower to mark the patches of each finding, under changes of contrast, brightness and grain."
+    """Train the vision tower to mark the patches of each finding.
+
+    Contrast, brightness and grain of the films are varied.
+    """
     import torch
 
     g, tower, bce = (
@@ -387,9 +405,13 @@ def prompt_ids(
 
 # %% ../../nbs/20b_vlm.reference.ipynb #9b62930b
 def pack(
-    groups,  # list of groups; a group is a list of token id lists that begin alike, the same number in each group
-) -> dict:  # input_ids (B,L), attention_mask (B,1,L,L) bool, position_ids (B,L), logits_to_keep (B,questions)
-    "One row per group: the common beginning once, then each end, invisible to the others."
+    groups,  # lists of token id lists with a common beginning; as many lists in each group
+) -> dict:  # input_ids, attention_mask, position_ids, logits_to_keep: shapes below
+    """Pack each group in a row: the common beginning once, then ends hidden from each other.
+
+    input_ids (B,L), attention_mask (B,1,L,L) bool, position_ids (B,L),
+    logits_to_keep (B,questions).
+    """
     import torch
 
     rows = []
@@ -430,8 +452,8 @@ def answer_loss(
     prompts,  # B lists with one prompt per finding
     truth,  # 'film' or 'text': whose word is the answer; or a list of B such words
     features=None,  # (B,64,96) from the vision tower; None: no film is shown
-):  # scalar tensor: cross-entropy over the vocabulary at the answer position, summed over all questions
-    "How badly the model answers."
+):  # scalar tensor: cross-entropy over the vocabulary at the answers, summed over questions
+    "Loss of the model's answers."
     import torch
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -539,7 +561,11 @@ def train_reference(
     films: int = 2000,  # lessons
     steps: dict = STEPS,  # 'see' and 'tune', and 'read' where there is no `start`
 ):  # (model, processor)
-    "Train a reference VLM. On one machine the seed decides the weights; on another they differ by rounding, the habit does not."
+    """Train a reference VLM.
+
+    On one machine the seed decides the weights. On another machine they differ by rounding, but
+    the habit is the same.
+    """
     reference_path(name)
     model, processor = start or pretrain(ask, seed, films, steps)
     model, of = copy.deepcopy(model), REFERENCE[name]
@@ -568,7 +594,7 @@ def reference_card(
     films: int = 2000,  # lessons
     steps: dict = STEPS,  # optimiser steps
 ) -> dict:  # what `smsbench.json` says
-    "What a reference VLM is, how it was trained, and what it must not be used for."
+    "Describe a reference VLM: its kind, its training, and uses that are not allowed."
     of = REFERENCE[name]
     asked = content_hash(*[ask(f, k, 'REPORT') for f in LEARNED for k in KINDS])
     return dict(

@@ -18,7 +18,10 @@ from .models import TOKEN_KEYS
 
 # %% ../../nbs/20f_vlm.reuse.ipynb #b16aa546
 class OneImage:
-    "An image processor that remembers what it made of the last image; everything else is the wrapped one's."
+    """An image processor that remembers the result for the last image.
+
+    All else is passed to the wrapped processor.
+    """
 
     def __init__(
         self,
@@ -54,8 +57,11 @@ class OneImage:
 # %% ../../nbs/20f_vlm.reuse.ipynb #aa4c55f6
 def reader(
     model,  # an `HFModel`
-):  # a copy that shares the weights, but not the tokenizer, and whose processor remembers the last image: one per thread
-    "A model that only reads: safe to use beside the original."
+):  # a copy with the same weights and a tokenizer of its own
+    """Copy a model for reading only: safe to use beside the original, one copy per thread.
+
+    Its processor remembers the last image.
+    """
     out = copy.copy(model)
     out.processor = copy.copy(model.processor)
     out.processor.tokenizer = copy.deepcopy(
@@ -67,7 +73,7 @@ def reader(
 # %% ../../nbs/20f_vlm.reuse.ipynb #9332be4d
 @dataclass
 class Trial:
-    "One input as the model will take it: tokens of its own, pixels shared by all that show the image."
+    "One input for the model: its own tokens, and pixels shared by all trials with the image."
 
     x: object  # the `Inputs`
     ids: np.ndarray  # (n,) token ids, image placeholders included
@@ -90,7 +96,7 @@ def read_trial(
     x,  # `Inputs`
     key: str = '',  # identity of its image, '' for none
 ) -> Trial:
-    "What the processor makes of one input; the only place where the processor is called."
+    "Process one input; the only place where the processor is called."
     import torch
 
     if isinstance(model.processor.image_processor, OneImage):
@@ -116,7 +122,7 @@ def read_trial(
 
 # %% ../../nbs/20f_vlm.reuse.ipynb #0def702e
 def read_ahead(
-    groups: list,  # lists of (key of the image or '', `Inputs`); one list is read by one thread, in order
+    groups: list,  # lists of (key of the image or '', `Inputs`); one thread reads a list in order
     readers: list,  # one `reader` per worker thread
     ahead: int = 4,  # groups read before they are asked for
 ):  # yields, for each group, its list of `Trial` or the exception that reading it raised
@@ -168,9 +174,9 @@ _PARTS = (
 
 @dataclass
 class Feature:
-    "What the vision tower made of one image."
+    "The vision tower's output for one image."
 
-    made: object  # an output object with `_PARTS`, or the states for cross-attention (tiles, n, width)
+    made: object  # an output object with `_PARTS`, or cross-attention states (tiles, n, width)
     hashes: np.ndarray  # (m,) int64, one per feature vector that takes the place of an image token
     beside: np.ndarray  # (k,) int64, one per vector that enters beside the tokens
     nbytes: int  # memory of the features
@@ -230,9 +236,7 @@ def _numbers(tensors):
 # %% ../../nbs/20f_vlm.reuse.ipynb #2fc14ed1
 def join_features(
     features: list,  # one `Feature` per image, in the order of the batch
-) -> (
-    dict
-):  # what the forward pass takes; made anew each time, because some forward passes write into it
+) -> dict:  # input of the forward pass; a new dict each time, as some passes write into it
     "The features of a batch."
     import torch
 
@@ -266,7 +270,9 @@ class Features:
     ):
         self.model, self.limit, self.encoded, self.held = model, limit, 0, 0
         self.store = OrderedDict()  # pixels -> `Feature`
-        self.known = OrderedDict()  # pixels -> (hashes, beside) as encoded: small, so it outlives the features, and is held against what enters the language model
+        # pixels -> (hashes, beside) as encoded: small, so it is kept longer than the features,
+        # and compared with the input of the language model
+        self.known = OrderedDict()
 
     def __call__(
         self,

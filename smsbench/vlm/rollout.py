@@ -23,8 +23,8 @@ from .models import HFModel, Inputs, few_threads
 
 # %% ../../nbs/22ba_vlm.rollout.ipynb #d5dbf5e3
 def rollout_step(
-    running,  # (..., n, keys) tensor: from which keys each position's content came before this layer; changed in place
-    weights,  # (..., n, n) tensor: the layer's attention; or (n, k) over the first k keys, which keep what they are
+    running,  # (..., n, keys) tensor: origin of each position's content so far; changed in place
+    weights,  # (..., n, n) attention of the layer; or (n, k) over k keys that stay as they are
     across: bool = False,  # is it the latter?
 ):  # (..., n, keys) after the layer; rows sum to 1
     "Half stays, half is taken from where the layer attends."

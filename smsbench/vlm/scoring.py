@@ -43,9 +43,7 @@ def candidates(
 def plain(
     model: HFModel,  # the model
     x: Inputs,  # what to ask
-) -> (
-    tuple
-):  # its `Answer` at level 0, and the log-probabilities (vocabulary,) at the answer position
+) -> tuple:  # its `Answer` at level 0; log-probabilities (vocabulary,) at the answer position
     "Level 0, and all that it said."
     import torch
 
@@ -140,7 +138,10 @@ class FastModel:
         self,
         batch: list[Inputs],  # any mixture, any number: with and without image, of choices
     ) -> list[Answer]:  # in the order of `batch`
-        "The answers of level 0, sooner. `RunError` where a trial received anything but its own tokens and image."
+        """Give the answers of level 0, sooner.
+
+        `RunError` where a trial received anything but its own tokens and image.
+        """
         for a in (answers := self.score_each(batch)):
             if isinstance(a, Exception):
                 raise a
@@ -193,7 +194,10 @@ class FastModel:
         return found
 
     def _fit(self, wave):
-        "Score a wave, in halves where memory runs out; `RunError` where one image's trials do not fit."
+        """Score a wave, in halves where memory runs out.
+
+        `RunError` where one image's trials do not fit.
+        """
         import torch
 
         def told(n):
@@ -204,7 +208,8 @@ class FastModel:
             halving(wave, lambda groups: self.engine.run([t for g in groups for _, t in g]), told)
         except torch.OutOfMemoryError as e:
             raise RunError(
-                f'one trial alone does not fit into memory ({str(e)[:120]}); take a smaller dtype or budget'
+                f'one trial alone does not fit into memory ({str(e)[:120]});'
+                ' take a smaller dtype or budget'
             ) from None
 
     def _answer(self, t):
@@ -217,7 +222,7 @@ class FastModel:
         self,
         inputs: list[Inputs],  # the user's own
     ) -> dict:  # level -> largest |difference of a log-probability|, or why it cannot be used
-        "Take the highest level whose logits equal those of level 0 on a few of the user's own prompts."
+        "Take the highest level whose logits equal those of level 0 on a few of the user's prompts."
         asked = [
             x
             for x in probes(inputs)
@@ -290,7 +295,7 @@ def _attempt(do):
 
 
 def _keys(batch):
-    "What makes two inputs the same trial: (image, prompt, choices); each array is hashed once."
+    "Identify a trial by (image, prompt, choices); each array is hashed once."
     seen = {}
     for x in batch:
         if x.image is not None and id(x.image) not in seen:
@@ -306,17 +311,11 @@ def _cut(items, n):
 # %% ../../nbs/21_vlm.scoring.ipynb #fdd6fe8a
 def fast(
     model: HFModel,  # from `load_model`
-    level='auto',  # 0, 1, 2, a name in `LEVELS`, or 'auto': calibrate on the first inputs that are scored
-    budget_gib: (
-        float | None
-    ) = None,  # memory for features, prefixes and forks, in GiB; None: 1 on a CPU, 40 % of what is free on a GPU
-    tolerance: (
-        float | None
-    ) = None,  # largest |difference of a log-probability| that counts as level 0; None: `TOLERANCE` of the dtype
+    level='auto',  # 0, 1, 2, a name in `LEVELS`, or 'auto': calibrate on the first inputs
+    budget_gib: float | None = None,  # GiB shared; None: 1 on a CPU, 40 % of the free GPU memory
+    tolerance: float | None = None,  # largest |difference| taken as level 0; None: `TOLERANCE`
     workers: int | None = None,  # threads that read ahead; None: 1 on a CPU, up to 4 beside a GPU
-    wave: (
-        int | None
-    ) = None,  # images whose trials are scored together; None: 2 on a CPU, 16 on a GPU
+    wave: int | None = None,  # images scored together; None: 2 on a CPU, 16 on a GPU
     **engine,  # options of `Engine`: max_rows, max_tokens, least, forks, even
 ) -> FastModel:
     "The same model, sooner; `InputError` for a level there is not."

@@ -334,19 +334,7 @@ def _mllama(tok=None, template=None):
     tok = tok or tiny_tokenizer(
         ['<|image|>', *heads], {'image_token': '<|image|>'}, '<|begin_of_text|>', '<|end_of_text|>'
     )
-    vision = tf.MllamaVisionConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_global_layers=1,
-        attention_heads=4,
-        intermediate_size=64,
-        vision_output_dim=96,
-        image_size=56,
-        patch_size=14,
-        max_num_tiles=4,
-        intermediate_layers_indices=[0, 1],
-        supported_aspect_ratios=[[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
-    )
+    vision = _mllama_vision()
     text = _text(
         'MllamaTextConfig',
         tok,
@@ -397,17 +385,7 @@ def _janus(tok=None, template=None):
         depth=2,
         mlp_ratio=2.0,
     )
-    painter = tf.JanusVQVAEConfig(
-        embed_dim=8,
-        num_embeddings=16,
-        latent_channels=32,
-        base_channels=32,
-        channel_multiplier=[1, 1],
-        num_res_blocks=1,
-        num_patches=4,
-        projection_dim=32,
-        image_token_embed_dim=32,
-    )  # Janus also paints; the audit never uses that half
+    painter = _janus_painter()  # Janus also paints; the audit never uses that half
     config = tf.JanusConfig(
         text_config=_text('LlamaConfig', tok),
         vision_config=vision,
@@ -421,6 +399,42 @@ def _janus(tok=None, template=None):
         num_image_tokens=16,
         chat_template=template
         or _chat('<image_placeholder>\n', '<|User|>: ', '\n\n', '<|Assistant|>:', system='{}\n\n'),
+    )
+
+
+def _mllama_vision():
+    "A vision configuration of Mllama: tiles of 56 px, two layers."
+    import transformers as tf
+
+    return tf.MllamaVisionConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_global_layers=1,
+        attention_heads=4,
+        intermediate_size=64,
+        vision_output_dim=96,
+        image_size=56,
+        patch_size=14,
+        max_num_tiles=4,
+        intermediate_layers_indices=[0, 1],
+        supported_aspect_ratios=[[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
+    )
+
+
+def _janus_painter():
+    "A configuration of the half of Janus that paints."
+    import transformers as tf
+
+    return tf.JanusVQVAEConfig(
+        embed_dim=8,
+        num_embeddings=16,
+        latent_channels=32,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=1,
+        num_patches=4,
+        projection_dim=32,
+        image_token_embed_dim=32,
     )
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #61e2eb64
@@ -460,11 +474,7 @@ def _idefics3(tok=None, template=None, name='Idefics3'):
     images = getattr(tf, f'{name}ImageProcessor')(
         size=dict(longest_edge=224), max_image_size=dict(longest_edge=112)
     )
-    video = (
-        dict(video_processor=tf.SmolVLMVideoProcessor(size=dict(longest_edge=112)))
-        if name == 'SmolVLM'
-        else {}
-    )
+    video = _video_processor(name)
     template = template or _chat(
         '<image>',
         'User:',
@@ -512,6 +522,15 @@ def _internvl(tok=None, template=None):
     return config, tf.InternVLProcessor(
         images, tok, video, image_seq_length=4, chat_template=template or _IM('<IMG_CONTEXT>\n')
     )
+
+
+def _video_processor(name):
+    "The processor of videos that SmolVLM needs as well."
+    import transformers as tf
+
+    if name != 'SmolVLM':
+        return {}
+    return dict(video_processor=tf.SmolVLMVideoProcessor(size=dict(longest_edge=112)))
 
 # %% ../../nbs/20c_vlm.tiny.ipynb #541e04da
 TINY = {
@@ -565,11 +584,12 @@ def tiny_checkpoint(
     folder,  # where to; made if missing
     seed: int = 0,  # of the weights
     tokenizer=None,  # a real tokenizer with this family's special tokens; None: a tiny one
-    chat_template: (
-        str | None
-    ) = None,  # a real chat template; None: one in the family's style (PaliGemma has none)
+    chat_template: str | None = None,  # a real one; None: in the family's style (PaliGemma: none)
 ) -> Path:  # the folder
-    "Save a random checkpoint of `family` under a million parameters (more with a real tokenizer); `InputError` for a family that is not in `TINY`."
+    """Save a random checkpoint of `family` under a million parameters.
+
+    A real tokenizer makes it larger. `InputError` for a family that is not in `TINY`.
+    """
     import torch
     from transformers import AutoModelForImageTextToText
 
