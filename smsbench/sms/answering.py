@@ -40,7 +40,9 @@ def answering(
 
 
 def _unread(cells):
-    w = cells.weight('original')
+    w = cells.weight('original') * cells('original', 'tried')
+    if not w.any():
+        return ''
     share = (w * cells('original', 'parsed')).sum() / w.sum()
     return f'only {share:.0%} of its answers can be read' if share < FEW_READ else ''
 
@@ -68,6 +70,9 @@ def _one_answer(cells):
     )
     if commonest < ONE_ANSWER or asked.groupby('finding').label.nunique().max() < 2:
         return ''
+    means, chance, *_ = _success(cells)
+    if means and _lowest(means) > chance:
+        return ''  # few cases, and found
     said = ' and '.join(sorted(set(asked.groupby('finding').said.agg(lambda s: s.mode()[0]))))
     return (
         f'it gives one answer ({said}) to {commonest:.0%} of the'
@@ -77,14 +82,14 @@ def _one_answer(cells):
 # %% ../../nbs/33bb_sms.answering.ipynb #3c881be2
 def _no_better(cells, still):
     "Shown to be near chance; where nothing moves (`still`), not shown to be above it."
-    means, chance, near, name = _areas(cells), 0.5, 0.5 + NEAR_CHANCE, 'AUROC'
-    if not means:
-        means, chance, near, name = _recall(cells, NEAR_CHANCE)
+    means, chance, near, name = _success(cells)
     if not means:
         return ''
-    value = np.mean([m.value for m in means])
-    highest = max(interval_of(m)[1] for m in means)
-    lowest = max(interval_of(m, 1 - 0.05 / len(means))[0] for m in means)  # Bonferroni
+    value, lowest = np.mean([m.value for m in means]), _lowest(means)
+    ends = [interval_of(m)[1] for m in means]
+    highest = max(ends)
+    if min(ends) < chance:
+        return ''  # worse than a guess: it answers, the other way round
     if highest <= near:
         return (
             f'its answers are no better than the commonest answer ({name} {value:.2f}, at most'
@@ -96,6 +101,19 @@ def _no_better(cells, still):
             f' {lowest:.2f}; a guess has {chance:.2f})'
         )
     return ''
+
+
+def _success(cells):
+    "(AUROC of each finding or mean recall, chance level, upper end of near chance, name)."
+    means = _areas(cells)
+    if means:
+        return means, 0.5, 0.5 + NEAR_CHANCE, 'AUROC'
+    return _recall(cells, NEAR_CHANCE)
+
+
+def _lowest(means):
+    "The highest lower bound, each at Bonferroni's level."
+    return max(interval_of(m, 1 - 0.05 / len(means))[0] for m in means)
 
 
 def _areas(cells):

@@ -28,8 +28,8 @@ PRIMARIES = {
     'text': 'Do the answers rely on the text?',
 }
 FAMILIES = {
-    'run': 'all verdicts of the run together',
-    'model': 'all verdicts of one model together',
+    'run': 'overall, per finding and per subgroup: each kind over all models of the run',
+    'model': 'overall, per finding and per subgroup: each kind over one model',
     'none': 'each verdict by itself',
 }
 RATES = {'relies': 0.025, 'ignores': 0.05}  # stated rate of a false verdict, one-sided
@@ -54,6 +54,7 @@ class Registration(Card):
     match: list[str]  # columns in which donor and sample agree
     variants: list[str]  # prompt variants
     findings: list[str]  # what is asked
+    strata: list[str] = []  # columns whose groups have verdicts of their own
 
     @field_validator('margin_reason', 'data', 'tool')
     @classmethod
@@ -64,7 +65,10 @@ class Registration(Card):
     @property
     def hash(self) -> str:
         "Hash of the content; comments and the order of the lines do not matter."
-        return content_hash(json.dumps(self.model_dump(mode='json'), sort_keys=True))
+        held = self.model_dump(mode='json')
+        if not held['strata']:
+            held.pop('strata')  # so were registrations hashed before there was this line
+        return content_hash(json.dumps(held, sort_keys=True))
 
 # %% ../../nbs/34b_sms.registration.ipynb #cf966383
 def utc_now() -> str:  # e.g. 2026-07-01T12:00:00Z
@@ -95,6 +99,7 @@ def register(
         match=list(about['match']),
         variants=list(about['variants']),
         findings=sorted(about['tasks']),
+        strata=list(about.get('strata', [])),
     )
 
 # %% ../../nbs/34b_sms.registration.ipynb #f9ab14f2

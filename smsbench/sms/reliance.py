@@ -137,6 +137,7 @@ def _times(mean, times):
         value=mean.value,
         variance=mean.variance / times,
         n_effective=mean.n_effective * times,
+        n_floor=mean.n_floor * times,
         n_patients=mean.n_patients * times,
         share=mean.share,
         bounds=mean.bounds,
