@@ -61,14 +61,8 @@ from smsbench.verbs.app import (
 from .verbs.data import ParaphrasesOption, ProbesOption, parse_probes, parse_rewordings
 
 # %% ../nbs/60_cli.ipynb #8ea74eba
-VERBS = (
-    data_verbs,
-    planning_verbs,
-    model_verbs,
-    attend_verbs,
-    clip_verbs,
-    explain_verbs,
-)  # importing them has registered their verbs
+# importing them has registered their verbs
+VERBS = (data_verbs, planning_verbs, model_verbs, attend_verbs, clip_verbs, explain_verbs)
 
 
 # %% ../nbs/60_cli.ipynb #cb6b5b1a
@@ -96,7 +90,10 @@ def finish(
     out: Path,  # run directory, audited
     as_json: bool = False,  # print the verdicts as JSON?
 ):
-    "Render the report, print verdicts, what limits them, and the report's path; `RunError` where a model's arms were void."
+    """Render the report; print verdicts, their limits and the report's path.
+
+    `RunError` where a model's arms were void.
+    """
     from smsbench.core import Run, read_json
     from smsbench.report.html import render_run
     from smsbench.sms.registration import registration_note
@@ -127,7 +124,10 @@ def printable_line(line):
 
 # %% ../nbs/60_cli.ipynb #acd9eb10
 def _cohort_for(manifest, root, cohort_file, plan_file, remote=False):
-    "(cohort or `Built`, its exclusions, plan, measures of its files) from the three ways to name the data; what is not there is None."
+    """Open the data, named in one of three ways.
+
+    Returns (cohort or `Built`, its exclusions, plan, measures of its files); None for absent parts.
+    """
     from smsbench.core import read_table
     from smsbench.sms.shifts import cohort_hash
 
@@ -158,10 +158,9 @@ def _cohort_for(manifest, root, cohort_file, plan_file, remote=False):
     table = read_table(file, 'cohort')
     if frozen is not None and cohort_hash(table) != frozen.attrs.get('cohort_hash'):
         raise InputError(f'{plan_file} was made from another cohort than {file}')
-    left_out, files = (
-        file.with_name(file.stem + '_exclusions.parquet'),
-        file.with_name(file.stem + '_files') / 'files.parquet',
-    )  # `smsbench cohort` puts them there
+    # written by `smsbench cohort`
+    left_out = file.with_name(file.stem + '_exclusions.parquet')
+    files = file.with_name(file.stem + '_files') / 'files.parquet'
     return (
         table,
         read_table(left_out) if left_out.exists() else None,
@@ -247,17 +246,24 @@ def audit(
     allow_remote: RemoteOption = False,
     as_json: JsonOption = False,
 ):
-    """Audit one or more models: plan if needed, score, prove delivery, measure, give verdicts, write the report.
+    """Audit one or more models: plan, score, prove delivery, measure, give verdicts, report.
 
-    Killed or stopped, the same command goes on where it was. A model whose image did not arrive gets no verdict, and the command exits with 1.
+    Killed or stopped, the same command goes on where it was. A model whose image did not arrive
+    gets no verdict, and the command exits with 1.
 
-    Example:  smsbench audit --manifest covid_notes --root data/covid_notes --model reference-image-reader --out reports/covid
+    Example:  smsbench audit --manifest covid_notes --root data/covid_notes --model
+    reference-image-reader --out reports/covid
 
-    Below each verdict stand the number that decides it and what limits it, the worst first; where something in the files could give the verdict by itself, with the command of the run that tells.
+    The number that decides a verdict and its limitations are printed below it, the worst first. If
+    something in the files alone could give the verdict, the command of the run that tests it is
+    printed as well.
 
-    Example, held to a registration:  smsbench audit --plan plan.parquet --registration plan_registration.yaml --model MODEL --out reports/registered
+    Example, held to a registration:  smsbench audit --plan plan.parquet --registration
+    plan_registration.yaml --model MODEL --out reports/registered
 
-    Example, does the answer survive other words and an altered report:  smsbench audit --cohort covid.parquet --model MODEL --arms original --paraphrases 6 --probes foil,history --out reports/wording
+    Example, does the answer survive other words and an altered report:  smsbench audit --cohort
+    covid.parquet --model MODEL --arms original --paraphrases 6 --probes foil,history --out
+    reports/wording
     """
     from smsbench.sms.run import run_audit
 
@@ -312,7 +318,10 @@ def audit(
 
 
 def _as_registered(settings, registration, ctx, plan_file):
-    "Settings with what the registration says where neither the command line nor a frozen plan says something."
+    """Settings completed from the registration.
+
+    The command line and a frozen plan take precedence over it.
+    """
     from dataclasses import fields
     from smsbench.sms.registration import follow_registration, read_registration
 
@@ -340,7 +349,9 @@ def demo(
     n_boot: BootOption = 1000,
     as_json: JsonOption = False,
 ):
-    """The main job on built-in data: a phantom cohort, two reference models of opposite habits, the full audit, the report.
+    """Run the main job on built-in data: the full audit and its report.
+
+    The data are a phantom cohort and two reference models of opposite habits.
 
     Example:  smsbench demo --out reports/demo
     """
@@ -391,7 +402,9 @@ def trials(
         ),
     ] = '',
 ):
-    """Export a plan's trials for a program elsewhere: one JSON object per line with prompt, choices and picture.
+    """Export a plan's trials for another program, as one JSON object per line.
+
+    Each line has prompt, choices and picture.
 
     Example:  smsbench trials plan.parquet --cohort covid.parquet --out trials.jsonl
     """
@@ -443,7 +456,8 @@ def predictions(
 ):
     """Import answers that were made elsewhere and go on as after `smsbench audit`.
 
-    Example:  smsbench predictions answers.jsonl --plan plan.parquet --name my-model --out reports/mine
+    Example:  smsbench predictions answers.jsonl --plan plan.parquet --name my-model --out
+    reports/mine
     """
     from smsbench.sms.run import run_import
 
@@ -487,7 +501,10 @@ def published(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ):
-    """Re-analyse published SMS result files: their numbers reproduced, faults found, each number recomputed on the answers that can be read.
+    """Re-analyse published SMS result files.
+
+    Numbers are reproduced, faults found, and each number recomputed on the answers that can be
+    read.
 
     Example:  smsbench published results/ --dataset medeval --out reports/published
     """
@@ -593,9 +610,8 @@ def join_parameters(
 
 
 # %% ../nbs/60_cli.ipynb #e09b2a71
-_UsageError = next(
-    c for c in typer.BadParameter.__mro__ if c.__name__ == 'ClickException'
-)  # typer brings its own click, older ones import it
+# typer brings its own click, older ones import it
+_UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 'ClickException')
 
 
 # %% ../nbs/60_cli.ipynb #e1bf29bf
@@ -628,11 +644,10 @@ def main(
         code = 1
         print(f'smsbench: {printable(e)}', file=sys.stderr)
     except OSError as e:
+        # no such folder, not allowed, disk full
         code = 2 if e.filename else 1
-        print(
-            f"smsbench: {e.filename or 'this machine'}: {e.strerror or e}", file=sys.stderr
-        )  # no such folder, not allowed, disk full
-    except Exception as e:  # a fault of ours, or a library that stumbled: one line, and the whole story for whoever asks
+        print(f"smsbench: {e.filename or 'this machine'}: {e.strerror or e}", file=sys.stderr)
+    except Exception as e:  # a fault of ours or of a library: one line; the traceback on request
         if os.environ.get('SMSBENCH_TRACEBACK'):
             raise
         code = 1

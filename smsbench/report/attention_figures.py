@@ -42,8 +42,11 @@ from ..sms.shifts import ARMS
 def film_arrived(
     delivery: dict,  # what `prove_delivery` found
     model: str,  # which model
-) -> str:  # 'yes', 'no', or 'untested' where no arm shows another film, or its delivery could not be proven
-    "Did the model get the film?"
+) -> str:  # 'yes', 'no' or 'untested'
+    """Did the model get the film?
+
+    'untested' where no arm shows another film, or where its delivery could not be proven.
+    """
     found = {
         a: v['verdict']
         for a, v in delivery.get(model, {}).items()
@@ -62,8 +65,11 @@ def film_arrived(
 def with_void(
     metrics: pd.DataFrame,  # metrics table
     delivery: dict,  # what `prove_delivery` found
-) -> pd.DataFrame:  # the same; notes begin with 'void' where the model, or one of two that are compared, never got its film
-    "Numbers of maps that are none are no findings."
+) -> pd.DataFrame:  # the same, with notes
+    """Mark numbers of maps as void where the film did not arrive.
+
+    Their notes begin with 'void': the model, or one of two that are compared, never got its film.
+    """
     lost = {m for m in delivery if film_arrived(delivery, m) == 'no'}
     void = [bool(lost & set(re.split(' [−×] ', m))) for m in metrics.model]
     out = metrics.assign(note=np.where(void, 'void: the film did not arrive', metrics.note))
@@ -134,7 +140,10 @@ def shares_figure(
     metrics: pd.DataFrame,  # metrics table
     subgroup: str = 'all',  # 'all', 'query=…', 'method=…' or 'finding=…'
 ):  # Figure with `.alt`, or None where nothing was measured
-    "What the attention fell on, per model and arm; the whisker is the interval of the share of the image."
+    """Draw the shares of attention per model and arm.
+
+    The whisker is the interval of the share of the image.
+    """
     rows = metrics[
         metrics.metric.isin([f'share_{g}' for g in GROUPS])
         & (metrics.subgroup == subgroup)
@@ -195,10 +204,12 @@ def shares_figure(
 # %% ../../nbs/50g_report.attention_figures.ipynb #e8c01c87
 def lift(
     found,  # `AttentionMap`
-) -> (
-    np.ndarray
-):  # (h, w): 1 where the attention on the film is as if evenly spread; NaN where not shown
-    "A map on the film in units of evenly spread attention; how much the film got in all is told by the shares."
+) -> np.ndarray:  # (h, w); NaN where the film is not shown
+    """A map on the film in units of evenly spread attention.
+
+    A cell is 1 where its attention is that of an evenly spread map. The total on the film is not
+    in the map; see the shares.
+    """
     m = film_map(found)
     return m / np.nanmean(m)
 
@@ -284,7 +295,10 @@ def map_figure(
     heads=None,  # the same
     store=None,  # `MapStore`; None opens the run's
 ):  # Figure with `.alt`
-    "Film, each model's map with its shares and answer, and the difference of two models. `InputError` where pixels may not be shown, or nothing was kept."
+    """Draw the film, each model's map with its shares and answer, and the difference of two models.
+
+    `InputError` where pixels may not be shown, or nothing was kept.
+    """
     trial, store, models = (
         _trial(results, sample_id, arm),
         store or results.store,
@@ -340,7 +354,7 @@ def map_figure(
 
 
 def _looked(rows, query, layers, heads):
-    "The map in units of evenly spread attention, None where nothing fell on the film, and the shares."
+    "The map in units of evenly spread attention (None if no attention is on the film), the shares."
     try:
         values = lift(kept_map(rows, query, layers, heads))
     except RunError:
@@ -349,7 +363,10 @@ def _looked(rows, query, layers, heads):
 
 
 def _map_row(fig, axes, method, shown, looked):
-    "One method: the film, the maps over their shares, the difference of two; the film alone where there is no map."
+    """Draw one method: the film, the maps over their shares, the difference of two.
+
+    The film alone where there is no map.
+    """
     (image, boxes, mask), (above, below), both = (
         shown,
         axes,
@@ -403,10 +420,9 @@ def _map_titles(axes, results, trial):
         f'{literal(trial.finding, 24)}: {literal(trial.image_label or trial.label, 12)}'
     )
     for ax, m in zip(axes[1:], results.models):
-        ax.set_title(
-            f"{literal(m, 30)}\n{'void: its film did not arrive' if film_arrived(results.delivery, m) == 'no' else 'says ' + _said(results, m, trial)}",
-            fontsize=8.5,
-        )
+        void = film_arrived(results.delivery, m) == 'no'
+        below = 'void: its film did not arrive' if void else 'says ' + _said(results, m, trial)
+        ax.set_title(f'{literal(m, 30)}\n{below}', fontsize=8.5)
     if len(axes) > 1 + len(results.models):
         axes[-1].set_title('difference\nfirst − second', fontsize=8.5)
 
@@ -462,12 +478,13 @@ def choose_maps(
 
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #fc6f63d7
+# measure, title, chance where it is the same for every region
 PANELS = (
     ('pixel_auroc', 'pixel AUROC', 0.5),
     ('mass', 'share of the map inside', None),
     ('pointing', 'highest point inside', None),
     ('iou', 'best IoU', None),
-)  # measure, title, chance where it is the same for every region
+)
 _LINES = (
     ('_uniform', 'evenly spread'),
     ('_centre', 'middle of the film'),
@@ -549,7 +566,7 @@ def localisation_figure(
 
 
 def _point(ax, row, y, style, full):
-    "A value with its interval: filled where a map is measured, hollow where a baseline is; void ones say so."
+    "Draw a value with its interval: filled for a map, hollow for a baseline; void ones are marked."
     void = row.note.startswith('void')
     faint = dict(style, alpha=0.6) if void else style
     colour = style['color']
@@ -592,7 +609,10 @@ def profile_figure(
     value: str = 'pixel_auroc',  # 'pixel_auroc' or 'share'
     fewest: int = 0,  # patients below which a model is left out
 ):  # Figure with `.alt`, or None where there is nothing
-    "Which layer and head looks at the finding, or at the film at all: the mean over films of every layer and head."
+    """Which layer and head looks at the finding, or at the film at all?
+
+    Each cell is the mean over films of one layer and head.
+    """
     rows = profile[
         (profile['query'] == query)
         & (profile.method == method)
@@ -688,11 +708,12 @@ def profile_figure(
         aspect=22,
         label='pixel AUROC (0.5: chance)' if value == 'pixel_auroc' else 'share on the film',
     ).outline.set_visible(False)
-    fig.alt = (
-        "Heat map of the mean"
-        f" {'pixel AUROC on the marked region' if value == 'pixel_auroc' else 'share of attention on the film'}"
-        " per layer and head. " + '; '.join(said) + '.'
+    measured = (
+        'pixel AUROC on the marked region'
+        if value == 'pixel_auroc'
+        else 'share of attention on the film'
     )
+    fig.alt = f'Heat map of the mean {measured} per layer and head. ' + '; '.join(said) + '.'
     return fig
 
 

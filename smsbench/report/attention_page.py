@@ -47,8 +47,13 @@ def localises(
     arm: str = 'original',  # which arm
     subgroup: str = 'all',  # 'all', 'method=…', 'finding=…'
     measure: str = 'mass',  # mass, pointing, iou, pixel_auroc, or one of them with _chosen
-) -> str:  # 'yes', 'no' (not even above evenly spread attention), 'middle' (above that, not above the middle of the film), 'random' (above both, not above the same model with random weights) or '' (not measured, or void)
-    "Does a model's map lie on the finding?"
+) -> str:  # 'yes', 'no', 'middle', 'random' or ''
+    """Does a model's map lie on the finding?
+
+    'no': not above evenly spread attention. 'middle': above that, but not above the middle of the
+    film. 'random': above both, but not above the same model with random weights. '': not measured,
+    or void.
+    """
     at = (
         metrics[
             (metrics.model == model)
@@ -123,7 +128,10 @@ def map_sentences(
     results,  # `AttendResults`
     model: str,  # which model
 ) -> list[str]:  # plain text
-    "What a model's maps say, with intervals; one sentence per method about where they lie, and why where nothing can be said."
+    """Describe a model's maps in sentences, with intervals.
+
+    One sentence per method says where its map lies, or why nothing can be said.
+    """
     m, arm, arrived = (
         results.metrics,
         first_arm(results.plan),
@@ -265,10 +273,11 @@ def attention_opening(
                 join(markup('<p>{}</p>', s) for s in said),
             )
         )
+    version = f", version {about['version']}" if about.get('version') else ''
     return markup(
         '<p class="lead">{}: {}. Attention shows from where a model copied, not whether what it'
         ' copied mattered to the answer.{}</p>{}',
-        f"{about.get('title') or about.get('manifest')}{', version ' + str(about['version']) if about.get('version') else ''}",
+        f"{about.get('title') or about.get('manifest')}{version}",
         ', '.join(counts),
         (
             ''
@@ -606,8 +615,8 @@ def attention_provenance(
             ),
             html_table(pd.DataFrame(models, dtype=object), 'Models'),
             markup(
-                '<p>The same numbers again (RUN is this run’s directory, NEW another, DATA the folder'
-                ' of the data):</p><pre>{}</pre>',
+                '<p>The same numbers again (RUN is this run’s directory, NEW another, DATA the'
+                ' folder of the data):</p><pre>{}</pre>',
                 attend_command(results),
             ),
         ]

@@ -35,9 +35,7 @@ class Panel:
     image: np.ndarray  # (H,W) or (H,W,3) uint8
     marks: dict  # reader -> (H,W) bool
     maps: dict  # name -> `Explanation` or (H,W) weights; the same names in every panel
-    notes: dict = field(
-        default_factory=dict
-    )  # name of a map -> what stands below it, e.g. 'IoU 0.41'
+    notes: dict = field(default_factory=dict)  # name of a map -> text below it, e.g. 'IoU 0.41'
 
 
 # %% ../../nbs/50j_report.cam_figures.ipynb #9b27cafb
@@ -50,7 +48,10 @@ def cam_panels(
     access: str,  # of the cohort: pictures are shown only where it is 'open'
     smooth: bool = True,  # interpolate between the centres of cells
 ):  # Figure with `.alt`
-    "Film, readers and maps side by side; `InputError` for credentialed data, and where panels hold different maps."
+    """Draw film, marks of readers and maps side by side.
+
+    `InputError` for credentialed data, and where panels hold different maps.
+    """
     from matplotlib.lines import Line2D
 
     if access != 'open':

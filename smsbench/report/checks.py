@@ -15,7 +15,10 @@ from .html import Html, details, html_table, join, markup
 def check_html(
     checks: dict,  # model -> what `check_answers` found
 ) -> Html:
-    "One line per model: the level it ran at, why, and how far its answers are from plain forward passes."
+    """Report the check of shared work, one line per model.
+
+    It gives the level the model ran at, why, and how far its answers are from plain forward passes.
+    """
     if not checks:
         return markup(
             '<p class="absent">No answer was scored again: the models are not of the kind that'

@@ -293,14 +293,12 @@ def classes_figure(
         ax.set_xticklabels(['0', '', '.5', '', '1'])
     legend(fig, styles)
 
-    def say(m, r):
-        return f'{r.row} {rounded(r.value, 2)}'
+    def say(m, s):
+        own = rows[(rows.metric == m) & (rows.model == s)]
+        return ', '.join(f'{r.row} {rounded(r.value, 2)}' for r in own.itertuples())
 
     fig.alt = 'Dot plot with 95 % intervals per class. ' + ' '.join(
-        f"{_NAMES.get(m, m)}, {s}:"
-        f" {', '.join(say(m, r) for r in rows[(rows.metric == m) & (rows.model == s)].itertuples())}."
-        for m in shown
-        for s in styles
+        f'{_NAMES.get(m, m)}, {s}: {say(m, s)}.' for m in shown for s in styles
     )
     return fig
 
@@ -458,7 +456,7 @@ def embedding_figure(
 @styled
 def few_shot_figure(
     curves: dict,  # name -> table of `few_shot`
-    zero_shot=None,  # metrics row (value, ci_low, ci_high) of macro AUROC without any label, or None
+    zero_shot=None,  # metrics row (value, ci_low, ci_high) of zero-shot macro AUROC, or None
     full=None,  # metrics row of the probe on all training films, or None
 ):  # Figure with `.alt`, or None where no number of shots could be drawn
     "Macro AUROC against labelled films per class."

@@ -26,7 +26,10 @@ def reliability_curves(
     n_boot: int = 500,  # resamples of patients
     seed: int = 0,  # of the resampling
 ) -> pd.DataFrame:  # model, arm, then the columns of `reliability_curve`
-    "Reliability curves per model and arm; empty where no probability was recorded or a question has other than two choices."
+    """Compute reliability curves per model and arm.
+
+    Empty where no probability was recorded, or where a question does not have two choices.
+    """
     _, rows = next(subgroups(answer_table(plan, predictions)))
     rows = rows[rows.p.notna() & rows.arm.isin(arms)]
     binary = rows.probs.map(len).eq(2).all()

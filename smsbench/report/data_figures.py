@@ -27,9 +27,8 @@ from ..data.readers import read_image
 from .style import COLOURS, DASH, canvas, literal, percent, rounded, span, styled
 
 # %% ../../nbs/50e_report.data_figures.ipynb #f7df65ff
-SHADES = dict(
-    serious='#B3261E', warning='#E69F00', note='#56B4E9', ok='#009E73'
-)  # severity -> colour
+# severity -> colour
+SHADES = dict(serious='#B3261E', warning='#E69F00', note='#56B4E9', ok='#009E73')
 SIGNS = dict(serious='X', warning='^', note='o', ok='s')  # severity -> marker
 
 
@@ -315,12 +314,17 @@ def counts_figure(
     fig.legend(*handles, loc='outside upper left', ncols=min(len(labels), 8))
     fig.supxlabel(f'samples per {by}', fontsize=9)
     fig.alt = f'Bars: samples per {literal(by)} and class. ' + ' '.join(
-        f"{f}:"
-        f" {', '.join(f'{g} ' + '/'.join(rounded(v, 0) for v in d.set_index('label').samples.reindex(labels)) for g, d in q.groupby('group'))}"
+        f"{f}: {', '.join(_counted(g, d, labels) for g, d in q.groupby('group'))}"
         f" ({'/'.join(labels)})."
         for f, q in rows.groupby('finding', sort=False)
     )
     return fig
+
+
+def _counted(group, rows, labels):
+    "The samples of a group per class, as 'group 12/34'."
+    samples = rows.set_index('label').samples.reindex(labels)
+    return f'{group} ' + '/'.join(rounded(v, 0) for v in samples)
 
 
 # %% ../../nbs/50e_report.data_figures.ipynb #7406dfa2
@@ -329,7 +333,10 @@ def choose_pairs(
     cohort: pd.DataFrame,  # its cohort
     most: int = 4,  # pairs at most
 ) -> pd.DataFrame:  # ref_a, ref_b, distance, split_a, split_b, patient_a, patient_b
-    "Pairs across splits first, then across patients, then the rest. `InputError` for credentialed data."
+    """Choose pairs across splits first, then across patients, then the rest.
+
+    `InputError` for credentialed data.
+    """
     if cohort.attrs.get('access') != 'open':
         raise InputError('pictures of credentialed data are not shown')
     pairs, about = (

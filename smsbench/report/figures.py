@@ -73,9 +73,8 @@ _RESTS = _PHI | {  # metrics over several arms -> those arms
     'silencing': {'original', 'image_swap', 'image_only', 'image_only_swap'},
     'region_dependence': {'original', 'occlude_finding', 'occlude_elsewhere'},
 }
-_BOTH = dict.fromkeys(
-    ('text_following', 'text_following_chance'), {'image_swap', 'text_swap'}
-)  # without an arm
+# metrics without an arm of their own
+_BOTH = dict.fromkeys(('text_following', 'text_following_chance'), {'image_swap', 'text_swap'})
 _EXCESS = {'excess_flips', 'excess_movement'}  # metrics of an arm less its control
 _COMPARED = _EXCESS | {  # metrics of an arm and the arm it is compared with
     'nfr',
@@ -208,10 +207,10 @@ def listed(
     "Rows as a sentence: 'A: original 97 %, image_swap 2 %. B: …'."
 
     def say(r):
-        return (
-            f"{r.row if 'row' in rows else r.arm}"
-            f" {'void' if is_void(r, void) else show(r.value) if np.isfinite(r.value) else missing(r)}"
-        )
+        line = r.row if 'row' in rows else r.arm
+        if is_void(r, void):
+            return f'{line} void'
+        return f'{line} {show(r.value) if np.isfinite(r.value) else missing(r)}'
 
     return ' '.join(
         f"{m}: {', '.join(say(r) for r in g.itertuples())}."
@@ -347,8 +346,11 @@ def nfr_heatmap(
 # %% ../../nbs/50_report.figures.ipynb #f33866b4
 def shapley_points(
     metrics: pd.DataFrame,  # metrics table
-) -> pd.DataFrame:  # model, subgroup, phi_image, phi_text with their ends image_low, image_high, text_low, text_high
-    "Shapley values over all and per finding."
+) -> pd.DataFrame:  # a row per model and subgroup
+    """Shapley values of image and text, over all samples and per finding.
+
+    Columns: model, subgroup, phi_image, image_low, image_high, phi_text, text_low, text_high.
+    """
     wanted = metrics[metrics.subgroup.eq('all') | metrics.subgroup.str.startswith('finding=')]
     both = {
         w: (
@@ -368,7 +370,10 @@ def modality_plane(
     metrics: pd.DataFrame,  # metrics table
     delivery=None,  # what `prove_delivery` found
 ):  # Figure with `.alt`, or None where the plan lacks one of the four arms
-    "What image and text contribute to the margin, per model, with intervals; models with a void arm among the four are left out."
+    """Contributions of image and text to the margin, per model, with intervals.
+
+    Models with a void arm among the four are left out.
+    """
     points, void = shapley_points(metrics), void_arms(delivery)
     lost = sorted({m for m in points.model if any((m, a) in void for a in _SQUARE)})
     points = points[~points.model.isin(lost)]

@@ -71,9 +71,13 @@ def _number(n, about=''):
 
 
 def funnel_table(
-    cohort: pd.DataFrame,  # from `build_cohort`; `attrs['funnel']` is a list of dict(step, removed, left, why)
+    cohort: pd.DataFrame,  # from `build_cohort`
 ) -> pd.DataFrame:  # text columns step, removed, left, why; one row per step, in order
-    "The steps from table to cohort; counts that may not be shown are '<10', 'withheld' or a dash."
+    """List the steps from table to cohort.
+
+    They are taken from `attrs['funnel']` of the cohort, a list of dict(step, removed, left, why).
+    Counts that may not be shown are '<10', 'withheld' or a dash.
+    """
     steps = pd.DataFrame(
         cohort.attrs.get('funnel', []), columns=['step', 'removed', 'left', 'why']
     ).astype(dict(step=str, why=str))
@@ -84,9 +88,9 @@ def funnel_table(
         return steps.assign(**{c: [_number(n, '≈') for n in steps[c]] for c in ('removed', 'left')})
     hidden = _hidden(steps.removed.astype(int), _worth(steps), cohort.attrs.get('access', 'open'))
     visible = hidden == ''
-    safe = visible.cummin() | visible[::-1].cummin()[::-1].shift(-1, fill_value=True).astype(
-        bool
-    )  # nothing hidden up to here, or nothing hidden from here on
+    # nothing hidden up to here, or nothing hidden from here on
+    after = visible[::-1].cummin()[::-1].shift(-1, fill_value=True)
+    safe = visible.cummin() | after.astype(bool)
     return steps.assign(
         removed=steps.removed.map(_number).where(visible, hidden),
         left=steps.left.map(_number).where(safe, DASH),
@@ -95,7 +99,10 @@ def funnel_table(
 
 # %% ../../nbs/50f_report.funnel.ipynb #abb9748a
 def _lengths(table):
-    "What is left after each step, as far as the shown numbers tell: hidden counts are taken for 0 until the next number that is shown."
+    """Samples left after each step, as far as the numbers that are shown allow.
+
+    Hidden counts are taken as 0 until the next number that is shown.
+    """
     number, out = (
         lambda t: (
             int(t.replace(',', '').replace('−', '-').removeprefix('≈'))

@@ -100,7 +100,10 @@ def answer_grid(
     arm: str = 'original',  # which arm
     most: int = 150,  # samples at most, those with the smallest trial ids
 ) -> pd.DataFrame:  # wording x sample: what the answer stands for, '' where it was not read
-    "Answers of one model, turned back where the question was negated; empty where nothing was reworded."
+    """Answers of one model, turned back where the question was negated.
+
+    Empty where nothing was reworded.
+    """
     if 'inverted' not in plan:
         return pd.DataFrame()
     rows = answer_table(plan, predictions[predictions.model == model])
@@ -122,8 +125,11 @@ def answer_grid(
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #9e0ec24d
 def kept_share(
     grid: pd.DataFrame,  # from `answer_grid`
-) -> float:  # share of answers to rewordings that are those to variant 0, of those that were read; NaN where there are none
-    "How much of a grid is stripes."
+) -> float:  # 0 to 1; NaN where there are none
+    """Share of answers to rewordings that equal the answer to the original question.
+
+    Only answers that could be read count.
+    """
     asked = (grid.iloc[1:] != '') & (grid.loc['plain'] != '') if len(grid) > 1 else pd.DataFrame()
     return (
         float((grid.iloc[1:] == grid.loc['plain']).to_numpy()[asked.to_numpy()].mean())
@@ -216,7 +222,10 @@ def margin_moves(
     arm: str = 'original',  # which arm
     minimum: int = 10,  # samples below which a wording is left out
 ) -> pd.DataFrame:  # model, variant, strategy, low, q25, median, q75, high (log-odds), n
-    "Quantiles (5, 25, 50, 75, 95 %) of the margin's movement per wording; empty where nothing was reworded or no probability recorded."
+    """Quantiles (5, 25, 50, 75, 95 %) of the change in margin per wording.
+
+    Empty where nothing was reworded or no probability was recorded.
+    """
     rows = beside_original(answer_table(plan, predictions))
     rows = rows[rows.arm == arm] if len(rows) else rows
     if rows.empty:
@@ -276,10 +285,14 @@ def margin_figure(
     ax.tick_params(axis='y', length=0)
     ax.grid(axis='x', color='#d9dbdd', lw=0.6)
     legend(fig, styles)
+
+    def say(g):
+        return ', '.join(
+            f'{r.variant} {rounded(r.median)} ({span(r.q25, r.q75, 1, 1)})' for r in g.itertuples()
+        )
+
     fig.alt = f'Movement of the margin per wording, {arm}, median and middle half. ' + ' '.join(
-        f"{m}:"
-        f" {', '.join(f'{r.variant} {rounded(r.median)} ({span(r.q25, r.q75, 1, 1)})' for r in g.itertuples())}."
-        for m, g in moves.groupby('model')
+        f'{m}: {say(g)}.' for m, g in moves.groupby('model')
     )
     return fig
 

@@ -31,7 +31,10 @@ from ..sms.shifts import ARMS
 def limited(
     results,  # `Results` of a run
 ) -> int:  # samples
-    "How many samples were left out only because a limit was asked for: those with a film, beyond the plan, that an arm could show."
+    """Count the samples that were left out only because of the limit.
+
+    These have a film, are not in the plan, and could have been shown in some arm.
+    """
     c, plan, lost = (
         results.cohort,
         results.plan,
@@ -56,11 +59,12 @@ def funnel_rows(
     rows += [
         (f'left out by the filter: {k}', n, None) for k, n in about.get('filtered', {}).items()
     ]
+    # without the table, the cohort still knows its counts
     excluded = (
         results.exclusions['cohort'].reason.value_counts()
         if 'cohort' in results.exclusions
         else about.get('excluded', {})
-    )  # the cohort knows its counts where the table is not there
+    )
     rows += [(f'excluded: {k}', n, None) for k, n in excluded.items()]
     rows.append(
         (
@@ -176,7 +180,10 @@ def loading_flags(
     results,  # `Results` of a run
     options=('dtype', 'revision', 'quantization'),  # which
 ) -> list[str]:
-    "Options that say how the models were loaded, where it was the same for all of them; they move the last digits."
+    """Options with which the models were loaded, if the same for all of them.
+
+    They change the last digits of the numbers.
+    """
     info = [
         i
         for m, i in results.predictions.attrs.get('models', {}).items()

@@ -36,8 +36,12 @@ def cells(
     metric: str,  # metric, as in the table
     tokens: str = '',  # '', 'lower' or 'upper'
     dataset: str = '',  # dataset; '' takes the first of the table
-) -> pd.DataFrame:  # rows of that metric with the columns `state` ('figure', 'void', 'absent' or 'undefined') and `basis`
-    "The rows a figure draws; `InputError` when there are none."
+) -> pd.DataFrame:  # rows of that metric, with the columns `state` and `basis`
+    """Select the rows that a figure draws; `InputError` when there are none.
+
+    `state` is 'figure', 'void', 'absent' or 'undefined'; `basis` names the number of answers
+    behind a figure where it is not all of them.
+    """
     dataset = dataset or (table.dataset.iloc[0] if len(table) else '')
     t = table[
         (table.metric == metric) & (table.tokens == tokens) & (table.dataset == dataset)
@@ -248,10 +252,12 @@ def side_by_side(
     dataset: str = '',  # dataset; '' takes the first
     tokens: str = '',  # '', 'lower' or 'upper'
     digits: int = 4,  # decimals
-) -> (
-    pd.DataFrame
-):  # model, then one text column per arm: 'published | recomputed [low, high] on n of N'
-    "Published and recomputed figures as text, one row per model; how many answers a figure rests on where it is not all."
+) -> pd.DataFrame:  # model, then one text column per arm
+    """Write published and recomputed figures as text, one row per model.
+
+    A cell reads 'published | recomputed [low, high] on n of N'; the number of answers is given
+    only where a figure rests on fewer than all.
+    """
     t = cells(table, metric, tokens, dataset)
 
     def num(v):

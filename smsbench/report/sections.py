@@ -745,7 +745,7 @@ def contrast_table(
 def answer_table_html(
     results,  # `Results` of a run
 ) -> Html:
-    "Parsed share, answer mass and accuracy counted both ways, then how answers were read, per model."
+    "Parsed share, answer mass and accuracy both ways, then how answers were read, per model."
     columns = dict(
         parsed_share=('parsed', '%'),
         answer_mass=('answer mass', '%'),

@@ -161,15 +161,20 @@ def train(
     ] = False,
     as_json: JsonOption = False,
 ):
-    """Train a CLIP model on a cohort; stopped at any moment, the same command goes on and ends with the same weights.
+    """Train a CLIP model on a cohort.
 
-    What matters most: --set train=all|probe|locked_image, texts=report|prompts|both, epochs, batch_size, chunk (memory, not negatives), lr, precision=bf16, stop_on=auroc, patience.
+    Stopped at any moment, the same command goes on and ends with the same weights.
+
+    What matters most: --set train=all|probe|locked_image, texts=report|prompts|both, epochs,
+    batch_size, chunk (memory, not negatives), lr, precision=bf16, stop_on=auroc, patience.
 
     Writes best/ (a checkpoint with its prompts and thresholds), history.csv, checkpoints/last.pt.
 
-    Example:  smsbench clip train --cohort nih.parquet --model ViT-B-32 --pretrained openai --set texts=prompts --set epochs=5 --out runs/nih
+    Example:  smsbench clip train --cohort nih.parquet --model ViT-B-32 --pretrained openai --set
+    texts=prompts --set epochs=5 --out runs/nih
 
-    Example, four cards:  torchrun --nproc-per-node 4 --no-python smsbench clip train --cohort nih.parquet --model ViT-B-32 --pretrained openai --out runs/nih
+    Example, four cards:  torchrun --nproc-per-node 4 --no-python smsbench clip train --cohort
+    nih.parquet --model ViT-B-32 --pretrained openai --out runs/nih
     """
     from smsbench.clip.evaluate import keep_thresholds
     from smsbench.clip.models import load_clip
@@ -215,7 +220,10 @@ def read_settings(
     file: Path | None,  # YAML file of settings
     put: list[str],  # NAME=VALUE, stronger than the file
 ):  # `TrainSettings`
-    "Training settings from a file and the command line; `InputError` for a name or value that cannot be."
+    """Read training settings from a file and the command line.
+
+    `InputError` for an unknown name or a value that is not allowed.
+    """
     from smsbench.clip.settings import TrainSettings
 
     given = read_parameters(file)
@@ -288,11 +296,16 @@ def evaluate(
     n_boot: BootOption = 1000,
     as_json: JsonOption = False,
 ):
-    """Measure a checkpoint on films it has not seen: zero-shot, retrieval, embedding space, and where the cohort has train, val and test a linear probe, nearest neighbours and a few-shot curve.
+    """Measure a checkpoint on films it has not seen.
 
-    Writes tables/ (CSV and LaTeX), figures/, metrics.parquet and summary.json, which says what must be known about the numbers. Thresholds come from the checkpoint's own validation.
+    Zero-shot, retrieval and embedding space; where the cohort has train, val and test, also a
+    linear probe, nearest neighbours and a few-shot curve.
 
-    Example:  smsbench clip evaluate --cohort other.parquet --model runs/nih/best --out reports/external
+    Writes tables/ (CSV and LaTeX), figures/, metrics.parquet and summary.json, which says what must
+    be known about the numbers. Thresholds come from the checkpoint's own validation.
+
+    Example:  smsbench clip evaluate --cohort other.parquet --model runs/nih/best --out
+    reports/external
     """
     from smsbench.clip.models import load_clip
     from smsbench.report.external import external_validation, unseen
@@ -301,11 +314,9 @@ def evaluate(
     if test:
         films = films.of(*split_list(test))
     words, notes = _prompts(prompts, films), []
-    if against:
+    if against:  # refuse a second model that cannot be opened before measuring the first
         load_clip(against, '', device)
-        films, notes = unseen(
-            against, films, seen
-        )  # a second model that cannot be opened is refused before the first is measured
+        films, notes = unseen(against, films, seen)
     found = external_validation(
         model,
         films,
@@ -372,7 +383,10 @@ def compare_models(
     device: str = 'auto',  # where the models run
     n_boot: int = 1000,  # resamples of patients
 ):  # metrics table of `smsbench.clip.compare.compare`; attrs: weights of both
-    "Two models on the same films, the test films where the cohort has train, val and test, with paired intervals."
+    """Compare two models on the same films, with paired intervals.
+
+    The films are the test films where the cohort has train, val and test, otherwise all.
+    """
     from smsbench.clip.compare import compare
     from smsbench.clip.models import load_clip
     from smsbench.clip.scores import zero_shot

@@ -77,9 +77,14 @@ def explain(
     ] = 0,
     as_json: JsonOption = False,
 ):
-    """Show where a model looks on films that somebody marked, beside chance, the centre of the film and shuffled weights; deletion and insertion; agreement with the readers, and of the readers with each other where there are several.
+    """Show where a model looks on films that somebody marked.
 
-    Example:  smsbench clip explain --cohort nih.parquet --model runs/nih/best --method gradcam --out reports/where
+    Maps are compared with chance, the centre of the film and shuffled weights. Deletion and
+    insertion test them; agreement with the readers is measured, and of the readers with each other
+    where there are several.
+
+    Example:  smsbench clip explain --cohort nih.parquet --model runs/nih/best --method gradcam
+    --out reports/where
     """
     from smsbench.clip.explain import check_method
     from smsbench.clip.models import load_clip
@@ -172,7 +177,11 @@ def _explained_text(found, metrics):
 
 
 def _same_run(run, config):
-    "`InputError` where the directory holds another run; a new one is named only when its numbers are there, so that a refused attempt blocks nothing."
+    """`InputError` where the directory holds another run.
+
+    A new run is registered only when its numbers are there, so that a refused attempt blocks
+    nothing.
+    """
     if (run / 'config.json').exists():
         run.freeze(config)
 
@@ -199,7 +208,10 @@ def save_explained(
     found,  # `Explained`
     run,  # run directory
 ):  # its metrics table as it may be shown
-    "metrics.parquet, tables/*.csv, figures/*.png; pictures and names of films, and curves of few patients, only where the cohort is open."
+    """Write metrics.parquet, tables/*.csv and figures/*.png.
+
+    Pictures and names of films, and curves of few patients, only where the cohort is open.
+    """
     from smsbench.core import environment, write_json, write_table
     from smsbench.report.external import shareable
 
@@ -329,9 +341,13 @@ def ssa(
     seed: Annotated[int, typer.Option(help='Of the orders drawn and of the resampling.')] = 0,
     as_json: JsonOption = False,
 ):
-    """Sequential sensitivity analysis: what each further fact about a patient does to sensitivity and specificity, class by class, in whatever order it comes.
+    """Measure what each further fact about a patient does to sensitivity and specificity.
 
-    Example:  smsbench clip ssa --cohort eyes.parquet --model runs/eyes/best --steps age,sex,complaint --out reports/ssa
+    This is a sequential sensitivity analysis: class by class, over the orders in which the facts
+    can be added.
+
+    Example:  smsbench clip ssa --cohort eyes.parquet --model runs/eyes/best --steps
+    age,sex,complaint --out reports/ssa
     """
     from smsbench.clip.ssa import ssa as analyse
     from smsbench.core import Run, environment, write_json, write_table
@@ -409,9 +425,8 @@ def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
     from smsbench.core import content_hash
 
     several = films.kind == 'multilabel'
-    parts = test or [
-        s for s in sorted(set(films.table.split)) if not (several and s == val)
-    ]  # whoever chose the thresholds is not asked
+    # the films that choose the thresholds are not asked
+    parts = test or [s for s in sorted(set(films.table.split)) if not (several and s == val)]
     films.of(*parts)
     clip = load_clip(model, pretrained, device)
     good, left = readable_samples(films.of(*parts, *[val] * several))
