@@ -170,6 +170,12 @@ def _cohort_for(manifest, root, cohort_file, plan_file, remote=False):
 
 
 # %% ../nbs/60_cli.ipynb #72458e4b
+_FROZEN = (
+    '--plan is frozen: it has its own arms, matching and variants; leave out --arms,'
+    ' --match, --variants, --paraphrases and --probes, or make another plan'
+)
+
+
 @app.command()
 def audit(
     ctx: typer.Context,
@@ -268,31 +274,18 @@ def audit(
     from smsbench.sms.run import run_audit
 
     if plan_file is not None and (arms or match or paraphrases or probes or variants != 'plain'):
-        raise InputError(
-            '--plan is frozen: it has its own arms, matching and variants; leave out --arms,'
-            ' --match, --variants, --paraphrases and --probes, or make another plan'
-        )
-    settings = audit_settings(
-        arms,
-        seed,
-        match,
-        variants,
-        margin,
-        n_boot,
-        donors,
-        family,
-        primary,
-        margin_reason,
-        system=system,
-        extra=extra,
-        check=check,
-        probes=parse_probes(probes),
-        **parse_rewordings(paraphrases),
-    )
+        raise InputError(_FROZEN)
+    asked = (arms, seed, match, variants, margin, n_boot, donors, family, primary, margin_reason)
+    more = dict(system=system, extra=extra, check=check, probes=parse_probes(probes))
+    settings = audit_settings(*asked, **more, **parse_rewordings(paraphrases))
     settings = _as_registered(settings, registration, ctx, plan_file)
     table, excluded, frozen, files = _cohort_for(
         manifest, root, cohort_file, plan_file, allow_remote
     )
+    loading = dict(device=device, dtype=dtype, revision=revision, quantization=quantization)
+    loading |= dict(attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    level = int(level) if level in ('0', '1', '2') else level
+    sharing = dict(batch_size=batch_size, level=level, budget_gib=budget_gib)
     run_audit(
         out,
         table,
@@ -304,15 +297,8 @@ def audit(
         files,
         allow_remote,
         registration or '',
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        level=int(level) if level in ('0', '1', '2') else level,
-        budget_gib=budget_gib,
-        revision=revision,
-        quantization=quantization,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
+        **loading,
+        **sharing,
     )
     finish(out, as_json)
 

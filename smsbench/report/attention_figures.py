@@ -523,30 +523,13 @@ def localisation_figure(
         10.4, 1.1 + len(kept) * max(0.36, 0.2 * len(styles)), 1, len(panels), sharey=True
     )
     said = []
-    for ax, (measure, title, chance) in zip(axes[0], panels):
+    for ax, panel in zip(axes[0], panels):
+        measure, title, chance = panel
         for i in range(0, len(kept), 2):
             ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
         if chance is not None:
             ax.axvline(chance, color='#777777', lw=0.9, ls=(0, (4, 3)))
-        for i, (suffix, name) in enumerate(kept):
-            for j, (m, style) in enumerate(styles.items()):
-                if (m, measure + suffix) not in rows.index or (
-                    chance is not None and suffix == '_uniform'
-                ):
-                    continue  # the line is there
-                r = rows.loc[(m, measure + suffix)]
-                r = r.iloc[0] if isinstance(r, pd.DataFrame) else r
-                _point(
-                    ax, r, i + 0.26 * (j - (len(styles) - 1) / 2), style, suffix in ('', '_chosen')
-                )
-                said.append(
-                    f"{m}, {title}, {' '.join(name.split())}: "
-                    + (
-                        'void'
-                        if r.note.startswith('void')
-                        else f'{rounded(r.value, 2)} ({span(r.ci_low, r.ci_high, 2, 1)})'
-                    )
-                )
+        said += _panel_points(ax, rows, panel, kept, styles)
         ax.set(
             title=title,
             xlim=(-0.02, None if measure in ('mass', 'iou') else 1.02),
@@ -600,6 +583,29 @@ def _point(ax, row, y, style, full):
         )
 
 
+def _panel_points(ax, rows, panel, kept, styles):
+    "Draw the points of one panel and return their descriptions."
+    (measure, title, chance), said = panel, []
+    for i, (suffix, name) in enumerate(kept):
+        for j, (m, style) in enumerate(styles.items()):
+            if (m, measure + suffix) not in rows.index or (
+                chance is not None and suffix == '_uniform'
+            ):
+                continue  # the line is there
+            r = rows.loc[(m, measure + suffix)]
+            r = r.iloc[0] if isinstance(r, pd.DataFrame) else r
+            _point(ax, r, i + 0.26 * (j - (len(styles) - 1) / 2), style, suffix in ('', '_chosen'))
+            said.append(
+                f"{m}, {title}, {' '.join(name.split())}: "
+                + (
+                    'void'
+                    if r.note.startswith('void')
+                    else f'{rounded(r.value, 2)} ({span(r.ci_low, r.ci_high, 2, 1)})'
+                )
+            )
+    return said
+
+
 # %% ../../nbs/50g_report.attention_figures.ipynb #5c1fdb03
 @styled
 def profile_figure(
@@ -613,14 +619,7 @@ def profile_figure(
 
     Each cell is the mean over films of one layer and head.
     """
-    rows = profile[
-        (profile['query'] == query)
-        & (profile.method == method)
-        & ~profile.model.str.endswith(RANDOM)
-        & profile[value].notna()
-    ]
-    rows = rows[rows.arm == next(iter(rows.arm), '')]
-    rows = rows[rows.groupby('model').patient_id.transform('nunique') >= fewest]
+    rows = _profile_rows(profile, query, method, value, fewest)
     if rows.empty:
         return None
     models, said = list(dict.fromkeys(rows.model)), []
@@ -640,61 +639,8 @@ def profile_figure(
         g = grids[m]
         heads = [h for h in g if h >= 0]
         g = g[[*heads, -1]]
-        mesh = ax.pcolormesh(
-            np.arange(len(heads) + 1),
-            np.arange(len(g) + 1),
-            g[heads],
-            cmap='RdBu_r' if value == 'pixel_auroc' else 'Blues',
-            vmin=0,
-            vmax=1,
-            edgecolors='white',
-            lw=0.8,
-        )
-        ax.pcolormesh(
-            [len(heads) + 0.35, len(heads) + 1.35],
-            np.arange(len(g) + 1),
-            g[[-1]],
-            cmap=mesh.cmap,
-            vmin=0,
-            vmax=1,
-            edgecolors='white',
-            lw=0.8,
-        )
-        if g.size <= 80:
-            for i, (_, r) in enumerate(g.iterrows()):
-                for j, v in enumerate(r):
-                    ax.text(
-                        j + 0.5 + 0.35 * (j == len(heads)),
-                        i + 0.5,
-                        rounded(v, 2),
-                        ha='center',
-                        va='center',
-                        fontsize=7.5,
-                        color=(
-                            'white'
-                            if abs(v - (0.5 if value == 'pixel_auroc' else 0))
-                            > (0.33 if value == 'pixel_auroc' else 0.6)
-                            else '#222222'
-                        ),
-                    )
-        ax.set(
-            title=literal(m, 34),
-            ylim=(len(g), 0),
-            ylabel='layer' if m == models[0] else '',
-            yticks=np.arange(len(g)) + 0.5,
-            xticks=[*(np.arange(len(heads)) + 0.5), len(heads) + 0.85],
-        )
-        ax.set_yticklabels(
-            list(g.index)
-            if len(g) <= 40
-            else [k if i % 4 == 0 else '' for i, k in enumerate(g.index)]
-        )
-        ax.set_xticklabels(
-            [*(str(h) if len(heads) <= 16 or h % 4 == 0 else '' for h in heads), 'mean']
-        )
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
-        ax.set_xlabel('head')
+        mesh = _profile_panel(ax, g, heads, value)
+        ax.set(title=literal(m, 34), ylabel='layer' if m == models[0] else '')
         best = g[heads].stack().idxmax()
         said.append(
             f'{m}: highest {rounded(g[heads].max().max(), 2)} in layer {best[0]}, head {best[1]};'
@@ -715,6 +661,73 @@ def profile_figure(
     )
     fig.alt = f'Heat map of the mean {measured} per layer and head. ' + '; '.join(said) + '.'
     return fig
+
+
+def _profile_rows(profile, query, method, value, fewest):
+    "Select the rows of the first arm, of trained models with enough patients."
+    rows = profile[
+        (profile['query'] == query)
+        & (profile.method == method)
+        & ~profile.model.str.endswith(RANDOM)
+        & profile[value].notna()
+    ]
+    rows = rows[rows.arm == next(iter(rows.arm), '')]
+    return rows[rows.groupby('model').patient_id.transform('nunique') >= fewest]
+
+
+def _profile_panel(ax, g, heads, value):
+    "Draw layers by heads of one model, and beside them the mean over heads; returns the mesh."
+    mesh = ax.pcolormesh(
+        np.arange(len(heads) + 1),
+        np.arange(len(g) + 1),
+        g[heads],
+        cmap='RdBu_r' if value == 'pixel_auroc' else 'Blues',
+        vmin=0,
+        vmax=1,
+        edgecolors='white',
+        lw=0.8,
+    )
+    ax.pcolormesh(
+        [len(heads) + 0.35, len(heads) + 1.35],
+        np.arange(len(g) + 1),
+        g[[-1]],
+        cmap=mesh.cmap,
+        vmin=0,
+        vmax=1,
+        edgecolors='white',
+        lw=0.8,
+    )
+    if g.size <= 80:
+        _profile_numbers(ax, g, heads, value)
+    ax.set(
+        ylim=(len(g), 0),
+        yticks=np.arange(len(g)) + 0.5,
+        xticks=[*(np.arange(len(heads)) + 0.5), len(heads) + 0.85],
+    )
+    ax.set_yticklabels(
+        list(g.index) if len(g) <= 40 else [k if i % 4 == 0 else '' for i, k in enumerate(g.index)]
+    )
+    ax.set_xticklabels([*(str(h) if len(heads) <= 16 or h % 4 == 0 else '' for h in heads), 'mean'])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel('head')
+    return mesh
+
+
+def _profile_numbers(ax, g, heads, value):
+    "Write the numbers into the cells."
+    middle, far = (0.5, 0.33) if value == 'pixel_auroc' else (0, 0.6)
+    for i, (_, r) in enumerate(g.iterrows()):
+        for j, v in enumerate(r):
+            ax.text(
+                j + 0.5 + 0.35 * (j == len(heads)),
+                i + 0.5,
+                rounded(v, 2),
+                ha='center',
+                va='center',
+                fontsize=7.5,
+                color='white' if abs(v - middle) > far else '#222222',
+            )
 
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #5c1fdb04

@@ -216,12 +216,7 @@ def attention_opening(
     results,  # `AttendResults`
 ) -> Html:
     "What was compared in one line, then a card per model."
-    about, plan, m, arm = (
-        results.config['cohort'],
-        results.plan,
-        results.metrics,
-        first_arm(results.plan),
-    )
+    about, plan, arm = results.config['cohort'], results.plan, first_arm(results.plan)
 
     def many(n, what):
         return f"{n:,} {what}{'s' * (n != 1)}"
@@ -240,39 +235,7 @@ def attention_opening(
     )
     cards = []
     for model in results.models:
-        acc = m[
-            (m.model == model)
-            & (m.metric == 'accuracy')
-            & (m.arm == arm)
-            & (m.subgroup == 'all')
-            & m.value.notna()
-            & (film_arrived(results.delivery, model) != 'no')
-        ]
-        said = [
-            *(
-                f'It answers {percent(r.value, 1)} correctly in the arm {arm} (95 % CI'
-                f' {span(r.ci_low, r.ci_high)}).'
-                for r in acc.itertuples()
-            ),
-            *map_sentences(results, model),
-        ]
-        void = [a for a, v in results.delivery.get(model, {}).items() if v['verdict'] == 'void']
-        cards.append(
-            markup(
-                '<section class="verdict"><h2><span>{}</span></h2>{}{}</section>',
-                model,
-                (
-                    markup(
-                        '<p class="warning">Void: {} did not reach the model; numbers that rest on'
-                        ' it are no findings.</p>',
-                        ', '.join(void),
-                    )
-                    if void
-                    else Html()
-                ),
-                join(markup('<p>{}</p>', s) for s in said),
-            )
-        )
+        cards.append(_card(results, model, arm))
     version = f", version {about['version']}" if about.get('version') else ''
     return markup(
         '<p class="lead">{}: {}. Attention shows from where a model copied, not whether what it'
@@ -285,6 +248,42 @@ def attention_opening(
             else ' Credentialed data: no picture, no text and no small count is shown.'
         ),
         join(cards),
+    )
+
+
+def _card(results, model, arm):
+    "The card of one model: its accuracy, what its maps show, and the arms that never arrived."
+    m = results.metrics
+    acc = m[
+        (m.model == model)
+        & (m.metric == 'accuracy')
+        & (m.arm == arm)
+        & (m.subgroup == 'all')
+        & m.value.notna()
+        & (film_arrived(results.delivery, model) != 'no')
+    ]
+    said = [
+        *(
+            f'It answers {percent(r.value, 1)} correctly in the arm {arm} (95 % CI'
+            f' {span(r.ci_low, r.ci_high)}).'
+            for r in acc.itertuples()
+        ),
+        *map_sentences(results, model),
+    ]
+    void = [a for a, v in results.delivery.get(model, {}).items() if v['verdict'] == 'void']
+    return markup(
+        '<section class="verdict"><h2><span>{}</span></h2>{}{}</section>',
+        model,
+        (
+            markup(
+                '<p class="warning">Void: {} did not reach the model; numbers that rest on'
+                ' it are no findings.</p>',
+                ', '.join(void),
+            )
+            if void
+            else Html()
+        ),
+        join(markup('<p>{}</p>', s) for s in said),
     )
 
 
@@ -551,7 +550,6 @@ def attention_provenance(
     results,  # `AttendResults`
 ) -> Html:
     "Hashes, settings, models, and the command."
-    c, env, about = results.config, results.environment, results.config['cohort']
 
     def say(v):
         return (
@@ -562,36 +560,7 @@ def attention_provenance(
             else v
         )
 
-    facts = {
-        'config hash': results.config_hash,
-        'plan hash': results.plan.attrs.get('plan_hash'),
-        'cohort hash': c['cohort_hash'],
-        'data': f"{about.get('manifest')}, version {about.get('version')}",
-        'access': about.get('access'),
-        'licence': about.get('licence'),
-        'citation': about.get('citation'),
-        **{
-            k.replace('_', ' '): c[k]
-            for k in (
-                'arms',
-                'queries',
-                'methods',
-                'layers',
-                'heads',
-                'keep',
-                'seed',
-                'match',
-                'n_boot',
-            )
-        },
-        'kept on disk': (
-            f'{results.store.nbytes / len(results.store.where) / 2**10:.0f} KiB per trial'
-            + (f', {results.store.nbytes / 2**20:.1f} MiB in all' if results.open else '')
-        ),
-        'code': env.get('code'),
-        'python': env.get('python'),
-        'packages': [f'{k} {v}' for k, v in env.get('packages', {}).items() if v],
-    }
+    facts = _facts(results)
     info = results.predictions.attrs.get('models', {})
     models = [
         {
@@ -621,6 +590,41 @@ def attention_provenance(
             ),
         ]
     )
+
+
+def _facts(results):
+    "Hashes, data, settings and versions of a run, by name."
+    c, env, about = results.config, results.environment, results.config['cohort']
+    return {
+        'config hash': results.config_hash,
+        'plan hash': results.plan.attrs.get('plan_hash'),
+        'cohort hash': c['cohort_hash'],
+        'data': f"{about.get('manifest')}, version {about.get('version')}",
+        'access': about.get('access'),
+        'licence': about.get('licence'),
+        'citation': about.get('citation'),
+        **{
+            k.replace('_', ' '): c[k]
+            for k in (
+                'arms',
+                'queries',
+                'methods',
+                'layers',
+                'heads',
+                'keep',
+                'seed',
+                'match',
+                'n_boot',
+            )
+        },
+        'kept on disk': (
+            f'{results.store.nbytes / len(results.store.where) / 2**10:.0f} KiB per trial'
+            + (f', {results.store.nbytes / 2**20:.1f} MiB in all' if results.open else '')
+        ),
+        'code': env.get('code'),
+        'python': env.get('python'),
+        'packages': [f'{k} {v}' for k, v in env.get('packages', {}).items() if v],
+    }
 
 
 # %% ../../nbs/52a_report.attention_page.ipynb #c72b7b26

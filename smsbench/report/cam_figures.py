@@ -173,34 +173,7 @@ def baseline_figure(
     for ax, k in zip(axes[0], numbers):
         for i in range(0, len(arms), 2):
             ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
-        for r in rows[rows.metric == k].itertuples():
-            style, y, own = (
-                styles[r.model],
-                arms.index(r.arm) + 0.2 * (list(styles).index(r.model) - (len(styles) - 1) / 2),
-                r.arm == 'map',
-            )
-            ax.plot(
-                [r.ci_low, r.ci_high],
-                [y, y],
-                color=style['color'],
-                lw=1.5,
-                alpha=1 if own else 0.45,
-                solid_capstyle='butt',
-            )
-            ax.plot(
-                r.value,
-                y,
-                ls='',
-                ms=6 if own else 4.5,
-                mfc=style['color'] if own else 'white',
-                mec='white' if own else style['color'],
-                mew=0.9,
-                **style,
-            )
-            said.append(
-                f"{r.model}, {_TITLES[k]}, {_NAMES.get(r.arm, r.arm)}: {rounded(r.value, 2)}"
-                f" ({span(r.ci_low, r.ci_high, 2, 1)})"
-            )
+        said += _baseline_points(ax, rows[rows.metric == k], arms, styles)
         ax.set(
             title=_TITLES[k],
             xlim=(-0.03, 1.03),
@@ -218,6 +191,40 @@ def baseline_figure(
         + '.'
     )
     return fig
+
+
+def _baseline_points(ax, rows, arms, styles):
+    "Draw maps (filled) and baselines (hollow) of one number; returns their descriptions."
+    said = []
+    for r in rows.itertuples():
+        style, y, own = (
+            styles[r.model],
+            arms.index(r.arm) + 0.2 * (list(styles).index(r.model) - (len(styles) - 1) / 2),
+            r.arm == 'map',
+        )
+        ax.plot(
+            [r.ci_low, r.ci_high],
+            [y, y],
+            color=style['color'],
+            lw=1.5,
+            alpha=1 if own else 0.45,
+            solid_capstyle='butt',
+        )
+        ax.plot(
+            r.value,
+            y,
+            ls='',
+            ms=6 if own else 4.5,
+            mfc=style['color'] if own else 'white',
+            mec='white' if own else style['color'],
+            mew=0.9,
+            **style,
+        )
+        said.append(
+            f"{r.model}, {_TITLES[r.metric]}, {_NAMES.get(r.arm, r.arm)}: {rounded(r.value, 2)}"
+            f" ({span(r.ci_low, r.ci_high, 2, 1)})"
+        )
+    return said
 
 
 # %% ../../nbs/50j_report.cam_figures.ipynb #02dd3af3
@@ -394,13 +401,7 @@ def agreement_figure(
     metrics: pd.DataFrame,  # from `agreement_metrics`
 ):  # Figure with `.alt`, or None where there is nothing
     "Maps and readers against readers, per finding."
-    rows = metrics[
-        metrics.metric.eq('iou_area')
-        | metrics.metric.eq('reader_iou') & metrics.arm.eq('all pairs')
-    ]
-    rows = rows[
-        (rows.subgroup.eq('all') | rows.subgroup.str.startswith('finding=')) & rows.value.notna()
-    ]
+    rows = _agreement_rows(metrics)
     if rows.empty:
         return None
     groups, said = sorted(set(rows.subgroup), key=lambda g: (g != 'all', g)), []
@@ -409,22 +410,10 @@ def agreement_figure(
     ]
     fig, ax = canvas(7.6, 1.35 + len(groups) * max(0.4, 0.14 * len(kinds)))
     ax = ax[0, 0]
-    look = {
-        'all pairs': ('#000000', 'D', 'reader and reader'),
-        **{
-            k: (
-                _COLOUR[k],
-                'o' if k == 'map' else 's',
-                'map and reader' if k == 'map' else _NAMES[k],
-            )
-            for k in kinds
-            if k != 'all pairs'
-        },
-    }
     for i in range(0, len(groups), 2):
         ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
     for j, k in enumerate(kinds):
-        colour, marker, name = look[k]
+        colour, marker, name = _pair_look(k)
         g = rows[rows.arm == k]
         y = np.array([groups.index(s) for s in g.subgroup]) + 0.14 * (j - (len(kinds) - 1) / 2)
         ax.hlines(y, g.ci_low, g.ci_high, color=colour, lw=1.5)
@@ -456,3 +445,23 @@ def agreement_figure(
         + '.'
     )
     return fig
+
+
+def _agreement_rows(metrics):
+    "Select the agreement over all films and per finding."
+    rows = metrics[
+        metrics.metric.eq('iou_area')
+        | metrics.metric.eq('reader_iou') & metrics.arm.eq('all pairs')
+    ]
+    return rows[
+        (rows.subgroup.eq('all') | rows.subgroup.str.startswith('finding=')) & rows.value.notna()
+    ]
+
+
+def _pair_look(kind):
+    "Colour, marker and name of a kind of pair."
+    if kind == 'all pairs':
+        return '#000000', 'D', 'reader and reader'
+    if kind == 'map':
+        return _COLOUR[kind], 'o', 'map and reader'
+    return _COLOUR[kind], 's', _NAMES[kind]

@@ -198,31 +198,9 @@ def confusion_figure(
             if m[i].sum()
             else '–'
         )
-        ax.text(
-            j + 0.5,
-            i + 0.5,
-            text,
-            ha='center',
-            va='center',
-            fontsize=8,
-            color='white' if share[i, j] > 0.55 and not hidden[i, j] else '#111111',
-        )
-    names = [literal(c, 22) for c in matrix.index]
-    ax.set(
-        xticks=np.arange(C) + 0.5,
-        yticks=np.arange(C) + 0.5,
-        ylim=(C, 0),
-        xlabel='predicted',
-        ylabel='truth',
-    )
-    ax.set_xticklabels(
-        names,
-        rotation=25 if max(map(len, names)) > 8 else 0,
-        ha='right' if max(map(len, names)) > 8 else 'center',
-    )
-    ax.set_yticklabels(names)
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
+        colour = 'white' if share[i, j] > 0.55 and not hidden[i, j] else '#111111'
+        ax.text(j + 0.5, i + 0.5, text, ha='center', va='center', fontsize=8, color=colour)
+    _name_classes(ax, [literal(c, 22) for c in matrix.index])
     fig.colorbar(
         mesh, ax=ax, shrink=0.6, aspect=18, format=lambda v, _: percent(v)
     ).outline.set_visible(False)
@@ -240,6 +218,26 @@ def confusion_figure(
         for i, c in enumerate(matrix.index)
     )
     return fig
+
+
+def _name_classes(ax, names):
+    "Name the rows and columns of a confusion matrix."
+    C = len(names)
+    ax.set(
+        xticks=np.arange(C) + 0.5,
+        yticks=np.arange(C) + 0.5,
+        ylim=(C, 0),
+        xlabel='predicted',
+        ylabel='truth',
+    )
+    ax.set_xticklabels(
+        names,
+        rotation=25 if max(map(len, names)) > 8 else 0,
+        ha='right' if max(map(len, names)) > 8 else 'center',
+    )
+    ax.set_yticklabels(names)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
 
 
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf04
@@ -326,30 +324,7 @@ def retrieval_figure(
     )
     fig, axes = canvas(1.2 + 2.9 * len(arms), 2.9, 1, len(arms), sharey=True)
     for ax, arm in zip(axes[0], arms):
-        for i, m in enumerate(names):
-            for dx, kind, style in (
-                (-0.19, 'duplicates', dict(color=COLOURS[0])),
-                (0.19, 'strict', dict(fc='white', ec=COLOURS[0], lw=1.2)),
-            ):
-                r, chance = (
-                    at.loc[('model', arm, f'relevance={kind}', m)],
-                    at.loc[('chance', arm, f'relevance={kind}', m)],
-                )
-                if not np.isfinite(r.value):
-                    continue
-                ax.bar(i + dx, r.value, 0.34, **style)
-                ax.plot([i + dx] * 2, [r.ci_low, r.ci_high], color='#222222', lw=1.1)
-                ax.plot(
-                    [i + dx - 0.19, i + dx + 0.19], [chance.value] * 2, color=COLOURS[1], lw=1.4
-                )
-                ax.text(
-                    i + dx,
-                    max(r.ci_high, r.value) + 0.015,
-                    percent(r.value),
-                    ha='center',
-                    va='bottom',
-                    fontsize=7,
-                )
+        _recall_bars(ax, at, arm, names)
         ax.set(
             title={'image_to_text': 'film finds report', 'text_to_image': 'report finds film'}[arm],
             xticks=range(len(names)),
@@ -359,6 +334,50 @@ def retrieval_figure(
         ax.set_xticklabels([m.replace('recall@', 'R@') for m in names])
         ax.yaxis.set_major_formatter(lambda v, _: percent(v))
         ax.grid(axis='y', color='#e6e7e8', lw=0.6)
+    _recall_legend(fig)
+
+    def say(a, k):
+        return ', '.join(
+            f"{m.replace('recall@', 'R@')}"
+            f" {percent(at.loc[('model', a, f'relevance={k}', m)].value)} (chance"
+            f" {percent(at.loc[('chance', a, f'relevance={k}', m)].value, 1)})"
+            for m in names
+        )
+
+    fig.alt = 'Bar chart of retrieval with 95 % intervals. ' + ' '.join(
+        f"{a.replace('_', ' ')}, {k}: {say(a, k)}." for a in arms for k in ('duplicates', 'strict')
+    )
+    return fig
+
+
+def _recall_bars(ax, at, arm, names):
+    "Draw recall of one direction: bars with intervals, and lines where chance lies."
+    for i, m in enumerate(names):
+        for dx, kind, style in (
+            (-0.19, 'duplicates', dict(color=COLOURS[0])),
+            (0.19, 'strict', dict(fc='white', ec=COLOURS[0], lw=1.2)),
+        ):
+            r, chance = (
+                at.loc[('model', arm, f'relevance={kind}', m)],
+                at.loc[('chance', arm, f'relevance={kind}', m)],
+            )
+            if not np.isfinite(r.value):
+                continue
+            ax.bar(i + dx, r.value, 0.34, **style)
+            ax.plot([i + dx] * 2, [r.ci_low, r.ci_high], color='#222222', lw=1.1)
+            ax.plot([i + dx - 0.19, i + dx + 0.19], [chance.value] * 2, color=COLOURS[1], lw=1.4)
+            ax.text(
+                i + dx,
+                max(r.ci_high, r.value) + 0.015,
+                percent(r.value),
+                ha='center',
+                va='bottom',
+                fontsize=7,
+            )
+
+
+def _recall_legend(fig):
+    "Explain filled bars, hollow bars and the line of chance."
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -373,19 +392,6 @@ def retrieval_figure(
         ncols=3,
         fontsize=8,
     )
-
-    def say(a, k):
-        return ', '.join(
-            f"{m.replace('recall@', 'R@')}"
-            f" {percent(at.loc[('model', a, f'relevance={k}', m)].value)} (chance"
-            f" {percent(at.loc[('chance', a, f'relevance={k}', m)].value, 1)})"
-            for m in names
-        )
-
-    fig.alt = 'Bar chart of retrieval with 95 % intervals. ' + ' '.join(
-        f"{a.replace('_', ' ')}, {k}: {say(a, k)}." for a in arms for k in ('duplicates', 'strict')
-    )
-    return fig
 
 
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf06

@@ -270,39 +270,7 @@ def counts_figure(
     )
     colours = {c: (COLOURS * 9)[i] for i, c in enumerate(labels)}
     for ax, f in zip(axes.ravel(), asked[:most]):
-        grid = (
-            rows[rows.finding == f]
-            .pivot(index='group', columns='label', values='samples')
-            .reindex(groups)
-            .reindex(columns=labels)
-        )
-        left = np.zeros(len(groups))
-        for c in labels:
-            ax.barh(
-                range(len(groups)),
-                grid[c].fillna(0),
-                left=left,
-                height=0.68,
-                color=colours[c],
-                ec='white',
-                lw=0.6,
-                label=literal(c, 24),
-            )
-            left += grid[c].fillna(0).to_numpy()
-        first = {
-            g: f'{k:,.0f} {labels[0]} of ' if len(labels) == 2 and np.isfinite(k) else ''
-            for g, k in grid[labels[0]].items()
-        }
-        hidden = {*rows.group[(rows.finding == f) & rows.samples.isna()]}
-        for i, (g, total) in enumerate(zip(groups, left)):
-            ax.text(
-                total,
-                i,
-                f" {first[g]}{total:,.0f}{' + hidden' if g in hidden else ''}",
-                va='center',
-                fontsize=7.5,
-                color='#444444',
-            )
+        _count_bars(ax, rows[rows.finding == f], groups, colours)
         ax.set(title=literal(f, 34), ylim=(len(groups) - 0.5, -0.5), yticks=range(len(groups)))
         ax.set_yticklabels([literal(g, 22) for g in groups])
         ax.tick_params(axis='y', length=0)
@@ -325,6 +293,43 @@ def _counted(group, rows, labels):
     "The samples of a group per class, as 'group 12/34'."
     samples = rows.set_index('label').samples.reindex(labels)
     return f'{group} ' + '/'.join(rounded(v, 0) for v in samples)
+
+
+def _count_bars(ax, rows, groups, colours):
+    "Draw the samples of one question: a bar per group, parted by class, with its counts."
+    labels = list(colours)
+    grid = (
+        rows.pivot(index='group', columns='label', values='samples')
+        .reindex(groups)
+        .reindex(columns=labels)
+    )
+    left = np.zeros(len(groups))
+    for c in labels:
+        ax.barh(
+            range(len(groups)),
+            grid[c].fillna(0),
+            left=left,
+            height=0.68,
+            color=colours[c],
+            ec='white',
+            lw=0.6,
+            label=literal(c, 24),
+        )
+        left += grid[c].fillna(0).to_numpy()
+    first = {
+        g: f'{k:,.0f} {labels[0]} of ' if len(labels) == 2 and np.isfinite(k) else ''
+        for g, k in grid[labels[0]].items()
+    }
+    hidden = {*rows.group[rows.samples.isna()]}
+    for i, (g, total) in enumerate(zip(groups, left)):
+        ax.text(
+            total,
+            i,
+            f" {first[g]}{total:,.0f}{' + hidden' if g in hidden else ''}",
+            va='center',
+            fontsize=7.5,
+            color='#444444',
+        )
 
 
 # %% ../../nbs/50e_report.data_figures.ipynb #7406dfa2

@@ -367,25 +367,8 @@ def measure(
         )
     if thresholds is not None and (said := thresholds.check(tested.table.patient_id, scores.attrs)):
         notes.append(said)
-    parts = [
-        classification_metrics(
-            scores, tested.targets, tested.table.patient_id, thresholds, clip.name, **how
-        )
-    ]
-    told = int((tested.table.text.str.strip() != '').sum())
-    if told >= 2:
-        parts.append(retrieve(clip, tested, embeddings=x[at], **how))
-    else:
-        notes.append(
-            'no retrieval: too few films have a report'
-            + (f' ({told} of {len(tested)}; two are needed)' if access == 'open' else '')
-        )
-    held = embedded(x[at], tested.targets, tested.table.patient_id, films.kind)
-    parts.append(
-        space_metrics(
-            held, clip.name, n_boot=min(how.get('n_boot', 200), 200), seed=how.get('seed', 0)
-        )
-    )
+    parts, said = _own_parts(clip, tested, x[at], scores, thresholds, how)
+    notes += said
     shots = None
     if local:
         part, shots, said = _probes(clip, films, x, few_shots, how)
@@ -513,41 +496,10 @@ def _shown(metrics, scores, tested, thresholds, shots, at, access, how):
         retrieval=retrieval_figure(metrics[metrics.metric.str.startswith('recall@')]),
     )
     if tested.kind == 'multiclass' and held == set(tested.classes):
-        known = tested.targets.notna().all(axis=1).to_numpy()
-        truth, said = (
-            np.array(tested.classes, object)[np.nan_to_num(np.asarray(v, float)).argmax(1)][known]
-            for v in (tested.targets, scores)
-        )
-        matrix = confusion_matrix(truth, said, tested.classes)
-        tables |= dict(
-            confusion=(
-                matrix
-                if not hide
-                else matrix.astype(object).where(lambda m: (m == 0) | (m >= hide), f'<{hide}')
-            )
-        )
-        if not hide:
-            tables |= dict(report=classification_report(matrix))
-        figures |= dict(confusion=confusion_figure(matrix, hide))
+        more, figures['confusion'] = _confused(tested, scores, hide)
+        tables |= more
     elif tested.kind == 'multilabel' and thresholds is not None:
-        counts = decision_counts(scores, tested.targets, thresholds).loc[
-            [c for c in tested.classes if c in held]
-        ]
-        tables |= dict(
-            decisions=(
-                counts
-                if not hide
-                else counts.astype(object).where(
-                    lambda t: (
-                        ~t.columns.isin(['tp', 'fp', 'fn', 'tn', 'not_asked'])
-                        | (t == 0)
-                        | (t >= hide)
-                        | t.isna()
-                    ),
-                    f'<{hide}',
-                )
-            )
-        )
+        tables['decisions'] = _decided(tested, scores, thresholds, held, hide)
     if shots is not None:
 
         def one(arm):
@@ -585,6 +537,68 @@ def _overall(metrics):
     )
     return pd.DataFrame(
         {k: list(v) for k, v in held.items()}, index=pd.Index(rows.metric, name='metric')
+    )
+
+
+def _own_parts(clip, tested, x, scores, thresholds, how):
+    "Metrics parts that need no training: zero-shot, retrieval, embedding space; and notes."
+    notes = []
+    parts = [
+        classification_metrics(
+            scores, tested.targets, tested.table.patient_id, thresholds, clip.name, **how
+        )
+    ]
+    told = int((tested.table.text.str.strip() != '').sum())
+    if told >= 2:
+        parts.append(retrieve(clip, tested, embeddings=x, **how))
+    else:
+        notes.append(
+            'no retrieval: too few films have a report'
+            + (
+                f' ({told} of {len(tested)}; two are needed)'
+                if tested.attrs.get('access', 'open') == 'open'
+                else ''
+            )
+        )
+    held = embedded(x, tested.targets, tested.table.patient_id, tested.kind)
+    parts.append(
+        space_metrics(
+            held, clip.name, n_boot=min(how.get('n_boot', 200), 200), seed=how.get('seed', 0)
+        )
+    )
+    return parts, notes
+
+
+def _confused(tested, scores, hide):
+    "Tables by name and the figure of exclusive classes; counts from 1 to below `hide` are hidden."
+    known = tested.targets.notna().all(axis=1).to_numpy()
+    truth, said = (
+        np.array(tested.classes, object)[np.nan_to_num(np.asarray(v, float)).argmax(1)][known]
+        for v in (tested.targets, scores)
+    )
+    matrix = confusion_matrix(truth, said, tested.classes)
+    if hide:
+        few = matrix.astype(object).where(lambda m: (m == 0) | (m >= hide), f'<{hide}')
+        return dict(confusion=few), confusion_figure(matrix, hide)
+    tables = dict(confusion=matrix, report=classification_report(matrix))
+    return tables, confusion_figure(matrix, hide)
+
+
+def _decided(tested, scores, thresholds, held, hide):
+    "Counts of decisions per class in `held`; counts from 1 to below `hide` are hidden."
+    counts = decision_counts(scores, tested.targets, thresholds).loc[
+        [c for c in tested.classes if c in held]
+    ]
+    if not hide:
+        return counts
+    return counts.astype(object).where(
+        lambda t: (
+            ~t.columns.isin(['tp', 'fp', 'fn', 'tn', 'not_asked'])
+            | (t == 0)
+            | (t >= hide)
+            | t.isna()
+        ),
+        f'<{hide}',
     )
 
 

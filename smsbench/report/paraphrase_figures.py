@@ -147,7 +147,6 @@ def answer_grid_figure(
     arm: str = 'original',  # which arm
 ):  # Figure with `.alt`, or None where nothing was reworded or the data are credentialed
     "Wordings in rows, samples in columns, one panel per model."
-    from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
     if plan.attrs.get('access') == 'credentialed' or 'inverted' not in plan:
@@ -169,30 +168,7 @@ def answer_grid_figure(
         height_ratios=[max(len(g), 2) for g in grids.values()],
     )
     for ax, (m, g) in zip(axes[:, 0], grids.items()):
-        ax.set_facecolor('#e9e9e9')
-        code = g.map(lambda a: said.index(a) if a in said else np.nan).astype(float)
-        ax.pcolormesh(
-            code.to_numpy(),
-            cmap=ListedColormap(colours),
-            vmin=-0.5,
-            vmax=len(said) - 0.5,
-            rasterized=True,
-        )
-        for i in range(1, len(g)):
-            ax.axhline(
-                i,
-                color='white',
-                lw=2.2 if g.index[i].rsplit('-', 1)[0] != g.index[i - 1].rsplit('-', 1)[0] else 0.7,
-            )
-        ax.set(yticks=np.arange(len(g)) + 0.5, ylim=(len(g), 0), xticks=[])
-        ax.set_yticklabels(
-            ['original' if v == 'plain' else literal(v) for v in g.index], fontsize=7.5
-        )
-        ax.set_title(
-            f'{literal(m)}: {percent(kept_share(g))} of rewordings keep the answer', fontsize=9
-        )
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
+        _answer_panel(ax, m, g, said, colours)
     fig.supxlabel(
         f'{len(next(iter(grids.values())).columns)} samples, ordered by the answer to the original'
         ' question',
@@ -213,6 +189,34 @@ def answer_grid_figure(
         if len(g) > 1
     )
     return fig
+
+
+def _answer_panel(ax, model, g, said, colours):
+    "Draw the grid of one model: wordings in rows, samples in columns, answers as colours."
+    from matplotlib.colors import ListedColormap
+
+    ax.set_facecolor('#e9e9e9')
+    code = g.map(lambda a: said.index(a) if a in said else np.nan).astype(float)
+    ax.pcolormesh(
+        code.to_numpy(),
+        cmap=ListedColormap(colours),
+        vmin=-0.5,
+        vmax=len(said) - 0.5,
+        rasterized=True,
+    )
+    for i in range(1, len(g)):
+        ax.axhline(
+            i,
+            color='white',
+            lw=2.2 if g.index[i].rsplit('-', 1)[0] != g.index[i - 1].rsplit('-', 1)[0] else 0.7,
+        )
+    ax.set(yticks=np.arange(len(g)) + 0.5, ylim=(len(g), 0), xticks=[])
+    ax.set_yticklabels(['original' if v == 'plain' else literal(v) for v in g.index], fontsize=7.5)
+    ax.set_title(
+        f'{literal(model)}: {percent(kept_share(g))} of rewordings keep the answer', fontsize=9
+    )
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
 
 
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #2666b60b

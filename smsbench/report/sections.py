@@ -909,29 +909,7 @@ def wording_section(
         return Html()
     how, plan, p = dict(run=results.path if keep else None), results.plan, results.predictions
     arm = next(a for a in ARMS if a in set(plan.arm))
-    changed = dict(
-        wording_flips=('answers changed', '%'),
-        wording_accuracy=('accuracy', '%'),
-        wording_accuracy_change=('change in accuracy', '%'),
-    )
-    every = dict(
-        wording_consistency=('all wordings agree', '%'),
-        wording_right_in_all=('right in every wording', '%'),
-        wording_entropy=('entropy, bits', ''),
-        wording_margin_spread=('margin spread, log-odds', ''),
-    )
-    negated = (
-        ', some of them negated (“is it absent?”): there the right answer is the opposite, and'
-        ' answers are turned back before they are compared'
-        if plan.inverted.any()
-        else ''
-    )
-    head = markup(
-        '<h2 id="wordings">In other words</h2><p>Every question was asked again in other words{}.'
-        ' An answer that turns with the words was not read off the {}.</p>',
-        negated,
-        wording(plan.attrs['tasks'])['image'],
-    )
+    head = _wording_head(plan)
     moves = margin_moves(plan, p, arm, results.config['minimum'])
     return join(
         [
@@ -955,22 +933,56 @@ def wording_section(
                     **how,
                 ),
             ),
-            details(
-                'Numbers per strategy and arm',
-                metric_table(
-                    results,
-                    changed,
-                    subgroup='',
-                    caption='Each rewording against the original question, with 95 % intervals',
-                ),
-                metric_table(
-                    results,
-                    every,
-                    subgroup='',
-                    caption='All wordings of a question together, with 95 % intervals',
-                ),
-            ),
+            _wording_numbers(results),
         ]
+    )
+
+
+def _wording_numbers(results):
+    "Fold the numbers of the rewordings, one by one and together, per strategy and arm."
+    changed = dict(
+        wording_flips=('answers changed', '%'),
+        wording_accuracy=('accuracy', '%'),
+        wording_accuracy_change=('change in accuracy', '%'),
+    )
+    every = dict(
+        wording_consistency=('all wordings agree', '%'),
+        wording_right_in_all=('right in every wording', '%'),
+        wording_entropy=('entropy, bits', ''),
+        wording_margin_spread=('margin spread, log-odds', ''),
+    )
+    return (
+        details(
+            'Numbers per strategy and arm',
+            metric_table(
+                results,
+                changed,
+                subgroup='',
+                caption='Each rewording against the original question, with 95 % intervals',
+            ),
+            metric_table(
+                results,
+                every,
+                subgroup='',
+                caption='All wordings of a question together, with 95 % intervals',
+            ),
+        ),
+    )
+
+
+def _wording_head(plan):
+    "Heading of the section, and the meaning of a changed answer."
+    negated = (
+        ', some of them negated (“is it absent?”): there the right answer is the opposite, and'
+        ' answers are turned back before they are compared'
+        if plan.inverted.any()
+        else ''
+    )
+    return markup(
+        '<h2 id="wordings">In other words</h2><p>Every question was asked again in other words{}.'
+        ' An answer that turns with the words was not read off the {}.</p>',
+        negated,
+        wording(plan.attrs['tasks'])['image'],
     )
 
 

@@ -155,37 +155,7 @@ def ssa_order_figure(
         7.4, 0.9 + 0.19 * len(lines) + 0.17 * len(steps), 1, 2, sharex=True, sharey=True
     )
     for ax, m, colour in zip(axes[0], RATES, COLOURS):
-        for what, marker, size, face in (
-            ('first', '>', 26, 'none'),
-            ('last', '<', 26, 'none'),
-            ('effect', 'o', 24, colour),
-        ):
-            t = table[table.metric == f'{m}_{what}'].set_index(['added', 'subgroup'])
-            if t.empty:
-                continue
-            rows = [t.loc[line] for line in lines]
-            at = list(y.values())
-            if what == 'effect':
-                ax.hlines(
-                    at,
-                    [100 * r.ci_low for r in rows],
-                    [100 * r.ci_high for r in rows],
-                    color=colour,
-                    lw=1.4,
-                )
-            ax.scatter(
-                [100 * r.value for r in rows],
-                at,
-                s=size,
-                marker=marker,
-                facecolor=face,
-                edgecolor=colour if what == 'effect' else '#555555',
-                lw=0.8,
-                zorder=3,
-                label={'effect': 'mean over orders', 'first': 'when first', 'last': 'when last'}[
-                    what
-                ],
-            )
+        _order_points(ax, table, m, colour, y)
         ax.axvline(0, color='#777777', lw=0.8)
         ax.grid(axis='x', color='#e6e7e8', lw=0.6)
         ax.set_xlabel(f'change of {m}, points')
@@ -227,6 +197,39 @@ def _orders(table):
             ' often'
         )
     )
+
+
+def _order_points(ax, table, m, colour, y):
+    "Draw the effects on one rate; `y` maps (input, subgroup) to its height."
+    at = list(y.values())
+    for what, marker, size, face in (
+        ('first', '>', 26, 'none'),
+        ('last', '<', 26, 'none'),
+        ('effect', 'o', 24, colour),
+    ):
+        t = table[table.metric == f'{m}_{what}'].set_index(['added', 'subgroup'])
+        if t.empty:
+            continue
+        rows = [t.loc[line] for line in y]
+        if what == 'effect':
+            ax.hlines(
+                at,
+                [100 * r.ci_low for r in rows],
+                [100 * r.ci_high for r in rows],
+                color=colour,
+                lw=1.4,
+            )
+        ax.scatter(
+            [100 * r.value for r in rows],
+            at,
+            s=size,
+            marker=marker,
+            facecolor=face,
+            edgecolor=colour if what == 'effect' else '#555555',
+            lw=0.8,
+            zorder=3,
+            label={'effect': 'mean over orders', 'first': 'when first', 'last': 'when last'}[what],
+        )
 
 
 # %% ../../nbs/50k_report.ssa_figures.ipynb #f74d4bb3

@@ -258,6 +258,18 @@ def settings_text():
 
 
 # %% ../../nbs/59d_verbs.clip.ipynb #e344b102
+_WHOLE = (
+    'macro_auroc',
+    'macro_auprc',
+    'macro_f1',
+    'accuracy',
+    'lrap',
+    'exact_match',
+    'recall@1',
+    'recall@10',
+)
+
+
 @clip_app.command()
 def evaluate(
     cohort: CohortOption,
@@ -329,33 +341,12 @@ def evaluate(
         device=device,
         n_boot=n_boot,
     )
-    pair = (
-        compare_models(
-            (model, pretrained),
-            (against, ''),
-            unseen(model, films, seen)[0],
-            out,
-            words,
-            device,
-            n_boot,
-        )
-        if against
-        else None
-    )
+    pair = None
+    if against:
+        own, both = unseen(model, films, seen)[0], ((model, pretrained), (against, ''))
+        pair = compare_models(*both, own, out, words, device, n_boot)
     told = [
-        _rows(
-            found.metrics,
-            (
-                'macro_auroc',
-                'macro_auprc',
-                'macro_f1',
-                'accuracy',
-                'lrap',
-                'exact_match',
-                'recall@1',
-                'recall@10',
-            ),
-        ),
+        _rows(found.metrics, _WHOLE),
         *found.notes,
         *(f'{against}: {n}' for n in notes),
     ]

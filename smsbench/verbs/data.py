@@ -436,7 +436,6 @@ def plan(
     from smsbench.core import read_table, write_table
     from smsbench.sms.audit import Source
     from smsbench.sms.registration import register, write_registration
-    from smsbench.sms.shifts import make_plan
 
     settings = audit_settings(
         arms,
@@ -452,20 +451,7 @@ def plan(
         **parse_rewordings(paraphrases),
     )
     table = read_table(cohort_file, 'cohort')
-    source = Source(table, root or '', remote=allow_remote)
-    frozen, excluded = make_plan(
-        table,
-        settings.arms,
-        seed,
-        settings.match,
-        settings.variants,
-        source.image,
-        settings.rewordings,
-        settings.probes,
-        source.rows,
-        settings.donors,
-        settings.margin,
-    )
+    frozen, excluded = _frozen(table, settings, Source(table, root or '', remote=allow_remote))
     write_table(frozen, out, 'plan', cohort_file=str(cohort_file.resolve()))
     write_table(excluded, out.with_name(out.stem + '_exclusions.parquet'))
     record, file = register(frozen, settings), out.with_name(out.stem + '_registration.yaml')
@@ -515,3 +501,22 @@ def _plan_text(frozen, excluded, out, record, file):
         f' ({why}), family {record.family} -> {file}'
     )
     return '\n'.join([trials, *lost, able, made, told])
+
+
+def _frozen(table, settings, source):
+    "The plan of a cohort, and the samples that arms could not show."
+    from smsbench.sms.shifts import make_plan
+
+    return make_plan(
+        table,
+        settings.arms,
+        settings.seed,
+        settings.match,
+        settings.variants,
+        source.image,
+        settings.rewordings,
+        settings.probes,
+        source.rows,
+        settings.donors,
+        settings.margin,
+    )

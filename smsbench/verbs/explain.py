@@ -350,10 +350,8 @@ def ssa(
     age,sex,complaint --out reports/ssa
     """
     from smsbench.clip.ssa import ssa as analyse
-    from smsbench.core import Run, environment, write_json, write_table
+    from smsbench.core import Run
     from smsbench.data.manifest import shown
-    from smsbench.report.external import shareable
-    from smsbench.report.ssa_figures import ssa_figure, ssa_order_figure, ssa_table
 
     if bool(model) == bool(vlm):
         raise InputError('name one model: --model for CLIP, or --vlm for a vision-language model')
@@ -392,26 +390,12 @@ def ssa(
         ask, asked, split_list(steps), wording, most_orders, seed=seed, show=True, n_boot=n_boot
     )
     run.freeze(config)
-    attrs = found.attrs
-    found = shareable(found, access)
-    found.attrs = attrs
-    write_table(found, run / 'metrics.parquet', 'metrics')
-    (run / 'tables').mkdir(exist_ok=True)
-    (run / 'figures').mkdir(exist_ok=True)
-    table = ssa_table(found)
-    plain_cells(found).to_csv(run / 'tables/metrics.csv', index=False)
-    plain_cells(table).to_csv(run / 'tables/effects.csv', index=False)
+    found, table = _save_ssa(run, found, access, left)
     if len(left):
         notes.append(
             f"{shown(len(left), access)} picture(s) cannot be read and are left"
             f" out{'; tables/excluded.csv lists them' if access == 'open' else ''}"
         )
-    if len(left) and access == 'open':
-        plain_cells(left).to_csv(run / 'tables/excluded.csv', index=False)
-    for name, f in dict(steps=ssa_figure(found), orders=ssa_order_figure(found)).items():
-        if f is not None:
-            (run / f'figures/{name}.png').write_bytes(f.png())
-    write_json(environment(), run / 'environment.json')
     say(
         dict(out=str(out), metrics=found.to_dict('records'), notes=notes),
         as_json,
@@ -484,3 +468,27 @@ def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
         [],
         left,
     )
+
+
+def _save_ssa(run, found, access, left):
+    "Write metrics.parquet, tables/ and figures/; returns metrics that may be shown, and effects."
+    from smsbench.core import environment, write_json, write_table
+    from smsbench.report.external import shareable
+    from smsbench.report.ssa_figures import ssa_figure, ssa_order_figure, ssa_table
+
+    attrs = found.attrs
+    found = shareable(found, access)
+    found.attrs = attrs
+    write_table(found, run / 'metrics.parquet', 'metrics')
+    (run / 'tables').mkdir(exist_ok=True)
+    (run / 'figures').mkdir(exist_ok=True)
+    table = ssa_table(found)
+    plain_cells(found).to_csv(run / 'tables/metrics.csv', index=False)
+    plain_cells(table).to_csv(run / 'tables/effects.csv', index=False)
+    if len(left) and access == 'open':
+        plain_cells(left).to_csv(run / 'tables/excluded.csv', index=False)
+    for name, f in dict(steps=ssa_figure(found), orders=ssa_order_figure(found)).items():
+        if f is not None:
+            (run / f'figures/{name}.png').write_bytes(f.png())
+    write_json(environment(), run / 'environment.json')
+    return found, table
