@@ -247,14 +247,22 @@ def _value(text):
 
 # %% ../../nbs/59d_verbs.clip.ipynb #1a2c473e
 def settings_text():
-    "Every training setting, its default and what it means."
-    import inspect, re
+    "Every training setting with its default and its meaning, one a line."
+    import ast, inspect, io, tokenize
     from smsbench.clip import settings
 
-    lines = re.findall(
-        r'^    (\w+): [\w|. ]+ = (.+?)\s+# (.*)$', inspect.getsource(settings.TrainSettings), re.M
-    )
-    return '\n'.join(f'{name:14} {default:22} {about}' for name, default, about in lines)
+    source = inspect.getsource(settings.TrainSettings)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    notes = {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
+    lines = []
+    for field in ast.parse(source).body[0].body:
+        if isinstance(field, ast.AnnAssign):  # a setting may take several lines
+            default = ast.get_source_segment(source, field.value)
+            default = ast.unparse(field.value) if '\n' in default else default
+            rows = range(field.lineno, field.end_lineno + 1)
+            about = ' '.join(notes[i] for i in rows if i in notes)
+            lines.append(f'{field.target.id:14} {default:22} {about}')
+    return '\n'.join(lines)
 
 
 # %% ../../nbs/59d_verbs.clip.ipynb #e344b102
