@@ -159,33 +159,7 @@ def shares_figure(
     said = []
     for i, (m, a) in enumerate(lines):
         own = rows[(rows.model == m) & (rows.arm == a)].set_index('metric')
-        shares = {k.removeprefix('share_'): v for k, v in own.value.items()}
-        if is_voided(own.note).any():
-            ax.barh(i, 1, 0.7, fc='white', hatch='////', lw=0)
-            ax.text(
-                0.5,
-                i,
-                'void',
-                ha='center',
-                va='center',
-                fontsize=8,
-                bbox=dict(fc='white', ec='none', pad=1),
-            )
-            said.append(f'{m}, {a}: void')
-            continue
-        share_bar(ax, shares, i)
-        if 'share_image' in own.index:
-            r = own.loc['share_image']
-            ax.plot(
-                [r.ci_low, r.ci_high],
-                [i + 0.24] * 2,
-                color='#111111',
-                lw=1.5,
-                solid_capstyle='butt',
-            )
-        said.append(
-            f"{m}, {a}: " + ', '.join(f'{g} {percent(v)}' for g, v in shares.items() if v >= 0.005)
-        )
+        said.append(f'{m}, {a}: {_shares_row(ax, i, own)}')
     ax.set(
         yticks=range(len(lines)),
         ylim=(len(lines) - 0.45, -0.55),
@@ -199,6 +173,34 @@ def shares_figure(
     _group_legend(fig)
     fig.alt = 'Stacked bars: mean share of attention per model and arm. ' + '; '.join(said) + '.'
     return fig
+
+
+def _shares_row(ax, i, own):
+    "Draw the shares of one model and arm; returns their description."
+    shares = {k.removeprefix('share_'): v for k, v in own.value.items()}
+    if is_voided(own.note).any():
+        ax.barh(i, 1, 0.7, fc='white', hatch='////', lw=0)
+        ax.text(
+            0.5,
+            i,
+            'void',
+            ha='center',
+            va='center',
+            fontsize=8,
+            bbox=dict(fc='white', ec='none', pad=1),
+        )
+        return 'void'
+    share_bar(ax, shares, i)
+    if 'share_image' in own.index:
+        r = own.loc['share_image']
+        ax.plot(
+            [r.ci_low, r.ci_high],
+            [i + 0.24] * 2,
+            color='#111111',
+            lw=1.5,
+            solid_capstyle='butt',
+        )
+    return ', '.join(f'{g} {percent(v)}' for g, v in shares.items() if v >= 0.005)
 
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #e8c01c87
@@ -374,16 +376,7 @@ def _map_row(fig, axes, method, shown, looked):
     )
     top = shared_top(both)
     draw_film(above[0], image, boxes=boxes, mask=mask)
-    above[0].text(
-        -0.03,
-        0.5,
-        method,
-        transform=above[0].transAxes,
-        rotation=90,
-        va='center',
-        ha='right',
-        fontsize=9,
-    )
+    _method_name(above[0], method)
     for ax, bar, look in zip(above[1:], below[1:], looked):
         values, shares = look or (None, {})
         scale = draw_film(ax, image, values, boxes, mask, top)
@@ -450,6 +443,20 @@ def _said(results, model, trial):
     if r.parse_status != 'ok' or not len(r.logprobs):
         return f'({r.parse_status})'
     return f'{r.answer} ({percent(np.exp(max(r.logprobs)) / np.exp(list(r.logprobs)).sum())})'
+
+
+def _method_name(ax, method):
+    "Write the method beside its row."
+    ax.text(
+        -0.03,
+        0.5,
+        method,
+        transform=ax.transAxes,
+        rotation=90,
+        va='center',
+        ha='right',
+        fontsize=9,
+    )
 
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #b9c87c72
@@ -524,21 +531,7 @@ def localisation_figure(
     )
     said = []
     for ax, panel in zip(axes[0], panels):
-        measure, title, chance = panel
-        for i in range(0, len(kept), 2):
-            ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
-        if chance is not None:
-            ax.axvline(chance, color='#777777', lw=0.9, ls=(0, (4, 3)))
-        said += _panel_points(ax, rows, panel, kept, styles)
-        ax.set(
-            title=title,
-            xlim=(-0.02, None if measure in ('mass', 'iou') else 1.02),
-            yticks=range(len(kept)),
-            ylim=(len(kept) - 0.5, -0.5),
-        )
-        ax.set_yticklabels([n for _, n in kept])
-        ax.tick_params(axis='y', length=0)
-        ax.grid(axis='x', color='#d9dbdd', lw=0.6)
+        said += _localisation_panel(ax, rows, panel, kept, styles)
     legend(fig, styles)
     fig.alt = (
         'Dot plot with 95 % intervals: how well maps lie on the marked region. '
@@ -603,6 +596,26 @@ def _panel_points(ax, rows, panel, kept, styles):
                     else f'{rounded(r.value, 2)} ({span(r.ci_low, r.ci_high, 2, 1)})'
                 )
             )
+    return said
+
+
+def _localisation_panel(ax, rows, panel, kept, styles):
+    "Draw one measure, a line per kind of map; returns the descriptions of its points."
+    measure, title, chance = panel
+    for i in range(0, len(kept), 2):
+        ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
+    if chance is not None:
+        ax.axvline(chance, color='#777777', lw=0.9, ls=(0, (4, 3)))
+    said = _panel_points(ax, rows, panel, kept, styles)
+    ax.set(
+        title=title,
+        xlim=(-0.02, None if measure in ('mass', 'iou') else 1.02),
+        yticks=range(len(kept)),
+        ylim=(len(kept) - 0.5, -0.5),
+    )
+    ax.set_yticklabels([n for _, n in kept])
+    ax.tick_params(axis='y', length=0)
+    ax.grid(axis='x', color='#d9dbdd', lw=0.6)
     return said
 
 

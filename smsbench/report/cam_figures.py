@@ -66,23 +66,7 @@ def cam_panels(
         2.25 * (2 + len(names)) + 0.5, 0.45 + 2.5 * len(panels), len(panels), 2 + len(names)
     )
     for i, (row, p) in enumerate(zip(axes, panels)):
-        draw_film(row[0], p.image)
-        row[0].set_title(literal(p.title, 34), fontsize=8.5)
-        _marked(row[1], p, colour)
-        row[1].set_title('marked' if i == 0 and readers else '', fontsize=8.5)
-        for ax, n in zip(row[2:], names):
-            scale = _marked(ax, p, colour, _lift(p.maps[n], smooth))
-            ax.set_title(literal(n, 30) if i == 0 else '', fontsize=8.5)
-            if n in p.notes:
-                ax.text(
-                    0.5,
-                    -0.03,
-                    literal(p.notes[n], 60),
-                    transform=ax.transAxes,
-                    ha='center',
-                    va='top',
-                    fontsize=8,
-                )
+        scale = _panel_row(row, p, colour, smooth, i == 0)
     if names:
         bar = fig.colorbar(scale, ax=list(axes[:, -1]), shrink=0.5, aspect=22, pad=0.02)
         bar.outline.set_visible(False)
@@ -118,6 +102,29 @@ def _marked(ax, p, colour, values=None):
     scale = draw_film(ax, p.image, values)
     for r, mask in p.marks.items():
         ax.contour(np.arange(w), np.arange(h), mask, levels=[0.5], colors=colour[r], linewidths=1.3)
+    return scale
+
+
+def _panel_row(row, p, colour, smooth, first):
+    "Draw one film: plain, with the marks of readers, and under each map; returns the last scale."
+    scale = None
+    draw_film(row[0], p.image)
+    row[0].set_title(literal(p.title, 34), fontsize=8.5)
+    _marked(row[1], p, colour)
+    row[1].set_title('marked' if first and colour else '', fontsize=8.5)
+    for ax, n in zip(row[2:], p.maps):
+        scale = _marked(ax, p, colour, _lift(p.maps[n], smooth))
+        ax.set_title(literal(n, 30) if first else '', fontsize=8.5)
+        if n in p.notes:
+            ax.text(
+                0.5,
+                -0.03,
+                literal(p.notes[n], 60),
+                transform=ax.transAxes,
+                ha='center',
+                va='top',
+                fontsize=8,
+            )
     return scale
 
 
@@ -300,16 +307,7 @@ def perturbation_figure(
     score = curves.attrs.get('score', 'score')
     for ax, kind in zip(axes[0], ('deletion', 'insertion')):
         for order, g in curves[curves.kind == kind].groupby('order', sort=False):
-            points = [
-                (
-                    f,
-                    mean(h.score, bounds=(0, 1) if score == 'probability' else (-1, 1)).bootstrap(
-                        h.patient_id.to_numpy(), n_boot
-                    ),
-                )
-                for f, h in g.groupby('fraction')
-            ]
-            x, i = np.array([f for f, _ in points]), [p for _, p in points]
+            x, i = _mean_scores(g, score, n_boot)
             _band(
                 ax,
                 x,
@@ -344,6 +342,19 @@ def perturbation_figure(
     return fig
 
 
+def _mean_scores(g, score, n_boot):
+    "Fractions of the cells, and the mean score at each with its interval over patients."
+    bounds = (0, 1) if score == 'probability' else (-1, 1)
+    points = [
+        (
+            f,
+            mean(h.score, bounds=bounds).bootstrap(h.patient_id.to_numpy(), n_boot),
+        )
+        for f, h in g.groupby('fraction')
+    ]
+    return np.array([f for f, _ in points]), [p for _, p in points]
+
+
 # %% ../../nbs/50j_report.cam_figures.ipynb #c0d66202
 @styled
 def cascade_figure(
@@ -364,18 +375,7 @@ def cascade_figure(
         ax.plot(x, g.value, color=style['color'], lw=1.2, alpha=0.6)
         ax.vlines(x, g.ci_low, g.ci_high, color=style['color'], lw=1.4)
         ax.plot(x, g.value, ls='', ms=6, mec='white', mew=0.8, mfc=style['color'], **style)
-        for k, v, note in zip(x, g.value, g.note):
-            if not np.isfinite(v):
-                ax.text(
-                    k,
-                    -0.04,
-                    'withheld' if 'suppressed' in str(note) else 'no map',
-                    rotation=90,
-                    fontsize=7,
-                    color=style['color'],
-                    ha='center',
-                    va='top',
-                )
+        _say_missing(ax, x, g, style['color'])
         said.append(f"{m}: " + ', '.join(f'{s} {rounded(v, 2)}' for s, v in g.value.items()))
     ax.set(
         xticks=range(len(stages)),
@@ -393,6 +393,22 @@ def cascade_figure(
         ' are shuffled from the top down. ' + '; '.join(said) + '.'
     )
     return fig
+
+
+def _say_missing(ax, x, g, colour):
+    "Write why a stage has no number."
+    for k, v, note in zip(x, g.value, g.note):
+        if not np.isfinite(v):
+            ax.text(
+                k,
+                -0.04,
+                'withheld' if 'suppressed' in str(note) else 'no map',
+                rotation=90,
+                fontsize=7,
+                color=colour,
+                ha='center',
+                va='top',
+            )
 
 
 # %% ../../nbs/50j_report.cam_figures.ipynb #c0d66203

@@ -34,7 +34,21 @@ def check_html(
         for m, c in checks.items()
         if not c['ok']
     )
-    rows = pd.DataFrame(
+    rows = _check_rows(checks)
+    return markup(
+        '{}{}',
+        failed,
+        html_table(
+            rows,
+            'Answers scored again at level 0: one trial at a time, nothing shared',
+            numbers=['largest |Δ log-prob|', 'tolerance'],
+        ),
+    )
+
+
+def _check_rows(checks):
+    "The check of each model as a row of a table."
+    return pd.DataFrame(
         [
             {
                 'model': m,
@@ -56,15 +70,6 @@ def check_html(
             }
             for m, c in checks.items()
         ]
-    )
-    return markup(
-        '{}{}',
-        failed,
-        html_table(
-            rows,
-            'Answers scored again at level 0: one trial at a time, nothing shared',
-            numbers=['largest |Δ log-prob|', 'tolerance'],
-        ),
     )
 
 

@@ -248,16 +248,7 @@ def classes_figure(
     by: str = 'model',  # 'model' or 'arm': what gets a colour
 ):  # Figure with `.alt`, or None where no class has any of these numbers
     "Numbers per class with intervals, one panel per metric."
-    rows = metrics[
-        metrics.metric.isin([*shown, *(f'macro_{m}' for m in shown)])
-        & (metrics.subgroup.str.startswith('class=') | (metrics.subgroup == 'all'))
-    ]
-    rows = rows.assign(
-        row=rows.subgroup.str.removeprefix('class=').replace('all', 'mean over classes'),
-        metric=rows.metric.str.removeprefix('macro_'),
-        model=rows[by],
-        arm='',
-    )
+    rows = _class_rows(metrics, shown, by)
     shown = [m for m in shown if (rows.metric == m).any()]
     if not shown:
         return None
@@ -304,6 +295,20 @@ def classes_figure(
 _NAMES = dict(
     auroc='AUROC', auprc='AUPRC', f1='F1', recall='recall (sensitivity)', ece='calibration error'
 )
+
+
+def _class_rows(metrics, shown, by):
+    "Rows per class and their mean over classes; `model` is what gets a colour."
+    rows = metrics[
+        metrics.metric.isin([*shown, *(f'macro_{m}' for m in shown)])
+        & (metrics.subgroup.str.startswith('class=') | (metrics.subgroup == 'all'))
+    ]
+    return rows.assign(
+        row=rows.subgroup.str.removeprefix('class=').replace('all', 'mean over classes'),
+        metric=rows.metric.str.removeprefix('macro_'),
+        model=rows[by],
+        arm='',
+    )
 
 
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf05
@@ -409,28 +414,8 @@ def embedding_figure(
         if kind == 'multilabel'
         else (lambda c: (c[0], [c[1][0, 0]]))(canvas(6, 4.3))
     )
-    order = np.random.default_rng(0).permutation(len(at))  # no class lies on top of the others
-    size = float(np.clip(4000 / max(len(at), 1), 4, 22))
     for i, (ax, name) in enumerate(zip(axes, panels)):
-        for c, (label, chosen) in enumerate(
-            [(None, y[:, i] == 0), (None, y[:, i] == 1)]
-            if kind == 'multilabel'
-            else [(n, y[:, j] == 1) for j, n in enumerate(classes)]
-        ):
-            k = order[chosen[order]]
-            colour = (
-                ('#c3c7cb', COLOURS[1])[c] if kind == 'multilabel' else COLOURS[c % len(COLOURS)]
-            )
-            ax.scatter(
-                at.x.iloc[k],
-                at.y.iloc[k],
-                s=size,
-                color=colour,
-                alpha=0.75,
-                lw=0,
-                label=None if label is None else f'{literal(label, 28)} ({chosen.sum()})',
-                marker='osD^vPX'[c // len(COLOURS) % 7],
-            )
+        _scatter(ax, at, y, i, classes, kind)
         ax.set(
             xticks=[],
             yticks=[],
@@ -458,6 +443,29 @@ def embedding_figure(
     return fig
 
 
+def _scatter(ax, at, y, i, classes, kind):
+    "Draw the films of one panel: class `i` or all classes."
+    order = np.random.default_rng(0).permutation(len(at))  # no class lies on top of the others
+    size = float(np.clip(4000 / max(len(at), 1), 4, 22))
+    for c, (label, chosen) in enumerate(
+        [(None, y[:, i] == 0), (None, y[:, i] == 1)]
+        if kind == 'multilabel'
+        else [(n, y[:, j] == 1) for j, n in enumerate(classes)]
+    ):
+        k = order[chosen[order]]
+        colour = ('#c3c7cb', COLOURS[1])[c] if kind == 'multilabel' else COLOURS[c % len(COLOURS)]
+        ax.scatter(
+            at.x.iloc[k],
+            at.y.iloc[k],
+            s=size,
+            color=colour,
+            alpha=0.75,
+            lw=0,
+            label=None if label is None else f'{literal(label, 28)} ({chosen.sum()})',
+            marker='osD^vPX'[c // len(COLOURS) % 7],
+        )
+
+
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf07
 @styled
 def few_shot_figure(
@@ -472,25 +480,7 @@ def few_shot_figure(
     styles = looks(list(curves))
     fig, ax = canvas(5.4, 3.2)
     ax = ax[0, 0]
-    for n, c in curves.items():
-        ax.fill_between(
-            c.shots.astype(float),
-            c.ci_low.astype(float),
-            c.ci_high.astype(float),
-            color=styles[n]['color'],
-            alpha=0.18,
-            lw=0,
-        )
-        ax.plot(c.shots, c.value, ms=5, mec='white', lw=1.6, label=literal(n), **styles[n])
-        for side in ('seed_low', 'seed_high'):
-            ax.plot(c.shots, c[side], ls='', marker='.', ms=4, color=styles[n]['color'])
-    for row, name, colour, dash in (
-        (zero_shot, 'zero-shot', '#444444', (0, (5, 2))),
-        (full, 'probe on all training films', COLOURS[2], (0, (2, 2))),
-    ):
-        if row is not None and np.isfinite(row.value):
-            ax.axhline(row.value, color=colour, lw=1.2, ls=dash, label=name)
-            ax.axhspan(row.ci_low, row.ci_high, color=colour, alpha=0.08, lw=0)
+    _shot_curves(ax, curves, styles, zero_shot, full)
     ax.axhline(0.5, color='#999999', lw=0.8, ls=(0, (1, 2)), label='chance')
     ticks = sorted({int(s) for c in curves.values() for s in c.shots})
     lowest = np.nanmin(
@@ -522,3 +512,26 @@ def few_shot_figure(
         + ('' if zero_shot is None else f' Zero-shot {rounded(zero_shot.value, 2)}.')
     )
     return fig
+
+
+def _shot_curves(ax, curves, styles, zero_shot, full):
+    "Draw the curves with their intervals and seeds, and lines for zero-shot and the full probe."
+    for n, c in curves.items():
+        ax.fill_between(
+            c.shots.astype(float),
+            c.ci_low.astype(float),
+            c.ci_high.astype(float),
+            color=styles[n]['color'],
+            alpha=0.18,
+            lw=0,
+        )
+        ax.plot(c.shots, c.value, ms=5, mec='white', lw=1.6, label=literal(n), **styles[n])
+        for side in ('seed_low', 'seed_high'):
+            ax.plot(c.shots, c[side], ls='', marker='.', ms=4, color=styles[n]['color'])
+    for row, name, colour, dash in (
+        (zero_shot, 'zero-shot', '#444444', (0, (5, 2))),
+        (full, 'probe on all training films', COLOURS[2], (0, (2, 2))),
+    ):
+        if row is not None and np.isfinite(row.value):
+            ax.axhline(row.value, color=colour, lw=1.2, ls=dash, label=name)
+            ax.axhspan(row.ci_low, row.ci_high, color=colour, alpha=0.08, lw=0)

@@ -16,6 +16,7 @@ from ..sms.shifts import ARMS
 
 # %% ../../nbs/50b_report.curves.ipynb #493ae5f5
 CURVE_ARMS = ('original', 'image_swap', 'text_swap', 'text_only', 'image_only')
+_COLUMNS = 'model arm from to prob frequency ci_low ci_high n n_clusters note'.split()
 
 
 def reliability_curves(
@@ -49,21 +50,7 @@ def reliability_curves(
         else []
     )
     if not parts:
-        return pd.DataFrame(
-            columns=[
-                'model',
-                'arm',
-                'from',
-                'to',
-                'prob',
-                'frequency',
-                'ci_low',
-                'ci_high',
-                'n',
-                'n_clusters',
-                'note',
-            ]
-        )
+        return pd.DataFrame(columns=_COLUMNS)
     table = pd.concat(parts, ignore_index=True)
     return table[['model', 'arm', *[c for c in table if c not in ('model', 'arm')]]].sort_values(
         ['model', 'arm'],

@@ -79,22 +79,7 @@ def severity_figure(
     for i, r in enumerate(findings.itertuples()):
         if i % 2 == 0:
             ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0)
-        strong = 'bold' if r.severity in SEVERITIES[:2] else 'normal'
-        ax.plot(0.018, i, SIGNS[r.severity], ms=6, color=SHADES[r.severity], mec='white', mew=0.5)
-        ax.text(0.034, i, r.severity, va='center', fontsize=8.5, weight=strong)
-        where = r.subject if r.subject != 'all' else ''
-        if r.finding and several:
-            where = f'{where} ({r.finding})' if where else r.finding
-        for x, t in ((0.115, literal(r.check, 34)), (0.36, literal(where, 40)), (0.645, amount(r))):
-            ax.text(x, i, t, va='center', fontsize=8.5, weight=strong)
-        ax.text(
-            0.985,
-            i,
-            f'{r.n:,}' if not pd.isna(r.n) else '<10',
-            va='center',
-            ha='right',
-            fontsize=8.5,
-        )
+        _severity_row(ax, i, r, several)
     counts = findings.severity.value_counts()
     bad = findings[findings.severity.isin(SEVERITIES[:2])]
     fig.alt = (
@@ -104,6 +89,26 @@ def severity_figure(
         + ' '.join(f'{r.severity}: {r.check}, {r.subject}: {amount(r)}.' for r in bad.itertuples())
     )
     return fig
+
+
+def _severity_row(ax, i, r, several):
+    "Write one finding; `several` adds the question to its subject."
+    strong = 'bold' if r.severity in SEVERITIES[:2] else 'normal'
+    ax.plot(0.018, i, SIGNS[r.severity], ms=6, color=SHADES[r.severity], mec='white', mew=0.5)
+    ax.text(0.034, i, r.severity, va='center', fontsize=8.5, weight=strong)
+    where = r.subject if r.subject != 'all' else ''
+    if r.finding and several:
+        where = f'{where} ({r.finding})' if where else r.finding
+    for x, t in ((0.115, literal(r.check, 34)), (0.36, literal(where, 40)), (0.645, amount(r))):
+        ax.text(x, i, t, va='center', fontsize=8.5, weight=strong)
+    ax.text(
+        0.985,
+        i,
+        f'{r.n:,}' if not pd.isna(r.n) else '<10',
+        va='center',
+        ha='right',
+        fontsize=8.5,
+    )
 
 
 # %% ../../nbs/50e_report.data_figures.ipynb #7e02b63b
@@ -162,19 +167,7 @@ def shortcut_figure(
     ax = ax[0, 0]
     for i in range(0, len(order), 2):
         ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
-    for r in rows[rows.severity == ''].itertuples():
-        ax.plot(r.auroc, order.index(r.line), 'o', ms=3.5, color='#9aa0a6', mec='white', mew=0.4)
-    for i, r in enumerate(best.itertuples()):
-        ax.plot([r.low, r.high], [i, i], color=SHADES[r.severity], lw=1.8, solid_capstyle='butt')
-        ax.plot(r.auroc, i, SIGNS[r.severity], ms=7, color=SHADES[r.severity], mec='white', mew=0.6)
-        ax.text(
-            1.01,
-            i,
-            f'{rounded(r.auroc, 2)}  ({span(r.low, r.high, 2, 1)})',
-            transform=ax.get_yaxis_transform(),
-            va='center',
-            fontsize=8,
-        )
+    _told_points(ax, rows, best)
     ax.axvline(0.5, color='#333333', lw=0.9, ls=(0, (4, 3)))
     low = min(0.4, np.floor(10 * rows[['low', 'auroc']].min().min()) / 10)
     names = [
@@ -216,6 +209,24 @@ def _severity_legend(fig, used, others):
         else []
     )
     fig.legend(*zip(*marks), loc='outside upper left', ncols=len(marks))
+
+
+def _told_points(ax, rows, best):
+    "Draw the AUROC of each attribute: of the worst question with its interval, of others as dots."
+    order = list(best.line)
+    for r in rows[rows.severity == ''].itertuples():
+        ax.plot(r.auroc, order.index(r.line), 'o', ms=3.5, color='#9aa0a6', mec='white', mew=0.4)
+    for i, r in enumerate(best.itertuples()):
+        ax.plot([r.low, r.high], [i, i], color=SHADES[r.severity], lw=1.8, solid_capstyle='butt')
+        ax.plot(r.auroc, i, SIGNS[r.severity], ms=7, color=SHADES[r.severity], mec='white', mew=0.6)
+        ax.text(
+            1.01,
+            i,
+            f'{rounded(r.auroc, 2)}  ({span(r.low, r.high, 2, 1)})',
+            transform=ax.get_yaxis_transform(),
+            va='center',
+            fontsize=8,
+        )
 
 
 # %% ../../nbs/50e_report.data_figures.ipynb #4052663b
@@ -399,17 +410,7 @@ def pairs_figure(
             (column[0], r.ref_a, r.split_a, r.patient_a),
             (column[1], r.ref_b, r.split_b, r.patient_b),
         ):
-            image = thumbnail(
-                read_phantom(ref) if ref.startswith('phantom:') else read_image(root, ref)
-            )
-            ax.imshow(
-                image,
-                cmap='gray' if image.ndim == 2 else None,
-                vmin=0,
-                vmax=255,
-                interpolation='nearest',
-            )
-            ax.set_title(literal(f'{split or "no split"}, patient {patient}', 30), fontsize=7.5)
+            _pair_film(ax, root, ref, f'{split or "no split"}, patient {patient}')
         column[1].text(
             0.5,
             -0.04,
@@ -430,3 +431,16 @@ def pairs_figure(
         + '.'
     )
     return fig
+
+
+def _pair_film(ax, root, ref, title):
+    "Draw one film of a pair."
+    image = thumbnail(read_phantom(ref) if ref.startswith('phantom:') else read_image(root, ref))
+    ax.imshow(
+        image,
+        cmap='gray' if image.ndim == 2 else None,
+        vmin=0,
+        vmax=255,
+        interpolation='nearest',
+    )
+    ax.set_title(literal(title, 30), fontsize=7.5)

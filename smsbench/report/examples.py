@@ -46,6 +46,9 @@ def film(
 
 
 # %% ../../nbs/50d_report.examples.ipynb #5f9b1e2a
+_COLUMNS = 'finding sample_id arm model image_id text_id label donor_label before after'.split()
+
+
 def choose_examples(
     results,  # `Results` of a run
     arms=('image_swap', 'text_swap'),  # where to look for flips
@@ -81,18 +84,7 @@ def choose_examples(
     )
     donor = np.where(chosen.image_id != chosen.sample_id, chosen.image_label, chosen.text_label)
     return chosen.assign(donor_label=donor, before=chosen.base_said, after=chosen.said)[
-        [
-            'finding',
-            'sample_id',
-            'arm',
-            'model',
-            'image_id',
-            'text_id',
-            'label',
-            'donor_label',
-            'before',
-            'after',
-        ]
+        _COLUMNS
     ].reset_index(drop=True)
 
 

@@ -185,6 +185,11 @@ def unseen(
         )
     if o.seen.all():
         raise InputError(f'nothing is left to test on: {o}')
+    return films.take(~o.seen), _seen_notes(o)
+
+
+def _seen_notes(o):
+    "What must be known about the overlap of a cohort with training."
     notes = (
         [
             f'{o.count(o.seen.sum())} films that were seen in training, or whose patient was, are'
@@ -210,7 +215,7 @@ def unseen(
                 f'WARNING: {o.count(n)} films {where} have no hash of their picture, so overlap was'
                 ' not fully checked'
             )
-    return films.take(~o.seen), notes
+    return notes
 
 
 # %% ../../nbs/50ha_report.external.ipynb #04d95b5b

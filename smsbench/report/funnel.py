@@ -133,26 +133,8 @@ def draw_funnel(
     fig, ax = canvas(8.6, 0.75 + 0.46 * len(table))
     ax = ax[0, 0]
     for i, r in enumerate(table.itertuples()):
-        gone, hidden = max(lefts[i - 1] - lefts[i], 0) if i else 0, r.removed[0] in '<w'
-        ax.barh(i, lefts[i], 0.42, color='white' if hidden else COLOURS[0], ec=COLOURS[0], lw=0.8)
-        if gone and not hidden:
-            ax.barh(
-                i, gone, 0.42, left=lefts[i], color='white', ec=COLOURS[1], hatch='/////', lw=0.8
-            )
-        for x, text, colour in (
-            (1.17, '' if r.removed == '0' else r.removed, COLOURS[1]),
-            (1.34, r.left, '#111111'),
-        ):
-            ax.text(x * top, i, text, va='center', ha='right', color=colour)
-        if r.why:
-            ax.text(
-                0.006 * top,
-                i + 0.37,
-                literal(r.why, 120),
-                va='center',
-                fontsize=7.5,
-                color='#555555',
-            )
+        gone = max(lefts[i - 1] - lefts[i], 0) if i else 0
+        _funnel_row(ax, i, r, lefts[i], gone, top)
     for x, text in ((1.17, 'removed'), (1.34, 'left')):
         ax.text(x * top, -0.62, text, ha='right', va='center', fontsize=8, color='#555555')
     ax.set(
@@ -166,3 +148,25 @@ def draw_funnel(
         for r in table.itertuples()
     )
     return fig
+
+
+def _funnel_row(ax, i, r, left, gone, top):
+    "Draw one step: what is left, what it removed, and why."
+    hidden = r.removed[0] in '<w'
+    ax.barh(i, left, 0.42, color='white' if hidden else COLOURS[0], ec=COLOURS[0], lw=0.8)
+    if gone and not hidden:
+        ax.barh(i, gone, 0.42, left=left, color='white', ec=COLOURS[1], hatch='/////', lw=0.8)
+    for x, text, colour in (
+        (1.17, '' if r.removed == '0' else r.removed, COLOURS[1]),
+        (1.34, r.left, '#111111'),
+    ):
+        ax.text(x * top, i, text, va='center', ha='right', color=colour)
+    if r.why:
+        ax.text(
+            0.006 * top,
+            i + 0.37,
+            literal(r.why, 120),
+            va='center',
+            fontsize=7.5,
+            color='#555555',
+        )

@@ -84,6 +84,15 @@ def join(
 
 
 # %% ../../nbs/51_report.html.ipynb #64884267
+def _plain(v, digits):
+    "A value as a table shows it where its column has no format."
+    if isinstance(v, float):
+        return rounded(v, digits)
+    if isinstance(v, int) and not isinstance(v, bool):
+        return f'{v:,}'
+    return v
+
+
 def html_table(
     df: pd.DataFrame,  # the table; cells that are `Html` stay as they are
     caption: str = '',  # what it shows
@@ -101,20 +110,7 @@ def html_table(
     def cell(c, v):
         if not isinstance(v, (list, tuple, dict)) and pd.isna(v):
             return DASH
-        return (formats or {}).get(
-            c,
-            lambda v: (
-                v
-                if isinstance(v, Html)
-                else (
-                    rounded(v, digits)
-                    if isinstance(v, float)
-                    else f'{v:,}'
-                    if isinstance(v, int) and not isinstance(v, bool)
-                    else v
-                )
-            ),
-        )(v)
+        return formats[c](v) if formats and c in formats else _plain(v, digits)
 
     attr = {c: Html(' class="num"' if c in right else '') for c in df}
     head = join(markup('<th scope="col"{}>{}</th>', attr[c], c) for c in df)

@@ -204,15 +204,16 @@ def loading_flags(
 
 
 # %% ../../nbs/51b_report.provenance.ipynb #e3db0b30
+def _flag(name, v):
+    "An option of the command line as a list, empty where it has no value."
+    return [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None) else []
+
+
 def commands(
     results,  # `Results` of a run
 ) -> list[str]:
     "Shell lines that make the numbers again, and the report."
-    c, info = results.config, results.predictions.attrs.get('models', {})
-
-    def flag(name, v):
-        return [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None) else []
-
+    c, info, flag = results.config, results.predictions.attrs.get('models', {}), _flag
     again = (
         loading_flags(results, ('dtype', 'revision', 'quantization', 'attn_implementation'))
         + flag('seed', c['seed'])
@@ -226,24 +227,7 @@ def commands(
         + ['--out NEW']
     )
     imported = [m for m in model_names(results) if 'imported' in info.get(m, {})]
-    data = (
-        ['--cohort RUN/cohort.parquet']
-        if results.open
-        else flag('manifest', c['cohort'].get('manifest')) + ['--root DATA']
-    )
-    lists = (
-        flag('arms', ','.join(c['arms']))
-        + flag('match', ','.join(c['match']))
-        + flag('variants', '' if list(c['variants']) == ['plain'] else ','.join(c['variants']))
-        + flag('probes', ','.join(c.get('probes', [])))
-    )
-    lists += flag('donors', c.get('donors')) + flag('paraphrases', c.get('paraphrases'))
-    if c.get('wordings'):
-        data, lists = (
-            ['--plan RUN/plan.parquet --cohort RUN/cohort.parquet']
-            + ([] if results.open else ['--root DATA']),
-            [],
-        )  # the plan holds the user's own words
+    data, lists = _plan_flags(results)
     lines = [
         [
             'smsbench predictions ANSWERS.jsonl',
@@ -265,6 +249,28 @@ def commands(
     return [(' ' if sum(map(len, l)) < 100 else ' \\\n    ').join(l) for l in lines] + [
         'smsbench report RUN'
     ]
+
+
+def _plan_flags(results):
+    "Options that name the data, and options that make the plan."
+    c, flag = results.config, _flag
+    data = (
+        ['--cohort RUN/cohort.parquet']
+        if results.open
+        else flag('manifest', c['cohort'].get('manifest')) + ['--root DATA']
+    )
+    lists = (
+        flag('arms', ','.join(c['arms']))
+        + flag('match', ','.join(c['match']))
+        + flag('variants', '' if list(c['variants']) == ['plain'] else ','.join(c['variants']))
+        + flag('probes', ','.join(c.get('probes', [])))
+    )
+    lists += flag('donors', c.get('donors')) + flag('paraphrases', c.get('paraphrases'))
+    if c.get('wordings'):
+        # the plan holds the user's own words
+        data, lists = ['--plan RUN/plan.parquet --cohort RUN/cohort.parquet'], []
+        data += [] if results.open else ['--root DATA']
+    return data, lists
 
 
 # %% ../../nbs/51b_report.provenance.ipynb #af2565e5

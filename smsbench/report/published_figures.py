@@ -102,8 +102,6 @@ def published_heatmap(
 
 def _published_cell(ax, r, i, j, top):
     "Draw one cell of the heat map: its figure and interval, or the reason why it has none."
-    from matplotlib.patches import Rectangle
-
     if r.state == 'figure':
         write = dict(
             ha='center', va='center', color='white' if r.corrected < 0.6 * top else 'black'
@@ -114,6 +112,26 @@ def _published_cell(ax, r, i, j, top):
         if r.basis:
             ax.text(j, i + 0.36, r.basis, fontsize=6.5, **write)
         return
+    _published_gap(ax, r, i, j)
+
+
+def _name_cells(ax, models, arms):
+    "Name the rows and columns of the heat map, and part its cells by white lines."
+    ax.set_xticks(range(len(arms)), [ARM_TITLES[a] for a in arms])
+    ax.set_yticks(range(len(models)), [literal(m, 22) for m in models])
+    ax.tick_params(length=0)
+    ax.xaxis.tick_top()
+    ax.spines[:].set_visible(False)
+    ax.set_xticks(np.arange(len(arms) + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(models) + 1) - 0.5, minor=True)
+    ax.grid(which='minor', color='white', lw=2)
+    ax.tick_params(which='minor', length=0)
+
+
+def _published_gap(ax, r, i, j):
+    "Draw a cell without a figure: the reason, and the published figure where there is one."
+    from matplotlib.patches import Rectangle
+
     ax.add_patch(
         Rectangle(
             (j - 0.5, i - 0.5),
@@ -147,19 +165,6 @@ def _published_cell(ax, r, i, j, top):
             color=_ORANGE,
             lw=1.6,
         )
-
-
-def _name_cells(ax, models, arms):
-    "Name the rows and columns of the heat map, and part its cells by white lines."
-    ax.set_xticks(range(len(arms)), [ARM_TITLES[a] for a in arms])
-    ax.set_yticks(range(len(models)), [literal(m, 22) for m in models])
-    ax.tick_params(length=0)
-    ax.xaxis.tick_top()
-    ax.spines[:].set_visible(False)
-    ax.set_xticks(np.arange(len(arms) + 1) - 0.5, minor=True)
-    ax.set_yticks(np.arange(len(models) + 1) - 0.5, minor=True)
-    ax.grid(which='minor', color='white', lw=2)
-    ax.tick_params(which='minor', length=0)
 
 
 # %% ../../nbs/50a_report.published_figures.ipynb #8fa0d502
@@ -240,7 +245,17 @@ def _published_panel(ax, g, arm, models):
         label='published, but the arm is void',
         zorder=4,
     )
-    for yy in y[(g.state == 'absent').to_numpy()]:
+    _not_in_file(ax, y[(g.state == 'absent').to_numpy()])
+    ax.set_title(ARM_TITLES[arm] + ('\n(void)' if void.all() else ''), fontsize=10)
+    ax.grid(axis='x', color='#e0e0e0', lw=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.tick_params(axis='y', length=0)
+
+
+def _not_in_file(ax, rows):
+    "Mark the lines of models whose file lacks the arm."
+    for yy in rows:
         ax.text(
             0.5,
             yy,
@@ -251,11 +266,6 @@ def _published_panel(ax, g, arm, models):
             fontsize=8,
             color='#555555',
         )
-    ax.set_title(ARM_TITLES[arm] + ('\n(void)' if void.all() else ''), fontsize=10)
-    ax.grid(axis='x', color='#e0e0e0', lw=0.8)
-    ax.set_axisbelow(True)
-    ax.spines[['top', 'right', 'left']].set_visible(False)
-    ax.tick_params(axis='y', length=0)
 
 
 # %% ../../nbs/50a_report.published_figures.ipynb #133c6556

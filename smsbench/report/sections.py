@@ -995,6 +995,27 @@ def probe_section(
     figure = probe_figure(results.metrics, results.delivery)
     if figure is None:
         return Html()
+    flips, noticed = _probe_tables(results)
+    head = markup(
+        '<h2 id="probes">Altered reports</h2><p>foil: the statement about what is asked is turned'
+        ' round; removed: it is taken out; history: a misleading earlier report stands before the'
+        ' own one. Each has a control of the same kind that should not matter (foil_other,'
+        ' removed_other, history_same). Where the answer “unmatched” was allowed, its share is the'
+        ' detection rate in the arms that contradict the {}, and the false alarms under'
+        ' original.</p>',
+        wording(results.plan.attrs['tasks'])['image'],
+    )
+    return join(
+        [
+            head,
+            figure_html(figure, name='probes', run=results.path if keep else None),
+            details('Numbers: altered reports', flips, noticed),
+        ]
+    )
+
+
+def _probe_tables(results):
+    "Tables of altered reports and of contradictions noticed; empty where the plan has none."
     probes = [a.name for a in ARMS.values() if a.probe and (results.plan.arm == a.name).any()]
     flips = (
         metric_table(
@@ -1027,22 +1048,7 @@ def probe_section(
         if 'unmatched' in set(results.plan.variant)
         else Html()
     )
-    head = markup(
-        '<h2 id="probes">Altered reports</h2><p>foil: the statement about what is asked is turned'
-        ' round; removed: it is taken out; history: a misleading earlier report stands before the'
-        ' own one. Each has a control of the same kind that should not matter (foil_other,'
-        ' removed_other, history_same). Where the answer “unmatched” was allowed, its share is the'
-        ' detection rate in the arms that contradict the {}, and the false alarms under'
-        ' original.</p>',
-        wording(results.plan.attrs['tasks'])['image'],
-    )
-    return join(
-        [
-            head,
-            figure_html(figure, name='probes', run=results.path if keep else None),
-            details('Numbers: altered reports', flips, noticed),
-        ]
-    )
+    return flips, noticed
 
 
 # %% ../../nbs/51a_report.sections.ipynb #10102059
