@@ -47,14 +47,8 @@ from smsbench.verbs.app import (
 from .verbs.data import ParaphrasesOption, ProbesOption, parse_probes, parse_rewordings
 
 # %% ../nbs/60_cli.ipynb #8ea74eba
-VERBS = (
-    data_verbs,
-    planning_verbs,
-    model_verbs,
-    attend_verbs,
-    clip_verbs,
-    explain_verbs,
-)  # importing them has registered their verbs
+# importing them has registered their verbs
+VERBS = (data_verbs, planning_verbs, model_verbs, attend_verbs, clip_verbs, explain_verbs)
 
 # %% ../nbs/60_cli.ipynb #cb6b5b1a
 def verdict_lines(
@@ -81,7 +75,10 @@ def finish(
     out: Path,  # run directory, audited
     as_json: bool = False,  # print the verdicts as JSON?
 ):
-    "Render the report, print verdicts, what limits them, and the report's path; `RunError` where a model's arms were void."
+    """Render the report; print verdicts, their limits and the report's path.
+
+    `RunError` where a model's arms were void.
+    """
     from smsbench.core import Run, read_json
     from smsbench.report.html import render_run
     from smsbench.sms.registration import registration_note
@@ -111,7 +108,10 @@ def printable_line(line):
 
 # %% ../nbs/60_cli.ipynb #acd9eb10
 def _cohort_for(manifest, root, cohort_file, plan_file, remote=False):
-    "(cohort or `Built`, its exclusions, plan, measures of its files) from the three ways to name the data; what is not there is None."
+    """Open the data, named in one of three ways.
+
+    Returns (cohort or `Built`, its exclusions, plan, measures of its files); None for absent parts.
+    """
     from smsbench.core import read_table
     from smsbench.sms.shifts import cohort_hash
 
@@ -142,10 +142,9 @@ def _cohort_for(manifest, root, cohort_file, plan_file, remote=False):
     table = read_table(file, 'cohort')
     if frozen is not None and cohort_hash(table) != frozen.attrs.get('cohort_hash'):
         raise InputError(f'{plan_file} was made from another cohort than {file}')
-    left_out, files = (
-        file.with_name(file.stem + '_exclusions.parquet'),
-        file.with_name(file.stem + '_files') / 'files.parquet',
-    )  # `smsbench cohort` puts them there
+    # written by `smsbench cohort`
+    left_out = file.with_name(file.stem + '_exclusions.parquet')
+    files = file.with_name(file.stem + '_files') / 'files.parquet'
     return (
         table,
         read_table(left_out) if left_out.exists() else None,
@@ -154,6 +153,12 @@ def _cohort_for(manifest, root, cohort_file, plan_file, remote=False):
     )
 
 # %% ../nbs/60_cli.ipynb #72458e4b
+_FROZEN = (
+    '--plan is frozen: it has its own arms, matching and variants; leave out --arms,'
+    ' --match, --variants, --paraphrases and --probes, or make another plan'
+)
+
+
 @app.command()
 def audit(
     ctx: typer.Context,
@@ -230,46 +235,40 @@ def audit(
     allow_remote: RemoteOption = False,
     as_json: JsonOption = False,
 ):
-    """Audit one or more models: plan if needed, score, prove delivery, measure, give verdicts, write the report.
+    """Audit one or more models: plan, score, prove delivery, measure, give verdicts, report.
 
-    Killed or stopped, the same command goes on where it was. A model whose image did not arrive gets no verdict, and the command exits with 1.
+    Killed or stopped, the same command goes on where it was. A model whose image did not arrive
+    gets no verdict, and the command exits with 1.
 
-    Example:  smsbench audit --manifest covid_notes --root data/covid_notes --model reference-image-reader --out reports/covid
+    Example:  smsbench audit --manifest covid_notes --root data/covid_notes --model
+    reference-image-reader --out reports/covid
 
-    Below each verdict stand the number that decides it and what limits it, the worst first; where something in the files could give the verdict by itself, with the command of the run that tells.
+    The number that decides a verdict and its limitations are printed below it, the worst first. If
+    something in the files alone could give the verdict, the command of the run that tests it is
+    printed as well.
 
-    Example, held to a registration:  smsbench audit --plan plan.parquet --registration plan_registration.yaml --model MODEL --out reports/registered
+    Example, held to a registration:  smsbench audit --plan plan.parquet --registration
+    plan_registration.yaml --model MODEL --out reports/registered
 
-    Example, does the answer survive other words and an altered report:  smsbench audit --cohort covid.parquet --model MODEL --arms original --paraphrases 6 --probes foil,history --out reports/wording
+    Example, does the answer survive other words and an altered report:  smsbench audit --cohort
+    covid.parquet --model MODEL --arms original --paraphrases 6 --probes foil,history --out
+    reports/wording
     """
     from smsbench.sms.run import run_audit
 
     if plan_file is not None and (arms or match or paraphrases or probes or variants != 'plain'):
-        raise InputError(
-            '--plan is frozen: it has its own arms, matching and variants; leave out --arms,'
-            ' --match, --variants, --paraphrases and --probes, or make another plan'
-        )
-    settings = audit_settings(
-        arms,
-        seed,
-        match,
-        variants,
-        margin,
-        n_boot,
-        donors,
-        family,
-        primary,
-        margin_reason,
-        system=system,
-        extra=extra,
-        check=check,
-        probes=parse_probes(probes),
-        **parse_rewordings(paraphrases),
-    )
+        raise InputError(_FROZEN)
+    asked = (arms, seed, match, variants, margin, n_boot, donors, family, primary, margin_reason)
+    more = dict(system=system, extra=extra, check=check, probes=parse_probes(probes))
+    settings = audit_settings(*asked, **more, **parse_rewordings(paraphrases))
     settings = _as_registered(settings, registration, ctx, plan_file)
     table, excluded, frozen, files = _cohort_for(
         manifest, root, cohort_file, plan_file, allow_remote
     )
+    loading = dict(device=device, dtype=dtype, revision=revision, quantization=quantization)
+    loading |= dict(attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    level = int(level) if level in ('0', '1', '2') else level
+    sharing = dict(batch_size=batch_size, level=level, budget_gib=budget_gib)
     run_audit(
         out,
         table,
@@ -281,21 +280,17 @@ def audit(
         files,
         allow_remote,
         registration or '',
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        level=int(level) if level in ('0', '1', '2') else level,
-        budget_gib=budget_gib,
-        revision=revision,
-        quantization=quantization,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
+        **loading,
+        **sharing,
     )
     finish(out, as_json)
 
 
 def _as_registered(settings, registration, ctx, plan_file):
-    "Settings with what the registration says where neither the command line nor a frozen plan says something."
+    """Settings completed from the registration.
+
+    The command line and a frozen plan take precedence over it.
+    """
     from dataclasses import fields
     from smsbench.sms.registration import follow_registration, read_registration
 
@@ -322,7 +317,9 @@ def demo(
     n_boot: BootOption = 1000,
     as_json: JsonOption = False,
 ):
-    """The main job on built-in data: a phantom cohort, two reference models of opposite habits, the full audit, the report.
+    """Run the main job on built-in data: the full audit and its report.
+
+    The data are a phantom cohort and two reference models of opposite habits.
 
     Example:  smsbench demo --out reports/demo
     """
@@ -372,7 +369,9 @@ def trials(
         ),
     ] = '',
 ):
-    """Export a plan's trials for a program elsewhere: one JSON object per line with prompt, choices and picture.
+    """Export a plan's trials for another program, as one JSON object per line.
+
+    Each line has prompt, choices and picture.
 
     Example:  smsbench trials plan.parquet --cohort covid.parquet --out trials.jsonl
     """
@@ -423,7 +422,8 @@ def predictions(
 ):
     """Import answers that were made elsewhere and go on as after `smsbench audit`.
 
-    Example:  smsbench predictions answers.jsonl --plan plan.parquet --name my-model --out reports/mine
+    Example:  smsbench predictions answers.jsonl --plan plan.parquet --name my-model --out
+    reports/mine
     """
     from smsbench.sms.run import run_import
 
@@ -466,7 +466,10 @@ def published(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ):
-    """Re-analyse published SMS result files: their numbers reproduced, faults found, each number recomputed on the answers that can be read.
+    """Re-analyse published SMS result files.
+
+    Numbers are reproduced, faults found, and each number recomputed on the answers that can be
+    read.
 
     Example:  smsbench published results/ --dataset medeval --out reports/published
     """
@@ -568,9 +571,8 @@ def join_parameters(
     return out
 
 # %% ../nbs/60_cli.ipynb #e09b2a71
-_UsageError = next(
-    c for c in typer.BadParameter.__mro__ if c.__name__ == 'ClickException'
-)  # typer brings its own click, older ones import it
+# typer brings its own click, older ones import it
+_UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 'ClickException')
 
 # %% ../nbs/60_cli.ipynb #e1bf29bf
 def printable(
@@ -601,11 +603,10 @@ def main(
         code = 1
         print(f'smsbench: {printable(e)}', file=sys.stderr)
     except OSError as e:
+        # no such folder, not allowed, disk full
         code = 2 if e.filename else 1
-        print(
-            f"smsbench: {e.filename or 'this machine'}: {e.strerror or e}", file=sys.stderr
-        )  # no such folder, not allowed, disk full
-    except Exception as e:  # a fault of ours, or a library that stumbled: one line, and the whole story for whoever asks
+        print(f"smsbench: {e.filename or 'this machine'}: {e.strerror or e}", file=sys.stderr)
+    except Exception as e:  # a fault of ours or of a library: one line; the traceback on request
         if os.environ.get('SMSBENCH_TRACEBACK'):
             raise
         code = 1

@@ -1,4 +1,7 @@
-"""The reader of answers: labelled answers, properties under dressing, echo and negation, and what it costs."""
+"""The reader of answers: labelled answers, echo, negation and cost.
+
+Also: properties of the reader under dressing of an answer.
+"""
 
 import itertools, json, os, subprocess, sys, time
 from pathlib import Path
@@ -39,7 +42,10 @@ def told(row):
 
 
 def test_answers_of_our_own():
-    "Forms from public reports about the extraction of answers, written by hand; the rules were mended on them, so they guard and do not measure."
+    """Forms from public reports about the extraction of answers, written by hand.
+
+    The rules were corrected on them, so they guard and do not measure.
+    """
     rates = measure_reader(OWN, TOLD).set_index('kind')
     assert len(OWN) > 300 and rates.of.min() > 60
     assert (
@@ -105,7 +111,10 @@ def test_dress_changes_nothing(dress):
 )
 @pytest.mark.parametrize('known', [PROMPT, PROMPT.split('\n', 2)[2], PROMPT.split('\n')[-1]])
 def test_an_echo_changes_nothing(echo, known):
-    "The whole prompt, its end, or its last line are enough to take an echo off; the report in it is never read."
+    """The whole prompt, its end, or its last line are enough to remove an echo.
+
+    The report in it is never read.
+    """
     for text in SAID:
         whole = echo.format(p=PROMPT, q=ABOUT['question'], a=text)
         assert read_answer(whole, prompt=known, **ABOUT) == read_answer(text, **ABOUT), whole

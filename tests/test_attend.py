@@ -1,4 +1,8 @@
-"Attention of two models compared: every family, a run that is killed, wrong input, and the truth that the reference models were built with."
+"""Comparison of the attention of two models.
+
+Every family, a run that is killed, wrong input, and the truth with which the reference models were
+built.
+"""
 
 import json, multiprocessing, os, signal, time
 
@@ -41,7 +45,10 @@ def refused(result, *words, code=2):
 
 @pytest.mark.parametrize('family', TINY)
 def test_every_family(family, folders, tmp_path):
-    "Answers of the audit, rows that are a distribution, maps on the film, shares that add to 1: three films, all arms, the baseline too."
+    """Answers of the audit, rows that are a distribution, maps on the film, shares that add to 1.
+
+    Three films, all arms, and the baseline.
+    """
     films = phantom_cohort(3, size=96, findings=['effusion'], prevalence=1.0, seed=2)
     films['label'] = ['yes', 'no', 'yes']  # so that there are donors; no truth is asked here
     results = load_attention(
@@ -318,7 +325,7 @@ def test_a_run_that_is_killed_ends_the_same(tmp_path):
 
 @pytest.fixture(scope='module')
 def truth(tmp_path_factory):
-    "The two reference models on films whose findings are known, none of which either was taught on."
+    "The two reference models on films with known findings; neither was trained on them."
     films = phantom_cohort(60, findings=('effusion', 'opacity', 'cardiomegaly'), seed=21)
     run = attend(
         films,
@@ -449,7 +456,10 @@ def test_credentialed_films_stay_home(tmp_path):
 
 
 def test_boxes_of_radiologists(real_data, tmp_path):
-    "NIH films have boxes and no reports: what the models give, beside chance. They were taught on drawn films, so no verdict is asked."
+    """NIH films have boxes and no reports: results of the models, compared with chance.
+
+    The models were trained on drawn films, so no verdict is asked.
+    """
     from smsbench.data.manifest import build_all
 
     cohort = build_all('nih_cxr', real_data / 'nih_cxr', check_images=False).cohort

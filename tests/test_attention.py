@@ -1,4 +1,7 @@
-"What the answer looked at: every method for every family, against the library, against planted truth, and within its memory."
+"""What the answer looked at: every method for every family.
+
+Compared with the library and with planted truth, and within its memory.
+"""
 
 import logging, os, subprocess, sys
 from dataclasses import replace
@@ -256,7 +259,10 @@ def test_randomised_weights_change_the_map_and_come_back(vlms, family):
 
 
 def _localised(name, method, cohort, **options):
-    "Mean localisation of a reference VLM on the positive films of a cohort; each finding counts alike."
+    """Mean localisation of a reference VLM on the positive films of a cohort.
+
+    Each finding counts alike.
+    """
     model, out = load_model(reference_path(name), device='cpu'), []
     for r in cohort.itertuples():
         x = Inputs(
@@ -319,17 +325,24 @@ from smsbench.vlm.models import HFModel, Inputs
 from smsbench.vlm.tiny import TINY, sharpened
 tf.logging.set_verbosity_error(); torch.set_num_threads(1)
 config, processor = TINY['llava']()
-config.vision_config.image_size, config.text_config.num_hidden_layers, config.image_seq_length = 448, 32, 1024
-ip = processor.image_processor; ip.size, ip.crop_size = dict(shortest_edge=448), dict(height=448, width=448)
+config.vision_config.image_size, config.text_config.num_hidden_layers = 448, 32
+config.image_seq_length = 1024
+ip = processor.image_processor
+ip.size, ip.crop_size = dict(shortest_edge=448), dict(height=448, width=448)
 model = HFModel(sharpened(tf.AutoModelForImageTextToText.from_config(config)), processor, 'deep')
 x = Inputs(np.zeros((448, 448), np.uint8), 'Is there pleural effusion?', ('yes', 'no'))
-def status(k): return next(int(l.split()[1])*1024 for l in open('/proc/self/status') if l.startswith(k))
+def status(k):
+    return next(int(l.split()[1])*1024 for l in open('/proc/self/status') if l.startswith(k))
 with torch.inference_mode(): model.model(**model.put(model.encode(x)[0]), use_cache=False)
 def measured(f):
-    open('/proc/self/clear_refs', 'w').write('5'); before = status('VmRSS'); kept = f(); return status('VmHWM') - before, kept
+    open('/proc/self/clear_refs', 'w').write('5'); before = status('VmRSS')
+    kept = f(); return status('VmHWM') - before, kept
 def library():
     model.model.set_attn_implementation('eager')
-    with torch.inference_mode(): return sum(a.nbytes for a in model.model(**model.put(model.encode(x)[0]), use_cache=False, output_attentions=True).attentions)
+    with torch.inference_mode():
+        batch = model.put(model.encode(x)[0])
+        found = model.model(**batch, use_cache=False, output_attentions=True)
+        return sum(a.nbytes for a in found.attentions)
 one = 4*4*model.encode(x)[0]['input_ids'].shape[1]**2
 for n in METHODS:
     peak, kept = measured(lambda: rows_of(model, x, n).weights.nbytes); print(n, peak/one, kept)
@@ -341,7 +354,10 @@ print('library', *(v/one for v in measured(library)))
     not os.path.exists('/proc/self/clear_refs'), reason='measures memory as Linux counts it'
 )
 def test_memory_is_bounded_for_a_thousand_tokens_and_32_layers():
-    "In units of one layer's matrix of attention: nothing grows with the depth, and the library's own way shows that the measure sees it."
+    """Memory, in units of one layer's matrix of attention, does not grow with the depth.
+
+    The library's own way shows that the measurement would notice.
+    """
     run = subprocess.run(
         [sys.executable, '-c', MEMORY],
         capture_output=True,

@@ -1,4 +1,7 @@
-"What limits a verdict stands beside it, in one order, on the command line, in JSON and in the run directory."
+"""Limits of a verdict are shown next to it.
+
+They come in one order, on the command line, in JSON and in the run directory.
+"""
 
 import json, re, shlex
 
@@ -28,7 +31,7 @@ strata: {view: projection, ward: ward}
 
 @pytest.fixture(scope='module')
 def films(tmp_path_factory):
-    "Films of 70 patients; four in five of those with the finding are AP, four in five of the others PA."
+    "Films of 70 patients: 4 in 5 of those with the finding are AP, 4 in 5 of the others PA."
     from smsbench.data.phantom import phantom_cohort, read_phantom
 
     root, rows = tmp_path_factory.mktemp('films'), []

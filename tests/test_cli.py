@@ -1,4 +1,7 @@
-"Every kind of bad input gets one line and exit code 2; a model that does not see the image gets exit code 1."
+"""Every kind of bad input gets one line and exit code 2.
+
+A model that does not see the image gets exit code 1.
+"""
 
 import json
 

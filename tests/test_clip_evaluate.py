@@ -1,4 +1,7 @@
-"CLIP's evaluation against an independent implementation, against scikit-learn, on real films, and at full size."
+"""CLIP's evaluation against an independent implementation and scikit-learn.
+
+On made-up data, on real films, and at full size.
+"""
 
 import importlib.util, os, subprocess, sys, textwrap, time
 
@@ -20,7 +23,10 @@ benchmark = pytest.mark.skipif(
 
 
 class Stored:
-    "A CLIP model whose images and texts are their own embeddings: what CLIP_benchmark needs to be given embeddings."
+    """A CLIP model whose images and texts are their own embeddings.
+
+    With it, CLIP_benchmark can be given embeddings.
+    """
 
     def encode_image(self, x):
         return x
@@ -203,7 +209,10 @@ def test_retrieval_agrees_with_clip_benchmark(per):
 
 @benchmark
 def test_how_long_it_takes_beside_clip_benchmark(capsys):
-    "Printed, interleaved, the fastest of three; a generous bound so that a busy machine does not fail."
+    """Times are printed: interleaved, the fastest of three.
+
+    The bound is generous so that a busy machine does not fail.
+    """
     zero, pair = embeddings(4000, d=256, classes=14), made_pairs(400, 1)
     jobs = {
         'zero-shot, the same three numbers': (
@@ -237,7 +246,7 @@ def test_how_long_it_takes_beside_clip_benchmark(capsys):
             assert ours < 20 * theirs
 
 
-# ------------------------------------------------------------------------------------------------ properties
+# --------------------------------------------------------------------------------------- properties
 
 
 def many(n, seed, patients):
@@ -255,7 +264,10 @@ def many(n, seed, patients):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6))
 def test_metrics_follow_from_the_rows_alone(seed):
-    "Order of films, of classes and names of patients change nothing; doubling every film changes no value."
+    """The order of films and classes and the names of patients change nothing.
+
+    Doubling every film changes no value.
+    """
     s, y, who = many(90, seed, 30)
     t = Thresholds(dict.fromkeys('abc', 0.5), 'given', frozenset(), {}, 0)
 
@@ -334,7 +346,10 @@ def test_thresholds_of_the_test_patients_are_refused_even_from_a_file(tmp_path):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(['multilabel', 'multiclass']))
 def test_what_is_withheld_is_no_difference_of_what_is_shown(seed, kind):
-    "Of credentialed data: no average stands beside a withheld part of it, and exclusive classes that are withheld are together no few films."
+    """Credentialed data: no average is shown together with a withheld part of it.
+
+    Exclusive classes that are withheld have, together, more than a few films.
+    """
     from smsbench.report.external import shareable
 
     rng = np.random.default_rng(seed)
@@ -416,24 +431,29 @@ def test_umap_gives_the_same_picture_for_a_seed():
     assert np.linalg.norm(two[:25].mean(0) - two[25:].mean(0)) > two[:25].std() / 2
 
 
-# ------------------------------------------------------------------------------------------------ size
+# --------------------------------------------------------------------------------------------- size
 
 WORK = '''
 import resource, sys, numpy as np
 from smsbench.clip.retrieval import pairs, retrieval_ranks
 n, d = int(sys.argv[1]), 512
-rng = np.random.default_rng(0); x = rng.standard_normal((n, d), dtype=np.float32); t = rng.standard_normal((n, d), dtype=np.float32) + x
-t[:n // 10] = t[0]; report = np.arange(n); report[:n // 10] = 0                      # a tenth of the films share one report
+rng = np.random.default_rng(0); x = rng.standard_normal((n, d), dtype=np.float32)
+t = rng.standard_normal((n, d), dtype=np.float32) + x
+t[:n // 10] = t[0]; report = np.arange(n); report[:n // 10] = 0  # a tenth share one report
 p = pairs(x, t, groups=[report, np.arange(n) // 2]); del x, t
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 start = peak()
-for direction in ('image_to_text', 'text_to_image'): r = retrieval_ranks(p, direction); assert (r.strict_rank >= r['rank']).all()
+for direction in ('image_to_text', 'text_to_image'):
+    r = retrieval_ranks(p, direction); assert (r.strict_rank >= r['rank']).all()
 print(start, peak())
 '''
 
 
 def peak_gib(n):
-    "(before, most) resident memory in GiB of a process that ranks n films and n reports of 512 dimensions both ways."
+    """Memory of a process that ranks n films and n reports of 512 dimensions both ways.
+
+    Returns (before, most) resident memory in GiB.
+    """
     done = subprocess.run(
         [sys.executable, '-c', textwrap.dedent(WORK), str(n)],
         capture_output=True,
@@ -445,7 +465,11 @@ def peak_gib(n):
 
 
 def test_retrieval_memory_is_that_of_a_block():
-    "6,000 x 6,000 (137 MiB of scores): the bound holds blocks of 256 queries, 18 bytes per cell, and three copies of the items; the square is beyond it."
+    """6,000 x 6,000 (137 MiB of scores).
+
+    The bound allows blocks of 256 queries, 18 bytes per cell, and three copies of the items; the
+    square is beyond it.
+    """
     n = 6000
     before, most = peak_gib(n)
     assert most - before < (256 * n * 18 + 3 * n * 512 * 4) / 2**30 + 0.02
@@ -459,11 +483,14 @@ def test_fifty_thousand_by_fifty_thousand_within_two_gib(capsys):
     assert most < 2
 
 
-# ------------------------------------------------------------------------------------------------ real films
+# --------------------------------------------------------------------------------------- real films
 
 
 def test_real_films_and_a_random_model_are_at_chance(real_data, tmp_path):
-    "The labels and splits of a real cohort through the whole evaluation; a model of random weights knows nothing."
+    """The labels and splits of a real cohort through the whole evaluation.
+
+    A model of random weights knows nothing.
+    """
     from smsbench.clip.data import films_of
     from smsbench.clip.models import load_clip
     from smsbench.clip.tiny import tiny_clip
@@ -499,12 +526,15 @@ def test_real_films_and_a_random_model_are_at_chance(real_data, tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------ a checkpoint that was trained
+# -------------------------------------------------------------------- a checkpoint that was trained
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    "A tiny model that learned three findings of phantom films, with the thresholds of its own validation."
+    """A tiny model that learned three findings of phantom films.
+
+    Its thresholds come from its own validation.
+    """
     from smsbench.clip.evaluate import keep_thresholds
     from smsbench.clip.train import phantom_recipe, train
 
@@ -516,7 +546,10 @@ def trained(tmp_path_factory):
 
 
 def test_external_validation_of_a_trained_checkpoint(trained, tmp_path):
-    "On films of another phantom cohort it beats chance clearly, decisions included; on its own cohort it refuses."
+    """On films of another phantom cohort it beats chance clearly, decisions included.
+
+    On its own cohort it refuses.
+    """
     from smsbench.clip.data import films_of
     from smsbench.data.phantom import phantom_cohort
     from smsbench.report.external import external_validation
@@ -556,7 +589,10 @@ def test_external_validation_of_a_trained_checkpoint(trained, tmp_path):
 
 
 def test_a_refused_evaluation_costs_nothing_and_blocks_nothing(trained, tmp_path, capsys):
-    "What cannot work is refused before the model is asked; the corrected command may use the folder, and calls models by their runs."
+    """An evaluation that cannot work is refused before the model is asked.
+
+    The corrected command may use the folder, and names models by their runs.
+    """
     from smsbench.cli import main
     from smsbench.core import read_table, write_table
     from smsbench.clip.tiny import tiny_clip
@@ -596,7 +632,10 @@ def test_a_refused_evaluation_costs_nothing_and_blocks_nothing(trained, tmp_path
 
 
 def test_two_models_on_the_same_films(trained, tmp_path):
-    "The trained model against its random start: the paired difference excludes zero, and is that of the single values."
+    """The trained model against its random start.
+
+    The paired difference excludes zero, and is that of the single values.
+    """
     from smsbench.clip.models import load_clip
     from smsbench.clip.scores import zero_shot
     from smsbench.clip.tiny import tiny_clip

@@ -1,4 +1,8 @@
-"Maps of CLIP models: whether they lie where the truth is known, on every tower, on films of any shape, and whether the checks can tell a good map from a bad one."
+"""Maps of CLIP models.
+
+Do they lie where the truth is known, on every tower, on films of any shape, and can the checks
+distinguish a good map from a bad one?
+"""
 
 import json, sys, threading
 
@@ -74,7 +78,10 @@ def squares(n, seed=0):
 
 
 def taught(kind, folder):
-    "A tiny model that learnt to tell a bright square from a dark one; stopped before its score saturates."
+    """A tiny model that learnt to distinguish a bright square from a dark one.
+
+    Training stops before its score saturates.
+    """
     torch.manual_seed(0)
     clip = load_clip(
         str(tiny_clip(folder, kind, size=128 if kind == 'resnet' else 64)), device='cpu'
@@ -614,7 +621,8 @@ def test_three_layouts_of_one_mark_give_one_region(tmp_path):
             _write(
                 tmp_path,
                 'm.csv',
-                'category_name,label_text,path,x,y,w,h,dicom_id,image_width,image_height\neffusion,fluid,p/a.jpg,20,40,40,60,a,200,160\n',
+                'category_name,label_text,path,x,y,w,h,dicom_id,image_width,image_height\n'
+                'effusion,fluid,p/a.jpg,20,40,40,60,a,200,160\n',
             ),
             'auto',
         ),
@@ -673,7 +681,8 @@ def test_bad_marks_among_good_ones_are_listed(tmp_path):
     path = _write(
         tmp_path,
         'm.csv',
-        'film,finding,reader,x0,y0,x1,y1,points\ns1,effusion,R1,1,1,9,9,\ns1,effusion,R1,1,1,900,9,\nzz,effusion,R1,1,1,9,9,\ns1,effusion,R1,,,,,"1,1'
+        'film,finding,reader,x0,y0,x1,y1,points\ns1,effusion,R1,1,1,9,9,\n'
+        's1,effusion,R1,1,1,900,9,\nzz,effusion,R1,1,1,9,9,\ns1,effusion,R1,,,,,"1,1'
         ' 2,2"\ns1,effusion,R2,,,,,\n',
     )
     got = place_marks(

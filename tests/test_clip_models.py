@@ -45,7 +45,10 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize('kind', TINY_CLIP)
 def test_a_trained_model_comes_back(folders, kind, tmp_path):
-    "One step of training in memory, saved and loaded: the moved weights, not those of the folder it came from."
+    """One step of training in memory, saved and loaded.
+
+    The weights are the changed ones, not those of the folder it came from.
+    """
     clip = load_clip(str(folders[kind]), device='cpu')
     optimizer = torch.optim.SGD(clip.model.parameters(), lr=0.1)
     x = torch.randn(4, 3, 64, 64)
@@ -187,7 +190,10 @@ def test_a_whole_model_in_a_pickle_is_refused(folders, tmp_path):
     mode=st.sampled_from(['shortest', 'squash', 'longest']),
 )
 def test_where_the_film_went(h, w, size, mode):
-    "A film whose red is its column and whose green is its row says where each pixel of the picture came from."
+    """Red is the column of a pixel of the film and green its row.
+
+    So each pixel of the picture shows where it came from.
+    """
     cfg = dict(size=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), resize_mode=mode)
     clip = Clip(None, image_transform_v2(PreprocessCfg(**cfg), is_train=False), None, mode, {})
     yy, xx = np.mgrid[:h, :w] + 0.5
@@ -216,7 +222,10 @@ def test_where_the_film_went(h, w, size, mode):
 
 
 def test_a_real_tokenizer_that_pads_with_its_end(real_data, folders, tmp_path):
-    "OpenAI's vocabulary as Hugging Face keeps it pads with the end token: the text is the same as open_clip's own tokenizer makes it."
+    """OpenAI's vocabulary, as Hugging Face keeps it, pads with the end token.
+
+    The text equals that of open_clip's own tokenizer.
+    """
     if not (real_data / 'tokenizers' / 'clip').is_dir():
         pytest.skip('the CLIP tokenizer is not among the real data')
     shutil.copytree(folders['native'], tmp_path / 'hf')
@@ -242,7 +251,10 @@ def test_a_real_tokenizer_that_pads_with_its_end(real_data, folders, tmp_path):
 
 
 def test_ssa_of_a_saved_cohort(folders, tmp_path):
-    "From class folders with facts to the table: five inputs are too many for all orders, and every order gives the same total."
+    """From class folders with facts to the table.
+
+    Five inputs are too many for all orders, and every order gives the same total.
+    """
     from smsbench.clip.data import films_of
     from smsbench.data.phantom import phantom_cohort
 

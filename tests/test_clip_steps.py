@@ -59,7 +59,10 @@ def stepped(model, batch, optimizer=torch.optim.SGD, **how):
 
 
 def apart(a, b):
-    "Largest relative difference of a weight's gradient; one that should vanish is measured against a thousandth of all."
+    """Largest relative difference of a weight's gradient.
+
+    One that should vanish is measured against a thousandth of all.
+    """
     assert a.keys() == b.keys()
     floor = 0.001 * torch.nn.utils.get_total_norm(b.values())
     return max(float((a[n] - b[n]).norm() / (b[n].norm() + floor)) for n in a)
@@ -194,7 +197,8 @@ from smsbench.clip.steps import train_step
 from smsbench.core import InputError, RunError
 torch.set_num_threads(1)
 
-def share(batch, here, n=4): return {k: v[here.rank * n:here.rank * n + n] for k, v in batch.items()}
+def share(batch, here, n=4):
+    return {k: v[here.rank * n:here.rank * n + n] for k, v in batch.items()}
 def refused(kind, call):
     try: call()
     except kind as e: return str(e)
@@ -205,23 +209,30 @@ with processes('cpu', patience=60) as here:
     for kind in ('timm-hf', 'siglip'):
         model, batch = prepared(Path(sys.argv[2])/kind)
         with torch.no_grad():
-            for p in model.parameters(): p.add_(.01 * here.rank)                          # other weights in process 1 ...
-        share_weights(model)                                                              # ... no longer
-        batch |= dict(labels=torch.eye(2).repeat(4, 1), asked=torch.arange(2).repeat(4), answer=torch.tensor([1., 1, 0, 1, 1, 0, 1, 1]))
-        for name, keys in dict(diagonal=(), groups=('groups',), prompts=('labels', 'asked', 'answer')).items():
+            for p in model.parameters(): p.add_(.01 * here.rank)  # other weights in process 1 ...
+        share_weights(model)  # ... no longer
+        answer = torch.tensor([1., 1, 0, 1, 1, 0, 1, 1])
+        asked = torch.arange(2).repeat(4)
+        batch |= dict(labels=torch.eye(2).repeat(4, 1), asked=asked, answer=answer)
+        prompts = ('labels', 'asked', 'answer')
+        for name, keys in dict(diagonal=(), groups=('groups',), prompts=prompts).items():
             mine = share({k: batch[k] for k in ('pixels', 'text', *keys)}, here)
             for chunks in (1, 2):
-                m, grads, found = stepped(model, mine, chunks=chunks, loss='siglip' if kind == 'siglip' else 'info_nce', clip_norm=1e9)
-                out[kind, name, chunks] = found.loss, found.pairs, found.grad_norm, grads, m.state_dict()
-    model.visual.requires_grad_(False)                                                    # a locked tower: nothing to send back
+                loss = 'siglip' if kind == 'siglip' else 'info_nce'
+                m, grads, found = stepped(model, mine, chunks=chunks, loss=loss, clip_norm=1e9)
+                told = found.loss, found.pairs, found.grad_norm, grads, m.state_dict()
+                out[kind, name, chunks] = told
+    model.visual.requires_grad_(False)  # a locked tower: nothing to send back
     _, out['locked'], _ = stepped(model, mine, loss='siglip')
     model.requires_grad_(True)
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     train_step(wrapped, mine, torch.optim.SGD(model.parameters(), lr=0.), loss='siglip')
     out['wrapped'] = {n: p.grad for n, p in model.named_parameters()}
-    bad = mine | dict(pixels=mine['pixels'] * (float('nan') if here.rank else 1.))         # in one process only: both stop
+    # in one process only: both stop
+    bad = mine | dict(pixels=mine['pixels'] * (float('nan') if here.rank else 1.))
     out['nan'] = refused(RunError, lambda: stepped(model, bad, loss='siglip'))
-    out['unequal'] = refused(InputError, lambda: stepped(model, {k: v[:4 - here.rank] for k, v in mine.items()}, loss='siglip'))
+    few = {k: v[:4 - here.rank] for k, v in mine.items()}
+    out['unequal'] = refused(InputError, lambda: stepped(model, few, loss='siglip'))
     torch.save(out, Path(sys.argv[3])/f'{here.rank}.pt')
 '''
 
@@ -270,7 +281,7 @@ def two(folders, tmp_path_factory):
 @pytest.mark.parametrize('targets', ('diagonal', 'groups', 'prompts'))
 @pytest.mark.parametrize('kind', ('timm-hf', 'siglip'))
 def test_two_processes_are_one(two, folders, kind, targets):
-    "The loss, the gradients and the weights after the step are those of one process with the joint batch."
+    "Loss, gradients and weights after the step equal those of one process with the joint batch."
     model, batch = prepared(folders[kind])
     answer = torch.tensor([1.0, 1, 0, 1, 1, 0, 1, 1])
     positives = dict(

@@ -1,4 +1,7 @@
-"Training on cohorts: killed and resumed, broken films, credentialed photographs, two processes, and a model that learns."
+"""Training on cohorts: killed and resumed, and a model that learns.
+
+Also: broken films, credentialed photographs, two processes.
+"""
 
 import json, multiprocessing, os, signal, subprocess, sys, time
 from multiprocessing import forkserver
@@ -42,7 +45,8 @@ from smsbench.clip.train import TrainSettings, train
 from smsbench.data.phantom import phantom_cohort
 model, out, settings = sys.argv[1:]
 films = films_of(phantom_cohort(50, size=64, seed=5, findings=('opacity', 'effusion')))
-with processes('cpu'): train(films, load_clip(model, device='cpu'), TrainSettings.of(**json.loads(settings)), out)
+with processes('cpu'):
+    train(films, load_clip(model, device='cpu'), TrainSettings.of(**json.loads(settings)), out)
 '''
 
 
@@ -55,7 +59,10 @@ def work(model, out, settings):
 
 @pytest.fixture(scope='module')
 def start():
-    "Starts `work` in a new process, forked from one that has imported what takes long and has computed nothing."
+    """Starts `work` in a new process.
+
+    It is forked from one that has imported slow libraries and has computed nothing.
+    """
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(
         [

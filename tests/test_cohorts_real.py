@@ -1,4 +1,7 @@
-"Cohorts of real data through their cards, against counts that the csv module makes from the same files."
+"""Cohorts of real data through their cards.
+
+Counts are compared with those that the csv module makes from the same files.
+"""
 
 import csv, json, os
 from collections import Counter
@@ -162,7 +165,10 @@ def test_pixels_survive_and_tables_round_trip(built, tmp_path):
 
 
 def test_a_lost_film_is_one_exclusion(tmp_path):
-    "A copy of the folder by links to files would leave the root, so the films are copied; one is left behind and one is cut."
+    """One film is left behind and one is cut.
+
+    A copy of the folder by links to files would leave the root, so the films are copied.
+    """
     source = Path(DATA, 'covid_notes')
     (tmp_path / 'images').mkdir()
     (tmp_path / 'metadata.csv').write_bytes((source / 'metadata.csv').read_bytes())

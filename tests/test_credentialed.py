@@ -1,4 +1,7 @@
-"Secrets planted in texts, ids, file names, rare values and pixels of a credentialed data set are in nothing that is written or printed."
+"""Secrets planted in a credentialed data set are in nothing that is written or printed.
+
+They are in texts, ids, file names, rare values and pixels.
+"""
 
 import base64, io, json, re
 from pathlib import Path
@@ -66,7 +69,10 @@ def lent(tmp_path_factory):
 
 
 def leaves(path):
-    "Everything that a file says, as bytes: tables and their metadata, pictures as grey values, the pictures in a page."
+    """The content of a file, as bytes.
+
+    Tables and their metadata, pictures as grey values, the pictures in a page.
+    """
     if path.suffix == '.parquet':
         t = pq.read_table(path)
         return [
@@ -170,7 +176,10 @@ def test_nothing_that_is_written_or_printed_holds_a_secret(lent, cli, here, tmp_
 
 
 def test_many_questions_about_few_films_hide_nothing_less(lent, here, tmp_path):
-    "Seven questions make seven samples of a film: values of few patients stay withheld, whatever the number of rows."
+    """Seven questions make seven samples of a film.
+
+    Values of few patients stay withheld, whatever the number of rows.
+    """
     ask = (
         "{question: 'Is there pleural effusion?', label: {column: label, map: {'1': 'yes', '0':"
         " 'no'}}}"

@@ -1,4 +1,7 @@
-"The file audit on real data, against counts made from the same files by other means, and on planted faults."
+"""The file audit on real data and on planted faults.
+
+Counts are compared with counts made from the same files by other means.
+"""
 
 import csv, os, re, shutil, time
 from collections import defaultdict
@@ -135,7 +138,10 @@ def test_nothing_depends_on_the_order_of_rows(audited):
 
 @real
 def test_real_films_saved_again_are_found(tmp_path, audited):
-    "Twelve test films of NIH become smaller JPEG copies of train films; the hash finds exactly these."
+    """Twelve test films of NIH become smaller JPEG copies of train films.
+
+    The hash finds exactly these.
+    """
     built, _ = audited['nih_cxr']
     cohort = built.cohort.copy()
     cohort.attrs = built.cohort.attrs

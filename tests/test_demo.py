@@ -48,7 +48,8 @@ def test_verdicts_are_right(demo):
 
 def test_run_directory_is_complete(demo):
     out = demo[0]
-    for name in 'config.json environment.json plan.parquet delivery.json metrics.parquet verdicts.json report.html log.txt'.split():
+    files = 'config.json environment.json plan.parquet delivery.json metrics.parquet verdicts.json'
+    for name in [*files.split(), 'report.html', 'log.txt']:
         assert (out / name).exists(), name
     assert list((out / 'predictions').glob('part-*.parquet')) and list(
         (out / 'figures').glob('*.png')

@@ -1,4 +1,8 @@
-"The explorer in JupyterLab, in a real browser: knobs are turned by keyboard, the picture, the shares and the answer follow within half a second; where widgets cannot run, pictures stand in."
+"""The explorer in JupyterLab, in a real browser.
+
+Controls are changed by keyboard; the picture, the shares and the answer follow within half a
+second. Where widgets cannot run, pictures replace them.
+"""
 
 import json, os, secrets, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.request
 from contextlib import contextmanager

@@ -1,4 +1,7 @@
-"Every family of vision-language models, from a folder through the public loader: what is asked, what is delivered, what is answered."
+"""Every family of vision-language models, from a folder through the public loader.
+
+The prompt, the delivery and the answer are checked.
+"""
 
 import json, logging
 
@@ -67,7 +70,10 @@ BY_HAND = dict(
     internvl=IM,
     gemma3='<bos><start_of_turn>user\n{}{}<end_of_turn>\n<start_of_turn>model\n',
     janus='<|User|>: {}{}\n\n<|Assistant|>:',
-    mllama='<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n',
+    mllama=(
+        '<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}{}<|eot_id|>'
+        '<|start_header_id|>assistant<|end_header_id|>\n\n'
+    ),
     idefics3='<s>User:{}{}<end_of_utterance>\nAssistant:',
     smolvlm='<s>User:{}{}<end_of_utterance>\nAssistant:',
     paligemma='{}answer en {}',
@@ -91,7 +97,10 @@ PLACE |= {q: PLACE['qwen2_vl'] for q in ('qwen2_5_vl', 'qwen3_vl')}
 
 
 def by_hand(vlm, image, text):
-    "Log-probabilities of the next token, by the processor and the model alone: nothing of ours in between."
+    """Log-probabilities of the next token, by the processor and the model alone.
+
+    None of our code is involved.
+    """
     family, p = vlm.caps.family, vlm.processor
     prompt = BY_HAND[family].format(PLACE[family] if image is not None else '', text)
     if image is not None:
@@ -264,7 +273,10 @@ def test_a_folder_is_described_without_loading_it(family, folders):
     ],
 )
 def test_a_dropped_mask_would_show(family, drop, vlms):
-    "The tests above can fail: without these a family answers something else, and no error is raised."
+    """The tests above can fail.
+
+    Without these a family answers something else, and no error is raised.
+    """
     vlm = vlms(family)
     row = extended(vlm.encode(Inputs(FILM, REPORT, YN))[0], (50, 60, 70), vlm.caps.answer_type)
     with torch.inference_mode():

@@ -1,4 +1,7 @@
-"Where the film lies in a prompt: every cell of every view, for every family, and what the processors themselves show."
+"""Position of the film in a prompt: every cell of every view, for every family.
+
+Compared with what the processors themselves show.
+"""
 
 import json, logging
 
@@ -57,7 +60,10 @@ def _gradient(h, w):
 
 
 def _boxes(ip, shape):
-    "What each picture that leaves an image processor shows of a film, in pixels of the film; None where it is padding only."
+    """The part of a film that each picture from an image processor shows.
+
+    In pixels of the film; None where the picture is padding only.
+    """
     h, w = shape
     values = np.asarray(
         ip(images=[Image.fromarray(_gradient(h, w))], return_tensors='np')['pixel_values'], float

@@ -1,4 +1,7 @@
-"""Intervals count the patients who count: agreement with statsmodels, coverage, rare events, few and unequal clusters."""
+"""Intervals count the patients who count.
+
+Agreement with statsmodels, coverage, rare events, few and unequal clusters.
+"""
 
 import numpy as np
 import pandas as pd
@@ -32,7 +35,10 @@ LEVEL = 0.95
 
 
 def enough(held, studies, floor=0.93):
-    "A coverage of `floor` is not refuted: the count lies above its binomial lower tail at one in a thousand."
+    """A coverage of `floor` is not refuted.
+
+    The count lies above its binomial lower tail at one in a thousand.
+    """
     return held >= sps.binom.ppf(0.001, studies, floor)
 
 

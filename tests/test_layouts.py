@@ -1,4 +1,7 @@
-"Every card that ships reads a made-up miniature of its official layout, and says in one line what is wrong with a damaged one."
+"""Every card that ships reads a made-up miniature of its official layout.
+
+It says in one line what is wrong with a damaged one.
+"""
 
 import csv, gzip, io, json, os, shutil, zipfile
 from collections import Counter
@@ -120,7 +123,10 @@ def read(name, root, **changes):
 
 
 def rows_of(path):
-    "A table as a list of dicts, whatever its kind; unnamed columns get a number, since all of them are written back."
+    """A table as a list of dicts, whatever its kind.
+
+    Unnamed columns get a number, since all of them are written back.
+    """
     if path.suffix == '.json':
         return json.loads(path.read_text(encoding='utf-8'))
     head, *body = csv.reader(io.StringIO(path.read_text(encoding='utf-8')))
@@ -406,7 +412,10 @@ def test_uncertain_labels_follow_the_policy_of_the_card(tmp_path):
 
 
 def test_grades_agree_with_the_published_rule(tmp_path):
-    "Threshold 1 and the rule of the SMS study label grades 0 to 4 alike; an ungraded image is left out by both."
+    """Threshold 1 and the rule of the SMS study label grades 0 to 4 alike.
+
+    Both leave out an ungraded image.
+    """
     for name, rule in (('mbrset', 'sms_mbrset'), ('brset', 'sms_brset')):
         root, m = make_layout(name, tmp_path / name), read_manifest(name)
         t = m.tasks['diabetic_retinopathy']
@@ -477,7 +486,10 @@ def test_funnels_tell_filters_and_why(tmp_path):
 
 @pytest.mark.parametrize('name', ['brset', 'nih_chestxray14', 'padchest'])
 def test_tables_as_other_programs_save_them(name, tmp_path):
-    "A byte-order mark changes nothing; another separator is one line that names it; another encoding is one line."
+    """A byte-order mark changes nothing.
+
+    Another separator is one line that names it; another encoding is one line.
+    """
     root = make_layout(name, tmp_path / 'root')
     cohort, _ = read(name, root)
     table = main_table(name, root)

@@ -1,4 +1,8 @@
-"""MIMIC-CXR, Patch-IB-CXR, MS-CXR and Open-i through the public functions, on made-up miniatures of their official files with a known number of films for every reason to leave one out."""
+"""MIMIC-CXR, Patch-IB-CXR, MS-CXR and Open-i through the public functions.
+
+On made-up miniatures of their official files, with a known number of films for every reason to
+leave one out.
+"""
 
 import csv, gzip, shutil, zipfile
 from pathlib import Path
@@ -16,7 +20,10 @@ NEWLY = dict(check_expected=False)
 
 
 def gather(card, root):
-    "Cohort and exclusions before credentialed data are sealed, so that exact counts, ids and texts can be compared with the plan."
+    """Cohort and exclusions before credentialed data are sealed.
+
+    So exact counts, ids and texts can be compared with the plan.
+    """
     cohort, exclusions, _, about, _ = gather_card(read_manifest(card), root)
     cohort.attrs = about
     return cohort, exclusions

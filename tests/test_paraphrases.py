@@ -1,4 +1,7 @@
-"The same question in other words, and altered reports: planted models of known habits through the whole audit."
+"""The same question in other words, and altered reports.
+
+Planted models of known habits go through the whole audit.
+"""
 
 import contextlib, io, json, re
 from pathlib import Path
@@ -18,7 +21,10 @@ NEGATION = re.compile(r"\b(absent|free of|ruled out|wrong|no|not)\b")
 
 
 class Wordy:
-    "A planted model whose answer depends on its wording in a way known in advance: `rule` maps (question, log-odds of the model inside, picture) to log-odds of yes."
+    """A planted model whose answer depends on its wording in a way known in advance.
+
+    `rule` maps (question, log-odds of the model inside, picture) to log-odds of yes.
+    """
 
     def __init__(self, name, rule, inside='planted:image-only'):
         self.name, self.rule, self.inside, self.info = name, rule, planted(inside), dict(id=name)
@@ -69,7 +75,10 @@ MODELS = {
 
 
 class Detector:
-    "Says unmatched where film and report disagree, as far as it may; otherwise what the film shows."
+    """Says unmatched where film and report disagree, as far as the choices allow.
+
+    Otherwise it says what the film shows.
+    """
 
     name, info = 'planted:detector', dict(id='planted:detector')
 

@@ -1,4 +1,7 @@
-"The project's own promises: light imports, README from the notebook, run notebooks that can be parameterized."
+"""The project's own promises.
+
+Light imports, README from the notebook, run notebooks that can be parameterized.
+"""
 
 import json, re, subprocess, sys
 from pathlib import Path

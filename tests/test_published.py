@@ -1,4 +1,7 @@
-"""The published result files: every printed number is reproduced, the known faults are found, the table meets its schema."""
+"""The published result files.
+
+Every printed number is reproduced, the known faults are found, the table meets its schema.
+"""
 
 import json, os, re
 from pathlib import Path

@@ -1,4 +1,7 @@
-"Nothing that a data set may hold gets a traceback out of the readers: random bytes, broken files of every kind, references of every shape."
+"""No content of a data set gets a traceback out of the readers.
+
+Random bytes, broken files of every kind, references of every shape.
+"""
 
 import io, logging, warnings, zipfile
 from pathlib import Path
@@ -301,7 +304,10 @@ def test_a_scan_accounts_for_every_reference(tmp_path, refs, changes):
 
 @pytest.mark.parametrize('ref', [r for r in VALID if r.endswith(('dcm', 'dicom'))])
 def test_patients_stay_out_of_errors_and_logs(tmp_path, ref, caplog, capfd):
-    "Each byte of the header is changed once; neither message, log nor output may show a patient's tag."
+    """Each byte of the header is changed once.
+
+    Neither message, log nor output may show a patient's tag.
+    """
     data = packed('a.dcm', VALID['grey.dcm']) if '.zip' in ref else VALID[ref]
     end = data.find(b'\xe0\x7f\x10\x00') if '.zip' not in ref else len(data)
     with caplog.at_level(logging.DEBUG):

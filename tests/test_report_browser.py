@@ -1,4 +1,7 @@
-"A report in a real browser: nothing is fetched, nothing runs, every picture is there and described, and hostile data stay text."
+"""A report in a real browser.
+
+Nothing is fetched, nothing runs, every picture is there and described, and hostile data stay text.
+"""
 
 import json, os, shutil, tempfile
 from pathlib import Path
@@ -168,7 +171,10 @@ def test_on_paper_everything_is_open_and_fits(browser, smoke):
 
 @pytest.fixture(scope='module')
 def hostile(tmp_path_factory):
-    "A run whose finding, strata, reports, title and model names are attacks, and in which one model lost its image."
+    """A run with attacks in finding, strata, reports, title and model names.
+
+    One model lost its image.
+    """
     cohort = phantom_cohort(44, findings=['effusion'], seed=3)
     about = {
         **cohort.attrs,

@@ -1,4 +1,7 @@
-"Every family at every level of reuse: the answers and the delivery of plain batch-1 forward passes."
+"""Every family at every level of reuse.
+
+Answers and delivery are those of plain batch-1 forward passes.
+"""
 
 import copy
 import os

@@ -1,4 +1,7 @@
-"Splits: the same in another process, joined by a card, and on real data with their official splits."
+"""Splits: the same in another process, joined by a card, and on real data.
+
+Real data are checked against their official splits.
+"""
 
 import json, os, subprocess, sys
 from pathlib import Path
@@ -73,7 +76,10 @@ def test_splits_import_nothing_heavy():
 
 
 def test_a_card_joins_a_written_split(tmp_path):
-    "The file beside the data, one join in the card: the cohort has the split, and no image was moved."
+    """The split file lies next to the data, and the card joins it.
+
+    The cohort has the split, and no image was moved.
+    """
     save_phantom(phantom_cohort(n=40, seed=2), tmp_path)
     before = sorted(
         (p.relative_to(tmp_path), p.stat().st_mtime_ns) for p in tmp_path.rglob('*.png')

@@ -26,8 +26,11 @@ from ..sms.shifts import ARMS
 def film_arrived(
     delivery: dict,  # what `prove_delivery` found
     model: str,  # which model
-) -> str:  # 'yes', 'no', or 'untested' where no arm shows another film, or its delivery could not be proven
-    "Did the model get the film?"
+) -> str:  # 'yes', 'no' or 'untested'
+    """Did the model get the film?
+
+    'untested' where no arm shows another film, or where its delivery could not be proven.
+    """
     found = {
         a: v['verdict']
         for a, v in delivery.get(model, {}).items()
@@ -45,8 +48,11 @@ def film_arrived(
 def with_void(
     metrics: pd.DataFrame,  # metrics table
     delivery: dict,  # what `prove_delivery` found
-) -> pd.DataFrame:  # the same; notes begin with 'void' where the model, or one of two that are compared, never got its film
-    "Numbers of maps that are none are no findings."
+) -> pd.DataFrame:  # the same, with notes
+    """Mark numbers of maps as void where the film did not arrive.
+
+    Their notes begin with 'void': the model, or one of two that are compared, never got its film.
+    """
     lost = {m for m in delivery if film_arrived(delivery, m) == 'no'}
     void = [bool(lost & set(re.split(' [−×] ', m))) for m in metrics.model]
     out = metrics.assign(note=np.where(void, 'void: the film did not arrive', metrics.note))
@@ -114,7 +120,10 @@ def shares_figure(
     metrics: pd.DataFrame,  # metrics table
     subgroup: str = 'all',  # 'all', 'query=…', 'method=…' or 'finding=…'
 ):  # Figure with `.alt`, or None where nothing was measured
-    "What the attention fell on, per model and arm; the whisker is the interval of the share of the image."
+    """Draw the shares of attention per model and arm.
+
+    The whisker is the interval of the share of the image.
+    """
     rows = metrics[
         metrics.metric.isin([f'share_{g}' for g in GROUPS])
         & (metrics.subgroup == subgroup)
@@ -130,33 +139,7 @@ def shares_figure(
     said = []
     for i, (m, a) in enumerate(lines):
         own = rows[(rows.model == m) & (rows.arm == a)].set_index('metric')
-        shares = {k.removeprefix('share_'): v for k, v in own.value.items()}
-        if is_voided(own.note).any():
-            ax.barh(i, 1, 0.7, fc='white', hatch='////', lw=0)
-            ax.text(
-                0.5,
-                i,
-                'void',
-                ha='center',
-                va='center',
-                fontsize=8,
-                bbox=dict(fc='white', ec='none', pad=1),
-            )
-            said.append(f'{m}, {a}: void')
-            continue
-        share_bar(ax, shares, i)
-        if 'share_image' in own.index:
-            r = own.loc['share_image']
-            ax.plot(
-                [r.ci_low, r.ci_high],
-                [i + 0.24] * 2,
-                color='#111111',
-                lw=1.5,
-                solid_capstyle='butt',
-            )
-        said.append(
-            f"{m}, {a}: " + ', '.join(f'{g} {percent(v)}' for g, v in shares.items() if v >= 0.005)
-        )
+        said.append(f'{m}, {a}: {_shares_row(ax, i, own)}')
     ax.set(
         yticks=range(len(lines)),
         ylim=(len(lines) - 0.45, -0.55),
@@ -171,13 +154,43 @@ def shares_figure(
     fig.alt = 'Stacked bars: mean share of attention per model and arm. ' + '; '.join(said) + '.'
     return fig
 
+
+def _shares_row(ax, i, own):
+    "Draw the shares of one model and arm; returns their description."
+    shares = {k.removeprefix('share_'): v for k, v in own.value.items()}
+    if is_voided(own.note).any():
+        ax.barh(i, 1, 0.7, fc='white', hatch='////', lw=0)
+        ax.text(
+            0.5,
+            i,
+            'void',
+            ha='center',
+            va='center',
+            fontsize=8,
+            bbox=dict(fc='white', ec='none', pad=1),
+        )
+        return 'void'
+    share_bar(ax, shares, i)
+    if 'share_image' in own.index:
+        r = own.loc['share_image']
+        ax.plot(
+            [r.ci_low, r.ci_high],
+            [i + 0.24] * 2,
+            color='#111111',
+            lw=1.5,
+            solid_capstyle='butt',
+        )
+    return ', '.join(f'{g} {percent(v)}' for g, v in shares.items() if v >= 0.005)
+
 # %% ../../nbs/50g_report.attention_figures.ipynb #e8c01c87
 def lift(
     found,  # `AttentionMap`
-) -> (
-    np.ndarray
-):  # (h, w): 1 where the attention on the film is as if evenly spread; NaN where not shown
-    "A map on the film in units of evenly spread attention; how much the film got in all is told by the shares."
+) -> np.ndarray:  # (h, w); NaN where the film is not shown
+    """A map on the film in units of evenly spread attention.
+
+    A cell is 1 where its attention is that of an evenly spread map. The total on the film is not
+    in the map; see the shares.
+    """
     m = film_map(found)
     return m / np.nanmean(m)
 
@@ -259,7 +272,10 @@ def map_figure(
     heads=None,  # the same
     store=None,  # `MapStore`; None opens the run's
 ):  # Figure with `.alt`
-    "Film, each model's map with its shares and answer, and the difference of two models. `InputError` where pixels may not be shown, or nothing was kept."
+    """Draw the film, each model's map with its shares and answer, and the difference of two models.
+
+    `InputError` where pixels may not be shown, or nothing was kept.
+    """
     trial, store, models = (
         _trial(results, sample_id, arm),
         store or results.store,
@@ -315,7 +331,7 @@ def map_figure(
 
 
 def _looked(rows, query, layers, heads):
-    "The map in units of evenly spread attention, None where nothing fell on the film, and the shares."
+    "The map in units of evenly spread attention (None if no attention is on the film), the shares."
     try:
         values = lift(kept_map(rows, query, layers, heads))
     except RunError:
@@ -324,7 +340,10 @@ def _looked(rows, query, layers, heads):
 
 
 def _map_row(fig, axes, method, shown, looked):
-    "One method: the film, the maps over their shares, the difference of two; the film alone where there is no map."
+    """Draw one method: the film, the maps over their shares, the difference of two.
+
+    The film alone where there is no map.
+    """
     (image, boxes, mask), (above, below), both = (
         shown,
         axes,
@@ -332,16 +351,7 @@ def _map_row(fig, axes, method, shown, looked):
     )
     top = shared_top(both)
     draw_film(above[0], image, boxes=boxes, mask=mask)
-    above[0].text(
-        -0.03,
-        0.5,
-        method,
-        transform=above[0].transAxes,
-        rotation=90,
-        va='center',
-        ha='right',
-        fontsize=9,
-    )
+    _method_name(above[0], method)
     for ax, bar, look in zip(above[1:], below[1:], looked):
         values, shares = look or (None, {})
         scale = draw_film(ax, image, values, boxes, mask, top)
@@ -378,10 +388,9 @@ def _map_titles(axes, results, trial):
         f'{literal(trial.finding, 24)}: {literal(trial.image_label or trial.label, 12)}'
     )
     for ax, m in zip(axes[1:], results.models):
-        ax.set_title(
-            f"{literal(m, 30)}\n{'void: its film did not arrive' if film_arrived(results.delivery, m) == 'no' else 'says ' + _said(results, m, trial)}",
-            fontsize=8.5,
-        )
+        void = film_arrived(results.delivery, m) == 'no'
+        below = 'void: its film did not arrive' if void else 'says ' + _said(results, m, trial)
+        ax.set_title(f'{literal(m, 30)}\n{below}', fontsize=8.5)
     if len(axes) > 1 + len(results.models):
         axes[-1].set_title('difference\nfirst − second', fontsize=8.5)
 
@@ -410,6 +419,20 @@ def _said(results, model, trial):
         return f'({r.parse_status})'
     return f'{r.answer} ({percent(np.exp(max(r.logprobs)) / np.exp(list(r.logprobs)).sum())})'
 
+
+def _method_name(ax, method):
+    "Write the method beside its row."
+    ax.text(
+        -0.03,
+        0.5,
+        method,
+        transform=ax.transAxes,
+        rotation=90,
+        va='center',
+        ha='right',
+        fontsize=9,
+    )
+
 # %% ../../nbs/50g_report.attention_figures.ipynb #b9c87c72
 def choose_maps(
     results,  # `AttendResults`
@@ -435,12 +458,13 @@ def choose_maps(
     )
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #fc6f63d7
+# measure, title, chance where it is the same for every region
 PANELS = (
     ('pixel_auroc', 'pixel AUROC', 0.5),
     ('mass', 'share of the map inside', None),
     ('pointing', 'highest point inside', None),
     ('iou', 'best IoU', None),
-)  # measure, title, chance where it is the same for every region
+)
 _LINES = (
     ('_uniform', 'evenly spread'),
     ('_centre', 'middle of the film'),
@@ -479,39 +503,8 @@ def localisation_figure(
         10.4, 1.1 + len(kept) * max(0.36, 0.2 * len(styles)), 1, len(panels), sharey=True
     )
     said = []
-    for ax, (measure, title, chance) in zip(axes[0], panels):
-        for i in range(0, len(kept), 2):
-            ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
-        if chance is not None:
-            ax.axvline(chance, color='#777777', lw=0.9, ls=(0, (4, 3)))
-        for i, (suffix, name) in enumerate(kept):
-            for j, (m, style) in enumerate(styles.items()):
-                if (m, measure + suffix) not in rows.index or (
-                    chance is not None and suffix == '_uniform'
-                ):
-                    continue  # the line is there
-                r = rows.loc[(m, measure + suffix)]
-                r = r.iloc[0] if isinstance(r, pd.DataFrame) else r
-                _point(
-                    ax, r, i + 0.26 * (j - (len(styles) - 1) / 2), style, suffix in ('', '_chosen')
-                )
-                said.append(
-                    f"{m}, {title}, {' '.join(name.split())}: "
-                    + (
-                        'void'
-                        if r.note.startswith('void')
-                        else f'{rounded(r.value, 2)} ({span(r.ci_low, r.ci_high, 2, 1)})'
-                    )
-                )
-        ax.set(
-            title=title,
-            xlim=(-0.02, None if measure in ('mass', 'iou') else 1.02),
-            yticks=range(len(kept)),
-            ylim=(len(kept) - 0.5, -0.5),
-        )
-        ax.set_yticklabels([n for _, n in kept])
-        ax.tick_params(axis='y', length=0)
-        ax.grid(axis='x', color='#d9dbdd', lw=0.6)
+    for ax, panel in zip(axes[0], panels):
+        said += _localisation_panel(ax, rows, panel, kept, styles)
     legend(fig, styles)
     fig.alt = (
         'Dot plot with 95 % intervals: how well maps lie on the marked region. '
@@ -522,7 +515,7 @@ def localisation_figure(
 
 
 def _point(ax, row, y, style, full):
-    "A value with its interval: filled where a map is measured, hollow where a baseline is; void ones say so."
+    "Draw a value with its interval: filled for a map, hollow for a baseline; void ones are marked."
     void = row.note.startswith('void')
     faint = dict(style, alpha=0.6) if void else style
     colour = style['color']
@@ -555,6 +548,49 @@ def _point(ax, row, y, style, full):
             color=colour,
         )
 
+
+def _panel_points(ax, rows, panel, kept, styles):
+    "Draw the points of one panel and return their descriptions."
+    (measure, title, chance), said = panel, []
+    for i, (suffix, name) in enumerate(kept):
+        for j, (m, style) in enumerate(styles.items()):
+            if (m, measure + suffix) not in rows.index or (
+                chance is not None and suffix == '_uniform'
+            ):
+                continue  # the line is there
+            r = rows.loc[(m, measure + suffix)]
+            r = r.iloc[0] if isinstance(r, pd.DataFrame) else r
+            _point(ax, r, i + 0.26 * (j - (len(styles) - 1) / 2), style, suffix in ('', '_chosen'))
+            said.append(
+                f"{m}, {title}, {' '.join(name.split())}: "
+                + (
+                    'void'
+                    if r.note.startswith('void')
+                    else f'{rounded(r.value, 2)} ({span(r.ci_low, r.ci_high, 2, 1)})'
+                )
+            )
+    return said
+
+
+def _localisation_panel(ax, rows, panel, kept, styles):
+    "Draw one measure, a line per kind of map; returns the descriptions of its points."
+    measure, title, chance = panel
+    for i in range(0, len(kept), 2):
+        ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
+    if chance is not None:
+        ax.axvline(chance, color='#777777', lw=0.9, ls=(0, (4, 3)))
+    said = _panel_points(ax, rows, panel, kept, styles)
+    ax.set(
+        title=title,
+        xlim=(-0.02, None if measure in ('mass', 'iou') else 1.02),
+        yticks=range(len(kept)),
+        ylim=(len(kept) - 0.5, -0.5),
+    )
+    ax.set_yticklabels([n for _, n in kept])
+    ax.tick_params(axis='y', length=0)
+    ax.grid(axis='x', color='#d9dbdd', lw=0.6)
+    return said
+
 # %% ../../nbs/50g_report.attention_figures.ipynb #5c1fdb03
 @styled
 def profile_figure(
@@ -564,15 +600,11 @@ def profile_figure(
     value: str = 'pixel_auroc',  # 'pixel_auroc' or 'share'
     fewest: int = 0,  # patients below which a model is left out
 ):  # Figure with `.alt`, or None where there is nothing
-    "Which layer and head looks at the finding, or at the film at all: the mean over films of every layer and head."
-    rows = profile[
-        (profile['query'] == query)
-        & (profile.method == method)
-        & ~profile.model.str.endswith(RANDOM)
-        & profile[value].notna()
-    ]
-    rows = rows[rows.arm == next(iter(rows.arm), '')]
-    rows = rows[rows.groupby('model').patient_id.transform('nunique') >= fewest]
+    """Which layer and head looks at the finding, or at the film at all?
+
+    Each cell is the mean over films of one layer and head.
+    """
+    rows = _profile_rows(profile, query, method, value, fewest)
     if rows.empty:
         return None
     models, said = list(dict.fromkeys(rows.model)), []
@@ -592,61 +624,8 @@ def profile_figure(
         g = grids[m]
         heads = [h for h in g if h >= 0]
         g = g[[*heads, -1]]
-        mesh = ax.pcolormesh(
-            np.arange(len(heads) + 1),
-            np.arange(len(g) + 1),
-            g[heads],
-            cmap='RdBu_r' if value == 'pixel_auroc' else 'Blues',
-            vmin=0,
-            vmax=1,
-            edgecolors='white',
-            lw=0.8,
-        )
-        ax.pcolormesh(
-            [len(heads) + 0.35, len(heads) + 1.35],
-            np.arange(len(g) + 1),
-            g[[-1]],
-            cmap=mesh.cmap,
-            vmin=0,
-            vmax=1,
-            edgecolors='white',
-            lw=0.8,
-        )
-        if g.size <= 80:
-            for i, (_, r) in enumerate(g.iterrows()):
-                for j, v in enumerate(r):
-                    ax.text(
-                        j + 0.5 + 0.35 * (j == len(heads)),
-                        i + 0.5,
-                        rounded(v, 2),
-                        ha='center',
-                        va='center',
-                        fontsize=7.5,
-                        color=(
-                            'white'
-                            if abs(v - (0.5 if value == 'pixel_auroc' else 0))
-                            > (0.33 if value == 'pixel_auroc' else 0.6)
-                            else '#222222'
-                        ),
-                    )
-        ax.set(
-            title=literal(m, 34),
-            ylim=(len(g), 0),
-            ylabel='layer' if m == models[0] else '',
-            yticks=np.arange(len(g)) + 0.5,
-            xticks=[*(np.arange(len(heads)) + 0.5), len(heads) + 0.85],
-        )
-        ax.set_yticklabels(
-            list(g.index)
-            if len(g) <= 40
-            else [k if i % 4 == 0 else '' for i, k in enumerate(g.index)]
-        )
-        ax.set_xticklabels(
-            [*(str(h) if len(heads) <= 16 or h % 4 == 0 else '' for h in heads), 'mean']
-        )
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
-        ax.set_xlabel('head')
+        mesh = _profile_panel(ax, g, heads, value)
+        ax.set(title=literal(m, 34), ylabel='layer' if m == models[0] else '')
         best = g[heads].stack().idxmax()
         said.append(
             f'{m}: highest {rounded(g[heads].max().max(), 2)} in layer {best[0]}, head {best[1]};'
@@ -660,12 +639,80 @@ def profile_figure(
         aspect=22,
         label='pixel AUROC (0.5: chance)' if value == 'pixel_auroc' else 'share on the film',
     ).outline.set_visible(False)
-    fig.alt = (
-        "Heat map of the mean"
-        f" {'pixel AUROC on the marked region' if value == 'pixel_auroc' else 'share of attention on the film'}"
-        " per layer and head. " + '; '.join(said) + '.'
+    measured = (
+        'pixel AUROC on the marked region'
+        if value == 'pixel_auroc'
+        else 'share of attention on the film'
     )
+    fig.alt = f'Heat map of the mean {measured} per layer and head. ' + '; '.join(said) + '.'
     return fig
+
+
+def _profile_rows(profile, query, method, value, fewest):
+    "Select the rows of the first arm, of trained models with enough patients."
+    rows = profile[
+        (profile['query'] == query)
+        & (profile.method == method)
+        & ~profile.model.str.endswith(RANDOM)
+        & profile[value].notna()
+    ]
+    rows = rows[rows.arm == next(iter(rows.arm), '')]
+    return rows[rows.groupby('model').patient_id.transform('nunique') >= fewest]
+
+
+def _profile_panel(ax, g, heads, value):
+    "Draw layers by heads of one model, and beside them the mean over heads; returns the mesh."
+    mesh = ax.pcolormesh(
+        np.arange(len(heads) + 1),
+        np.arange(len(g) + 1),
+        g[heads],
+        cmap='RdBu_r' if value == 'pixel_auroc' else 'Blues',
+        vmin=0,
+        vmax=1,
+        edgecolors='white',
+        lw=0.8,
+    )
+    ax.pcolormesh(
+        [len(heads) + 0.35, len(heads) + 1.35],
+        np.arange(len(g) + 1),
+        g[[-1]],
+        cmap=mesh.cmap,
+        vmin=0,
+        vmax=1,
+        edgecolors='white',
+        lw=0.8,
+    )
+    if g.size <= 80:
+        _profile_numbers(ax, g, heads, value)
+    ax.set(
+        ylim=(len(g), 0),
+        yticks=np.arange(len(g)) + 0.5,
+        xticks=[*(np.arange(len(heads)) + 0.5), len(heads) + 0.85],
+    )
+    ax.set_yticklabels(
+        list(g.index) if len(g) <= 40 else [k if i % 4 == 0 else '' for i, k in enumerate(g.index)]
+    )
+    ax.set_xticklabels([*(str(h) if len(heads) <= 16 or h % 4 == 0 else '' for h in heads), 'mean'])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel('head')
+    return mesh
+
+
+def _profile_numbers(ax, g, heads, value):
+    "Write the numbers into the cells."
+    middle, far = (0.5, 0.33) if value == 'pixel_auroc' else (0, 0.6)
+    for i, (_, r) in enumerate(g.iterrows()):
+        for j, v in enumerate(r):
+            ax.text(
+                j + 0.5 + 0.35 * (j == len(heads)),
+                i + 0.5,
+                rounded(v, 2),
+                ha='center',
+                va='center',
+                fontsize=7.5,
+                color='white' if abs(v - middle) > far else '#222222',
+            )
 
 # %% ../../nbs/50g_report.attention_figures.ipynb #5c1fdb04
 @styled

@@ -35,8 +35,13 @@ def localises(
     arm: str = 'original',  # which arm
     subgroup: str = 'all',  # 'all', 'method=…', 'finding=…'
     measure: str = 'mass',  # mass, pointing, iou, pixel_auroc, or one of them with _chosen
-) -> str:  # 'yes', 'no' (not even above evenly spread attention), 'middle' (above that, not above the middle of the film), 'random' (above both, not above the same model with random weights) or '' (not measured, or void)
-    "Does a model's map lie on the finding?"
+) -> str:  # 'yes', 'no', 'middle', 'random' or ''
+    """Does a model's map lie on the finding?
+
+    'no': not above evenly spread attention. 'middle': above that, but not above the middle of the
+    film. 'random': above both, but not above the same model with random weights. '': not measured,
+    or void.
+    """
     at = (
         metrics[
             (metrics.model == model)
@@ -109,7 +114,10 @@ def map_sentences(
     results,  # `AttendResults`
     model: str,  # which model
 ) -> list[str]:  # plain text
-    "What a model's maps say, with intervals; one sentence per method about where they lie, and why where nothing can be said."
+    """Describe a model's maps in sentences, with intervals.
+
+    One sentence per method says where its map lies, or why nothing can be said.
+    """
     m, arm, arrived = (
         results.metrics,
         first_arm(results.plan),
@@ -193,12 +201,7 @@ def attention_opening(
     results,  # `AttendResults`
 ) -> Html:
     "What was compared in one line, then a card per model."
-    about, plan, m, arm = (
-        results.config['cohort'],
-        results.plan,
-        results.metrics,
-        first_arm(results.plan),
-    )
+    about, plan, arm = results.config['cohort'], results.plan, first_arm(results.plan)
 
     def many(n, what):
         return f"{n:,} {what}{'s' * (n != 1)}"
@@ -217,43 +220,12 @@ def attention_opening(
     )
     cards = []
     for model in results.models:
-        acc = m[
-            (m.model == model)
-            & (m.metric == 'accuracy')
-            & (m.arm == arm)
-            & (m.subgroup == 'all')
-            & m.value.notna()
-            & (film_arrived(results.delivery, model) != 'no')
-        ]
-        said = [
-            *(
-                f'It answers {percent(r.value, 1)} correctly in the arm {arm} (95 % CI'
-                f' {span(r.ci_low, r.ci_high)}).'
-                for r in acc.itertuples()
-            ),
-            *map_sentences(results, model),
-        ]
-        void = [a for a, v in results.delivery.get(model, {}).items() if v['verdict'] == 'void']
-        cards.append(
-            markup(
-                '<section class="verdict"><h2><span>{}</span></h2>{}{}</section>',
-                model,
-                (
-                    markup(
-                        '<p class="warning">Void: {} did not reach the model; numbers that rest on'
-                        ' it are no findings.</p>',
-                        ', '.join(void),
-                    )
-                    if void
-                    else Html()
-                ),
-                join(markup('<p>{}</p>', s) for s in said),
-            )
-        )
+        cards.append(_card(results, model, arm))
+    version = f", version {about['version']}" if about.get('version') else ''
     return markup(
         '<p class="lead">{}: {}. Attention shows from where a model copied, not whether what it'
         ' copied mattered to the answer.{}</p>{}',
-        f"{about.get('title') or about.get('manifest')}{', version ' + str(about['version']) if about.get('version') else ''}",
+        f"{about.get('title') or about.get('manifest')}{version}",
         ', '.join(counts),
         (
             ''
@@ -261,6 +233,42 @@ def attention_opening(
             else ' Credentialed data: no picture, no text and no small count is shown.'
         ),
         join(cards),
+    )
+
+
+def _card(results, model, arm):
+    "The card of one model: its accuracy, what its maps show, and the arms that never arrived."
+    m = results.metrics
+    acc = m[
+        (m.model == model)
+        & (m.metric == 'accuracy')
+        & (m.arm == arm)
+        & (m.subgroup == 'all')
+        & m.value.notna()
+        & (film_arrived(results.delivery, model) != 'no')
+    ]
+    said = [
+        *(
+            f'It answers {percent(r.value, 1)} correctly in the arm {arm} (95 % CI'
+            f' {span(r.ci_low, r.ci_high)}).'
+            for r in acc.itertuples()
+        ),
+        *map_sentences(results, model),
+    ]
+    void = [a for a, v in results.delivery.get(model, {}).items() if v['verdict'] == 'void']
+    return markup(
+        '<section class="verdict"><h2><span>{}</span></h2>{}{}</section>',
+        model,
+        (
+            markup(
+                '<p class="warning">Void: {} did not reach the model; numbers that rest on'
+                ' it are no findings.</p>',
+                ', '.join(void),
+            )
+            if void
+            else Html()
+        ),
+        join(markup('<p>{}</p>', s) for s in said),
     )
 
 # %% ../../nbs/52a_report.attention_page.ipynb #875eadae
@@ -520,7 +528,6 @@ def attention_provenance(
     results,  # `AttendResults`
 ) -> Html:
     "Hashes, settings, models, and the command."
-    c, env, about = results.config, results.environment, results.config['cohort']
 
     def say(v):
         return (
@@ -531,7 +538,42 @@ def attention_provenance(
             else v
         )
 
-    facts = {
+    facts = _facts(results)
+    info = results.predictions.attrs.get('models', {})
+    models = [
+        {
+            'what': k.replace('_', ' '),
+            **{
+                m if m != 'what' else 'model what': say(info.get(m, {}).get(k))
+                for m in results.models
+            },
+        }
+        for k in ('id', 'revision', 'family', 'dtype', 'device', 'n_parameters', 'trained_on')
+        if any(info.get(m, {}).get(k) for m in results.models)
+    ]
+    return join(
+        [
+            html_table(
+                pd.DataFrame(
+                    [dict(what=k, value=say(v)) for k, v in facts.items() if say(v) != DASH],
+                    dtype=object,
+                ),
+                'Run',
+            ),
+            html_table(pd.DataFrame(models, dtype=object), 'Models'),
+            markup(
+                '<p>The same numbers again (RUN is this run’s directory, NEW another, DATA the'
+                ' folder of the data):</p><pre>{}</pre>',
+                attend_command(results),
+            ),
+        ]
+    )
+
+
+def _facts(results):
+    "Hashes, data, settings and versions of a run, by name."
+    c, env, about = results.config, results.environment, results.config['cohort']
+    return {
         'config hash': results.config_hash,
         'plan hash': results.plan.attrs.get('plan_hash'),
         'cohort hash': c['cohort_hash'],
@@ -561,35 +603,6 @@ def attention_provenance(
         'python': env.get('python'),
         'packages': [f'{k} {v}' for k, v in env.get('packages', {}).items() if v],
     }
-    info = results.predictions.attrs.get('models', {})
-    models = [
-        {
-            'what': k.replace('_', ' '),
-            **{
-                m if m != 'what' else 'model what': say(info.get(m, {}).get(k))
-                for m in results.models
-            },
-        }
-        for k in ('id', 'revision', 'family', 'dtype', 'device', 'n_parameters', 'trained_on')
-        if any(info.get(m, {}).get(k) for m in results.models)
-    ]
-    return join(
-        [
-            html_table(
-                pd.DataFrame(
-                    [dict(what=k, value=say(v)) for k, v in facts.items() if say(v) != DASH],
-                    dtype=object,
-                ),
-                'Run',
-            ),
-            html_table(pd.DataFrame(models, dtype=object), 'Models'),
-            markup(
-                '<p>The same numbers again (RUN is this run’s directory, NEW another, DATA the folder'
-                ' of the data):</p><pre>{}</pre>',
-                attend_command(results),
-            ),
-        ]
-    )
 
 # %% ../../nbs/52a_report.attention_page.ipynb #c72b7b26
 def likeness_details(

@@ -26,9 +26,7 @@ class Panel:
     image: np.ndarray  # (H,W) or (H,W,3) uint8
     marks: dict  # reader -> (H,W) bool
     maps: dict  # name -> `Explanation` or (H,W) weights; the same names in every panel
-    notes: dict = field(
-        default_factory=dict
-    )  # name of a map -> what stands below it, e.g. 'IoU 0.41'
+    notes: dict = field(default_factory=dict)  # name of a map -> text below it, e.g. 'IoU 0.41'
 
 # %% ../../nbs/50j_report.cam_figures.ipynb #9b27cafb
 _LINES = ('#4DFFB8', '#FFD23F', '#66C7FF', '#FF8BD1')
@@ -40,7 +38,10 @@ def cam_panels(
     access: str,  # of the cohort: pictures are shown only where it is 'open'
     smooth: bool = True,  # interpolate between the centres of cells
 ):  # Figure with `.alt`
-    "Film, readers and maps side by side; `InputError` for credentialed data, and where panels hold different maps."
+    """Draw film, marks of readers and maps side by side.
+
+    `InputError` for credentialed data, and where panels hold different maps.
+    """
     from matplotlib.lines import Line2D
 
     if access != 'open':
@@ -55,23 +56,7 @@ def cam_panels(
         2.25 * (2 + len(names)) + 0.5, 0.45 + 2.5 * len(panels), len(panels), 2 + len(names)
     )
     for i, (row, p) in enumerate(zip(axes, panels)):
-        draw_film(row[0], p.image)
-        row[0].set_title(literal(p.title, 34), fontsize=8.5)
-        _marked(row[1], p, colour)
-        row[1].set_title('marked' if i == 0 and readers else '', fontsize=8.5)
-        for ax, n in zip(row[2:], names):
-            scale = _marked(ax, p, colour, _lift(p.maps[n], smooth))
-            ax.set_title(literal(n, 30) if i == 0 else '', fontsize=8.5)
-            if n in p.notes:
-                ax.text(
-                    0.5,
-                    -0.03,
-                    literal(p.notes[n], 60),
-                    transform=ax.transAxes,
-                    ha='center',
-                    va='top',
-                    fontsize=8,
-                )
+        scale = _panel_row(row, p, colour, smooth, i == 0)
     if names:
         bar = fig.colorbar(scale, ax=list(axes[:, -1]), shrink=0.5, aspect=22, pad=0.02)
         bar.outline.set_visible(False)
@@ -107,6 +92,29 @@ def _marked(ax, p, colour, values=None):
     scale = draw_film(ax, p.image, values)
     for r, mask in p.marks.items():
         ax.contour(np.arange(w), np.arange(h), mask, levels=[0.5], colors=colour[r], linewidths=1.3)
+    return scale
+
+
+def _panel_row(row, p, colour, smooth, first):
+    "Draw one film: plain, with the marks of readers, and under each map; returns the last scale."
+    scale = None
+    draw_film(row[0], p.image)
+    row[0].set_title(literal(p.title, 34), fontsize=8.5)
+    _marked(row[1], p, colour)
+    row[1].set_title('marked' if first and colour else '', fontsize=8.5)
+    for ax, n in zip(row[2:], p.maps):
+        scale = _marked(ax, p, colour, _lift(p.maps[n], smooth))
+        ax.set_title(literal(n, 30) if first else '', fontsize=8.5)
+        if n in p.notes:
+            ax.text(
+                0.5,
+                -0.03,
+                literal(p.notes[n], 60),
+                transform=ax.transAxes,
+                ha='center',
+                va='top',
+                fontsize=8,
+            )
     return scale
 
 # %% ../../nbs/50j_report.cam_figures.ipynb #b07b56e2
@@ -161,34 +169,7 @@ def baseline_figure(
     for ax, k in zip(axes[0], numbers):
         for i in range(0, len(arms), 2):
             ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
-        for r in rows[rows.metric == k].itertuples():
-            style, y, own = (
-                styles[r.model],
-                arms.index(r.arm) + 0.2 * (list(styles).index(r.model) - (len(styles) - 1) / 2),
-                r.arm == 'map',
-            )
-            ax.plot(
-                [r.ci_low, r.ci_high],
-                [y, y],
-                color=style['color'],
-                lw=1.5,
-                alpha=1 if own else 0.45,
-                solid_capstyle='butt',
-            )
-            ax.plot(
-                r.value,
-                y,
-                ls='',
-                ms=6 if own else 4.5,
-                mfc=style['color'] if own else 'white',
-                mec='white' if own else style['color'],
-                mew=0.9,
-                **style,
-            )
-            said.append(
-                f"{r.model}, {_TITLES[k]}, {_NAMES.get(r.arm, r.arm)}: {rounded(r.value, 2)}"
-                f" ({span(r.ci_low, r.ci_high, 2, 1)})"
-            )
+        said += _baseline_points(ax, rows[rows.metric == k], arms, styles)
         ax.set(
             title=_TITLES[k],
             xlim=(-0.03, 1.03),
@@ -206,6 +187,40 @@ def baseline_figure(
         + '.'
     )
     return fig
+
+
+def _baseline_points(ax, rows, arms, styles):
+    "Draw maps (filled) and baselines (hollow) of one number; returns their descriptions."
+    said = []
+    for r in rows.itertuples():
+        style, y, own = (
+            styles[r.model],
+            arms.index(r.arm) + 0.2 * (list(styles).index(r.model) - (len(styles) - 1) / 2),
+            r.arm == 'map',
+        )
+        ax.plot(
+            [r.ci_low, r.ci_high],
+            [y, y],
+            color=style['color'],
+            lw=1.5,
+            alpha=1 if own else 0.45,
+            solid_capstyle='butt',
+        )
+        ax.plot(
+            r.value,
+            y,
+            ls='',
+            ms=6 if own else 4.5,
+            mfc=style['color'] if own else 'white',
+            mec='white' if own else style['color'],
+            mew=0.9,
+            **style,
+        )
+        said.append(
+            f"{r.model}, {_TITLES[r.metric]}, {_NAMES.get(r.arm, r.arm)}: {rounded(r.value, 2)}"
+            f" ({span(r.ci_low, r.ci_high, 2, 1)})"
+        )
+    return said
 
 # %% ../../nbs/50j_report.cam_figures.ipynb #02dd3af3
 _COLOUR = dict(
@@ -279,16 +294,7 @@ def perturbation_figure(
     score = curves.attrs.get('score', 'score')
     for ax, kind in zip(axes[0], ('deletion', 'insertion')):
         for order, g in curves[curves.kind == kind].groupby('order', sort=False):
-            points = [
-                (
-                    f,
-                    mean(h.score, bounds=(0, 1) if score == 'probability' else (-1, 1)).bootstrap(
-                        h.patient_id.to_numpy(), n_boot
-                    ),
-                )
-                for f, h in g.groupby('fraction')
-            ]
-            x, i = np.array([f for f, _ in points]), [p for _, p in points]
+            x, i = _mean_scores(g, score, n_boot)
             _band(
                 ax,
                 x,
@@ -322,6 +328,19 @@ def perturbation_figure(
     )
     return fig
 
+
+def _mean_scores(g, score, n_boot):
+    "Fractions of the cells, and the mean score at each with its interval over patients."
+    bounds = (0, 1) if score == 'probability' else (-1, 1)
+    points = [
+        (
+            f,
+            mean(h.score, bounds=bounds).bootstrap(h.patient_id.to_numpy(), n_boot),
+        )
+        for f, h in g.groupby('fraction')
+    ]
+    return np.array([f for f, _ in points]), [p for _, p in points]
+
 # %% ../../nbs/50j_report.cam_figures.ipynb #c0d66202
 @styled
 def cascade_figure(
@@ -342,18 +361,7 @@ def cascade_figure(
         ax.plot(x, g.value, color=style['color'], lw=1.2, alpha=0.6)
         ax.vlines(x, g.ci_low, g.ci_high, color=style['color'], lw=1.4)
         ax.plot(x, g.value, ls='', ms=6, mec='white', mew=0.8, mfc=style['color'], **style)
-        for k, v, note in zip(x, g.value, g.note):
-            if not np.isfinite(v):
-                ax.text(
-                    k,
-                    -0.04,
-                    'withheld' if 'suppressed' in str(note) else 'no map',
-                    rotation=90,
-                    fontsize=7,
-                    color=style['color'],
-                    ha='center',
-                    va='top',
-                )
+        _say_missing(ax, x, g, style['color'])
         said.append(f"{m}: " + ', '.join(f'{s} {rounded(v, 2)}' for s, v in g.value.items()))
     ax.set(
         xticks=range(len(stages)),
@@ -372,19 +380,29 @@ def cascade_figure(
     )
     return fig
 
+
+def _say_missing(ax, x, g, colour):
+    "Write why a stage has no number."
+    for k, v, note in zip(x, g.value, g.note):
+        if not np.isfinite(v):
+            ax.text(
+                k,
+                -0.04,
+                'withheld' if 'suppressed' in str(note) else 'no map',
+                rotation=90,
+                fontsize=7,
+                color=colour,
+                ha='center',
+                va='top',
+            )
+
 # %% ../../nbs/50j_report.cam_figures.ipynb #c0d66203
 @styled
 def agreement_figure(
     metrics: pd.DataFrame,  # from `agreement_metrics`
 ):  # Figure with `.alt`, or None where there is nothing
     "Maps and readers against readers, per finding."
-    rows = metrics[
-        metrics.metric.eq('iou_area')
-        | metrics.metric.eq('reader_iou') & metrics.arm.eq('all pairs')
-    ]
-    rows = rows[
-        (rows.subgroup.eq('all') | rows.subgroup.str.startswith('finding=')) & rows.value.notna()
-    ]
+    rows = _agreement_rows(metrics)
     if rows.empty:
         return None
     groups, said = sorted(set(rows.subgroup), key=lambda g: (g != 'all', g)), []
@@ -393,22 +411,10 @@ def agreement_figure(
     ]
     fig, ax = canvas(7.6, 1.35 + len(groups) * max(0.4, 0.14 * len(kinds)))
     ax = ax[0, 0]
-    look = {
-        'all pairs': ('#000000', 'D', 'reader and reader'),
-        **{
-            k: (
-                _COLOUR[k],
-                'o' if k == 'map' else 's',
-                'map and reader' if k == 'map' else _NAMES[k],
-            )
-            for k in kinds
-            if k != 'all pairs'
-        },
-    }
     for i in range(0, len(groups), 2):
         ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
     for j, k in enumerate(kinds):
-        colour, marker, name = look[k]
+        colour, marker, name = _pair_look(k)
         g = rows[rows.arm == k]
         y = np.array([groups.index(s) for s in g.subgroup]) + 0.14 * (j - (len(kinds) - 1) / 2)
         ax.hlines(y, g.ci_low, g.ci_high, color=colour, lw=1.5)
@@ -440,3 +446,23 @@ def agreement_figure(
         + '.'
     )
     return fig
+
+
+def _agreement_rows(metrics):
+    "Select the agreement over all films and per finding."
+    rows = metrics[
+        metrics.metric.eq('iou_area')
+        | metrics.metric.eq('reader_iou') & metrics.arm.eq('all pairs')
+    ]
+    return rows[
+        (rows.subgroup.eq('all') | rows.subgroup.str.startswith('finding=')) & rows.value.notna()
+    ]
+
+
+def _pair_look(kind):
+    "Colour, marker and name of a kind of pair."
+    if kind == 'all pairs':
+        return '#000000', 'D', 'reader and reader'
+    if kind == 'map':
+        return _COLOUR[kind], 'o', 'map and reader'
+    return _COLOUR[kind], 's', _NAMES[kind]

@@ -14,7 +14,10 @@ from .html import Html, details, html_table, join, markup
 def check_html(
     checks: dict,  # model -> what `check_answers` found
 ) -> Html:
-    "One line per model: the level it ran at, why, and how far its answers are from plain forward passes."
+    """Report the check of shared work, one line per model.
+
+    It gives the level the model ran at, why, and how far its answers are from plain forward passes.
+    """
     if not checks:
         return markup(
             '<p class="absent">No answer was scored again: the models are not of the kind that'
@@ -30,7 +33,21 @@ def check_html(
         for m, c in checks.items()
         if not c['ok']
     )
-    rows = pd.DataFrame(
+    rows = _check_rows(checks)
+    return markup(
+        '{}{}',
+        failed,
+        html_table(
+            rows,
+            'Answers scored again at level 0: one trial at a time, nothing shared',
+            numbers=['largest |Δ log-prob|', 'tolerance'],
+        ),
+    )
+
+
+def _check_rows(checks):
+    "The check of each model as a row of a table."
+    return pd.DataFrame(
         [
             {
                 'model': m,
@@ -52,15 +69,6 @@ def check_html(
             }
             for m, c in checks.items()
         ]
-    )
-    return markup(
-        '{}{}',
-        failed,
-        html_table(
-            rows,
-            'Answers scored again at level 0: one trial at a time, nothing shared',
-            numbers=['largest |Δ log-prob|', 'tolerance'],
-        ),
     )
 
 # %% ../../nbs/51d_report.checks.ipynb #d89766b4

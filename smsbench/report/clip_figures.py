@@ -187,31 +187,9 @@ def confusion_figure(
             if m[i].sum()
             else '–'
         )
-        ax.text(
-            j + 0.5,
-            i + 0.5,
-            text,
-            ha='center',
-            va='center',
-            fontsize=8,
-            color='white' if share[i, j] > 0.55 and not hidden[i, j] else '#111111',
-        )
-    names = [literal(c, 22) for c in matrix.index]
-    ax.set(
-        xticks=np.arange(C) + 0.5,
-        yticks=np.arange(C) + 0.5,
-        ylim=(C, 0),
-        xlabel='predicted',
-        ylabel='truth',
-    )
-    ax.set_xticklabels(
-        names,
-        rotation=25 if max(map(len, names)) > 8 else 0,
-        ha='right' if max(map(len, names)) > 8 else 'center',
-    )
-    ax.set_yticklabels(names)
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
+        colour = 'white' if share[i, j] > 0.55 and not hidden[i, j] else '#111111'
+        ax.text(j + 0.5, i + 0.5, text, ha='center', va='center', fontsize=8, color=colour)
+    _name_classes(ax, [literal(c, 22) for c in matrix.index])
     fig.colorbar(
         mesh, ax=ax, shrink=0.6, aspect=18, format=lambda v, _: percent(v)
     ).outline.set_visible(False)
@@ -230,6 +208,26 @@ def confusion_figure(
     )
     return fig
 
+
+def _name_classes(ax, names):
+    "Name the rows and columns of a confusion matrix."
+    C = len(names)
+    ax.set(
+        xticks=np.arange(C) + 0.5,
+        yticks=np.arange(C) + 0.5,
+        ylim=(C, 0),
+        xlabel='predicted',
+        ylabel='truth',
+    )
+    ax.set_xticklabels(
+        names,
+        rotation=25 if max(map(len, names)) > 8 else 0,
+        ha='right' if max(map(len, names)) > 8 else 'center',
+    )
+    ax.set_yticklabels(names)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf04
 @styled
 def classes_figure(
@@ -238,16 +236,7 @@ def classes_figure(
     by: str = 'model',  # 'model' or 'arm': what gets a colour
 ):  # Figure with `.alt`, or None where no class has any of these numbers
     "Numbers per class with intervals, one panel per metric."
-    rows = metrics[
-        metrics.metric.isin([*shown, *(f'macro_{m}' for m in shown)])
-        & (metrics.subgroup.str.startswith('class=') | (metrics.subgroup == 'all'))
-    ]
-    rows = rows.assign(
-        row=rows.subgroup.str.removeprefix('class=').replace('all', 'mean over classes'),
-        metric=rows.metric.str.removeprefix('macro_'),
-        model=rows[by],
-        arm='',
-    )
+    rows = _class_rows(metrics, shown, by)
     shown = [m for m in shown if (rows.metric == m).any()]
     if not shown:
         return None
@@ -281,14 +270,12 @@ def classes_figure(
         ax.set_xticklabels(['0', '', '.5', '', '1'])
     legend(fig, styles)
 
-    def say(m, r):
-        return f'{r.row} {rounded(r.value, 2)}'
+    def say(m, s):
+        own = rows[(rows.metric == m) & (rows.model == s)]
+        return ', '.join(f'{r.row} {rounded(r.value, 2)}' for r in own.itertuples())
 
     fig.alt = 'Dot plot with 95 % intervals per class. ' + ' '.join(
-        f"{_NAMES.get(m, m)}, {s}:"
-        f" {', '.join(say(m, r) for r in rows[(rows.metric == m) & (rows.model == s)].itertuples())}."
-        for m in shown
-        for s in styles
+        f'{_NAMES.get(m, m)}, {s}: {say(m, s)}.' for m in shown for s in styles
     )
     return fig
 
@@ -296,6 +283,20 @@ def classes_figure(
 _NAMES = dict(
     auroc='AUROC', auprc='AUPRC', f1='F1', recall='recall (sensitivity)', ece='calibration error'
 )
+
+
+def _class_rows(metrics, shown, by):
+    "Rows per class and their mean over classes; `model` is what gets a colour."
+    rows = metrics[
+        metrics.metric.isin([*shown, *(f'macro_{m}' for m in shown)])
+        & (metrics.subgroup.str.startswith('class=') | (metrics.subgroup == 'all'))
+    ]
+    return rows.assign(
+        row=rows.subgroup.str.removeprefix('class=').replace('all', 'mean over classes'),
+        metric=rows.metric.str.removeprefix('macro_'),
+        model=rows[by],
+        arm='',
+    )
 
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf05
 @styled
@@ -315,30 +316,7 @@ def retrieval_figure(
     )
     fig, axes = canvas(1.2 + 2.9 * len(arms), 2.9, 1, len(arms), sharey=True)
     for ax, arm in zip(axes[0], arms):
-        for i, m in enumerate(names):
-            for dx, kind, style in (
-                (-0.19, 'duplicates', dict(color=COLOURS[0])),
-                (0.19, 'strict', dict(fc='white', ec=COLOURS[0], lw=1.2)),
-            ):
-                r, chance = (
-                    at.loc[('model', arm, f'relevance={kind}', m)],
-                    at.loc[('chance', arm, f'relevance={kind}', m)],
-                )
-                if not np.isfinite(r.value):
-                    continue
-                ax.bar(i + dx, r.value, 0.34, **style)
-                ax.plot([i + dx] * 2, [r.ci_low, r.ci_high], color='#222222', lw=1.1)
-                ax.plot(
-                    [i + dx - 0.19, i + dx + 0.19], [chance.value] * 2, color=COLOURS[1], lw=1.4
-                )
-                ax.text(
-                    i + dx,
-                    max(r.ci_high, r.value) + 0.015,
-                    percent(r.value),
-                    ha='center',
-                    va='bottom',
-                    fontsize=7,
-                )
+        _recall_bars(ax, at, arm, names)
         ax.set(
             title={'image_to_text': 'film finds report', 'text_to_image': 'report finds film'}[arm],
             xticks=range(len(names)),
@@ -348,6 +326,50 @@ def retrieval_figure(
         ax.set_xticklabels([m.replace('recall@', 'R@') for m in names])
         ax.yaxis.set_major_formatter(lambda v, _: percent(v))
         ax.grid(axis='y', color='#e6e7e8', lw=0.6)
+    _recall_legend(fig)
+
+    def say(a, k):
+        return ', '.join(
+            f"{m.replace('recall@', 'R@')}"
+            f" {percent(at.loc[('model', a, f'relevance={k}', m)].value)} (chance"
+            f" {percent(at.loc[('chance', a, f'relevance={k}', m)].value, 1)})"
+            for m in names
+        )
+
+    fig.alt = 'Bar chart of retrieval with 95 % intervals. ' + ' '.join(
+        f"{a.replace('_', ' ')}, {k}: {say(a, k)}." for a in arms for k in ('duplicates', 'strict')
+    )
+    return fig
+
+
+def _recall_bars(ax, at, arm, names):
+    "Draw recall of one direction: bars with intervals, and lines where chance lies."
+    for i, m in enumerate(names):
+        for dx, kind, style in (
+            (-0.19, 'duplicates', dict(color=COLOURS[0])),
+            (0.19, 'strict', dict(fc='white', ec=COLOURS[0], lw=1.2)),
+        ):
+            r, chance = (
+                at.loc[('model', arm, f'relevance={kind}', m)],
+                at.loc[('chance', arm, f'relevance={kind}', m)],
+            )
+            if not np.isfinite(r.value):
+                continue
+            ax.bar(i + dx, r.value, 0.34, **style)
+            ax.plot([i + dx] * 2, [r.ci_low, r.ci_high], color='#222222', lw=1.1)
+            ax.plot([i + dx - 0.19, i + dx + 0.19], [chance.value] * 2, color=COLOURS[1], lw=1.4)
+            ax.text(
+                i + dx,
+                max(r.ci_high, r.value) + 0.015,
+                percent(r.value),
+                ha='center',
+                va='bottom',
+                fontsize=7,
+            )
+
+
+def _recall_legend(fig):
+    "Explain filled bars, hollow bars and the line of chance."
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -362,19 +384,6 @@ def retrieval_figure(
         ncols=3,
         fontsize=8,
     )
-
-    def say(a, k):
-        return ', '.join(
-            f"{m.replace('recall@', 'R@')}"
-            f" {percent(at.loc[('model', a, f'relevance={k}', m)].value)} (chance"
-            f" {percent(at.loc[('chance', a, f'relevance={k}', m)].value, 1)})"
-            for m in names
-        )
-
-    fig.alt = 'Bar chart of retrieval with 95 % intervals. ' + ' '.join(
-        f"{a.replace('_', ' ')}, {k}: {say(a, k)}." for a in arms for k in ('duplicates', 'strict')
-    )
-    return fig
 
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf06
 @styled
@@ -391,28 +400,8 @@ def embedding_figure(
         if kind == 'multilabel'
         else (lambda c: (c[0], [c[1][0, 0]]))(canvas(6, 4.3))
     )
-    order = np.random.default_rng(0).permutation(len(at))  # no class lies on top of the others
-    size = float(np.clip(4000 / max(len(at), 1), 4, 22))
     for i, (ax, name) in enumerate(zip(axes, panels)):
-        for c, (label, chosen) in enumerate(
-            [(None, y[:, i] == 0), (None, y[:, i] == 1)]
-            if kind == 'multilabel'
-            else [(n, y[:, j] == 1) for j, n in enumerate(classes)]
-        ):
-            k = order[chosen[order]]
-            colour = (
-                ('#c3c7cb', COLOURS[1])[c] if kind == 'multilabel' else COLOURS[c % len(COLOURS)]
-            )
-            ax.scatter(
-                at.x.iloc[k],
-                at.y.iloc[k],
-                s=size,
-                color=colour,
-                alpha=0.75,
-                lw=0,
-                label=None if label is None else f'{literal(label, 28)} ({chosen.sum()})',
-                marker='osD^vPX'[c // len(COLOURS) % 7],
-            )
+        _scatter(ax, at, y, i, classes, kind)
         ax.set(
             xticks=[],
             yticks=[],
@@ -439,11 +428,34 @@ def embedding_figure(
     )
     return fig
 
+
+def _scatter(ax, at, y, i, classes, kind):
+    "Draw the films of one panel: class `i` or all classes."
+    order = np.random.default_rng(0).permutation(len(at))  # no class lies on top of the others
+    size = float(np.clip(4000 / max(len(at), 1), 4, 22))
+    for c, (label, chosen) in enumerate(
+        [(None, y[:, i] == 0), (None, y[:, i] == 1)]
+        if kind == 'multilabel'
+        else [(n, y[:, j] == 1) for j, n in enumerate(classes)]
+    ):
+        k = order[chosen[order]]
+        colour = ('#c3c7cb', COLOURS[1])[c] if kind == 'multilabel' else COLOURS[c % len(COLOURS)]
+        ax.scatter(
+            at.x.iloc[k],
+            at.y.iloc[k],
+            s=size,
+            color=colour,
+            alpha=0.75,
+            lw=0,
+            label=None if label is None else f'{literal(label, 28)} ({chosen.sum()})',
+            marker='osD^vPX'[c // len(COLOURS) % 7],
+        )
+
 # %% ../../nbs/50h_report.clip_figures.ipynb #94ecbf07
 @styled
 def few_shot_figure(
     curves: dict,  # name -> table of `few_shot`
-    zero_shot=None,  # metrics row (value, ci_low, ci_high) of macro AUROC without any label, or None
+    zero_shot=None,  # metrics row (value, ci_low, ci_high) of zero-shot macro AUROC, or None
     full=None,  # metrics row of the probe on all training films, or None
 ):  # Figure with `.alt`, or None where no number of shots could be drawn
     "Macro AUROC against labelled films per class."
@@ -453,25 +465,7 @@ def few_shot_figure(
     styles = looks(list(curves))
     fig, ax = canvas(5.4, 3.2)
     ax = ax[0, 0]
-    for n, c in curves.items():
-        ax.fill_between(
-            c.shots.astype(float),
-            c.ci_low.astype(float),
-            c.ci_high.astype(float),
-            color=styles[n]['color'],
-            alpha=0.18,
-            lw=0,
-        )
-        ax.plot(c.shots, c.value, ms=5, mec='white', lw=1.6, label=literal(n), **styles[n])
-        for side in ('seed_low', 'seed_high'):
-            ax.plot(c.shots, c[side], ls='', marker='.', ms=4, color=styles[n]['color'])
-    for row, name, colour, dash in (
-        (zero_shot, 'zero-shot', '#444444', (0, (5, 2))),
-        (full, 'probe on all training films', COLOURS[2], (0, (2, 2))),
-    ):
-        if row is not None and np.isfinite(row.value):
-            ax.axhline(row.value, color=colour, lw=1.2, ls=dash, label=name)
-            ax.axhspan(row.ci_low, row.ci_high, color=colour, alpha=0.08, lw=0)
+    _shot_curves(ax, curves, styles, zero_shot, full)
     ax.axhline(0.5, color='#999999', lw=0.8, ls=(0, (1, 2)), label='chance')
     ticks = sorted({int(s) for c in curves.values() for s in c.shots})
     lowest = np.nanmin(
@@ -503,3 +497,26 @@ def few_shot_figure(
         + ('' if zero_shot is None else f' Zero-shot {rounded(zero_shot.value, 2)}.')
     )
     return fig
+
+
+def _shot_curves(ax, curves, styles, zero_shot, full):
+    "Draw the curves with their intervals and seeds, and lines for zero-shot and the full probe."
+    for n, c in curves.items():
+        ax.fill_between(
+            c.shots.astype(float),
+            c.ci_low.astype(float),
+            c.ci_high.astype(float),
+            color=styles[n]['color'],
+            alpha=0.18,
+            lw=0,
+        )
+        ax.plot(c.shots, c.value, ms=5, mec='white', lw=1.6, label=literal(n), **styles[n])
+        for side in ('seed_low', 'seed_high'):
+            ax.plot(c.shots, c[side], ls='', marker='.', ms=4, color=styles[n]['color'])
+    for row, name, colour, dash in (
+        (zero_shot, 'zero-shot', '#444444', (0, (5, 2))),
+        (full, 'probe on all training films', COLOURS[2], (0, (2, 2))),
+    ):
+        if row is not None and np.isfinite(row.value):
+            ax.axhline(row.value, color=colour, lw=1.2, ls=dash, label=name)
+            ax.axhspan(row.ci_low, row.ci_high, color=colour, alpha=0.08, lw=0)

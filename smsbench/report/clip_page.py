@@ -85,7 +85,10 @@ def history_figure(
     history: pd.DataFrame,  # from `train`: one row per epoch, epoch 0 before training
     watched: str = 'loss',  # what decided which weights were kept
 ):  # Figure with `.alt`
-    "Loss of training and validation, and what was watched, per epoch; a ring marks the weights that were kept."
+    """Draw the loss of training and validation per epoch, and the watched number.
+
+    A ring marks the weights that were kept.
+    """
     from matplotlib.ticker import MaxNLocator
 
     best = history[history.best == 1].iloc[-1]
@@ -232,11 +235,11 @@ def faithful_words(
     start = c[(c.kind == 'deletion') & (c.order == 'map') & (c.fraction == 0)].score.mean()
     better, worse = gain.ci_low > 0, gain.ci_high < 0
     if area > start + 1e-9:
+        beside = 'less than' if better else 'more than' if worse else None
         return (
-            "On average the score rises as the marked cells go,"
-            f" {'less than' if better else 'more than' if worse else 'no differently from how it does'}"
-            " in a random order: the film speaks for the text without them, and the map is not"
-            " shown to be faithful here."
+            'On average the score rises as the marked cells go,'
+            f" {beside or 'no differently from how it does'} in a random order: the film speaks for"
+            ' the text without them, and the map is not shown to be faithful here.'
         )
     if better:
         return 'Taking away what the map marks lowers the score more than taking away at random.'

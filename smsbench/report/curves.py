@@ -16,6 +16,7 @@ from ..sms.shifts import ARMS
 
 # %% ../../nbs/50b_report.curves.ipynb #493ae5f5
 CURVE_ARMS = ('original', 'image_swap', 'text_swap', 'text_only', 'image_only')
+_COLUMNS = 'model arm from to prob frequency ci_low ci_high n n_clusters note'.split()
 
 
 def reliability_curves(
@@ -26,7 +27,10 @@ def reliability_curves(
     n_boot: int = 500,  # resamples of patients
     seed: int = 0,  # of the resampling
 ) -> pd.DataFrame:  # model, arm, then the columns of `reliability_curve`
-    "Reliability curves per model and arm; empty where no probability was recorded or a question has other than two choices."
+    """Compute reliability curves per model and arm.
+
+    Empty where no probability was recorded, or where a question does not have two choices.
+    """
     _, rows = next(subgroups(answer_table(plan, predictions)))
     rows = rows[rows.p.notna() & rows.arm.isin(arms)]
     binary = rows.probs.map(len).eq(2).all()
@@ -46,21 +50,7 @@ def reliability_curves(
         else []
     )
     if not parts:
-        return pd.DataFrame(
-            columns=[
-                'model',
-                'arm',
-                'from',
-                'to',
-                'prob',
-                'frequency',
-                'ci_low',
-                'ci_high',
-                'n',
-                'n_clusters',
-                'note',
-            ]
-        )
+        return pd.DataFrame(columns=_COLUMNS)
     table = pd.concat(parts, ignore_index=True)
     return table[['model', 'arm', *[c for c in table if c not in ('model', 'arm')]]].sort_values(
         ['model', 'arm'],

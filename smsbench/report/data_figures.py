@@ -16,9 +16,8 @@ from ..data.readers import read_image
 from .style import COLOURS, DASH, canvas, literal, percent, rounded, span, styled
 
 # %% ../../nbs/50e_report.data_figures.ipynb #f7df65ff
-SHADES = dict(
-    serious='#B3261E', warning='#E69F00', note='#56B4E9', ok='#009E73'
-)  # severity -> colour
+# severity -> colour
+SHADES = dict(serious='#B3261E', warning='#E69F00', note='#56B4E9', ok='#009E73')
 SIGNS = dict(serious='X', warning='^', note='o', ok='s')  # severity -> marker
 
 
@@ -68,22 +67,7 @@ def severity_figure(
     for i, r in enumerate(findings.itertuples()):
         if i % 2 == 0:
             ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0)
-        strong = 'bold' if r.severity in SEVERITIES[:2] else 'normal'
-        ax.plot(0.018, i, SIGNS[r.severity], ms=6, color=SHADES[r.severity], mec='white', mew=0.5)
-        ax.text(0.034, i, r.severity, va='center', fontsize=8.5, weight=strong)
-        where = r.subject if r.subject != 'all' else ''
-        if r.finding and several:
-            where = f'{where} ({r.finding})' if where else r.finding
-        for x, t in ((0.115, literal(r.check, 34)), (0.36, literal(where, 40)), (0.645, amount(r))):
-            ax.text(x, i, t, va='center', fontsize=8.5, weight=strong)
-        ax.text(
-            0.985,
-            i,
-            f'{r.n:,}' if not pd.isna(r.n) else '<10',
-            va='center',
-            ha='right',
-            fontsize=8.5,
-        )
+        _severity_row(ax, i, r, several)
     counts = findings.severity.value_counts()
     bad = findings[findings.severity.isin(SEVERITIES[:2])]
     fig.alt = (
@@ -93,6 +77,26 @@ def severity_figure(
         + ' '.join(f'{r.severity}: {r.check}, {r.subject}: {amount(r)}.' for r in bad.itertuples())
     )
     return fig
+
+
+def _severity_row(ax, i, r, several):
+    "Write one finding; `several` adds the question to its subject."
+    strong = 'bold' if r.severity in SEVERITIES[:2] else 'normal'
+    ax.plot(0.018, i, SIGNS[r.severity], ms=6, color=SHADES[r.severity], mec='white', mew=0.5)
+    ax.text(0.034, i, r.severity, va='center', fontsize=8.5, weight=strong)
+    where = r.subject if r.subject != 'all' else ''
+    if r.finding and several:
+        where = f'{where} ({r.finding})' if where else r.finding
+    for x, t in ((0.115, literal(r.check, 34)), (0.36, literal(where, 40)), (0.645, amount(r))):
+        ax.text(x, i, t, va='center', fontsize=8.5, weight=strong)
+    ax.text(
+        0.985,
+        i,
+        f'{r.n:,}' if not pd.isna(r.n) else '<10',
+        va='center',
+        ha='right',
+        fontsize=8.5,
+    )
 
 # %% ../../nbs/50e_report.data_figures.ipynb #7e02b63b
 def told_rows(
@@ -149,19 +153,7 @@ def shortcut_figure(
     ax = ax[0, 0]
     for i in range(0, len(order), 2):
         ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
-    for r in rows[rows.severity == ''].itertuples():
-        ax.plot(r.auroc, order.index(r.line), 'o', ms=3.5, color='#9aa0a6', mec='white', mew=0.4)
-    for i, r in enumerate(best.itertuples()):
-        ax.plot([r.low, r.high], [i, i], color=SHADES[r.severity], lw=1.8, solid_capstyle='butt')
-        ax.plot(r.auroc, i, SIGNS[r.severity], ms=7, color=SHADES[r.severity], mec='white', mew=0.6)
-        ax.text(
-            1.01,
-            i,
-            f'{rounded(r.auroc, 2)}  ({span(r.low, r.high, 2, 1)})',
-            transform=ax.get_yaxis_transform(),
-            va='center',
-            fontsize=8,
-        )
+    _told_points(ax, rows, best)
     ax.axvline(0.5, color='#333333', lw=0.9, ls=(0, (4, 3)))
     low = min(0.4, np.floor(10 * rows[['low', 'auroc']].min().min()) / 10)
     names = [
@@ -203,6 +195,24 @@ def _severity_legend(fig, used, others):
         else []
     )
     fig.legend(*zip(*marks), loc='outside upper left', ncols=len(marks))
+
+
+def _told_points(ax, rows, best):
+    "Draw the AUROC of each attribute: of the worst question with its interval, of others as dots."
+    order = list(best.line)
+    for r in rows[rows.severity == ''].itertuples():
+        ax.plot(r.auroc, order.index(r.line), 'o', ms=3.5, color='#9aa0a6', mec='white', mew=0.4)
+    for i, r in enumerate(best.itertuples()):
+        ax.plot([r.low, r.high], [i, i], color=SHADES[r.severity], lw=1.8, solid_capstyle='butt')
+        ax.plot(r.auroc, i, SIGNS[r.severity], ms=7, color=SHADES[r.severity], mec='white', mew=0.6)
+        ax.text(
+            1.01,
+            i,
+            f'{rounded(r.auroc, 2)}  ({span(r.low, r.high, 2, 1)})',
+            transform=ax.get_yaxis_transform(),
+            va='center',
+            fontsize=8,
+        )
 
 # %% ../../nbs/50e_report.data_figures.ipynb #4052663b
 def count_rows(
@@ -255,39 +265,7 @@ def counts_figure(
     )
     colours = {c: (COLOURS * 9)[i] for i, c in enumerate(labels)}
     for ax, f in zip(axes.ravel(), asked[:most]):
-        grid = (
-            rows[rows.finding == f]
-            .pivot(index='group', columns='label', values='samples')
-            .reindex(groups)
-            .reindex(columns=labels)
-        )
-        left = np.zeros(len(groups))
-        for c in labels:
-            ax.barh(
-                range(len(groups)),
-                grid[c].fillna(0),
-                left=left,
-                height=0.68,
-                color=colours[c],
-                ec='white',
-                lw=0.6,
-                label=literal(c, 24),
-            )
-            left += grid[c].fillna(0).to_numpy()
-        first = {
-            g: f'{k:,.0f} {labels[0]} of ' if len(labels) == 2 and np.isfinite(k) else ''
-            for g, k in grid[labels[0]].items()
-        }
-        hidden = {*rows.group[(rows.finding == f) & rows.samples.isna()]}
-        for i, (g, total) in enumerate(zip(groups, left)):
-            ax.text(
-                total,
-                i,
-                f" {first[g]}{total:,.0f}{' + hidden' if g in hidden else ''}",
-                va='center',
-                fontsize=7.5,
-                color='#444444',
-            )
+        _count_bars(ax, rows[rows.finding == f], groups, colours)
         ax.set(title=literal(f, 34), ylim=(len(groups) - 0.5, -0.5), yticks=range(len(groups)))
         ax.set_yticklabels([literal(g, 22) for g in groups])
         ax.tick_params(axis='y', length=0)
@@ -299,12 +277,54 @@ def counts_figure(
     fig.legend(*handles, loc='outside upper left', ncols=min(len(labels), 8))
     fig.supxlabel(f'samples per {by}', fontsize=9)
     fig.alt = f'Bars: samples per {literal(by)} and class. ' + ' '.join(
-        f"{f}:"
-        f" {', '.join(f'{g} ' + '/'.join(rounded(v, 0) for v in d.set_index('label').samples.reindex(labels)) for g, d in q.groupby('group'))}"
+        f"{f}: {', '.join(_counted(g, d, labels) for g, d in q.groupby('group'))}"
         f" ({'/'.join(labels)})."
         for f, q in rows.groupby('finding', sort=False)
     )
     return fig
+
+
+def _counted(group, rows, labels):
+    "The samples of a group per class, as 'group 12/34'."
+    samples = rows.set_index('label').samples.reindex(labels)
+    return f'{group} ' + '/'.join(rounded(v, 0) for v in samples)
+
+
+def _count_bars(ax, rows, groups, colours):
+    "Draw the samples of one question: a bar per group, parted by class, with its counts."
+    labels = list(colours)
+    grid = (
+        rows.pivot(index='group', columns='label', values='samples')
+        .reindex(groups)
+        .reindex(columns=labels)
+    )
+    left = np.zeros(len(groups))
+    for c in labels:
+        ax.barh(
+            range(len(groups)),
+            grid[c].fillna(0),
+            left=left,
+            height=0.68,
+            color=colours[c],
+            ec='white',
+            lw=0.6,
+            label=literal(c, 24),
+        )
+        left += grid[c].fillna(0).to_numpy()
+    first = {
+        g: f'{k:,.0f} {labels[0]} of ' if len(labels) == 2 and np.isfinite(k) else ''
+        for g, k in grid[labels[0]].items()
+    }
+    hidden = {*rows.group[rows.samples.isna()]}
+    for i, (g, total) in enumerate(zip(groups, left)):
+        ax.text(
+            total,
+            i,
+            f" {first[g]}{total:,.0f}{' + hidden' if g in hidden else ''}",
+            va='center',
+            fontsize=7.5,
+            color='#444444',
+        )
 
 # %% ../../nbs/50e_report.data_figures.ipynb #7406dfa2
 def choose_pairs(
@@ -312,7 +332,10 @@ def choose_pairs(
     cohort: pd.DataFrame,  # its cohort
     most: int = 4,  # pairs at most
 ) -> pd.DataFrame:  # ref_a, ref_b, distance, split_a, split_b, patient_a, patient_b
-    "Pairs across splits first, then across patients, then the rest. `InputError` for credentialed data."
+    """Choose pairs across splits first, then across patients, then the rest.
+
+    `InputError` for credentialed data.
+    """
     if cohort.attrs.get('access') != 'open':
         raise InputError('pictures of credentialed data are not shown')
     pairs, about = (
@@ -368,17 +391,7 @@ def pairs_figure(
             (column[0], r.ref_a, r.split_a, r.patient_a),
             (column[1], r.ref_b, r.split_b, r.patient_b),
         ):
-            image = thumbnail(
-                read_phantom(ref) if ref.startswith('phantom:') else read_image(root, ref)
-            )
-            ax.imshow(
-                image,
-                cmap='gray' if image.ndim == 2 else None,
-                vmin=0,
-                vmax=255,
-                interpolation='nearest',
-            )
-            ax.set_title(literal(f'{split or "no split"}, patient {patient}', 30), fontsize=7.5)
+            _pair_film(ax, root, ref, f'{split or "no split"}, patient {patient}')
         column[1].text(
             0.5,
             -0.04,
@@ -399,3 +412,16 @@ def pairs_figure(
         + '.'
     )
     return fig
+
+
+def _pair_film(ax, root, ref, title):
+    "Draw one film of a pair."
+    image = thumbnail(read_phantom(ref) if ref.startswith('phantom:') else read_image(root, ref))
+    ax.imshow(
+        image,
+        cmap='gray' if image.ndim == 2 else None,
+        vmin=0,
+        vmax=255,
+        interpolation='nearest',
+    )
+    ax.set_title(literal(title, 30), fontsize=7.5)

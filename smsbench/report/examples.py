@@ -36,14 +36,19 @@ def film(
     return read_phantom(ref) if ref.startswith('phantom:') else read_image(results.root or '.', ref)
 
 # %% ../../nbs/50d_report.examples.ipynb #5f9b1e2a
+_COLUMNS = 'finding sample_id arm model image_id text_id label donor_label before after'.split()
+
+
 def choose_examples(
     results,  # `Results` of a run
     arms=('image_swap', 'text_swap'),  # where to look for flips
     most: int = 6,  # examples at most
-) -> (
-    pd.DataFrame
-):  # finding, sample_id, arm, model, image_id, text_id, label, donor_label, before, after
-    "One flip per arm and model: right under `original`, wrong here. `InputError` for credentialed data."
+) -> pd.DataFrame:  # one example per row
+    """Choose one flip per arm and model: right under `original`, wrong here.
+
+    Columns: finding, sample_id, arm, model, image_id, text_id, label, donor_label, before, after.
+    `InputError` for credentialed data.
+    """
     open_only(results)
     _, rows = next(subgroups(answer_table(results.plan, results.predictions)))
     base = (
@@ -53,9 +58,10 @@ def choose_examples(
     )
     both = rows[rows.arm.isin(arms)].join(base, on=['model', 'sample_id'])
     void = void_arms(results.delivery)
+    # an image or text that never arrived makes no example
     shown = np.array(
         [not void & {(m, a), (m, 'original')} for m, a in zip(both.model, both.arm)], dtype=bool
-    )  # what never arrived is no example
+    )
     flips = both[both.base_correct.eq(True) & both.parsed & ~both.correct & shown].sort_values(
         'trial_id'
     )
@@ -68,18 +74,7 @@ def choose_examples(
     )
     donor = np.where(chosen.image_id != chosen.sample_id, chosen.image_label, chosen.text_label)
     return chosen.assign(donor_label=donor, before=chosen.base_said, after=chosen.said)[
-        [
-            'finding',
-            'sample_id',
-            'arm',
-            'model',
-            'image_id',
-            'text_id',
-            'label',
-            'donor_label',
-            'before',
-            'after',
-        ]
+        _COLUMNS
     ].reset_index(drop=True)
 
 # %% ../../nbs/50d_report.examples.ipynb #6d1bfc66
@@ -131,7 +126,7 @@ def _own_p(row):
 # %% ../../nbs/50d_report.examples.ipynb #c71781f5
 @styled
 def example_figure(
-    pictures,  # list of (title, (H,W) or (H,W,3) uint8, boxes): what stands above, the picture, regions to outline
+    pictures,  # list of (title, (H,W) or (H,W,3) uint8, boxes to outline)
     alt: str = '',  # description
 ):  # Figure with `.alt`
     "Pictures side by side."

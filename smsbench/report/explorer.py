@@ -109,7 +109,10 @@ def shares_html(
 
 # %% ../../nbs/52_report.explorer.ipynb #42efdec9
 class Explorer:
-    "The views of a run: `view(...)` redraws one, `widget()` is the knobs; shown in a notebook it is both."
+    """Views of a run.
+
+    `view(...)` redraws one, `widget()` has the controls; a notebook shows both.
+    """
 
     def __init__(
         self,
@@ -162,10 +165,11 @@ class Explorer:
         method: str = 'raw',  # a kept method
         layer='all',  # of `layers`
         head='mean',  # of `heads`
-    ) -> tuple[
-        bytes, Html
-    ]:  # a PNG (film, each model's map, the difference of two) and what stands below
-        "Redraw; `InputError` where this sample has no such trial."
+    ) -> tuple[bytes, Html]:  # PNG, and the text below it
+        """Draw the film, each model's map and the difference of two.
+
+        `InputError` where this sample has no such trial.
+        """
         begin, arm, query = time.perf_counter(), arm or self.arms[0], query or self.queries[0]
         t = self.trials.get((sample, arm))
         if t is None:
@@ -199,7 +203,7 @@ class Explorer:
         )
 
     def _pictures(self, image_id, lifts, top):
-        "The film, each model's map over it (the film alone where there is none), the difference of two."
+        "Film, each model's map over it (or the film alone), and the difference of two."
         image, (boxes, mask), (h, models) = (
             self._film(image_id),
             self._marked(image_id),
@@ -299,10 +303,8 @@ class Explorer:
                     *self.view(**{k: v.value for k, v in knobs.items()})
                 )
             except (InputError, RunError) as e:
-                picture.value, text.value = (
-                    b'',
-                    markup('<p>{}</p>', e).text,
-                )  # no old picture beside a new message
+                # no old picture beside a new message
+                picture.value, text.value = b'', markup('<p>{}</p>', e).text
             clock.value = (
                 f'<span style="color:#888;font-size:11px">redrawn in {1000 * self.seconds:.0f}'
                 ' ms</span>'
@@ -373,5 +375,8 @@ def explore(
     run,  # run directory (path), or `AttendResults`
     height: int = 240,  # pixels of the pictures
 ) -> Explorer:
-    "The explorer of a finished run of `smsbench attend`; `InputError` for credentialed data and for an unfinished run."
+    """Open the explorer of a finished run of `smsbench attend`.
+
+    `InputError` for credentialed data and for an unfinished run.
+    """
     return Explorer(run if hasattr(run, 'looks') else load_attention(run), height)

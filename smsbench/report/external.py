@@ -52,11 +52,9 @@ from .tables import class_table, latex_table, shareable, shareable_curve
 
 # %% ../../nbs/50ha_report.external.ipynb #f2b3ce0e
 class External(NamedTuple):
-    "What `external_validation` found; everything also lies in its folder."
+    "Results of `external_validation`; all of them are also in its folder."
 
-    metrics: (
-        pd.DataFrame
-    )  # metrics table: zero-shot, retrieval, embedding space, linear probe, nearest neighbours
+    metrics: pd.DataFrame  # zero-shot, retrieval, embedding space, linear probe, nearest neighbours
     tables: dict  # name -> DataFrame, as written to tables/NAME.csv and .tex
     figures: dict  # name -> Figure, as written to figures/NAME.png
     notes: list  # what a reader must know
@@ -68,24 +66,22 @@ def external_validation(
     cohort,  # cohort table, its `Holding`, or `Films`
     out,  # run directory for tables, figures and numbers
     pretrained: str = '',  # beside a name of open_clip: its tag, a file, or 'random'
-    thresholds=None,  # `Thresholds`; None takes thresholds.json of the checkpoint (see `keep_thresholds`)
-    prompts=None,  # prompts; None takes prompts.json of the checkpoint where it fits the classes, else the default ones
+    thresholds=None,  # `Thresholds`; None takes thresholds.json of the checkpoint
+    prompts=None,  # None takes prompts.json of the checkpoint if it has all classes, else defaults
     seen: str = 'refuse',  # films the checkpoint has seen: 'refuse' or 'drop'
-    splits=(),  # splits to measure; () takes all films, or the test films where the cohort has train, val and test
-    few_shots=(
-        1,
-        2,
-        4,
-        8,
-        16,
-    ),  # labelled films per side of a class, where the cohort has train, val and test; () leaves probes out
+    splits=(),  # splits to measure; () takes all films, or 'test' with train, val and test
+    few_shots=(1, 2, 4, 8, 16),  # labelled films per side of a class; () leaves probes out
     picture: str = 'pca',  # of the embedding space; or 'umap'
     device: str = 'auto',  # where the model runs
     batch_size: int = 64,  # images at once
     n_boot: int = 1000,  # resamples of patients
     seed: int = 0,  # of resampling and draws
 ) -> External:
-    "Measure a checkpoint on a cohort it has not seen; `InputError` where it has."
+    """Measure a checkpoint on a cohort it has not seen; `InputError` where it has.
+
+    Probes and the few-shot curve need a cohort with train, val and test. `keep_thresholds` writes
+    the thresholds of a checkpoint.
+    """
     from smsbench.clip.data import Films, films_of, read_films
     from smsbench.clip.models import image_embeddings, load_clip
 
@@ -100,10 +96,8 @@ def external_validation(
     notes += said
     thresholds, said = own_thresholds(folder, films, thresholds, prompts)
     notes += said
-    if thresholds is not None:
-        thresholds.check(
-            [], dict(weights=clip.info.get('weights_sha', ''))
-        )  # other weights: said before hours of work, not after
+    if thresholds is not None:  # refuse other weights before hours of work, not after
+        thresholds.check([], dict(weights=clip.info.get('weights_sha', '')))
     run = Run(out)
     films, left, said = readable(films, run)
     notes += said
@@ -155,7 +149,10 @@ def unseen(
     films,  # `Films` to be tested on
     seen: str,  # 'refuse' or 'drop'
 ) -> tuple:  # films that were not seen, notes
-    "Films a checkpoint has not seen; `InputError` where there are others and they are not to be dropped, or none are left."
+    """Select the films that a checkpoint has not seen.
+
+    `InputError` where there are others and they are not to be dropped, or where none are left.
+    """
     record = read_seen(checkpoint) if Path(str(checkpoint)).is_dir() else None
     if record is None:
         return films, [
@@ -175,6 +172,11 @@ def unseen(
         )
     if o.seen.all():
         raise InputError(f'nothing is left to test on: {o}')
+    return films.take(~o.seen), _seen_notes(o)
+
+
+def _seen_notes(o):
+    "What must be known about the overlap of a cohort with training."
     notes = (
         [
             f'{o.count(o.seen.sum())} films that were seen in training, or whose patient was, are'
@@ -200,7 +202,7 @@ def unseen(
                 f'WARNING: {o.count(n)} films {where} have no hash of their picture, so overlap was'
                 ' not fully checked'
             )
-    return films.take(~o.seen), notes
+    return notes
 
 # %% ../../nbs/50ha_report.external.ipynb #04d95b5b
 def readable(
@@ -242,7 +244,10 @@ def own_prompts(
     films,  # `Films` to be tested on
     prompts=None,  # given prompts
 ) -> tuple:  # prompts, notes
-    "The prompts to ask with: given, else the checkpoint's own where it has all classes, else the default ones."
+    """Choose the prompts to ask with.
+
+    Given prompts come first, then the checkpoint's own if it has all classes, then the defaults.
+    """
     if prompts is not None:
         return check_prompts(prompts, films.classes, films.kind), []
     file = Path(folder) / 'prompts.json'
@@ -264,9 +269,13 @@ def own_thresholds(
     folder,  # of the checkpoint
     films,  # `Films` to be tested on
     thresholds=None,  # given thresholds
-    prompts=None,  # class -> dict(positive=(...), negative=(...)) that will be asked; None: not compared
+    prompts=None,  # class -> dict(positive=(...), negative=(...)) to be asked; None: not compared
 ) -> tuple:  # `Thresholds` of the films' classes or None, notes
-    "The thresholds to decide with: given, else the checkpoint's own; a class without one, or whose threshold other prompts chose, is measured without decisions."
+    """Choose the thresholds to decide with: given ones, or the checkpoint's own.
+
+    A class without a threshold, or whose threshold was chosen with other prompts, is measured
+    without decisions.
+    """
     if films.kind == 'multiclass':
         return None, []
     file = Path(folder) / 'thresholds.json'
@@ -346,25 +355,8 @@ def measure(
         )
     if thresholds is not None and (said := thresholds.check(tested.table.patient_id, scores.attrs)):
         notes.append(said)
-    parts = [
-        classification_metrics(
-            scores, tested.targets, tested.table.patient_id, thresholds, clip.name, **how
-        )
-    ]
-    told = int((tested.table.text.str.strip() != '').sum())
-    if told >= 2:
-        parts.append(retrieve(clip, tested, embeddings=x[at], **how))
-    else:
-        notes.append(
-            'no retrieval: too few films have a report'
-            + (f' ({told} of {len(tested)}; two are needed)' if access == 'open' else '')
-        )
-    held = embedded(x[at], tested.targets, tested.table.patient_id, films.kind)
-    parts.append(
-        space_metrics(
-            held, clip.name, n_boot=min(how.get('n_boot', 200), 200), seed=how.get('seed', 0)
-        )
-    )
+    parts, said = _own_parts(clip, tested, x[at], scores, thresholds, how)
+    notes += said
     shots = None
     if local:
         part, shots, said = _probes(clip, films, x, few_shots, how)
@@ -401,7 +393,10 @@ def measure(
 
 
 def _probes(clip, films, x, few_shots, how):
-    "Linear probe, nearest neighbours and few-shot curve on the cohort's own splits: metrics parts, curve, notes."
+    """Linear probe, nearest neighbours and few-shot curve on the cohort's own splits.
+
+    Returns the parts of the metrics table, the curve, and notes.
+    """
     train, val, test = (
         (lambda k: embedded(x[k], films.targets[k], films.table.patient_id[k], films.kind))(
             films.table.split.to_numpy() == s
@@ -489,41 +484,10 @@ def _shown(metrics, scores, tested, thresholds, shots, at, access, how):
         retrieval=retrieval_figure(metrics[metrics.metric.str.startswith('recall@')]),
     )
     if tested.kind == 'multiclass' and held == set(tested.classes):
-        known = tested.targets.notna().all(axis=1).to_numpy()
-        truth, said = (
-            np.array(tested.classes, object)[np.nan_to_num(np.asarray(v, float)).argmax(1)][known]
-            for v in (tested.targets, scores)
-        )
-        matrix = confusion_matrix(truth, said, tested.classes)
-        tables |= dict(
-            confusion=(
-                matrix
-                if not hide
-                else matrix.astype(object).where(lambda m: (m == 0) | (m >= hide), f'<{hide}')
-            )
-        )
-        if not hide:
-            tables |= dict(report=classification_report(matrix))
-        figures |= dict(confusion=confusion_figure(matrix, hide))
+        more, figures['confusion'] = _confused(tested, scores, hide)
+        tables |= more
     elif tested.kind == 'multilabel' and thresholds is not None:
-        counts = decision_counts(scores, tested.targets, thresholds).loc[
-            [c for c in tested.classes if c in held]
-        ]
-        tables |= dict(
-            decisions=(
-                counts
-                if not hide
-                else counts.astype(object).where(
-                    lambda t: (
-                        ~t.columns.isin(['tp', 'fp', 'fn', 'tn', 'not_asked'])
-                        | (t == 0)
-                        | (t >= hide)
-                        | t.isna()
-                    ),
-                    f'<{hide}',
-                )
-            )
-        )
+        tables['decisions'] = _decided(tested, scores, thresholds, held, hide)
     if shots is not None:
 
         def one(arm):
@@ -563,6 +527,68 @@ def _overall(metrics):
         {k: list(v) for k, v in held.items()}, index=pd.Index(rows.metric, name='metric')
     )
 
+
+def _own_parts(clip, tested, x, scores, thresholds, how):
+    "Metrics parts that need no training: zero-shot, retrieval, embedding space; and notes."
+    notes = []
+    parts = [
+        classification_metrics(
+            scores, tested.targets, tested.table.patient_id, thresholds, clip.name, **how
+        )
+    ]
+    told = int((tested.table.text.str.strip() != '').sum())
+    if told >= 2:
+        parts.append(retrieve(clip, tested, embeddings=x, **how))
+    else:
+        notes.append(
+            'no retrieval: too few films have a report'
+            + (
+                f' ({told} of {len(tested)}; two are needed)'
+                if tested.attrs.get('access', 'open') == 'open'
+                else ''
+            )
+        )
+    held = embedded(x, tested.targets, tested.table.patient_id, tested.kind)
+    parts.append(
+        space_metrics(
+            held, clip.name, n_boot=min(how.get('n_boot', 200), 200), seed=how.get('seed', 0)
+        )
+    )
+    return parts, notes
+
+
+def _confused(tested, scores, hide):
+    "Tables by name and the figure of exclusive classes; counts from 1 to below `hide` are hidden."
+    known = tested.targets.notna().all(axis=1).to_numpy()
+    truth, said = (
+        np.array(tested.classes, object)[np.nan_to_num(np.asarray(v, float)).argmax(1)][known]
+        for v in (tested.targets, scores)
+    )
+    matrix = confusion_matrix(truth, said, tested.classes)
+    if hide:
+        few = matrix.astype(object).where(lambda m: (m == 0) | (m >= hide), f'<{hide}')
+        return dict(confusion=few), confusion_figure(matrix, hide)
+    tables = dict(confusion=matrix, report=classification_report(matrix))
+    return tables, confusion_figure(matrix, hide)
+
+
+def _decided(tested, scores, thresholds, held, hide):
+    "Counts of decisions per class in `held`; counts from 1 to below `hide` are hidden."
+    counts = decision_counts(scores, tested.targets, thresholds).loc[
+        [c for c in tested.classes if c in held]
+    ]
+    if not hide:
+        return counts
+    return counts.astype(object).where(
+        lambda t: (
+            ~t.columns.isin(['tp', 'fp', 'fn', 'tn', 'not_asked'])
+            | (t == 0)
+            | (t >= hide)
+            | t.isna()
+        ),
+        f'<{hide}',
+    )
+
 # %% ../../nbs/50ha_report.external.ipynb #6fa84e37
 def save_external(
     found: External,  # what was found
@@ -570,7 +596,11 @@ def save_external(
     clip,  # `Clip`
     films,  # `Films` that were tested
 ):
-    "metrics.parquet, tables/*.csv and *.tex, figures/*.png, summary.json, environment.json; no texts, no patients, and names only of open films that could not be read."
+    """Write the results of an external validation to a run directory.
+
+    Files: metrics.parquet, tables/*.csv and *.tex, figures/*.png, summary.json, environment.json.
+    They hold no texts and no patients, and names only of open films that could not be read.
+    """
     write_table(found.metrics, run / 'metrics.parquet', 'metrics')
     (run / 'tables').mkdir(exist_ok=True)
     (run / 'figures').mkdir(exist_ok=True)

@@ -56,9 +56,8 @@ _RESTS = _PHI | {  # metrics over several arms -> those arms
     'silencing': {'original', 'image_swap', 'image_only', 'image_only_swap'},
     'region_dependence': {'original', 'occlude_finding', 'occlude_elsewhere'},
 }
-_BOTH = dict.fromkeys(
-    ('text_following', 'text_following_chance'), {'image_swap', 'text_swap'}
-)  # without an arm
+# metrics without an arm of their own
+_BOTH = dict.fromkeys(('text_following', 'text_following_chance'), {'image_swap', 'text_swap'})
 _EXCESS = {'excess_flips', 'excess_movement'}  # metrics of an arm less its control
 _COMPARED = _EXCESS | {  # metrics of an arm and the arm it is compared with
     'nfr',
@@ -109,54 +108,56 @@ def draw_dots(
     for i in range(0, len(order), 2):
         ax.axhspan(i - 0.5, i + 0.5, color='#f3f4f5', lw=0, zorder=0)
     for r in rows[rows.row.isin(place)].itertuples():
-        y, hollow = (
-            place[r.row] + step * (names.index(r.model) - (len(names) - 1) / 2),
-            is_void(r, void),
-        )
-        style = dict(styles[r.model], alpha=0.6) if hollow else styles[r.model]
-        if not np.isfinite(r.value):
-            ax.text(
-                0.01,
-                y,
-                missing(r),
-                transform=ax.get_yaxis_transform(),
-                va='center',
-                fontsize=7,
-                color=style['color'],
-            )
-            continue
-        ax.plot(
-            [r.ci_low, r.ci_high],
-            [y, y],
-            color=style['color'],
-            lw=1.4,
-            alpha=style.get('alpha', 1),
-            solid_capstyle='butt',
-        )
-        ax.plot(
-            r.value,
-            y,
-            ls='',
-            ms=5.5,
-            mfc='white' if hollow else style['color'],
-            mec=style['color'] if hollow else 'white',
-            mew=0.8,
-            **style,
-        )
-        if hollow:
-            ax.annotate(
-                'void',
-                (r.ci_high, y),
-                (4, 0),
-                textcoords='offset points',
-                va='center',
-                fontsize=7,
-                color=style['color'],
-            )
+        y = place[r.row] + step * (names.index(r.model) - (len(names) - 1) / 2)
+        _dot(ax, r, y, styles[r.model], is_void(r, void))
     ax.set(yticks=range(len(order)), ylim=(len(order) - 0.5, -0.5))
     ax.set_yticklabels([literal(o) for o in order])
     ax.tick_params(axis='y', length=0)
     ax.grid(axis='x', color='#d9dbdd', lw=0.6)
+
+
+def _dot(ax, r, y, style, hollow):
+    "Draw one estimate with its interval, or the reason why it is missing."
+    style = dict(style, alpha=0.6) if hollow else style
+    if not np.isfinite(r.value):
+        ax.text(
+            0.01,
+            y,
+            missing(r),
+            transform=ax.get_yaxis_transform(),
+            va='center',
+            fontsize=7,
+            color=style['color'],
+        )
+        return
+    ax.plot(
+        [r.ci_low, r.ci_high],
+        [y, y],
+        color=style['color'],
+        lw=1.4,
+        alpha=style.get('alpha', 1),
+        solid_capstyle='butt',
+    )
+    ax.plot(
+        r.value,
+        y,
+        ls='',
+        ms=5.5,
+        mfc='white' if hollow else style['color'],
+        mec=style['color'] if hollow else 'white',
+        mew=0.8,
+        **style,
+    )
+    if hollow:
+        ax.annotate(
+            'void',
+            (r.ci_high, y),
+            (4, 0),
+            textcoords='offset points',
+            va='center',
+            fontsize=7,
+            color=style['color'],
+        )
 
 # %% ../../nbs/50_report.figures.ipynb #5dbddf34
 def legend(
@@ -187,10 +188,10 @@ def listed(
     "Rows as a sentence: 'A: original 97 %, image_swap 2 %. B: …'."
 
     def say(r):
-        return (
-            f"{r.row if 'row' in rows else r.arm}"
-            f" {'void' if is_void(r, void) else show(r.value) if np.isfinite(r.value) else missing(r)}"
-        )
+        line = r.row if 'row' in rows else r.arm
+        if is_void(r, void):
+            return f'{line} void'
+        return f'{line} {show(r.value) if np.isfinite(r.value) else missing(r)}'
 
     return ' '.join(
         f"{m}: {', '.join(say(r) for r in g.itertuples())}."
@@ -243,8 +244,6 @@ def nfr_heatmap(
     delivery=None,  # what `prove_delivery` found
 ):  # Figure with `.alt`, or None where no row has it
     "Negative flip rate per arm and model."
-    from matplotlib.patches import Rectangle
-
     rows = pick(metrics, 'nfr')
     if rows.empty:
         return None
@@ -255,8 +254,9 @@ def nfr_heatmap(
     )
     fig, ax = canvas(2.4 + 1.45 * max(len(models), 2), 0.9 + 0.36 * len(order))
     ax = ax[0, 0]
-    grid = (
-        rows.pivot(index='arm', columns='model', values='value').reindex(order)[models].to_numpy()
+    grid, note, low, high = (
+        rows.pivot(index='arm', columns='model', values=c).reindex(order)[models].to_numpy()
+        for c in ('value', 'note', 'ci_low', 'ci_high')
     )
     hidden = np.array(
         [
@@ -267,43 +267,8 @@ def nfr_heatmap(
     mesh = ax.pcolormesh(
         np.where(hidden, np.nan, grid), cmap='Blues', vmin=0, vmax=1, edgecolors='white', lw=1.5
     )
-    note, low, high = (
-        rows.pivot(index='arm', columns='model', values=c).reindex(order)[models].to_numpy()
-        for c in ('note', 'ci_low', 'ci_high')
-    )
     for i, j in np.ndindex(grid.shape):
-        off = hidden[i, j] or not np.isfinite(grid[i, j])
-        if off:
-            ax.add_patch(
-                Rectangle(
-                    (j, i),
-                    1,
-                    1,
-                    fc='white',
-                    ec='#999999',
-                    lw=0,
-                    hatch='////' if hidden[i, j] else '',
-                )
-            )
-        text = (
-            'void'
-            if hidden[i, j]
-            else f'{percent(grid[i, j])}  ({span(low[i, j], high[i, j], 0)})'
-            if not off
-            else 'suppressed'
-            if 'suppressed' in str(note[i, j])
-            else DASH
-        )
-        ax.text(
-            j + 0.5,
-            i + 0.5,
-            text,
-            ha='center',
-            va='center',
-            fontsize=8,
-            color='white' if not off and grid[i, j] > 0.55 else '#111111',
-            bbox=dict(fc='white', ec='none', pad=1) if off else None,
-        )
+        _flip_cell(ax, i, j, grid[i, j], (low[i, j], high[i, j]), hidden[i, j], note[i, j])
     ax.set(
         xticks=np.arange(len(models)) + 0.5,
         yticks=np.arange(len(order)) + 0.5,
@@ -319,11 +284,52 @@ def nfr_heatmap(
     fig.alt = 'Heat map of the negative flip rate per arm and model. ' + listed(rows, void)
     return fig
 
+
+def _flip_cell(ax, i, j, value, ends, hidden, note):
+    "Draw one cell of the heat map: its number and interval, or the reason why it has none."
+    from matplotlib.patches import Rectangle
+
+    off = hidden or not np.isfinite(value)
+    if off:
+        ax.add_patch(
+            Rectangle(
+                (j, i),
+                1,
+                1,
+                fc='white',
+                ec='#999999',
+                lw=0,
+                hatch='////' if hidden else '',
+            )
+        )
+    text = (
+        'void'
+        if hidden
+        else f'{percent(value)}  ({span(*ends, 0)})'
+        if not off
+        else 'suppressed'
+        if 'suppressed' in str(note)
+        else DASH
+    )
+    ax.text(
+        j + 0.5,
+        i + 0.5,
+        text,
+        ha='center',
+        va='center',
+        fontsize=8,
+        color='white' if not off and value > 0.55 else '#111111',
+        bbox=dict(fc='white', ec='none', pad=1) if off else None,
+    )
+
 # %% ../../nbs/50_report.figures.ipynb #f33866b4
 def shapley_points(
     metrics: pd.DataFrame,  # metrics table
-) -> pd.DataFrame:  # model, subgroup, phi_image, phi_text with their ends image_low, image_high, text_low, text_high
-    "Shapley values over all and per finding."
+) -> pd.DataFrame:  # a row per model and subgroup
+    """Shapley values of image and text, over all samples and per finding.
+
+    Columns: model, subgroup, phi_image, image_low, image_high, phi_text, text_low, text_high.
+    """
     wanted = metrics[metrics.subgroup.eq('all') | metrics.subgroup.str.startswith('finding=')]
     both = {
         w: (
@@ -342,7 +348,10 @@ def modality_plane(
     metrics: pd.DataFrame,  # metrics table
     delivery=None,  # what `prove_delivery` found
 ):  # Figure with `.alt`, or None where the plan lacks one of the four arms
-    "What image and text contribute to the margin, per model, with intervals; models with a void arm among the four are left out."
+    """Contributions of image and text to the margin, per model, with intervals.
+
+    Models with a void arm among the four are left out.
+    """
     points, void = shapley_points(metrics), void_arms(delivery)
     lost = sorted({m for m in points.model if any((m, a) in void for a in _SQUARE)})
     points = points[~points.model.isin(lost)]
@@ -358,6 +367,32 @@ def modality_plane(
     limits = (low - pad, high + pad)
     fig, ax = canvas(6.4, 5.6)
     ax = ax[0, 0]
+    _contributions(ax, points, styles, limits)
+    ax.set(
+        xlim=limits,
+        ylim=limits,
+        aspect='equal',
+        xlabel='φ text: margin owed to the text (log-odds)',
+        ylabel='φ image: margin owed to the image (log-odds)',
+    )
+    ax.grid(color='#e6e7e8', lw=0.6)
+    legend(fig, styles)
+    said = points[points.subgroup == 'all']
+    fig.alt = (
+        'Modality plane, φ image against φ text in log-odds. '
+        + ' '.join(
+            f'{r.model}: φ image {rounded(r.phi_image)} (95 % CI'
+            f' {span(r.image_low, r.image_high, 1, 1)}), φ text {rounded(r.phi_text)}'
+            f' ({span(r.text_low, r.text_high, 1, 1)}).'
+            for r in said.itertuples()
+        )
+        + ''.join(f' {m}: void.' for m in lost)
+    )
+    return fig
+
+
+def _contributions(ax, points, styles, limits):
+    "Draw the models in the plane: large marks over all samples, small ones per finding."
     ax.axhline(0, color='#777777', lw=0.8)
     ax.axvline(0, color='#777777', lw=0.8)
     ax.plot(limits, limits, color='#777777', lw=0.8, ls=(0, (4, 3)))
@@ -382,27 +417,6 @@ def modality_plane(
             bbox=dict(fc='white', ec='none', pad=1.5),
             **how,
         )
-    ax.set(
-        xlim=limits,
-        ylim=limits,
-        aspect='equal',
-        xlabel='φ text: margin owed to the text (log-odds)',
-        ylabel='φ image: margin owed to the image (log-odds)',
-    )
-    ax.grid(color='#e6e7e8', lw=0.6)
-    legend(fig, styles)
-    said = points[points.subgroup == 'all']
-    fig.alt = (
-        'Modality plane, φ image against φ text in log-odds. '
-        + ' '.join(
-            f'{r.model}: φ image {rounded(r.phi_image)} (95 % CI'
-            f' {span(r.image_low, r.image_high, 1, 1)}), φ text {rounded(r.phi_text)}'
-            f' ({span(r.text_low, r.text_high, 1, 1)}).'
-            for r in said.itertuples()
-        )
-        + ''.join(f' {m}: void.' for m in lost)
-    )
-    return fig
 
 # %% ../../nbs/50_report.figures.ipynb #c10910c0
 PANELS = (

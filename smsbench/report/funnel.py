@@ -71,9 +71,13 @@ def _number(n, about=''):
 
 
 def funnel_table(
-    cohort: pd.DataFrame,  # from `build_cohort`; `attrs['funnel']` is a list of dict(step, removed, left, why)
+    cohort: pd.DataFrame,  # from `build_cohort`
 ) -> pd.DataFrame:  # text columns step, removed, left, why; one row per step, in order
-    "The steps from table to cohort; counts that may not be shown are '<10', 'withheld' or a dash."
+    """List the steps from table to cohort.
+
+    They are taken from `attrs['funnel']` of the cohort, a list of dict(step, removed, left, why).
+    Counts that may not be shown are '<10', 'withheld' or a dash.
+    """
     steps = pd.DataFrame(
         cohort.attrs.get('funnel', []), columns=['step', 'removed', 'left', 'why']
     ).astype(dict(step=str, why=str))
@@ -84,9 +88,9 @@ def funnel_table(
         return steps.assign(**{c: [_number(n, '≈') for n in steps[c]] for c in ('removed', 'left')})
     hidden = _hidden(steps.removed.astype(int), _worth(steps), cohort.attrs.get('access', 'open'))
     visible = hidden == ''
-    safe = visible.cummin() | visible[::-1].cummin()[::-1].shift(-1, fill_value=True).astype(
-        bool
-    )  # nothing hidden up to here, or nothing hidden from here on
+    # nothing hidden up to here, or nothing hidden from here on
+    after = visible[::-1].cummin()[::-1].shift(-1, fill_value=True)
+    safe = visible.cummin() | after.astype(bool)
     return steps.assign(
         removed=steps.removed.map(_number).where(visible, hidden),
         left=steps.left.map(_number).where(safe, DASH),
@@ -94,7 +98,10 @@ def funnel_table(
 
 # %% ../../nbs/50f_report.funnel.ipynb #abb9748a
 def _lengths(table):
-    "What is left after each step, as far as the shown numbers tell: hidden counts are taken for 0 until the next number that is shown."
+    """Samples left after each step, as far as the numbers that are shown allow.
+
+    Hidden counts are taken as 0 until the next number that is shown.
+    """
     number, out = (
         lambda t: (
             int(t.replace(',', '').replace('−', '-').removeprefix('≈'))
@@ -125,26 +132,8 @@ def draw_funnel(
     fig, ax = canvas(8.6, 0.75 + 0.46 * len(table))
     ax = ax[0, 0]
     for i, r in enumerate(table.itertuples()):
-        gone, hidden = max(lefts[i - 1] - lefts[i], 0) if i else 0, r.removed[0] in '<w'
-        ax.barh(i, lefts[i], 0.42, color='white' if hidden else COLOURS[0], ec=COLOURS[0], lw=0.8)
-        if gone and not hidden:
-            ax.barh(
-                i, gone, 0.42, left=lefts[i], color='white', ec=COLOURS[1], hatch='/////', lw=0.8
-            )
-        for x, text, colour in (
-            (1.17, '' if r.removed == '0' else r.removed, COLOURS[1]),
-            (1.34, r.left, '#111111'),
-        ):
-            ax.text(x * top, i, text, va='center', ha='right', color=colour)
-        if r.why:
-            ax.text(
-                0.006 * top,
-                i + 0.37,
-                literal(r.why, 120),
-                va='center',
-                fontsize=7.5,
-                color='#555555',
-            )
+        gone = max(lefts[i - 1] - lefts[i], 0) if i else 0
+        _funnel_row(ax, i, r, lefts[i], gone, top)
     for x, text in ((1.17, 'removed'), (1.34, 'left')):
         ax.text(x * top, -0.62, text, ha='right', va='center', fontsize=8, color='#555555')
     ax.set(
@@ -158,3 +147,25 @@ def draw_funnel(
         for r in table.itertuples()
     )
     return fig
+
+
+def _funnel_row(ax, i, r, left, gone, top):
+    "Draw one step: what is left, what it removed, and why."
+    hidden = r.removed[0] in '<w'
+    ax.barh(i, left, 0.42, color='white' if hidden else COLOURS[0], ec=COLOURS[0], lw=0.8)
+    if gone and not hidden:
+        ax.barh(i, gone, 0.42, left=left, color='white', ec=COLOURS[1], hatch='/////', lw=0.8)
+    for x, text, colour in (
+        (1.17, '' if r.removed == '0' else r.removed, COLOURS[1]),
+        (1.34, r.left, '#111111'),
+    ):
+        ax.text(x * top, i, text, va='center', ha='right', color=colour)
+    if r.why:
+        ax.text(
+            0.006 * top,
+            i + 0.37,
+            literal(r.why, 120),
+            va='center',
+            fontsize=7.5,
+            color='#555555',
+        )

@@ -193,9 +193,8 @@ def _areas_alt(metrics, kind, models, void):
     return f"{LOSS_WORDS[kind].capitalize()}. {'; '.join(told(m) for m in models)}."
 
 # %% ../../nbs/50m_report.grounding_figures.ipynb #c612bd7d
-MAP_WORDS = dict(
-    platt='Platt', isotonic='isotonic', temperature='temperature'
-)  # map -> how a report calls it
+# map -> its name in a report
+MAP_WORDS = dict(platt='Platt', isotonic='isotonic', temperature='temperature')
 
 
 def recalibration_rows(

@@ -22,7 +22,10 @@ _all_ = ['sentence']  # what a report says about a verdict belongs to its vocabu
 
 # %% ../../nbs/51_report.html.ipynb #f3f60df4
 class Html:
-    "Markup that was made here; a notebook shows it as HTML. (No `str`: pandas would store it as one, and the difference would be lost.)"
+    """Markup that was made here; a notebook shows it as HTML.
+
+    It is no `str`: pandas would store it as one, and the difference would be lost.
+    """
 
     def __init__(
         self,
@@ -61,6 +64,15 @@ def join(
     return Html(between.join(markup('{}', p).text for p in parts))
 
 # %% ../../nbs/51_report.html.ipynb #64884267
+def _plain(v, digits):
+    "A value as a table shows it where its column has no format."
+    if isinstance(v, float):
+        return rounded(v, digits)
+    if isinstance(v, int) and not isinstance(v, bool):
+        return f'{v:,}'
+    return v
+
+
 def html_table(
     df: pd.DataFrame,  # the table; cells that are `Html` stay as they are
     caption: str = '',  # what it shows
@@ -78,20 +90,7 @@ def html_table(
     def cell(c, v):
         if not isinstance(v, (list, tuple, dict)) and pd.isna(v):
             return DASH
-        return (formats or {}).get(
-            c,
-            lambda v: (
-                v
-                if isinstance(v, Html)
-                else (
-                    rounded(v, digits)
-                    if isinstance(v, float)
-                    else f'{v:,}'
-                    if isinstance(v, int) and not isinstance(v, bool)
-                    else v
-                )
-            ),
-        )(v)
+        return formats[c](v) if formats and c in formats else _plain(v, digits)
 
     attr = {c: Html(' class="num"' if c in right else '') for c in df}
     head = join(markup('<th scope="col"{}>{}</th>', attr[c], c) for c in df)
@@ -130,10 +129,8 @@ def figure_html(
     "A figure as <img> with its description; `InputError` where it has none."
     if fig is None:
         return markup('<p class="absent">{}</p>', absent)
-    alt, out = (
-        ' '.join((alt or getattr(fig, 'alt', '')).split()),
-        io.BytesIO(),
-    )  # any Figure will do, also one that was made by pyplot
+    # any Figure will do, also one that was made by pyplot
+    alt, out = ' '.join((alt or getattr(fig, 'alt', '')).split()), io.BytesIO()
     if not alt:
         raise InputError('a figure needs a description (alt) for those who cannot see it')
     fig.savefig(out, format='png', dpi=192, metadata=dict(Software=None))
@@ -166,7 +163,10 @@ def declared(
     nb,  # notebook node
     name: str,  # what messages call it
 ) -> dict:  # parameter -> default
-    "Names and defaults of the `parameters` cell; `InputError` where there is none, or it holds anything but plain scalars."
+    """Names and defaults of the `parameters` cell.
+
+    `InputError` where there is no such cell, or where it holds anything but plain scalars.
+    """
     cells = [
         c.source
         for c in nb.cells
@@ -263,7 +263,11 @@ def check_page(
     page: str,  # HTML
     images: int = 1,  # figures it must have at least
 ):
-    "`RunError` where a page would fetch or run something, has a picture without a description, or lacks its figures."
+    """Check that a page is self-contained and complete.
+
+    `RunError` where it would fetch or run something, has a picture without a description, or lacks
+    its figures.
+    """
     p = _Page()
     p.feed(page)
     p.close()
@@ -289,9 +293,8 @@ def find_notebook(
     try:
         home = resources.files('smsbench.runs')
     except ModuleNotFoundError:
-        home = (
-            Path(str(resources.files('smsbench'))).parent / 'nbs/runs'
-        )  # a checkout that was not installed
+        # a checkout that was not installed
+        home = Path(str(resources.files('smsbench'))).parent / 'nbs/runs'
     there = {p.stem: p for p in sorted(Path(str(home)).glob('*.ipynb'))}
     if name not in there:
         raise InputError(f"{notebook}: no such notebook; give a path or one of {', '.join(there)}")
@@ -315,9 +318,8 @@ def execute(
             f'no Jupyter kernel {kernel!r} is installed; run: python -m pip install ipykernel &&'
             ' python -m ipykernel install --sys-prefix'
         ) from None
-    logging.getLogger('papermill').setLevel(
-        logging.ERROR
-    )  # it warns of parameters that it could not parse; they were read above
+    # papermill warns of parameters that it could not parse; they were read above
+    logging.getLogger('papermill').setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as d:
         try:
             papermill.execute_notebook(
@@ -378,16 +380,18 @@ def render(
     title: str = '',  # of the page; '' takes the first heading
     kernel: str = 'python3',  # kernel to run it in
 ) -> Path:  # the page
-    "Run a notebook with parameters and write it as one HTML file; `InputError` before the run, `RunError` after it."
+    """Run a notebook with parameters and write it as one HTML file.
+
+    Faults found before the run are an `InputError`, those found after it a `RunError`.
+    """
     import nbformat
 
     path = find_notebook(notebook)
     try:
         nb = nbformat.read(path, as_version=4)
     except Exception as e:
-        raise InputError(
-            f'{path}: not a notebook ({type(e).__name__})'
-        ) from None  # nbformat raises whatever its parser meets
+        # nbformat raises any error of its parser
+        raise InputError(f'{path}: not a notebook ({type(e).__name__})') from None
     given = checked(parameters, declared(nb, path.name), path.name)
     page = to_html(execute(path, given, kernel), title)
     check_page(page, images)

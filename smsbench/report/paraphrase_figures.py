@@ -88,7 +88,10 @@ def answer_grid(
     arm: str = 'original',  # which arm
     most: int = 150,  # samples at most, those with the smallest trial ids
 ) -> pd.DataFrame:  # wording x sample: what the answer stands for, '' where it was not read
-    "Answers of one model, turned back where the question was negated; empty where nothing was reworded."
+    """Answers of one model, turned back where the question was negated.
+
+    Empty where nothing was reworded.
+    """
     if 'inverted' not in plan:
         return pd.DataFrame()
     rows = answer_table(plan, predictions[predictions.model == model])
@@ -109,8 +112,11 @@ def answer_grid(
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #9e0ec24d
 def kept_share(
     grid: pd.DataFrame,  # from `answer_grid`
-) -> float:  # share of answers to rewordings that are those to variant 0, of those that were read; NaN where there are none
-    "How much of a grid is stripes."
+) -> float:  # 0 to 1; NaN where there are none
+    """Share of answers to rewordings that equal the answer to the original question.
+
+    Only answers that could be read count.
+    """
     asked = (grid.iloc[1:] != '') & (grid.loc['plain'] != '') if len(grid) > 1 else pd.DataFrame()
     return (
         float((grid.iloc[1:] == grid.loc['plain']).to_numpy()[asked.to_numpy()].mean())
@@ -127,7 +133,6 @@ def answer_grid_figure(
     arm: str = 'original',  # which arm
 ):  # Figure with `.alt`, or None where nothing was reworded or the data are credentialed
     "Wordings in rows, samples in columns, one panel per model."
-    from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
     if plan.attrs.get('access') == 'credentialed' or 'inverted' not in plan:
@@ -149,30 +154,7 @@ def answer_grid_figure(
         height_ratios=[max(len(g), 2) for g in grids.values()],
     )
     for ax, (m, g) in zip(axes[:, 0], grids.items()):
-        ax.set_facecolor('#e9e9e9')
-        code = g.map(lambda a: said.index(a) if a in said else np.nan).astype(float)
-        ax.pcolormesh(
-            code.to_numpy(),
-            cmap=ListedColormap(colours),
-            vmin=-0.5,
-            vmax=len(said) - 0.5,
-            rasterized=True,
-        )
-        for i in range(1, len(g)):
-            ax.axhline(
-                i,
-                color='white',
-                lw=2.2 if g.index[i].rsplit('-', 1)[0] != g.index[i - 1].rsplit('-', 1)[0] else 0.7,
-            )
-        ax.set(yticks=np.arange(len(g)) + 0.5, ylim=(len(g), 0), xticks=[])
-        ax.set_yticklabels(
-            ['original' if v == 'plain' else literal(v) for v in g.index], fontsize=7.5
-        )
-        ax.set_title(
-            f'{literal(m)}: {percent(kept_share(g))} of rewordings keep the answer', fontsize=9
-        )
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
+        _answer_panel(ax, m, g, said, colours)
     fig.supxlabel(
         f'{len(next(iter(grids.values())).columns)} samples, ordered by the answer to the original'
         ' question',
@@ -194,6 +176,34 @@ def answer_grid_figure(
     )
     return fig
 
+
+def _answer_panel(ax, model, g, said, colours):
+    "Draw the grid of one model: wordings in rows, samples in columns, answers as colours."
+    from matplotlib.colors import ListedColormap
+
+    ax.set_facecolor('#e9e9e9')
+    code = g.map(lambda a: said.index(a) if a in said else np.nan).astype(float)
+    ax.pcolormesh(
+        code.to_numpy(),
+        cmap=ListedColormap(colours),
+        vmin=-0.5,
+        vmax=len(said) - 0.5,
+        rasterized=True,
+    )
+    for i in range(1, len(g)):
+        ax.axhline(
+            i,
+            color='white',
+            lw=2.2 if g.index[i].rsplit('-', 1)[0] != g.index[i - 1].rsplit('-', 1)[0] else 0.7,
+        )
+    ax.set(yticks=np.arange(len(g)) + 0.5, ylim=(len(g), 0), xticks=[])
+    ax.set_yticklabels(['original' if v == 'plain' else literal(v) for v in g.index], fontsize=7.5)
+    ax.set_title(
+        f'{literal(model)}: {percent(kept_share(g))} of rewordings keep the answer', fontsize=9
+    )
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #2666b60b
 def margin_moves(
     plan: pd.DataFrame,  # the plan
@@ -201,7 +211,10 @@ def margin_moves(
     arm: str = 'original',  # which arm
     minimum: int = 10,  # samples below which a wording is left out
 ) -> pd.DataFrame:  # model, variant, strategy, low, q25, median, q75, high (log-odds), n
-    "Quantiles (5, 25, 50, 75, 95 %) of the margin's movement per wording; empty where nothing was reworded or no probability recorded."
+    """Quantiles (5, 25, 50, 75, 95 %) of the change in margin per wording.
+
+    Empty where nothing was reworded or no probability was recorded.
+    """
     rows = beside_original(answer_table(plan, predictions))
     rows = rows[rows.arm == arm] if len(rows) else rows
     if rows.empty:
@@ -260,10 +273,14 @@ def margin_figure(
     ax.tick_params(axis='y', length=0)
     ax.grid(axis='x', color='#d9dbdd', lw=0.6)
     legend(fig, styles)
+
+    def say(g):
+        return ', '.join(
+            f'{r.variant} {rounded(r.median)} ({span(r.q25, r.q75, 1, 1)})' for r in g.itertuples()
+        )
+
     fig.alt = f'Movement of the margin per wording, {arm}, median and middle half. ' + ' '.join(
-        f"{m}:"
-        f" {', '.join(f'{r.variant} {rounded(r.median)} ({span(r.q25, r.q75, 1, 1)})' for r in g.itertuples())}."
-        for m, g in moves.groupby('model')
+        f'{m}: {say(g)}.' for m, g in moves.groupby('model')
     )
     return fig
 

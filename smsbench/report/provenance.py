@@ -21,7 +21,10 @@ from ..sms.shifts import ARMS
 def limited(
     results,  # `Results` of a run
 ) -> int:  # samples
-    "How many samples were left out only because a limit was asked for: those with a film, beyond the plan, that an arm could show."
+    """Count the samples that were left out only because of the limit.
+
+    These have a film, are not in the plan, and could have been shown in some arm.
+    """
     c, plan, lost = (
         results.cohort,
         results.plan,
@@ -45,11 +48,12 @@ def funnel_rows(
     rows += [
         (f'left out by the filter: {k}', n, None) for k, n in about.get('filtered', {}).items()
     ]
+    # without the table, the cohort still knows its counts
     excluded = (
         results.exclusions['cohort'].reason.value_counts()
         if 'cohort' in results.exclusions
         else about.get('excluded', {})
-    )  # the cohort knows its counts where the table is not there
+    )
     rows += [(f'excluded: {k}', n, None) for k, n in excluded.items()]
     rows.append(
         (
@@ -161,7 +165,10 @@ def loading_flags(
     results,  # `Results` of a run
     options=('dtype', 'revision', 'quantization'),  # which
 ) -> list[str]:
-    "Options that say how the models were loaded, where it was the same for all of them; they move the last digits."
+    """Options with which the models were loaded, if the same for all of them.
+
+    They change the last digits of the numbers.
+    """
     info = [
         i
         for m, i in results.predictions.attrs.get('models', {}).items()
@@ -181,15 +188,16 @@ def loading_flags(
     )
 
 # %% ../../nbs/51b_report.provenance.ipynb #e3db0b30
+def _flag(name, v):
+    "An option of the command line as a list, empty where it has no value."
+    return [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None) else []
+
+
 def commands(
     results,  # `Results` of a run
 ) -> list[str]:
     "Shell lines that make the numbers again, and the report."
-    c, info = results.config, results.predictions.attrs.get('models', {})
-
-    def flag(name, v):
-        return [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None) else []
-
+    c, info, flag = results.config, results.predictions.attrs.get('models', {}), _flag
     again = (
         loading_flags(results, ('dtype', 'revision', 'quantization', 'attn_implementation'))
         + flag('seed', c['seed'])
@@ -203,24 +211,7 @@ def commands(
         + ['--out NEW']
     )
     imported = [m for m in model_names(results) if 'imported' in info.get(m, {})]
-    data = (
-        ['--cohort RUN/cohort.parquet']
-        if results.open
-        else flag('manifest', c['cohort'].get('manifest')) + ['--root DATA']
-    )
-    lists = (
-        flag('arms', ','.join(c['arms']))
-        + flag('match', ','.join(c['match']))
-        + flag('variants', '' if list(c['variants']) == ['plain'] else ','.join(c['variants']))
-        + flag('probes', ','.join(c.get('probes', [])))
-    )
-    lists += flag('donors', c.get('donors')) + flag('paraphrases', c.get('paraphrases'))
-    if c.get('wordings'):
-        data, lists = (
-            ['--plan RUN/plan.parquet --cohort RUN/cohort.parquet']
-            + ([] if results.open else ['--root DATA']),
-            [],
-        )  # the plan holds the user's own words
+    data, lists = _plan_flags(results)
     lines = [
         [
             'smsbench predictions ANSWERS.jsonl',
@@ -242,6 +233,28 @@ def commands(
     return [(' ' if sum(map(len, l)) < 100 else ' \\\n    ').join(l) for l in lines] + [
         'smsbench report RUN'
     ]
+
+
+def _plan_flags(results):
+    "Options that name the data, and options that make the plan."
+    c, flag = results.config, _flag
+    data = (
+        ['--cohort RUN/cohort.parquet']
+        if results.open
+        else flag('manifest', c['cohort'].get('manifest')) + ['--root DATA']
+    )
+    lists = (
+        flag('arms', ','.join(c['arms']))
+        + flag('match', ','.join(c['match']))
+        + flag('variants', '' if list(c['variants']) == ['plain'] else ','.join(c['variants']))
+        + flag('probes', ','.join(c.get('probes', [])))
+    )
+    lists += flag('donors', c.get('donors')) + flag('paraphrases', c.get('paraphrases'))
+    if c.get('wordings'):
+        # the plan holds the user's own words
+        data, lists = ['--plan RUN/plan.parquet --cohort RUN/cohort.parquet'], []
+        data += [] if results.open else ['--root DATA']
+    return data, lists
 
 # %% ../../nbs/51b_report.provenance.ipynb #af2565e5
 def provenance(

@@ -29,8 +29,12 @@ def cells(
     metric: str,  # metric, as in the table
     tokens: str = '',  # '', 'lower' or 'upper'
     dataset: str = '',  # dataset; '' takes the first of the table
-) -> pd.DataFrame:  # rows of that metric with the columns `state` ('figure', 'void', 'absent' or 'undefined') and `basis`
-    "The rows a figure draws; `InputError` when there are none."
+) -> pd.DataFrame:  # rows of that metric, with the columns `state` and `basis`
+    """Select the rows that a figure draws; `InputError` when there are none.
+
+    `state` is 'figure', 'void', 'absent' or 'undefined'; `basis` names the number of answers
+    behind a figure where it is not all of them.
+    """
     dataset = dataset or (table.dataset.iloc[0] if len(table) else '')
     t = table[
         (table.metric == metric) & (table.tokens == tokens) & (table.dataset == dataset)
@@ -57,8 +61,6 @@ def published_heatmap(
     tokens: str = '',  # '' for the written answer, 'lower' or 'upper' for the first token
 ):  # Figure with `.alt`
     "Recomputed negative flip rate per model and shifted arm; void arms crossed."
-    from matplotlib.patches import Rectangle
-
     t = cells(table, 'first_token_nfr' if tokens else 'nfr', tokens, dataset)
     models, arms = list(dict.fromkeys(t.model)), [a for a in ARMS if a != 'No']
     value = t.pivot(index='model', columns='arm', values='corrected').reindex(
@@ -71,59 +73,8 @@ def published_heatmap(
         np.ma.masked_invalid(value.to_numpy(float)), cmap='cividis', vmin=0, vmax=top, aspect='auto'
     )
     for r in t.itertuples():
-        i, j = models.index(r.model), arms.index(r.arm)
-        if r.state == 'figure':
-            write = dict(
-                ha='center', va='center', color='white' if r.corrected < 0.6 * top else 'black'
-            )
-            up = 0.1 if r.basis else 0
-            ax.text(j, i - 0.12 - up, f'{r.corrected:.2f}', fontsize=10, **write)
-            ax.text(j, i + 0.22 - up, f'{r.ci_low:.2f} to {r.ci_high:.2f}', fontsize=7.5, **write)
-            if r.basis:
-                ax.text(j, i + 0.36, r.basis, fontsize=6.5, **write)
-            continue
-        ax.add_patch(
-            Rectangle(
-                (j - 0.5, i - 0.5),
-                1,
-                1,
-                facecolor='#f4f4f4',
-                edgecolor='#c8c8c8',
-                hatch='////' if r.state == 'void' else None,
-                lw=0,
-            )
-        )
-        said = {'void': 'void', 'absent': 'not in file', 'undefined': 'undefined'}[r.state] + (
-            f'\n(published {r.as_published:.2f})' if pd.notna(r.as_published) else ''
-        )
-        ax.text(
-            j,
-            i,
-            said,
-            ha='center',
-            va='center',
-            fontsize=8,
-            color='#333333',
-            bbox=dict(facecolor='#f4f4f4', edgecolor='none', pad=1.5),
-        )
-        if r.state == 'void':
-            ax.plot(
-                [j - 0.46, j - 0.3],
-                [i - 0.4, i - 0.16],
-                [j - 0.46, j - 0.3],
-                [i - 0.16, i - 0.4],
-                color=_ORANGE,
-                lw=1.6,
-            )
-    ax.set_xticks(range(len(arms)), [ARM_TITLES[a] for a in arms])
-    ax.set_yticks(range(len(models)), [literal(m, 22) for m in models])
-    ax.tick_params(length=0)
-    ax.xaxis.tick_top()
-    ax.spines[:].set_visible(False)
-    ax.set_xticks(np.arange(len(arms) + 1) - 0.5, minor=True)
-    ax.set_yticks(np.arange(len(models) + 1) - 0.5, minor=True)
-    ax.grid(which='minor', color='white', lw=2)
-    ax.tick_params(which='minor', length=0)
+        _published_cell(ax, r, models.index(r.model), arms.index(r.arm), top)
+    _name_cells(ax, models, arms)
     fig.colorbar(im, ax=ax, label='negative flip rate, recomputed', pad=0.02)
     n = t.state.value_counts()
     best = t[t.state == 'figure'].sort_values('corrected')
@@ -140,6 +91,73 @@ def published_heatmap(
     )
     return fig
 
+
+def _published_cell(ax, r, i, j, top):
+    "Draw one cell of the heat map: its figure and interval, or the reason why it has none."
+    if r.state == 'figure':
+        write = dict(
+            ha='center', va='center', color='white' if r.corrected < 0.6 * top else 'black'
+        )
+        up = 0.1 if r.basis else 0
+        ax.text(j, i - 0.12 - up, f'{r.corrected:.2f}', fontsize=10, **write)
+        ax.text(j, i + 0.22 - up, f'{r.ci_low:.2f} to {r.ci_high:.2f}', fontsize=7.5, **write)
+        if r.basis:
+            ax.text(j, i + 0.36, r.basis, fontsize=6.5, **write)
+        return
+    _published_gap(ax, r, i, j)
+
+
+def _name_cells(ax, models, arms):
+    "Name the rows and columns of the heat map, and part its cells by white lines."
+    ax.set_xticks(range(len(arms)), [ARM_TITLES[a] for a in arms])
+    ax.set_yticks(range(len(models)), [literal(m, 22) for m in models])
+    ax.tick_params(length=0)
+    ax.xaxis.tick_top()
+    ax.spines[:].set_visible(False)
+    ax.set_xticks(np.arange(len(arms) + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(models) + 1) - 0.5, minor=True)
+    ax.grid(which='minor', color='white', lw=2)
+    ax.tick_params(which='minor', length=0)
+
+
+def _published_gap(ax, r, i, j):
+    "Draw a cell without a figure: the reason, and the published figure where there is one."
+    from matplotlib.patches import Rectangle
+
+    ax.add_patch(
+        Rectangle(
+            (j - 0.5, i - 0.5),
+            1,
+            1,
+            facecolor='#f4f4f4',
+            edgecolor='#c8c8c8',
+            hatch='////' if r.state == 'void' else None,
+            lw=0,
+        )
+    )
+    said = {'void': 'void', 'absent': 'not in file', 'undefined': 'undefined'}[r.state] + (
+        f'\n(published {r.as_published:.2f})' if pd.notna(r.as_published) else ''
+    )
+    ax.text(
+        j,
+        i,
+        said,
+        ha='center',
+        va='center',
+        fontsize=8,
+        color='#333333',
+        bbox=dict(facecolor='#f4f4f4', edgecolor='none', pad=1.5),
+    )
+    if r.state == 'void':
+        ax.plot(
+            [j - 0.46, j - 0.3],
+            [i - 0.4, i - 0.16],
+            [j - 0.46, j - 0.3],
+            [i - 0.16, i - 0.4],
+            color=_ORANGE,
+            lw=1.6,
+        )
+
 # %% ../../nbs/50a_report.published_figures.ipynb #8fa0d502
 @styled
 def published_dots(
@@ -155,57 +173,7 @@ def published_dots(
         1.7 + 1.6 * len(arms), 1.5 + 0.34 * len(models), 1, len(arms), sharex=True, sharey=True
     )
     for ax, a in zip(axes[0], arms):
-        g = t[t.arm == a]
-        y = np.array([models.index(m) for m in g.model])
-        ok, void = (g.state == 'figure').to_numpy(), (g.state == 'void').to_numpy()
-        ax.axhspan(-1, len(models), color='#f4f4f4' if void.all() else 'white', zorder=0)
-        ax.hlines(y[ok], g.ci_low[ok], g.ci_high[ok], color=_BLUE, lw=2.2, zorder=2)
-        ax.plot(
-            g.corrected[ok],
-            y[ok],
-            'o',
-            color=_BLUE,
-            ms=4.5,
-            label='recomputed, 95 % interval',
-            zorder=3,
-        )
-        ax.plot(
-            g.as_published[~void],
-            y[~void],
-            'D',
-            mfc='none',
-            mec='black',
-            ms=8,
-            mew=1,
-            label='published',
-            zorder=4,
-        )
-        ax.plot(
-            g.as_published[void],
-            y[void],
-            'x',
-            color=_ORANGE,
-            ms=8,
-            mew=2,
-            label='published, but the arm is void',
-            zorder=4,
-        )
-        for yy in y[(g.state == 'absent').to_numpy()]:
-            ax.text(
-                0.5,
-                yy,
-                'not in file',
-                transform=ax.get_yaxis_transform(),
-                ha='center',
-                va='center',
-                fontsize=8,
-                color='#555555',
-            )
-        ax.set_title(ARM_TITLES[a] + ('\n(void)' if void.all() else ''), fontsize=10)
-        ax.grid(axis='x', color='#e0e0e0', lw=0.8)
-        ax.set_axisbelow(True)
-        ax.spines[['top', 'right', 'left']].set_visible(False)
-        ax.tick_params(axis='y', length=0)
+        _published_panel(ax, t[t.arm == a], a, models)
     axes[0][0].set_yticks(range(len(models)), [literal(m, 22) for m in models])
     axes[0][0].set_ylim(len(models) - 0.4, -0.6)
     fig.supxlabel(metric.replace('_', ' ') + (f', {tokens} case' if tokens else ''), fontsize=10)
@@ -231,6 +199,65 @@ def published_dots(
     )
     return fig
 
+
+def _published_panel(ax, g, arm, models):
+    "Draw one arm: published and recomputed figures, one line per model."
+    y = np.array([models.index(m) for m in g.model])
+    ok, void = (g.state == 'figure').to_numpy(), (g.state == 'void').to_numpy()
+    ax.axhspan(-1, len(models), color='#f4f4f4' if void.all() else 'white', zorder=0)
+    ax.hlines(y[ok], g.ci_low[ok], g.ci_high[ok], color=_BLUE, lw=2.2, zorder=2)
+    ax.plot(
+        g.corrected[ok],
+        y[ok],
+        'o',
+        color=_BLUE,
+        ms=4.5,
+        label='recomputed, 95 % interval',
+        zorder=3,
+    )
+    ax.plot(
+        g.as_published[~void],
+        y[~void],
+        'D',
+        mfc='none',
+        mec='black',
+        ms=8,
+        mew=1,
+        label='published',
+        zorder=4,
+    )
+    ax.plot(
+        g.as_published[void],
+        y[void],
+        'x',
+        color=_ORANGE,
+        ms=8,
+        mew=2,
+        label='published, but the arm is void',
+        zorder=4,
+    )
+    _not_in_file(ax, y[(g.state == 'absent').to_numpy()])
+    ax.set_title(ARM_TITLES[arm] + ('\n(void)' if void.all() else ''), fontsize=10)
+    ax.grid(axis='x', color='#e0e0e0', lw=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.tick_params(axis='y', length=0)
+
+
+def _not_in_file(ax, rows):
+    "Mark the lines of models whose file lacks the arm."
+    for yy in rows:
+        ax.text(
+            0.5,
+            yy,
+            'not in file',
+            transform=ax.get_yaxis_transform(),
+            ha='center',
+            va='center',
+            fontsize=8,
+            color='#555555',
+        )
+
 # %% ../../nbs/50a_report.published_figures.ipynb #133c6556
 def side_by_side(
     table: pd.DataFrame,  # a table with the schema 'published'
@@ -238,10 +265,12 @@ def side_by_side(
     dataset: str = '',  # dataset; '' takes the first
     tokens: str = '',  # '', 'lower' or 'upper'
     digits: int = 4,  # decimals
-) -> (
-    pd.DataFrame
-):  # model, then one text column per arm: 'published | recomputed [low, high] on n of N'
-    "Published and recomputed figures as text, one row per model; how many answers a figure rests on where it is not all."
+) -> pd.DataFrame:  # model, then one text column per arm
+    """Write published and recomputed figures as text, one row per model.
+
+    A cell reads 'published | recomputed [low, high] on n of N'; the number of answers is given
+    only where a figure rests on fewer than all.
+    """
     t = cells(table, metric, tokens, dataset)
 
     def num(v):

@@ -692,7 +692,7 @@ def contrast_table(
 def answer_table_html(
     results,  # `Results` of a run
 ) -> Html:
-    "Parsed share, answer mass and accuracy counted both ways, then how answers were read, per model."
+    "Parsed share, answer mass and accuracy both ways, then how answers were read, per model."
     columns = dict(
         parsed_share=('parsed', '%'),
         answer_mass=('answer mass', '%'),
@@ -852,29 +852,7 @@ def wording_section(
         return Html()
     how, plan, p = dict(run=results.path if keep else None), results.plan, results.predictions
     arm = next(a for a in ARMS if a in set(plan.arm))
-    changed = dict(
-        wording_flips=('answers changed', '%'),
-        wording_accuracy=('accuracy', '%'),
-        wording_accuracy_change=('change in accuracy', '%'),
-    )
-    every = dict(
-        wording_consistency=('all wordings agree', '%'),
-        wording_right_in_all=('right in every wording', '%'),
-        wording_entropy=('entropy, bits', ''),
-        wording_margin_spread=('margin spread, log-odds', ''),
-    )
-    negated = (
-        ', some of them negated (“is it absent?”): there the right answer is the opposite, and'
-        ' answers are turned back before they are compared'
-        if plan.inverted.any()
-        else ''
-    )
-    head = markup(
-        '<h2 id="wordings">In other words</h2><p>Every question was asked again in other words{}.'
-        ' An answer that turns with the words was not read off the {}.</p>',
-        negated,
-        wording(plan.attrs['tasks'])['image'],
-    )
+    head = _wording_head(plan)
     moves = margin_moves(plan, p, arm, results.config['minimum'])
     return join(
         [
@@ -898,22 +876,56 @@ def wording_section(
                     **how,
                 ),
             ),
-            details(
-                'Numbers per strategy and arm',
-                metric_table(
-                    results,
-                    changed,
-                    subgroup='',
-                    caption='Each rewording against the original question, with 95 % intervals',
-                ),
-                metric_table(
-                    results,
-                    every,
-                    subgroup='',
-                    caption='All wordings of a question together, with 95 % intervals',
-                ),
-            ),
+            _wording_numbers(results),
         ]
+    )
+
+
+def _wording_numbers(results):
+    "Fold the numbers of the rewordings, one by one and together, per strategy and arm."
+    changed = dict(
+        wording_flips=('answers changed', '%'),
+        wording_accuracy=('accuracy', '%'),
+        wording_accuracy_change=('change in accuracy', '%'),
+    )
+    every = dict(
+        wording_consistency=('all wordings agree', '%'),
+        wording_right_in_all=('right in every wording', '%'),
+        wording_entropy=('entropy, bits', ''),
+        wording_margin_spread=('margin spread, log-odds', ''),
+    )
+    return (
+        details(
+            'Numbers per strategy and arm',
+            metric_table(
+                results,
+                changed,
+                subgroup='',
+                caption='Each rewording against the original question, with 95 % intervals',
+            ),
+            metric_table(
+                results,
+                every,
+                subgroup='',
+                caption='All wordings of a question together, with 95 % intervals',
+            ),
+        ),
+    )
+
+
+def _wording_head(plan):
+    "Heading of the section, and the meaning of a changed answer."
+    negated = (
+        ', some of them negated (“is it absent?”): there the right answer is the opposite, and'
+        ' answers are turned back before they are compared'
+        if plan.inverted.any()
+        else ''
+    )
+    return markup(
+        '<h2 id="wordings">In other words</h2><p>Every question was asked again in other words{}.'
+        ' An answer that turns with the words was not read off the {}.</p>',
+        negated,
+        wording(plan.attrs['tasks'])['image'],
     )
 
 # %% ../../nbs/51a_report.sections.ipynb #715c192e
@@ -925,6 +937,27 @@ def probe_section(
     figure = probe_figure(results.metrics, results.delivery)
     if figure is None:
         return Html()
+    flips, noticed = _probe_tables(results)
+    head = markup(
+        '<h2 id="probes">Altered reports</h2><p>foil: the statement about what is asked is turned'
+        ' round; removed: it is taken out; history: a misleading earlier report stands before the'
+        ' own one. Each has a control of the same kind that should not matter (foil_other,'
+        ' removed_other, history_same). Where the answer “unmatched” was allowed, its share is the'
+        ' detection rate in the arms that contradict the {}, and the false alarms under'
+        ' original.</p>',
+        wording(results.plan.attrs['tasks'])['image'],
+    )
+    return join(
+        [
+            head,
+            figure_html(figure, name='probes', run=results.path if keep else None),
+            details('Numbers: altered reports', flips, noticed),
+        ]
+    )
+
+
+def _probe_tables(results):
+    "Tables of altered reports and of contradictions noticed; empty where the plan has none."
     probes = [a.name for a in ARMS.values() if a.probe and (results.plan.arm == a.name).any()]
     flips = (
         metric_table(
@@ -957,22 +990,7 @@ def probe_section(
         if 'unmatched' in set(results.plan.variant)
         else Html()
     )
-    head = markup(
-        '<h2 id="probes">Altered reports</h2><p>foil: the statement about what is asked is turned'
-        ' round; removed: it is taken out; history: a misleading earlier report stands before the'
-        ' own one. Each has a control of the same kind that should not matter (foil_other,'
-        ' removed_other, history_same). Where the answer “unmatched” was allowed, its share is the'
-        ' detection rate in the arms that contradict the {}, and the false alarms under'
-        ' original.</p>',
-        wording(results.plan.attrs['tasks'])['image'],
-    )
-    return join(
-        [
-            head,
-            figure_html(figure, name='probes', run=results.path if keep else None),
-            details('Numbers: altered reports', flips, noticed),
-        ]
-    )
+    return flips, noticed
 
 # %% ../../nbs/51a_report.sections.ipynb #10102059
 _SECTIONS = {  # anchor -> what it is called

@@ -20,7 +20,11 @@ def ssa_groups(
     classes=None,  # names of classes to show, in this order; None takes those that moved most
     most: int = 6,  # classes shown where none are named
 ) -> tuple[list, int]:  # subgroups of the table; number of classes left out
-    "The classes of a figure; `InputError` for a table of several models, of something else, or a class it does not hold."
+    """Choose the classes of a figure.
+
+    `InputError` for a table of several models, for another kind of table, and for a class that the
+    table does not hold.
+    """
     if 'added' not in table or table.attrs.get('kind') != 'ssa':
         raise InputError(
             'this is no table of a sequential sensitivity analysis (smsbench.clip.ssa)'
@@ -138,7 +142,10 @@ def ssa_order_figure(
     table: pd.DataFrame,  # from `ssa`, of one model
     classes=None,  # names of classes to show; None takes those that moved most
 ):  # Figure with `.alt`
-    "The inputs' mean effect on sensitivity and specificity, and their effect as the first and as the last one."
+    """Draw the mean effect of each input on sensitivity and specificity.
+
+    Arrows show the effect of the input when it comes first and when it comes last.
+    """
     (groups, left), steps = ssa_groups(table, classes), table.attrs['steps']
     lines = [(s, g) for s in steps for g in groups]
     y = {line: -(i + i // len(groups) * 0.9) for i, line in enumerate(lines)}
@@ -146,37 +153,7 @@ def ssa_order_figure(
         7.4, 0.9 + 0.19 * len(lines) + 0.17 * len(steps), 1, 2, sharex=True, sharey=True
     )
     for ax, m, colour in zip(axes[0], RATES, COLOURS):
-        for what, marker, size, face in (
-            ('first', '>', 26, 'none'),
-            ('last', '<', 26, 'none'),
-            ('effect', 'o', 24, colour),
-        ):
-            t = table[table.metric == f'{m}_{what}'].set_index(['added', 'subgroup'])
-            if t.empty:
-                continue
-            rows = [t.loc[line] for line in lines]
-            at = list(y.values())
-            if what == 'effect':
-                ax.hlines(
-                    at,
-                    [100 * r.ci_low for r in rows],
-                    [100 * r.ci_high for r in rows],
-                    color=colour,
-                    lw=1.4,
-                )
-            ax.scatter(
-                [100 * r.value for r in rows],
-                at,
-                s=size,
-                marker=marker,
-                facecolor=face,
-                edgecolor=colour if what == 'effect' else '#555555',
-                lw=0.8,
-                zorder=3,
-                label={'effect': 'mean over orders', 'first': 'when first', 'last': 'when last'}[
-                    what
-                ],
-            )
+        _order_points(ax, table, m, colour, y)
         ax.axvline(0, color='#777777', lw=0.8)
         ax.grid(axis='x', color='#e6e7e8', lw=0.6)
         ax.set_xlabel(f'change of {m}, points')
@@ -219,12 +196,49 @@ def _orders(table):
         )
     )
 
+
+def _order_points(ax, table, m, colour, y):
+    "Draw the effects on one rate; `y` maps (input, subgroup) to its height."
+    at = list(y.values())
+    for what, marker, size, face in (
+        ('first', '>', 26, 'none'),
+        ('last', '<', 26, 'none'),
+        ('effect', 'o', 24, colour),
+    ):
+        t = table[table.metric == f'{m}_{what}'].set_index(['added', 'subgroup'])
+        if t.empty:
+            continue
+        rows = [t.loc[line] for line in y]
+        if what == 'effect':
+            ax.hlines(
+                at,
+                [100 * r.ci_low for r in rows],
+                [100 * r.ci_high for r in rows],
+                color=colour,
+                lw=1.4,
+            )
+        ax.scatter(
+            [100 * r.value for r in rows],
+            at,
+            s=size,
+            marker=marker,
+            facecolor=face,
+            edgecolor=colour if what == 'effect' else '#555555',
+            lw=0.8,
+            zorder=3,
+            label={'effect': 'mean over orders', 'first': 'when first', 'last': 'when last'}[what],
+        )
+
 # %% ../../nbs/50k_report.ssa_figures.ipynb #f74d4bb3
 def ssa_table(
     table: pd.DataFrame,  # from `ssa`, of one model
     classes=None,  # names of classes; None takes those that moved most
-) -> pd.DataFrame:  # added, group, known (rows where the input was not empty), then per rate its mean change with interval, first and last; note: what is blank or rests on few rows
-    "What each input did to each class, in points, ready to print."
+) -> pd.DataFrame:  # a row per input and class, as text
+    """Effect of each input on each class, in points, ready to print.
+
+    Columns: added, group, known (rows where the input was not empty), then for each rate its mean
+    change with interval, first and last; note names blank values and those from few rows.
+    """
     out = []
     for s in table.attrs['steps']:
         for g in ssa_groups(table, classes)[0]:

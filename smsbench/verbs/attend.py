@@ -150,11 +150,13 @@ def attend(
     allow_remote: RemoteOption = False,
     as_json: JsonOption = False,
 ):
-    """Compare where models look: the same films and questions, answers and attention from one forward pass, beside chance.
+    """Compare where models look, on the same films and questions, and against chance.
 
-    Killed or stopped, the same command goes on where it was. Maps are kept in the run directory; the report needs no model.
+    Answers and attention come from one forward pass. Killed or stopped, the same command goes on
+    where it was. Maps are kept in the run directory; the report needs no model.
 
-    Example:  smsbench attend --model reference-image-reader --model reference-blind-follower --cohort covid.parquet --out reports/attend
+    Example:  smsbench attend --model reference-image-reader --model reference-blind-follower
+    --cohort covid.parquet --out reports/attend
     """
     from smsbench.core import read_table
     from smsbench.sms.attend import AttendSettings, attend as compare
@@ -212,12 +214,13 @@ def _told(out, as_json):
     from smsbench.sms.run import void_lines
 
     r = load_attention(out)
+    # of few patients of credentialed data no figure may be left
     page = render(
         'attention_compare',
         out,
         dict(out=str(Path(out).resolve()), report_only=True),
         images=int(r.open),
-    )  # of few patients of credentialed data no figure may be left
+    )
     said = {m: map_sentences(r, m) for m in r.models}
     say(
         dict(

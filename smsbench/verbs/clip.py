@@ -145,15 +145,20 @@ def train(
     ] = False,
     as_json: JsonOption = False,
 ):
-    """Train a CLIP model on a cohort; stopped at any moment, the same command goes on and ends with the same weights.
+    """Train a CLIP model on a cohort.
 
-    What matters most: --set train=all|probe|locked_image, texts=report|prompts|both, epochs, batch_size, chunk (memory, not negatives), lr, precision=bf16, stop_on=auroc, patience.
+    Stopped at any moment, the same command goes on and ends with the same weights.
+
+    What matters most: --set train=all|probe|locked_image, texts=report|prompts|both, epochs,
+    batch_size, chunk (memory, not negatives), lr, precision=bf16, stop_on=auroc, patience.
 
     Writes best/ (a checkpoint with its prompts and thresholds), history.csv, checkpoints/last.pt.
 
-    Example:  smsbench clip train --cohort nih.parquet --model ViT-B-32 --pretrained openai --set texts=prompts --set epochs=5 --out runs/nih
+    Example:  smsbench clip train --cohort nih.parquet --model ViT-B-32 --pretrained openai --set
+    texts=prompts --set epochs=5 --out runs/nih
 
-    Example, four cards:  torchrun --nproc-per-node 4 --no-python smsbench clip train --cohort nih.parquet --model ViT-B-32 --pretrained openai --out runs/nih
+    Example, four cards:  torchrun --nproc-per-node 4 --no-python smsbench clip train --cohort
+    nih.parquet --model ViT-B-32 --pretrained openai --out runs/nih
     """
     from smsbench.clip.evaluate import keep_thresholds
     from smsbench.clip.models import load_clip
@@ -198,7 +203,10 @@ def read_settings(
     file: Path | None,  # YAML file of settings
     put: list[str],  # NAME=VALUE, stronger than the file
 ):  # `TrainSettings`
-    "Training settings from a file and the command line; `InputError` for a name or value that cannot be."
+    """Read training settings from a file and the command line.
+
+    `InputError` for an unknown name or a value that is not allowed.
+    """
     from smsbench.clip.settings import TrainSettings
 
     given = read_parameters(file)
@@ -221,16 +229,36 @@ def _value(text):
 
 # %% ../../nbs/59d_verbs.clip.ipynb #1a2c473e
 def settings_text():
-    "Every training setting, its default and what it means."
-    import inspect, re
+    "Every training setting with its default and its meaning, one a line."
+    import ast, inspect, io, tokenize
     from smsbench.clip import settings
 
-    lines = re.findall(
-        r'^    (\w+): [\w|. ]+ = (.+?)\s+# (.*)$', inspect.getsource(settings.TrainSettings), re.M
-    )
-    return '\n'.join(f'{name:14} {default:22} {about}' for name, default, about in lines)
+    source = inspect.getsource(settings.TrainSettings)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    notes = {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
+    lines = []
+    for field in ast.parse(source).body[0].body:
+        if isinstance(field, ast.AnnAssign):  # a setting may take several lines
+            default = ast.get_source_segment(source, field.value)
+            default = ast.unparse(field.value) if '\n' in default else default
+            rows = range(field.lineno, field.end_lineno + 1)
+            about = ' '.join(notes[i] for i in rows if i in notes)
+            lines.append(f'{field.target.id:14} {default:22} {about}')
+    return '\n'.join(lines)
 
 # %% ../../nbs/59d_verbs.clip.ipynb #e344b102
+_WHOLE = (
+    'macro_auroc',
+    'macro_auprc',
+    'macro_f1',
+    'accuracy',
+    'lrap',
+    'exact_match',
+    'recall@1',
+    'recall@10',
+)
+
+
 @clip_app.command()
 def evaluate(
     cohort: CohortOption,
@@ -269,11 +297,16 @@ def evaluate(
     n_boot: BootOption = 1000,
     as_json: JsonOption = False,
 ):
-    """Measure a checkpoint on films it has not seen: zero-shot, retrieval, embedding space, and where the cohort has train, val and test a linear probe, nearest neighbours and a few-shot curve.
+    """Measure a checkpoint on films it has not seen.
 
-    Writes tables/ (CSV and LaTeX), figures/, metrics.parquet and summary.json, which says what must be known about the numbers. Thresholds come from the checkpoint's own validation.
+    Zero-shot, retrieval and embedding space; where the cohort has train, val and test, also a
+    linear probe, nearest neighbours and a few-shot curve.
 
-    Example:  smsbench clip evaluate --cohort other.parquet --model runs/nih/best --out reports/external
+    Writes tables/ (CSV and LaTeX), figures/, metrics.parquet and summary.json, which says what must
+    be known about the numbers. Thresholds come from the checkpoint's own validation.
+
+    Example:  smsbench clip evaluate --cohort other.parquet --model runs/nih/best --out
+    reports/external
     """
     from smsbench.clip.models import load_clip
     from smsbench.report.external import external_validation, unseen
@@ -282,11 +315,9 @@ def evaluate(
     if test:
         films = films.of(*split_list(test))
     words, notes = _prompts(prompts, films), []
-    if against:
+    if against:  # refuse a second model that cannot be opened before measuring the first
         load_clip(against, '', device)
-        films, notes = unseen(
-            against, films, seen
-        )  # a second model that cannot be opened is refused before the first is measured
+        films, notes = unseen(against, films, seen)
     found = external_validation(
         model,
         films,
@@ -299,33 +330,12 @@ def evaluate(
         device=device,
         n_boot=n_boot,
     )
-    pair = (
-        compare_models(
-            (model, pretrained),
-            (against, ''),
-            unseen(model, films, seen)[0],
-            out,
-            words,
-            device,
-            n_boot,
-        )
-        if against
-        else None
-    )
+    pair = None
+    if against:
+        own, both = unseen(model, films, seen)[0], ((model, pretrained), (against, ''))
+        pair = compare_models(*both, own, out, words, device, n_boot)
     told = [
-        _rows(
-            found.metrics,
-            (
-                'macro_auroc',
-                'macro_auprc',
-                'macro_f1',
-                'accuracy',
-                'lrap',
-                'exact_match',
-                'recall@1',
-                'recall@10',
-            ),
-        ),
+        _rows(found.metrics, _WHOLE),
         *found.notes,
         *(f'{against}: {n}' for n in notes),
     ]
@@ -352,7 +362,10 @@ def compare_models(
     device: str = 'auto',  # where the models run
     n_boot: int = 1000,  # resamples of patients
 ):  # metrics table of `smsbench.clip.compare.compare`; attrs: weights of both
-    "Two models on the same films, the test films where the cohort has train, val and test, with paired intervals."
+    """Compare two models on the same films, with paired intervals.
+
+    The films are the test films where the cohort has train, val and test, otherwise all.
+    """
     from smsbench.clip.compare import compare
     from smsbench.clip.models import load_clip
     from smsbench.clip.scores import zero_shot

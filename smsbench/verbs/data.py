@@ -100,13 +100,15 @@ def cohort(
 ):
     """Read a dataset through its card, check and audit every file, and write the cohort.
 
-    Broken rows become exclusions with their reason; the rest goes on. Reading images goes on where it stopped when the same command is started again.
+    Broken rows become exclusions with their reason; the rest goes on. Reading images goes on where
+    it stopped when the same command is started again.
 
     Example, which datasets:  smsbench cohort --list
 
     Example, how to get one:  smsbench cohort padchest --how
 
-    Example:  smsbench cohort covid_notes --root data/covid_notes --out covid.parquet --report covid_files
+    Example:  smsbench cohort covid_notes --root data/covid_notes --out covid.parquet --report
+    covid_files
     """
     from smsbench.data.catalog import cards_table, how_to
 
@@ -153,10 +155,8 @@ def _example(manifest, folder, as_json):
     from smsbench.data import class_folders, mimic_layouts
     from smsbench.data.layouts import make_layout
 
-    LAYOUTS = {
-        **mimic_layouts.LAYOUTS,
-        **class_folders.LAYOUTS,
-    }  # importing them has added their own
+    # importing them has added their own layouts
+    LAYOUTS = {**mimic_layouts.LAYOUTS, **class_folders.LAYOUTS}
     if manifest not in LAYOUTS:
         raise InputError(
             f"there is no example of {manifest}; there is one of {', '.join(sorted(LAYOUTS))}"
@@ -248,8 +248,9 @@ def _told(table, counts, exclusions, found, out, page):
             f'  {quiet} further checks found nothing',
             '',
             (
-                f"{shown(len(table), access)} samples of {shown(table.patient_id.nunique(), access)}"
-                f" patients, {shown(len(exclusions), access)} excluded -> {out}"
+                f"{shown(len(table), access)} samples of"
+                f" {shown(table.patient_id.nunique(), access)} patients,"
+                f" {shown(len(exclusions), access)} excluded -> {out}"
             ),
             *([str(page)] if page else []),
         ]
@@ -279,11 +280,14 @@ def split(
     seed: Annotated[int, typer.Option(help='Another seed, another split of the same quality.')] = 0,
     as_json: JsonOption = False,
 ):
-    """Split a cohort by patient, stratified: every class in every part, no patient in two, no file moved.
+    """Split a cohort by patient, stratified by class; no file is moved.
 
-    The same cohort gives the same split on every machine, whatever the order of its rows. Use it with `smsbench cohort ... --splits FILE`.
+    Every class is in every part, and no patient is in two parts. The same cohort gives the same
+    split on every machine, whatever the order of its rows. Use it with `smsbench cohort ...
+    --splits FILE`.
 
-    Example:  smsbench split covid.parquet --sizes train=0.6,test=0.4 --by label,view --out covid_splits.csv
+    Example:  smsbench split covid.parquet --sizes train=0.6,test=0.4 --by label,view --out
+    covid_splits.csv
     """
     from smsbench.core import read_table
     from smsbench.data.splits import (
@@ -396,23 +400,29 @@ def plan(
 ):
     """Freeze the donors: which sample is shown under which arm with whose image and whose text.
 
-    Every model answers the same plan. Samples for which no donor fits are listed, never matched loosely.
+    Every model answers the same plan. Samples for which no donor fits are listed, never matched
+    loosely.
 
-    Beside the plan a registration is written (NAME_registration.yaml): plan and cohort, primary question, margin and why, family of verdicts, seed and the time. Give it to the audit, which then
-    refuses to deviate, and whose report says that the file is older than the first answer. Whoever wants to be believed puts it where others date it.
+    A registration is written next to the plan (NAME_registration.yaml): plan and cohort, primary
+    question, margin and why, family of verdicts, seed and the time. Give it to the audit, which
+    then refuses to deviate, and whose report says that the file is older than the first answer. To
+    prove its date to others, publish it where the date is recorded.
 
-    Example:  smsbench plan covid.parquet --arms image_swap,text_swap --match view --seed 1 --out plan.parquet
+    Example:  smsbench plan covid.parquet --arms image_swap,text_swap --match view --seed 1 --out
+    plan.parquet
 
-    Example, registered:  smsbench plan covid.parquet --margin .1 --margin-reason "fewer than one answer in ten would not change care" --primary image --out plan.parquet
+    Example, registered:  smsbench plan covid.parquet --margin .1 --margin-reason "fewer than one
+    answer in ten would not change care" --primary image --out plan.parquet
 
-    then:  smsbench audit --plan plan.parquet --registration plan_registration.yaml --model MODEL --out reports/registered
+    then:  smsbench audit --plan plan.parquet --registration plan_registration.yaml --model MODEL
+    --out reports/registered
 
-    Example, in other words and with an altered report:  smsbench plan covid.parquet --arms original --paraphrases 6 --probes foil --out plan.parquet
+    Example, in other words and with an altered report:  smsbench plan covid.parquet --arms original
+    --paraphrases 6 --probes foil --out plan.parquet
     """
     from smsbench.core import read_table, write_table
     from smsbench.sms.audit import Source
     from smsbench.sms.registration import register, write_registration
-    from smsbench.sms.shifts import make_plan
 
     settings = audit_settings(
         arms,
@@ -428,20 +438,7 @@ def plan(
         **parse_rewordings(paraphrases),
     )
     table = read_table(cohort_file, 'cohort')
-    source = Source(table, root or '', remote=allow_remote)
-    frozen, excluded = make_plan(
-        table,
-        settings.arms,
-        seed,
-        settings.match,
-        settings.variants,
-        source.image,
-        settings.rewordings,
-        settings.probes,
-        source.rows,
-        settings.donors,
-        settings.margin,
-    )
+    frozen, excluded = _frozen(table, settings, Source(table, root or '', remote=allow_remote))
     write_table(frozen, out, 'plan', cohort_file=str(cohort_file.resolve()))
     write_table(excluded, out.with_name(out.stem + '_exclusions.parquet'))
     record, file = register(frozen, settings), out.with_name(out.stem + '_registration.yaml')
@@ -491,3 +488,22 @@ def _plan_text(frozen, excluded, out, record, file):
         f' ({why}), family {record.family} -> {file}'
     )
     return '\n'.join([trials, *lost, able, made, told])
+
+
+def _frozen(table, settings, source):
+    "The plan of a cohort, and the samples that arms could not show."
+    from smsbench.sms.shifts import make_plan
+
+    return make_plan(
+        table,
+        settings.arms,
+        settings.seed,
+        settings.match,
+        settings.variants,
+        source.image,
+        settings.rewordings,
+        settings.probes,
+        source.rows,
+        settings.donors,
+        settings.margin,
+    )

@@ -76,9 +76,14 @@ def explain(
     ] = 0,
     as_json: JsonOption = False,
 ):
-    """Show where a model looks on films that somebody marked, beside chance, the centre of the film and shuffled weights; deletion and insertion; agreement with the readers, and of the readers with each other where there are several.
+    """Show where a model looks on films that somebody marked.
 
-    Example:  smsbench clip explain --cohort nih.parquet --model runs/nih/best --method gradcam --out reports/where
+    Maps are compared with chance, the centre of the film and shuffled weights. Deletion and
+    insertion test them; agreement with the readers is measured, and of the readers with each other
+    where there are several.
+
+    Example:  smsbench clip explain --cohort nih.parquet --model runs/nih/best --method gradcam
+    --out reports/where
     """
     from smsbench.clip.explain import check_method
     from smsbench.clip.models import load_clip
@@ -171,7 +176,11 @@ def _explained_text(found, metrics):
 
 
 def _same_run(run, config):
-    "`InputError` where the directory holds another run; a new one is named only when its numbers are there, so that a refused attempt blocks nothing."
+    """`InputError` where the directory holds another run.
+
+    A new run is registered only when its numbers are there, so that a refused attempt blocks
+    nothing.
+    """
     if (run / 'config.json').exists():
         run.freeze(config)
 
@@ -197,7 +206,10 @@ def save_explained(
     found,  # `Explained`
     run,  # run directory
 ):  # its metrics table as it may be shown
-    "metrics.parquet, tables/*.csv, figures/*.png; pictures and names of films, and curves of few patients, only where the cohort is open."
+    """Write metrics.parquet, tables/*.csv and figures/*.png.
+
+    Pictures and names of films, and curves of few patients, only where the cohort is open.
+    """
     from smsbench.core import environment, write_json, write_table
     from smsbench.report.external import shareable
 
@@ -325,15 +337,17 @@ def ssa(
     seed: Annotated[int, typer.Option(help='Of the orders drawn and of the resampling.')] = 0,
     as_json: JsonOption = False,
 ):
-    """Sequential sensitivity analysis: what each further fact about a patient does to sensitivity and specificity, class by class, in whatever order it comes.
+    """Measure what each further fact about a patient does to sensitivity and specificity.
 
-    Example:  smsbench clip ssa --cohort eyes.parquet --model runs/eyes/best --steps age,sex,complaint --out reports/ssa
+    This is a sequential sensitivity analysis: class by class, over the orders in which the facts
+    can be added.
+
+    Example:  smsbench clip ssa --cohort eyes.parquet --model runs/eyes/best --steps
+    age,sex,complaint --out reports/ssa
     """
     from smsbench.clip.ssa import ssa as analyse
-    from smsbench.core import Run, environment, write_json, write_table
+    from smsbench.core import Run
     from smsbench.data.manifest import shown
-    from smsbench.report.external import shareable
-    from smsbench.report.ssa_figures import ssa_figure, ssa_order_figure, ssa_table
 
     if bool(model) == bool(vlm):
         raise InputError('name one model: --model for CLIP, or --vlm for a vision-language model')
@@ -372,26 +386,12 @@ def ssa(
         ask, asked, split_list(steps), wording, most_orders, seed=seed, show=True, n_boot=n_boot
     )
     run.freeze(config)
-    attrs = found.attrs
-    found = shareable(found, access)
-    found.attrs = attrs
-    write_table(found, run / 'metrics.parquet', 'metrics')
-    (run / 'tables').mkdir(exist_ok=True)
-    (run / 'figures').mkdir(exist_ok=True)
-    table = ssa_table(found)
-    plain_cells(found).to_csv(run / 'tables/metrics.csv', index=False)
-    plain_cells(table).to_csv(run / 'tables/effects.csv', index=False)
+    found, table = _save_ssa(run, found, access, left)
     if len(left):
         notes.append(
             f"{shown(len(left), access)} picture(s) cannot be read and are left"
             f" out{'; tables/excluded.csv lists them' if access == 'open' else ''}"
         )
-    if len(left) and access == 'open':
-        plain_cells(left).to_csv(run / 'tables/excluded.csv', index=False)
-    for name, f in dict(steps=ssa_figure(found), orders=ssa_order_figure(found)).items():
-        if f is not None:
-            (run / f'figures/{name}.png').write_bytes(f.png())
-    write_json(environment(), run / 'environment.json')
     say(
         dict(out=str(out), metrics=found.to_dict('records'), notes=notes),
         as_json,
@@ -405,9 +405,8 @@ def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
     from smsbench.core import content_hash
 
     several = films.kind == 'multilabel'
-    parts = test or [
-        s for s in sorted(set(films.table.split)) if not (several and s == val)
-    ]  # whoever chose the thresholds is not asked
+    # the films that choose the thresholds are not asked
+    parts = test or [s for s in sorted(set(films.table.split)) if not (several and s == val)]
     films.of(*parts)
     clip = load_clip(model, pretrained, device)
     good, left = readable_samples(films.of(*parts, *[val] * several))
@@ -465,3 +464,27 @@ def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
         [],
         left,
     )
+
+
+def _save_ssa(run, found, access, left):
+    "Write metrics.parquet, tables/ and figures/; returns metrics that may be shown, and effects."
+    from smsbench.core import environment, write_json, write_table
+    from smsbench.report.external import shareable
+    from smsbench.report.ssa_figures import ssa_figure, ssa_order_figure, ssa_table
+
+    attrs = found.attrs
+    found = shareable(found, access)
+    found.attrs = attrs
+    write_table(found, run / 'metrics.parquet', 'metrics')
+    (run / 'tables').mkdir(exist_ok=True)
+    (run / 'figures').mkdir(exist_ok=True)
+    table = ssa_table(found)
+    plain_cells(found).to_csv(run / 'tables/metrics.csv', index=False)
+    plain_cells(table).to_csv(run / 'tables/effects.csv', index=False)
+    if len(left) and access == 'open':
+        plain_cells(left).to_csv(run / 'tables/excluded.csv', index=False)
+    for name, f in dict(steps=ssa_figure(found), orders=ssa_order_figure(found)).items():
+        if f is not None:
+            (run / f'figures/{name}.png').write_bytes(f.png())
+    write_json(environment(), run / 'environment.json')
+    return found, table

@@ -24,9 +24,10 @@ def models(
     ] = None,
     as_json: JsonOption = False,
 ):
-    """Families of models and how much work their trials may share; published models of the field and by which way each is served.
+    """List families of models, and published models of the field with how each is served.
 
-    Levels: plain (0), batches and image features (1), shared prefixes (2). An audit tries the highest and keeps what equals level 0.
+    Per family: how much work its trials may share. Levels: plain (0), batches and image features
+    (1), shared prefixes (2). An audit tries the highest and keeps what equals level 0.
 
     Example, all:  smsbench models
 
@@ -86,9 +87,12 @@ def convert(
         Path | None, typer.Option(help='Folder of the language model under LoRA weights.')
     ] = None,
 ):
-    """Rewrite an original LLaVA checkpoint for transformers; nothing is downloaded, and no code of the checkpoint runs.
+    """Rewrite an original LLaVA checkpoint for transformers.
 
-    Example:  smsbench convert llava-med-v1.5-mistral-7b --tower clip-vit-large-patch14-336 --out llava-med
+    Nothing is downloaded, and no code of the checkpoint runs.
+
+    Example:  smsbench convert llava-med-v1.5-mistral-7b --tower clip-vit-large-patch14-336 --out
+    llava-med
     """
     from smsbench.vlm.convert import convert_llava
 
@@ -131,7 +135,9 @@ def bench(
     ] = False,
     as_json: JsonOption = False,
 ):
-    """Compare the published way of scoring (batch 1, generate) with every level of reuse, on the same trials and model, in one run.
+    """Compare the published way of scoring (batch 1, generate) with every level of reuse.
+
+    All are measured in one run, on the same trials and model.
 
     Example:  smsbench bench --device cpu --out scoring.json
 
