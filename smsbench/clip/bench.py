@@ -168,11 +168,12 @@ class _Loader(list):
     "A list that can carry what the loop asks a loader for."
 
 
+# name -> how it steps
 WAYS = {
     'open_clip': _OpenClip,
     'smsbench': _Ours,
     'smsbench, same optimizer': _SameOptimizer,
-}  # name -> how it steps
+}
 
 
 # %% ../../nbs/41ba_clip.bench.ipynb #7db926e5

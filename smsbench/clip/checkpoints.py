@@ -53,9 +53,8 @@ def as_one_line(
             ' could run code; save model.state_dict() alone, or convert it to safetensors'
         ) from None
     except Exception as e:
-        raise InputError(
-            f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:280]})"
-        ) from e  # a foreign file can make a library stumble anywhere
+        # a foreign file can make a library stumble anywhere
+        raise InputError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:280]})") from e
     finally:
         logging.disable(before)
 

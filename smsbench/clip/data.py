@@ -262,13 +262,14 @@ def films_of(
         )
     if kind == 'multiclass' and (many := int((np.nansum(targets, 1) > 1).sum())):
         raise InputError(f'{many} picture(s) have more than one class; mend the labels')
+    # who was told apart by which names; the key itself stays
     attrs = {
         **held.cohort.attrs,
         'root': str(root or held.cohort.attrs.get('root', '.')),
         'tasks': tasks,
         'dropped': len(bad),
         'pseudonyms': content_hash('pseudonyms', held.key) if held.key else '',
-    }  # who was told apart by which names; the key itself stays
+    }
     films = Films(table, pd.DataFrame(targets, columns=classes), classes, kind, attrs)
     # pictures about which these classes say nothing are left out
     known = np.flatnonzero(np.isfinite(targets).any(1))
@@ -313,17 +314,15 @@ def picture_keys(
         if 'image_sha' in rows
         else pd.Series('', index=rows.index)
     )
-    same = (
-        sha.where(sha != '').groupby(rows.image).transform('first').fillna('')
-    )  # a reference whose other row knows the hash
+    # a reference whose other row knows the hash
+    same = sha.where(sha != '').groupby(rows.image).transform('first').fillna('')
     return same.where(same != '', 'file ' + rows.image)
 
 
 def _one_each(rows, picture, tasks):
     "One row per picture."
-    first = (
-        pd.Series(picture).drop_duplicates().index.to_numpy()
-    )  # factorize numbers pictures by first appearance
+    # factorize numbers pictures by first appearance
+    first = pd.Series(picture).drop_duplicates().index.to_numpy()
     out = rows.loc[first].reset_index(drop=True)
     ids = pd.Series(
         [s.removesuffix(f':{f}').removesuffix(f'-{f}') for s, f in zip(out.sample_id, out.finding)]
@@ -402,9 +401,8 @@ def _read(films, i):
         if films.attrs.get('access') != 'credentialed':
             raise
         what = getattr(e, 'reason', 'there is not enough memory')
-        raise FileError(
-            f'film {films.table.film_id.iat[i]}: {what}', what
-        ) from None  # the message names the file, and its name may name the patient
+        # the message names the file, and its name may name the patient
+        raise FileError(f'film {films.table.film_id.iat[i]}: {what}', what) from None
 
 
 # %% ../../nbs/40c_clip.data.ipynb #532e5a43

@@ -263,6 +263,7 @@ def epoch_batches(
         job.per_epoch, size, -1
     )[job.step :, rank]
     job.pairs.at(job.epoch, spoken, most)
+    # a generator of its own: the global one belongs to the model
     loader = torch.utils.data.DataLoader(
         _Cheap(job),
         batch_sampler=order.tolist(),
@@ -270,7 +271,7 @@ def epoch_batches(
         num_workers=s.workers,
         generator=torch.Generator(),
         pin_memory=job.clip.device.type == 'cuda',
-    )  # a generator of its own: the global one belongs to the model
+    )
     for batch in loader:
         yield {**batch, 'groups': torch.from_numpy(job.groups[batch['index']])}
 
@@ -338,9 +339,10 @@ def load_job(
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
+        # a damaged file may raise anything
         raise InputError(
             f'{path}: cannot be read ({type(e).__name__}); remove it to train from the start'
-        ) from None  # a damaged file may raise anything
+        ) from None
     job.clip.model.load_state_dict(state['model'])
     job.optimizer.load_state_dict(state['optimizer'])
     if job.scaler is not None:

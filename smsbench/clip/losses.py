@@ -109,9 +109,7 @@ def _rows(weights):
 # %% ../../nbs/41a_clip.losses.ipynb #755a813b
 def clamped_scale(
     logit_scale,  # the model's parameter: natural logarithm of the scale
-    most: (
-        float | None
-    ) = 100.0,  # upper bound of the scale; None: unbounded, for a model that was trained beyond it
+    most: float | None = 100.0,  # upper bound of the scale; None: none, if trained beyond it
 ):  # 0-d tensor: what multiplies the cosines
     "The scale: exponentiated and bounded, with gradient."
     if most is None:

@@ -91,13 +91,14 @@ def towers(
 
 
 # %% ../../nbs/40_clip.models.ipynb #32d434af
+# open_clip's names; bf16 and fp16 keep the norms in float32
 PRECISIONS = (
     'fp32',
     'bf16',
     'fp16',
     'pure_bf16',
     'pure_fp16',
-)  # open_clip's names; bf16 and fp16 keep the norms in float32
+)
 
 
 def _check_tag(name, tag):

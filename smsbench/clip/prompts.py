@@ -73,12 +73,13 @@ PAIRS = (  # (present, absent): {c} the finding, {noun} what the image is
     ('{noun} with evidence of {c}', '{noun} with no evidence of {c}'),
     ('Findings consistent with {c}.', 'No findings of {c}.'),
 )
+# exclusive classes
 CLASSES = (
     '{noun} showing {c}',
     'This {noun} shows {c}.',
     '{noun}: {c}',
     'The picture is consistent with {c}.',
-)  # exclusive classes
+)
 NORMAL = ('no finding', 'normal', 'no findings')  # classes that mean: nothing wrong
 NORMAL_PAIRS = (
     ('{noun} without abnormality', '{noun} with an abnormality'),
@@ -102,12 +103,13 @@ def pair_prompts(
 
 
 def _sentence(template, noun, c):
+    # "no a nodule" is no English
     bare = (
         c.split(' ', 1)[1]
         if c.startswith(('a ', 'an '))
         and template.startswith(('There is no', '{noun} without', '{noun} with no', 'No '))
         else c
-    )  # "no a nodule" is no English
+    )
     text = template.replace('{noun}', noun).replace('{c}', bare)
     return text[0].upper() + text[1:]
 

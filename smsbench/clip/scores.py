@@ -338,9 +338,8 @@ def _best(score, y, rule):
     if not 0 < y.sum() < len(y):
         return float('nan')
     order = np.argsort(-score, kind='stable')
-    last = np.flatnonzero(
-        np.r_[np.diff(score[order]) != 0, True]
-    )  # the lowest-ranked film of each distinct score
+    # the lowest-ranked film of each distinct score
+    last = np.flatnonzero(np.r_[np.diff(score[order]) != 0, True])
     tp, seen = np.cumsum(y[order])[last], last + 1
     gain = (
         2 * tp / (seen + y.sum())

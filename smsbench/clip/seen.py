@@ -124,9 +124,7 @@ class Overlap:
     pictures: np.ndarray  # (N,) bool: this very picture
     patients: np.ndarray  # (N,) bool: another film of this patient number
     same_cohort: bool  # patient numbers mean the same
-    same_names: (
-        bool  # patients were compared: their pseudonyms, if they have any, were made with one key
-    )
+    same_names: bool  # patients were compared: any pseudonyms were made with one key
     without_hash: int  # of these films, those without a hash of their picture
     seen_without_hash: int  # the same, of the films of training
     access: str = 'open'  # 'open' or 'credentialed': whether small counts may be said

@@ -101,6 +101,7 @@ _CHOICES = dict(
     speak=SPEAKING,
     stop_on=tuple(WATCHED),
 )
+# lowest and highest value
 _RANGES = dict(
     epochs=(1, 1e6),
     batch_size=(2, 1e7),
@@ -115,7 +116,7 @@ _RANGES = dict(
     cap=(1, 1e6),
     max_broken=(0, 1),
     seed=(0, 2**32 - 1),
-)  # lowest and highest value
+)
 
 
 def _typed(name, kind, value):
@@ -184,9 +185,8 @@ def find_tracker(
     if tracker == 'wandb':
         import wandb
 
-        w = wandb.init(
-            project='smsbench', dir=str(run.path), mode='offline'
-        )  # nothing leaves the machine until somebody syncs it
+        # nothing leaves the machine until somebody syncs it
+        w = wandb.init(project='smsbench', dir=str(run.path), mode='offline')
         return lambda row: w.log(row)
     from torch.utils.tensorboard import SummaryWriter
 

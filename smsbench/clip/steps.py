@@ -32,11 +32,12 @@ from smsbench.clip.processes import (
 )
 
 # %% ../../nbs/41b_clip.steps.ipynb #66bb73ee
+# name -> dtype of matrix products; fp16 needs a `torch.amp.GradScaler`
 PRECISIONS = {
     'fp32': None,
     'bf16': 'bfloat16',
     'fp16': 'float16',
-}  # name -> dtype of matrix products; fp16 needs a `torch.amp.GradScaler`
+}
 
 
 # %% ../../nbs/41b_clip.steps.ipynb #4d9f27d6

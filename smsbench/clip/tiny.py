@@ -45,6 +45,7 @@ def _vit(pool, proj='linear'):
     )
 
 
+# open_clip's text transformer over the words above
 _OWN = dict(
     context_length=48,
     hf_tokenizer_name='tiny',
@@ -53,7 +54,7 @@ _OWN = dict(
     layers=2,
     pool_type='eos',
     eos_id=3,
-)  # open_clip's text transformer over the words above
+)
 _BERT = dict(
     context_length=48,
     hf_tokenizer_name='tiny',
@@ -61,6 +62,7 @@ _BERT = dict(
     hf_proj_type='mlp',
     hf_pooler_type='cls_last_hidden_state_pooler',
 )
+# kind -> open_clip configuration without sizes
 TINY_CLIP = {
     'native': dict(
         embed_dim=32,
@@ -80,7 +82,7 @@ TINY_CLIP = {
     'resnet': dict(
         embed_dim=32, vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=64), text_cfg=_OWN
     ),
-}  # kind -> open_clip configuration without sizes
+}
 
 
 # %% ../../nbs/39_clip.tiny.ipynb #a9cfd496

@@ -47,9 +47,8 @@ def batch_match(
 
 
 # %% ../../nbs/41e_clip.watch.ipynb #648e5bdd
-WATCHED = dict(
-    loss=-1, auroc=1, sensitivity=1, recall=1
-)  # what can be watched -> whether more (1) or less (-1) is better
+# what can be watched -> whether more (1) or less (-1) is better
+WATCHED = dict(loss=-1, auroc=1, sensitivity=1, recall=1)
 
 
 def recall_at(
