@@ -78,7 +78,10 @@ class ClipAsker:
         films,  # `films` or `val`
         known,  # columns that are told
     ) -> np.ndarray:  # (N, C) probabilities, as in `zero_shot`
-        "Zero-shot probabilities with prompts that know the patients; `InputError` where a prompt does not fit the context."
+        """Compute zero-shot probabilities with prompts that state facts of the patients.
+
+        `InputError` where a prompt does not fit the context.
+        """
         noun = next((t.get('noun') or '' for t in films.attrs.get('tasks', {}).values()), '')
         patients = np.array([self.say(f) for f in facts_of(films.table, known)], object)
         asked = {
@@ -154,12 +157,15 @@ class ClipAsker:
 def clip_asker(
     clip,  # `Clip` of clip.models
     films,  # `Films` that are asked
-    prompts=None,  # from `prompts_for` or `read_prompts`; `{patient}` in a sentence is where the patient goes; None takes the default ones
-    val=None,  # `Films` of other patients that choose the thresholds; needed for findings that are present or absent
-    say=described,  # facts of one patient (dict) -> words; `in_order` where they are to follow the order of adding
+    prompts=None,  # prompts, `{patient}` marks where facts go; None: default ones
+    val=None,  # `Films` of other patients that choose the thresholds (multilabel only)
+    say=described,  # facts of one patient (dict) -> words; `in_order` keeps their order
     rule: str = 'f1',  # what thresholds maximise: 'f1' or 'youden'
 ) -> ClipAsker:  # for `ssa`
-    "An asker of a CLIP model through its prompts."
+    """Make an asker of a CLIP model through its prompts.
+
+    Prompts come from `prompts_for` or `read_prompts`.
+    """
     prompts = check_prompts(
         prompts_for(films) if prompts is None else prompts, films.classes, films.kind
     )

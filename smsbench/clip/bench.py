@@ -130,7 +130,21 @@ class _OpenClip(_SameOptimizer):
         loader, size = _Loader(pieces), len(pieces[0][0])
         loader.num_batches, loader.num_samples = len(pieces), len(pieces) * size
         data = SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)
-        args = SimpleNamespace(
+        train_one_epoch(
+            self.model,
+            dict(train=data),
+            ClipLoss(),
+            0,
+            self.optimizer,
+            self.scaler,
+            None,
+            None,
+            self._arguments(size),
+        )
+
+    def _arguments(self, size):
+        "The command-line arguments that open_clip's loop reads; rank 1 does not log."
+        return SimpleNamespace(
             device=str(self.model.logit_scale.device),
             precision=dict(fp32='fp32', bf16='amp_bf16', fp16='amp')[self.precision],
             accum_freq=self.chunks,
@@ -144,17 +158,6 @@ class _OpenClip(_SameOptimizer):
             batch_size=size,
             log_every_n_steps=10**9,
             wandb=False,
-        )  # rank 1 does not log
-        train_one_epoch(
-            self.model,
-            dict(train=data),
-            ClipLoss(),
-            0,
-            self.optimizer,
-            self.scaler,
-            None,
-            None,
-            args,
         )
 
 
@@ -162,11 +165,12 @@ class _Loader(list):
     "A list that can carry what the loop asks a loader for."
 
 
+# name -> how it steps
 WAYS = {
     'open_clip': _OpenClip,
     'smsbench': _Ours,
     'smsbench, same optimizer': _SameOptimizer,
-}  # name -> how it steps
+}
 
 # %% ../../nbs/41ba_clip.bench.ipynb #7db926e5
 def step_benchmark(
@@ -178,8 +182,13 @@ def step_benchmark(
     device: str = 'cpu',  # 'cpu', 'cuda', 'cuda:0' ...
     precision: str = 'fp32',  # a key of `PRECISIONS`
     clip_norm: float | None = None,  # longest gradient allowed
-) -> pd.DataFrame:  # model, device, precision, batch, chunks, way, ms_per_step, pairs_per_second, ratio (of time to open_clip's, median over rounds), cpu_ratio (of processor time), peak_mib (on cards), foreign, note
-    "Time a step in both ways; `InputError` for a device there is not and for numbers below one."
+) -> pd.DataFrame:  # a row per number of chunks and way
+    """Time a step in every way; `InputError` for a missing device or numbers below one.
+
+    Columns: model, device, precision, batch, chunks, way, ms_per_step, pairs_per_second, ratio
+    (of time to open_clip's, median over rounds), cpu_ratio (of processor time), peak_mib (on
+    GPUs), foreign, note.
+    """
     import torch
 
     _checked(batch, chunks, rounds, steps, device, precision)
@@ -207,13 +216,9 @@ def step_benchmark(
             for name in ways
         ]
     out = pd.DataFrame(rows)
-    out.attrs = dict(
-        rounds=rounds,
-        steps=steps,
-        threads=torch.get_num_threads(),
-        cpus=os.cpu_count(),
-        card=torch.cuda.get_device_name(device) if device.startswith('cuda') else '',
-    )
+    card = torch.cuda.get_device_name(device) if device.startswith('cuda') else ''
+    threads, cpus = torch.get_num_threads(), os.cpu_count()
+    out.attrs = dict(rounds=rounds, steps=steps, threads=threads, cpus=cpus, card=card)
     return out
 
 

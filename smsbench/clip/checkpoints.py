@@ -30,7 +30,7 @@ def weights_sha(
 def as_one_line(
     what,  # what is being loaded
 ):
-    "What the libraries say about something they cannot load, as one line; open_clip's warnings are not printed."
+    "Turn an error of a library into one line, without the warnings of open_clip."
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -43,9 +43,8 @@ def as_one_line(
             ' could run code; save model.state_dict() alone, or convert it to safetensors'
         ) from None
     except Exception as e:
-        raise InputError(
-            f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:280]})"
-        ) from e  # a foreign file can make a library stumble anywhere
+        # a foreign file can make a library stumble anywhere
+        raise InputError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:280]})") from e
     finally:
         logging.disable(before)
 
@@ -70,12 +69,13 @@ def _from_hub(name, revision):
 
 
 def find_clip(
-    name: str,  # folder, 'local-dir:' and a folder, 'hf-hub:' and an id, or a name of `open_clip.list_models()`
-    revision: (
-        str | None
-    ) = None,  # of a hub id: branch, tag or commit; of a folder: 'files:' and its hash
+    name: str,  # folder, 'local-dir:FOLDER', 'hf-hub:ID' or a name of open_clip
+    revision: str | None = None,  # branch, tag or commit of a hub id; 'files:HASH' of a folder
 ) -> tuple[Path | None, str]:  # the folder, None for a name of open_clip; the revision found
-    "Where a CLIP model is; `InputError` where there is none or another revision."
+    """Find a CLIP model; `InputError` where there is none or only another revision.
+
+    Names of open_clip are those of `open_clip.list_models()`.
+    """
     if name.startswith('hf-hub:'):
         folder = _from_hub(name.removeprefix('hf-hub:'), revision)
         return folder, folder.name
@@ -106,7 +106,10 @@ def find_clip(
 def clip_config(
     folder,  # of a checkpoint
 ) -> dict:  # model_cfg and preprocess_cfg
-    "open_clip's configuration of a folder; `InputError` where it is missing, no CLIP's, or asks for code to be run."
+    """Read open_clip's configuration of a folder.
+
+    The `InputError`s: it is missing, is not of a CLIP model, or asks to run code.
+    """
     raw = read_json(Path(folder) / 'open_clip_config.json')
     model = raw.get('model_cfg') if isinstance(raw, dict) else None
     if (
@@ -135,8 +138,8 @@ def clip_config(
 def own_tower(
     folder: Path,  # of a checkpoint
     config: dict,  # from `clip_config`
-) -> dict:  # text_cfg for `open_clip.create_model`, in place of the file's; empty for open_clip's own text tower
-    "What the folder itself brings goes before what its configuration names: the text tower's config.json."
+) -> dict:  # text_cfg for `open_clip.create_model`; empty for its own text tower
+    "Prefer the folder's own config.json of the text tower to the one its configuration names."
     from open_clip.hf_configs import arch_dict
 
     text = config['model_cfg']['text_cfg']
@@ -164,7 +167,10 @@ _FILES = (
 def weights_file(
     folder,  # of a checkpoint
 ) -> Path:  # the file with its weights
-    "The weights of a folder: open_clip's usual names first, else the only file that can hold weights; `InputError` where there is none or a choice."
+    """Find the weights of a folder; `InputError` where there are none, or several to choose from.
+
+    open_clip's usual names come first, then the only file that can hold weights.
+    """
     folder = Path(folder)
     found = [folder / f for f in _FILES if (folder / f).is_file()] or sorted(
         p for p in folder.iterdir() if p.suffix in ('.safetensors', '.pt', '.pth', '.bin')
@@ -181,9 +187,13 @@ def weights_file(
 # %% ../../nbs/39a_clip.checkpoints.ipynb #ef8526c3
 def read_weights(
     model,  # an open_clip module, changed in place
-    file,  # .safetensors, .pt, .pth or .bin with its state dict, or a training checkpoint that holds one under 'state_dict'
+    file,  # .safetensors, .pt, .pth or .bin: a state dict or a training checkpoint
 ):
-    "Fill a model; `InputError` where a key is missing or left over, or the file is no plain state dict."
+    """Load weights into a model, in place.
+
+    A training checkpoint holds its state dict under 'state_dict'. `InputError` where a key is
+    missing or left over, or the file is not a plain state dict.
+    """
     from open_clip.factory import load_checkpoint, load_state_dict
 
     file = Path(file)

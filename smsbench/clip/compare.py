@@ -21,8 +21,8 @@ def difference_floors(
     one,  # `Floors` of the first model
     other,  # of the second, on the same films
     tail: float,  # probability left out on each side
-) -> np.ndarray:  # (2, M, C + 1) bounds of first − second for each class, and in the last place for the mean over classes
-    "Bounds of paired differences."
+) -> np.ndarray:  # (2, M, C + 1) bounds of first − second
+    "Bounds of paired differences, per class and, last, for the mean over classes."
     M, C = one.values.shape
     out, value, slope = (
         np.full((2, M, C + 1), np.nan),
@@ -68,8 +68,12 @@ def compare(
     n_boot: int = 1000,  # resamples of patients
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # metrics table of model 'first − second': every metric of `classification_metrics` that is per class, as *_difference, and accuracy_difference
-    "Paired differences of two models; `InputError` where films or classes differ, or only one has thresholds."
+) -> pd.DataFrame:  # metrics table of model 'first − second'
+    """Paired differences of two models.
+
+    Metrics are *_difference of every `classification_metrics` number per class, and
+    accuracy_difference. `InputError` where films or classes differ, or only one has thresholds.
+    """
     if any(isinstance(t, pd.DataFrame) and not t.index.equals(first.index) for t in (second,)):
         raise InputError('compare: the two models were scored on other films, or in another order')
     if (thresholds[0] is None) != (thresholds[1] is None):
@@ -106,34 +110,9 @@ def compare(
 
 def _per_class(both, said, how):
     "(metric, subgroup, interval, note): class by class and macro."
-    c, decided = both[0], said[0] is not None
-    names, K = (NAMES if decided else NAMES[:3])[1:], len(c.classes) + 1
-
-    def parts(held):
-        return [(held[i], held[2], held[3 + i] if decided else None) for i in (0, 1)]
-
-    def of(*held):
-        a, b = (class_grid(*p, held[-1])[:, 1:] for p in parts(held))
-        return (a - b).reshape(len(a), -1)
-
-    def floor(*held):
-        return difference_floors(*(class_floors(*p, *held[-2:]) for p in parts(held)), held[-1])[
-            :, 1:
-        ].reshape(2, -1)
-
-    used = np.concatenate(
-        [grid_sides(c.truth, s)[:, 1:] for s in said], -1
-    )  # a difference needs the films of both
-    ci = bootstrap_rows(
-        of,
-        [both[0].scores, both[1].scores, c.truth, *(said if decided else [])],
-        c.patients,
-        bounds=(-1, 1),
-        batched=True,
-        used=used.reshape(len(used), -1, 4),
-        floor=floor,
-        **how,
-    )
+    c = both[0]
+    names, K = (NAMES if said[0] is not None else NAMES[:3])[1:], len(c.classes) + 1
+    ci = _class_differences(both, said, how)
     for j, m in enumerate(names):
         per = [ci[j * K + i] for i in range(K - 1)]
         for i, name in enumerate(c.classes):
@@ -155,8 +134,41 @@ def _per_class(both, said, how):
         )
 
 
+def _class_differences(both, said, how):
+    "Intervals of the difference of every metric of every class and of the mean over classes."
+    c, decided = both[0], said[0] is not None
+
+    def parts(held):
+        return [(held[i], held[2], held[3 + i] if decided else None) for i in (0, 1)]
+
+    def of(*held):
+        a, b = (class_grid(*p, held[-1])[:, 1:] for p in parts(held))
+        return (a - b).reshape(len(a), -1)
+
+    def floor(*held):
+        return difference_floors(*(class_floors(*p, *held[-2:]) for p in parts(held)), held[-1])[
+            :, 1:
+        ].reshape(2, -1)
+
+    # a difference needs the films of both
+    used = np.concatenate([grid_sides(c.truth, s)[:, 1:] for s in said], -1)
+    return bootstrap_rows(
+        of,
+        [both[0].scores, both[1].scores, c.truth, *(said if decided else [])],
+        c.patients,
+        bounds=(-1, 1),
+        batched=True,
+        used=used.reshape(len(used), -1, 4),
+        floor=floor,
+        **how,
+    )
+
+
 def _decisions(both, said, how):
-    "Share of right decisions, with McNemar's test: per class, or over all where classes exclude each other."
+    """Differences of the share of right decisions, with McNemar's test.
+
+    They are per class, or over all where classes exclude each other.
+    """
     c, out = both[0], []
     if said[0] is None:
         return

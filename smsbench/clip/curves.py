@@ -42,8 +42,8 @@ def confusion_matrix(
 # %% ../../nbs/43f_clip.curves.ipynb #398ef57d
 def classification_report(
     matrix: pd.DataFrame,  # from `confusion_matrix`
-) -> pd.DataFrame:  # rows: classes in their order, then accuracy, macro avg, weighted avg; precision, recall, f1, support
-    "Precision, recall and F1 of exclusive classes."
+) -> pd.DataFrame:  # index: classes, accuracy, macro avg, weighted avg
+    "Precision, recall, F1 and support of exclusive classes."
     m = matrix.to_numpy(float)
     hit, said, there = np.diag(m), m.sum(0), m.sum(1)
 
@@ -106,8 +106,11 @@ def score_curves(
     scores,  # (N, C) DataFrame of probabilities
     targets,  # (N, C) 1, 0, NaN: not asked
     kind: str = '',  # '' takes that of the scores
-) -> pd.DataFrame:  # class, threshold (from high to low), fpr, tpr (= recall), precision; classes that show one value only are left out
-    "ROC and precision-recall curve of every class, one against the rest."
+) -> pd.DataFrame:  # class, threshold (descending), fpr, tpr (= recall), precision
+    """ROC and precision-recall curve of every class, one against the rest.
+
+    Classes with a single value are left out.
+    """
     c = cells(scores, targets, np.arange(len(scores)), kind)
     parts = []
     for i, (name, k) in enumerate(zip(c.classes, c.known.T)):

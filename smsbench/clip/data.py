@@ -22,9 +22,14 @@ from ..data.readers import FileError, read_image
 # %% ../../nbs/40c_clip.data.ipynb #5eb16d68
 @dataclass(frozen=True, eq=False)
 class Films:
-    "Pictures, one row each, and what is known about them. `table` of credentialed data must never be written."
+    """Pictures, one row each, with what is known about them.
 
-    table: pd.DataFrame  # film_id, patient_id, split, image, image_sha ('' unknown), text, study ('' unknown), strata, and what else is the same in all rows of a picture
+    `table` has film_id, patient_id, split, image, image_sha, text, study, strata, and what else
+    all rows of a picture share; image_sha and study are '' where unknown. Never write the `table`
+    of credentialed data.
+    """
+
+    table: pd.DataFrame  # one row per picture, see above
     targets: pd.DataFrame  # (N, C) float, one column per class: 1 yes, 0 no, NaN not asked
     classes: list  # names of the classes, in order
     kind: str  # 'multilabel': any number of classes per film; 'multiclass': one
@@ -60,9 +65,8 @@ class Films:
         return self.take(mine)
 
 # %% ../../nbs/40c_clip.data.ipynb #d09869db
-WITHHELD = (  # what stands for a rare value in a sealed table (see `smsbench.data.seal`): nothing is known
-    'withheld'
-)
+# replaces a rare value in a sealed table (see `smsbench.data.seal`): nothing is known
+WITHHELD = 'withheld'
 _STATES = {
     'yes': 1.0,
     '1': 1.0,
@@ -81,9 +85,13 @@ def class_answers(
     rows: pd.DataFrame,  # a cohort, open
     findings=None,  # tasks to take, in this order; None takes all
     by: str = '',  # column whose values are the classes, instead of the tasks
-    also=(),  # 0/1 or yes/no columns that are classes too ('' is not asked); '_' in their names is read as a blank
+    also=(),  # 0/1 or yes/no columns that are classes too ('' is not asked)
 ) -> tuple:  # long table (row: place in `rows`, class, value 1/0), classes, kind, tasks
-    "What each row says about which class. `InputError` where tasks of different kinds are mixed, a label is none of its choices, or a column is missing or holds other words."
+    """List the class and the answer that each row states.
+
+    An '_' in a name of `also` is read as a blank. `InputError` where tasks of different kinds are
+    mixed, a label is not among its choices, or a column is missing or holds other words.
+    """
     tasks = {
         f: rows.attrs['tasks'][f]
         for f in (rows.attrs['tasks'] if findings is None else findings)
@@ -211,10 +219,14 @@ def films_of(
     findings=None,  # tasks to take, which is also the order of the classes; None takes all
     by: str = '',  # column whose values are the classes, instead of the tasks ('organ')
     also=(),  # 0/1 columns of the cohort that are classes too
-    conflicts: str = 'error',  # 'error', or 'drop': pictures whose rows contradict each other are left out, counted in `attrs['dropped']`
+    conflicts: str = 'error',  # 'error', or 'drop' pictures whose rows contradict each other
     root='',  # data root; '' takes the cohort's own
 ) -> Films:
-    "The pictures of a cohort. `InputError` where rows of one picture contradict each other, or one picture stands in two splits."
+    """Collect the pictures of a cohort.
+
+    `attrs['dropped']` counts pictures dropped for a conflict. `InputError` where rows of a
+    picture contradict each other, or a picture is in two splits.
+    """
     if conflicts not in ('error', 'drop'):
         raise InputError(f"conflicts {conflicts!r}: choose error or drop")
     held = hold(cohort, root)
@@ -235,17 +247,18 @@ def films_of(
         )
     if kind == 'multiclass' and (many := int((np.nansum(targets, 1) > 1).sum())):
         raise InputError(f'{many} picture(s) have more than one class; mend the labels')
+    # who was told apart by which names; the key itself stays
     attrs = {
         **held.cohort.attrs,
         'root': str(root or held.cohort.attrs.get('root', '.')),
         'tasks': tasks,
         'dropped': len(bad),
         'pseudonyms': content_hash('pseudonyms', held.key) if held.key else '',
-    }  # who was told apart by which names; the key itself stays
+    }
     films = Films(table, pd.DataFrame(targets, columns=classes), classes, kind, attrs)
-    return _apart(
-        films.take(np.setdiff1d(np.flatnonzero(np.isfinite(targets).any(1)), bad))
-    )  # pictures about which these classes say nothing are not films of it
+    # pictures about which these classes say nothing are left out
+    known = np.flatnonzero(np.isfinite(targets).any(1))
+    return _apart(films.take(np.setdiff1d(known, bad)))
 
 
 def _matrix(said, picture, classes):
@@ -285,17 +298,15 @@ def picture_keys(
         if 'image_sha' in rows
         else pd.Series('', index=rows.index)
     )
-    same = (
-        sha.where(sha != '').groupby(rows.image).transform('first').fillna('')
-    )  # a reference whose other row knows the hash
+    # a reference whose other row knows the hash
+    same = sha.where(sha != '').groupby(rows.image).transform('first').fillna('')
     return same.where(same != '', 'file ' + rows.image)
 
 
 def _one_each(rows, picture, tasks):
     "One row per picture."
-    first = (
-        pd.Series(picture).drop_duplicates().index.to_numpy()
-    )  # factorize numbers pictures by first appearance
+    # factorize numbers pictures by first appearance
+    first = pd.Series(picture).drop_duplicates().index.to_numpy()
     out = rows.loc[first].reset_index(drop=True)
     ids = pd.Series(
         [s.removesuffix(f':{f}').removesuffix(f'-{f}') for s, f in zip(out.sample_id, out.finding)]
@@ -343,16 +354,18 @@ def _boxes(rows, picture):
     return [json.dumps(f) for f in found]
 
 # %% ../../nbs/40c_clip.data.ipynb #1743eb03
-READS_TOO = (
-    read_phantom,
-)  # importing this reader lets `read_image` resolve 'phantom:…' references
+# importing this reader lets `read_image` resolve 'phantom:…' references
+READS_TOO = (read_phantom,)
 
 
 def read_films(
     films: Films,  # the films
     index=None,  # places; None reads all
 ):  # iterator over uint8 arrays, (H,W) or (H,W,3)
-    "The pixels of films, one after the other; `FileError` (an `InputError`) where one cannot be read or has changed."
+    """Read the pixels of films, one after the other.
+
+    A film that cannot be read or has changed raises `FileError` (an `InputError`).
+    """
     for i in range(len(films)) if index is None else np.atleast_1d(index):
         yield _read(films, int(i))
 
@@ -371,18 +384,20 @@ def _read(films, i):
         if films.attrs.get('access') != 'credentialed':
             raise
         what = getattr(e, 'reason', 'there is not enough memory')
-        raise FileError(
-            f'film {films.table.film_id.iat[i]}: {what}', what
-        ) from None  # the message names the file, and its name may name the patient
+        # the message names the file, and its name may name the patient
+        raise FileError(f'film {films.table.film_id.iat[i]}: {what}', what) from None
 
 # %% ../../nbs/40c_clip.data.ipynb #532e5a43
 def check_films(
     films: Films,  # the films
     out=None,  # parquet file for the list of what was left out; None writes none
-    max_broken: float = 0.05,  # share of broken films above which it is an error; a single one is none, but for 0
-    store=None,  # folder in which the scan is kept; started again, it goes on
+    max_broken: float = 0.05,  # largest share of broken films; one may always be, unless it is 0
+    store=None,  # folder of the scan, which resumes from it
 ) -> tuple[Films, pd.DataFrame]:  # films that can be read; film_id, split, reason of the others
-    "Decode every film once. `InputError` where too many are broken; written names are film ids only."
+    """Decode every film once; `InputError` where too many are broken.
+
+    Only film ids are written.
+    """
     key = (
         content_hash(films.attrs.get('manifest', ''), films.attrs.get('root', ''))
         if films.attrs.get('access') == 'credentialed'
@@ -420,12 +435,15 @@ def check_films(
 # %% ../../nbs/40c_clip.data.ipynb #3fce5f98
 def pick_prompt(
     row,  # (C,) targets of the film: 1, 0, NaN
-    prompts: list,  # per class dict(positive=(...), negative=(...)), in the order of the classes; `negative` may be missing
+    prompts: list,  # per class dict(positive=(...), negative=(...)); negative is optional
     rng,  # numpy Generator
     weights=None,  # (C, 2) how often a class is spoken of where it is absent, present; None: evenly
     most=None,  # (C,) or a number: take only so many of a class's first sentences; None: all
 ) -> tuple:  # sentence; class it is about; what it says of it: 1 present, 0 absent
-    "A true sentence about the film; `InputError` where the prompts say nothing true of it."
+    """Draw a true sentence about the film; `InputError` where no prompt is true of it.
+
+    `prompts` are in the order of the classes.
+    """
     row = np.asarray(row, float)
     has = np.array([[bool(p.get('negative')), bool(p.get('positive'))] for p in prompts])
     can = np.stack([row == 0, row == 1], 1) & has
@@ -447,16 +465,17 @@ def pick_prompt(
 
 # %% ../../nbs/40c_clip.data.ipynb #405f4ac2
 class Pairs:
-    "Pairs of picture and text for `torch.utils.data.DataLoader`; `pairs[i]` is the same whenever and wherever it is asked in an epoch."
+    """Pairs of picture and text for `torch.utils.data.DataLoader`.
+
+    Within an epoch, `pairs[i]` is always the same, in every process.
+    """
 
     def __init__(
         self,
         films: Films,  # what to draw from
         clip,  # a `smsbench.clip.models.Clip`: its preprocess and tokenizer are used
-        texts: str = 'report',  # 'report', 'prompts', or 'both': one of the two by chance, for each film anew in each epoch
-        prompts: (
-            dict | None
-        ) = None,  # class -> dict(positive=(...), negative=(...)); needed for prompts
+        texts: str = 'report',  # 'report', 'prompts', or 'both': one of them by chance
+        prompts: dict | None = None,  # class -> dict(positive=(...), negative=(...))
         augment=None,  # (PIL image, numpy Generator) -> PIL image; None changes nothing
         seed: int = 0,  # decides prompts and augmentation
         cache_mb: int = 512,  # decoded pictures to keep, MB (per worker)
@@ -493,7 +512,7 @@ class Pairs:
         weights=None,  # (C, 2), see `pick_prompt`
         most=None,  # see `pick_prompt`
     ):  # the pairs themselves
-        "What is drawn from here on is that of this epoch."
+        "Draw for this epoch from here on."
         self.epoch, self.weights, self.most = epoch, weights, most
         return self
 
@@ -520,8 +539,8 @@ class Pairs:
         self,
         i: int,  # place of the film
         rng,  # numpy Generator
-    ) -> tuple:  # sentence; class it is about, -1 for a report; what it says of it (1 present, 0 absent), -1 for a report
-        "What is said about film `i`."
+    ) -> tuple:  # sentence, class, answer (1 present, 0 absent); both -1 for a report
+        "Draw the text for film `i`."
         if self.texts == 'report' or self.texts == 'both' and rng.random() < 0.5:
             return self.films.table.text.iat[i], -1, -1
         return pick_prompt(self.targets[i], self.prompts, rng, self.weights, self.most)
@@ -543,8 +562,12 @@ class Pairs:
     def collate(
         self,
         items: list,  # of `self[i]`
-    ) -> dict:  # pixels (B,3,S,S), text (B,T) token ids, words: list of B sentences, index, asked, answer (B,) long, labels (B,C) float
-        "A batch; the numbers stay with it, for losses that know several positives."
+    ) -> dict:  # pixels, text, words, index, asked, answer, labels
+        """Join items to a batch; its numbers serve losses with several positives.
+
+        Shapes: pixels (B,3,S,S), text (B,T) token ids, words list of B sentences, index, asked
+        and answer (B,) long, labels (B,C) float.
+        """
         import torch
 
         def whole(k):

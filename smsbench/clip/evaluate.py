@@ -36,12 +36,13 @@ from smsbench.clip.scores import (
     zero_shot_scores,
 )
 
+# what a user of the evaluation needs in one place
 _all_ = [
     'Thresholds',
     'choose_thresholds',
     'zero_shot',
     'zero_shot_scores',
-]  # what a user of the evaluation needs in one place
+]
 
 # %% ../../nbs/43_clip.evaluate.ipynb #1082a27f
 def average_precision(
@@ -71,11 +72,14 @@ def class_values(
     y,  # (n,) 1/0
     said,  # (n,) 1/0 predictions, or None
     weights,  # (B, n) row weights
-) -> dict:  # metric -> (B,); prevalence, auroc, auprc and, with predictions, precision, recall, specificity, f1
-    "The numbers of one class."
-    p = np.stack(
-        [weights @ m for m in ((y == 1).astype(float), (y == 0).astype(float))]
-    )  # positives, negatives
+) -> dict:  # metric -> (B,)
+    """Compute the metrics of one class.
+
+    They are prevalence, auroc, auprc and, with predictions, precision, recall, specificity and
+    f1.
+    """
+    # positives, negatives
+    p = np.stack([weights @ m for m in ((y == 1).astype(float), (y == 0).astype(float))])
 
     def div(a, b):
         return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0)
@@ -100,6 +104,7 @@ def class_values(
     )
 
 # %% ../../nbs/43_clip.evaluate.ipynb #c6ec0eb6
+# the last four need a decision
 NAMES = (
     'prevalence',
     'auroc',
@@ -108,14 +113,17 @@ NAMES = (
     'recall',
     'specificity',
     'f1',
-)  # the last four need a decision
+)
 
 
 def class_sides(
     y,  # (n,) 1/0
     said=None,  # (n,) 1/0 predictions, or None
-) -> np.ndarray:  # (n, M, 2) bool, in the order of `NAMES`: films that count; two groups where both are needed, else twice the same
-    "Films behind each number of a class; M = 7, or 3 without predictions."
+) -> np.ndarray:  # (n, M, 2) bool, in the order of `NAMES`
+    """Mark the films behind each metric of a class; M = 7, or 3 without predictions.
+
+    The last axis holds the two groups of films that a metric needs, or the same group twice.
+    """
     sick, healthy = np.asarray(y) == 1, np.asarray(y) == 0
     groups = [(sick | healthy,) * 2, (sick, healthy), (sick, sick)]
     if said is not None:
@@ -127,9 +135,7 @@ def class_sides(
 def average_precision_influence(
     score,  # (n,) higher means more positive
     y,  # (n,) 1/0
-) -> (
-    np.ndarray
-):  # (n,) change per unit of weight of each row; sums to 0; NaN where nothing is positive
+) -> np.ndarray:  # (n,) change per unit of row weight, sum 0; NaN where nothing is positive
     "Slope of the average precision in the weight of each row."
     positive = np.asarray(y) == 1
     total = positive.sum()
@@ -187,48 +193,39 @@ def film_values(
         rank = (c.scores >= own[:, None]).sum(1)  # ties count against the model
         out = dict(accuracy=(c.scores.argmax(1) == c.one, asked, ''))
         return out | (dict(accuracy_top5=(rank <= 5, asked, '')) if len(c.classes) >= 5 else {})
+    rankings = _ranking_values(c)
+    if said is None or np.isnan(said).all():
+        return rankings
+    return dict(exact_match=_exact_match(c, said)) | rankings
+
+
+def _ranking_values(c):
+    "LRAP and coverage error of the films asked about every class."
     whole = c.known.all(1)
     y = np.nan_to_num(c.truth) == 1
     lrap, cover = _ranking(c.scores, y)
     flat = int((whole & (y.all(1) | ~y.any(1))).sum())
-    left = (
-        f'{int((~whole).sum())} films not asked about every class are left out'
-        if not whole.all()
-        else ''
-    )
+    left = _left_out(whole)
+    ones = f'{flat} films with no finding, or all, count as 1' if flat else ''
+    return dict(lrap=(lrap, whole, _joined(left, ones)), coverage_error=(cover, whole, left))
 
-    def join(*n):
-        return '; '.join(x for x in n if x)
 
-    out = dict(
-        lrap=(
-            lrap,
-            whole,
-            join(left, f'{flat} films with no finding, or all, count as 1' if flat else ''),
-        ),
-        coverage_error=(cover, whole, left),
-    )
-    if said is None or np.isnan(said).all():
-        return out
-    used = ~np.isnan(said).any(0)
-    rows = c.known[:, used].all(1)
-    return (
-        dict(
-            exact_match=(
-                (said[:, used] == y[:, used]).all(1),
-                rows,
-                join(
-                    f'{int((~rows).sum())} films not asked about every class are left out'
-                    if not rows.all()
-                    else '',
-                    ''
-                    if used.all()
-                    else f'{int((~used).sum())} classes without a threshold are left out',
-                ),
-            )
-        )
-        | out
-    )
+def _exact_match(c, said):
+    "Whether all classes of a film are predicted right, of the classes that have a threshold."
+    y, used = np.nan_to_num(c.truth) == 1, ~np.isnan(said).any(0)
+    rows, missing = c.known[:, used].all(1), int((~used).sum())
+    lost = f'{missing} classes without a threshold are left out' if missing else ''
+    return (said[:, used] == y[:, used]).all(1), rows, _joined(_left_out(rows), lost)
+
+
+def _left_out(rows):
+    "A note on the films that do not count."
+    lost = int((~rows).sum())
+    return f'{lost} films not asked about every class are left out' if lost else ''
+
+
+def _joined(*notes):
+    return '; '.join(filter(None, notes))
 
 
 def _ranking(scores, y):
@@ -247,8 +244,11 @@ def class_grid(
     truth,  # (N, C) 1, 0, NaN
     said,  # (N, C) 1/0 predictions, NaN in the column of a class without a threshold; or None
     weights,  # (B, N) row weights
-) -> np.ndarray:  # (B, M, C + 1): every metric of every class, and in the last place its mean over the classes that occur; M = 7, or 3 without predictions
-    "The `NAMES` of all classes under every set of weights."
+) -> np.ndarray:  # (B, M, C + 1): every class, then the mean over classes
+    """Compute the metrics in `NAMES` for all classes and every set of weights.
+
+    The mean is over the classes that occur; M = 7, or 3 without predictions.
+    """
     names = NAMES[:3] if said is None else NAMES
     out = np.full((len(weights), len(names), truth.shape[1] + 1), np.nan)
     for i, k in enumerate(~np.isnan(truth).T):
@@ -335,7 +335,7 @@ def classification_metrics(
     scores,  # (N, C) DataFrame of probabilities
     targets,  # (N, C) 1, 0, NaN: not asked
     clusters,  # (N,) patient of each film
-    thresholds=None,  # `Thresholds` chosen on other patients; None leaves out what needs a decision (multilabel)
+    thresholds=None,  # `Thresholds` of other patients; None: no decisions (multilabel)
     model: str = 'clip',  # name in the table
     arm: str = 'zero_shot',  # how the scores were made
     kind: str = '',  # 'multilabel' or 'multiclass'; '' takes that of the scores
@@ -343,8 +343,13 @@ def classification_metrics(
     n_boot: int = 1000,  # resamples of patients
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # metrics table: per class (subgroup class=NAME), macro_* and film-wise numbers (subgroup all); n: films asked; n_effective: patients who bound the interval
-    "Classification metrics with intervals over patients; `InputError` where a patient of these films chose the thresholds."
+) -> pd.DataFrame:  # metrics table
+    """Classification metrics with intervals over patients.
+
+    Rows are per class (subgroup class=NAME), macro_* and per film (subgroup all). n: films asked;
+    n_effective: patients that bound the interval. `InputError` where a patient of these films
+    chose the thresholds.
+    """
     c = cells(scores, targets, clusters, kind)
     if thresholds is not None:
         thresholds.check(c.patients, getattr(scores, 'attrs', None))
@@ -377,29 +382,7 @@ def classification_metrics(
 def _class_intervals(c, said, how):
     "(metric, subgroup, interval, note) per class and macro, from one resampling."
     names, K = NAMES[:3] if said is None else NAMES, len(c.classes) + 1
-    held = [c.scores, c.truth, *([] if said is None else [said])]
-
-    def decided(*a):
-        return (a[0], a[1], a[2] if said is not None else None)
-
-    def of(*a):
-        return class_grid(*decided(*a), a[-1]).reshape(len(a[-1]), -1)
-
-    def floor(*a):
-        f = class_floors(*decided(*a), *a[-2:])
-        return np.concatenate([f.ends, mean_floors(f)[..., None]], 2).reshape(2, -1)
-
-    used = grid_sides(c.truth, said)
-    ci = bootstrap_rows(
-        of,
-        held,
-        c.patients,
-        bounds=(0, 1),
-        batched=True,
-        used=used.reshape(len(used), -1, 2),
-        floor=floor,
-        **how,
-    )
+    ci = _class_bootstrap(c, said, how)
     n, left = c.known.sum(0), (~c.known).sum(0)
     patients = [len(set(c.patients[k])) for k in c.known.T]
     for j, m in enumerate(names):
@@ -420,8 +403,35 @@ def _class_intervals(c, said, how):
         )
 
 
+def _class_bootstrap(c, said, how):
+    "Intervals of every metric of every class and of the mean over classes."
+    held = [c.scores, c.truth, *([] if said is None else [said])]
+
+    def decided(*a):
+        return (a[0], a[1], a[2] if said is not None else None)
+
+    def of(*a):
+        return class_grid(*decided(*a), a[-1]).reshape(len(a[-1]), -1)
+
+    def floor(*a):
+        f = class_floors(*decided(*a), *a[-2:])
+        return np.concatenate([f.ends, mean_floors(f)[..., None]], 2).reshape(2, -1)
+
+    used = grid_sides(c.truth, said)
+    return bootstrap_rows(
+        of,
+        held,
+        c.patients,
+        bounds=(0, 1),
+        batched=True,
+        used=used.reshape(len(used), -1, 2),
+        floor=floor,
+        **how,
+    )
+
+
 def grid_sides(truth, said):
-    "(N, M, C + 1, 2) films that count for each number of each class, and for the mean over classes."
+    "Mark the films that count for each metric: (N, M, C + 1, 2), the mean over classes last."
     M = 3 if said is None else 7
     out = np.zeros((len(truth), M, truth.shape[1] + 1, 2), bool)
     for i in range(truth.shape[1]):
@@ -490,7 +500,7 @@ def evaluate(
     films,  # `Films` of clip.data, with the splits named below
     out=None,  # folder for scores, thresholds, prompts and metrics; None writes nothing
     prompts=None,  # None takes the default ones
-    thresholds=None,  # `Thresholds`, where they exist already; None lets the validation films choose
+    thresholds=None,  # existing `Thresholds`; None chooses them on the validation films
     val: str = 'val',  # split that chooses the thresholds
     test: str = 'test',  # split that is measured
     **how,  # model, minimum, n_boot, level, seed of `classification_metrics`
@@ -539,7 +549,10 @@ def keep_thresholds(
     rule: str = 'f1',  # or 'youden'
     device: str = 'auto',  # where the model runs
 ) -> Thresholds | None:  # None for exclusive classes, which need none
-    "Choose thresholds on a checkpoint's validation films and leave thresholds.json and prompts.json in its folder."
+    """Choose thresholds on a checkpoint's validation films.
+
+    Writes thresholds.json and prompts.json to its folder.
+    """
     from smsbench.clip.models import load_clip
 
     clip, chosen = load_clip(str(folder), device=device), films.of(val)

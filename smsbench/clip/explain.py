@@ -17,6 +17,7 @@ from .towers import Tower, attention_taken, tower_of, undisturbed
 from ..vlm.geometry import View
 
 # %% ../../nbs/44_clip.explain.ipynb #8e6acf22
+# blocks: how many of the last ones count, <NA>: all
 METHODS = (
     pd.DataFrame(
         [
@@ -29,16 +30,14 @@ METHODS = (
     )
     .set_index('method')
     .astype(dict(blocks='Int64'))
-)  # blocks: how many of the last ones count, <NA>: all
+)
 
 # %% ../../nbs/44_clip.explain.ipynb #abd31f7c
 @dataclass(frozen=True, eq=False)
 class Target:
-    "What a map explains: the image's unit vector times `vector`."
+    "The quantity that a map explains: the dot product of the unit image vector and `vector`."
 
-    vector: (
-        np.ndarray
-    )  # (D,) float32: scale x (unit vector of the text - that of the text against it)
+    vector: np.ndarray  # (D,) float32: scale x difference of the unit vectors
     text: tuple  # sentences for it
     against: tuple = ()  # sentences against it
 
@@ -48,7 +47,10 @@ def target(
     text,  # a sentence, or a tuple of sentences that count as one
     against=(),  # the same, for the opposite; (): the similarity to the text alone
 ) -> Target:
-    "The logit of a text, or the difference of the logits of a text and its opposite; `InputError` for no text."
+    """Make the target of a map: the logit of a text, or its difference to an opposite.
+
+    `InputError` for no text.
+    """
     if isinstance(text, Target):
         return text
     parts = [tuple(t) if isinstance(t, (tuple, list)) else (t,) for t in (text, against)]
@@ -147,7 +149,11 @@ def _as_map(t, tower, layer):
 
 # %% ../../nbs/44_clip.explain.ipynb #d4363df3
 def _attention(ask, gradients=True):
-    "Attention of the blocks that count, that of the pool or None, gradients of all of these, scores."
+    """Record attention and its gradients.
+
+    Returns (attention, gradient) pairs of the blocks that count, those of the pool, and the
+    scores.
+    """
     import torch
 
     tower = ask.tower
@@ -229,7 +235,7 @@ def _legrad(ask):
 
 
 def _project(tower, z):
-    "(B,D) from the tokens (B,N,C) behind some block: their mean, or what the pooling head makes of them."
+    "Project the tokens (B,N,C) behind a block to (B,D), by their mean or the pooling head."
     v = tower.visual
     if not hasattr(v, 'trunk'):
         z = v.ln_post(z.mean(1))
@@ -292,12 +298,13 @@ def _between(at, n):
 def check_method(
     clip: Clip,  # a loaded model
     method: str,  # key of `METHODS`
-    layer: str = '',  # Grad-CAM: name of a module in the image tower; '': the right one for the tower
-    blocks: (
-        int | None
-    ) = None,  # rollout, chefer, legrad: how many of the last blocks count; None: as in `METHODS`
+    layer: str = '',  # Grad-CAM: module of the image tower; '': the default of the tower
+    blocks: int | None = None,  # rollout, chefer, legrad: last blocks that count; None: default
 ) -> int:  # blocks that count
-    "Whether a method fits a tower, before any film is read; `InputError` where it does not."
+    """Check that a method fits a tower, before any film is read; `InputError` otherwise.
+
+    The defaults for `blocks` are in `METHODS`.
+    """
     if method not in METHODS.index:
         raise InputError(f"no method {method!r}; choose from {', '.join(METHODS.index)}")
     tower = tower_of(clip)
@@ -337,15 +344,17 @@ def explain_many(
     text,  # sentence, tuple of sentences or `Target`; or a list with one of these per film
     method: str = 'gradcam',  # key of `METHODS`
     against=(),  # the opposite, for all films
-    layer: str = '',  # Grad-CAM: name of a module in the image tower; '': the right one for the tower
-    blocks: (
-        int | None
-    ) = None,  # rollout, chefer, legrad: how many of the last blocks count; None: as in `METHODS`
+    layer: str = '',  # Grad-CAM: module of the image tower; '': the default of the tower
+    blocks: int | None = None,  # rollout, chefer, legrad: last blocks that count; None: default
     batch_size: int = 32,  # films at once
     empty: str = 'raise',  # or 'keep': what to do with a film in which nothing speaks for the text
     show: bool = False,  # progress bar
 ) -> list:  # `Explanation` per film
-    "Maps of many films; `InputError` for a method that does not fit the tower and a layer without a gradient, `RunError` for a map that is all zero."
+    """Make maps of many films.
+
+    `InputError` for a method that does not fit the tower or a layer without a gradient,
+    `RunError` for a map that is all zero.
+    """
     tower, blocks = tower_of(clip), check_method(clip, method, layer, blocks)
     if empty not in ('raise', 'keep'):
         raise InputError(f"empty {empty!r}; choose 'raise' or 'keep'")
@@ -441,10 +450,8 @@ def explain(
 def bright_follower(
     clip: Clip,  # a model with open_clip's own transformer and class token
     noise: float = 0.0,  # how much of the model's own weights stays
-) -> tuple[
-    Clip, Target
-]:  # the same with an image tower that follows the brightest patches; the target that asks for brightness
-    "A copy that looks at bright patches and at nothing else; `InputError` for another tower."
+) -> tuple[Clip, Target]:  # the copy, and the target that asks for brightness
+    "Make a copy that looks only at the brightest patches; `InputError` for another tower."
     import copy, torch
     from dataclasses import replace
 

@@ -22,7 +22,10 @@ def area_iou(
     weights,  # (H,W) map on the film; NaN: not shown
     mask,  # (H,W) bool
 ) -> float:  # in [0,1]; where pixels tie at the edge of the area, their expected share
-    "IoU of a region with the brightest area of its size; `InputError` where the model was shown none of it or the map is empty."
+    """IoU of a region with the brightest area of its size.
+
+    `InputError` where the model was shown none of the region, or the map is empty.
+    """
     w, mask = np.asarray(weights, float), np.asarray(mask, bool)
     seen = ~np.isnan(w)
     w, inside = w[seen], mask[seen]
@@ -35,24 +38,23 @@ def area_iou(
     return float(hit / (2 * k - hit))
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #b9f48169
-NUMBERS = (
-    'mass',
-    'pointing',
-    'iou',
-    'iou_mean',
-    'iou_area',
-    'auroc',
-)  # columns of `localise`, each in 0..1
+# columns of `localise`, each in 0..1
+NUMBERS = ('mass', 'pointing', 'iou', 'iou_mean', 'iou_area', 'auroc')
 
 
 def localise(
     maps,  # per film: `Explanation`, or (H,W) weights on the film with NaN where nothing was shown
     masks,  # per film: (H,W) bool, the region of the finding
-    about: pd.DataFrame,  # per film: film_id, patient_id, finding, and what else is wanted in the rows
+    about: pd.DataFrame,  # per film: film_id, patient_id, finding, any other columns
     others: dict | None = None,  # name -> further maps of the same films, e.g. dict(shuffled=...)
     smooth: bool = False,  # interpolate between the centres of cells
-) -> pd.DataFrame:  # rows: about + map ('map', 'uniform', 'centre', names of others), `NUMBERS`, size (share of the film that is region), shown; attrs: excluded
-    "How well maps lie on regions, beside baselines; `InputError` where the lists do not belong together, `RunError` where no film can be judged."
+) -> pd.DataFrame:  # about + map, `NUMBERS`, size, shown
+    """Measure how well maps match regions, next to baselines.
+
+    map: 'map', 'uniform', 'centre', and names of others; size: share of the film that is region;
+    shown: share of the region that the model was shown; `.attrs['excluded']`: films left out.
+    `InputError` where the lists do not match, `RunError` where no film can be judged.
+    """
     rows, out = [], []
     for who, rivals, mask in _cases(maps, masks, about, others or {}, smooth):
         if isinstance(rivals, str):
@@ -71,7 +73,10 @@ def localise(
 
 
 def _cases(maps, masks, about, others, smooth):
-    "Per film: its row, the map and its rivals on the film (or why it cannot be judged), the region."
+    """Yield per film its row, the map and its rivals, and the region.
+
+    Where the film cannot be judged, the reason takes the place of the maps.
+    """
     lists = dict(maps=maps, masks=masks, about=about, **others)
     if len({len(v) for v in lists.values()}) != 1:
         raise InputError(
@@ -143,9 +148,7 @@ def iou_curves(
     others: dict | None = None,  # "
     smooth: bool = False,  # "
     n_boot: int = 500,  # resamples of patients
-) -> (
-    pd.DataFrame
-):  # map, threshold (fraction of the map's maximum), value (mean IoU), ci_low, ci_high, n
+) -> pd.DataFrame:  # map, threshold (of the map's maximum), value (IoU), ci_low, ci_high, n
     "IoU of region and brightest part as the threshold rises, with intervals over patients."
     cases = [
         (w['patient_id'], r, m)
@@ -177,8 +180,11 @@ def localisation_metrics(
     model: str = 'clip',  # what the lines are called
     by=('finding',),  # columns whose values are reported apart
     n_boot: int = 2000,  # resamples of patients
-) -> pd.DataFrame:  # metrics table: metric (number, or number_over_rival), arm (map), subgroup, value, ends, n, n_clusters, note
-    "Localisation with intervals over patients."
+) -> pd.DataFrame:  # metrics table, arm: map
+    """Localisation with intervals over patients.
+
+    Metrics are the `NUMBERS`, and NUMBER_over_RIVAL for the map.
+    """
     excluded = rows.attrs.get('excluded', ())
     note = f'{len(excluded)} films excluded' if len(excluded) else ''
     if gone := [c for c in by if c not in rows]:
@@ -199,6 +205,7 @@ def _lines(part, model, subgroup, n_boot, note):
                 f'the rows of {n} are not those of the map; pass the table of localise as it is'
             )
         for k in NUMBERS:
+            # a map without differences ranks nothing: 0.5 on every film
             yield metric_line(
                 model,
                 k,
@@ -210,7 +217,7 @@ def _lines(part, model, subgroup, n_boot, note):
                 n_boot,
                 note,
                 exact=(k, n) == ('auroc', 'uniform'),
-            )  # a map without differences ranks nothing: 0.5 on every film
+            )
             if n != 'map':
                 yield metric_line(
                     model,
@@ -309,9 +316,8 @@ def filled(
         return pixels.mean((1, 2), keepdim=True).expand_as(pixels)
     side = min(pixels.shape[1:])
     sigma = side / 10
-    kernel = min(
-        2 * int(2 * sigma) + 1, side - 1 + side % 2
-    )  # odd, and no wider than the picture can be mirrored
+    # odd, and no wider than the picture can be mirrored
+    kernel = min(2 * int(2 * sigma) + 1, side - 1 + side % 2)
     return gaussian_blur(pixels.float(), [kernel, kernel], [sigma, sigma]).to(pixels.dtype)
 
 
@@ -338,13 +344,17 @@ def perturbation_curves(
     text,  # sentence, tuple of sentences or `Target`; or a list with one of these per film
     about: pd.DataFrame,  # per film: film_id, patient_id, finding
     against=(),  # the opposite, for all films: scores are then probabilities
-    steps: int = 10,  # how many times cells are taken away; never more often than there are cells
+    steps: int = 10,  # removals of cells, at most one per cell
     fill: str = 'blur',  # one of `FILLS`
     n_random: int = 3,  # random orders, averaged
     seed: int = 0,  # of the random orders
     batch_size: int = 64,  # pictures at once
-) -> pd.DataFrame:  # rows: about + kind ('deletion', 'insertion'), order ('map', 'centre', 'random'), fraction (0..1 of the cells), score; attrs: score, fill
-    "Scores while a film disappears and comes back; `InputError` where the lists do not belong together, `RunError` for an empty map."
+) -> pd.DataFrame:  # about + kind, order, fraction, score; attrs: score, fill, steps
+    """Score films while cells are removed (deletion) or restored (insertion).
+
+    kind: 'deletion', 'insertion'; order: 'map', 'centre', 'random'; fraction: 0..1 of the cells.
+    `InputError` where the lists do not match, `RunError` for an empty map.
+    """
     images, texts = list(images), text if isinstance(text, list) else [text] * len(maps)
     if not len(images) == len(maps) == len(texts) == len(about) or not len(maps):
         raise InputError(
@@ -362,9 +372,8 @@ def perturbation_curves(
                 f"film {who.get('film_id', '')}: an empty map gives no order; leave this film out"
             )
         for order, ways in orders_of(e, n_random, seed).items():
-            kept = np.mean(
-                [_curves(clip, film, e.grid.shape, o, t, steps, fill, batch_size) for o in ways], 0
-            )  # (2, steps + 1)
+            each = [_curves(clip, film, e.grid.shape, o, t, steps, fill, batch_size) for o in ways]
+            kept = np.mean(each, 0)  # (2, steps + 1)
             rows += [
                 dict(who, kind=kind, order=order, fraction=k / steps, score=s)
                 for kind, curve in zip(('deletion', 'insertion'), kept)
@@ -383,9 +392,8 @@ def _curves(clip, film, shape, order, t, steps, fill, batch_size):
 
     x = to_pixels(clip, [film])[0]
     gone, rank = filled(x, fill), torch.from_numpy(_ranks(order, shape, clip)).to(x.device)
-    taken = torch.stack([rank < round(len(order) * k / steps) for k in range(steps + 1)])[
-        :, None
-    ]  # (K,1,S,S)
+    taken = torch.stack([rank < round(len(order) * k / steps) for k in range(steps + 1)])
+    taken = taken[:, None]  # (K,1,S,S)
     both = torch.cat([torch.where(taken, gone, x), torch.where(taken, x, gone)])
     with asking(clip):
         z = (
@@ -426,8 +434,11 @@ def faithfulness_metrics(
     model: str = 'clip',  # what the lines are called
     by=(),  # columns whose values are reported apart
     n_boot: int = 2000,  # resamples of patients
-) -> pd.DataFrame:  # metrics table: deletion_area, insertion_area per order; deletion_gain_over_random, ... of the map
-    "Areas and gains with intervals over patients."
+) -> pd.DataFrame:  # metrics table
+    """Areas and gains with intervals over patients.
+
+    Metrics: deletion_area and insertion_area per order; KIND_gain_over_ORDER of the map.
+    """
     bounds, note = (
         (0, 1) if areas.attrs.get('score') == 'probability' else (-1, 1),
         f"{areas.attrs.get('score', '')}, {areas.attrs.get('fill', '')} fill",
@@ -516,11 +527,12 @@ def cascade(
         raise InputError(
             f"maps of several methods ({', '.join(sorted(methods))}); check one at a time"
         )
+    # the text tower keeps its weights
     asked = (
         [target(clip, t, against) for t in text]
         if isinstance(text, list)
         else target(clip, text, against)
-    )  # the text tower keeps its weights
+    )
     for depth, stage in enumerate(['trained', *stages(clip)]):
         new = explain_many(
             shuffled(clip, stage, seed) if depth else clip,
@@ -541,11 +553,15 @@ def cascade_metrics(
     rows: pd.DataFrame,  # from `cascade`
     model: str = 'clip',  # what the lines are called
     n_boot: int = 2000,  # resamples of patients
-) -> pd.DataFrame:  # metrics table: spearman and ssim per stage (arm); films whose map is empty or flat there do not count
-    "Likeness per stage, with intervals over patients."
+) -> pd.DataFrame:  # metrics table: spearman and ssim per stage (arm)
+    """Similarity per stage, with intervals over patients.
+
+    Films whose map is empty or flat at a stage do not count.
+    """
     lines = []
     for stage, g in rows.groupby('stage', sort=False):
         note = f"{int(g['empty'].sum())} of {len(g)} maps empty" if g['empty'].any() else ''
+        # at the start a map is compared with itself
         lines += [
             metric_line(
                 model,
@@ -560,5 +576,5 @@ def cascade_metrics(
                 exact=bool((g.depth == 0).all()),
             )
             for k in ('spearman', 'ssim')
-        ]  # at the start a map is compared with itself
+        ]
     return table_of(lines)

@@ -82,7 +82,10 @@ def usable_films(
     settings: TrainSettings,  # splits, batch
     run: Run,  # where the scan is kept and broken films are listed
 ) -> tuple[Films, Films, pd.DataFrame]:  # training films, validation films, what was left out
-    "Films that can be read. `InputError` where a patient is in both splits or films do not fill a batch."
+    """Keep the films that can be read.
+
+    `InputError` where a patient is in both splits or the films do not fill a batch.
+    """
     both = films.of(settings.train_split, settings.val_split)
     shared = set(both.of(settings.train_split).table.patient_id) & set(
         both.of(settings.val_split).table.patient_id
@@ -142,19 +145,15 @@ def prepare(
     val: Films,  # watched on what
     prompts: dict,  # said about them
 ) -> Job:  # at its beginning
-    "Everything a run needs. `InputError` where these settings cannot train this model on these films."
+    """Prepare everything a run needs.
+
+    `InputError` where these settings cannot train this model on these films.
+    """
     import torch
 
     s, device, size = settings, clip.device, world()[1]
-    pairs = Pairs(
-        train,
-        clip,
-        s.texts,
-        prompts,
-        augmentation(train, prompts if s.texts != 'report' else None, s.augment, s.flip),
-        s.seed,
-        s.cache_mb,
-    )
+    changes = augmentation(train, prompts if s.texts != 'report' else None, s.augment, s.flip)
+    pairs = Pairs(train, clip, s.texts, prompts, changes, s.seed, s.cache_mb)
     quiet = Pairs(val, clip, s.texts, prompts, None, s.seed, s.cache_mb)
     if s.batch_size % size:
         raise InputError(f'batch_size {s.batch_size} does not divide into {size} processes')
@@ -162,23 +161,11 @@ def prepare(
     training_mode(clip.model, s.batch_norm == 'hold')
     require_whole_batches(clip.model, math.ceil(s.batch_size / size / s.chunk) if s.chunk else 1)
     groups = param_groups(clip.model, s.lr, s.weight_decay, s.layer_decay)
-    table = require_mobility(
-        groups, per_epoch * s.epochs, round(s.warmup * per_epoch * s.epochs), s.floor
-    )
-    say(
-        run,
-        f"{len(train)} films to train on, {len(val)} to watch; {len(names)} tensors,"
-        f" {int(table.weights.sum()):,} weights are trained, which {per_epoch * s.epochs} steps can"
-        f" move by up to {100 * table.reach[np.isfinite(table.reach)].median():.0f} % of their"
-        " size",
-        echo=False,
-    )
-    if s.texts != 'prompts' and (cut := int(np.sum(cut_texts(clip, train.table.text)))):
-        say(
-            run,
-            f'{cut} of {len(train)} reports are longer than the {clip.info["context"]} tokens that'
-            ' the model reads; their ends are not seen',
-        )
+    steps = per_epoch * s.epochs
+    table = require_mobility(groups, steps, round(s.warmup * steps), s.floor)
+    _say_plan(run, len(train), len(val), len(names), table, steps)
+    if s.texts != 'prompts':
+        _say_cut(run, clip, train.table.text)
     set_seed(s.seed + world()[0])  # each process drops out by itself
     optimizer = adamw([{k: v for k, v in g.items() if k != 'names'} for g in groups], betas=s.betas)
     return Job(
@@ -198,8 +185,30 @@ def prepare(
     )
 
 
+def _say_plan(run, n_train, n_val, n_tensors, table, steps):
+    "Log the numbers of films and weights, and how far the steps can move the weights."
+    say(
+        run,
+        f"{n_train} films to train on, {n_val} to watch; {n_tensors} tensors,"
+        f" {int(table.weights.sum()):,} weights are trained, which {steps} steps can"
+        f" move by up to {100 * table.reach[np.isfinite(table.reach)].median():.0f} % of their"
+        " size",
+        echo=False,
+    )
+
+
+def _say_cut(run, clip, texts):
+    "Report how many texts are longer than the model's context."
+    if cut := int(np.sum(cut_texts(clip, texts))):
+        say(
+            run,
+            f'{cut} of {len(texts)} reports are longer than the {clip.info["context"]} tokens that'
+            ' the model reads; their ends are not seen',
+        )
+
+
 def _fixed(clip, pairs):
-    "What a locked tower makes of pictures that do not change, once for all epochs."
+    "Encode pictures that do not change with a locked tower, once for all epochs."
     import torch
 
     return torch.from_numpy(
@@ -239,6 +248,7 @@ def epoch_batches(
         job.per_epoch, size, -1
     )[job.step :, rank]
     job.pairs.at(job.epoch, spoken, most)
+    # a generator of its own: the global one belongs to the model
     loader = torch.utils.data.DataLoader(
         _Cheap(job),
         batch_sampler=order.tolist(),
@@ -246,7 +256,7 @@ def epoch_batches(
         num_workers=s.workers,
         generator=torch.Generator(),
         pin_memory=job.clip.device.type == 'cuda',
-    )  # a generator of its own: the global one belongs to the model
+    )
     for batch in loader:
         yield {**batch, 'groups': torch.from_numpy(job.groups[batch['index']])}
 
@@ -312,9 +322,10 @@ def load_job(
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
+        # a damaged file may raise anything
         raise InputError(
             f'{path}: cannot be read ({type(e).__name__}); remove it to train from the start'
-        ) from None  # a damaged file may raise anything
+        ) from None
     job.clip.model.load_state_dict(state['model'])
     job.optimizer.load_state_dict(state['optimizer'])
     if job.scaler is not None:

@@ -15,9 +15,9 @@ from ..core import InputError
 
 # %% ../../nbs/41a_clip.losses.ipynb #4f7f2e65
 def group_codes(
-    values,  # (N,) group names of any kind: texts, study numbers, classes; None, NaN and '' are missing
+    values,  # (N,) group names of any kind; None, NaN and '' are missing
 ) -> np.ndarray:  # (N,) int64 codes in order of appearance, -1 where missing
-    "Integer codes of groups, to be made over a whole table."
+    "Code groups (texts, study numbers, classes) as integers, over a whole table at once."
     column = pd.Series(list(values), dtype=object)
     missing = column.isna() | (column.astype(str).str.strip() == '')
     return pd.factorize(column.mask(missing))[0].astype(np.int64)
@@ -63,12 +63,11 @@ def fits_prompt(
     asked,  # (B,) long: which class the text of each row is about
     answer,  # (B,) what that text says: 1 present, 0 absent
 ):  # (B,B) bool tensor: row = image, column = text; the diagonal is always True
-    "Which image fits which sampled prompt; a label that was not asked fits nothing but its own text."
+    "Match images and sampled prompts; a label not asked fits only its own text."
     import torch
 
-    truth = torch.as_tensor(labels)[
-        :, torch.as_tensor(asked).long()
-    ]  # (B,B): label of image i in the class of text j
+    # (B,B): label of image i in the class of text j
+    truth = torch.as_tensor(labels)[:, torch.as_tensor(asked).long()]
     return (truth == torch.as_tensor(answer).to(truth.dtype)) | torch.eye(
         len(truth), dtype=torch.bool, device=truth.device
     )
@@ -96,9 +95,7 @@ def _rows(weights):
 # %% ../../nbs/41a_clip.losses.ipynb #755a813b
 def clamped_scale(
     logit_scale,  # the model's parameter: natural logarithm of the scale
-    most: (
-        float | None
-    ) = 100.0,  # upper bound of the scale; None: unbounded, for a model that was trained beyond it
+    most: float | None = 100.0,  # upper bound of the scale; None: none, if trained beyond it
 ):  # 0-d tensor: what multiplies the cosines
     "The scale: exponentiated and bounded, with gradient."
     if most is None:
@@ -111,10 +108,14 @@ def info_nce(
     image,  # (B,D) unit vectors of images
     text,  # (B,D) unit vectors of texts
     scale,  # the exponentiated scale: `clamped_scale(model.logit_scale)`, or a number
-    targets=None,  # (B,B) which image (row) fits which text (column): bool, or weights >= 0; None: the diagonal
-    rows=None,  # slice of the batch: these images against all texts, these texts against all images; None: all
+    targets=None,  # (B,B) bool or weights >= 0, row image, column text; None: diagonal
+    rows=None,  # slice: these images against all texts and vice versa; None: all
 ):  # 0-d tensor
-    "Symmetric cross-entropy over the batch, in float32 or better; `InputError` for shapes that do not belong together or a raw scale."
+    """Symmetric cross-entropy over the batch, in float32 or better.
+
+    `targets` state which image fits which text. `InputError` for shapes that do not match or a
+    raw scale.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -134,7 +135,7 @@ def info_nce(
 
 
 def _pair(image, text, scale, targets):
-    "Both as float32 or better."
+    "Check both embeddings and return them as float32 or better."
     import torch
 
     if image.ndim != 2 or image.shape != text.shape:
@@ -168,10 +169,14 @@ def siglip_loss(
     text,  # (B,D) unit vectors of texts
     scale,  # the exponentiated scale: `clamped_scale(model.logit_scale)`, or a number
     bias,  # the model's logit bias, or a number
-    positives=None,  # (B,B) which image (row) fits which text (column): bool, or weights, positive where > 0; None: the diagonal
+    positives=None,  # (B,B) bool, or weights that count where > 0; None: diagonal
     rows=None,  # slice of the batch: these images against all texts; None: all
 ):  # 0-d tensor
-    "Sigmoid loss over all pairs, in float32 or better; `InputError` as `info_nce`, and for a model without bias."
+    """Sigmoid loss over all pairs, in float32 or better.
+
+    `positives` state which image (row) fits which text (column). `InputError` as for `info_nce`,
+    and for a model without bias.
+    """
     import torch
 
     if bias is None:

@@ -31,16 +31,18 @@ from ..vlm.models import _device, few_threads
 # %% ../../nbs/40_clip.models.ipynb #b15b0a9d
 @dataclass(eq=False)
 class Clip:
-    "A CLIP model with what belongs to it."
+    """A CLIP model with its preprocessing, tokenizer and configuration.
+
+    `info` holds id, pretrained, revision, weights_sha, precision, device, image_size, embed_dim,
+    context, image_tower and text_tower.
+    """
 
     model: object  # the open_clip module, in eval mode
     preprocess: object  # open_clip's transform for evaluation: PIL image -> (3,H,W) tensor
     tokenize: object  # list of texts -> (N, context) long tensor; the model's own
     name: str  # how tables and reports call it
-    info: dict  # JSON-ready: id, pretrained, revision, weights_sha, precision, device, image_size, embed_dim, context, image_tower, text_tower
-    config: dict = field(
-        default_factory=dict
-    )  # open_clip's model_cfg and preprocess_cfg, from which the model was built
+    info: dict  # JSON-ready facts, see above
+    config: dict = field(default_factory=dict)  # open_clip's model_cfg and preprocess_cfg
 
     @property
     def device(self):
@@ -73,13 +75,14 @@ def towers(
     return image, 'hf' if hasattr(getattr(model, 'text', None), 'config') else 'native'
 
 # %% ../../nbs/40_clip.models.ipynb #32d434af
+# open_clip's names; bf16 and fp16 keep the norms in float32
 PRECISIONS = (
     'fp32',
     'bf16',
     'fp16',
     'pure_bf16',
     'pure_fp16',
-)  # open_clip's names; bf16 and fp16 keep the norms in float32
+)
 
 
 def _check_tag(name, tag):
@@ -188,14 +191,16 @@ def _named_tokenizer(folder, text):
 # %% ../../nbs/40_clip.models.ipynb #4b5d50b2
 def load_clip(
     name: str,  # folder, 'hf-hub:' and an id, or a name of open_clip
-    pretrained: str = '',  # beside a name of open_clip: its tag, a local file, or 'random'; beside a folder: a file in place of its weights, or 'random'
+    pretrained: str = '',  # tag of open_clip, weights file, or 'random'
     device: str = 'auto',  # 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', 'mps'
     precision: str = 'fp32',  # one of `PRECISIONS`
-    revision: (
-        str | None
-    ) = None,  # of a hub id: branch, tag or commit; of a folder: 'files:' and its hash
+    revision: str | None = None,  # branch, tag or commit of a hub id; 'files:HASH' of a folder
 ) -> Clip:
-    "Load a CLIP model; `InputError` in one line where it cannot be used."
+    """Load a CLIP model; `InputError` in one line where it cannot be used.
+
+    `pretrained` goes with a name of open_clip; for a folder, a file or 'random' replaces its
+    weights.
+    """
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     if precision not in PRECISIONS:
@@ -204,26 +209,15 @@ def load_clip(
     model, tokenize, config = (
         _foldered(folder, pretrained, precision) if folder else _named(name, pretrained, precision)
     )
-    model, prepared = (
-        model.eval().to(device),
-        {k: tuple(v) if isinstance(v, list) else v for k, v in model.visual.preprocess_cfg.items()},
-    )
+    model = model.eval().to(device)
+    preprocess = model.visual.preprocess_cfg.items()
+    prepared = {k: tuple(v) if isinstance(v, list) else v for k, v in preprocess}
     shown = (
         folder.name if folder and not name.startswith('hf-hub:') else name.removeprefix('hf-hub:')
     )
-    image, text = towers(model)
-    info = dict(
-        id=shown,
-        pretrained=Path(pretrained).name,
-        revision=found,
-        weights_sha=weights_sha(model),
-        precision=precision,
-        device=str(device),
-        image_size=[int(n) for n in np.broadcast_to(model.visual.image_size, 2)],
-        embed_dim=config['embed_dim'],
-        context=tokenize.context_length,
-        image_tower=image,
-        text_tower=text,
+    info = dict(id=shown, pretrained=Path(pretrained).name, revision=found)
+    info |= _facts(model, tokenize, config, precision, device)
+    info |= dict(
         resize_mode=prepared['resize_mode'],
         n_parameters=sum(p.numel() for p in model.parameters()),
     )
@@ -238,13 +232,31 @@ def load_clip(
         dict(model_cfg=config, preprocess_cfg=prepared),
     )
 
+
+def _facts(model, tokenize, config, precision, device):
+    "The entries of `Clip.info` that are read from the model."
+    image, text = towers(model)
+    return dict(
+        weights_sha=weights_sha(model),
+        precision=precision,
+        device=str(device),
+        image_size=[int(n) for n in np.broadcast_to(model.visual.image_size, 2)],
+        embed_dim=config['embed_dim'],
+        context=tokenize.context_length,
+        image_tower=image,
+        text_tower=text,
+    )
+
 # %% ../../nbs/40_clip.models.ipynb #a33d4f81
 def save_clip(
     clip: Clip,  # what to save
     folder,  # where to; an older checkpoint there is replaced
     **about,  # JSON-ready; what the card says, e.g. trained_on='phantom 1', epoch=3
 ) -> Path:  # the folder
-    "Save a model so that `load_clip(folder)` gives it back to the last bit; `InputError` where the folder holds something else."
+    """Save a model so that `load_clip(folder)` restores it bit for bit.
+
+    `InputError` where the folder holds something else.
+    """
     folder = Path(folder)
     if folder.exists() and (
         not folder.is_dir()
@@ -443,7 +455,10 @@ def _keep_ratio(f, step):
 
 
 def _middle(f, step):
-    "Pad what is too small (the odd pixel right and below), then cut the middle with Python's rounding of halves, as torchvision does."
+    """Pad what is too small (the odd pixel right and below), then cut the middle.
+
+    Halves are rounded as in Python, like torchvision does.
+    """
     h, w = _pair(step.size)
     f = f.cut(
         -((w - f.width) // 2) if w > f.width else 0,
@@ -471,10 +486,11 @@ _STEPS = dict(
 # %% ../../nbs/40_clip.models.ipynb #694e8d01
 def grid_of(
     clip: Clip,  # a loaded model
-) -> tuple[
-    int, int, int, int, int
-]:  # rows, columns; height and width of a cell, in pixels of the picture; tokens before the first patch
-    "The grid of the image tower's patches."
+) -> tuple[int, int, int, int, int]:  # rows, columns, cell height, cell width, prefix tokens
+    """The grid of the image tower's patches.
+
+    A cell is measured in pixels of the picture; prefix tokens come before the first patch.
+    """
     import torch
 
     v, (kind, _), (h, w) = clip.model.visual, towers(clip.model), clip.info['image_size']

@@ -36,8 +36,11 @@ _LAST = (
 
 def layer_depths(
     model,  # an open_clip model
-) -> pd.DataFrame:  # index: name of the parameter; tower ('image', 'text', 'logits'), depth, of (depth of the tower's head)
-    "In which tower and how deep each parameter lies; `InputError` where a tower has no blocks that are known."
+) -> pd.DataFrame:  # index: name of the parameter; columns tower, depth, of
+    """Find the tower and depth of each parameter; `InputError` where no blocks are known.
+
+    tower is 'image', 'text' or 'logits'; `of` is the depth of the tower's head.
+    """
     names = pd.Series([n for n, _ in model.named_parameters()])
     tower = names.map(
         lambda n: (
@@ -77,14 +80,20 @@ def _is_last(name):
 
 # %% ../../nbs/41d_clip.optim.ipynb #314fcaf1
 _FREE = re.compile(
-    r'(class_embedding|cls_token|cls_emb|reg_token|dist_token|pos_embed|positional_embedding|position_embeddings?|relative_position_bias\w*|latent|logit_scale|logit_bias)(\.weight)?$'
+    r'(class_embedding|cls_token|cls_emb|reg_token|dist_token'
+    r'|pos_embed|positional_embedding|position_embeddings?|relative_position_bias\w*'
+    r'|latent|logit_scale|logit_bias)(\.weight)?$'
 )
 
 
 def undecayed(
     model,  # a torch module
 ) -> set:  # names of parameters
-    "Which parameters stand outside weight decay: biases, all of any norm, the logits' scale and bias, position embeddings, tokens."
+    """List the parameters without weight decay.
+
+    They are biases, all parameters of norms, the logits' scale and bias, position embeddings and
+    tokens.
+    """
     norms = {
         f'{n}.{p}'.lstrip('.')
         for n, m in model.named_modules()
@@ -99,9 +108,12 @@ TRAINED = ('all', 'probe', 'locked_image')
 
 def freeze(
     model,  # an open_clip model; changed in place
-    what: str = 'all',  # 'all', 'probe' (image head and the logits' scale), 'locked_image' (all but the image tower)
+    what: str = 'all',  # 'all', 'probe' (image head, logit scale), 'locked_image' (text, logits)
 ) -> list:  # names of the parameters that are trained
-    "Let only some parameters be trained; `InputError` for another word, or where the image tower has no head of its own."
+    """Let only some parameters be trained.
+
+    `InputError` for another word, or where the image tower has no head of its own.
+    """
     if what not in TRAINED:
         raise InputError(f"train {what!r}: choose {', '.join(TRAINED)}")
     head = _head(model) if what == 'probe' else ()
@@ -138,7 +150,7 @@ def training_mode(
     model,  # after `freeze`; changed in place
     hold: bool = True,  # batch normalisation uses the statistics it came with, and keeps them
 ):
-    "Training mode for what is trained; modules of which nothing is trained stay in evaluation mode."
+    "Set training mode; modules without trained parameters stay in evaluation mode."
     model.train()
     for m in model.modules():
         if any(True for _ in m.parameters()) and not any(p.requires_grad for p in m.parameters()):
@@ -151,9 +163,12 @@ def param_groups(
     model,  # an open_clip model, after `freeze`
     lr: float = 1e-4,  # learning rate of the heads and of the logits' scale
     weight_decay: float = 0.1,  # of what decays
-    layer_decay: float = 1.0,  # 0..1: each layer further from the head learns at this share of the next one's rate; 1: all alike
+    layer_decay: float = 1.0,  # 0..1: factor of the rate per layer away from the head; 1: all alike
 ) -> list:  # dicts for torch.optim.AdamW: params, lr, base_lr, weight_decay, name, names
-    "Parameter groups of what is trained; `InputError` where a number is out of range or nothing is trained."
+    """Group the trained parameters for the optimizer.
+
+    `InputError` where a number is out of range or nothing is trained.
+    """
     if not (lr > 0 and math.isfinite(lr) and 0 < layer_decay <= 1 and weight_decay >= 0):
         raise InputError(
             f'lr {lr}, layer_decay {layer_decay}, weight_decay {weight_decay}: need lr above 0,'
@@ -201,7 +216,7 @@ def lr_total(
     warmup: int = 0,  # as for `lr_factor`
     floor: float = 0.0,  # "
 ) -> float:  # sum of `lr_factor` over all steps
-    "How far the schedule goes: the cosines of n even steps from 0 to π, the last left out, sum to 1."
+    "Sum the schedule; the cosines of n even steps from 0 to π, the last left out, sum to 1."
     rise, n = min(warmup, steps), max(0, steps - warmup)
     return (rise * (rise + 1) / 2 / warmup if warmup else 0.0) + (
         floor * n + (1 - floor) * (n + 1) / 2 if n else 0.0
@@ -226,8 +241,12 @@ def mobility(
     steps: int,  # planned
     warmup: int = 0,  # as for `lr_factor`
     floor: float = 0.0,  # "
-) -> pd.DataFrame:  # one row per group: name, weights, lr, size (root mean square), reach (share of size), stuck (share held fast by rounding)
-    "How far the weights of each group can move."
+) -> pd.DataFrame:  # one row per group: name, weights, lr, size, reach, stuck
+    """Compute how far the weights of each group can move.
+
+    size: root mean square; reach: share of the size that the steps can cover; stuck: share of
+    weights held fast by rounding.
+    """
     total = lr_total(steps, warmup, floor)
     rows = []
     for g in groups:
@@ -288,7 +307,10 @@ def require_mobility(
 
 # %% ../../nbs/41d_clip.optim.ipynb #9649422d
 class Ema:
-    "The average of a model's trained weights; `with ema.shown(model)`: the model as the average has it."
+    """The moving average of a model's trained weights.
+
+    Inside `with ema.shown(model)` the model has the averaged weights.
+    """
 
     def __init__(
         self,
@@ -306,7 +328,7 @@ class Ema:
         self,
         model,  # the same module, after a step
     ):
-        "Take a step into the average."
+        "Add the weights after a step to the average."
         import torch
 
         self.steps += 1
@@ -321,7 +343,7 @@ class Ema:
         self,
         model,  # the same module
     ):
-        "Within the block the model has the average's weights; after it its own again, bit for bit."
+        "Give the model the averaged weights within the block, and restore its own bit for bit."
         import torch
 
         params = dict(model.named_parameters())
@@ -345,7 +367,7 @@ class Ema:
         self,
         state,  # from `state_dict`
     ):
-        "Go on from a saved average."
+        "Restore a saved average."
         if state['shadow'].keys() != self.shadow.keys():
             raise InputError('the saved average is one of other parameters')
         self.steps, self.decay = state['steps'], state['decay']

@@ -81,21 +81,23 @@ def apart(
                 )
 
 # %% ../../nbs/43b_clip.probe.ipynb #ff54b922
-STRENGTHS = tuple(
-    10.0**k for k in range(-3, 5)
-)  # values of C, the inverse regularisation, that are tried
+# values of C, the inverse regularisation, that are tried
+STRENGTHS = tuple(10.0**k for k in range(-3, 5))
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    "A fitted probe."
+    """A fitted probe.
 
-    models: list  # per class a fitted LogisticRegression, or the constant probability of a class seen with one value; one model for multiclass
+    A model is a LogisticRegression, or the constant probability of a class seen with one value.
+    """
+
+    models: list  # per class, or one model for multiclass
     classes: list  # names
     kind: str  # 'multilabel' or 'multiclass'
     C: float  # inverse regularisation that validation chose
     curve: dict  # C -> log loss on validation
-    notes: tuple  # what a reader must know
+    notes: tuple  # warnings for the reader
 
     def scores(
         self,
@@ -123,13 +125,15 @@ def linear_probe(
     val: Embedded,  # films that choose the regularisation
     strengths=STRENGTHS,  # values of C to try
 ) -> Probe:
-    "Logistic regression on frozen embeddings; `InputError` where training and validation share a patient."
+    """Fit logistic regression on frozen embeddings.
+
+    `InputError` where training and validation share a patient.
+    """
     apart(train, val)
     tried = {float(C): _fit(train, C) for C in strengths}
     curve = {C: _log_loss(_probe(train, m, C, {}), val) for C, m in tried.items()}
-    best = min(
-        curve, key=lambda C: (round(curve[C], 9), C)
-    )  # of equals the stronger regularisation
+    # of equals the stronger regularisation
+    best = min(curve, key=lambda C: (round(curve[C], 9), C))
     return _probe(train, tried[best], best, curve)
 
 
@@ -183,8 +187,12 @@ def knn_shares(
     train: Embedded,  # neighbours
     ks=NEIGHBOURS,  # how many neighbours
     chunk: int = 512,  # films at once
-) -> dict:  # k -> (N, C) shares in 0..1, (positives + 1) / (k + 2) so that no share is certain; k above the neighbours there are is left out
-    "Share of positives among the nearest neighbours."
+) -> dict:  # k -> (N, C) shares in 0..1
+    """Compute the share of positives among the nearest neighbours.
+
+    A share is (positives + 1) / (k + 2), so that none is certain. A k that exceeds the neighbours
+    of a class is left out.
+    """
 
     def unit(v):
         return v / np.linalg.norm(v, axis=1, keepdims=True)
@@ -213,7 +221,10 @@ def knn_probe(
     x,  # (N, D) embeddings of the films to be judged
     ks=NEIGHBOURS,  # values of k to try
 ) -> pd.DataFrame:  # (N, C) scores; `.attrs`: kind, k, curve (k -> log loss on validation)
-    "Nearest-neighbour scores with k chosen on validation; `InputError` where training and validation share a patient."
+    """Score films by their nearest neighbours, with k chosen on validation.
+
+    `InputError` where training and validation share a patient.
+    """
     apart(train, val)
     curve, known = {}, ~np.isnan(val.y)
     for k, p in knn_shares(val.x, train, ks).items():
@@ -237,8 +248,12 @@ def few_shot(
     n_boot: int = 500,  # resamples of test patients
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the draws and of the resampling
-) -> pd.DataFrame:  # shots, value (mean over seeds of the macro AUROC), ci_low, ci_high, seed_low, seed_high, C, n, n_clusters, note
-    "Few-shot curve; `InputError` where the three share patients."
+) -> pd.DataFrame:  # one row per number of shots
+    """Few-shot curve; `InputError` where the three share patients.
+
+    Columns: shots, value (mean over seeds of the macro AUROC), ci_low, ci_high, seed_low,
+    seed_high, C, n, n_clusters, note.
+    """
     apart(train, val, test)
     rows = []
     for k in shots:
@@ -246,58 +261,54 @@ def few_shot(
         if any(d is None for d in drawn):
             rows.append(dict(shots=k, note='too few training films'))
             continue
-        tried = {C: [_probe(d, _fit(d, C), C, {}) for d in drawn] for C in strengths}
-        C = min(
-            strengths, key=lambda C: (round(np.mean([_log_loss(p, val) for p in tried[C]]), 9), C)
-        )
-        scores = np.stack([p.scores(test.x).to_numpy() for p in tried[C]], 1)  # (N, seeds, C)
-        single = _macro_auroc(scores, test.y, np.ones((1, len(test.x))))[0]
-        ci = bootstrap_rows(
-            lambda s, y, w: np.nanmean(_macro_auroc(s.reshape(len(y), seeds, -1), y, w), 1),
-            [scores.reshape(len(test.x), -1), test.y],
-            test.patients,
-            n_boot,
-            level,
-            seed=seed,
-            bounds=(0, 1),
-            batched=True,
-            floor=lambda s, y, owner, tail: _macro_auroc_ends(
-                s.reshape(len(y), seeds, -1), y, owner, tail
-            ),
-        )
-        rows.append(
-            dict(
-                shots=k,
-                value=ci.value,
-                ci_low=ci.low,
-                ci_high=ci.high,
-                seed_low=np.nanmin(single),
-                seed_high=np.nanmax(single),
-                C=C,
-                n=ci.n,
-                n_clusters=ci.n_clusters,
-                note=ci.note,
-            )
-        )
-    return pd.DataFrame(
-        rows,
-        columns=[
-            'shots',
-            'value',
-            'ci_low',
-            'ci_high',
-            'seed_low',
-            'seed_high',
-            'C',
-            'n',
-            'n_clusters',
-            'note',
-        ],
+        C, fitted = _best_fits(drawn, val, strengths)
+        rows.append(dict(shots=k, C=C, **_measured(fitted, test, n_boot, level, seed)))
+    columns = 'shots value ci_low ci_high seed_low seed_high C n n_clusters note'
+    return pd.DataFrame(rows, columns=columns.split())
+
+
+def _best_fits(drawn, val, strengths):
+    "The value of C with the lowest mean log loss on validation, and its probes."
+    tried = {C: [_probe(d, _fit(d, C), C, {}) for d in drawn] for C in strengths}
+    C = min(strengths, key=lambda C: (round(np.mean([_log_loss(p, val) for p in tried[C]]), 9), C))
+    return C, tried[C]
+
+
+def _measured(probes, test, n_boot, level, seed):
+    "The macro AUROC of probes on test films: mean with its interval, range over the draws."
+    seeds = len(probes)
+    scores = np.stack([p.scores(test.x).to_numpy() for p in probes], 1)  # (N, seeds, C)
+    single = _macro_auroc(scores, test.y, np.ones((1, len(test.x))))[0]
+    ci = bootstrap_rows(
+        lambda s, y, w: np.nanmean(_macro_auroc(s.reshape(len(y), seeds, -1), y, w), 1),
+        [scores.reshape(len(test.x), -1), test.y],
+        test.patients,
+        n_boot,
+        level,
+        seed=seed,
+        bounds=(0, 1),
+        batched=True,
+        floor=lambda s, y, owner, tail: _macro_auroc_ends(
+            s.reshape(len(y), seeds, -1), y, owner, tail
+        ),
+    )
+    return dict(
+        value=ci.value,
+        ci_low=ci.low,
+        ci_high=ci.high,
+        seed_low=np.nanmin(single),
+        seed_high=np.nanmax(single),
+        n=ci.n,
+        n_clusters=ci.n_clusters,
+        note=ci.note,
     )
 
 
 def _draw(data, k, rng):
-    "k films per side of every class (or k per class), patients apart where possible; the others count as not asked. None where there are too few."
+    """Draw k films per side of every class (or per class), from different patients if possible.
+
+    The other films count as not asked. None where there are too few.
+    """
     y = np.full(data.y.shape, np.nan)
     for c in range(len(data.classes)):
         for side in (1.0, 0.0) if data.kind == 'multilabel' else (1.0,):
@@ -325,7 +336,10 @@ def _macro_auroc(scores, y, weights):
 
 
 def _macro_auroc_ends(scores, y, owner, tail):
-    "(2,) bounds of the mean over classes and draws, which varies less than one AUROC; `scores` (n, draws, C), `owner` (n,) patient of each row."
+    """Bounds (2,) of the mean over classes and draws, which varies less than one AUROC.
+
+    `scores` is (n, draws, C), `owner` (n,) the patient of each row.
+    """
     C, patients = y.shape[1], owner[-1] + 1
     values, ends, slope = np.full(C, np.nan), np.full((2, C), np.nan), np.zeros((patients, C))
     for c, k in enumerate(~np.isnan(y).T):

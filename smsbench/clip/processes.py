@@ -36,7 +36,10 @@ def processes(
     device: str = 'auto',  # 'cpu', 'cuda', or 'auto': a card of its own where there is one
     patience: float = 600,  # seconds to wait for the others before it is an error
 ):  # context manager that gives a `World`
-    "Join the processes that `torchrun` started, by nccl on cards and gloo elsewhere, and leave them at the end; alone, a world of one."
+    """Join the processes that `torchrun` started, and leave them at the end.
+
+    They communicate by nccl on GPUs and gloo elsewhere; a single process gets a world of one.
+    """
     import torch, torch.distributed as dist
 
     cuda = torch.cuda.is_available() if device == 'auto' else str(device).startswith('cuda')
@@ -63,8 +66,11 @@ def processes(
 def my_rows(
     n: int,  # samples in this process
     device='cpu',  # where this process computes
-):  # (slice of the joint batch that is this process's, or None where it is alone; samples in all)
-    "Which rows of the joint batch are ours: process order; `InputError` where processes hold different numbers."
+):  # (slice of the joint batch, None if alone; samples in all)
+    """Find the rows of the joint batch that belong to this process.
+
+    Rows are in the order of the processes. `InputError` where processes hold different numbers.
+    """
     import torch, torch.distributed as dist
 
     rank, size = world()
@@ -139,7 +145,10 @@ def average_gradients(
     model,  # in every process, after the backward pass
     bucket: int = 2**24,  # numbers sent at once: fewer and longer messages
 ):
-    "Replace every gradient by its mean over processes; where only some processes have one, the others count as zero."
+    """Replace every gradient by its mean over processes; a missing one counts as zero.
+
+    A gradient that no process has stays missing.
+    """
     import torch, torch.distributed as dist
 
     size = world()[1]

@@ -58,12 +58,13 @@ PAIRS = (  # (present, absent): {c} the finding, {noun} what the image is
     ('{noun} with evidence of {c}', '{noun} with no evidence of {c}'),
     ('Findings consistent with {c}.', 'No findings of {c}.'),
 )
+# exclusive classes
 CLASSES = (
     '{noun} showing {c}',
     'This {noun} shows {c}.',
     '{noun}: {c}',
     'The picture is consistent with {c}.',
-)  # exclusive classes
+)
 NORMAL = ('no finding', 'normal', 'no findings')  # classes that mean: nothing wrong
 NORMAL_PAIRS = (
     ('{noun} without abnormality', '{noun} with an abnormality'),
@@ -87,12 +88,13 @@ def pair_prompts(
 
 
 def _sentence(template, noun, c):
+    # "no a nodule" is no English
     bare = (
         c.split(' ', 1)[1]
         if c.startswith(('a ', 'an '))
         and template.startswith(('There is no', '{noun} without', '{noun} with no', 'No '))
         else c
-    )  # "no a nodule" is no English
+    )
     text = template.replace('{noun}', noun).replace('{c}', bare)
     return text[0].upper() + text[1:]
 
@@ -106,11 +108,12 @@ def class_prompts(
 
 # %% ../../nbs/40d_clip.prompts.ipynb #c9a1420e
 def prompts_for(
-    films,  # `Films` of a cohort (`classes`, `kind`, `attrs`), or the cohort's tasks: dict finding -> {choices, noun, ...}
-) -> (
-    dict
-):  # class -> dict(positive=(...)), with negative=(...) for findings that are present or absent
-    "Default prompts per class; `InputError` where tasks of both kinds stand together."
+    films,  # `Films`, or the tasks of a cohort: finding -> {choices, noun, ...}
+) -> dict:  # class -> dict(positive=(...), negative=(...))
+    """Make the default prompts per class; `InputError` where tasks of both kinds are mixed.
+
+    Only findings that are present or absent have negative sentences.
+    """
     tasks = films if isinstance(films, dict) else films.attrs.get('tasks', {})
     nouns = {f: t.get('noun') or 'medical image' for f, t in tasks.items()}
     if not isinstance(films, dict):
@@ -131,9 +134,9 @@ def _kind_and_classes(tasks):
         return 'multilabel', list(tasks)
     if len(tasks) == 1:
         return 'multiclass', list(next(iter(tasks.values()))['choices'])
+    mixed = 'findings answered yes or no and a question with other choices stand in one cohort'
     raise InputError(
-        "prompts:"
-        f" {'no tasks' if not tasks else 'findings answered yes or no and a question with other choices stand in one cohort'};"
+        f"prompts: {mixed if tasks else 'no tasks'};"
         " give findings answered yes or no, or one question with several choices"
     )
 
@@ -141,9 +144,12 @@ def _kind_and_classes(tasks):
 def check_prompts(
     prompts: dict,  # class -> dict(positive=..., negative=...)
     classes=None,  # classes that must be there, in the order wanted; None: those of `prompts`
-    kind: str = '',  # 'multilabel' needs negatives, 'multiclass' must not have them; '' takes what is there, the same for every class
+    kind: str = '',  # 'multilabel', 'multiclass', or '': as given, alike for every class
 ) -> dict:  # the same, sentences as tuples, in the order of `classes`
-    "Prompts that can be used; `InputError` of one line names the class and what is wrong with it."
+    """Check prompts; `InputError` of one line names the class and its fault.
+
+    'multilabel' needs negative sentences, 'multiclass' refuses them.
+    """
     classes = list(prompts) if classes is None else list(classes)
     if not classes:
         raise InputError('prompts: no class; give each class a list of sentences')
@@ -230,11 +236,14 @@ class _Plain(yaml.SafeLoader):
 
 # %% ../../nbs/40d_clip.prompts.ipynb #63844340
 def read_prompts(
-    path,  # YAML file: class -> {positive: [...], negative: [...]}, or class -> [...] for exclusive classes
+    path,  # YAML: class -> {positive: [...], negative: [...]} or -> [...]
     classes=None,  # classes that must be there, in the order wanted; None: those of the file
     kind: str = '',  # 'multilabel' or 'multiclass', where known
 ) -> dict:  # as `prompts_for`
-    "Prompts of a file; `InputError` of one line where it cannot be used."
+    """Read prompts of a file; `InputError` of one line where it cannot be used.
+
+    A plain list of sentences is for exclusive classes.
+    """
     path = Path(path)
     try:
         held = yaml.load(path.read_text(encoding='utf-8-sig'), Loader=_Plain)

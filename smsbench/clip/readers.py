@@ -20,6 +20,7 @@ from ..data.readers import is_missing, read_image
 from ..vlm.map_stats import region
 
 # %% ../../nbs/44b_clip.readers.ipynb #63de7f2e
+# columns of a table of marks; row: where it stands in its file
 MARKS = (
     'film',
     'finding',
@@ -30,20 +31,22 @@ MARKS = (
     'height',
     'text',
     'row',
-)  # columns of a table of marks; row: where it stands in its file
+)
+# what a table may hold instead of each other
 _FORMS = {
     ('x0', 'y0', 'x1', 'y1'): 'xyxy',
     ('x', 'y', 'w', 'h'): 'xywh',
     ('points',): 'polygon',
     ('mask',): 'mask',
-}  # what a table may hold instead of each other
+}
+# other names of columns
 _ALSO = dict(
     film=('film_id', 'file', 'file_name', 'image', 'id'),
     finding=('label', 'category', 'structure'),
     reader=('annotator', 'rater'),
     width=('image_width',),
     height=('image_height',),
-)  # other names of columns
+)
 
 
 def _table(rows):
@@ -56,10 +59,7 @@ def csv_marks(
     table: pd.DataFrame,  # as read
     reader: str = 'reader',  # who drew, where the table does not say
     where: str = 'table',  # for messages
-    size=(
-        0,
-        0,
-    ),  # width and height of the films on which was drawn, where the table does not say; 0: those at hand
+    size=(0, 0),  # width and height of the films marked, if not in the table; 0: as at hand
 ) -> pd.DataFrame:  # `MARKS`; attrs: blank, the rows that mark nothing
     "Marks from a table; `InputError` for a missing column."
     known = {
@@ -81,15 +81,7 @@ def csv_marks(
         )
     rows, cells = [], table.map(lambda v: '' if v is None or v != v else str(v))
     for i, r in enumerate(cells.to_dict('records')):
-        about = dict(
-            film=r['film'],
-            finding=r['finding'],
-            reader=r.get('reader') or reader,
-            width=_size(r.get('width') or size[0]),
-            height=_size(r.get('height') or size[1]),
-            text=r.get('text', ''),
-            row=i + 1,
-        )
+        about = _entry(r, i + 1, reader, size)
         for cs, form in forms.items():
             if all(is_missing(r[c]) for c in cs):
                 continue
@@ -108,6 +100,19 @@ def csv_marks(
         if i + 1 not in there
     ]
     return out
+
+
+def _entry(r, row, reader, size):
+    "A mark without its shape, from a row of a table."
+    return dict(
+        film=r['film'],
+        finding=r['finding'],
+        reader=r.get('reader') or reader,
+        width=_size(r.get('width') or size[0]),
+        height=_size(r.get('height') or size[1]),
+        text=r.get('text', ''),
+        row=row,
+    )
 
 
 def _size(v):
@@ -212,10 +217,7 @@ def read_marks(
     path,  # .csv, .tsv, .parquet or .json
     layout: str = 'auto',  # 'csv', 'mscxr', 'coco'; 'auto' tells by the file
     reader: str = '',  # who drew, where the file does not say; '': the name of the file
-    size=(
-        0,
-        0,
-    ),  # width and height of the films on which was drawn, where a table does not say; 0: those at hand
+    size=(0, 0),  # width and height of the films marked, if not in a table; 0: as at hand
 ) -> pd.DataFrame:  # `MARKS`; attrs: folder of the file, to which masks are relative
     "Marks from a file; `InputError` where it is missing, broken or lacks a column."
     path = Path(path)
@@ -239,9 +241,10 @@ def read_marks(
                 )
             )
         except Exception as e:
+            # a foreign file can break the parser anywhere
             raise InputError(
                 f"{path.name}: not a table ({type(e).__name__}: {' '.join(str(e).split())[:120]})"
-            ) from None  # a foreign file can break the parser anywhere
+            ) from None
         out = (
             mscxr_marks(t, who, path.name)
             if layout == 'mscxr' or layout == 'auto' and 'dicom_id' in t and 'category_name' in t
@@ -299,6 +302,17 @@ def mark_region(
         return _run_lengths(held, shape)
     if not (mark.width >= 0 and mark.height >= 0):
         raise InputError('a width or height that is no number')
+    parts, every = _outline(mark, held, shape)
+    return _some(
+        region([every.ravel()], shape)
+        if mark['shape'] == 'box' and ((every[1] > 0.5) & (every[0] < np.array([w, h]) - 0.5)).all()
+        else _filled(parts, shape)
+    )
+
+
+def _outline(mark, held, shape):
+    "The rings of a box or polygon in pixels of the film, and all their points."
+    h, w = shape
     rings = (
         held
         if mark['shape'] == 'box'
@@ -327,21 +341,18 @@ def mark_region(
         raise InputError('a polygon of fewer than three corners')
     if (every < -1).any() or (every > np.array([w, h]) + 1).any():
         raise InputError(f'it leaves the film of {w} x {h} pixels')
-    return _some(
-        region([every.ravel()], shape)
-        if mark['shape'] == 'box' and ((every[1] > 0.5) & (every[0] < np.array([w, h]) - 0.5)).all()
-        else _filled(parts, shape)
-    )
+    return parts, every
 
 
 def _filled(rings, shape):
     from skimage.draw import polygon2mask
 
+    # skimage counts from the centre of the first pixel
     return np.any(
         [polygon2mask(shape, r[:, ::-1] - 0.5) for r in rings if len(r) > 2]
         or [np.zeros(shape, bool)],
         axis=0,
-    )  # skimage counts from the centre of the first pixel
+    )
 
 
 def _some(mask):
@@ -379,7 +390,10 @@ def _run_lengths(held, shape):
 
 
 def _unpacked(text):
-    "COCO's packed run lengths: five bits a letter, and from the third run on the difference to the one before the last."
+    """Unpack COCO's run lengths: five bits a letter.
+
+    From the third run on, a value is the difference to the last but one.
+    """
     runs, value, shift = [], 0, 0
     for letter in text:
         bits = ord(letter) - 48
@@ -398,9 +412,13 @@ def _unpacked(text):
 # %% ../../nbs/44b_clip.readers.ipynb #0e1e57c8
 @dataclass(frozen=True, eq=False)
 class Readings:
-    "What readers marked, on the films."
+    """The marks of readers, as regions of the films.
 
-    table: pd.DataFrame  # one row per film, finding and reader: film_id, patient_id, finding, reader, marks (how many), row (of the first of them in its file), text
+    `table`: film_id, patient_id, finding, reader, marks (how many), row (of the first mark in its
+    file), text.
+    """
+
+    table: pd.DataFrame  # one row per film, finding and reader
     masks: list  # (H,W) bool per row
     excluded: pd.DataFrame  # marks that could not be used: film, finding, reader, row, reason
 
@@ -410,10 +428,14 @@ def place_marks(
     about: pd.DataFrame,  # per film: film_id, patient_id, and perhaps image (its file)
     shapes,  # per film: (height, width) in pixels
     names: dict | None = None,  # a reader's word for a finding -> the cohort's; others stay
-    classes=(),  # the cohort's findings; a word that differs from one in case, blanks, hyphens or underscores alone means it
+    classes=(),  # the cohort's findings, matched whatever the case and separators
     folder='',  # root of mask files; '': the folder of the marks
 ) -> Readings:
-    "Marks laid on films; `InputError` where a column is missing, the lists do not belong together, or no mark can be used."
+    """Lay marks on films.
+
+    A word means a class from which it differs in case, blanks, hyphens or underscores alone.
+    `InputError` where a column is missing, the lists do not match, or no mark can be used.
+    """
     if gone := [c for c in MARKS if c not in marks]:
         raise InputError(f'marks have no column {gone[0]!r}; read them with read_marks')
     if gone := [c for c in ('film_id', 'patient_id') if c not in about]:
@@ -428,9 +450,9 @@ def place_marks(
             drawn = mark_region(m, shapes[at], folder or marks.attrs.get('folder', '.'))
             found.setdefault((at, called[m.finding], m.reader), []).append((drawn, m.text, m.row))
         except InputError as e:
-            out.append(
-                dict(film=m.film, finding=m.finding, reader=m.reader, row=m.row, reason=str(e))
-            )  # listed, never dropped in silence
+            # listed, never dropped in silence
+            about_mark = dict(film=m.film, finding=m.finding, reader=m.reader, row=m.row)
+            out.append(dict(about_mark, reason=str(e)))
     if not found:
         raise InputError(
             f"none of {len(marks)} marks can be used"
@@ -441,6 +463,18 @@ def place_marks(
                 else ''
             )
         )
+    return Readings(
+        _joined(found, about),
+        [np.any([k for k, *_ in v], axis=0) for v in found.values()],
+        pd.DataFrame(
+            [*out, *marks.attrs.get('blank', ())],
+            columns=['film', 'finding', 'reader', 'row', 'reason'],
+        ),
+    )
+
+
+def _joined(found, about):
+    "One row per film, finding and reader, from (position, finding, reader) -> marks."
     rows = [
         dict(
             film_id=about.film_id.iloc[at],
@@ -453,23 +487,17 @@ def place_marks(
         )
         for (at, f, r), v in found.items()
     ]
-    return Readings(
-        pd.DataFrame(rows),
-        [np.any([k for k, *_ in v], axis=0) for v in found.values()],
-        pd.DataFrame(
-            [*out, *marks.attrs.get('blank', ())],
-            columns=['film', 'finding', 'reader', 'row', 'reason'],
-        ),
-    )
+    return pd.DataFrame(rows)
 
 
+# how a name may fit a film, the strictest first
 _WAYS = (
     ('film_id', str),
     ('image', str),
     ('image', lambda n: Path(n).name),
     ('image', lambda n: Path(n).stem),
     ('film_id', lambda n: Path(n).stem),
-)  # how a name may fit a film, the strictest first
+)
 
 
 def _lookup(about):
@@ -552,8 +580,11 @@ def agreement(
 # %% ../../nbs/44b_clip.readers.ipynb #f8e2688b
 def between_readers(
     readings: Readings,  # from `place_marks`
-) -> pd.DataFrame:  # film_id, patient_id, finding, pair ('A and B'), iou, dice, pointing; a row for each two readers of a film and finding
-    "How far readers agree with each other."
+) -> pd.DataFrame:  # film_id, patient_id, finding, pair, iou, dice, pointing
+    """Measure how far readers agree, two at a time.
+
+    Each row is a pair 'A and B' of readers of a film and finding.
+    """
     rows = []
     for (film, finding), g in readings.table.groupby(['film_id', 'finding'], sort=False):
         for i, j in itertools.combinations(
@@ -587,9 +618,7 @@ def agreement_metrics(
     pairs: pd.DataFrame,  # from `between_readers`; may be empty
     model: str = 'clip',  # what the lines are called
     n_boot: int = 2000,  # resamples of patients
-) -> (
-    pd.DataFrame
-):  # metrics table: as `localisation_metrics` per finding and reader, and between readers
+) -> pd.DataFrame:  # metrics table as of `localisation_metrics`, and between readers
     "Agreement with intervals over patients."
     lines = localisation_metrics(rows, model, ('finding', 'reader'), n_boot).to_dict('records')
     own = rows[rows['map'] == 'map'].groupby(['film_id', 'finding']).iou_area.mean()

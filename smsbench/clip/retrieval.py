@@ -29,9 +29,13 @@ def pairs(
     images,  # (N, D) image embeddings
     texts,  # (M, D) text embeddings
     image_of=None,  # (M,) place of each text's own film; None: text i belongs to film i
-    groups=(),  # arrays (M,) of names, one per kind of duplicate (text, study, picture): equal names are right answers; '' or missing is equal to nothing
+    groups=(),  # arrays (M,) of names, one per kind of duplicate (text, study, picture)
 ) -> Pairs:
-    "Checked pairs; `InputError` where shapes do not fit or an embedding has no direction."
+    """Check films and texts and make pairs of them.
+
+    Texts with equal names in a group are right answers for each other; '' or missing equals
+    nothing. `InputError` where shapes do not fit or an embedding has no direction.
+    """
     images, texts = (np.ascontiguousarray(x, np.float32) for x in (images, texts))
     if (
         images.ndim != 2
@@ -67,9 +71,8 @@ def _unit(x):
         raise InputError(
             f'retrieval: {int((~(length > 0)).sum())} embeddings are zero or not finite'
         )
-    return np.where(abs(length - 1) < 1e-5, x, x / length).astype(
-        np.float32
-    )  # unit vectors stay as they are, to the last bit
+    # unit vectors stay as they are, to the last bit
+    return np.where(abs(length - 1) < 1e-5, x, x / length).astype(np.float32)
 
 
 def _codes(names):
@@ -81,8 +84,12 @@ def retrieval_ranks(
     p: Pairs,  # films and texts
     direction: str = 'image_to_text',  # or 'text_to_image'
     chunk: int = 256,  # queries at once: memory is about chunk x items x 16 bytes
-) -> pd.DataFrame:  # one row per query: rank (duplicates are right), strict_rank (only its own are), ap, strict_ap, right (items that are right)
-    "Ranks of the right items of every query, ties against the model."
+) -> pd.DataFrame:  # one row per query: rank, strict_rank, ap, strict_ap, right
+    """Rank the right items of every query; ties count against the model.
+
+    Duplicates are right, but not for strict_*; `right` counts the right items; ap is average
+    precision.
+    """
     if direction not in ('image_to_text', 'text_to_image'):
         raise InputError(f"direction {direction!r}; choose 'image_to_text' or 'text_to_image'")
     if chunk < 1:
@@ -112,7 +119,7 @@ def _distinct(x):
 
 
 class _Right:
-    "Which items are right for a block of queries: with duplicates, and strictly; two (b, items) bool."
+    "Marks the items that are right for queries: with duplicates, and strictly; (b, items) bool."
 
     def __init__(self, p, direction):
         self.own, self.groups, self.to_text = p.image_of, p.groups, direction == 'image_to_text'
@@ -151,9 +158,10 @@ def _ranks(scores, right):
     ap = 1.0 / rank
     for b in np.flatnonzero(right.sum(1) > 1):
         own = np.sort(scores[b, right[b]])  # ascending
+        # wrong items at or above each, best first
         above = np.bincount(
             np.searchsorted(own, scores[b, ~right[b]], side='right'), minlength=len(own) + 1
-        )[1:][::-1].cumsum()  # wrong items at or above each, best first
+        )[1:][::-1].cumsum()
         k = np.arange(1, len(own) + 1)
         ap[b] = (k / (k + above)).mean()
     return rank, ap
@@ -208,8 +216,12 @@ def retrieval_metrics(
     n_boot: int = 1000,  # resamples of patients
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # metrics table: recall@k, median_rank, map; arm image_to_text or text_to_image; subgroup 'relevance=duplicates' or 'relevance=strict'
-    "Retrieval metrics with intervals, beside chance."
+) -> pd.DataFrame:  # metrics table
+    """Retrieval metrics with intervals, next to chance.
+
+    Metrics: recall@k, median_rank, map; arm: image_to_text or text_to_image; subgroup:
+    relevance=duplicates or relevance=strict.
+    """
     who = (
         np.arange(len(p.images))
         if patients is None
@@ -219,75 +231,62 @@ def retrieval_metrics(
         raise InputError(f'retrieval: {len(who)} patients for {len(p.images)} films')
     how, rows = dict(n_boot=n_boot, level=level, seed=seed), []
     for arm in ('image_to_text', 'text_to_image'):
-        ranks, owner = (
-            retrieval_ranks(p, arm, chunk),
-            who if arm == 'image_to_text' else who[p.image_of],
-        )
-        items = len(p.texts if arm == 'image_to_text' else p.images)
-        own = np.bincount(p.image_of)
+        to_text = arm == 'image_to_text'
+        ranks = retrieval_ranks(p, arm, chunk)
+        owner, items = (who, len(p.texts)) if to_text else (who[p.image_of], len(p.images))
+        own = np.bincount(p.image_of) if to_text else np.ones(len(ranks))
         for kind, rank, ap, right in (
             ('duplicates', ranks['rank'], ranks.ap, ranks.right),
-            (
-                'strict',
-                ranks.strict_rank,
-                ranks.strict_ap,
-                own if arm == 'image_to_text' else np.ones(len(ranks)),
-            ),
+            ('strict', ranks.strict_rank, ranks.strict_ap, own),
         ):
-            found = [
-                *zip(
-                    (*(f'recall@{k}' for k in ks), 'map'),
-                    together(
-                        *(mean(rank.to_numpy() <= k, bounds=(0, 1)) for k in ks),
-                        mean(ap, bounds=(0, 1)),
-                    ).bootstrap(owner, **how),
-                )
-            ]
-            found.append(
-                (
-                    'median_rank',
-                    bootstrap_rows(
-                        _weighted_median,
-                        [rank.to_numpy(float)],
-                        owner,
-                        batched=True,
-                        floor=median_ends,
-                        **how,
-                    ),
-                )
-            )
-            rows += [
-                dict(
-                    model=model,
-                    metric=m,
-                    arm=arm,
-                    subgroup=f'relevance={kind}',
-                    value=i.value,
-                    ci_low=i.low,
-                    ci_high=i.high,
-                    n=i.n,
-                    n_clusters=i.n_clusters,
-                    n_effective=i.n_effective,
-                    note=i.note,
-                )
-                for m, i in found
-            ]
-            rows += [
-                dict(
-                    model='chance',
-                    metric=m,
-                    arm=arm,
-                    subgroup=f'relevance={kind}',
-                    value=v,
-                    ci_low=v,
-                    ci_high=v,
-                    n=len(ranks),
-                    n_clusters=len(set(owner)),
-                    note=f'{items} items in random order',
-                )
-                for m, v in chance_level(right, items, ks).items()
-            ]
+            about = dict(arm=arm, subgroup=f'relevance={kind}')
+            rows += _measured_rows(model, rank.to_numpy(), ap, ks, owner, about, how)
+            rows += _chance_rows(right, items, ks, owner, about)
     return validate(pd.DataFrame(rows), 'metrics')
+
+
+def _measured_rows(model, rank, ap, ks, owner, about, how):
+    "Rows of a model: recall at every k, mean average precision and median rank."
+    shares = together(
+        *(mean(rank <= k, bounds=(0, 1)) for k in ks), mean(ap, bounds=(0, 1))
+    ).bootstrap(owner, **how)
+    middle = bootstrap_rows(
+        _weighted_median, [rank.astype(float)], owner, batched=True, floor=median_ends, **how
+    )
+    found = [*zip((*(f'recall@{k}' for k in ks), 'map'), shares), ('median_rank', middle)]
+    return [
+        dict(
+            model=model,
+            metric=m,
+            **about,
+            value=i.value,
+            ci_low=i.low,
+            ci_high=i.high,
+            n=i.n,
+            n_clusters=i.n_clusters,
+            n_effective=i.n_effective,
+            note=i.note,
+        )
+        for m, i in found
+    ]
+
+
+def _chance_rows(right, items, ks, owner, about):
+    "Rows of items in random order."
+    return [
+        dict(
+            model='chance',
+            metric=m,
+            **about,
+            value=v,
+            ci_low=v,
+            ci_high=v,
+            n=len(right),
+            n_clusters=len(set(owner)),
+            note=f'{items} items in random order',
+        )
+        for m, v in chance_level(right, items, ks).items()
+    ]
 
 
 def _weighted_median(x, weights):
@@ -306,7 +305,10 @@ def retrieve(
     embeddings=None,  # (N, D) image embeddings of these films, where they exist
     **how,  # ks, model, chunk, n_boot, level, seed of `retrieval_metrics`
 ) -> pd.DataFrame:  # metrics table
-    "Retrieval between films and their reports; `InputError` where fewer than two films have a report."
+    """Measure retrieval between films and their reports.
+
+    `InputError` where fewer than two films have a report.
+    """
     from smsbench.clip.data import read_films
     from smsbench.clip.models import image_embeddings, text_embeddings
 

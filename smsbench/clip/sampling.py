@@ -23,10 +23,14 @@ def film_weights(
     how: str = 'even',  # one of `BALANCE`
     cap: float = 10.0,  # most that a weight may be, as a multiple of the smallest
     patients: bool = False,  # weigh patients, not films
-    threshold: float = 0.1,  # 'rare': classes in a smaller share of films than this are drawn more often
-    classes=None,  # (C,) factors per class, e.g. from `sensitivity_weights`; films count by the mean factor of the classes they have
+    threshold: float = 0.1,  # 'rare': classes in a smaller share of films are drawn more often
+    classes=None,  # (C,) factors per class, e.g. from `sensitivity_weights`
 ) -> np.ndarray:  # (N,) weights, mean 1
-    "How often each film is drawn in an epoch, on average. `InputError` for another word or an impossible cap."
+    """Compute how often each film is drawn in an epoch, on average.
+
+    A film counts by the mean factor of its `classes`. `InputError` for another word or an
+    impossible cap.
+    """
     if how not in BALANCE:
         raise InputError(f"balance {how!r}: choose {', '.join(BALANCE)}")
     if not cap >= 1 or not 0 < threshold <= 1:
@@ -98,7 +102,10 @@ def sensitivity_weights(
     n,  # (C,) films that have it; 0 where none could be tested
     cap: float = 10.0,  # most that a weight may be, as a multiple of the smallest
 ) -> np.ndarray:  # (C,) weights, mean 1
-    "Weight (1 − (found + 1)/(n + 2)) per class, scaled to mean 1; `InputError` where more are found than there are."
+    """Weight each class by 1 − (found + 1)/(n + 2), scaled to mean 1.
+
+    `InputError` where more films are found than there are.
+    """
     found, n = np.asarray(found, float), np.asarray(n, float)
     if found.shape != n.shape or (found > n).any() or (found < 0).any():
         raise InputError('found and n: one number per class each, 0 <= found <= n')
@@ -111,7 +118,7 @@ def count_found(
     scores,  # (N, C) score of each class, higher is more likely
     targets,  # (N, C) 1, 0, NaN
     kind: str,  # 'multilabel' or 'multiclass'
-    specificity: float = 0.8,  # multilabel: share of films without the class that stay below its threshold
+    specificity: float = 0.8,  # multilabel: share of films without the class below its threshold
 ) -> tuple[np.ndarray, np.ndarray]:  # (C,) films found, (C,) films that have the class
     "How many films of each class are found; ties are not found."
     s, y = np.asarray(scores, float), np.asarray(targets, float)
@@ -145,7 +152,8 @@ def spoken_weights(
     return w * (1.0 if classes is None else np.asarray(classes, float)[:, None])
 
 # %% ../../nbs/41c_clip.sampling.ipynb #094e6b9c
-_SIDES = (  # English, abbreviations of reports, Spanish, Catalan, Portuguese, French, Italian, German, Dutch
+# English, abbreviations of reports, Spanish, Catalan, Portuguese, French, Italian, German, Dutch
+_SIDES = (
     r'left(?!over)\w*',
     r'right(?!s\b|ful|ly|eous)\w*',
     r'[lr]t',
@@ -176,13 +184,16 @@ _SIDE = re.compile(rf"\b(?:{'|'.join(_SIDES)})\b", re.I)
 def names_side(
     texts,  # sentences, names of classes or columns
 ) -> str:  # the first word that names a side; '' where none does
-    "Whether anything is said about left or right, in English or another large language of Western Europe."
+    "Find a word for left or right, in English or a large language of Western Europe."
     return next((found[0] for t in texts if (found := _SIDE.search(str(t).replace('_', ' ')))), '')
 
 # %% ../../nbs/41c_clip.sampling.ipynb #c8ed8f86
 @dataclass(frozen=True)
 class Augment:
-    "Small changes of a picture: `augment(image, rng)`. Make it with `augmentation`, which knows what may be changed."
+    """Small changes of a picture: `augment(image, rng)`.
+
+    Make it with `augmentation`, which checks what may be changed.
+    """
 
     rotate: float = 7.0  # degrees either way
     crop: float = 0.85  # smallest share of the area that is kept
@@ -230,7 +241,10 @@ def augmentation(
     strength: float = 1.0,  # multiplies all ranges; 0 changes nothing
     flip: bool = False,  # exchange left and right in half of the cases
 ):  # an `Augment`; None where nothing is changed
-    "What may be done to these films. `InputError` where a flip is asked for although something said about them names a side."
+    """Make the augmentation that these films allow.
+
+    `InputError` where a flip is asked for although a text about the films names a side.
+    """
     if not 0 <= strength <= 3:
         raise InputError(f'augment {strength}: must lie in 0..3')
     if flip:

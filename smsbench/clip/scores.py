@@ -22,8 +22,12 @@ def zero_shot_scores(
     images: np.ndarray,  # (N, D) image embeddings, any length
     vectors: ClassVectors,  # of the classes, from `clip.prompts`
     scale: float = 100.0,  # exp(logit_scale) of the model
-) -> np.ndarray:  # (N, C) probabilities: of presence where vectors has negatives, else over the classes (rows sum to 1)
-    "Zero-shot probabilities; `InputError` on embeddings that do not fit or have no direction."
+) -> np.ndarray:  # (N, C) probabilities of the classes
+    """Compute zero-shot probabilities.
+
+    With negatives in `vectors` they are probabilities of presence, else they sum to 1 over the
+    classes. `InputError` for embeddings that do not fit or have no direction.
+    """
     images = np.asarray(images, np.float64)
     if images.ndim != 2 or images.shape[1] != vectors.positive.shape[1]:
         raise InputError(
@@ -56,8 +60,11 @@ def zero_shot(
     prompts=None,  # from `prompts_for` or `read_prompts`; None takes the default ones
     batch_size: int = 64,  # images at once
     embeddings=None,  # (N, D) image embeddings of these films, where they exist
-) -> pd.DataFrame:  # (N, C) probabilities, index film_id; `.attrs`: kind, manifest, access, pseudonyms, model, weights, prompts (class -> hash), scale
-    "Zero-shot probabilities of films."
+) -> pd.DataFrame:  # (N, C) probabilities, index film_id
+    """Compute zero-shot probabilities of films.
+
+    `.attrs`: kind, manifest, access, pseudonyms, model, weights, prompts (class -> hash), scale.
+    """
     from smsbench.clip.data import read_films
     from smsbench.clip.models import image_embeddings
 
@@ -113,7 +120,10 @@ class Cells:
         self,
         thresholds=None,  # `Thresholds` for multilabel, not needed for multiclass
     ) -> np.ndarray:  # (N, C) 1/0; NaN in the column of a class without a threshold
-        "What is predicted: scores that reach their threshold, or the highest score of the film (the first of equals)."
+        """Predict classes: scores at or above the threshold, or the highest score of a film.
+
+        Of equal highest scores the first counts.
+        """
         if self.kind == 'multiclass':
             return (self.scores.argmax(1)[:, None] == np.arange(len(self.classes))).astype(float)
         limits = thresholds.of(self.classes)
@@ -165,12 +175,15 @@ RULES = ('f1', 'youden')  # what a threshold maximises on validation
 
 @dataclass(frozen=True, eq=False)
 class Thresholds:
-    "One threshold per class, and what chose them."
+    """One threshold per class, and how they were chosen.
+
+    `made_by`: pseudonyms as in `clip.seen`; prompts map a class to a hash.
+    """
 
     values: dict  # class -> score from which the class is predicted; NaN: none could be chosen
     rule: str  # 'f1', 'youden' or 'given'
     patients: frozenset  # hashes of the patients that chose them, keyed with `key`
-    made_by: dict  # manifest, pseudonyms (see `clip.seen`), weights, prompts (class -> hash) of the scores, where known
+    made_by: dict  # manifest, pseudonyms, weights, prompts of the scores, if known
     n: int  # films that chose them
     key: str = ''  # of the hashes
 
@@ -190,10 +203,12 @@ class Thresholds:
         self,
         patients,  # (N,) patients to be tested on
         attrs=None,  # `attrs` of the scores
-    ) -> (
-        str
-    ):  # what must be known: a warning where patient numbers of another cohort agree, else ''
-        "`InputError` where a patient helped to choose, or could not be compared, or the scores come from other weights or prompts."
+    ) -> str:  # a warning where patient numbers of another cohort agree, else ''
+        """Check that the thresholds may be applied to these patients and scores.
+
+        `InputError` where a patient helped to choose them or could not be compared, or the scores
+        come from other weights or prompts.
+        """
         attrs = attrs or {}
         known = {k: v for k, v in self.made_by.items() if attrs.get(k)}
         if known.get('weights', '') != (attrs['weights'] if 'weights' in known else ''):
@@ -305,13 +320,12 @@ def choose_thresholds(
 
 
 def _best(score, y, rule):
-    "The threshold, half-way between two distinct scores, that maximises the rule; of equals the highest."
+    "The threshold, midway between two scores, that maximises the rule; of equals the highest."
     if not 0 < y.sum() < len(y):
         return float('nan')
     order = np.argsort(-score, kind='stable')
-    last = np.flatnonzero(
-        np.r_[np.diff(score[order]) != 0, True]
-    )  # the lowest-ranked film of each distinct score
+    # the lowest-ranked film of each distinct score
+    last = np.flatnonzero(np.r_[np.diff(score[order]) != 0, True])
     tp, seen = np.cumsum(y[order])[last], last + 1
     gain = (
         2 * tp / (seen + y.sum())

@@ -20,7 +20,11 @@ def keyed_hashes(
     key: str,  # any short text, kept beside the hashes
     names,  # texts
 ) -> list:  # 16 hexadecimal digits per text; '' for an empty one
-    "Hashes that cannot be looked up in a list made for another file. Blanks around a name and the '.0' that programs write behind whole numbers do not count: a match too many only refuses."
+    """Hash names with a key, so that no list made for another file reveals them.
+
+    Blanks around a name and the '.0' that programs write behind whole numbers are ignored: a
+    false match can only cause a refusal.
+    """
 
     def plain(n):
         return re.sub(r'^(\d+)\.0+$', r'\1', str(n).strip())
@@ -36,8 +40,12 @@ SEEN_FILE = 'train_films.json'  # in the folder of a checkpoint
 
 def seen_record(
     films,  # `Films` that training and validation used
-) -> dict:  # key, manifest, pseudonyms (name of the key of the patients' pseudonyms, '' where they are open), pictures, patients (sorted hashes), films, without_hash: films whose picture has no hash
-    "What was seen, as hashes; the same films give the same record."
+) -> dict:  # key, manifest, pseudonyms, pictures, patients, films, without_hash
+    """Record the films seen, as hashes; the same films give the same record.
+
+    pseudonyms: name of the key of the patients' pseudonyms, '' where they are open; pictures and
+    patients: sorted hashes; films: their number; without_hash: films whose picture has no hash.
+    """
     pictures, patients = _names(films)
     key = content_hash('seen', *sorted(set(pictures)), *sorted(set(patients)))
     return dict(
@@ -103,9 +111,7 @@ class Overlap:
     pictures: np.ndarray  # (N,) bool: this very picture
     patients: np.ndarray  # (N,) bool: another film of this patient number
     same_cohort: bool  # patient numbers mean the same
-    same_names: (
-        bool  # patients were compared: their pseudonyms, if they have any, were made with one key
-    )
+    same_names: bool  # patients were compared: any pseudonyms were made with one key
     without_hash: int  # of these films, those without a hash of their picture
     seen_without_hash: int  # the same, of the films of training
     access: str = 'open'  # 'open' or 'credentialed': whether small counts may be said

@@ -19,48 +19,41 @@ from .watch import WATCHED
 # %% ../../nbs/41f_clip.settings.ipynb #e2ca3eac
 @dataclass(frozen=True)
 class TrainSettings:
-    "How to train; `InputError` where a value cannot be."
+    """How to train; `InputError` for an impossible value.
 
-    train: str = (  # 'all'; 'probe': the image head and the logits' scale; 'locked_image': all but the image tower
-        'all'
-    )
+    Prompts always fit all films they are true of; positives=() with texts='report' leaves the
+    diagonal. batch_norm='learn' is for random weights. stop_on is measured on validation films.
+    """
+
+    train: str = 'all'  # 'all', 'probe' (image head, logit scale), 'locked_image' (text, logits)
     texts: str = 'report'  # 'report', 'prompts', or 'both': one of the two by chance
     loss: str = 'info_nce'  # or 'siglip', for models with a logit bias
-    positives: tuple = (
-        'text',
-        'study',
-    )  # by what two films share a report, of 'text', 'study', 'class'; prompts always fit all films they are true of. () and texts='report': the diagonal
+    positives: tuple = ('text', 'study')  # films share a report by 'text', 'study', 'class'
     epochs: int = 10  # times through the training films, at most
-    batch_size: int = 64  # pairs per step, over all processes: each one's negatives are the others
-    chunk: int = 0  # encode so many of them at a time, to need less memory, with the same gradient; 0: all at once
+    batch_size: int = 64  # pairs per step over all processes; the other pairs are the negatives
+    chunk: int = 0  # encode so many pairs at a time: less memory, same gradient; 0: all at once
     lr: float = 1e-5  # learning rate of the last layers
-    layer_decay: float = (
-        1.0  # each layer further from the end learns at this share of the next one's rate
-    )
+    layer_decay: float = 1.0  # factor of the learning rate per layer away from the end
     weight_decay: float = 0.1  # of matrices
     betas: tuple = (0.9, 0.98)  # of AdamW
     warmup: float = 0.1  # share of all steps in which the learning rate rises
     floor: float = 0.0  # share of the learning rate that is left at the end
     clip_norm: float = 1.0  # longest gradient; 0: any
     precision: str = 'fp32'  # 'fp32', 'bf16', 'fp16': of matrix products; weights stay float32
-    batch_norm: str = (  # statistics of batch normalisation: 'hold' those it came with, 'learn' them (from random weights; one chunk, one process)
-        'hold'
-    )
-    ema: float = 0.0  # decay of the average of the weights, which is then what is validated and kept; 0: none
+    batch_norm: str = 'hold'  # 'hold' its statistics or 'learn' new ones (one chunk, one process)
+    ema: float = 0.0  # decay of averaged weights, which are then validated and kept; 0: none
     balance: str = 'even'  # how films are drawn: 'even', 'balanced', 'rare'
     patients: bool = False  # weigh patients, not films
     cap: float = 10.0  # most that a film, class or answer may weigh, as a multiple of the smallest
     speak: str = 'uniform'  # how prompts are drawn: 'uniform', 'scheduled', 'sensitivity'
     augment: float = 1.0  # strength of changes to the picture; 0: none
     flip: bool = False  # exchange left and right; refused where any text names a side
-    stop_on: str = (  # what decides which weights are kept: 'loss', 'auroc', 'sensitivity', 'recall', on validation
-        'loss'
-    )
+    stop_on: str = 'loss'  # chooses the weights to keep: 'loss', 'auroc', 'sensitivity', 'recall'
     patience: int = 0  # stop after so many epochs without a better value; 0: never
     seed: int = 0  # of everything that is drawn
     train_split: str = 'train'  # split to train on
     val_split: str = 'val'  # split to watch
-    save_every: int = 200  # steps between checkpoints, beside one per epoch
+    save_every: int = 200  # steps between checkpoints, besides one per epoch
     workers: int = 0  # processes that read pictures
     cache_mb: int = 512  # decoded pictures to keep in memory, MB
     max_broken: float = 0.05  # share of unreadable films above which it is an error
@@ -68,34 +61,10 @@ class TrainSettings:
     def __post_init__(self):
         for f in fields(self):
             object.__setattr__(self, f.name, _typed(f.name, f.type, getattr(self, f.name)))
-        words = dict(
-            train=TRAINED,
-            texts=('report', 'prompts', 'both'),
-            loss=tuple(LOSSES),
-            precision=tuple(PRECISIONS),
-            batch_norm=('hold', 'learn'),
-            balance=BALANCE,
-            speak=SPEAKING,
-            stop_on=tuple(WATCHED),
-        )
-        for k, allowed in words.items():
+        for k, allowed in _CHOICES.items():
             if getattr(self, k) not in allowed:
                 raise InputError(f"{k} {getattr(self, k)!r}: choose {', '.join(allowed)}")
-        for k, low, high in (
-            ('epochs', 1, 1e6),
-            ('batch_size', 2, 1e7),
-            ('chunk', 0, 1e7),
-            ('warmup', 0, 1),
-            ('floor', 0, 1),
-            ('clip_norm', 0, math.inf),
-            ('ema', 0, 0.99999),
-            ('patience', 0, 1e6),
-            ('save_every', 1, 1e9),
-            ('workers', 0, 512),
-            ('cap', 1, 1e6),
-            ('max_broken', 0, 1),
-            ('seed', 0, 2**32 - 1),
-        ):
+        for k, (low, high) in _RANGES.items():
             if not low <= getattr(self, k) <= high:
                 raise InputError(f'{k} {getattr(self, k)!r}: must lie in {low:g} to {high:g}')
         if odd := [p for p in self.positives if p not in ('text', 'study', 'class')]:
@@ -119,6 +88,34 @@ class TrainSettings:
         if odd := [k for k in values if k not in known]:
             raise InputError(f"no training setting {odd[0]!r}; there are {', '.join(known)}")
         return cls(**values)
+
+
+_CHOICES = dict(
+    train=TRAINED,
+    texts=('report', 'prompts', 'both'),
+    loss=tuple(LOSSES),
+    precision=tuple(PRECISIONS),
+    batch_norm=('hold', 'learn'),
+    balance=BALANCE,
+    speak=SPEAKING,
+    stop_on=tuple(WATCHED),
+)
+# lowest and highest value
+_RANGES = dict(
+    epochs=(1, 1e6),
+    batch_size=(2, 1e7),
+    chunk=(0, 1e7),
+    warmup=(0, 1),
+    floor=(0, 1),
+    clip_norm=(0, math.inf),
+    ema=(0, 0.99999),
+    patience=(0, 1e6),
+    save_every=(1, 1e9),
+    workers=(0, 512),
+    cap=(1, 1e6),
+    max_broken=(0, 1),
+    seed=(0, 2**32 - 1),
+)
 
 
 def _typed(name, kind, value):
@@ -165,12 +162,8 @@ def _several(name, value, wrong):
         raise wrong('two numbers') from None
 
 
-LOOSE = (
-    'save_every',
-    'workers',
-    'cache_mb',
-    'max_broken',
-)  # settings that decide nothing about the weights
+# settings that do not affect the weights
+LOOSE = ('save_every', 'workers', 'cache_mb', 'max_broken')
 
 # %% ../../nbs/41f_clip.settings.ipynb #bfbee862
 def find_tracker(
@@ -190,9 +183,8 @@ def find_tracker(
     if tracker == 'wandb':
         import wandb
 
-        w = wandb.init(
-            project='smsbench', dir=str(run.path), mode='offline'
-        )  # nothing leaves the machine until somebody syncs it
+        # nothing leaves the machine until somebody syncs it
+        w = wandb.init(project='smsbench', dir=str(run.path), mode='offline')
         return lambda row: w.log(row)
     from torch.utils.tensorboard import SummaryWriter
 

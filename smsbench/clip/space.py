@@ -39,9 +39,9 @@ def space_values(
         db = _davies_bouldin(x, member, w, means, size)
         fisher = _fisher(w, size, means)
         pairs_in = size**2 - square
-        intra = np.where(size > 0, pairs_in - ((sums**2).sum(-1) - square), 0).sum(
-            1
-        ) / pairs_in.sum(1)  # Σ of 1 - cos over pairs of different films
+        # Σ of 1 - cos over pairs of different films
+        apart = np.where(size > 0, pairs_in - ((sums**2).sum(-1) - square), 0)
+        intra = apart.sum(1) / pairs_in.sum(1)
         total, n2 = sums.sum(1), size.sum(1) ** 2 - (size**2).sum(1)
         inter = (n2 - ((total**2).sum(-1) - (sums**2).sum((1, 2)))) / n2
         out = np.stack([sil, db, fisher, intra, inter, inter / intra], 1)
@@ -92,17 +92,14 @@ def space_metrics(
     n_boot: int = 200,  # resamples of patients
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
-) -> (
-    pd.DataFrame
-):  # metrics table: the `MEASURES`; arm 'embedding', subgroup class=NAME or subset=exclusive
+) -> pd.DataFrame:  # metrics table: `MEASURES`; subgroup class=NAME or subset=exclusive
     "Separation of classes in the embedding space, with intervals over patients."
     x, rows = unit_rows(data.x), []
     for group, at, label, note in labellings(data, minimum):
         ci = [None] * len(MEASURES)
         if len(set(label)) > 1:
-            sides = np.eye(label.max() + 1, dtype=bool)[label][
-                :, None
-            ]  # it needs films of every class
+            # it needs films of every class
+            sides = np.eye(label.max() + 1, dtype=bool)[label][:, None]
             ci = bootstrap_rows(
                 lambda x, y, w: space_values(x, y.astype(int), w),
                 [x[at], label],
@@ -144,7 +141,10 @@ def unit_rows(x):
 
 # %% ../../nbs/43c_clip.space.ipynb #f22e8eb8
 def labellings(data, minimum):
-    "(subgroup, places, class numbers, note): every class against its absence, and films with exactly one class. Too small: no places."
+    """Yield (subgroup, places, class numbers, note) per labelling; no places where too small.
+
+    Labellings are every class against its absence, and films with exactly one class.
+    """
     none = np.zeros(0, int)
     if data.kind == 'multilabel':
         for c, y in zip(data.classes, data.y.T):
@@ -173,9 +173,7 @@ def coordinates(
     x,  # (N, D) embeddings
     method: str = 'pca',  # or 'umap'
     seed: int = 0,  # of UMAP
-) -> (
-    pd.DataFrame
-):  # x, y per film; `.attrs`: method, shown: share of the variance that the picture shows (pca)
+) -> pd.DataFrame:  # x, y per film; `.attrs`: method, shown (share of variance, pca)
     "Embeddings in the plane; `InputError` where UMAP is asked for and not installed."
     if method not in ('pca', 'umap'):
         raise InputError(f"picture of the embedding space: {method!r}; choose 'pca' or 'umap'")
@@ -185,9 +183,8 @@ def coordinates(
     if method == 'umap':
         return _umap(x, seed)
     _, size, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    axes = (
-        axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), abs(axes[:2]).argmax(1)])[:, None]
-    )  # the largest loading points up: the same picture every time
+    # the largest loading points up: the same picture every time
+    axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), abs(axes[:2]).argmax(1)])[:, None]
     at = (x - x.mean(0)) @ axes.T
     out = pd.DataFrame(np.pad(at, ((0, 0), (0, 2 - at.shape[1]))), columns=['x', 'y'])
     out.attrs = dict(

@@ -21,6 +21,7 @@ from ..data.holding import hold
 from ..data.manifest import shown
 from ..stats import Statistic, proportion, suppress
 
+# what an analysis needs in one place
 _all_ = [
     'clip_asker',
     'vlm_asker',
@@ -28,7 +29,7 @@ _all_ = [
     'described',
     'in_order',
     'listed',
-]  # what an analysis needs in one place
+]
 
 # %% ../../nbs/43d_clip.ssa.ipynb #d54f68b1
 def addition_orders(
@@ -53,10 +54,13 @@ def addition_orders(
 # %% ../../nbs/43d_clip.ssa.ipynb #b982b266
 @dataclass(frozen=True, eq=False)
 class Design:
-    "Which askings are made, and what is computed from them."
+    """The askings of an analysis, and what is computed from them.
+
+    `what` is '' (a rate), 'change', 'effect', 'first', 'last' or 'order'.
+    """
 
     known: list  # S tuples: what is known at each asking
-    rows: pd.DataFrame  # R rows: what ('' a rate, 'change', 'effect', 'first', 'last', 'order'), order, step, added, arm
+    rows: pd.DataFrame  # R rows: what, order, step, added, arm
     weights: np.ndarray  # (R, S): a row is this sum of the rates
 
 # %% ../../nbs/43d_clip.ssa.ipynb #61ca6233
@@ -203,7 +207,10 @@ def samples_of(
 
 # %% ../../nbs/43d_clip.ssa.ipynb #5a797564
 def _rates(said, truth, weights):
-    "Statistic of sensitivity, then specificity, R rows each: mean over classes of weighted rates. `said` (S, n, C), `truth` (n, C)."
+    """Make the statistic of sensitivity, then specificity, R rows each.
+
+    A row is the mean over classes of weighted rates; `said` is (S, n, C), `truth` (n, C).
+    """
     S, n, C = said.shape
     known, y = ~np.isnan(truth), truth == 1
     dead = (np.isnan(said) & known).any(1).T  # (C, S): no decision could be made
@@ -235,13 +242,16 @@ def _rates(said, truth, weights):
             np.where(there, values, 0).sum(-1) / np.where(there.any(-1), there.sum(-1), np.nan)
         ).reshape(*t.shape[:-2], -1)
 
+    used = np.repeat(np.column_stack([y.any(1), (known & ~y).any(1)]), len(weights), 1)
+    return Statistic(sums, of, tuple(map(str, range(2 * len(weights)))), _limits(weights), used)
+
+
+def _limits(weights):
+    "(2R, 2) lowest and highest values of the rows, for both rates."
     spread = np.abs(weights).sum(1)
     low = np.tile(np.where(weights.min(1) < 0, -spread / 2, 0), 2)
     high = np.tile(np.where(weights.min(1) < 0, spread / 2, 1), 2)
-    used = np.repeat(np.column_stack([y.any(1), (known & ~y).any(1)]), len(weights), 1)
-    return Statistic(
-        sums, of, tuple(map(str, range(2 * len(weights)))), np.column_stack([low, high]), used
-    )
+    return np.column_stack([low, high])
 
 
 def ssa_metrics(
@@ -267,44 +277,36 @@ def ssa_metrics(
         ci = suppress(ci, minimum=minimum)
         for m, metric in enumerate(('sensitivity', 'specificity')):
             at = m * len(unique) + back.ravel()
+            names = dict(model=model, metric=metric, subgroup=group)
+            parts.append(_rows_of(plan.rows, ci, 2 * len(unique), at, names))
+    columns = 'model metric arm subgroup value ci_low ci_high n n_clusters note order step added'
+    return pd.concat(parts, ignore_index=True)[columns.split()]
 
-            def take(v):
-                return np.broadcast_to(v, 2 * len(unique))[at]  # noqa: B023
 
-            parts.append(
-                plan.rows.assign(
-                    model=model,
-                    metric=[metric + f'_{w}' * bool(w) for w in plan.rows.what],
-                    subgroup=group,
-                    value=take(ci.value),
-                    ci_low=take(ci.low),
-                    ci_high=take(ci.high),
-                    n=take(ci.n),
-                    n_clusters=take(ci.n_clusters),
-                    note=[str(x) for x in take(ci.note)],
-                )
-            )
-    return pd.concat(parts, ignore_index=True)[
-        [
-            'model',
-            'metric',
-            'arm',
-            'subgroup',
-            'value',
-            'ci_low',
-            'ci_high',
-            'n',
-            'n_clusters',
-            'note',
-            'order',
-            'step',
-            'added',
-        ]
-    ]
+def _rows_of(rows, ci, size, at, names):
+    "Rows of the table for one metric and subgroup: entries `at` of `size` intervals."
+
+    def take(v):
+        return np.broadcast_to(v, size)[at]
+
+    return rows.assign(
+        model=names['model'],
+        metric=[names['metric'] + f'_{w}' * bool(w) for w in rows.what],
+        subgroup=names['subgroup'],
+        value=take(ci.value),
+        ci_low=take(ci.low),
+        ci_high=take(ci.high),
+        n=take(ci.n),
+        n_clusters=take(ci.n_clusters),
+        note=[str(x) for x in take(ci.note)],
+    )
 
 
 def _mean_of(classes, mean, minimum, closed):
-    "The mean over classes, its note naming how many rest on too few rows; blank where all do, or where credentialed numbers could be worked out from it."
+    """The mean over classes, with a note on those that rest on too few rows.
+
+    It is blank where all do, or where credentialed numbers could be worked out from it.
+    """
     n = np.stack([np.broadcast_to(c.n, np.shape(mean.value)) for c in classes])
     used, few = (n > 0).sum(0), ((n > 0) & (n < minimum)).sum(0)
     hide = (few > 0) & (closed | (few == used))
@@ -337,7 +339,11 @@ def _mean_of(classes, mean, minimum, closed):
 
 
 def _still_ends(classes, mean):
-    "Ends of the mean over classes; where no resample differs, the mean of the classes' own exact bounds, since few may stand behind one of them."
+    """Ends of the mean over classes, widened where no resample differs.
+
+    Then they include the mean of the classes' own exact bounds, since few patients may support
+    one of them.
+    """
     shape = np.shape(mean.value)
 
     def at(name):
@@ -359,7 +365,7 @@ def ssa(
     ask,  # (table, known columns) -> predictions; e.g. from `clip_asker` or `vlm_asker`
     samples,  # `Films`, a cohort table, or its `Holding`
     steps,  # columns to add one after another, in the order of main interest
-    wording: str = 'fixed',  # 'fixed': facts are told in the order of `steps`; 'added': in the order in which they were added
+    wording: str = 'fixed',  # facts in the order of `steps` ('fixed') or of adding ('added')
     most_orders: int = 24,  # all orders up to this many, else about this many
     base: str = 'image',  # what is there from the start
     model: str = '',  # name in the table; '' takes the asker's
@@ -367,8 +373,13 @@ def ssa(
     seed: int = 0,  # of the orders drawn and of the resampling
     show: bool = False,  # a bar on stderr
     **how,  # n_boot, level of the resampling
-) -> pd.DataFrame:  # metrics table: sensitivity, specificity, and each with _change, _effect, _first, _last, _order; order, step, added
-    "Sequential sensitivity analysis. `InputError` lists the columns there are where one is missing; it says where one is empty or withheld in every row."
+) -> pd.DataFrame:  # metrics table with order, step, added
+    """Sequential sensitivity analysis.
+
+    Metrics: sensitivity and specificity, each also with _change, _effect, _first, _last and
+    _order. `InputError` where a column is missing (with those there are), or is empty or withheld
+    in every row.
+    """
     held, orders = samples_of(samples), addition_orders(steps, most_orders, seed)
     facts = facts_of(held.table, orders[0])
     if empty := [s for s in orders[0] if not any(s in f for f in facts)]:
@@ -404,7 +415,7 @@ def ssa(
 
 
 def _nothing_in(column, table):
-    "Why a column tells nothing, and what to do."
+    "Explain why a column adds nothing, and what to do."
     if not (table[column] == WITHHELD).any():
         return f'column {column!r} is empty in all {len(table)} rows; nothing would be added'
     return (
@@ -425,7 +436,10 @@ def _ask_all(ask, held, known, show):
 
 
 def _wording_row(ask, said, held, plan, model, minimum, seed, how):
-    "How often the answer with all inputs depends on the order in which they were told; no number where the asker's words do not follow the order."
+    """How often the answer with all inputs depends on the order in which they are given.
+
+    There is no number where the asker's words do not follow the order.
+    """
     full = [k for k in plan.known if len(k) == max(map(len, plan.known))]
     answers = np.nan_to_num(said[[plan.known.index(k) for k in full]], nan=-1)
     ci = suppress(

@@ -21,11 +21,12 @@ from smsbench.clip.processes import (
 )
 
 # %% ../../nbs/41b_clip.steps.ipynb #66bb73ee
+# name -> dtype of matrix products; fp16 needs a `torch.amp.GradScaler`
 PRECISIONS = {
     'fp32': None,
     'bf16': 'bfloat16',
     'fp16': 'float16',
-}  # name -> dtype of matrix products; fp16 needs a `torch.amp.GradScaler`
+}
 
 # %% ../../nbs/41b_clip.steps.ipynb #4d9f27d6
 def autocast(
@@ -61,8 +62,12 @@ def encoder(
     model,  # open_clip model
     tower: str,  # 'image' or 'text'
     precision: str = 'fp32',  # a key of `PRECISIONS`
-):  # f(pixels (b,3,S,S), token ids (b,T) or unit embeddings (b,D)) -> (b,D) float32 unit vectors on the model's device
-    "Encode a chunk with one tower; what is an embedding already passes through."
+):  # f(chunk) -> (b,D) float32 unit vectors on the model's device
+    """Make a function that encodes a chunk with one tower.
+
+    A chunk is pixels (b,3,S,S), token ids (b,T), or unit embeddings (b,D), which are returned as
+    they are.
+    """
     from torch.nn.functional import normalize
 
     device, encode = model.logit_scale.device, getattr(model, f'encode_{tower}')
@@ -81,7 +86,10 @@ def encoder(
 def hold_statistics(
     model,  # in training mode; changed in place
 ) -> int:  # how many layers of batch normalisation there are
-    "Batch normalisation uses the statistics it came with, and keeps them; call it after every `model.train()`."
+    """Make batch normalisation use and keep the statistics it came with.
+
+    Call it after every `model.train()`.
+    """
     norms = [m.eval() for m in _batch_norms(model)]
     return len(norms)
 
@@ -108,9 +116,13 @@ def encode_cached(
     encode,  # f(chunk) -> (b,D) tensor
     items,  # (B,...) tensor: what to encode
     chunks: int,  # in how many parts
-    device='cpu',  # whose random numbers are remembered, beside the CPU's
+    device='cpu',  # where random numbers are restored, besides the CPU
 ):  # ((B,D) embeddings that collect a gradient, function to call once they have it)
-    "Encode without graph now; the function encodes again, chunk by chunk with the same random numbers, and hands the gradient on."
+    """Encode without a graph; the function returned encodes again with gradients.
+
+    It repeats chunk by chunk with the same random numbers and passes on the gradient of the
+    embeddings.
+    """
     import torch
 
     parts, states, out = items.tensor_split(chunks), [], []
@@ -135,9 +147,12 @@ def encode_cached(
 
 # %% ../../nbs/41b_clip.steps.ipynb #56aa72ac
 def batch_positives(
-    batch,  # joint batch: 'groups' (B,) or (B,G) codes; or 'labels' (B,C), 'asked' (B,) and 'answer' (B,); or both; or neither
+    batch,  # joint batch: groups, or labels with asked and answer, or both, or neither
 ):  # (B,B) bool tensor, or None: the diagonal
-    "Which image (row) fits which text (column): as `same_group`, or as `fits_prompt`."
+    """Match images (rows) and texts (columns) by `same_group` or `fits_prompt`.
+
+    Shapes: 'groups' (B,) or (B,G) codes; 'labels' (B,C), 'asked' (B,) and 'answer' (B,).
+    """
     found = [same_group(batch['groups'])] if 'groups' in batch else []
     if 'asked' in batch:
         found.append(fits_prompt(batch['labels'], batch['asked'], batch['answer']))
@@ -161,32 +176,34 @@ def adamw(
 # %% ../../nbs/41b_clip.steps.ipynb #3efd46b8
 @dataclass(frozen=True)
 class Step:
-    "What one step found."
+    "The numbers of one training step."
 
     loss: float  # of the joint batch, before the step
     grad_norm: float  # length of the gradient of all weights of the optimizer, before clipping
     scale: float  # that multiplied the cosines
     pairs: int  # in the joint batch, over all processes
-    skipped: bool  # fp16 only: a gradient overflowed, the weights stayed and the scaler tries a smaller factor
+    skipped: bool  # fp16 only: a gradient overflowed, the weights stayed, the scaler shrinks
 
 # %% ../../nbs/41b_clip.steps.ipynb #9734a954
 def train_step(
-    model,  # open_clip model in training mode, wrapped for distributed training or not; its weights change
-    batch: dict,  # 'pixels' (B,3,S,S) or (B,D) embeddings, 'text' (B,T) token ids or (B,D) embeddings; what `match` reads beside; on any device
+    model,  # open_clip model in training mode, plain or wrapped; its weights change
+    batch: dict,  # 'pixels', 'text' and what `match` reads; on any device
     optimizer,  # torch optimizer over the weights that learn
-    loss='info_nce',  # a key of `LOSSES`, or f(image, text, scale, bias, positives, rows) -> 0-d tensor
-    chunks: int = 1,  # encode in so many parts: more of them need less memory and one more forward pass
+    loss='info_nce',  # a key of `LOSSES`, or a function as below
+    chunks: int = 1,  # encode in so many parts: less memory, one more forward pass
     precision: str = 'fp32',  # a key of `PRECISIONS`
     scaler=None,  # `torch.amp.GradScaler`, kept over the steps: needed for fp16
-    clip_norm: (
-        float | None
-    ) = None,  # longest gradient allowed, over all weights of the optimizer; None: any
-    most_scale: (
-        float | None
-    ) = 100.0,  # bound of the scale; None: none, for a model that was trained beyond it
+    clip_norm: float | None = None,  # longest gradient over the optimizer's weights; None: any
+    most_scale: float | None = 100.0,  # bound of the scale; None: none, if trained beyond it
     match=batch_positives,  # f(joint batch) -> (B,B) positives or None: the diagonal
-) -> Step:  # what it found
-    "One optimisation step on the joint batch of all processes; `InputError` for what cannot be trained, `RunError` for a loss that is no number, weights untouched."
+) -> Step:
+    """Take one optimisation step on the joint batch of all processes.
+
+    'pixels' is (B,3,S,S) or embeddings (B,D), 'text' token ids (B,T) or embeddings (B,D); a loss
+    is called as f(image, text, scale, bias, positives, rows) -> 0-d tensor. `InputError` for
+    settings that cannot be trained; `RunError` for a loss that is not finite, with the weights
+    unchanged.
+    """
     import torch
 
     net = getattr(model, 'module', model)

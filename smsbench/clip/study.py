@@ -74,7 +74,10 @@ def told_columns(
     films: Films,  # who is asked
     columns,  # names of columns that are to be told one after another
 ) -> list:  # the same
-    "Columns that say something; `InputError` for one that is missing, withheld or empty in every row."
+    """Check the columns that are to be told.
+
+    `InputError` for one that is missing, withheld or empty in every row.
+    """
     facts = facts_of(films.table, columns := list(columns))
     for c in columns:
         if any(c in f for f in facts):
@@ -166,11 +169,12 @@ def probe_metrics(
 
 # %% ../../nbs/45_clip.study.ipynb #7a18acac
 class Benchmark(NamedTuple):
-    "What `benchmark` found."
+    """The result of `benchmark`.
 
-    metrics: (
-        pd.DataFrame
-    )  # metrics table: arms zero_shot, linear_probe, knn, trained, and embedding per model
+    Arms of the metrics: zero_shot, linear_probe, knn, trained, and embedding per model.
+    """
+
+    metrics: pd.DataFrame  # metrics table
     before: object  # `Evaluated`, the model as it came
     after: object  # `Evaluated`, the trained one; None where nothing was trained
     trained: object  # `Trained`; None where nothing was trained
@@ -246,77 +250,76 @@ _UNTOLD = (
 def marked_films(
     films: Films,  # of one split
     marks=None,  # from `read_marks`; None takes the boxes of the cohort
-    names=None,  # a reader's word for a finding -> the cohort's; case, blanks and underscores do not matter
+    names=None,  # word of a reader -> finding; case, blanks and underscores are ignored
     limit: int = 0,  # most films; 0: all
     seed: int = 0,  # decides which, where there is a limit
 ) -> Marked:
-    "Which films somebody marked; `InputError` where none is."
+    "Find the films that somebody marked; `InputError` where none is."
     held = film_marks(films) if marks is None else marks
-    finding_names(
-        (), names, films.classes
-    )  # a translation that leads nowhere is told before films are read
+    # a translation that leads nowhere is reported before films are read
+    finding_names((), names, films.classes)
     if marks is not None and not len(held):
         raise InputError('the file of marks holds no mark; check that its rows are filled in')
     at = named_films(held, films.table)
     open_data = films.attrs.get('access') == 'open'
     if not at:
-        raise InputError(
-            'no film of this split is marked; choose another split, or give a file of marks'
-            if marks is None
-            else (
-                f'none of {len(held)} marks is of a film of this split; the first names'
-                f' {held.film.iat[0]!r}'
-                if open_data
-                else _UNTOLD
-            )
-        )
+        raise InputError(_no_film(marks, open_data))
     some, broken = check_films(films.take(at))
     images = list(read_films(some))
     lost = _marks_of(held, films.take(at).table, set(broken.film_id))
     try:
-        read = place_marks(
-            held[~held.film.isin(lost.film)],
-            some.table,
-            [x.shape for x in images],
-            names,
-            films.classes,
-        )
+        usable, shapes = held[~held.film.isin(lost.film)], [x.shape for x in images]
+        read = place_marks(usable, some.table, shapes, names, films.classes)
     except InputError as e:
         raise e if open_data else InputError(_UNTOLD) from None
     place = {f: k for k, f in enumerate(some.table.film_id)}
-    fits = np.array(
-        [
-            f in films.classes and some.targets[f].iat[place[i]] == 1
-            for i, f in zip(read.table.film_id, read.table.finding)
-        ],
-        bool,
-    )
+    fits = _fitting(read.table, some, place)
     left = read.table[~fits].assign(
         film=lambda t: t.film_id, reason='the film does not have that finding, or it is no class'
     )[['film', 'finding', 'reader', 'row', 'reason']]
     if not fits.any():
-        raise InputError(
-            _UNTOLD
-            if not open_data
-            else (
-                "no mark is of a finding that its film has; the classes are"
-                f" {', '.join(films.classes)}, the marks of"
-                f" {', '.join(sorted(set(read.table.finding))[:6])}"
-            )
-        )
-    keep = sorted(set(read.table.film_id[fits]), key=lambda f: content_hash(seed, f))[
-        : limit or None
-    ]
+        raise InputError(_no_finding(films.classes, read.table) if open_data else _UNTOLD)
+    keep = sorted(set(read.table.film_id[fits]), key=lambda f: content_hash(seed, f))
+    keep = keep[: limit or None]
     fits &= read.table.film_id.isin(keep).to_numpy()
     at = [place[f] for f in keep]
-    return Marked(
-        some.take(at),
-        [images[k] for k in at],
-        Readings(
-            read.table[fits].reset_index(drop=True),
-            [m for m, f in zip(read.masks, fits) if f],
-            pd.concat([read.excluded, left, lost], ignore_index=True),
-        ),
+    readings = Readings(
+        read.table[fits].reset_index(drop=True),
+        [m for m, f in zip(read.masks, fits) if f],
+        pd.concat([read.excluded, left, lost], ignore_index=True),
+    )
+    return Marked(some.take(at), [images[k] for k in at], readings)
+
+
+def _no_film(marks, open_data):
+    "The message where no film of the split is marked."
+    if marks is None:
+        return 'no film of this split is marked; choose another split, or give a file of marks'
+    if not open_data:
+        return _UNTOLD
+    return (
+        f'none of {len(marks)} marks is of a film of this split; the first names'
+        f' {marks.film.iat[0]!r}'
+    )
+
+
+def _no_finding(classes, table):
+    "The message where no mark is of a finding of its film."
+    return (
+        "no mark is of a finding that its film has; the classes are"
+        f" {', '.join(classes)}, the marks of"
+        f" {', '.join(sorted(set(table.finding))[:6])}"
+    )
+
+
+def _fitting(table, films, place):
+    "Whether each reading is of a finding that its film has, (rows,) bool."
+    return np.array(
+        [
+            f in films.classes and films.targets[f].iat[place[i]] == 1
+            for i, f in zip(table.film_id, table.finding)
+        ],
+        bool,
     )
 
 
@@ -336,17 +339,19 @@ def _marks_of(marks, table, broken):
 
 # %% ../../nbs/45_clip.study.ipynb #08d86667
 class Explained(NamedTuple):
-    "What `explain_films` found."
+    """The result of `explain_films`.
 
-    metrics: pd.DataFrame  # metrics table: localisation per map, finding and reader; between readers; deletion and insertion
+    `metrics`: localisation per map, finding and reader; agreement between readers; deletion and
+    insertion. `cascade`: similarity of the maps while the weights are shuffled from the top down.
+    """
+
+    metrics: pd.DataFrame  # metrics table
     rows: pd.DataFrame  # localisation per film, reader and map
     curves: pd.DataFrame  # deletion and insertion per film and order
-    iou: (
-        pd.DataFrame
-    )  # IoU of region and map over thresholds, see `smsbench.clip.faithfulness.iou_curves`
+    iou: pd.DataFrame  # IoU over thresholds, from `smsbench.clip.faithfulness.iou_curves`
     marked: Marked  # what was explained
     maps: dict  # (film_id, finding) -> `Explanation`
-    cascade: pd.DataFrame  # metrics table: likeness of the maps while the weights are shuffled from the top down; empty where not asked for
+    cascade: pd.DataFrame  # metrics table, empty where not asked for
 
 # %% ../../nbs/45_clip.study.ipynb #5ea0fabd
 def explain_films(
@@ -361,45 +366,34 @@ def explain_films(
     layer: str = '',  # Grad-CAM: another module of the image tower
     show: bool = False,  # progress bar
 ) -> Explained:
-    "Maps of marked films, where they lie, and whether they hold the answer; `RunError` where no map can be judged."
+    """Map marked films, and measure where the maps lie and whether they hold the answer.
+
+    `RunError` where no map can be judged.
+    """
     prompts = prompts_for(marked.films) if prompts is None else prompts
     about, images, asked = _cases(clip, marked, prompts)
-    how, keys = (
-        dict(method=method, layer=layer, empty='keep'),
-        list(zip(about.film_id, about.finding)),
-    )
+    how = dict(method=method, layer=layer, empty='keep')
     maps = explain_many(clip, images, asked, show=show, **how)
-    held, blind = (
-        dict(zip(keys, maps)),
-        dict(
-            zip(
-                keys,
-                explain_many(shuffled(clip, list(stages(clip))[-1], seed), images, asked, **how),
-            )
-        ),
-    )
+    blind = explain_many(shuffled(clip, list(stages(clip))[-1], seed), images, asked, **how)
+    keys = list(zip(about.film_id, about.finding))
+    held, blind = dict(zip(keys, maps)), dict(zip(keys, blind))
     rows = agreement(marked.readings, held, dict(shuffled=blind), smooth=True)
     full = [i for i in fair_order(about, seed) if not maps[i].empty]
 
     def of(some):
-        return dict(
-            images=[images[i] for i in some],
-            maps=[maps[i] for i in some],
-            text=[asked[i] for i in some],
-            about=about.iloc[some],
-            seed=seed,
-        )
+        parts = dict(images=images, maps=maps, text=asked)
+        picked = {k: [v[i] for i in some] for k, v in parts.items()}
+        return dict(picked, about=about.iloc[some], seed=seed)
 
     curves = perturbation_curves(clip, **of(full[:n_curves]))
     metrics = [
         agreement_metrics(rows, between_readers(marked.readings), clip.name, n_boot),
         faithfulness_metrics(curve_areas(curves), clip.name, ('finding',), n_boot),
     ]
-    fading = (
-        cascade_metrics(cascade(clip, **of(full[:n_cascade]), layer=layer), clip.name, n_boot)
-        if n_cascade
-        else pd.DataFrame()
-    )
+    fading = pd.DataFrame()
+    if n_cascade:
+        steps = cascade(clip, **of(full[:n_cascade]), layer=layer)
+        fading = cascade_metrics(steps, clip.name, n_boot)
     return Explained(
         validate(pd.concat(metrics, ignore_index=True), 'metrics'),
         rows,

@@ -12,16 +12,22 @@ from pathlib import Path
 from ..core import InputError
 
 # %% ../../nbs/39_clip.tiny.ipynb #2fc603a6
-_WORDS = '''a an the of in on at to with without and or no not none is are was be has may there this that shows showing show seen evidence finding findings impression
-chest film x ray radiograph image photo picture view frontal lateral old year woman man female male patient history symptoms age sex years unknown
-lung lungs heart cardiac silhouette size clear normal healthy abnormal enlarged enlargement disease left right upper lower lobe base apex side bilateral acute mild moderate severe
-small large new unchanged pleural effusion fluid air airspace opacity consolidation infiltrate pneumonia edema cardiomegaly atelectasis pneumothorax nodule mass lesion pulmonary coin
-fracture fibrosis emphysema thickening hernia mediastinum costophrenic angles sharp blunted implanted device devices hardware wall support focal cough fever pain dyspnea trauma
-yes negative positive suggesting consistent suggests organ brain abdomen ct mri scan eye orbital'''.split()
+_WORDS = '''
+a an the of in on at to with without and or no not none is are was be has may there this that shows
+showing show seen evidence finding findings impression chest film x ray radiograph image photo
+picture view frontal lateral old year woman man female male patient history symptoms age sex years
+unknown lung lungs heart cardiac silhouette size clear normal healthy abnormal enlarged enlargement
+disease left right upper lower lobe base apex side bilateral acute mild moderate severe small large
+new unchanged pleural effusion fluid air airspace opacity consolidation infiltrate pneumonia edema
+cardiomegaly atelectasis pneumothorax nodule mass lesion pulmonary coin fracture fibrosis emphysema
+thickening hernia mediastinum costophrenic angles sharp blunted implanted device devices hardware
+wall support focal cough fever pain dyspnea trauma yes negative positive suggesting consistent
+suggests organ brain abdomen ct mri scan eye orbital
+'''.split()
 
 
 def tiny_words():  # no arguments
-    "A BERT tokenizer that knows a radiologist's commonest words and spells the rest; the same at every call."
+    "A BERT tokenizer with common words of radiology; others are spelled, every call the same."
     import string
     from transformers import BertTokenizerFast
 
@@ -38,6 +44,7 @@ def _vit(pool, proj='linear'):
     )
 
 
+# open_clip's text transformer over the words above
 _OWN = dict(
     context_length=48,
     hf_tokenizer_name='tiny',
@@ -46,7 +53,7 @@ _OWN = dict(
     layers=2,
     pool_type='eos',
     eos_id=3,
-)  # open_clip's text transformer over the words above
+)
 _BERT = dict(
     context_length=48,
     hf_tokenizer_name='tiny',
@@ -54,6 +61,7 @@ _BERT = dict(
     hf_proj_type='mlp',
     hf_pooler_type='cls_last_hidden_state_pooler',
 )
+# kind -> open_clip configuration without sizes
 TINY_CLIP = {
     'native': dict(
         embed_dim=32,
@@ -73,16 +81,19 @@ TINY_CLIP = {
     'resnet': dict(
         embed_dim=32, vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=64), text_cfg=_OWN
     ),
-}  # kind -> open_clip configuration without sizes
+}
 
 # %% ../../nbs/39_clip.tiny.ipynb #a9cfd496
 def tiny_clip(
     folder,  # where to; made if missing
     kind: str = 'timm-hf',  # a key of `TINY_CLIP`
     seed: int = 0,  # of the weights
-    size: int = 64,  # height and width of the image that the model takes, in pixels; a multiple of 32
+    size: int = 64,  # height and width of the model's input, pixels; a multiple of 32
 ) -> Path:  # the folder
-    "Save a random CLIP checkpoint of `kind` in open_clip's local-dir layout, under half a million weights; `InputError` for another kind or size."
+    """Save a random CLIP checkpoint of `kind` in open_clip's local-dir layout.
+
+    It has fewer than half a million weights. `InputError` for another kind or size.
+    """
     if kind not in TINY_CLIP:
         raise InputError(f"no tiny CLIP of kind {kind!r}; choose from {', '.join(TINY_CLIP)}")
     if size < 32 or size % 32:

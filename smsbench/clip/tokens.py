@@ -79,7 +79,10 @@ def patch_tokens(
     pixels,  # (B,3,S,S) tensor from `to_pixels`
     project: bool = True,  # into the space of the embeddings? else what enters the pooling
 ):  # (B, rows, columns, D) tensor; gradients flow where they are on
-    "One vector per patch; `InputError` for a tower whose patches cannot be projected, or form no grid."
+    """Compute one vector per patch.
+
+    `InputError` for a tower whose patches cannot be projected, or form no grid.
+    """
     rows, columns = grid_of(clip)[:2]
     if getattr(getattr(clip.model.visual, 'head', None), 'pool', None) is not None and project:
         raise InputError(

@@ -46,9 +46,8 @@ def tower_of(
         pool = {'': 'token', 'token': 'token', 'avg': 'average', 'map': 'attention'}.get(
             trunk.global_pool, trunk.global_pool
         )
-        norm = next(
-            (n for n, _ in trunk.blocks[-1].named_children() if 'norm' in n), ''
-        )  # the first of a block is that of its input
+        # the first of a block is that of its input
+        norm = next((n for n, _ in trunk.blocks[-1].named_children() if 'norm' in n), '')
         return Tower(
             v,
             tuple(trunk.blocks),
@@ -148,7 +147,8 @@ def stages(
             r'^(?:trunk\.)?(?:transformer\.)?((?:resblocks|blocks|stages|layer)\.?\d+)', name
         )
         top = re.match(
-            r'proj$|ln_post|attnpool|attn_pool|head\.|trunk\.(norm|fc_norm|head|attn_pool|norm_head)\b',
+            r'proj$|ln_post|attnpool|attn_pool|head\.'
+            r'|trunk\.(norm|fc_norm|head|attn_pool|norm_head)\b',
             name,
         )
         found.setdefault(block[1] if block else 'head' if top else 'embedding', []).append(name)
@@ -165,7 +165,10 @@ def shuffled(
     upto: str = 'embedding',  # the last stage that is shuffled, counted from the top; see `stages`
     seed: int = 0,  # another seed, another shuffle
 ) -> Clip:  # a copy
-    "A model whose image tower lost what it learnt, from the head down to a stage; `InputError` for an unknown stage."
+    """Shuffle the weights of the image tower from the head down to a stage.
+
+    `InputError` for an unknown stage.
+    """
     import torch
 
     order = stages(clip)

@@ -51,41 +51,59 @@ def validate_job(
     job: Job,  # at the end of an epoch, or before the first
     tracker=None,  # callable(dict)
 ) -> dict:  # the history's new row
-    "Watch, keep what is best, decide whether to stop; `InputError` where what should decide cannot be computed."
-    s, model = job.settings, job.clip.model
+    """Validate, keep the best weights, and record an epoch.
 
-    def look():
-        seen, job.found = watch(
-            job.clip,
-            job.val,
-            job.prompts,
-            job.val_groups,
-            s.loss,
-            s.batch_size,
-            bool(s.positives) or s.texts != 'report',
-        )
-        value = seen[s.stop_on]
-        if not math.isfinite(value):
-            raise InputError(
-                f"{s.stop_on} cannot be computed on the {len(job.val)} films of {s.val_split!r}"
-                f" ({'they lack reports' if s.stop_on == 'recall' else 'no class has films with and without it'});"
-                " watch something else (stop_on)"
-            )
-        better = job.best is None or (value - job.best) * WATCHED[s.stop_on] > 0
-        if better:
-            job.best, job.best_epoch, job.waited = value, job.done // job.per_epoch, 0
-            _keep(job, value)
-        else:
-            job.waited += 1
-        return seen
-
+    `InputError` where the number that chooses the weights cannot be computed.
+    """
     if job.ema is None:
-        seen = look()
+        seen = _look(job)
     else:
-        with job.ema.shown(model):
-            seen = look()
+        with job.ema.shown(job.clip.model):
+            seen = _look(job)
+    row = _history_row(job, seen)
+    job.history.append(row)
+    job.sums = {}
+    if tracker:
+        tracker(row)
+    return row
+
+
+def _look(job):
+    "Measure the model on validation films, and keep it if it is the best so far."
+    s = job.settings
+    seen, job.found = watch(
+        job.clip,
+        job.val,
+        job.prompts,
+        job.val_groups,
+        s.loss,
+        s.batch_size,
+        bool(s.positives) or s.texts != 'report',
+    )
+    value = seen[s.stop_on]
+    if not math.isfinite(value):
+        lack = (
+            'they lack reports'
+            if s.stop_on == 'recall'
+            else 'no class has films with and without it'
+        )
+        raise InputError(
+            f"{s.stop_on} cannot be computed on the {len(job.val)} films of {s.val_split!r}"
+            f" ({lack}); watch something else (stop_on)"
+        )
+    better = job.best is None or (value - job.best) * WATCHED[s.stop_on] > 0
+    if better:
+        job.best, job.best_epoch, job.waited = value, job.done // job.per_epoch, 0
+        _keep(job, value)
+    else:
+        job.waited += 1
+    return seen
+
+
+def _history_row(job, seen):
+    "A row of the history: means over the epoch's steps, and the validation numbers."
     n = max(1, job.sums.get('n', 0))
-    row = dict(
+    return dict(
         epoch=job.done // job.per_epoch,
         steps=job.done,
         lr=job.optimizer.param_groups[0]['lr'] if job.sums else math.nan,
@@ -101,11 +119,6 @@ def validate_job(
         **{f'val_{k}': v for k, v in seen.items()},
         best=int(job.waited == 0),
     )
-    job.history.append(row)
-    job.sums = {}
-    if tracker:
-        tracker(row)
-    return row
 
 
 def _keep(job, value):
@@ -154,15 +167,8 @@ def train_epoch(
         if job.ema is not None and not found.skipped:
             job.ema.update(model)
         job.step += 1
-        for k, v in (
-            dict(skipped=1) if found.skipped else dict(n=1, loss=found.loss, norm=found.grad_norm)
-        ).items():
-            job.sums[k] = job.sums.get(k, 0) + v
         now = time.perf_counter()
-        job.sums.update(
-            films=job.sums.get('films', 0) + found.pairs,
-            seconds=job.sums.get('seconds', 0) + now - begin,
-        )
+        _add(job.sums, found, now - begin)
         begin = now
         bar.update(found.pairs)
         bar.set_postfix(loss=f'{found.loss:.3f}', refresh=False)
@@ -174,6 +180,13 @@ def train_epoch(
             f'none of the {lost} steps of this epoch could be taken: gradients overflow in'
             f' {s.precision}; train in bf16 or fp32'
         )
+
+
+def _add(sums, found, seconds):
+    "Add the numbers of one step to the sums over the epoch."
+    more = dict(skipped=1) if found.skipped else dict(n=1, loss=found.loss, norm=found.grad_norm)
+    for k, v in (more | dict(films=found.pairs, seconds=seconds)).items():
+        sums[k] = sums.get(k, 0) + v
 
 # %% ../../nbs/42_clip.train.ipynb #20536fcf
 @dataclass(frozen=True, eq=False)
@@ -198,15 +211,16 @@ class Trained:
 # %% ../../nbs/42_clip.train.ipynb #499b9f4e
 def train(
     films: Films,  # with training and validation splits
-    clip: Clip,  # what to train, loaded in fp32; its weights change: afterwards it holds the last ones
+    clip: Clip,  # model to train, loaded in fp32; it ends with the last weights
     settings: TrainSettings,  # how
-    out,  # run directory; the same one again goes on where it stopped
-    prompts: (
-        dict | None
-    ) = None,  # class -> dict(positive=(...), negative=(...)); None takes the default ones
-    tracker=None,  # callable(dict), told about every epoch; 'tensorboard' or 'wandb' where installed
+    out,  # run directory; an existing one is resumed
+    prompts: dict | None = None,  # class -> dict(positive, negative); None: default ones
+    tracker=None,  # callable(dict) per epoch; 'tensorboard' or 'wandb' if installed
 ) -> Trained:
-    "Train a model. `InputError` where it cannot be done, or where the directory holds a run with other settings; the message names them."
+    """Train a model; `InputError` where that is impossible.
+
+    A directory that holds a run with other settings is refused with a list of them.
+    """
     run = Run(out)
     tell = find_tracker(tracker, run)
     prompts = check_prompts(
@@ -214,20 +228,14 @@ def train(
     )
     started = weights_sha(clip.model)
     good, val, left = usable_films(films, settings, run)
-    begun, fix = (
-        (run / 'config.json').exists(),
-        lambda: _fix(
-            run,
-            run_config(settings, started, good, val, prompts),
-            settings,
-            clip.info,
-            str(clip.device),
-            started,
-            left,
-        ),
-    )
+
+    def fix():
+        config = run_config(settings, started, good, val, prompts)
+        _fix(run, config, settings, clip.info, str(clip.device), started, left)
+
+    begun = (run / 'config.json').exists()
     if begun:
-        fix()  # what holds another run is refused before anything in it changes
+        fix()  # refuses the directory of another run before anything in it changes
     job = prepare(clip, settings, run, good, val, prompts)
     share_weights(clip.model)
     if on := load_job(job):
@@ -235,26 +243,32 @@ def train(
     else:
         validate_job(job, tell)
     if not begun:
-        fix()  # nothing can be refused any more; an attempt that was leaves its directory free for other settings
+        fix()  # only now: a refused attempt leaves its directory free for other settings
     if not on:
         save_job(job)
     _loop(job, tell)
-    freeze(clip.model, 'all')
-    clip.model.eval()
-    clip.info['weights_sha'] = weights_sha(clip.model)
+    return _finished(job, left)
+
+
+def _finished(job, left):
+    "Unfreeze the model, update its hash and return the result."
+    model = job.clip.model
+    freeze(model, 'all')
+    model.eval()
+    job.clip.info['weights_sha'] = weights_sha(model)
     return Trained(
-        run / 'best',
+        job.run / 'best',
         pd.DataFrame(job.history),
         left,
         job.best,
         job.best_epoch,
         job.stopped,
-        run.path,
+        job.run.path,
     )
 
 
 def _fix(run, config, settings, info, device, started, left):
-    "What this directory is for from now on, and what was left out; from the first process."
+    "Fix the settings of the directory and list unreadable films; first process only."
     if world()[0]:
         return
     run.freeze(config, **{k: getattr(settings, k) for k in LOOSE}, clip=info)

@@ -17,12 +17,12 @@ from .scores import zero_shot
 # %% ../../nbs/41e_clip.watch.ipynb #671934e1
 def batch_groups(
     films,  # `Films`
-    share=(
-        'text',
-        'study',
-    ),  # by what two films share a report: 'text', 'study', 'class' (the same answers to everything that was asked)
+    share=('text', 'study'),  # a common 'text', 'study' or 'class' makes films share a report
 ) -> np.ndarray:  # (N, G) int64 codes, -1 where there is nothing to share
-    "Codes of what films share; `InputError` for another word."
+    """Code what films share; `InputError` for another word.
+
+    Films of one 'class' have the same answers to everything that was asked.
+    """
     if odd := set(share) - {'text', 'study', 'class'}:
         raise InputError(f'positives {min(odd)!r}: choose from text, study, class')
     answers = [' '.join(map(str, r)) for r in films.targets.to_numpy()]
@@ -35,18 +35,17 @@ def batch_groups(
 
 # %% ../../nbs/41e_clip.watch.ipynb #44235e8a
 def batch_match(
-    batch: dict,  # of all processes: groups (B, G), labels (B, C), asked and answer (B,) (-1: a report)
+    batch: dict,  # of all processes: groups (B,G), labels (B,C), asked, answer (B,)
 ):  # (B, B) bool tensor, row image, column text
-    "Which film each text of a batch fits."
+    "Match films and texts of a batch; asked is -1 for a report."
     import torch
 
     fits = fits_prompt(batch['labels'], batch['asked'].clamp(min=0), batch['answer'])
     return torch.where((batch['asked'] >= 0)[None, :], fits, same_group(batch['groups']))
 
 # %% ../../nbs/41e_clip.watch.ipynb #648e5bdd
-WATCHED = dict(
-    loss=-1, auroc=1, sensitivity=1, recall=1
-)  # what can be watched -> whether more (1) or less (-1) is better
+# what can be watched -> whether more (1) or less (-1) is better
+WATCHED = dict(loss=-1, auroc=1, sensitivity=1, recall=1)
 
 
 def recall_at(
@@ -82,12 +81,14 @@ def watch(
     prompts: dict,  # of `clip.prompts`, for all classes of the films
     groups: np.ndarray,  # from `batch_groups`
     loss: str = 'info_nce',  # a key of `LOSSES`
-    batch_size: int = 64,  # of the loss; films that fill no batch are left out of it, unless there is no other
+    batch_size: int = 64,  # of the loss; an incomplete batch counts only if it is the only one
     many: bool = True,  # several positives, as `batch_match`; False: the diagonal
-) -> tuple[
-    dict, tuple
-]:  # loss, auroc, sensitivity, recall, 'auroc CLASS'; (found, n) per class. NaN: cannot be computed on these films
-    "What validation films say about a model."
+) -> tuple[dict, tuple]:  # numbers; (found, n) per class
+    """Measure a model on validation films.
+
+    Numbers: loss, auroc, sensitivity, recall, and 'auroc CLASS' per class; NaN where these films
+    do not allow it.
+    """
     films = pairs.films
     image = image_embeddings(clip, (np.asarray(pairs.picture(i)) for i in range(len(films))))
     scores = zero_shot(clip, films, prompts, embeddings=image)
