@@ -69,6 +69,7 @@ _LACKS = {
     'does not answer': 'does not answer',
     'not asked': 'not asked',
     'too few': 'too few patients',
+    'incomplete': 'answers are missing',
 }
 
 
@@ -79,7 +80,7 @@ def chip(
     short: bool = False,  # in a table, where there is little room?
 ) -> Html:
     "A verdict as a label; colour only repeats what the word says."
-    kind = word or ('undecided' if state in ('not asked', 'too few') else 'void')
+    kind = word or ('undecided' if state in ('not asked', 'too few', 'incomplete') else 'void')
     said = (_SHORT if short else _LONG).get(word, word) or _LACKS[state]
     sign = _SIGNS.get(word, '✕' if kind == 'void' else DASH)
     about = f'{modality}: ' if modality else ''

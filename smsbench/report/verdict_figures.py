@@ -25,6 +25,7 @@ _NONE = {
     'does not answer': 'does not answer',
     'not asked': 'not asked',
     'too few': 'too few patients',
+    'incomplete': 'answers are missing',
 }
 
 

@@ -52,7 +52,7 @@ _EXAMPLES = {  # verdict -> movement under another class, the same, excess; what
 
 def example_verdict(
     word='ignores',  # a verdict; None where there is none
-    state: str = 'ok',  # 'ok', 'void', 'does not answer', 'not asked' or 'too few'
+    state: str = 'ok',  # 'ok', 'void', 'does not answer', 'not asked', 'too few', 'incomplete'
     **changes,  # keys of the record that shall hold something else
 ) -> dict:  # one verdict, as it stands in verdicts.json
     "A made-up verdict on one modality, for examples."
@@ -231,7 +231,7 @@ def people(
     if verdict['n_donors']:
         said.append(f"{count(verdict['n_donors'])} donors")
     if verdict['n_effective']:
-        said.append(f"worth {count(verdict['n_effective'])} independent patients")
+        said.append(f"as informative as {count(verdict['n_effective'])} independent patients")
     return ', '.join(said)
 
 # %% ../../nbs/50c_report.words.ipynb #42a7bc43
@@ -337,6 +337,7 @@ def no_verdict(
         'does not answer': 'the model does not answer the question',
         'not asked': f'it was not swapped in this run; ask for it with --arms {modality}_swap',
         'too few': f'only {few} patients could be compared; more patients are needed',
+        'incomplete': f"too many answers are missing: {v.get('note', '')}",
     }
     return f"{subject}: no verdict on the {modality}, because {why[v['state']]}."
 
@@ -371,7 +372,8 @@ def reading_note(
         f"How to read it: the {words['image']} or the {words['text']} was swapped for one of "
         'another patient, the donor. 0 points: no answer changed; 100 points: every answer '
         f'flipped. Less than {d} points, the margin, counts as no change that matters; it was '
-        f'chosen before the run ({reason}).'
+        f'chosen before the run ({reason}). Where several verdicts share one error rate, each '
+        'bound is held to more than 95 % confidence.'
     )
 
 # %% ../../nbs/50c_report.words.ipynb #985d3a9c

@@ -269,8 +269,8 @@ def first_answer(
 
 # %% ../../nbs/34b_sms.registration.ipynb #bf67d0e2
 def _date(time):
-    "2026-07-01 12:00 UTC."
-    return f'{time[:10]} {time[11:16]} UTC'
+    "2026-07-01 12:00:00 UTC."
+    return f'{time[:10]} {time[11:19]} UTC'
 
 
 def _registered_text(record, first):

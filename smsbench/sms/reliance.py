@@ -177,7 +177,7 @@ def decide(
 
 # %% ../../nbs/33ba_sms.reliance.ipynb #5e373f50
 def nothing(
-    state: str,  # why there is no verdict: void, does not answer, not asked, too few
+    state: str,  # void, does not answer, not asked, incomplete or too few
     margin: float,  # smallest movement that matters
     note: str = '',  # the reason in words
     verdict=None,  # None; 'undecided' where there are too few patients

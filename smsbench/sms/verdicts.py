@@ -193,7 +193,7 @@ def _no_record(cells, modality, void, silent, margin, planned):
         return nothing('not asked', margin, f"{lacks} {' and '.join(missing)}")
     lost = _untried(cells, modality)
     if lost:
-        return nothing('incomplete', margin, f'no verdict: {lost}')
+        return nothing('incomplete', margin, lost)
 
 
 MOST_UNTRIED = 0.05  # share of an arm's trials without any answer up to which there is a verdict
