@@ -237,7 +237,7 @@ with processes('cpu', patience=60) as here:
 '''
 
 
-def torchrun(script, *args, processes=2, timeout=240):
+def torchrun(script, *args, processes=2, timeout=1500):
     "Start it as a person would; nothing stays behind."
     with socket.create_server(('127.0.0.1', 0)) as s:
         port = s.getsockname()[1]
@@ -264,7 +264,7 @@ def torchrun(script, *args, processes=2, timeout=240):
         said, _ = p.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(p.pid, signal.SIGTERM)  # torchrun ends its own processes
-        said, _ = p.communicate(timeout=60)
+        said, _ = p.communicate(timeout=600)
         pytest.fail(f'torchrun took longer than {timeout} s: {said[-2000:]}')
     assert p.returncode == 0, said[-4000:]
 

@@ -172,7 +172,7 @@ def test_two_processes_train_as_one(tmp_path, start):
         list(map(str, launch)),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1500,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'},
     )
     assert two.returncode == 0, two.stderr[-2000:]

@@ -17,7 +17,7 @@ def demo(tmp_path_factory):
         [Path(sys.executable).parent / 'smsbench', 'demo', '--out', str(out)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     assert p.returncode == 0, p.stderr
     return out, p.stdout.strip().splitlines(), time.time() - begin

@@ -348,7 +348,7 @@ def test_many_statistics_stay_fast():
     rng = np.random.default_rng(0)
     n, who = 50_000, np.arange(50_000) % 10_000
     stats = [proportion(rng.random(n) < 0.3, rng.random(n) < 0.5, str(k)) for k in range(40)]
-    start = time.perf_counter()
+    start = time.process_time()
     got = together(*stats).bootstrap(who, n_boot=2000)
-    assert len(got) == 40 and time.perf_counter() - start < 30
+    assert len(got) == 40 and time.process_time() - start < 30
     assert auroc([1, 2], [0, 1]) == 1

@@ -28,7 +28,7 @@ def test_covid_notes_through_the_whole_audit(real_data, cli, tmp_path):
         'run',
         '--n-boot',
         '500',
-        timeout=600,
+        timeout=1500,
     )
     assert code == 0, err
     page = (tmp_path / 'run/report.html').read_text()
@@ -47,7 +47,7 @@ def test_published_results_end_to_end(real_data, cli, tmp_path):
         'medeval',
         '--out',
         'published',
-        timeout=600,
+        timeout=1500,
     )
     assert code == 0 and out.strip().endswith('report.html'), err
     faults = json.loads((tmp_path / 'published/faults.json').read_text())

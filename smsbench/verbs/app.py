@@ -73,8 +73,8 @@ DonorsOption = Annotated[
     str,
     typer.Option(
         help=(
-            'Donors per sample: a number, or auto (as many as the verdicts need, within the budget'
-            ' of trials).'
+            'Donors per sample: a number, or auto (as many as the verdicts need: 2 to 4, as long as'
+            ' they add at most 20,000 trials; 2 at least, so that each draw repeats the verdict).'
         )
     ),
 ]
