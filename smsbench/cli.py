@@ -128,8 +128,8 @@ def printable_line(line):
 # %% ../nbs/60_cli.ipynb #acd9eb10
 def _cohort_for(manifest, root, cohort_file, plan_file, remote=False):
     "(cohort or `Built`, its exclusions, plan, measures of its files) from the three ways to name the data; what is not there is None."
-    from smsbench.core import read_table
     from smsbench.sms.shifts import cohort_hash
+    from smsbench.privacy import read_table
 
     if sum(x is not None for x in (manifest, plan_file or cohort_file)) != 1:
         raise InputError('name the data in one way: --manifest with --root, --cohort, or --plan')

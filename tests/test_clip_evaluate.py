@@ -335,7 +335,7 @@ def test_thresholds_of_the_test_patients_are_refused_even_from_a_file(tmp_path):
 @given(st.integers(0, 10**6), st.sampled_from(['multilabel', 'multiclass']))
 def test_what_is_withheld_is_no_difference_of_what_is_shown(seed, kind):
     "Of credentialed data: no average stands beside a withheld part of it, and exclusive classes that are withheld are together no few films."
-    from smsbench.report.external import shareable
+    from smsbench.privacy import shareable
 
     rng = np.random.default_rng(seed)
     n = 90
@@ -558,9 +558,9 @@ def test_external_validation_of_a_trained_checkpoint(trained, tmp_path):
 def test_a_refused_evaluation_costs_nothing_and_blocks_nothing(trained, tmp_path, capsys):
     "What cannot work is refused before the model is asked; the corrected command may use the folder, and calls models by their runs."
     from smsbench.cli import main
-    from smsbench.core import read_table, write_table
     from smsbench.clip.tiny import tiny_clip
     from smsbench.data.phantom import phantom_cohort
+    from smsbench.privacy import read_table, write_table
 
     films, done = trained
     cohort = phantom_cohort(40, seed=78, findings=tuple(films.classes), splits=dict(test=1.0))

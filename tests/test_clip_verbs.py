@@ -9,8 +9,8 @@ from PIL import Image
 
 from smsbench.cli import main
 from smsbench.clip.tiny import tiny_clip
-from smsbench.core import read_table, write_table
 from smsbench.data.phantom import phantom_cohort
+from smsbench.privacy import read_table, write_table
 
 DATA = os.environ.get('SMSBENCH_DATA', '')
 TINY = [

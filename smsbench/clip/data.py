@@ -23,12 +23,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, RunError, array_hash, content_hash, write_table
+from ..core import InputError, RunError, array_hash, content_hash
 from ..data.files import scan_files
 from ..data.film import read_phantom
 from ..data.holding import hold
-from ..data.manifest import shown
 from ..data.readers import FileError, read_image
+from ..privacy import format_count, write_table
 
 
 # %% ../../nbs/40c_clip.data.ipynb #5eb16d68
@@ -73,7 +73,7 @@ class Films:
 
 
 # %% ../../nbs/40c_clip.data.ipynb #d09869db
-WITHHELD = (  # what stands for a rare value in a sealed table (see `smsbench.data.seal`): nothing is known
+WITHHELD = (  # what stands for a rare value in a sealed table (see `smsbench.privacy`): nothing is known
     'withheld'
 )
 _STATES = {
@@ -428,8 +428,8 @@ def check_films(
         write_table(left, out)
     if bad.sum() > max(max_broken * len(films), max_broken > 0):
         raise InputError(
-            f"{shown(int(bad.sum()), films.attrs.get('access', 'open'))} of"
-            f" {shown(len(films), films.attrs.get('access', 'open'))} films cannot be read (most"
+            f"{format_count(int(bad.sum()), films.attrs.get('access', 'open'))} of"
+            f" {format_count(len(films), films.attrs.get('access', 'open'))} films cannot be read (most"
             f" often: {left.reason.mode()[0]}); check the data root, or raise max_broken of"
             " training"
         )

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np, pandas as pd
 
-from ..core import Run, validate, write_json, write_table
+from ..core import Run, validate, write_json
 from ..calibration import brier, ece
 from ..resampling import bootstrap_rows, bounded_ends, by_owner, effective_number, together
 from smsbench.stats import (
@@ -53,6 +53,7 @@ from smsbench.clip.scores import (
     zero_shot,
     zero_shot_scores,
 )
+from ..privacy import write_table
 
 _all_ = [
     'Thresholds',

@@ -22,8 +22,8 @@ import numpy as np, pandas as pd
 
 from ..core import InputError, content_hash, read_json, write_json
 from .seen import keyed_hashes
-from ..data.manifest import shown as count_text
 from .prompts import ClassVectors, class_vectors, prompts_for
+from ..privacy import format_count
 
 
 # %% ../../nbs/40db_clip.scores.ipynb #c8714c35
@@ -225,7 +225,7 @@ class Thresholds:
                 " their pseudonyms were made from other rows of the data; make both cohorts from"
                 " the same rows, or choose thresholds again"
             )
-        n = count_text(
+        n = format_count(
             len(set(keyed_hashes(self.key, set(patients))) & self.patients),
             attrs.get('access', 'open'),
         )

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, content_hash, read_json, write_json
-from ..data.manifest import shown as count_text
+from ..privacy import format_count
 
 
 # %% ../../nbs/40da_clip.seen.ipynb #a2519fb0
@@ -133,7 +133,7 @@ class Overlap:
         n,  # a number of films
     ) -> str:
         "As it may be said."
-        return count_text(int(n), self.access)
+        return format_count(int(n), self.access)
 
     def __str__(self):
         parts = [

@@ -32,8 +32,8 @@ from .data import WITHHELD, check_labels
 from .facts import described, facts_of, in_order, listed
 from ..core import InputError, progress, validate
 from ..data.holding import hold
-from ..data.manifest import shown
 from ..stats import Statistic, proportion, suppress
+from ..privacy import format_count
 
 _all_ = [
     'clip_asker',
@@ -405,7 +405,7 @@ def ssa(
             ignore_index=True,
         )
     known = {
-        s: shown(sum(s in f for f in facts), 'credentialed' if held.closed else 'open')
+        s: format_count(sum(s in f for f in facts), 'credentialed' if held.closed else 'open')
         for s in orders[0]
     }
     out = validate(out, 'metrics')

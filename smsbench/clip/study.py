@@ -26,15 +26,7 @@ from typing import NamedTuple
 
 import numpy as np, pandas as pd
 
-from smsbench.core import (
-    InputError,
-    Run,
-    content_hash,
-    read_table,
-    table_hash,
-    validate,
-    write_table,
-)
+from ..core import InputError, Run, content_hash, table_hash, validate
 from .data import WITHHELD, Films, check_films, films_of, read_films
 from .evaluate import choose_thresholds, classification_metrics, evaluate
 from .explain import explain_many, target
@@ -64,6 +56,7 @@ from .space import space_metrics
 from .towers import shuffled, stages
 from .settings import LOOSE, TrainSettings
 from .train import Trained, train
+from ..privacy import read_table, write_table
 
 
 # %% ../../nbs/45_clip.study.ipynb #2d95d1e8

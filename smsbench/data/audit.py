@@ -36,7 +36,6 @@ from smsbench.data.checks import (
     TOLD,
     UNKNOWN,
     UNSURE,
-    Teller,
     check_classes,
     check_conflicts,
     check_copies,
@@ -54,6 +53,7 @@ from .duplicates import near_duplicates
 from .rows import find_images, read_rows
 from .shortcuts import FILM, shortcut_table
 from .wording import bag_of_words, naming_table
+from ..privacy import Teller
 
 _all_ = ['near_duplicates', 'SEVERITIES']  # what a user of the audit needs beside it
 

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import read_table, write_table
 from .audit import FileAudit, audit, source_rows
 from .cards import Manifest
 from .files import scan_files
 from .manifest import Built, gather_card
-from .seal import SEALED, pseudonym, seal, seal_key, unseal
+from ..privacy import pseudonym, read_table, seal, seal_key, SEALED, unseal, write_table
 
 
 # %% ../../nbs/13a_data.holding.ipynb #86481678

@@ -22,7 +22,7 @@ import csv, json, math
 import numpy as np, pandas as pd
 
 from ..core import InputError, atomic, content_hash, table_hash
-from .manifest import shown
+from ..privacy import format_count
 
 
 # %% ../../nbs/12_data.splits.ipynb #54ab1771
@@ -250,13 +250,15 @@ def _enough(carriers, names, patients, parts, access):
         ', '.join([*parts][:5]) + ', ...' * (len(parts) > 5),
     )
     if patients < K:
-        raise InputError(f'{shown(patients, access)} patients cannot fill the {K} parts {named}')
+        raise InputError(
+            f'{format_count(patients, access)} patients cannot fill the {K} parts {named}'
+        )
     if not len(few):
         return
     c = few[carriers[few].argmin()]
     more = f' (and {len(few) - 1} more such classes)' if len(few) > 1 else ''
     raise InputError(
-        f'{names[c]}: {shown(int(carriers[c]), access)}'
+        f'{names[c]}: {format_count(int(carriers[c]), access)}'
         f' patient{"s carry" if carriers[c] != 1 else " carries"} it, too few for the {K} parts'
         f' {named}{more}; take fewer parts, merge or drop the class, or name fewer columns in `by`'
     )
@@ -284,7 +286,7 @@ def apply_splits(
     part = cohort.patient_id.astype(str).map(splits.to_dict())
     if lost := int(cohort.patient_id[part.isna()].nunique()):
         raise InputError(
-            f"{shown(lost, cohort.attrs.get('access', 'open'))} of the cohort's"
+            f"{format_count(lost, cohort.attrs.get('access', 'open'))} of the cohort's"
             f" {cohort.patient_id.nunique()} patients are not in this split; make one for this"
             " cohort"
         )
@@ -462,8 +464,8 @@ def assert_disjoint(
     pairs = shared.map(' and '.join).value_counts().sort_index()
     example = f', e.g. {str(shared.index[0])[:40]!r}' if access == 'open' else ''
     raise InputError(
-        f"{shown(len(shared), access)} of {len(where)} {what}"
+        f"{format_count(len(shared), access)} of {len(where)} {what}"
         f" {'is' if len(shared) == 1 and access == 'open' else 'are'} in more than one split"
-        f" ({', '.join(f'{p}: {shown(n, access)}' for p, n in pairs.items())}{example}); results on"
+        f" ({', '.join(f'{p}: {format_count(n, access)}' for p, n in pairs.items())}{example}); results on"
         " the test part are not those of new patients; make splits of your own with make_splits"
     )

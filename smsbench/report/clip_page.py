@@ -20,9 +20,9 @@ __all__ = [
 import numpy as np, pandas as pd
 
 from ..core import content_hash
-from ..data.manifest import shown
 from .cam_figures import Panel, cam_panels
 from .style import COLOURS, canvas, looks, rounded, span, styled
+from ..privacy import format_count
 
 # %% ../../nbs/50l_report.clip_page.ipynb #29d2d349
 ARM_WORDS = dict(
@@ -220,7 +220,7 @@ def explained_words(
     films, maps = found.marked.films, list(found.maps.values())
 
     def n(k):
-        return shown(k, films.attrs.get('access', 'open'))
+        return format_count(k, films.attrs.get('access', 'open'))
 
     left, empty = len(found.marked.readings.excluded), sum(m.empty for m in maps)
     return (

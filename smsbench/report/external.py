@@ -23,15 +23,7 @@ from typing import NamedTuple
 
 import numpy as np, pandas as pd
 
-from smsbench.core import (
-    InputError,
-    Run,
-    content_hash,
-    environment,
-    read_json,
-    write_json,
-    write_table,
-)
+from ..core import InputError, Run, content_hash, environment, read_json, write_json
 from smsbench.clip.curves import (
     classification_report,
     confusion_matrix,
@@ -46,7 +38,6 @@ from ..clip.retrieval import retrieve
 from ..clip.scores import Thresholds, choose_thresholds, zero_shot
 from ..clip.seen import overlap, read_seen
 from ..clip.space import coordinates, space_metrics
-from ..data.manifest import shown as count_text
 from smsbench.report.clip_figures import (
     classes_figure,
     confusion_figure,
@@ -57,7 +48,8 @@ from smsbench.report.clip_figures import (
     retrieval_figure,
 )
 from .style import rounded, span
-from .tables import class_table, latex_table, shareable, shareable_curve
+from .tables import class_table, latex_table
+from ..privacy import format_count, shareable, shareable_curve, write_table
 
 
 # %% ../../nbs/50ha_report.external.ipynb #f2b3ce0e
@@ -232,7 +224,7 @@ def readable(
         return good, {}, []
 
     def count(n):
-        return count_text(int(n), access)
+        return format_count(int(n), access)
 
     table = (
         left.groupby(['split', 'reason'])
@@ -354,7 +346,7 @@ def measure(
     scores = zero_shot(clip, tested, prompts, embeddings=x[at])
 
     def count(n):
-        return count_text(int(n), access)
+        return format_count(int(n), access)
 
     if len(at) < len(films):
         notes.append(
@@ -608,7 +600,7 @@ def save_external(
     access = films.attrs.get('access', 'open')
 
     def count(n):
-        return n if count_text(n, access) == str(n) else count_text(n, access)
+        return n if format_count(n, access) == str(n) else format_count(n, access)
 
     write_json(
         dict(

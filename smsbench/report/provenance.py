@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data.manifest import shown
 from .style import DASH
 from .html import Html, html_table, join, markup
 from .sections import column, model_names
 from ..sms.shifts import ARMS
+from ..privacy import format_count
 
 
 # %% ../../nbs/51b_report.provenance.ipynb #4c616082
@@ -85,7 +85,7 @@ def funnel_rows(
             if n is None
             else n
             if isinstance(n, str)
-            else shown(int(n), access)
+            else format_count(int(n), access)
             if n < 1000
             else f'{n:,}'
         )  # a sealed cohort states small counts as words
@@ -104,7 +104,10 @@ def exclusion_rows(
     )
     counts = table.groupby(['arm', 'reason'], sort=False).size()
     return pd.DataFrame(
-        [dict(arm=a, reason=r, samples=shown(int(n), access)) for (a, r), n in counts.items()],
+        [
+            dict(arm=a, reason=r, samples=format_count(int(n), access))
+            for (a, r), n in counts.items()
+        ],
         columns=['arm', 'reason', 'samples'],
     )
 

@@ -24,17 +24,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from smsbench.core import (
-    InputError,
-    RunError,
-    Run,
-    array_hash,
-    content_hash,
-    progress,
-    read_table,
-    validate,
-    write_table,
-)
+from ..core import InputError, RunError, Run, array_hash, content_hash, progress, validate
 from ..data.film import read_phantom
 from ..data.holding import hold
 from ..data.readers import FileError, read_image
@@ -44,6 +34,7 @@ from .probes import shift_text
 from .prompts import Task, render, variant_choices
 from .shifts import ARMS
 from ..vlm.models import Inputs
+from ..privacy import read_table, write_table
 
 # %% ../../nbs/32_sms.audit.ipynb #cad0533e
 READS_TOO = (

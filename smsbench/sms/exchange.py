@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, Run, atomic, content_hash, progress, read_table, write_table
+from ..core import InputError, Run, atomic, content_hash, progress
 from .answers import reading, unread_by_side
 from .asked import check_rules
 from .audit import _answer_row, _error_row, part_path
@@ -22,6 +22,7 @@ from .shifts import ARMS
 from .statements import words
 from .stripping import flat, strip_answer
 from ..vlm.models import Answer
+from ..privacy import read_table, write_table
 
 
 # %% ../../nbs/32a_sms.exchange.ipynb #5fa06602

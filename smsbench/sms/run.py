@@ -30,15 +30,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from smsbench.core import (
-    InputError,
-    Run,
-    environment,
-    read_json,
-    read_table,
-    write_json,
-    write_table,
-)
+from ..core import InputError, Run, environment, read_json, write_json
 from ..data.audit import SEVERITIES, FileAudit
 from smsbench.data.holding import (
     Holding,
@@ -48,7 +40,7 @@ from smsbench.data.holding import (
     scan_holding,
     write_audit,
 )
-from ..data.manifest import Built, shown
+from ..data.manifest import Built
 from .audit import Source, prove_delivery, read_predictions
 from .caveats import gather_caveats
 from .consistency import measure_wordings
@@ -75,6 +67,7 @@ from smsbench.sms.score import (
 )
 from .shifts import ARMS, attainable_lines, cohort_hash, make_plan, select_arms
 from .verdicts import give_verdicts
+from ..privacy import format_count, read_table, write_table
 
 _all_ = [
     'AuditSettings',
@@ -321,8 +314,8 @@ def run_audit(
     plan = freeze_plan(run, cohort, source, settings)
     run.log(
         f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
-        f" {shown(plan.sample_id.nunique(), about['access'])} samples,"
-        f" {shown(plan.patient_id.nunique(), about['access'])} patients, {plan.arm.nunique()} arms"
+        f" {format_count(plan.sample_id.nunique(), about['access'])} samples,"
+        f" {format_count(plan.patient_id.nunique(), about['access'])} patients, {plan.arm.nunique()} arms"
     )
     for line in attainable_lines(plan, settings.margin):
         run.log(line)

@@ -376,8 +376,9 @@ def compare_models(
     from smsbench.clip.compare import compare
     from smsbench.clip.models import load_clip
     from smsbench.clip.scores import zero_shot
-    from smsbench.core import Run, write_table
+    from smsbench.core import Run
     from smsbench.report.external import model_name, own_prompts, own_thresholds, readable
+    from smsbench.privacy import write_table
 
     run, held, names = Run(out), [], []
     tested = readable(
@@ -414,7 +415,7 @@ def compare_models(
 def _shareable_difference(found, films):
     "Differences as they may be shown: beside prevalences, which say of how few films a class is."
     import pandas as pd
-    from smsbench.report.external import shareable
+    from smsbench.privacy import shareable
 
     share = [
         dict(

@@ -180,10 +180,10 @@ def _example(manifest, folder, as_json):
 
 
 def _make_cohort(manifest, root, out, report, splits, as_json, **how):
-    from smsbench.core import write_table
     from smsbench.data.holding import Holding, audit_holding, hold, write_audit
-    from smsbench.data.manifest import build_all, cohort_summary, shown
+    from smsbench.data.manifest import build_all
     from smsbench.data.splits import apply_splits, read_splits
+    from smsbench.privacy import cohort_summary, format_count, write_table
 
     folder = out.with_name(out.stem + '_files')  # what is known about the files, beside the cohort
     built = build_all(manifest, root, store=folder / 'scan', **how)
@@ -208,7 +208,11 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
         )
 
     def safe(n):
-        return n if shown(n, table.attrs['access']) == str(n) else shown(n, table.attrs['access'])
+        return (
+            n
+            if format_count(n, table.attrs['access']) == str(n)
+            else format_count(n, table.attrs['access'])
+        )
 
     say(
         dict(
@@ -228,8 +232,8 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
 
 def _told(table, counts, exclusions, found, out, page):
     "What a person reads about a cohort."
-    from smsbench.data.manifest import shown
     from smsbench.report.funnel import funnel_table
+    from smsbench.privacy import format_count
 
     steps = [
         f'  {r.left:>9}  {r.step}'
@@ -257,8 +261,8 @@ def _told(table, counts, exclusions, found, out, page):
             f'  {quiet} further checks found nothing',
             '',
             (
-                f"{shown(len(table), access)} samples of {shown(table.patient_id.nunique(), access)}"
-                f" patients, {shown(len(exclusions), access)} excluded -> {out}"
+                f"{format_count(len(table), access)} samples of {format_count(table.patient_id.nunique(), access)}"
+                f" patients, {format_count(len(exclusions), access)} excluded -> {out}"
             ),
             *([str(page)] if page else []),
         ]
@@ -295,7 +299,6 @@ def split(
 
     Example:  smsbench split covid.parquet --sizes train=0.6,test=0.4 --by label,view --out covid_splits.csv
     """
-    from smsbench.core import read_table
     from smsbench.data.splits import (
         apply_splits,
         make_folds,
@@ -303,6 +306,7 @@ def split(
         split_table,
         write_splits,
     )
+    from smsbench.privacy import read_table
 
     table, columns = read_table(cohort_file, 'cohort'), split_list(by)
     parts = (
@@ -422,10 +426,10 @@ def plan(
 
     Example, in other words and with an altered report:  smsbench plan covid.parquet --arms original --paraphrases 6 --probes foil --out plan.parquet
     """
-    from smsbench.core import read_table, write_table
     from smsbench.sms.audit import Source
     from smsbench.sms.registration import register, write_registration
     from smsbench.sms.shifts import make_plan
+    from smsbench.privacy import read_table, write_table
 
     settings = audit_settings(
         arms,

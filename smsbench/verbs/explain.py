@@ -137,7 +137,7 @@ def _pairs(text):
 def _explained_text(found, metrics):
     "What a person reads first: all films, findings apart, and whether the map can be believed."
     from smsbench.report.clip_page import cascade_words, explained_words, faithful_words
-    from smsbench.report.external import shareable
+    from smsbench.privacy import shareable
 
     whole = (
         'mass',
@@ -200,8 +200,8 @@ def save_explained(
     run,  # run directory
 ):  # its metrics table as it may be shown
     "metrics.parquet, tables/*.csv, figures/*.png; pictures and names of films, and curves of few patients, only where the cohort is open."
-    from smsbench.core import environment, write_json, write_table
-    from smsbench.report.external import shareable
+    from smsbench.core import environment, write_json
+    from smsbench.privacy import shareable, write_table
 
     access = found.marked.films.attrs.get('access', 'open')
     metrics, cascade = (
@@ -334,10 +334,9 @@ def ssa(
     Example:  smsbench clip ssa --cohort eyes.parquet --model runs/eyes/best --steps age,sex,complaint --out reports/ssa
     """
     from smsbench.clip.ssa import ssa as analyse
-    from smsbench.core import Run, environment, write_json, write_table
-    from smsbench.data.manifest import shown
-    from smsbench.report.external import shareable
+    from smsbench.core import Run, environment, write_json
     from smsbench.report.ssa_figures import ssa_figure, ssa_order_figure, ssa_table
+    from smsbench.privacy import format_count, shareable, write_table
 
     if bool(model) == bool(vlm):
         raise InputError('name one model: --model for CLIP, or --vlm for a vision-language model')
@@ -387,7 +386,7 @@ def ssa(
     plain_cells(table).to_csv(run / 'tables/effects.csv', index=False)
     if len(left):
         notes.append(
-            f"{shown(len(left), access)} picture(s) cannot be read and are left"
+            f"{format_count(len(left), access)} picture(s) cannot be read and are left"
             f" out{'; tables/excluded.csv lists them' if access == 'open' else ''}"
         )
     if len(left) and access == 'open':
@@ -441,9 +440,10 @@ def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
 
 def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
     from smsbench.clip.ssa import readable_samples, vlm_asker
-    from smsbench.core import content_hash, read_table
+    from smsbench.core import content_hash
     from smsbench.data.splits import apply_splits, read_splits
     from smsbench.sms.run import open_model
+    from smsbench.privacy import read_table
 
     table = read_table(cohort, 'cohort')
     attrs = table.attrs
