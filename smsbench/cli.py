@@ -397,10 +397,11 @@ def trials(
     """
     from smsbench.sms.audit import Source
     from smsbench.sms.exchange import export_trials
+    from smsbench.privacy import access_of
 
     table, _, frozen, _ = _cohort_for(None, None, cohort_file, plan_file)
     name = table.attrs.get('manifest', '')
-    if table.attrs.get('access') == 'credentialed' and allow_credentialed != name:
+    if access_of(table, 'the cohort') != 'open' and allow_credentialed != name:
         raise InputError(
             f'{name} is credentialed: add --allow-credentialed {name} to write its texts and'
             f' pictures to {out}'

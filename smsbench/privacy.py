@@ -24,16 +24,22 @@ __all__ = [
     'seal_files',
     'unseal',
     'is_sealed',
+    'was_opened',
     'is_in_clear',
     'write_table',
     'read_table',
     'cohort_summary',
+    'Note',
+    'note_cells',
+    'suppress_few',
+    'without_small',
+    'without_small_verdict',
     'shareable',
     'shareable_curve',
 ]
 
 # %% ../nbs/00b_privacy.ipynb #df66490b
-import hashlib, json
+import hashlib, json, re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -57,14 +63,14 @@ def access_of(
     "The strictest access that the data state; `InputError` where they state none, or none that is known."
     said = _access_words(data)
     if odd := [w for w in said if w not in ACCESS]:
-        found = 'in part' if len(odd) < len(said) else 'anywhere'
+        found = 'of some rows' if len(odd) < len(said) else 'of all rows'
         raise InputError(
-            f'{what} does not say {found} whether its data are open or credentialed'
+            f'{what}: {found} it is not stated whether the data are open or credentialed'
             f' (access is {str(odd[0])[:20]!r}); {HOW_TO_SAY}'
         )
     if not said:
         raise InputError(
-            f'{what} does not say whether its data are open or credentialed (no column access);'
+            f'{what}: it is not stated whether the data are open or credentialed (no column access);'
             f' {HOW_TO_SAY}'
         )
     return OPEN if {*said} == {OPEN} else CREDENTIALED
@@ -339,6 +345,15 @@ def is_sealed(
     return bool(_references(cohort).ne('').any())
 
 
+def was_opened(
+    table: pd.DataFrame,  # any table
+) -> bool:
+    "Does it come from a sealed cohort, all or part of which was opened?"
+    cells = _references(table)
+    mixed = cells.str.startswith(SEALED).any() and not is_sealed(table)
+    return IN_CLEAR in _access_words(table) or bool(mixed)
+
+
 def is_in_clear(
     table: pd.DataFrame,  # any table that states its access
 ) -> bool:
@@ -500,6 +515,92 @@ def _hide(part, access):
     return out
 
 
+# %% ../nbs/00b_privacy.ipynb #5c705268
+@dataclass(frozen=True)
+class Note:
+    "A remark whose counts are kept apart from its words; as text it states them all."
+
+    words: str  # '{}' where a count stands
+    counts: tuple = ()  # whole numbers of films, maps, marks, ...
+
+    def __str__(self):
+        return self.words.format(*self.counts)
+
+    def told(
+        self,
+        access: str,  # 'open' or 'credentialed'
+    ) -> str:
+        "The remark as it may be shown."
+        return self.words.format(*(format_count(n, access) for n in self.counts))
+
+
+def note_cells(
+    *notes,  # `Note`, or text that states no count; '' is left out
+) -> dict:  # note: text; note_counts: JSON of words and counts, '' where no count is stated
+    "The cells of a metrics row that hold its notes."
+    held = [n if isinstance(n, Note) else Note(_literal(str(n))) for n in notes if n]
+    whole = Note('; '.join(n.words for n in held), tuple(int(k) for n in held for k in n.counts))
+    about = json.dumps([whole.words, whole.counts], ensure_ascii=False) if whole.counts else ''
+    return dict(note=str(whole), note_counts=about)
+
+
+def _literal(text):
+    return text.replace('{', '{{').replace('}', '}}')
+
+
+# %% ../nbs/00b_privacy.ipynb #c96c1941
+def suppress_few(
+    metrics: pd.DataFrame,  # rows of a metrics table with n_donors and n_effective
+    access: str,  # 'open' or 'credentialed'
+    minimum: int = SMALL,  # patients below which a number is suppressed
+) -> pd.DataFrame:  # n is 0 where it may not be told
+    "The rows; of credentialed data, those of few patients without numbers."
+    if _is_open(access):
+        return metrics
+    few, out = metrics.n_clusters < minimum, metrics.copy()
+    out.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan
+    out.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
+    told = few | _tells_of_few(metrics, few)
+    out.loc[told, ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0
+    return without_small(out, ['n_donors', 'n_effective'], access, minimum)
+
+
+def _tells_of_few(table, few):
+    "Rows from whose count, taken off that of all samples, a suppressed count would follow."
+    beside = table.groupby(['model', 'arm', 'subgroup']).n_clusters
+    return few.groupby([table.model, table.arm, table.subgroup]).transform('any') & (
+        table.n_clusters < beside.transform('max')
+    )
+
+
+# %% ../nbs/00b_privacy.ipynb #34cd14d3
+def without_small(
+    table: pd.DataFrame,  # any table
+    columns,  # its counts
+    access: str,  # 'open' or 'credentialed'
+    minimum: int = SMALL,  # counts below this are withheld
+) -> pd.DataFrame:
+    "The table, small counts of credentialed data as 0."
+    if _is_open(access):
+        return table
+    return table.assign(**{c: table[c].where(table[c] >= minimum, 0) for c in columns})
+
+
+def without_small_verdict(
+    record: dict,  # verdict of credentialed data, with its `firmness`
+    minimum: int,  # patients that a verdict needs
+) -> dict:
+    "The verdict, and those that say how firm it is, with small counts as 0."
+    counts = ('n', 'n_patients', 'n_donors', 'n_effective')
+
+    def hide(r):
+        few = 0 < r['n_patients'] < minimum
+        return r | {c: 0 for c in counts if c in r and (few or r[c] < minimum)}
+
+    firm = {k: [hide(r) for r in rows] for k, rows in record['firmness'].items()}
+    return hide(record) | dict(firmness=firm)
+
+
 # %% ../nbs/00b_privacy.ipynb #c99dbab0
 def shareable(
     metrics: pd.DataFrame,  # metrics table
@@ -508,7 +609,7 @@ def shareable(
 ) -> pd.DataFrame:  # the table; credentialed numbers of few patients emptied
     "What may be shown of a metrics table: nothing of few patients or films, and no average of which a part is withheld."
     if _is_open(access):
-        return metrics
+        return metrics.drop(columns='note_counts') if 'note_counts' in metrics else metrics
     few = (metrics.n_clusters < minimum).to_numpy() | _few_films(metrics, minimum)
     counts = (
         few
@@ -530,6 +631,7 @@ def shareable(
             'n_clusters',
             'n_effective',
             'note',
+            'note_counts',
         )
     ]
     key, whole = (
@@ -539,14 +641,7 @@ def shareable(
     lost = {k for k, hit in zip(key, counts & ~whole) if hit}
     average = np.array([w and k in lost for w, k in zip(whole, key)], bool) & ~few
 
-    def hide(m):
-        return f'<{minimum}' if 0 < int(m[0]) < minimum else m[0]
-
-    out = metrics.assign(
-        note=metrics.note.str.replace(
-            r'(?<![\d.<])\d+(?= (?:of \d+ )?(?:films|rows|maps|marks|patients)\b)', hide, regex=True
-        )
-    )
+    out = metrics.assign(note=_told_notes(metrics)).drop(columns='note_counts', errors='ignore')
     out.loc[few | average, ['value', 'ci_low', 'ci_high']] = np.nan
     out.loc[few | average, ['n', 'n_clusters']] = 0
     if 'n_effective' in out:
@@ -576,6 +671,25 @@ def _few_films(metrics, minimum):
             hidden = hidden | (there == there[~hidden].min())
         few |= {(model, arm, c) for c in g.subgroup[hidden]}
     return np.array([k in few for k in zip(metrics.model, metrics.arm, metrics.subgroup)], bool)
+
+
+_ALONE = re.compile(r'(?<![\w.<])\d+(?![\w.]*\d)')  # a whole number, whatever stands around it
+
+
+def _told_notes(metrics):
+    "Notes with their small counts hidden; of one that does not bring its counts, every small number."
+    unknown = pd.Series(None, metrics.index, dtype=object)
+    counted = metrics.get('note_counts', unknown)
+
+    def hide(m):
+        return format_count(int(m[0]), CREDENTIALED)
+
+    def told(note, counts):
+        if not isinstance(counts, str):
+            return _ALONE.sub(hide, note)
+        return Note(*json.loads(counts)).told(CREDENTIALED) if counts else note
+
+    return [told(n, c) for n, c in zip(metrics.note, counted)]
 
 
 # %% ../nbs/00b_privacy.ipynb #856e9d26

@@ -28,7 +28,7 @@ from ..data.files import scan_files
 from ..data.film import read_phantom
 from ..data.holding import hold
 from ..data.readers import FileError, read_image
-from ..privacy import format_count, write_table
+from ..privacy import access_of, format_count, write_table
 
 
 # %% ../../nbs/40c_clip.data.ipynb #5eb16d68
@@ -142,7 +142,7 @@ def check_labels(
         odd = rows[(rows.finding == finding) & ~rows.label.astype(str).isin(choices)]
         whose = (
             ''
-            if rows.attrs.get('access') == 'credentialed' or not len(odd)
+            if access_of(rows, 'the cohort') != 'open' or not len(odd)
             else f', e.g. {odd.sample_id.iat[0]},'
         )
         if len(odd):
@@ -252,6 +252,7 @@ def films_of(
         raise InputError(f'{many} picture(s) have more than one class; mend the labels')
     attrs = {
         **held.cohort.attrs,
+        'access': access_of(held.cohort, 'the cohort'),
         'root': str(root or held.cohort.attrs.get('root', '.')),
         'tasks': tasks,
         'dropped': len(bad),
@@ -385,7 +386,7 @@ def _read(films, i):
             )
         return image
     except (FileError, RunError) as e:
-        if films.attrs.get('access') != 'credentialed':
+        if access_of(films, 'the films') == 'open':
             raise
         what = getattr(e, 'reason', 'there is not enough memory')
         raise FileError(
@@ -403,7 +404,7 @@ def check_films(
     "Decode every film once. `InputError` where too many are broken; written names are film ids only."
     key = (
         content_hash(films.attrs.get('manifest', ''), films.attrs.get('root', ''))
-        if films.attrs.get('access') == 'credentialed'
+        if access_of(films, 'the films') != 'open'
         else ''
     )
     found = (
@@ -428,8 +429,8 @@ def check_films(
         write_table(left, out)
     if bad.sum() > max(max_broken * len(films), max_broken > 0):
         raise InputError(
-            f"{format_count(int(bad.sum()), films.attrs.get('access', 'open'))} of"
-            f" {format_count(len(films), films.attrs.get('access', 'open'))} films cannot be read (most"
+            f"{format_count(int(bad.sum()), access_of(films, 'the films'))} of"
+            f" {format_count(len(films), access_of(films, 'the films'))} films cannot be read (most"
             f" often: {left.reason.mode()[0]}); check the data root, or raise max_broken of"
             " training"
         )

@@ -53,7 +53,7 @@ from smsbench.clip.scores import (
     zero_shot,
     zero_shot_scores,
 )
-from ..privacy import write_table
+from ..privacy import Note, note_cells, write_table
 
 _all_ = [
     'Thresholds',
@@ -202,36 +202,32 @@ def class_influence(
 
 
 # %% ../../nbs/43_clip.evaluate.ipynb #9dcca13e
+_LEFT_OUT = '{} films not asked about every class are left out'
+
+
 def film_values(
     c: Cells,  # scores and truth
     said=None,  # (N, C) predictions; NaN columns are left out
-) -> dict:  # metric -> (values (N,), rows that count (N,), note)
+) -> dict:  # metric -> (values (N,), rows that count (N,), notes)
     "Numbers per film: their mean is the metric."
     if c.kind == 'multiclass':
         asked, own = c.one >= 0, c.scores[np.arange(len(c.scores)), c.one]
         rank = (c.scores >= own[:, None]).sum(1)  # ties count against the model
-        out = dict(accuracy=(c.scores.argmax(1) == c.one, asked, ''))
-        return out | (dict(accuracy_top5=(rank <= 5, asked, '')) if len(c.classes) >= 5 else {})
+        out = dict(accuracy=(c.scores.argmax(1) == c.one, asked, ()))
+        return out | (dict(accuracy_top5=(rank <= 5, asked, ())) if len(c.classes) >= 5 else {})
     whole = c.known.all(1)
     y = np.nan_to_num(c.truth) == 1
     lrap, cover = _ranking(c.scores, y)
     flat = int((whole & (y.all(1) | ~y.any(1))).sum())
-    left = (
-        f'{int((~whole).sum())} films not asked about every class are left out'
-        if not whole.all()
-        else ''
-    )
-
-    def join(*n):
-        return '; '.join(x for x in n if x)
+    left = Note(_LEFT_OUT, (int((~whole).sum()),)) if not whole.all() else ''
 
     out = dict(
         lrap=(
             lrap,
             whole,
-            join(left, f'{flat} films with no finding, or all, count as 1' if flat else ''),
+            (left, Note('{} films with no finding, or all, count as 1', (flat,)) if flat else ''),
         ),
-        coverage_error=(cover, whole, left),
+        coverage_error=(cover, whole, (left,)),
     )
     if said is None or np.isnan(said).all():
         return out
@@ -242,10 +238,8 @@ def film_values(
             exact_match=(
                 (said[:, used] == y[:, used]).all(1),
                 rows,
-                join(
-                    f'{int((~rows).sum())} films not asked about every class are left out'
-                    if not rows.all()
-                    else '',
+                (
+                    Note(_LEFT_OUT, (int((~rows).sum()),)) if not rows.all() else '',
                     ''
                     if used.all()
                     else f'{int((~used).sum())} classes without a threshold are left out',
@@ -395,7 +389,7 @@ def classification_metrics(
             n=i.n,
             n_clusters=i.n_clusters,
             n_effective=i.n_effective,
-            note='; '.join(x for x in (i.note, note) if x),
+            **note_cells(i.note, *(note if isinstance(note, tuple) else (note,))),
         )
         for m, g, i, note in ((m, g, suppress(i, minimum=minimum), note) for m, g, i, note in found)
     ]
@@ -438,7 +432,7 @@ def _class_intervals(c, said, how):
                 m,
                 f'class={name}',
                 replace(per[i], n=int(n[i]), n_clusters=patients[i]),
-                f'{left[i]} films not asked' if left[i] else '',
+                Note('{} films not asked', (int(left[i]),)) if left[i] else '',
             )
         there = sum(np.isfinite(p.value) for p in per)
         yield (

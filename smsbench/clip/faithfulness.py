@@ -31,6 +31,7 @@ from ..core import InputError, RunError, validate
 from .explain import Explanation, explain_many, target
 from .models import Clip, asking, grid_of, to_pixels
 from .towers import shuffled, stages
+from ..privacy import Note, note_cells
 from ..stats import mean
 from ..vlm.map_stats import centre_prior, iou_curve, mass_inside, pixel_auroc, pointing
 
@@ -202,7 +203,7 @@ def localisation_metrics(
 ) -> pd.DataFrame:  # metrics table: metric (number, or number_over_rival), arm (map), subgroup, value, ends, n, n_clusters, note
     "Localisation with intervals over patients."
     excluded = rows.attrs.get('excluded', ())
-    note = f'{len(excluded)} films excluded' if len(excluded) else ''
+    note = Note('{} films excluded', (len(excluded),)) if len(excluded) else ''
     if gone := [c for c in by if c not in rows]:
         raise InputError(f'the rows have no column {gone[0]!r}')
     parts = [('all', rows)] + [(f'{c}={v}', g) for c in by for v, g in rows.groupby(c, sort=True)]
@@ -257,7 +258,7 @@ def metric_line(
     patients,  # (n,) clusters
     bounds=(-np.inf, np.inf),  # range of the numbers
     n_boot: int = 2000,  # resamples
-    note: str = '',  # "
+    note='',  # text, or `Note` where it states counts
     exact: bool = False,  # the number follows from how it is defined: no interval
 ) -> dict:  # a line of the metrics table
     "The mean of some numbers with its interval."
@@ -282,7 +283,7 @@ def metric_line(
         arm=arm,
         subgroup=subgroup,
         **numbers,
-        note='; '.join(x for x in (note, said) if x),
+        **note_cells(note, said),
     )
 
 
@@ -578,7 +579,8 @@ def cascade_metrics(
     "Likeness per stage, with intervals over patients."
     lines = []
     for stage, g in rows.groupby('stage', sort=False):
-        note = f"{int(g['empty'].sum())} of {len(g)} maps empty" if g['empty'].any() else ''
+        empty = (int(g['empty'].sum()), len(g))
+        note = Note('{} of {} maps empty', empty) if empty[0] else ''
         lines += [
             metric_line(
                 model,

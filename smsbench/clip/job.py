@@ -36,6 +36,7 @@ from smsbench.clip.sampling import (
 from .settings import LOOSE, TrainSettings
 from .steps import adamw, require_whole_batches
 from .watch import batch_groups
+from ..privacy import access_of
 
 
 # %% ../../nbs/41g_clip.job.ipynb #89bf1343
@@ -107,7 +108,7 @@ def usable_films(
     good, left = check_films(
         both,
         max_broken=settings.max_broken,
-        store=None if films.attrs.get('access') == 'credentialed' else run / 'scan',
+        store=None if access_of(films, 'the films') != 'open' else run / 'scan',
     )
     train, val = good.of(settings.train_split), good.of(settings.val_split)
     if len(train) < settings.batch_size:

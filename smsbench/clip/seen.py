@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, content_hash, read_json, write_json
-from ..privacy import format_count
+from ..privacy import access_of, format_count
 
 
 # %% ../../nbs/40da_clip.seen.ipynb #a2519fb0
@@ -121,7 +121,7 @@ class Overlap:
     )
     without_hash: int  # of these films, those without a hash of their picture
     seen_without_hash: int  # the same, of the films of training
-    access: str = 'open'  # 'open' or 'credentialed': whether small counts may be said
+    access: str  # 'open' or 'credentialed': whether small counts may be said
 
     @property
     def seen(self) -> np.ndarray:
@@ -182,5 +182,5 @@ def overlap(
         same('pseudonyms'),
         int(np.sum(pictures == '')),
         int(seen.get('without_hash', 0)),
-        films.attrs.get('access', 'open'),
+        access_of(films, 'the films'),
     )

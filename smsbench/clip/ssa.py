@@ -22,7 +22,7 @@ __all__ = [
 
 # %% ../../nbs/43d_clip.ssa.ipynb #8de13446
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 
 import numpy as np, pandas as pd
@@ -33,7 +33,7 @@ from .facts import described, facts_of, in_order, listed
 from ..core import InputError, progress, validate
 from ..data.holding import hold
 from ..stats import Statistic, proportion, suppress
-from ..privacy import format_count
+from ..privacy import access_of, format_count
 
 _all_ = [
     'clip_asker',
@@ -136,9 +136,9 @@ class Samples:
     finding: np.ndarray | None = (
         None  # (n,) the class that a row asks about, where its answer is yes or no
     )
-    closed: bool = (
-        False  # credentialed: no number may be told that a few rows could be worked out from
-    )
+    closed: bool = field(
+        kw_only=True
+    )  # credentialed: no number may be told that a few rows could be worked out from
 
     def place(
         self,
@@ -186,12 +186,12 @@ def samples_of(
             samples.table,
             samples.targets.to_numpy(float),
             list(map(str, samples.classes)),
-            closed=samples.attrs.get('access') == 'credentialed',
+            closed=access_of(samples, 'the films') != 'open',
         )
     if isinstance(samples, Samples):
         return samples
     rows = hold(samples).opened.reset_index(drop=True)
-    closed = rows.attrs.get('access') == 'credentialed'
+    closed = access_of(rows, 'the cohort') != 'open'
     tasks = rows.attrs.get('tasks') or {
         f: dict(choices=sorted(set(g))) for f, g in rows.label.groupby(rows.finding)
     }
@@ -208,7 +208,7 @@ def samples_of(
             ),
             asked,
             finding,
-            closed,
+            closed=closed,
         )
     if len(asked) > 1:
         raise InputError(
@@ -302,6 +302,7 @@ def ssa_metrics(
                     n=take(ci.n),
                     n_clusters=take(ci.n_clusters),
                     note=[str(x) for x in take(ci.note)],
+                    note_counts='',
                 )
             )
     return pd.concat(parts, ignore_index=True)[
@@ -316,6 +317,7 @@ def ssa_metrics(
             'n',
             'n_clusters',
             'note',
+            'note_counts',
             'order',
             'step',
             'added',
@@ -476,6 +478,7 @@ def _wording_row(ask, said, held, plan, model, minimum, seed, how):
                 n=ci.n,
                 n_clusters=ci.n_clusters,
                 note=note,
+                note_counts='',
                 order=-1,
                 step=-1,
                 added='',

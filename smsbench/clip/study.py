@@ -56,7 +56,7 @@ from .space import space_metrics
 from .towers import shuffled, stages
 from .settings import LOOSE, TrainSettings
 from .train import Trained, train
-from ..privacy import read_table, write_table
+from ..privacy import access_of, read_table, write_table
 
 
 # %% ../../nbs/45_clip.study.ipynb #2d95d1e8
@@ -275,7 +275,7 @@ def marked_films(
     if marks is not None and not len(held):
         raise InputError('the file of marks holds no mark; check that its rows are filled in')
     at = named_films(held, films.table)
-    open_data = films.attrs.get('access') == 'open'
+    open_data = access_of(films, 'the films') == 'open'
     if not at:
         raise InputError(
             'no film of this split is marked; choose another split, or give a file of marks'

@@ -11,11 +11,23 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..core import InputError
 from .audit import FileAudit, audit, source_rows
 from .cards import Manifest
 from .files import scan_files
 from .manifest import Built, gather_card
-from ..privacy import pseudonym, read_table, seal, seal_key, SEALED, unseal, write_table
+from smsbench.privacy import (
+    access_of,
+    is_sealed,
+    pseudonym,
+    read_table,
+    seal,
+    seal_key,
+    SEALED,
+    unseal,
+    was_opened,
+    write_table,
+)
 
 
 # %% ../../nbs/13a_data.holding.ipynb #86481678
@@ -33,14 +45,24 @@ def hold(
     cohort,  # cohort table, sealed or not; `Built`; or a `Holding`, which comes back as it is
     root='',  # folder below which the files lie; '' takes the cohort's own
 ) -> Holding:
-    "Open what is sealed, seal what is not and must be. `InputError` where the files are not those of the cohort."
+    "Open what is sealed, seal what is not and must be. `InputError` where the files are not those of the cohort, and for one that is open already."
     if isinstance(cohort, Holding):
         return cohort
     if isinstance(cohort, Built):
         return Holding(cohort.cohort, cohort.opened, cohort.key)
-    if cohort.attrs.get('access') != 'credentialed':
+    if access_of(cohort, 'the cohort') == 'open':
         return Holding(cohort, cohort)
-    if cohort.attrs.get('sealed'):
+    if was_opened(cohort):
+        raise InputError(
+            'this is an opened cohort of credentialed data, or has rows of one; give the sealed'
+            ' cohort that smsbench cohort made, which is opened here'
+        )
+    if is_sealed(cohort):
+        if 'card' not in cohort.attrs:
+            raise InputError(
+                'the cohort has lost its metadata, as after a merge, and cannot be opened without'
+                ' them; put them back (merged.attrs = cohort.attrs)'
+            )
         card, about = Manifest(**cohort.attrs['card']), cohort.attrs
         opened, _, _, _, key = gather_card(
             card, root or about['root'], check_images=False, limit=about.get('limit')

@@ -39,6 +39,7 @@ from .rules import LABEL_FAULTS, apply_rule
 from .sources import IMAGE_REASONS
 from smsbench.privacy import (
     format_count,
+    IN_CLEAR,
     seal,
     seal_exclusions,
     seal_files,
@@ -302,7 +303,7 @@ def gather_card(
             'a box is broken or leaves its image',
         )
     exclusions = _exclusions(m, rows, base, every, broken)
-    cohort = _cohort(m, rows, every)
+    cohort = _cohort(m, rows, every).assign(access='open' if m.access == 'open' else IN_CLEAR)
     _refuse(m, cohort, exclusions, every)
     about = _about(m, set(cohort.finding)) | dict(
         root=os.path.realpath(root),

@@ -39,6 +39,7 @@ from smsbench.data.film import (
     read_phantom,
     uniform,
 )
+from ..privacy import with_access
 
 _all_ = [
     'FINDINGS',
@@ -325,7 +326,7 @@ def phantom_cohort(
             label_from,
             *_truth(f, findings, agreement, prevalence, others),
         )
-    df = pd.DataFrame(rows)
+    df = with_access(pd.DataFrame(rows), 'open')
     df.attrs = dict(
         manifest='phantom',
         title='Synthetic chest films with known truth',

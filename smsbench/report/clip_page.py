@@ -22,7 +22,7 @@ import numpy as np, pandas as pd
 from ..core import content_hash
 from .cam_figures import Panel, cam_panels
 from .style import COLOURS, canvas, looks, rounded, span, styled
-from ..privacy import format_count
+from ..privacy import access_of, format_count
 
 # %% ../../nbs/50l_report.clip_page.ipynb #29d2d349
 ARM_WORDS = dict(
@@ -165,7 +165,7 @@ def explained_panels(
         )
         for f, c in keys[:most]
     ]
-    return cam_panels(panels, films.attrs.get('access', 'open'))
+    return cam_panels(panels, access_of(films, 'the films'))
 
 
 def _iou_note(rows, film, finding):
@@ -220,7 +220,7 @@ def explained_words(
     films, maps = found.marked.films, list(found.maps.values())
 
     def n(k):
-        return format_count(k, films.attrs.get('access', 'open'))
+        return format_count(k, access_of(films, 'the films'))
 
     left, empty = len(found.marked.readings.excluded), sum(m.empty for m in maps)
     return (

@@ -24,6 +24,7 @@ from ..core import InputError
 from ..data.audit import SEVERITIES
 from ..data.film import read_phantom
 from ..data.readers import read_image
+from ..privacy import access_of
 from .style import COLOURS, DASH, canvas, literal, percent, rounded, span, styled
 
 # %% ../../nbs/50e_report.data_figures.ipynb #f7df65ff
@@ -330,7 +331,7 @@ def choose_pairs(
     most: int = 4,  # pairs at most
 ) -> pd.DataFrame:  # ref_a, ref_b, distance, split_a, split_b, patient_a, patient_b
     "Pairs across splits first, then across patients, then the rest. `InputError` for credentialed data."
-    if cohort.attrs.get('access') != 'open':
+    if access_of(cohort, 'the cohort') != 'open':
         raise InputError('pictures of credentialed data are not shown')
     pairs, about = (
         audited.tables.get('duplicates', pd.DataFrame(columns=['ref_a', 'ref_b', 'distance'])),

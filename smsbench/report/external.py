@@ -49,7 +49,7 @@ from smsbench.report.clip_figures import (
 )
 from .style import rounded, span
 from .tables import class_table, latex_table
-from ..privacy import format_count, shareable, shareable_curve, write_table
+from ..privacy import access_of, format_count, shareable, shareable_curve, write_table
 
 
 # %% ../../nbs/50ha_report.external.ipynb #f2b3ce0e
@@ -218,7 +218,7 @@ def readable(
     "Films that can be decoded; `InputError` where too many cannot."
     from smsbench.clip.data import check_films
 
-    access = films.attrs.get('access', 'open')
+    access = access_of(films, 'the films')
     good, left = check_films(films, store=None if access == 'credentialed' else run / 'scan')
     if not len(left):
         return good, {}, []
@@ -342,7 +342,7 @@ def measure(
             f"no film is in {', '.join(splits)}; the splits are"
             f" {', '.join(sorted(set(table.split)))}"
         )
-    tested, access = films.take(at), films.attrs.get('access', 'open')
+    tested, access = films.take(at), access_of(films, 'the films')
     scores = zero_shot(clip, tested, prompts, embeddings=x[at])
 
     def count(n):
@@ -597,7 +597,7 @@ def save_external(
         )
     for name, f in found.figures.items():
         (run / f'figures/{name}.png').write_bytes(f.png())
-    access = films.attrs.get('access', 'open')
+    access = access_of(films, 'the films')
 
     def count(n):
         return n if format_count(n, access) == str(n) else format_count(n, access)

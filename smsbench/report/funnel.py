@@ -9,7 +9,7 @@ __all__ = ['WHY', 'funnel_table', 'draw_funnel']
 import pandas as pd
 
 from .style import COLOURS, DASH, canvas, literal, styled
-from ..privacy import format_count
+from ..privacy import access_of, format_count
 
 # %% ../../nbs/50f_report.funnel.ipynb #38ad78bb
 WHY = {
@@ -82,7 +82,7 @@ def funnel_table(
     steps = steps.assign(why=steps.why.mask(steps.why == '', steps.step.map(WHY).fillna('')))
     if cohort.attrs.get('sealed'):
         return steps.assign(**{c: [_number(n, '≈') for n in steps[c]] for c in ('removed', 'left')})
-    hidden = _hidden(steps.removed.astype(int), _worth(steps), cohort.attrs.get('access', 'open'))
+    hidden = _hidden(steps.removed.astype(int), _worth(steps), access_of(cohort, 'the cohort'))
     visible = hidden == ''
     safe = visible.cummin() | visible[::-1].cummin()[::-1].shift(-1, fill_value=True).astype(
         bool

@@ -110,13 +110,13 @@ class Asking:
         self,
         rows: dict,  # sample_id -> opened row of the cohort
         tasks: dict,  # finding -> {question, choices, ...}
-        paraphrases=0,  # see the table above
-        access: str = 'open',  # of the cohort: words of credentialed rows are not written down
+        paraphrases,  # see the table above; 0 for none
+        access: str,  # of the cohort: words of credentialed rows are not written down
     ):
         self.rows, self.tasks, self.closed, self.excluded, self.ids = (
             rows,
             tasks,
-            access == 'credentialed',
+            access != 'open',
             [],
             [],
         )

@@ -61,6 +61,11 @@ class Source:
             bool(held.key),
             remote,
         )
+        if 'tasks' not in opened.attrs:
+            raise InputError(
+                'the cohort has lost its metadata (tasks), as after a merge; put them back'
+                ' (merged.attrs = cohort.attrs)'
+            )
         self.tasks = {f: Task(**t) for f, t in opened.attrs['tasks'].items()}
         self.known = (
             dict(zip(opened.image, opened.image_sha)) if 'image_sha' in opened else {}

@@ -67,7 +67,7 @@ from smsbench.sms.score import (
 )
 from .shifts import ARMS, attainable_lines, cohort_hash, make_plan, select_arms
 from .verdicts import give_verdicts
-from ..privacy import format_count, read_table, write_table
+from ..privacy import access_of, format_count, is_sealed, read_table, write_table
 
 _all_ = [
     'AuditSettings',
@@ -251,7 +251,7 @@ def _about(cohort):
             'title',
             'label_source',
         )
-    }
+    } | dict(access=access_of(cohort, 'the cohort'))
 
 
 def run_audit(
@@ -343,7 +343,7 @@ def _write_environment(run, plan, about, device=''):
 
 def _keep_cohort(run, cohort, exclusions):
     "The cohort stays in the run directory for examples in the report."
-    if cohort.attrs.get('access') == 'credentialed' and not cohort.attrs.get('sealed'):
+    if access_of(cohort, 'the cohort') != 'open' and not is_sealed(cohort):
         raise InputError(
             'this cohort of credentialed data is not sealed; make it with `smsbench cohort`'
         )
@@ -375,7 +375,7 @@ class Results:
     @property
     def open(self):
         "May pixels, texts and small cells be shown?"
-        return self.config['cohort'].get('access') == 'open'
+        return access_of(self.config['cohort'], 'config.json') == 'open'
 
 
 # %% ../../nbs/35_sms.run.ipynb #993c63d3

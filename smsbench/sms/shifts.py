@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 
 from ..core import InputError, content_hash, table_hash, validate
+from ..privacy import access_of, is_sealed, SMALL, with_access, without_small
 from .asked import Asking
 from .pictures import region_elsewhere, thumbnail
 from .probes import TEXT_OPS, shift_text
@@ -493,6 +494,7 @@ def make_plan(
     if missing := [m for m in match if m not in cohort]:
         raise InputError(f"cannot match on {', '.join(missing)}: the cohort has no such column")
     chosen, attrs, whole = select_arms(arms, probes), cohort.attrs, cohort_hash(cohort)
+    access, sealed = access_of(cohort, 'the cohort'), is_sealed(cohort)
     variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
     for t in attrs['tasks'].values():
         [variant_choices(Task(**t), v) for v in variants]
@@ -500,7 +502,7 @@ def make_plan(
     rows = {
         r.sample_id: r for r in cohort.assign(image_sha=image_names(cohort)).itertuples(index=False)
     }
-    if attrs.get('sealed') and opened is None and (paraphrases or probes):
+    if sealed and opened is None and (paraphrases or probes):
         raise InputError(
             'this cohort is sealed: rewordings and probes need its texts; give the data root'
         )
@@ -508,7 +510,7 @@ def make_plan(
         {i: opened[i] for i in rows} if opened else rows,
         attrs['tasks'],
         paraphrases,
-        attrs.get('access', 'open'),
+        access,
     )
     cohort = (
         cohort[cohort.sample_id.isin(asking.samples)]
@@ -538,9 +540,9 @@ def make_plan(
     plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
     plan.attrs = {
         **{
-            a: attrs[a]
-            for a in ('manifest', 'version', 'access', 'tasks', 'label_source')
-            if a in attrs
+            a: v
+            for a, v in {**attrs, 'access': access}.items()
+            if a in ('manifest', 'version', 'access', 'tasks', 'label_source')
         },
         'strata': strata,
         'seed': seed,
@@ -552,7 +554,7 @@ def make_plan(
         'cohort_hash': whole,
         'plan_hash': table_hash(plan),
     }
-    return validate(plan, 'plan'), out.reset_index(drop=True)
+    return validate(with_access(plan, access), 'plan'), out.reset_index(drop=True)
 
 
 def _has_baseline(plan, asked):
@@ -634,6 +636,7 @@ def attainable(
     margin: float = 0.05,  # smallest movement that matters
 ) -> pd.DataFrame:  # finding, label, samples, patients, donors, effective_donors, verdicts
     "Donors and attainable verdicts over all ('all', 'all'), per finding, and per finding and class, for one model in the family."
+    access = access_of(plan, 'the plan')
     patient = (
         plan[plan.arm == 'original'].drop_duplicates('sample_id').set_index('sample_id').patient_id
     )
@@ -652,13 +655,10 @@ def attainable(
         by_class = [
             _donor_row(f, label, h, margin, members) for label, h in g.groupby('label', sort=True)
         ]
-        if plan.attrs.get('access') == 'open' or min(r['patients'] for r in by_class) >= 10:
+        if access == 'open' or min(r['patients'] for r in by_class) >= SMALL:
             rows += by_class
-    table = pd.DataFrame(rows)
-    if plan.attrs.get('access') != 'open':
-        for c in ('samples', 'patients', 'donors', 'effective_donors'):
-            table.loc[table[c] < 10, c] = 0
-    return table
+    counts = ['samples', 'patients', 'donors', 'effective_donors']
+    return without_small(pd.DataFrame(rows), counts, access)
 
 
 def attainable_lines(

@@ -415,7 +415,7 @@ def compare_models(
 def _shareable_difference(found, films):
     "Differences as they may be shown: beside prevalences, which say of how few films a class is."
     import pandas as pd
-    from smsbench.privacy import shareable
+    from smsbench.privacy import access_of, shareable
 
     share = [
         dict(
@@ -434,6 +434,6 @@ def _shareable_difference(found, films):
     ]
     out = shareable(
         pd.concat([found, pd.DataFrame(share)], ignore_index=True),
-        films.attrs.get('access', 'open'),
+        access_of(films, 'the films'),
     )
     return out[: len(found)]

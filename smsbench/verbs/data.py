@@ -183,7 +183,7 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
     from smsbench.data.holding import Holding, audit_holding, hold, write_audit
     from smsbench.data.manifest import build_all
     from smsbench.data.splits import apply_splits, read_splits
-    from smsbench.privacy import cohort_summary, format_count, write_table
+    from smsbench.privacy import access_of, cohort_summary, format_count, write_table
 
     folder = out.with_name(out.stem + '_files')  # what is known about the files, beside the cohort
     built = build_all(manifest, root, store=folder / 'scan', **how)
@@ -209,9 +209,7 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
 
     def safe(n):
         return (
-            n
-            if format_count(n, table.attrs['access']) == str(n)
-            else format_count(n, table.attrs['access'])
+            n if format_count(n, access_of(table)) == str(n) else format_count(n, access_of(table))
         )
 
     say(
@@ -233,14 +231,14 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
 def _told(table, counts, exclusions, found, out, page):
     "What a person reads about a cohort."
     from smsbench.report.funnel import funnel_table
-    from smsbench.privacy import format_count
+    from smsbench.privacy import access_of, format_count
 
     steps = [
         f'  {r.left:>9}  {r.step}'
         + (f" ({r.removed} left out{': ' if r.why else ''}{r.why})" if r.removed != '0' else '')
         for r in funnel_table(table).itertuples()
     ]
-    access = table.attrs['access']
+    access = access_of(table)
     told, quiet = (
         found.findings[found.findings.severity != 'ok'],
         int((found.findings.severity == 'ok').sum()),

@@ -137,7 +137,7 @@ def _pairs(text):
 def _explained_text(found, metrics):
     "What a person reads first: all films, findings apart, and whether the map can be believed."
     from smsbench.report.clip_page import cascade_words, explained_words, faithful_words
-    from smsbench.privacy import shareable
+    from smsbench.privacy import access_of, shareable
 
     whole = (
         'mass',
@@ -154,7 +154,7 @@ def _explained_text(found, metrics):
         metrics.subgroup.str.startswith('finding=') & (metrics.arm.isin(['map', 'all pairs']))
     ]
     cascade = (
-        shareable(found.cascade, found.marked.films.attrs.get('access', 'open'))
+        shareable(found.cascade, access_of(found.marked.films, 'the films'))
         if len(found.cascade)
         else found.cascade
     )
@@ -201,9 +201,9 @@ def save_explained(
 ):  # its metrics table as it may be shown
     "metrics.parquet, tables/*.csv, figures/*.png; pictures and names of films, and curves of few patients, only where the cohort is open."
     from smsbench.core import environment, write_json
-    from smsbench.privacy import shareable, write_table
+    from smsbench.privacy import access_of, shareable, write_table
 
-    access = found.marked.films.attrs.get('access', 'open')
+    access = access_of(found.marked.films, 'the films')
     metrics, cascade = (
         shareable(found.metrics, access),
         shareable(found.cascade, access) if len(found.cascade) else None,
@@ -406,6 +406,7 @@ def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
     from smsbench.clip.models import load_clip
     from smsbench.clip.ssa import clip_asker, described, in_order, readable_samples
     from smsbench.core import content_hash
+    from smsbench.privacy import access_of
 
     several = films.kind == 'multilabel'
     parts = test or [
@@ -421,7 +422,7 @@ def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
         prompts=content_hash(str(words)),
         films=content_hash(*tested.table.film_id),
         val=val if several else '',
-        access=films.attrs.get('access', 'open'),
+        access=access_of(films, 'the films'),
     )
     return (
         clip_asker(
@@ -443,7 +444,7 @@ def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
     from smsbench.core import content_hash
     from smsbench.data.splits import apply_splits, read_splits
     from smsbench.sms.run import open_model
-    from smsbench.privacy import read_table
+    from smsbench.privacy import access_of, read_table
 
     table = read_table(cohort, 'cohort')
     attrs = table.attrs
@@ -465,7 +466,9 @@ def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
     return (
         vlm_asker(model, table, root=str(root or '')),
         table,
-        dict(model=vlm, samples=content_hash(*table.sample_id), access=attrs.get('access', 'open')),
+        dict(
+            model=vlm, samples=content_hash(*table.sample_id), access=access_of(table, 'the cohort')
+        ),
         [],
         left,
     )
