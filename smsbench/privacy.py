@@ -14,6 +14,7 @@ __all__ = [
     'access_of',
     'with_access',
     'format_count',
+    'safe_count',
     'Teller',
     'seal_key',
     'pseudonym',
@@ -122,6 +123,15 @@ def format_count(
 ) -> str:  # '<10' for a small count of credentialed data
     "A count as it may be shown."
     return f'<{SMALL}' if 0 < n < SMALL and not _is_open(access) else str(n)
+
+
+def safe_count(
+    n: int,  # a count of samples, films, patients, ...
+    access: str,  # 'open' or 'credentialed'
+):  # the number, or '<10' where it may not be shown
+    "A count for a script to read: a number wherever it can be one."
+    shown = format_count(n, access)
+    return int(n) if shown == str(n) else shown
 
 
 def _is_open(access):
@@ -317,7 +327,7 @@ def unseal(
     found = opened.set_index(opened.sample_id.map(lambda s: pseudonym(key, s)))
     if lost := int((~sealed.sample_id.isin(found.index)).sum()):
         raise InputError(
-            f'{lost} of {len(sealed)} samples of the sealed cohort are not among the files below'
+            f'{format_count(lost, CREDENTIALED)} of {len(sealed)} samples of the sealed cohort are not among the files below'
             ' this data root; are they the files it was made from?'
         )
     found = found.loc[sealed.sample_id].set_axis(sealed.index)
@@ -327,7 +337,7 @@ def unseal(
         )
         if changed := int((again != sealed[c]).sum()):
             raise InputError(
-                f'the {c} of {changed} samples has changed since the cohort was sealed; make the'
+                f'the {c} of {format_count(changed, CREDENTIALED)} samples has changed since the cohort was sealed; make the'
                 ' cohort again'
             )
     out = sealed.assign(**{c: found[c] for c in _REFERENCES if c in sealed}, access=IN_CLEAR)
@@ -412,6 +422,19 @@ def read_table(
     kind: str = '',  # schema it must meet; '' checks nothing
 ) -> pd.DataFrame:  # the table, its metadata in `.attrs`
     "Read a table; `InputError` where the file is missing, is no parquet, breaks its schema, or is a cohort that does not say whether it is open or credentialed."
+    df, about = _read_file(path)
+    df.attrs = about
+    if kind:
+        df = validate(df, kind)
+    if kind in ('cohort', 'plan') and 'access' in about and 'access' not in df:
+        df['access'] = about['access']
+    if kind == 'cohort':
+        access_of(df, str(path))
+    return df
+
+
+def _read_file(path):
+    "The table in a file, and its metadata."
     import pyarrow as pa, pyarrow.parquet as pq
 
     try:
@@ -433,14 +456,7 @@ def read_table(
         raise InputError(
             f'{path}: its metadata are not those of a table that smsbench wrote; make it again'
         )
-    df.attrs = about
-    if kind:
-        df = validate(df, kind)
-    if kind in ('cohort', 'plan') and 'access' in about and 'access' not in df:
-        df['access'] = about['access']
-    if kind == 'cohort':
-        access_of(df, str(path))
-    return df
+    return df, about
 
 
 # %% ../nbs/00b_privacy.ipynb #0ec7cb92
@@ -611,36 +627,7 @@ def shareable(
     if _is_open(access):
         return metrics.drop(columns='note_counts') if 'note_counts' in metrics else metrics
     few = (metrics.n_clusters < minimum).to_numpy() | _few_films(metrics, minimum)
-    counts = (
-        few
-        & (
-            metrics.value.notna() | metrics.note.str.contains('suppressed') & (metrics.n > 0)
-        ).to_numpy()
-    )  # what was never defined is part of no average
-    about = [
-        metrics[c]
-        for c in metrics
-        if c
-        not in (
-            'metric',
-            'subgroup',
-            'value',
-            'ci_low',
-            'ci_high',
-            'n',
-            'n_clusters',
-            'n_effective',
-            'note',
-            'note_counts',
-        )
-    ]
-    key, whole = (
-        [*zip(metrics.metric.str.removeprefix('macro_'), *about)],
-        (metrics.subgroup == 'all').to_numpy(),
-    )
-    lost = {k for k, hit in zip(key, counts & ~whole) if hit}
-    average = np.array([w and k in lost for w, k in zip(whole, key)], bool) & ~few
-
+    average = _averages(metrics, few)
     out = metrics.assign(note=_told_notes(metrics)).drop(columns='note_counts', errors='ignore')
     out.loc[few | average, ['value', 'ci_low', 'ci_high']] = np.nan
     out.loc[few | average, ['n', 'n_clusters']] = 0
@@ -652,6 +639,20 @@ def shareable(
         ' out for a number over the others'
     )
     return validate(out, 'metrics')
+
+
+_NUMBERS = 'metric subgroup value ci_low ci_high n n_clusters n_effective note note_counts'.split()
+
+
+def _averages(metrics, few):
+    "Rows over all of which a part is among the few: with the other parts, the average would give it away."
+    shown = metrics.value.notna() | metrics.note.str.contains('suppressed') & (metrics.n > 0)
+    counts = few & shown.to_numpy()  # what was never defined is part of no average
+    about = [metrics[c] for c in metrics if c not in _NUMBERS]
+    key = [*zip(metrics.metric.str.removeprefix('macro_'), *about)]
+    whole = (metrics.subgroup == 'all').to_numpy()
+    lost = {k for k, hit in zip(key, counts & ~whole) if hit}
+    return np.array([w and k in lost for w, k in zip(whole, key)], bool) & ~few
 
 
 def _few_films(metrics, minimum):

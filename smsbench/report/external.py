@@ -49,7 +49,14 @@ from smsbench.report.clip_figures import (
 )
 from .style import rounded, span
 from .tables import class_table, latex_table
-from ..privacy import access_of, format_count, shareable, shareable_curve, write_table
+from smsbench.privacy import (
+    access_of,
+    format_count,
+    safe_count,
+    shareable,
+    shareable_curve,
+    write_table,
+)
 
 
 # %% ../../nbs/50ha_report.external.ipynb #f2b3ce0e
@@ -600,7 +607,7 @@ def save_external(
     access = access_of(films, 'the films')
 
     def count(n):
-        return n if format_count(n, access) == str(n) else format_count(n, access)
+        return safe_count(n, access)
 
     write_json(
         dict(

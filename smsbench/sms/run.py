@@ -323,7 +323,8 @@ def run_audit(
     mark_first_answer(run)
     for spec in models:
         p = score_model(spec, plan, source, run, settings, **how)
-        run.log(f"{model_name(spec)}: {len(p)} trials, {(p.parse_status == 'error').sum()} failed")
+        failed = format_count(int((p.parse_status == 'error').sum()), about['access'])
+        run.log(f'{model_name(spec)}: {len(p)} trials, {failed} failed')
     _write_environment(run, plan, about, how.get('device', ''))
     conclude(run, settings)
     return run
@@ -460,6 +461,7 @@ def run_import(
     keep_registration(run, registration, plan, settings)
     mark_first_answer(run, known=False)
     p = import_predictions(file, plan, run, name, settings.max_failures)
-    run.log(f"{name}: {len(p)} trials imported, {(p.parse_status == 'error').sum()} missing")
+    missing = format_count(int((p.parse_status == 'error').sum()), about['access'])
+    run.log(f'{name}: {len(p)} trials imported, {missing} missing')
     conclude(run, settings)
     return run

@@ -183,7 +183,7 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
     from smsbench.data.holding import Holding, audit_holding, hold, write_audit
     from smsbench.data.manifest import build_all
     from smsbench.data.splits import apply_splits, read_splits
-    from smsbench.privacy import access_of, cohort_summary, format_count, write_table
+    from smsbench.privacy import access_of, cohort_summary, safe_count, write_table
 
     folder = out.with_name(out.stem + '_files')  # what is known about the files, beside the cohort
     built = build_all(manifest, root, store=folder / 'scan', **how)
@@ -207,10 +207,10 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
             'cohort_audit', report, dict(cohort=str(out.resolve()), root=str(root.resolve()))
         )
 
+    access = access_of(table)
+
     def safe(n):
-        return (
-            n if format_count(n, access_of(table)) == str(n) else format_count(n, access_of(table))
-        )
+        return safe_count(n, access)
 
     say(
         dict(
@@ -468,21 +468,26 @@ def plan(
     )
 
 
-def _left_out(excluded):
-    "(arm, reason, samples) of what an arm could not show."
-    return [(a, r, int(n)) for (a, r), n in excluded.groupby(['arm', 'reason']).size().items()]
+def _left_out(excluded, access):
+    "(arm, reason, samples) of what an arm could not show; samples as they may be shown."
+    from smsbench.privacy import safe_count
+
+    counts = excluded.groupby(['arm', 'reason']).size()
+    return [(a, r, safe_count(int(n), access)) for (a, r), n in counts.items()]
 
 
 def _plan_json(frozen, excluded, out, record, file):
     "What a script reads about a plan."
+    from smsbench.privacy import access_of, safe_count
     from smsbench.sms.shifts import attainable
 
+    access = access_of(frozen, 'the plan')
     return dict(
         plan=str(out),
         attainable=attainable(frozen, record.margin).to_dict('records'),
         plan_hash=frozen.attrs['plan_hash'],
-        trials=frozen.arm.value_counts(sort=False).to_dict(),
-        excluded=[dict(arm=a, reason=r, samples=n) for a, r, n in _left_out(excluded)],
+        trials={a: safe_count(n, access) for a, n in frozen.arm.value_counts(sort=False).items()},
+        excluded=[dict(arm=a, reason=r, samples=n) for a, r, n in _left_out(excluded, access)],
         registration=str(file),
         registered=record.model_dump(mode='json') | dict(hash=record.hash),
     )
@@ -490,15 +495,18 @@ def _plan_json(frozen, excluded, out, record, file):
 
 def _plan_text(frozen, excluded, out, record, file):
     "What a person reads about a plan."
+    from smsbench.privacy import access_of, safe_count
     from smsbench.sms.shifts import attainable
 
-    trials = frozen.arm.value_counts(sort=False).rename('trials').to_string()
+    access = access_of(frozen, 'the plan')
+    counts = frozen.arm.value_counts(sort=False).rename('trials')
+    trials = counts.map(lambda n: safe_count(n, access)).to_string()
     able = (
         f'\nDonors, and the verdicts that are attainable at a margin of {100 * record.margin:g}'
         ' points:\n'
     )
     able += attainable(frozen, record.margin).to_string(index=False)
-    lost = [f'excluded from {a}: {n} samples, {r}' for a, r, n in _left_out(excluded)]
+    lost = [f'excluded from {a}: {n} samples, {r}' for a, r, n in _left_out(excluded, access)]
     made = f"\nplan {frozen.attrs['plan_hash']}: {len(frozen)} trials -> {out}"
     why = record.margin_reason or 'no reason given; add --margin-reason'
     told = (
