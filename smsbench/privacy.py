@@ -391,7 +391,7 @@ def write_table(
 
     if kind:
         df = validate(df, kind)
-    if _must_stay(df, kind):
+    if _must_stay(df, kind, meta):
         raise InputError(
             'credentialed data in clear are not written; write the sealed cohort that'
             ' smsbench cohort makes'
@@ -409,8 +409,10 @@ def write_table(
         )
 
 
-def _must_stay(table, kind):
+def _must_stay(table, kind, meta):
     "Does it hold credentialed data that are not sealed? Of a cohort that has to be known."
+    if 'access' in meta:
+        table = with_access(table, meta['access'])
     if kind == 'cohort':
         return access_of(table, 'the cohort') != OPEN and not is_sealed(table)
     return bool(_access_words(table)) and is_in_clear(table)
