@@ -112,8 +112,8 @@ def _cohort_for(manifest, root, cohort_file, plan_file, remote=False):
 
     Returns (cohort or `Built`, its exclusions, plan, measures of its files); None for absent parts.
     """
-    from smsbench.core import read_table
     from smsbench.sms.shifts import cohort_hash
+    from smsbench.privacy import read_table
 
     if sum(x is not None for x in (manifest, plan_file or cohort_file)) != 1:
         raise InputError('name the data in one way: --manifest with --root, --cohort, or --plan')
@@ -377,10 +377,11 @@ def trials(
     """
     from smsbench.sms.audit import Source
     from smsbench.sms.exchange import export_trials
+    from smsbench.privacy import access_of
 
     table, _, frozen, _ = _cohort_for(None, None, cohort_file, plan_file)
     name = table.attrs.get('manifest', '')
-    if table.attrs.get('access') == 'credentialed' and allow_credentialed != name:
+    if access_of(table, 'the cohort') != 'open' and allow_credentialed != name:
         raise InputError(
             f'{name} is credentialed: add --allow-credentialed {name} to write its texts and'
             f' pictures to {out}'

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEMAS', 'InputError', 'RunError', 'content_hash', 'array_hash', 'table_hash', 'atomic', 'write_json', 'read_json',
-           'schema', 'validate', 'write_table', 'read_table', 'environment', 'set_seed', 'progress', 'Run']
+           'schema', 'validate', 'moved', 'environment', 'set_seed', 'progress', 'Run']
 
 # %% ../nbs/00_core.ipynb #1913a0d9
-import contextlib, functools, hashlib, json, os, platform, random, subprocess, sys, time
+import contextlib, functools, hashlib, importlib, json, os, platform, random, subprocess, sys, time
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -47,8 +48,8 @@ def array_hash(
 def table_hash(
     df: pd.DataFrame,  # any table whose cells have a stable `str`
 ) -> str:  # 16 hexadecimal digits
-    "Hash of a table's content; row and column order do not matter."
-    cols = sorted(df.columns)
+    "Hash of a table's content; row and column order do not matter, nor does the column `access`."
+    cols = sorted(c for c in df.columns if c != 'access')
     columns = [[_stable(v) for v in df[c].tolist()] for c in cols]
     rows = sorted(_encode(list(r)) for r in zip(*columns))
     return content_hash(*cols, *rows)
@@ -261,70 +262,26 @@ def _plainly_valid(cells, kind, rule):
         return cells.is_unique
     return rule != 'filled' or not (cells == '').any()
 
-# %% ../nbs/00_core.ipynb #9564464b
-def write_table(
-    df: pd.DataFrame,  # the table
-    path,  # parquet file to write
-    kind: str = '',  # schema to check before writing; '' checks nothing
-    **meta,  # kept in the file, beside what `df.attrs` holds
-):
-    "Write a table and its metadata, atomically."
-    import pyarrow as pa, pyarrow.parquet as pq
+# %% ../nbs/00_core.ipynb #424d30d0
+def moved(
+    old: str,  # `__name__` of the module that no longer holds the names
+    **now,  # name -> 'module:name' that holds it
+):  # a function to be called `__getattr__` in the old module
+    "Find names that moved, with a `DeprecationWarning`."
 
-    if kind:
-        df = validate(df, kind)
-    bare = df.reset_index(drop=True).copy()
-    bare.attrs = {}
-    table = pa.Table.from_pandas(bare, preserve_index=False)
-    about = json.dumps(_jsonable({**df.attrs, **meta}), ensure_ascii=False)
-    with atomic(path) as tmp:
-        pq.write_table(
-            table.replace_schema_metadata(
-                {**(table.schema.metadata or {}), b'smsbench': about.encode()}
-            ),
-            tmp,
-        )
+    def find(name):
+        if name not in now:
+            raise AttributeError(f'module {old!r} has no attribute {name!r}')
+        module, new = now[name].split(':')
+        warnings.warn(f'{old}.{name} is {module}.{new} now', DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(module), new)
 
-# %% ../nbs/00_core.ipynb #2e8405d8
-def read_table(
-    path,  # parquet file
-    kind: str = '',  # schema it must meet; '' checks nothing
-) -> pd.DataFrame:  # the table, its metadata in `.attrs`
-    """Read a table from a parquet file.
+    return find
 
-    `InputError` if the file is missing, is not parquet or breaks its schema, or if a cohort does
-    not state whether it is open or credentialed.
-    """
-    import pyarrow as pa, pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(path).read()
-    except FileNotFoundError:
-        raise InputError(f'{path}: no such file') from None
-    except (pa.ArrowInvalid, OSError) as e:
-        raise InputError(
-            f"{path}: not a readable parquet file ({str(e).splitlines()[0]})"
-        ) from None
-    try:
-        df, about = (
-            table.to_pandas(),
-            json.loads((table.schema.metadata or {}).get(b'smsbench', b'{}')),
-        )
-    except ValueError:
-        about = None  # a comment or key that another program wrote into the file
-    if not isinstance(about, dict):
-        raise InputError(
-            f'{path}: its metadata are not those of a table that smsbench wrote; make it again'
-        )
-    df.attrs = about
-    if kind:
-        df = validate(df, kind)
-    if kind == 'cohort' and about.get('access') not in ('open', 'credentialed'):
-        raise InputError(
-            f'{path}: its metadata do not say whether the data are open or credentialed (access);'
-            ' make it with smsbench cohort'
-        )
-    return df
+# %% ../nbs/00_core.ipynb #eb822fee
+__getattr__ = moved(
+    __name__, read_table='smsbench.privacy:read_table', write_table='smsbench.privacy:write_table'
+)
 
 # %% ../nbs/00_core.ipynb #b3384594
 def environment(

@@ -8,12 +8,13 @@ import json, multiprocessing, os, signal, time
 
 import numpy as np, pandas as pd, pytest
 
-from smsbench.core import InputError, read_table, table_hash, write_table
+from smsbench.core import InputError, table_hash
 from smsbench.data.phantom import phantom_cohort
 from smsbench.report.attention_page import localises
 from smsbench.sms.attend import AttendSettings, attend, load_attention
 from smsbench.sms.map_metrics import RANDOM
 from smsbench.vlm.tiny import TINY, tiny_checkpoint
+from smsbench.privacy import read_table, write_table
 
 READER, FOLLOWER = 'reference-image-reader', 'reference-blind-follower'
 

@@ -8,8 +8,9 @@ import json, re, shlex
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 
-from smsbench.core import read_json, read_table
+from smsbench.core import read_json
 from smsbench.sms.caveats import KINDS
+from smsbench.privacy import read_table
 
 CARD = """
 name: mine

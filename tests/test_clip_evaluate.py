@@ -350,7 +350,7 @@ def test_what_is_withheld_is_no_difference_of_what_is_shown(seed, kind):
 
     Exclusive classes that are withheld have, together, more than a few films.
     """
-    from smsbench.report.external import shareable
+    from smsbench.privacy import shareable
 
     rng = np.random.default_rng(seed)
     n = 90
@@ -594,9 +594,9 @@ def test_a_refused_evaluation_costs_nothing_and_blocks_nothing(trained, tmp_path
     The corrected command may use the folder, and names models by their runs.
     """
     from smsbench.cli import main
-    from smsbench.core import read_table, write_table
     from smsbench.clip.tiny import tiny_clip
     from smsbench.data.phantom import phantom_cohort
+    from smsbench.privacy import read_table, write_table
 
     films, done = trained
     cohort = phantom_cohort(40, seed=78, findings=tuple(films.classes), splits=dict(test=1.0))

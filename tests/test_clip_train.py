@@ -15,11 +15,12 @@ from smsbench.clip.tiny import tiny_clip
 from smsbench.clip.train import TrainSettings, phantom_recipe, train
 from smsbench.clip.watch import macro_auroc
 from smsbench.cli import main
-from smsbench.core import InputError, read_table, write_table
+from smsbench.core import InputError
 from smsbench.data.layouts import make_layout
 from smsbench.data.manifest import build_cohort
 from smsbench.data.phantom import phantom_cohort, save_phantom
 from smsbench.data.splits import apply_splits, make_splits
+from smsbench.privacy import read_table, write_table
 
 SETTINGS = dict(
     texts='both',

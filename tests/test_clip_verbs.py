@@ -3,14 +3,14 @@
 import json, os
 from pathlib import Path
 
-import pandas as pd
+import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from smsbench.cli import main
 from smsbench.clip.tiny import tiny_clip
-from smsbench.core import read_table, write_table
 from smsbench.data.phantom import phantom_cohort
+from smsbench.privacy import read_table, write_table
 
 DATA = os.environ.get('SMSBENCH_DATA', '')
 TINY = [
@@ -331,8 +331,10 @@ def test_a_study_whose_maps_are_all_empty_has_its_report(tmp_path, capsys):
 
 def test_a_credentialed_study_shows_no_film_and_no_curve_of_few_patients(tmp_path):
     films = phantom_cohort(120, findings=('effusion',), seed=4)
-    films.attrs['access'] = 'credentialed'
-    write_table(films, tmp_path / 'c.parquet', 'cohort')
+    about = json.dumps({**films.attrs, 'access': 'credentialed'}).encode()
+    table = pa.Table.from_pandas(films.drop(columns='access'))
+    table = table.replace_schema_metadata({b'smsbench': about})
+    pq.write_table(table, tmp_path / 'c.parquet')  # as somebody else may have made it
     tiny_clip(tmp_path / 'native', 'native')
     assert (
         main(

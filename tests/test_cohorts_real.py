@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from smsbench.core import InputError, array_hash, read_table, write_table
-from smsbench.data.manifest import build_cohort, cohort_summary, read_image, read_manifest
+from smsbench.core import InputError, array_hash
+from smsbench.data.manifest import build_cohort, read_image, read_manifest
+from smsbench.privacy import cohort_summary, read_table, write_table
 
 DATA = os.environ.get('SMSBENCH_DATA', '')
 pytestmark = pytest.mark.skipif(

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pyarrow.parquet as pq, pytest
 from PIL import Image
 
-from smsbench.core import read_table
 from smsbench.data.phantom import phantom_cohort, read_phantom
+from smsbench.privacy import read_table
 
 CARD = """
 name: lent

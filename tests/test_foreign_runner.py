@@ -9,8 +9,8 @@ RUNNER = Path(__file__).resolve().parent.parent / 'colab' / 'foreign_runner.py'
 
 
 def test_foreign_runner_end_to_end(cli, tmp_path):
-    from smsbench.core import write_table
     from smsbench.data.phantom import phantom_cohort
+    from smsbench.privacy import write_table
 
     write_table(phantom_cohort(200, size=64, seed=3), tmp_path / 'c.parquet', 'cohort')
     code, out, err = cli(

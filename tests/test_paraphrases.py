@@ -420,7 +420,7 @@ def test_every_question_of_vqa_rad_is_reworded_soundly(real_data):
 
 
 def test_command_line_end_to_end(cli, tmp_path):
-    from smsbench.core import read_table, write_table
+    from smsbench.privacy import read_table, write_table
 
     write_table(phantom_cohort(60, size=64, seed=3), tmp_path / 'c.parquet', 'cohort')
     code, out, err = cli(

@@ -15,8 +15,8 @@ REASON = 'ten points would change what is done for a patient'
 def made(tmp_path_factory):
     "A cohort of 30 made-up films and two plans of it."
     from smsbench.cli import main
-    from smsbench.core import write_table
     from smsbench.data.phantom import phantom_cohort
+    from smsbench.privacy import write_table
 
     folder = tmp_path_factory.mktemp('made')
     write_table(phantom_cohort(30, seed=5), folder / 'c.parquet', 'cohort')
@@ -134,7 +134,7 @@ def test_what_deviates_is_refused_and_leaves_nothing(plans, here, more, words):
 
 
 def test_another_plan_and_another_cohort_are_refused(plans, here):
-    from smsbench.core import read_table, write_table
+    from smsbench.privacy import read_table, write_table
 
     refused(
         audit(here, 'run', '--registration', 'p_registration.yaml', plan='q.parquet'),

@@ -4,10 +4,11 @@ import multiprocessing, os, random, signal, time
 
 import pytest
 
-from smsbench.core import Run, read_table, table_hash
+from smsbench.core import Run, table_hash
 from smsbench.data.phantom import phantom_cohort
 from smsbench.sms.audit import Source, read_predictions, score_plan
 from smsbench.sms.shifts import make_plan
+from smsbench.privacy import read_table
 
 
 class Slow:
@@ -38,7 +39,7 @@ def plan(tmp_path_factory):
 
 def start(folder, plan):
     "A process that works on the plan; returns once it has begun to score."
-    from smsbench.core import write_table
+    from smsbench.privacy import write_table
 
     folder.mkdir(exist_ok=True)
     if not (folder / 'plan.parquet').exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd, pytest
 
-from smsbench.core import InputError, read_table, write_table
+from smsbench.core import InputError
 from smsbench.data.manifest import build_cohort
 from smsbench.data.phantom import phantom_cohort, save_phantom
 from smsbench.data.splits import (
@@ -21,6 +21,7 @@ from smsbench.data.splits import (
     split_table,
     write_splits,
 )
+from smsbench.privacy import read_table, write_table
 
 DATA = os.environ.get('SMSBENCH_DATA', '')
 real = pytest.mark.skipif(

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np, pandas as pd
 
 from ..core import InputError, validate
+from ..privacy import note_cells
 from ..resampling import bootstrap_rows, bounded_ends, widest
 from ..stats import combined_ends, holm, mcnemar_clustered, paired_difference, suppress
 from .evaluate import NAMES, class_floors, class_grid, grid_sides, macro_number
@@ -101,7 +102,7 @@ def compare(
             n=i.n,
             n_clusters=i.n_clusters,
             n_effective=i.n_effective,
-            note='; '.join(filter(None, (i.note, note))),
+            **note_cells(i.note, note),
         )
         for m, g, i, note in ((m, g, suppress(i, minimum=minimum), note) for m, g, i, note in found)
     ]

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, RunError, array_hash, content_hash, write_table
+from ..core import InputError, RunError, array_hash, content_hash
 from ..data.files import scan_files
 from ..data.film import read_phantom
 from ..data.holding import hold
-from ..data.manifest import shown
 from ..data.readers import FileError, read_image
+from ..privacy import access_of, format_count, write_table
 
 # %% ../../nbs/40c_clip.data.ipynb #5eb16d68
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class Films:
         return self.take(mine)
 
 # %% ../../nbs/40c_clip.data.ipynb #d09869db
-# replaces a rare value in a sealed table (see `smsbench.data.seal`): nothing is known
+# replaces a rare value in a sealed table (see `smsbench.privacy`): nothing is known
 WITHHELD = 'withheld'
 _STATES = {
     'yes': 1.0,
@@ -136,7 +136,7 @@ def check_labels(
         odd = rows[(rows.finding == finding) & ~rows.label.astype(str).isin(choices)]
         whose = (
             ''
-            if rows.attrs.get('access') == 'credentialed' or not len(odd)
+            if access_of(rows, 'the cohort') != 'open' or not len(odd)
             else f', e.g. {odd.sample_id.iat[0]},'
         )
         if len(odd):
@@ -250,6 +250,7 @@ def films_of(
     # who was told apart by which names; the key itself stays
     attrs = {
         **held.cohort.attrs,
+        'access': access_of(held.cohort, 'the cohort'),
         'root': str(root or held.cohort.attrs.get('root', '.')),
         'tasks': tasks,
         'dropped': len(bad),
@@ -381,7 +382,7 @@ def _read(films, i):
             )
         return image
     except (FileError, RunError) as e:
-        if films.attrs.get('access') != 'credentialed':
+        if access_of(films, 'the films') == 'open':
             raise
         what = getattr(e, 'reason', 'there is not enough memory')
         # the message names the file, and its name may name the patient
@@ -400,7 +401,7 @@ def check_films(
     """
     key = (
         content_hash(films.attrs.get('manifest', ''), films.attrs.get('root', ''))
-        if films.attrs.get('access') == 'credentialed'
+        if access_of(films, 'the films') != 'open'
         else ''
     )
     found = (
@@ -425,8 +426,8 @@ def check_films(
         write_table(left, out)
     if bad.sum() > max(max_broken * len(films), max_broken > 0):
         raise InputError(
-            f"{shown(int(bad.sum()), films.attrs.get('access', 'open'))} of"
-            f" {shown(len(films), films.attrs.get('access', 'open'))} films cannot be read (most"
+            f"{format_count(int(bad.sum()), access_of(films, 'the films'))} of"
+            f" {format_count(len(films), access_of(films, 'the films'))} films cannot be read (most"
             f" often: {left.reason.mode()[0]}); check the data root, or raise max_broken of"
             " training"
         )

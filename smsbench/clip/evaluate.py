@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np, pandas as pd
 
-from ..core import Run, validate, write_json, write_table
+from ..core import Run, validate, write_json
 from ..calibration import brier, ece
 from ..resampling import bootstrap_rows, bounded_ends, by_owner, effective_number, together
 from smsbench.stats import (
@@ -35,6 +35,7 @@ from smsbench.clip.scores import (
     zero_shot,
     zero_shot_scores,
 )
+from ..privacy import Note, note_cells, write_table
 
 # what a user of the evaluation needs in one place
 _all_ = [
@@ -183,16 +184,19 @@ def class_influence(
     return np.nan_to_num(np.stack(out, 1))
 
 # %% ../../nbs/43_clip.evaluate.ipynb #9dcca13e
+_LEFT_OUT = '{} films not asked about every class are left out'
+
+
 def film_values(
     c: Cells,  # scores and truth
     said=None,  # (N, C) predictions; NaN columns are left out
-) -> dict:  # metric -> (values (N,), rows that count (N,), note)
+) -> dict:  # metric -> (values (N,), rows that count (N,), notes)
     "Numbers per film: their mean is the metric."
     if c.kind == 'multiclass':
         asked, own = c.one >= 0, c.scores[np.arange(len(c.scores)), c.one]
         rank = (c.scores >= own[:, None]).sum(1)  # ties count against the model
-        out = dict(accuracy=(c.scores.argmax(1) == c.one, asked, ''))
-        return out | (dict(accuracy_top5=(rank <= 5, asked, '')) if len(c.classes) >= 5 else {})
+        out = dict(accuracy=(c.scores.argmax(1) == c.one, asked, ()))
+        return out | (dict(accuracy_top5=(rank <= 5, asked, ())) if len(c.classes) >= 5 else {})
     rankings = _ranking_values(c)
     if said is None or np.isnan(said).all():
         return rankings
@@ -206,8 +210,8 @@ def _ranking_values(c):
     lrap, cover = _ranking(c.scores, y)
     flat = int((whole & (y.all(1) | ~y.any(1))).sum())
     left = _left_out(whole)
-    ones = f'{flat} films with no finding, or all, count as 1' if flat else ''
-    return dict(lrap=(lrap, whole, _joined(left, ones)), coverage_error=(cover, whole, left))
+    ones = Note('{} films with no finding, or all, count as 1', (flat,)) if flat else ''
+    return dict(lrap=(lrap, whole, (left, ones)), coverage_error=(cover, whole, (left,)))
 
 
 def _exact_match(c, said):
@@ -215,17 +219,13 @@ def _exact_match(c, said):
     y, used = np.nan_to_num(c.truth) == 1, ~np.isnan(said).any(0)
     rows, missing = c.known[:, used].all(1), int((~used).sum())
     lost = f'{missing} classes without a threshold are left out' if missing else ''
-    return (said[:, used] == y[:, used]).all(1), rows, _joined(_left_out(rows), lost)
+    return (said[:, used] == y[:, used]).all(1), rows, (_left_out(rows), lost)
 
 
 def _left_out(rows):
     "A note on the films that do not count."
     lost = int((~rows).sum())
-    return f'{lost} films not asked about every class are left out' if lost else ''
-
-
-def _joined(*notes):
-    return '; '.join(filter(None, notes))
+    return Note(_LEFT_OUT, (lost,)) if lost else ''
 
 
 def _ranking(scores, y):
@@ -372,7 +372,7 @@ def classification_metrics(
             n=i.n,
             n_clusters=i.n_clusters,
             n_effective=i.n_effective,
-            note='; '.join(x for x in (i.note, note) if x),
+            **note_cells(i.note, *(note if isinstance(note, tuple) else (note,))),
         )
         for m, g, i, note in ((m, g, suppress(i, minimum=minimum), note) for m, g, i, note in found)
     ]
@@ -392,7 +392,7 @@ def _class_intervals(c, said, how):
                 m,
                 f'class={name}',
                 replace(per[i], n=int(n[i]), n_clusters=patients[i]),
-                f'{left[i]} films not asked' if left[i] else '',
+                Note('{} films not asked', (int(left[i]),)) if left[i] else '',
             )
         there = sum(np.isfinite(p.value) for p in per)
         yield (

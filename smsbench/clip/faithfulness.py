@@ -14,6 +14,7 @@ from ..core import InputError, RunError, validate
 from .explain import Explanation, explain_many, target
 from .models import Clip, asking, grid_of, to_pixels
 from .towers import shuffled, stages
+from ..privacy import Note, note_cells
 from ..stats import mean
 from ..vlm.map_stats import centre_prior, iou_curve, mass_inside, pixel_auroc, pointing
 
@@ -186,7 +187,7 @@ def localisation_metrics(
     Metrics are the `NUMBERS`, and NUMBER_over_RIVAL for the map.
     """
     excluded = rows.attrs.get('excluded', ())
-    note = f'{len(excluded)} films excluded' if len(excluded) else ''
+    note = Note('{} films excluded', (len(excluded),)) if len(excluded) else ''
     if gone := [c for c in by if c not in rows]:
         raise InputError(f'the rows have no column {gone[0]!r}')
     parts = [('all', rows)] + [(f'{c}={v}', g) for c in by for v, g in rows.groupby(c, sort=True)]
@@ -241,7 +242,7 @@ def metric_line(
     patients,  # (n,) clusters
     bounds=(-np.inf, np.inf),  # range of the numbers
     n_boot: int = 2000,  # resamples
-    note: str = '',  # "
+    note='',  # text, or `Note` where it states counts
     exact: bool = False,  # the number follows from how it is defined: no interval
 ) -> dict:  # a line of the metrics table
     "The mean of some numbers with its interval."
@@ -266,7 +267,7 @@ def metric_line(
         arm=arm,
         subgroup=subgroup,
         **numbers,
-        note='; '.join(x for x in (note, said) if x),
+        **note_cells(note, said),
     )
 
 # %% ../../nbs/44a_clip.faithfulness.ipynb #a02ab39e
@@ -560,7 +561,8 @@ def cascade_metrics(
     """
     lines = []
     for stage, g in rows.groupby('stage', sort=False):
-        note = f"{int(g['empty'].sum())} of {len(g)} maps empty" if g['empty'].any() else ''
+        empty = (int(g['empty'].sum()), len(g))
+        note = Note('{} of {} maps empty', empty) if empty[0] else ''
         # at the start a map is compared with itself
         lines += [
             metric_line(

@@ -27,6 +27,7 @@ from smsbench.clip.sampling import (
 from .settings import LOOSE, TrainSettings
 from .steps import adamw, require_whole_batches
 from .watch import batch_groups
+from ..privacy import access_of, format_count
 
 # %% ../../nbs/41g_clip.job.ipynb #89bf1343
 @dataclass
@@ -91,14 +92,15 @@ def usable_films(
         both.of(settings.val_split).table.patient_id
     )
     if shared:
+        n = format_count(len(shared), access_of(films, 'the films'))
         raise InputError(
-            f'{len(shared)} patients are in {settings.train_split} and in {settings.val_split};'
+            f'{n} patients are in {settings.train_split} and in {settings.val_split};'
             ' make the splits anew (smsbench.data.splits)'
         )
     good, left = check_films(
         both,
         max_broken=settings.max_broken,
-        store=None if films.attrs.get('access') == 'credentialed' else run / 'scan',
+        store=None if access_of(films, 'the films') != 'open' else run / 'scan',
     )
     train, val = good.of(settings.train_split), good.of(settings.val_split)
     if len(train) < settings.batch_size:

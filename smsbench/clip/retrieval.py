@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 
 from ..core import InputError, validate
+from ..privacy import Note, note_cells
 from ..resampling import bootstrap_rows, by_owner, effective_number, exact_bounds, together
 from ..stats import mean
 
@@ -265,7 +266,7 @@ def _measured_rows(model, rank, ap, ks, owner, about, how):
             n=i.n,
             n_clusters=i.n_clusters,
             n_effective=i.n_effective,
-            note=i.note,
+            **note_cells(i.note),
         )
         for m, i in found
     ]
@@ -283,7 +284,7 @@ def _chance_rows(right, items, ks, owner, about):
             ci_high=v,
             n=len(right),
             n_clusters=len(set(owner)),
-            note=f'{items} items in random order',
+            **note_cells(Note('{} items in random order', (items,))),
         )
         for m, v in chance_level(right, items, ks).items()
     ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core import InputError
+from ..privacy import access_of
 
 # %% ../../nbs/41c_clip.sampling.ipynb #ebc90867
 BALANCE = ('even', 'balanced', 'rare')
@@ -256,7 +257,7 @@ def augmentation(
         if word := names_side(said):
             shown = (
                 'a text of these films'
-                if films.attrs.get('access') == 'credentialed'
+                if access_of(films, 'the films') != 'open'
                 else f'the word {word!r} in a report, class or prompt'
             )
             raise InputError(f'films cannot be flipped: {shown} names a side; train without flip')

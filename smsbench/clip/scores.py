@@ -14,8 +14,8 @@ import numpy as np, pandas as pd
 
 from ..core import InputError, content_hash, read_json, write_json
 from .seen import keyed_hashes
-from ..data.manifest import shown as count_text
 from .prompts import ClassVectors, class_vectors, prompts_for
+from ..privacy import access_of, format_count
 
 # %% ../../nbs/40db_clip.scores.ipynb #c8714c35
 def zero_shot_scores(
@@ -87,7 +87,8 @@ def zero_shot(
     )
     out.attrs = dict(
         kind=films.kind,
-        **{k: str(films.attrs.get(k, '')) for k in ('manifest', 'access', 'pseudonyms')},
+        **{k: str(films.attrs.get(k, '')) for k in ('manifest', 'pseudonyms')},
+        access=access_of(films, 'the films'),
         model=clip.name,
         weights=clip.info.get('weights_sha', ''),
         prompts={c: content_hash(json.dumps(p)) for c, p in prompts.items()},
@@ -227,12 +228,11 @@ class Thresholds:
                 " their pseudonyms were made from other rows of the data; make both cohorts from"
                 " the same rows, or choose thresholds again"
             )
-        n = count_text(
-            len(set(keyed_hashes(self.key, set(patients))) & self.patients),
-            attrs.get('access', 'open'),
-        )
-        if n == '0':
+        shared = len(set(keyed_hashes(self.key, set(patients))) & self.patients)
+        if not shared:
             return ''
+        stated = attrs if 'access' in attrs else dict(access='credentialed')
+        n = format_count(shared, access_of(stated, 'the table of scores'))
         if 'manifest' in known and attrs['manifest'] != known['manifest']:
             return (
                 f'WARNING: {n} patient numbers of these films also stand among those that chose the'

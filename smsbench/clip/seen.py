@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, content_hash, read_json, write_json
-from ..data.manifest import shown as count_text
+from ..privacy import access_of, format_count
 
 # %% ../../nbs/40da_clip.seen.ipynb #a2519fb0
 def keyed_hashes(
@@ -114,7 +114,7 @@ class Overlap:
     same_names: bool  # patients were compared: any pseudonyms were made with one key
     without_hash: int  # of these films, those without a hash of their picture
     seen_without_hash: int  # the same, of the films of training
-    access: str = 'open'  # 'open' or 'credentialed': whether small counts may be said
+    access: str  # 'open' or 'credentialed': whether small counts may be said
 
     @property
     def seen(self) -> np.ndarray:
@@ -126,7 +126,7 @@ class Overlap:
         n,  # a number of films
     ) -> str:
         "As it may be said."
-        return count_text(int(n), self.access)
+        return format_count(int(n), self.access)
 
     def __str__(self):
         parts = [
@@ -174,5 +174,5 @@ def overlap(
         same('pseudonyms'),
         int(np.sum(pictures == '')),
         int(seen.get('without_hash', 0)),
-        films.attrs.get('access', 'open'),
+        access_of(films, 'the films'),
     )

@@ -9,6 +9,7 @@ __all__ = ['MEASURES', 'space_values', 'space_metrics', 'labellings', 'coordinat
 import numpy as np, pandas as pd
 
 from ..core import InputError, validate
+from ..privacy import note_cells
 from ..resampling import bootstrap_rows
 from .probe import Embedded
 
@@ -122,7 +123,7 @@ def space_metrics(
                 ci_high=i.high if i else np.nan,
                 n=len(at),
                 n_clusters=len(set(data.patients[at])),
-                note='; '.join(filter(None, (i.note if i else '', note))),
+                **note_cells(i.note if i else '', note),
             )
             for m, i in zip(MEASURES, ci)
         ]

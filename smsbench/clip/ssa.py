@@ -8,7 +8,7 @@ __all__ = ['WORDINGS', 'addition_orders', 'Design', 'design', 'Samples', 'sample
 
 # %% ../../nbs/43d_clip.ssa.ipynb #8de13446
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 
 import numpy as np, pandas as pd
@@ -18,8 +18,8 @@ from .data import WITHHELD, check_labels
 from .facts import described, facts_of, in_order, listed
 from ..core import InputError, progress, validate
 from ..data.holding import hold
-from ..data.manifest import shown
 from ..stats import Statistic, proportion, suppress
+from ..privacy import access_of, format_count
 
 # what an analysis needs in one place
 _all_ = [
@@ -122,9 +122,9 @@ class Samples:
     finding: np.ndarray | None = (
         None  # (n,) the class that a row asks about, where its answer is yes or no
     )
-    closed: bool = (
-        False  # credentialed: no number may be told that a few rows could be worked out from
-    )
+    closed: bool = field(
+        kw_only=True
+    )  # credentialed: no number may be told that a few rows could be worked out from
 
     def place(
         self,
@@ -171,12 +171,12 @@ def samples_of(
             samples.table,
             samples.targets.to_numpy(float),
             list(map(str, samples.classes)),
-            closed=samples.attrs.get('access') == 'credentialed',
+            closed=access_of(samples, 'the films') != 'open',
         )
     if isinstance(samples, Samples):
         return samples
     rows = hold(samples).opened.reset_index(drop=True)
-    closed = rows.attrs.get('access') == 'credentialed'
+    closed = access_of(rows, 'the cohort') != 'open'
     tasks = rows.attrs.get('tasks') or {
         f: dict(choices=sorted(set(g))) for f, g in rows.label.groupby(rows.finding)
     }
@@ -193,7 +193,7 @@ def samples_of(
             ),
             asked,
             finding,
-            closed,
+            closed=closed,
         )
     if len(asked) > 1:
         raise InputError(
@@ -299,6 +299,7 @@ def _rows_of(rows, ci, size, at, names):
         n=take(ci.n),
         n_clusters=take(ci.n_clusters),
         note=[str(x) for x in take(ci.note)],
+        note_counts='',
     )
 
 
@@ -395,7 +396,7 @@ def ssa(
             ignore_index=True,
         )
     known = {
-        s: shown(sum(s in f for f in facts), 'credentialed' if held.closed else 'open')
+        s: format_count(sum(s in f for f in facts), 'credentialed' if held.closed else 'open')
         for s in orders[0]
     }
     out = validate(out, 'metrics')
@@ -469,6 +470,7 @@ def _wording_row(ask, said, held, plan, model, minimum, seed, how):
                 n=ci.n,
                 n_clusters=ci.n_clusters,
                 note=note,
+                note_counts='',
                 order=-1,
                 step=-1,
                 added='',

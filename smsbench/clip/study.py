@@ -12,15 +12,7 @@ from typing import NamedTuple
 
 import numpy as np, pandas as pd
 
-from smsbench.core import (
-    InputError,
-    Run,
-    content_hash,
-    read_table,
-    table_hash,
-    validate,
-    write_table,
-)
+from ..core import InputError, Run, content_hash, table_hash, validate
 from .data import WITHHELD, Films, check_films, films_of, read_films
 from .evaluate import choose_thresholds, classification_metrics, evaluate
 from .explain import explain_many, target
@@ -50,6 +42,7 @@ from .space import space_metrics
 from .towers import shuffled, stages
 from .settings import LOOSE, TrainSettings
 from .train import Trained, train
+from ..privacy import access_of, read_table, write_table
 
 # %% ../../nbs/45_clip.study.ipynb #2d95d1e8
 def open_films(
@@ -261,7 +254,7 @@ def marked_films(
     if marks is not None and not len(held):
         raise InputError('the file of marks holds no mark; check that its rows are filled in')
     at = named_films(held, films.table)
-    open_data = films.attrs.get('access') == 'open'
+    open_data = access_of(films, 'the films') == 'open'
     if not at:
         raise InputError(_no_film(marks, open_data))
     some, broken = check_films(films.take(at))

@@ -12,16 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from smsbench.core import (
-    InputError,
-    Run,
-    RunError,
-    atomic,
-    environment,
-    progress,
-    write_json,
-    write_table,
-)
+from ..core import InputError, Run, RunError, atomic, environment, progress, write_json
 from ..data.phantom import phantom_cohort
 from .data import Films, films_of
 from smsbench.clip.job import (
@@ -43,6 +34,7 @@ from .settings import LOOSE, TrainSettings, find_tracker
 from .steps import train_step
 from .tiny import tiny_clip
 from .watch import WATCHED, batch_match, watch
+from ..privacy import write_table
 
 _all_ = ['TrainSettings']  # what a user of this module needs beside it
 

@@ -22,7 +22,6 @@ from smsbench.data.checks import (
     TOLD,
     UNKNOWN,
     UNSURE,
-    Teller,
     check_classes,
     check_conflicts,
     check_copies,
@@ -40,6 +39,7 @@ from .duplicates import near_duplicates
 from .rows import find_images, read_rows
 from .shortcuts import FILM, shortcut_table
 from .wording import bag_of_words, naming_table
+from ..privacy import access_of, is_sealed, Teller
 
 _all_ = ['near_duplicates', 'SEVERITIES']  # what a user of the audit needs beside it
 
@@ -389,7 +389,7 @@ def source_rows(
 
 # %% ../../nbs/13_data.audit.ipynb #3f670fa4
 def audit(
-    cohort: pd.DataFrame,  # a cohort; `.attrs['access']` decides what is shown
+    cohort: pd.DataFrame,  # a cohort; its access decides what is shown
     files: pd.DataFrame | None,  # from `scan_files`; None or empty: images were not read
     exclusions: pd.DataFrame | None = None,  # from `build_cohort`
     seed: int = 0,  # folds and resamples
@@ -399,14 +399,13 @@ def audit(
 
     `InputError` if an image was not scanned, or the cohort is empty or sealed.
     """
-    if cohort.attrs.get('sealed'):
+    if is_sealed(cohort):
         raise InputError(
             'a sealed cohort has no texts and no images to audit; build it from the files'
         )
     if cohort.empty:
         raise InputError('the cohort is empty: there is nothing to audit')
-    # only data that are declared open are open
-    tell = Teller('open' if cohort.attrs.get('access') == 'open' else 'credentialed')
+    tell = Teller(access_of(cohort, 'the cohort'))
     files = None if files is None or files.empty or (cohort.image == '').all() else files
     source, t = source_rows(cohort) if source is None else source, _measured(cohort, files, seed)
     rows = check_classes(cohort, tell) + check_patients(cohort, tell, source)

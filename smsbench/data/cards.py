@@ -100,6 +100,7 @@ RESERVED = (
     'image_sha',
     'question',
     'boxes',
+    'access',
 )  # cohort columns that strata and kept columns may not take
 
 

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['SEVERITIES', 'LEAK', 'GAP', 'TOLD', 'FILM_TOLD', 'TEXT_TOLD', 'NAMED', 'UNSURE', 'ODD_SIZE', 'FEW', 'UNKNOWN',
-           'graded', 'entry', 'Teller', 'gather', 'check_classes', 'check_patients', 'check_copies',
-           'check_near_copies', 'check_conflicts', 'check_images', 'class_gap', 'check_missing', 'check_exclusions']
+           'graded', 'entry', 'gather', 'check_classes', 'check_patients', 'check_copies', 'check_near_copies',
+           'check_conflicts', 'check_images', 'class_gap', 'check_missing', 'check_exclusions']
 
 # %% ../../nbs/12d_data.checks.ipynb #a0bafc62
-from dataclasses import dataclass
-
 import numpy as np, pandas as pd
 
 from .duplicates import chance_rate, duplicate_groups, near_duplicates
-from .manifest import shown
+from ..privacy import Teller
 from ..stats import bootstrap_sums
 
 # %% ../../nbs/12d_data.checks.ipynb #8d0f70b9
@@ -86,42 +84,6 @@ def entry(
         n=int(n),
         sentence=sentence,
     )
-
-# %% ../../nbs/12d_data.checks.ipynb #3bc9634d
-@dataclass(frozen=True)
-class Teller:
-    "Writes counts and shares as they may be shown."
-
-    access: str = 'open'  # 'open' or 'credentialed'
-
-    def hides(self, k, n):
-        "May k of n not be told?"
-        return self.access != 'open' and (0 < k < 10 or 0 < n - k < 10)
-
-    def share(self, k, n):
-        "'14 of 120 (12 %)', 'none of 120', 'all 120'."
-        if k in (0, n):
-            return f'all {shown(n, self.access)}' if k else f'none of {shown(n, self.access)}'
-        if self.hides(k, n):
-            return (
-                f'fewer than 10 of {shown(n, self.access)}'
-                if k < 10
-                else f'all but fewer than 10 of {shown(n, self.access)}'
-            )
-        percent = f'{100 * k / n:.0f}'
-        return (
-            f"{shown(k, self.access)} of {shown(n, self.access)}"
-            f" ({'<1' if percent == '0' else '>99' if percent == '100' else percent} %)"
-        )
-
-    def count(self, k):
-        return shown(int(k), self.access)
-
-    def value(self, k, n=None):
-        "The share (or, without n, the count) as a number; NaN where it is hidden."
-        if n is None:
-            return np.nan if self.access != 'open' and 0 < k < 10 else float(k)
-        return np.nan if self.hides(k, n) else k / n if n else 0.0
 
 # %% ../../nbs/12d_data.checks.ipynb #d42925aa
 def gather(

@@ -11,17 +11,10 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from smsbench.core import (
-    InputError,
-    RunError,
-    array_hash,
-    content_hash,
-    progress,
-    read_table,
-    write_table,
-)
+from ..core import InputError, RunError, array_hash, content_hash, progress
 from .readers import READERS, load_image
 from .sources import FileError, is_remote, split_ref
+from ..privacy import read_table, write_table
 
 # %% ../../nbs/09e_data.files.ipynb #763ed93b
 BLANK, WHITE = 2, 240  # grey values: spread of a blank image; from here on a pixel is near-white

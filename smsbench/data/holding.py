@@ -11,12 +11,23 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import read_table, write_table
+from ..core import InputError
 from .audit import FileAudit, audit, source_rows
 from .cards import Manifest
 from .files import scan_files
 from .manifest import Built, gather_card
-from .seal import SEALED, pseudonym, seal, seal_key, unseal
+from smsbench.privacy import (
+    access_of,
+    is_sealed,
+    pseudonym,
+    read_table,
+    seal,
+    seal_key,
+    SEALED,
+    unseal,
+    was_opened,
+    write_table,
+)
 
 # %% ../../nbs/13a_data.holding.ipynb #86481678
 @dataclass(frozen=True)
@@ -34,15 +45,25 @@ def hold(
 ) -> Holding:
     """Open a sealed cohort, or seal one of credentialed data.
 
-    `InputError` if the files are not those of the cohort.
+    `InputError` if the files are not those of the cohort, or if it is open already.
     """
     if isinstance(cohort, Holding):
         return cohort
     if isinstance(cohort, Built):
         return Holding(cohort.cohort, cohort.opened, cohort.key)
-    if cohort.attrs.get('access') != 'credentialed':
+    if access_of(cohort, 'the cohort') == 'open':
         return Holding(cohort, cohort)
-    if cohort.attrs.get('sealed'):
+    if was_opened(cohort):
+        raise InputError(
+            'this is an opened cohort of credentialed data, or has rows of one; give the sealed'
+            ' cohort that smsbench cohort made, which is opened here'
+        )
+    if is_sealed(cohort):
+        if 'card' not in cohort.attrs:
+            raise InputError(
+                'the cohort has lost its metadata, as after a merge, and cannot be opened without'
+                ' them; put them back (merged.attrs = cohort.attrs)'
+            )
         card, about = Manifest(**cohort.attrs['card']), cohort.attrs
         opened, _, _, _, key = gather_card(
             card, root or about['root'], check_images=False, limit=about.get('limit')

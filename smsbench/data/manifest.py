@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'FILE_COLUMNS', 'mark', 'base_rows', 'carried', 'ask', 'with_files', 'Built', 'build_all', 'gather_card',
-           'finish', 'build_cohort', 'shown', 'cohort_summary', 'Manifest', 'manifest_path', 'read_manifest',
-           'read_image']
+           'finish', 'build_cohort', 'Manifest', 'manifest_path', 'read_manifest', 'read_image']
 
 # %% ../../nbs/10_data.manifest.ipynb #844b3e78
 import fnmatch, json, os
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, validate
+from ..core import InputError, moved, validate
 from .boxes import sample_boxes
 from .cards import RESERVED, Manifest, manifest_path, read_manifest
 from .files import scan_files
@@ -21,8 +20,22 @@ from .parts import fill
 from .readers import blanks, read_image
 from .rows import find_images, read_rows, row_texts, step
 from .rules import LABEL_FAULTS, apply_rule
-from .seal import seal, seal_exclusions, seal_files, seal_key, unseal
 from .sources import IMAGE_REASONS
+from smsbench.privacy import (
+    format_count,
+    IN_CLEAR,
+    seal,
+    seal_exclusions,
+    seal_files,
+    seal_key,
+    unseal,
+)
+
+__getattr__ = moved(
+    __name__,
+    shown='smsbench.privacy:format_count',
+    cohort_summary='smsbench.privacy:cohort_summary',
+)
 
 _all_ = [
     'Manifest',
@@ -267,7 +280,7 @@ def gather_card(
             'a box is broken or leaves its image',
         )
     exclusions = _exclusions(m, rows, base, every, broken)
-    cohort = _cohort(m, rows, every)
+    cohort = _cohort(m, rows, every).assign(access='open' if m.access == 'open' else IN_CLEAR)
     _refuse(m, cohort, exclusions, every)
     about = _about(m, set(cohort.finding)) | dict(
         root=os.path.realpath(root),
@@ -405,7 +418,7 @@ def _refuse(m, cohort, exclusions, every):
     "Raise where a cohort may not be used."
     n, lost = len(cohort), len(exclusions)
     counts = ', '.join(
-        f'{r} {shown(k, m.access)}' for r, k in exclusions.reason.value_counts().items()
+        f'{r} {format_count(k, m.access)}' for r, k in exclusions.reason.value_counts().items()
     )
     marked, off = (
         int(every.boxes.str.len().gt(2).sum()) if 'boxes' in every else 0,
@@ -416,12 +429,12 @@ def _refuse(m, cohort, exclusions, every):
             next((f'; e.g. {d}' for d in exclusions.detail if d), '') if m.access == 'open' else ''
         )
         raise InputError(
-            f'{m.name}: {shown(lost, m.access)} of {n + lost} samples are excluded, more than'
+            f'{m.name}: {format_count(lost, m.access)} of {n + lost} samples are excluded, more than'
             f' max_excluded {m.max_excluded:g} allows: {counts}{example}'
         )
     if off > m.max_excluded * marked:
         raise InputError(
-            f'{m.name}: boxes of {shown(off, m.access)} of {shown(marked, m.access)} marked samples'
+            f'{m.name}: boxes of {format_count(off, m.access)} of {format_count(marked, m.access)} marked samples'
             ' are broken or leave their image; coordinates must be pixels of the image files as'
             ' they lie on disk'
         )
@@ -431,7 +444,7 @@ def _refuse(m, cohort, exclusions, every):
         k := int((cohort[cohort.split != ''].groupby('patient_id').split.nunique() > 1).sum())
     ):
         raise InputError(
-            f'{m.name}: {shown(k, m.access)} patients stand in more than one split, and the card'
+            f'{m.name}: {format_count(k, m.access)} patients stand in more than one split, and the card'
             ' says that none does'
         )
 
@@ -447,7 +460,7 @@ def _expect(m, cohort):
         else []
     )
     wrong += [
-        f"{shown(int(splits.get(s, 0)), m.access)} in {s or 'no split'}, the card expects {k}"
+        f"{format_count(int(splits.get(s, 0)), m.access)} in {s or 'no split'}, the card expects {k}"
         for s, k in e.splits.items()
         if splits.get(s, 0) != k
     ]
@@ -456,83 +469,3 @@ def _expect(m, cohort):
             f"{m.name}: the cohort has {'; '.join(wrong)}; are these the files of version"
             f" {m.version}? check_expected=False (--any-count) goes on"
         )
-
-# %% ../../nbs/10_data.manifest.ipynb #785f29e5
-def shown(
-    n: int,  # a count of samples
-    access: str,  # 'open' or 'credentialed'
-) -> str:
-    "A count as it may be shown: below 10 only as '<10' where data are credentialed."
-    return '<10' if access == 'credentialed' and 0 < n < 10 else str(n)
-
-# %% ../../nbs/10_data.manifest.ipynb #0ec7cb92
-def cohort_summary(
-    cohort: pd.DataFrame,  # from `build_cohort`
-    exclusions: pd.DataFrame,  # likewise
-) -> pd.DataFrame:  # what ('samples', 'finding', 'label', 'split', a stratum, 'excluded', 'filtered'), value, samples and patients (text, so that counts can be hidden)
-    "What is in a cohort and what was left out."
-    labels = (
-        dict(label=cohort.label)
-        if cohort.finding.nunique() == 1
-        else {f'label of {f}': g for f, g in cohort.label.groupby(cohort.finding)}
-    )
-    groups = (
-        dict(samples=pd.Series('all', cohort.index), finding=cohort.finding)
-        | labels
-        | dict(split=cohort.split.replace('', '(none)'))
-        | {s: cohort[s] for s in cohort.attrs.get('strata', [])}
-    )
-    parts = [_counts(what, g, cohort.patient_id) for what, g in groups.items()]
-    left_out = [
-        ('excluded', exclusions.reason.value_counts().to_dict()),
-        ('filtered', {k: n for k, n in cohort.attrs.get('filtered', {}).items() if n}),
-    ]
-    parts += [
-        pd.DataFrame(
-            [dict(what=what, value=k, samples=n, patients=np.nan) for k, n in counts.items()],
-            columns=['what', 'value', 'samples', 'patients'],
-        )
-        for what, counts in left_out
-    ]
-    return pd.concat(
-        [_hide(p, cohort.attrs.get('access', 'open')) for p in parts if len(p)], ignore_index=True
-    )
-
-
-def _counts(what, group, patients):
-    g = patients.loc[group.index].groupby(group)
-    return pd.DataFrame(
-        dict(
-            what=what,
-            value=g.size().index,
-            samples=g.size().to_numpy(),
-            patients=g.nunique().to_numpy(),
-        )
-    )
-
-
-def _hide(part, access):
-    "Counts as text; small ones of credentialed data hidden, and not recoverable from a total."
-    out = part.copy()
-    few = access == 'credentialed' and part.patients.between(
-        1, 9
-    )  # many questions about few patients are few patients
-    out['samples'] = (
-        part.samples.astype(object).mask(few, '<10') if access == 'credentialed' else part.samples
-    )
-    part = out.copy()
-    for c in ('samples', 'patients'):
-        n = part[c]
-        text = n.map(
-            lambda x: x if isinstance(x, str) else '' if np.isnan(x) else shown(int(x), access)
-        )
-        rest = pd.to_numeric(n, errors='coerce').dropna()
-        rest = rest[~text[rest.index].str.startswith('<')]  # text: hidden before
-        out[c] = (
-            text.mask(
-                (text.index == rest.idxmin()) & (text.str.startswith('<').sum() == 1), 'withheld'
-            )
-            if len(rest)
-            else text
-        )
-    return out

@@ -25,6 +25,7 @@ from smsbench.data.film import (
     read_phantom,
     uniform,
 )
+from ..privacy import with_access
 
 _all_ = [
     'FINDINGS',
@@ -306,7 +307,7 @@ def phantom_cohort(
             label_from,
             *_truth(f, findings, agreement, prevalence, others),
         )
-    df = pd.DataFrame(rows)
+    df = with_access(pd.DataFrame(rows), 'open')
     phantom = dict(n=n, size=size, seed=seed, label_from=label_from, **rates)
     df.attrs = _about_phantom(findings, label_from, phantom)
     return validate(df, 'cohort')

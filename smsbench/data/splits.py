@@ -12,7 +12,7 @@ import csv, json, math
 import numpy as np, pandas as pd
 
 from ..core import InputError, atomic, content_hash, table_hash
-from .manifest import shown
+from ..privacy import access_of, format_count
 
 # %% ../../nbs/12_data.splits.ipynb #54ab1771
 def class_counts(
@@ -186,7 +186,7 @@ def make_splits(
     counts, weights = class_counts(cohort, by), part_weights(sizes)
     patient, ids = pd.factorize(counts.patient_id, sort=True)
     kind, names = pd.factorize(counts['class'], sort=True)
-    _enough(np.bincount(kind), names, len(ids), sizes, cohort.attrs.get('access', 'open'))
+    _enough(np.bincount(kind), names, len(ids), sizes, cohort)
     part, lack = _settle(
         *_with_all(patient, kind, counts.samples.to_numpy()),
         ids,
@@ -220,21 +220,24 @@ def _with_all(patient, kind, samples):
     )
 
 
-def _enough(carriers, names, patients, parts, access):
+def _enough(carriers, names, patients, parts, cohort):
     "Raise where a class has fewer patients than there are parts."
     K, few, named = (
         len(parts),
         np.flatnonzero(carriers < len(parts)),
         ', '.join([*parts][:5]) + ', ...' * (len(parts) > 5),
     )
-    if patients < K:
-        raise InputError(f'{shown(patients, access)} patients cannot fill the {K} parts {named}')
-    if not len(few):
+    if patients >= K and not len(few):
         return
+    access = access_of(cohort, 'the cohort')
+    if patients < K:
+        raise InputError(
+            f'{format_count(patients, access)} patients cannot fill the {K} parts {named}'
+        )
     c = few[carriers[few].argmin()]
     more = f' (and {len(few) - 1} more such classes)' if len(few) > 1 else ''
     raise InputError(
-        f'{names[c]}: {shown(int(carriers[c]), access)}'
+        f'{names[c]}: {format_count(int(carriers[c]), access)}'
         f' patient{"s carry" if carriers[c] != 1 else " carries"} it, too few for the {K} parts'
         f' {named}{more}; take fewer parts, merge or drop the class, or name fewer columns in `by`'
     )
@@ -261,7 +264,7 @@ def apply_splits(
     part = cohort.patient_id.astype(str).map(splits.to_dict())
     if lost := int(cohort.patient_id[part.isna()].nunique()):
         raise InputError(
-            f"{shown(lost, cohort.attrs.get('access', 'open'))} of the cohort's"
+            f"{format_count(lost, access_of(cohort, 'the cohort'))} of the cohort's"
             f" {cohort.patient_id.nunique()} patients are not in this split; make one for this"
             " cohort"
         )
@@ -302,7 +305,7 @@ def split_table(
     )
     return (
         _hide_small(out.replace(dict(split={'': '(none)'})))
-        if cohort.attrs.get('access') == 'credentialed'
+        if access_of(cohort, 'the cohort') == 'credentialed'
         else out.replace(dict(split={'': '(none)'}))
     )
 
@@ -440,14 +443,14 @@ def assert_disjoint(
     if shared.empty:
         return
     access, what = (
-        cohort.attrs.get('access', 'open'),
+        access_of(cohort, 'the cohort'),
         'patients' if unit == 'patient_id' else 'images',
     )
     pairs = shared.map(' and '.join).value_counts().sort_index()
     example = f', e.g. {str(shared.index[0])[:40]!r}' if access == 'open' else ''
     raise InputError(
-        f"{shown(len(shared), access)} of {len(where)} {what}"
+        f"{format_count(len(shared), access)} of {len(where)} {what}"
         f" {'is' if len(shared) == 1 and access == 'open' else 'are'} in more than one split"
-        f" ({', '.join(f'{p}: {shown(n, access)}' for p, n in pairs.items())}{example}); results on"
+        f" ({', '.join(f'{p}: {format_count(n, access)}' for p, n in pairs.items())}{example}); results on"
         " the test part are not those of new patients; make splits of your own with make_splits"
     )

@@ -12,6 +12,7 @@ import numpy as np, pandas as pd
 
 from ..core import InputError
 from .shortcuts import fold_rows, told_apart
+from ..privacy import access_of
 
 # %% ../../nbs/12c_data.wording.ipynb #50d6e66c
 SYNONYMS = {  # stem of a finding's name -> pattern of the words that name it
@@ -153,7 +154,7 @@ def bag_of_words(
     smallest is the number of rows of the rarest class; words is a dict class -> words, the most
     predictive first, and empty for credentialed data. Rows without a text are left out.
     """
-    out, open_data = [], cohort.attrs.get('access') == 'open'
+    out, open_data = [], access_of(cohort, 'the cohort') == 'open'
     for finding, g in cohort[cohort[column].str.strip() != ''].groupby('finding', sort=False):
         y = pd.factorize(g.label, sort=True)[0]
         used, fold = fold_rows(g.patient_id, y, seed, ids=g.sample_id)

@@ -10,9 +10,9 @@ __all__ = ['ARM_WORDS', 'KEPT', 'METHOD_WORDS', 'arm_words', 'study_table', 'his
 import numpy as np, pandas as pd
 
 from ..core import content_hash
-from ..data.manifest import shown
 from .cam_figures import Panel, cam_panels
 from .style import COLOURS, canvas, looks, rounded, span, styled
+from ..privacy import access_of, format_count
 
 # %% ../../nbs/50l_report.clip_page.ipynb #29d2d349
 ARM_WORDS = dict(
@@ -155,7 +155,7 @@ def explained_panels(
         )
         for f, c in keys[:most]
     ]
-    return cam_panels(panels, films.attrs.get('access', 'open'))
+    return cam_panels(panels, access_of(films, 'the films'))
 
 
 def _iou_note(rows, film, finding):
@@ -209,7 +209,7 @@ def explained_words(
     films, maps = found.marked.films, list(found.maps.values())
 
     def n(k):
-        return shown(k, films.attrs.get('access', 'open'))
+        return format_count(k, access_of(films, 'the films'))
 
     left, empty = len(found.marked.readings.excluded), sum(m.empty for m in maps)
     return (

@@ -13,6 +13,7 @@ from ..core import InputError
 from ..data.audit import SEVERITIES
 from ..data.film import read_phantom
 from ..data.readers import read_image
+from ..privacy import access_of
 from .style import COLOURS, DASH, canvas, literal, percent, rounded, span, styled
 
 # %% ../../nbs/50e_report.data_figures.ipynb #f7df65ff
@@ -336,7 +337,7 @@ def choose_pairs(
 
     `InputError` for credentialed data.
     """
-    if cohort.attrs.get('access') != 'open':
+    if access_of(cohort, 'the cohort') != 'open':
         raise InputError('pictures of credentialed data are not shown')
     pairs, about = (
         audited.tables.get('duplicates', pd.DataFrame(columns=['ref_a', 'ref_b', 'distance'])),

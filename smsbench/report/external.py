@@ -14,15 +14,7 @@ from typing import NamedTuple
 
 import numpy as np, pandas as pd
 
-from smsbench.core import (
-    InputError,
-    Run,
-    content_hash,
-    environment,
-    read_json,
-    write_json,
-    write_table,
-)
+from ..core import InputError, Run, content_hash, environment, read_json, write_json
 from smsbench.clip.curves import (
     classification_report,
     confusion_matrix,
@@ -37,7 +29,6 @@ from ..clip.retrieval import retrieve
 from ..clip.scores import Thresholds, choose_thresholds, zero_shot
 from ..clip.seen import overlap, read_seen
 from ..clip.space import coordinates, space_metrics
-from ..data.manifest import shown as count_text
 from smsbench.report.clip_figures import (
     classes_figure,
     confusion_figure,
@@ -48,7 +39,15 @@ from smsbench.report.clip_figures import (
     retrieval_figure,
 )
 from .style import rounded, span
-from .tables import class_table, latex_table, shareable, shareable_curve
+from .tables import class_table, latex_table
+from smsbench.privacy import (
+    access_of,
+    format_count,
+    safe_count,
+    shareable,
+    shareable_curve,
+    write_table,
+)
 
 # %% ../../nbs/50ha_report.external.ipynb #f2b3ce0e
 class External(NamedTuple):
@@ -214,13 +213,13 @@ def readable(
     "Films that can be decoded; `InputError` where too many cannot."
     from smsbench.clip.data import check_films
 
-    access = films.attrs.get('access', 'open')
+    access = access_of(films, 'the films')
     good, left = check_films(films, store=None if access == 'credentialed' else run / 'scan')
     if not len(left):
         return good, {}, []
 
     def count(n):
-        return count_text(int(n), access)
+        return format_count(int(n), access)
 
     table = (
         left.groupby(['split', 'reason'])
@@ -342,11 +341,11 @@ def measure(
             f"no film is in {', '.join(splits)}; the splits are"
             f" {', '.join(sorted(set(table.split)))}"
         )
-    tested, access = films.take(at), films.attrs.get('access', 'open')
+    tested, access = films.take(at), access_of(films, 'the films')
     scores = zero_shot(clip, tested, prompts, embeddings=x[at])
 
     def count(n):
-        return count_text(int(n), access)
+        return format_count(int(n), access)
 
     if len(at) < len(films):
         notes.append(
@@ -544,7 +543,7 @@ def _own_parts(clip, tested, x, scores, thresholds, how):
             'no retrieval: too few films have a report'
             + (
                 f' ({told} of {len(tested)}; two are needed)'
-                if tested.attrs.get('access', 'open') == 'open'
+                if access_of(tested, 'the films') == 'open'
                 else ''
             )
         )
@@ -617,10 +616,10 @@ def save_external(
         )
     for name, f in found.figures.items():
         (run / f'figures/{name}.png').write_bytes(f.png())
-    access = films.attrs.get('access', 'open')
+    access = access_of(films, 'the films')
 
     def count(n):
-        return n if count_text(n, access) == str(n) else count_text(n, access)
+        return safe_count(n, access)
 
     write_json(
         dict(

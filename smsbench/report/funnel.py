@@ -8,8 +8,8 @@ __all__ = ['WHY', 'funnel_table', 'draw_funnel']
 # %% ../../nbs/50f_report.funnel.ipynb #f390b4aa
 import pandas as pd
 
-from ..data.manifest import shown
 from .style import COLOURS, DASH, canvas, literal, styled
+from ..privacy import access_of, format_count
 
 # %% ../../nbs/50f_report.funnel.ipynb #38ad78bb
 WHY = {
@@ -57,7 +57,7 @@ def _worth(steps):
 def _hidden(removed, worth, access):
     "What stands for the numbers of `removed` that may not be shown; '' for the others."
     small = pd.Series(
-        [shown(-(-n // k), access) != str(-(-n // k)) for n, k in zip(removed, worth)],
+        [format_count(-(-n // k), access) != str(-(-n // k)) for n, k in zip(removed, worth)],
         index=removed.index,
     ) & (removed > 0)
     text = ('<' + (10 * worth).astype(str)).where(small, '')
@@ -86,7 +86,7 @@ def funnel_table(
     steps = steps.assign(why=steps.why.mask(steps.why == '', steps.step.map(WHY).fillna('')))
     if cohort.attrs.get('sealed'):
         return steps.assign(**{c: [_number(n, '≈') for n in steps[c]] for c in ('removed', 'left')})
-    hidden = _hidden(steps.removed.astype(int), _worth(steps), cohort.attrs.get('access', 'open'))
+    hidden = _hidden(steps.removed.astype(int), _worth(steps), access_of(cohort, 'the cohort'))
     visible = hidden == ''
     # nothing hidden up to here, or nothing hidden from here on
     after = visible[::-1].cummin()[::-1].shift(-1, fill_value=True)

@@ -9,6 +9,7 @@ __all__ = ['strategy_rows', 'wording_figure', 'answer_grid', 'kept_share', 'answ
 # %% ../../nbs/50i_report.paraphrase_figures.ipynb #d244c989
 import numpy as np, pandas as pd
 
+from ..privacy import access_of
 from .figures import draw_dots, legend, listed, pick, void_arms
 from .style import canvas, literal, looks, percent, rounded, span, styled
 from ..sms.consistency import beside_original
@@ -135,7 +136,7 @@ def answer_grid_figure(
     "Wordings in rows, samples in columns, one panel per model."
     from matplotlib.patches import Patch
 
-    if plan.attrs.get('access') == 'credentialed' or 'inverted' not in plan:
+    if access_of(plan, 'the plan') != 'open' or 'inverted' not in plan:
         return None
     models = models or sorted(set(predictions.model))
     grids = {m: answer_grid(plan, predictions, m, arm) for m in models}

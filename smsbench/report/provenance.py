@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data.manifest import shown
 from .style import DASH
 from .html import Html, html_table, join, markup
 from .sections import column, model_names
 from ..sms.shifts import ARMS
+from ..privacy import access_of, format_count
 
 # %% ../../nbs/51b_report.provenance.ipynb #4c616082
 def limited(
@@ -42,7 +42,11 @@ def funnel_rows(
     results,  # `Results` of a run
 ) -> pd.DataFrame:  # step, samples, patients: from the data set's table to the answers
     "How many are left after each step; numbers as text, so that small ones can be hidden."
-    cohort, plan, access = results.cohort, results.plan, results.config['cohort'].get('access', '')
+    cohort, plan, access = (
+        results.cohort,
+        results.plan,
+        access_of(results.config['cohort'], 'config.json'),
+    )
     about = cohort.attrs
     rows = [('rows in the table of the data set', about['rows'], None)] if about.get('rows') else []
     rows += [
@@ -78,7 +82,7 @@ def funnel_rows(
             if n is None
             else n
             if isinstance(n, str)
-            else shown(int(n), access)
+            else format_count(int(n), access)
             if n < 1000
             else f'{n:,}'
         )  # a sealed cohort states small counts as words
@@ -92,11 +96,14 @@ def exclusion_rows(
     "Samples that an arm could not show, and why."
     table, access = (
         results.exclusions.get('plan', pd.DataFrame(columns=['arm', 'reason'])),
-        results.config['cohort'].get('access', ''),
+        access_of(results.config['cohort'], 'config.json'),
     )
     counts = table.groupby(['arm', 'reason'], sort=False).size()
     return pd.DataFrame(
-        [dict(arm=a, reason=r, samples=shown(int(n), access)) for (a, r), n in counts.items()],
+        [
+            dict(arm=a, reason=r, samples=format_count(int(n), access))
+            for (a, r), n in counts.items()
+        ],
         columns=['arm', 'reason', 'samples'],
     )
 

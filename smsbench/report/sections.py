@@ -15,7 +15,6 @@ from collections import Counter
 import numpy as np, pandas as pd
 
 from ..core import InputError
-from ..data.manifest import shown
 from smsbench.report.examples import (
     choose_examples,
     example_answers,
@@ -41,6 +40,7 @@ from smsbench.report.verdict_figures import (
 )
 from .words import family_note, instead, points, reading_note, sentence, wording
 from ..sms.shifts import ARMS, attainable
+from ..privacy import format_count
 
 # %% ../../nbs/51a_report.sections.ipynb #89d0369f
 def model_names(
@@ -211,7 +211,7 @@ def _cells(v, modality, is_open):
     "What every table of verdicts shows of one."
 
     def count(n):
-        return DASH if n is None else shown(int(n), 'open' if is_open else 'credentialed')
+        return DASH if n is None else format_count(int(n), 'open' if is_open else 'credentialed')
 
     said = deciding_row(v)['said'] if v['state'] == 'ok' else DASH
     return {
@@ -364,7 +364,7 @@ def _matched(runs, is_open):
     "'sex, view: relies (240 samples)'."
 
     def count(n):
-        return shown(int(n), 'open' if is_open else 'credentialed')
+        return format_count(int(n), 'open' if is_open else 'credentialed')
 
     def said(r):
         if not r['n']:
@@ -442,7 +442,7 @@ def attainable_table(
         return Html()
 
     def count(n):
-        return shown(int(n), 'open' if results.open else 'credentialed')
+        return format_count(int(n), 'open' if results.open else 'credentialed')
 
     numbers = ['samples', 'patients', 'donors', 'effective']
     rows = pd.DataFrame(
@@ -590,7 +590,7 @@ def _behind(row, is_open):
     donors = int(getattr(row, 'n_donors', 0))
 
     def count(n):
-        return shown(int(n), 'open' if is_open else 'credentialed')
+        return format_count(int(n), 'open' if is_open else 'credentialed')
 
     told = f'{count(donors)} ({count(row.n_effective)})' if donors and not few else DASH
     return {'samples': '<10' if few else row.n, 'donors (effective)': told}

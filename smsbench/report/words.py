@@ -12,8 +12,8 @@ import math
 from pathlib import Path
 
 from ..core import InputError, read_json
-from ..data.manifest import shown
 from .style import percent, rounded, span
+from ..privacy import format_count
 
 # %% ../../nbs/50c_report.words.ipynb #97e0ffb5
 _EXAMPLES = {  # verdict -> movement under another class, the same, excess; what decides, error rate
@@ -225,7 +225,7 @@ def people(
     "Patients and donors behind a verdict, and how many independent patients they are worth."
 
     def count(n):
-        return shown(int(n), 'open' if is_open else 'credentialed')
+        return format_count(int(n), 'open' if is_open else 'credentialed')
 
     said = [f"{count(verdict['n_patients'])} patients"]
     if verdict['n_donors']:
@@ -331,7 +331,7 @@ def no_verdict(
     is_open: bool = True,  # may counts below 10 be shown?
 ) -> str:
     "Why there is no verdict on a modality, and what would bring one."
-    few = shown(int(v['n_patients'] or 0), 'open' if is_open else 'credentialed')
+    few = format_count(int(v['n_patients'] or 0), 'open' if is_open else 'credentialed')
     why = {
         'void': 'the change did not reach the model',
         'does not answer': 'the model does not answer the question',

@@ -101,10 +101,10 @@ class Asking:
         self,
         rows: dict,  # sample_id -> opened row of the cohort
         tasks: dict,  # finding -> {question, choices, ...}
-        paraphrases=0,  # see the table above
-        access: str = 'open',  # of the cohort: words of credentialed rows are not written down
+        paraphrases,  # see the table above; 0 for none
+        access: str,  # of the cohort: words of credentialed rows are not written down
     ):
-        self.rows, self.tasks, self.closed = rows, tasks, access == 'credentialed'
+        self.rows, self.tasks, self.closed = rows, tasks, access != 'open'
         self.excluded, self.ids = [], []
         self.source = _source_of(paraphrases)
         if self.source == 'rules' and not (isinstance(paraphrases, int) and paraphrases > 0):

@@ -13,19 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from smsbench.core import (
-    InputError,
-    Run,
-    RunError,
-    content_hash,
-    progress,
-    read_table,
-    table_hash,
-    write_json,
-    write_table,
-)
+from ..core import InputError, Run, RunError, content_hash, progress, table_hash, write_json
 from ..data.holding import hold
-from ..data.manifest import Built, shown
+from ..data.manifest import Built
 from .audit import Source, by_image, prove_delivery, read_predictions
 from .consistency import measure_wordings
 from .map_metrics import RANDOM, attention_metrics, with_baselines, without_random
@@ -44,6 +34,7 @@ from smsbench.sms.run import (
 from .score import Wordings, _same_model, check_model, model_name, open_model
 from .shifts import ARMS, cohort_hash, make_plan
 from ..vlm.baselines import randomised
+from ..privacy import format_count, read_table, write_table
 
 # %% ../../nbs/36c_sms.attend.ipynb #e5c0d205
 WITH_TEXT, WITHOUT_TEXT = (
@@ -347,8 +338,8 @@ def _plan_line(plan, access):
     "A line for the log on the size of a plan."
     return (
         f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
-        f" {shown(plan.sample_id.nunique(), access)} samples,"
-        f" {shown(plan.patient_id.nunique(), access)} patients, arms"
+        f" {format_count(plan.sample_id.nunique(), access)} samples,"
+        f" {format_count(plan.patient_id.nunique(), access)} patients, arms"
         f" {', '.join(plan.attrs['arms'])}"
     )
 

@@ -14,17 +14,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from smsbench.core import (
-    InputError,
-    RunError,
-    Run,
-    array_hash,
-    content_hash,
-    progress,
-    read_table,
-    validate,
-    write_table,
-)
+from ..core import InputError, RunError, Run, array_hash, content_hash, progress, validate
 from ..data.film import read_phantom
 from ..data.holding import hold
 from ..data.readers import FileError, read_image
@@ -34,6 +24,7 @@ from .probes import shift_text
 from .prompts import Task, render, variant_choices
 from .shifts import ARMS
 from ..vlm.models import Inputs
+from ..privacy import read_table, write_table
 
 # %% ../../nbs/32_sms.audit.ipynb #cad0533e
 READS_TOO = (
@@ -59,6 +50,11 @@ class Source:
             bool(held.key),
             remote,
         )
+        if 'tasks' not in opened.attrs:
+            raise InputError(
+                'the cohort has lost its metadata (tasks), as after a merge; put them back'
+                ' (merged.attrs = cohort.attrs)'
+            )
         self.tasks = {f: Task(**t) for f, t in opened.attrs['tasks'].items()}
         self.known = (
             dict(zip(opened.image, opened.image_sha)) if 'image_sha' in opened else {}

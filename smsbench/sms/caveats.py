@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'MEASURED', 'answer_caveats', 'delivery_caveats', 'can_match
 # %% ../../nbs/34c_sms.caveats.ipynb #d45bbe9a
 import dataclasses, re, shlex
 
+from ..privacy import access_of, SMALL
 from .score import AuditSettings
 
 # %% ../../nbs/34c_sms.caveats.ipynb #5378df56
@@ -325,9 +326,9 @@ def missing_note(
         share, n = v.get('missing_share') or 0.0, v.get('n') or 0
         if not share:
             continue
-        few = cohort.get('access') != 'open' and round(share * n) < 10
+        few = access_of(cohort, 'the cohort') != 'open' and round(share * n) < SMALL
         part = (
-            'fewer than 10 samples'
+            f'fewer than {SMALL} samples'
             if few
             else f"{'under 1' if share < 0.01 else f'{100 * share:.0f}'} % of the samples"
         )

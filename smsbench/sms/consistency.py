@@ -112,7 +112,7 @@ def measure_wordings(
                 terms, who = sample_terms(every)
                 found += term_rows(terms, who, **how)
             out += [dict(model=model, subgroup=name, **r) for r in found]
-    return metrics_table(out, plan.attrs, **how)
+    return metrics_table(out, plan, **how)
 
 
 def _variant_0(rows, model, arm):

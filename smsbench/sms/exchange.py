@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, Run, atomic, content_hash, progress, read_table, write_table
+from ..core import InputError, Run, atomic, content_hash, progress
 from .answers import reading, unread_by_side
 from .asked import check_rules
 from .audit import _answer_row, _error_row, part_path
@@ -22,6 +22,7 @@ from .shifts import ARMS
 from .statements import words
 from .stripping import flat, strip_answer
 from ..vlm.models import Answer
+from ..privacy import access_of, read_table, write_table
 
 # %% ../../nbs/32a_sms.exchange.ipynb #5fa06602
 def export_trials(
@@ -267,7 +268,7 @@ def import_predictions(
     `InputError` names the first line that cannot be used.
     """
     path = Path(path)
-    name, sealed = name or path.stem, plan.attrs.get('access') == 'credentialed'
+    name, sealed = name or path.stem, access_of(plan, 'the plan') != 'open'
     rows, texts, told = _read_file(path, plan, source, max_missing)
     try:
         _check_texts([r for r in rows if not r['logprobs']], told, quote=not sealed)

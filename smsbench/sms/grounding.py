@@ -12,6 +12,7 @@ import numpy as np, pandas as pd
 
 from ..core import InputError
 from ..inference import Mean, area_of, interval_of, mean_of
+from ..privacy import access_of, with_access
 from ..recalibration import METHODS, cross_fit_all, ece_floor, recalibration_table
 from ..risk_coverage import aurc, aurc_of, risk_at_of, risk_coverage
 from smsbench.sms.metrics import (
@@ -140,8 +141,7 @@ def sample_states(
     rows = with_confidence(answer_table(plan, predictions), plan.attrs['tasks'])
     parts = [_states_of(part).assign(model=m) for m, part in rows.groupby('model', sort=True)]
     out = pd.concat(parts, ignore_index=True)[COLUMNS] if parts else pd.DataFrame(columns=COLUMNS)
-    out.attrs = dict(access=plan.attrs.get('access'))
-    return out
+    return with_access(out, access_of(plan, 'the plan'))
 
 
 def _states_of(rows):
@@ -177,7 +177,7 @@ def state_examples(
     most: int = 3,  # examples per model and state
 ) -> pd.DataFrame:  # rows of `states`
     "Samples of each state; `InputError` unless the data are open."
-    if states.attrs.get('access') != 'open':
+    if access_of(states, 'the table of states') != 'open':
         raise InputError('samples of credentialed data are not listed')
     chosen = states[states.state.isin(STATES)].sort_values('trial_id')
     chosen = chosen.groupby(['model', 'state'], sort=False).head(most)
@@ -374,7 +374,7 @@ def measure_grounding(
     for model, mine in rows.groupby('model', sort=True):
         for name, part in _grounding_parts(mine):
             out += [dict(model=model, subgroup=name, **r) for r in _grounding_rows(part, name, how)]
-    return metrics_table(out, plan.attrs, **how)
+    return metrics_table(out, plan, **how)
 
 
 def _grounding_parts(rows):

@@ -12,6 +12,7 @@ from itertools import combinations
 import numpy as np, pandas as pd
 
 from ..core import content_hash, validate
+from ..privacy import access_of, suppress_few
 from .consistency import map_change_predicts_flip
 from .map_tables import HEAD_MEASURES, MEASURES
 from .metrics import Cells, answer_table, term_rows, Term, subgroups
@@ -481,14 +482,7 @@ def attention_metrics(
     )
     table = pd.DataFrame(rows).reindex(columns=list(measured.columns))
     table = table.fillna(dict(n_donors=0, n_effective=table.n_clusters)).astype(dict(n_donors=int))
-    if plan.attrs.get('access') == 'credentialed':
-        few = table.n_clusters < boot.get('minimum', 10)
-        table['n_effective'] = table.n_effective.where(
-            table.n_effective >= boot.get('minimum', 10), 0
-        )
-        table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan
-        table.loc[few, ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0
-        table.loc[few, 'note'] = f"suppressed: fewer than {boot.get('minimum', 10)} patients"
+    table = suppress_few(table, access_of(plan, 'the plan'), boot.get('minimum', 10))
     out = pd.concat([measured, table], ignore_index=True)
     out.attrs = measured.attrs
     return validate(out, 'metrics')

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, Run, RunError, atomic, read_table, write_table
+from ..core import InputError, Run, RunError, atomic
 from .audit import _answer_row, _error_row, part_path
 from ..vlm.attention import AttentionMap, Rows, attention_map, attention_rows, shares
 from ..vlm.geometry import Layout, View
 from ..vlm.models import Answer, HFModel, Inputs, _door, choice_logprobs, few_threads
+from ..privacy import read_table, write_table
 
 # %% ../../nbs/36_sms.map_store.ipynb #976a25d5
 def spelled_query(

@@ -28,6 +28,7 @@ from smsbench.inference import (
     ratio_of,
     small_sample,
 )
+from ..privacy import access_of, suppress_few
 from .prompts import Task, variant_choices
 from .shifts import ARMS, UNKNOWN
 from ..stats import holm, mcnemar_clustered
@@ -902,17 +903,9 @@ def _difference_p(term, cells, arm):
     )
 
 # %% ../../nbs/33_sms.metrics.ipynb #7ac01eee
-def _tells_of_few(table, few):
-    "Rows from whose count, taken off that of all samples, a suppressed count would follow."
-    beside = table.groupby(['model', 'arm', 'subgroup']).n_clusters
-    return few.groupby([table.model, table.arm, table.subgroup]).transform('any') & (
-        table.n_clusters < beside.transform('max')
-    )
-
-
 def metrics_table(
     rows: list[dict],  # metrics rows
-    about: dict,  # metadata of the plan: access, plan_hash
+    plan,  # the plan, or its metadata: access, plan_hash
     minimum: int = 10,  # patients below which a number of credentialed data is suppressed
     **boot,  # n_boot, level, seed: go into the metadata
 ) -> pd.DataFrame:  # metrics table
@@ -937,17 +930,9 @@ def metrics_table(
     table = table.fillna(dict(n_donors=0, n_effective=table.n_clusters)).astype(
         dict(n_donors=int, n_effective=float)
     )
-    # few patients stay few, however many questions each is asked; n is 0 where it is not shown
-    if about.get('access') == 'credentialed':
-        few = table.n_clusters < minimum
-        table.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan
-        table.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
-        table.loc[
-            few | _tells_of_few(table, few), ['n', 'n_clusters', 'n_donors', 'n_effective']
-        ] = 0
-        for c in ('n_donors', 'n_effective'):
-            table.loc[table[c] < minimum, c] = 0  # who lends is a small count too
-    table.attrs = dict(plan_hash=about.get('plan_hash', ''), minimum=minimum, **boot)
+    table = suppress_few(table, access_of(plan, 'the plan'), minimum)
+    said = getattr(plan, 'attrs', plan)
+    table.attrs = dict(plan_hash=said.get('plan_hash', ''), minimum=minimum, **boot)
     return validate(table, 'metrics') if len(table) else table
 
 # %% ../../nbs/33_sms.metrics.ipynb #184c5253
@@ -978,7 +963,7 @@ def measure(
                 got += detection_rows(cells, **how)
             out += [dict(model=model, subgroup=name, **r) for r in got]
     out += compare_models(next(subgroups(rows))[1], **how)
-    return metrics_table(out, plan.attrs, n_boot=n_boot, seed=seed, **how)
+    return metrics_table(out, plan, n_boot=n_boot, seed=seed, **how)
 
 
 def _with_minimum(rows, minimum):

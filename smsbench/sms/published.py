@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ..calibration import ece
-from ..core import Run, environment, read_json, read_table, write_json, write_table
+from ..core import Run, environment, read_json, write_json
 from ..resampling import Statistic, together
 from .faults import faults, pair_shares, probabilities, void_arms
 from .results import ARMS, TOKENS, by_arm, find_results, read_results
 from ..stats import ratio
+from ..privacy import read_table, write_table
 
 # %% ../../nbs/34_sms.published.ipynb #6a05c582
 SHAPES = (

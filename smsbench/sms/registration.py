@@ -18,9 +18,10 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from .. import __version__
-from ..core import InputError, Run, atomic, content_hash, read_json, read_table, write_json
+from ..core import InputError, Run, atomic, content_hash, read_json, write_json
 from ..data.rules import Card
 from .score import AuditSettings
+from ..privacy import read_table
 
 # %% ../../nbs/34b_sms.registration.ipynb #2813c137
 PRIMARIES = {

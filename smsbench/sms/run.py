@@ -14,15 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from smsbench.core import (
-    InputError,
-    Run,
-    environment,
-    read_json,
-    read_table,
-    write_json,
-    write_table,
-)
+from ..core import InputError, Run, environment, read_json, write_json
 from ..data.audit import SEVERITIES, FileAudit
 from smsbench.data.holding import (
     Holding,
@@ -32,7 +24,7 @@ from smsbench.data.holding import (
     scan_holding,
     write_audit,
 )
-from ..data.manifest import Built, shown
+from ..data.manifest import Built
 from .audit import Source, prove_delivery, read_predictions
 from .caveats import gather_caveats
 from .consistency import measure_wordings
@@ -59,6 +51,7 @@ from smsbench.sms.score import (
 )
 from .shifts import ARMS, attainable_lines, cohort_hash, make_plan, select_arms
 from .verdicts import give_verdicts
+from ..privacy import access_of, format_count, is_sealed, read_table, write_table
 
 _all_ = [
     'AuditSettings',
@@ -238,7 +231,7 @@ def _about(cohort):
             'title',
             'label_source',
         )
-    }
+    } | dict(access=access_of(cohort, 'the cohort'))
 
 
 def run_audit(
@@ -292,7 +285,8 @@ def run_audit(
     mark_first_answer(run)
     for spec in models:
         p = score_model(spec, plan, source, run, settings, **how)
-        run.log(f"{model_name(spec)}: {len(p)} trials, {(p.parse_status == 'error').sum()} failed")
+        failed = format_count(int((p.parse_status == 'error').sum()), about['access'])
+        run.log(f'{model_name(spec)}: {len(p)} trials, {failed} failed')
     _write_environment(run, plan, about, how.get('device', ''))
     conclude(run, settings)
     return run
@@ -330,8 +324,8 @@ def _plan_line(plan, access):
     "A line for the log on the size of a plan."
     return (
         f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
-        f" {shown(plan.sample_id.nunique(), access)} samples,"
-        f" {shown(plan.patient_id.nunique(), access)} patients, {plan.arm.nunique()} arms"
+        f" {format_count(plan.sample_id.nunique(), access)} samples,"
+        f" {format_count(plan.patient_id.nunique(), access)} patients, {plan.arm.nunique()} arms"
     )
 
 
@@ -352,7 +346,7 @@ def _write_environment(run, plan, about, device=''):
 
 def _keep_cohort(run, cohort, exclusions):
     "The cohort stays in the run directory for examples in the report."
-    if cohort.attrs.get('access') == 'credentialed' and not cohort.attrs.get('sealed'):
+    if access_of(cohort, 'the cohort') != 'open' and not is_sealed(cohort):
         raise InputError(
             'this cohort of credentialed data is not sealed; make it with `smsbench cohort`'
         )
@@ -383,7 +377,7 @@ class Results:
     @property
     def open(self):
         "May pixels, texts and small cells be shown?"
-        return self.config['cohort'].get('access') == 'open'
+        return access_of(self.config['cohort'], 'config.json') == 'open'
 
 # %% ../../nbs/35_sms.run.ipynb #993c63d3
 def load_results(
@@ -466,6 +460,7 @@ def run_import(
     keep_registration(run, registration, plan, settings)
     mark_first_answer(run, known=False)
     p = import_predictions(file, plan, run, name, settings.max_failures)
-    run.log(f"{name}: {len(p)} trials imported, {(p.parse_status == 'error').sum()} missing")
+    missing = format_count(int((p.parse_status == 'error').sum()), about['access'])
+    run.log(f'{name}: {len(p)} trials imported, {missing} missing')
     conclude(run, settings)
     return run

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import InputError, Run, content_hash, read_json, read_table, write_json
+from ..core import InputError, Run, content_hash, read_json, write_json
 from .audit import PART_SIZE, part_path, score_plan
 from .paraphrases import read_wordings
 from ..vlm.models import Answer
+from ..privacy import read_table
 
 # %% ../../nbs/34a_sms.score.ipynb #b2af65c7
 def model_name(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 
 from ..core import InputError, content_hash, table_hash, validate
+from ..privacy import access_of, is_sealed, SMALL, with_access, without_small
 from .asked import Asking
 from .pictures import region_elsewhere, thumbnail
 from .probes import TEXT_OPS, shift_text
@@ -464,6 +465,7 @@ def make_plan(
     """
     cohort = _sorted_cohort(cohort, match)
     chosen, attrs, whole = select_arms(arms, probes), cohort.attrs, cohort_hash(cohort)
+    access, sealed = access_of(cohort, 'the cohort'), is_sealed(cohort)
     variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
     for t in attrs['tasks'].values():
         [variant_choices(Task(**t), v) for v in variants]
@@ -471,7 +473,7 @@ def make_plan(
     rows = {
         r.sample_id: r for r in cohort.assign(image_sha=image_names(cohort)).itertuples(index=False)
     }
-    asking = _asking(rows, opened, attrs, paraphrases, probes)
+    asking = _asking(rows, opened, attrs['tasks'], access, sealed, paraphrases, probes)
     cohort = (
         cohort[cohort.sample_id.isin(asking.samples)]
         .reset_index(drop=True)
@@ -503,7 +505,7 @@ def make_plan(
         **asking.about,
         cohort_hash=whole,
     )
-    return _described(plan, cohort, attrs, about), out.reset_index(drop=True)
+    return _described(plan, cohort, attrs, access, about), out.reset_index(drop=True)
 
 
 def _sorted_cohort(cohort, match):
@@ -516,33 +518,33 @@ def _sorted_cohort(cohort, match):
     return cohort
 
 
-def _asking(rows, opened, attrs, paraphrases, probes):
+def _asking(rows, opened, tasks, access, sealed, paraphrases, probes):
     "The `Asking` of a plan; `InputError` for a sealed cohort whose texts are needed."
-    if attrs.get('sealed') and opened is None and (paraphrases or probes):
+    if sealed and opened is None and (paraphrases or probes):
         raise InputError(
             'this cohort is sealed: rewordings and probes need its texts; give the data root'
         )
     return Asking(
         {i: opened[i] for i in rows} if opened else rows,
-        attrs['tasks'],
+        tasks,
         paraphrases,
-        attrs.get('access', 'open'),
+        access,
     )
 
 
-def _described(plan, cohort, attrs, about):
+def _described(plan, cohort, attrs, access, about):
     "A plan with the strata of its cohort and its metadata."
     # a stratum 'variant' of a cohort of wordings is the plan's own column
     strata = [c for c in attrs.get('strata', []) if c not in plan]
     plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
     kept = ('manifest', 'version', 'access', 'tasks', 'label_source')
     plan.attrs = {
-        **{a: attrs[a] for a in kept if a in attrs},
+        **{a: v for a, v in {**attrs, 'access': access}.items() if a in kept},
         'strata': strata,
         **about,
         'plan_hash': table_hash(plan),
     }
-    return validate(plan, 'plan')
+    return validate(with_access(plan, access), 'plan')
 
 
 def _has_baseline(plan, asked):
@@ -627,6 +629,7 @@ def attainable(
 
     A verdict is attainable if it is at the most favourable of Holm's steps. Rows: over all ('all', 'all'), per finding, and per finding and class.
     """
+    access = access_of(plan, 'the plan')
     patient = (
         plan[plan.arm == 'original'].drop_duplicates('sample_id').set_index('sample_id').patient_id
     )
@@ -645,13 +648,10 @@ def attainable(
         by_class = [
             _donor_row(f, label, h, margin, members) for label, h in g.groupby('label', sort=True)
         ]
-        if plan.attrs.get('access') == 'open' or min(r['patients'] for r in by_class) >= 10:
+        if access == 'open' or min(r['patients'] for r in by_class) >= SMALL:
             rows += by_class
-    table = pd.DataFrame(rows)
-    if plan.attrs.get('access') != 'open':
-        for c in ('samples', 'patients', 'donors', 'effective_donors'):
-            table.loc[table[c] < 10, c] = 0
-    return table
+    counts = ['samples', 'patients', 'donors', 'effective_donors']
+    return without_small(pd.DataFrame(rows), counts, access)
 
 
 def attainable_lines(

@@ -19,6 +19,7 @@ from scipy.special import expit, log_expit, ndtr, ndtri
 
 from ..core import InputError
 from ..data.rules import Card
+from ..privacy import with_access
 from .shifts import ARMS, make_plan, select_arms
 from ..stats import auroc
 
@@ -196,7 +197,7 @@ def simulate_cohort(
     )
     tasks = {f: dict(question=f'Is there {f}?', choices=['yes', 'no']) for f in names}
     table.attrs = dict(manifest='simulated', version='1', access='open', strata=[], tasks=tasks)
-    return table
+    return with_access(table, 'open')
 
 # %% ../../nbs/37_sms.simulate.ipynb #869df91b
 def weigh(

@@ -13,6 +13,7 @@ import numpy as np, pandas as pd
 
 from ..core import InputError
 from ..inference import correlation
+from ..privacy import access_of, without_small_verdict
 from .answering import answering
 from .metrics import Cells, _mean_of_term, answer_table, excess, subgroups
 from .reliance import bounds_of, decide, nothing, record, word_for
@@ -297,8 +298,8 @@ def give_verdicts(
         k: _with_firmness(v, cells[k], k[3], plan.attrs, factor.get(k, 1.0))
         for k, v in found.items()
     }
-    if plan.attrs.get('access') != 'open':
-        found = {k: _without_small_counts(v) for k, v in found.items()}
+    if access_of(plan, 'the plan') != 'open':
+        found = {k: without_small_verdict(v, FEWEST) for k, v in found.items()}
     models = {
         m: (
             _model_record(m, parts[m], found, silent[m]['all', 'all'])
@@ -396,15 +397,3 @@ def _add_pooled(findings):
         )
         for r, v, h in zip(rows, values, halves):
             r.update(pooled=float(v), pooled_low=float(v - h), pooled_high=float(v + h))
-
-
-def _without_small_counts(record):
-    "Counts of fewer patients than a verdict needs stay home unless the data are open."
-    counts = ('n', 'n_patients', 'n_donors', 'n_effective')
-
-    def hide(r):
-        few = 0 < r['n_patients'] < FEWEST
-        return r | {c: 0 for c in counts if c in r and (few or r[c] < FEWEST)}
-
-    firm = {k: [hide(r) for r in rows] for k, rows in record['firmness'].items()}
-    return hide(record) | dict(firmness=firm)

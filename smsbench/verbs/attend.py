@@ -158,8 +158,8 @@ def attend(
     Example:  smsbench attend --model reference-image-reader --model reference-blind-follower
     --cohort covid.parquet --out reports/attend
     """
-    from smsbench.core import read_table
     from smsbench.sms.attend import AttendSettings, attend as compare
+    from smsbench.privacy import read_table
 
     if (cohort_file is None) == (manifest is None):
         raise InputError('name the data in one way: --cohort, or --manifest with --root')

@@ -369,8 +369,9 @@ def compare_models(
     from smsbench.clip.compare import compare
     from smsbench.clip.models import load_clip
     from smsbench.clip.scores import zero_shot
-    from smsbench.core import Run, write_table
+    from smsbench.core import Run
     from smsbench.report.external import model_name, own_prompts, own_thresholds, readable
+    from smsbench.privacy import write_table
 
     run, held, names = Run(out), [], []
     tested = readable(
@@ -407,7 +408,7 @@ def compare_models(
 def _shareable_difference(found, films):
     "Differences as they may be shown: beside prevalences, which say of how few films a class is."
     import pandas as pd
-    from smsbench.report.external import shareable
+    from smsbench.privacy import access_of, shareable
 
     share = [
         dict(
@@ -426,6 +427,6 @@ def _shareable_difference(found, films):
     ]
     out = shareable(
         pd.concat([found, pd.DataFrame(share)], ignore_index=True),
-        films.attrs.get('access', 'open'),
+        access_of(films, 'the films'),
     )
     return out[: len(found)]

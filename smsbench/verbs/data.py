@@ -171,10 +171,10 @@ def _example(manifest, folder, as_json):
 
 
 def _make_cohort(manifest, root, out, report, splits, as_json, **how):
-    from smsbench.core import write_table
     from smsbench.data.holding import Holding, audit_holding, hold, write_audit
-    from smsbench.data.manifest import build_all, cohort_summary, shown
+    from smsbench.data.manifest import build_all
     from smsbench.data.splits import apply_splits, read_splits
+    from smsbench.privacy import access_of, cohort_summary, safe_count, write_table
 
     folder = out.with_name(out.stem + '_files')  # what is known about the files, beside the cohort
     built = build_all(manifest, root, store=folder / 'scan', **how)
@@ -198,8 +198,10 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
             'cohort_audit', report, dict(cohort=str(out.resolve()), root=str(root.resolve()))
         )
 
+    access = access_of(table)
+
     def safe(n):
-        return n if shown(n, table.attrs['access']) == str(n) else shown(n, table.attrs['access'])
+        return safe_count(n, access)
 
     say(
         dict(
@@ -219,15 +221,15 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
 
 def _told(table, counts, exclusions, found, out, page):
     "What a person reads about a cohort."
-    from smsbench.data.manifest import shown
     from smsbench.report.funnel import funnel_table
+    from smsbench.privacy import access_of, format_count
 
     steps = [
         f'  {r.left:>9}  {r.step}'
         + (f" ({r.removed} left out{': ' if r.why else ''}{r.why})" if r.removed != '0' else '')
         for r in funnel_table(table).itertuples()
     ]
-    access = table.attrs['access']
+    access = access_of(table)
     told, quiet = (
         found.findings[found.findings.severity != 'ok'],
         int((found.findings.severity == 'ok').sum()),
@@ -248,9 +250,9 @@ def _told(table, counts, exclusions, found, out, page):
             f'  {quiet} further checks found nothing',
             '',
             (
-                f"{shown(len(table), access)} samples of"
-                f" {shown(table.patient_id.nunique(), access)} patients,"
-                f" {shown(len(exclusions), access)} excluded -> {out}"
+                f"{format_count(len(table), access)} samples of"
+                f" {format_count(table.patient_id.nunique(), access)} patients,"
+                f" {format_count(len(exclusions), access)} excluded -> {out}"
             ),
             *([str(page)] if page else []),
         ]
@@ -289,7 +291,6 @@ def split(
     Example:  smsbench split covid.parquet --sizes train=0.6,test=0.4 --by label,view --out
     covid_splits.csv
     """
-    from smsbench.core import read_table
     from smsbench.data.splits import (
         apply_splits,
         make_folds,
@@ -297,6 +298,7 @@ def split(
         split_table,
         write_splits,
     )
+    from smsbench.privacy import read_table
 
     table, columns = read_table(cohort_file, 'cohort'), split_list(by)
     parts = (
@@ -420,9 +422,9 @@ def plan(
     Example, in other words and with an altered report:  smsbench plan covid.parquet --arms original
     --paraphrases 6 --probes foil --out plan.parquet
     """
-    from smsbench.core import read_table, write_table
     from smsbench.sms.audit import Source
     from smsbench.sms.registration import register, write_registration
+    from smsbench.privacy import read_table, write_table
 
     settings = audit_settings(
         arms,
@@ -450,21 +452,26 @@ def plan(
     )
 
 
-def _left_out(excluded):
-    "(arm, reason, samples) of what an arm could not show."
-    return [(a, r, int(n)) for (a, r), n in excluded.groupby(['arm', 'reason']).size().items()]
+def _left_out(excluded, access):
+    "(arm, reason, samples) of what an arm could not show; samples as they may be shown."
+    from smsbench.privacy import safe_count
+
+    counts = excluded.groupby(['arm', 'reason']).size()
+    return [(a, r, safe_count(int(n), access)) for (a, r), n in counts.items()]
 
 
 def _plan_json(frozen, excluded, out, record, file):
     "What a script reads about a plan."
+    from smsbench.privacy import access_of, safe_count
     from smsbench.sms.shifts import attainable
 
+    access = access_of(frozen, 'the plan')
     return dict(
         plan=str(out),
         attainable=attainable(frozen, record.margin).to_dict('records'),
         plan_hash=frozen.attrs['plan_hash'],
-        trials=frozen.arm.value_counts(sort=False).to_dict(),
-        excluded=[dict(arm=a, reason=r, samples=n) for a, r, n in _left_out(excluded)],
+        trials={a: safe_count(n, access) for a, n in frozen.arm.value_counts(sort=False).items()},
+        excluded=[dict(arm=a, reason=r, samples=n) for a, r, n in _left_out(excluded, access)],
         registration=str(file),
         registered=record.model_dump(mode='json') | dict(hash=record.hash),
     )
@@ -472,15 +479,18 @@ def _plan_json(frozen, excluded, out, record, file):
 
 def _plan_text(frozen, excluded, out, record, file):
     "What a person reads about a plan."
+    from smsbench.privacy import access_of, safe_count
     from smsbench.sms.shifts import attainable
 
-    trials = frozen.arm.value_counts(sort=False).rename('trials').to_string()
+    access = access_of(frozen, 'the plan')
+    counts = frozen.arm.value_counts(sort=False).rename('trials')
+    trials = counts.map(lambda n: safe_count(n, access)).to_string()
     able = (
         f'\nDonors, and the verdicts that are attainable at a margin of {100 * record.margin:g}'
         ' points:\n'
     )
     able += attainable(frozen, record.margin).to_string(index=False)
-    lost = [f'excluded from {a}: {n} samples, {r}' for a, r, n in _left_out(excluded)]
+    lost = [f'excluded from {a}: {n} samples, {r}' for a, r, n in _left_out(excluded, access)]
     made = f"\nplan {frozen.attrs['plan_hash']}: {len(frozen)} trials -> {out}"
     why = record.margin_reason or 'no reason given; add --margin-reason'
     told = (

@@ -141,7 +141,7 @@ def _pairs(text):
 def _explained_text(found, metrics):
     "What a person reads first: all films, findings apart, and whether the map can be believed."
     from smsbench.report.clip_page import cascade_words, explained_words, faithful_words
-    from smsbench.report.external import shareable
+    from smsbench.privacy import access_of, shareable
 
     whole = (
         'mass',
@@ -158,7 +158,7 @@ def _explained_text(found, metrics):
         metrics.subgroup.str.startswith('finding=') & (metrics.arm.isin(['map', 'all pairs']))
     ]
     cascade = (
-        shareable(found.cascade, found.marked.films.attrs.get('access', 'open'))
+        shareable(found.cascade, access_of(found.marked.films, 'the films'))
         if len(found.cascade)
         else found.cascade
     )
@@ -210,10 +210,10 @@ def save_explained(
 
     Pictures and names of films, and curves of few patients, only where the cohort is open.
     """
-    from smsbench.core import environment, write_json, write_table
-    from smsbench.report.external import shareable
+    from smsbench.core import environment, write_json
+    from smsbench.privacy import access_of, shareable, write_table
 
-    access = found.marked.films.attrs.get('access', 'open')
+    access = access_of(found.marked.films, 'the films')
     metrics, cascade = (
         shareable(found.metrics, access),
         shareable(found.cascade, access) if len(found.cascade) else None,
@@ -347,7 +347,7 @@ def ssa(
     """
     from smsbench.clip.ssa import ssa as analyse
     from smsbench.core import Run
-    from smsbench.data.manifest import shown
+    from smsbench.privacy import format_count
 
     if bool(model) == bool(vlm):
         raise InputError('name one model: --model for CLIP, or --vlm for a vision-language model')
@@ -389,7 +389,7 @@ def ssa(
     found, table = _save_ssa(run, found, access, left)
     if len(left):
         notes.append(
-            f"{shown(len(left), access)} picture(s) cannot be read and are left"
+            f"{format_count(len(left), access)} picture(s) cannot be read and are left"
             f" out{'; tables/excluded.csv lists them' if access == 'open' else ''}"
         )
     say(
@@ -403,6 +403,7 @@ def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
     from smsbench.clip.models import load_clip
     from smsbench.clip.ssa import clip_asker, described, in_order, readable_samples
     from smsbench.core import content_hash
+    from smsbench.privacy import access_of
 
     several = films.kind == 'multilabel'
     # the films that choose the thresholds are not asked
@@ -417,7 +418,7 @@ def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
         prompts=content_hash(str(words)),
         films=content_hash(*tested.table.film_id),
         val=val if several else '',
-        access=films.attrs.get('access', 'open'),
+        access=access_of(films, 'the films'),
     )
     return (
         clip_asker(
@@ -436,9 +437,10 @@ def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
 
 def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
     from smsbench.clip.ssa import readable_samples, vlm_asker
-    from smsbench.core import content_hash, read_table
+    from smsbench.core import content_hash
     from smsbench.data.splits import apply_splits, read_splits
     from smsbench.sms.run import open_model
+    from smsbench.privacy import access_of, read_table
 
     table = read_table(cohort, 'cohort')
     attrs = table.attrs
@@ -460,7 +462,9 @@ def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
     return (
         vlm_asker(model, table, root=str(root or '')),
         table,
-        dict(model=vlm, samples=content_hash(*table.sample_id), access=attrs.get('access', 'open')),
+        dict(
+            model=vlm, samples=content_hash(*table.sample_id), access=access_of(table, 'the cohort')
+        ),
         [],
         left,
     )
