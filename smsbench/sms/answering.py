@@ -70,6 +70,8 @@ def _one_answer(cells):
     )
     if commonest < ONE_ANSWER or asked.groupby('finding').label.nunique().max() < 2:
         return ''
+    if asked.said.eq(asked.label).all():
+        return ''  # rare cases, and each of them found
     means, chance, *_ = _success(cells)
     if means and _lowest(means) > chance:
         return ''  # few cases, and found

@@ -18,6 +18,7 @@ KINDS = (
     'does_not_answer',
     'void',
     'unproven',
+    'incomplete',
     'files',
     'training',
     'labels',
@@ -315,6 +316,17 @@ def label_note(
     return f'{first} Verdict on the image if {told}.{beside}' if told else first + beside
 
 # %% ../../nbs/34c_sms.caveats.ipynb #ac62e8d4
+def _incomplete_caveats(verdict):
+    "A caveat per modality without a verdict because answers were never given."
+    out = []
+    for modality in ('image', 'text'):
+        v = verdict.get(f'relies_on_{modality}') or {}
+        if v.get('state') == 'incomplete':
+            text = f"No verdict on the {modality}: {v['note']}. Run the same command again."
+            out.append(_caveat('incomplete', text))
+    return out
+
+
 def missing_note(
     verdict: dict,  # a model's verdicts
     cohort: dict,  # access
@@ -336,6 +348,8 @@ def missing_note(
             f'Under the {modality} swaps an answer is missing in {part} that were answered before'
             ' (refused, tied or unreadable); it counts as moved.'
         )
+        if v.get('untried_share'):
+            text += ' Some trials failed or were never answered; run the same command again.'
         if v.get('value_if_missing_stay') is not None:
             text += (
                 f" Counted as unmoved, the excess is {_points(v['value_if_missing_stay'])} points"
@@ -361,6 +375,7 @@ def gather_caveats(
     plan, columns the columns of its cohort.
     """
     out = answer_caveats(verdict) + delivery_caveats(verdict, delivery)
+    out += _incomplete_caveats(verdict)
     out += file_caveats(files, command, 'imported' in info, command.get('columns', ()))
     notes = dict(
         training=training_note(info, cohort),

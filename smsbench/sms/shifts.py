@@ -627,7 +627,8 @@ def attainable(
 ) -> pd.DataFrame:  # finding, label, samples, patients, donors, effective_donors, verdicts
     """Count donors and attainable verdicts.
 
-    A verdict is attainable if it is at the most favourable of Holm's steps. Rows: over all ('all', 'all'), per finding, and per finding and class.
+    A verdict is attainable if it is at the most favourable of Holm's steps. Rows: over all
+    ('all', 'all'), per finding, and per finding and class.
     """
     access = access_of(plan, 'the plan')
     patient = (

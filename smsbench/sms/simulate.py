@@ -341,10 +341,10 @@ class Population:
         self.shown = {k: np.concatenate(x) for k, x in zip(('image', 'text'), zip(*parts))}
         self.label = np.repeat([False, True], self.m)
         self.weight = np.repeat([2 * (1 - yes), 2 * yes], self.m)
-        self.arms, self.at, self.logit = list(arms), self._donors(), {}
+        self.arms, self.at, self.logit, self.tried = list(arms), self._donors(), {}, {}
         for i, (name, arm) in enumerate(ARMS.items()):
             if name in arms:
-                self.logit[name] = self._answers(arm, np.random.default_rng([seed, i]))
+                self._ask(arm, np.random.default_rng([seed, i]))
 
     def _donors(self):
         "Place of each sample's own evidence, and of its donors'."
@@ -352,8 +352,8 @@ class Population:
         other, same = np.r_[m + order[0], order[1]], np.r_[order[2], m + order[3]]
         return dict(own=np.arange(2 * m), other=other, same=same)
 
-    def _answers(self, arm, rng):
-        "Logit of yes, NaN where there is no answer."
+    def _ask(self, arm, rng):
+        "Keep the logit of yes, NaN where there is no answer, and whether the trial was tried."
 
         def of(kind, op):
             if op in self.at:
@@ -361,8 +361,9 @@ class Population:
             return np.full(2 * self.m, 0.0 if op == 'grey' else np.nan)
 
         logit = find_model(self.setting.model)(of('image', arm.image), of('text', arm.text), rng)
-        lost = 1 - (1 - self.setting.unreadable) * (1 - self.setting.untried)
-        return np.where(rng.random(len(logit)) < lost, np.nan, logit) if lost else logit
+        tried = rng.random(len(logit)) >= self.setting.untried
+        lost = ~tried | (rng.random(len(logit)) < self.setting.unreadable)
+        self.tried[arm.name], self.logit[arm.name] = tried, np.where(lost, np.nan, logit)
 
     def donor_label(self, op):
         return self.label[self.at[op]]
@@ -401,7 +402,7 @@ def _within(pop, arm):
     every = np.ones(len(y))
     out = dict(
         accuracy=(right, read),
-        accuracy_unparsed_wrong=(right, every),
+        accuracy_unparsed_wrong=(right, pop.tried[arm]),
         parsed_share=(read, every),
         sensitivity=(right, read & y),
         specificity=(right, read & ~y),
@@ -427,7 +428,7 @@ def _against(pop, arm):
         positive_flips=(~was & now, base),
         flips=(flips, base),
         movement=(moves, base),
-        accuracy_change=(1.0 * now - was, np.ones(len(base))),
+        accuracy_change=(1.0 * now - was, pop.tried[arm] & pop.tried[v]),
     )
     if not pop.setting.words:
         out['total_variation'] = (_variation(pop, arm, v), base & pop.read(arm))
