@@ -229,6 +229,7 @@ def record(
     b, plain = bounds_of(other, same, r, strict), bounds_of(other, same, r)
     verdict, name = word_for(b, margin)
     low, high = stands(b, margin)
+    ends = [interval_of(m) for m in (other, same)]  # 95 %, two-sided
     needed = patients_needed(other, same, r, margin, strict) if verdict == 'undecided' else None
     return dict(
         verdict=verdict,
@@ -242,11 +243,11 @@ def record(
         n_donors=max(other.n_donors, same.n_donors),
         n_effective=min(other.n_effective, same.n_effective),
         moved_other=b.other,
-        moved_other_low=plain.other_low,
-        moved_other_high=plain.other_high,
+        moved_other_low=ends[0][0],
+        moved_other_high=ends[0][1],
         moved_same=b.same,
-        moved_same_low=plain.same_low,
-        moved_same_high=plain.same_high,
+        moved_same_low=ends[1][0],
+        moved_same_high=ends[1][1],
         bound=_deciding(b, name, verdict, strict),
         stands_from=low,
         stands_to=high,
