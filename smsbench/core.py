@@ -265,6 +265,7 @@ def _plainly_valid(cells, kind, rule):
 # %% ../nbs/00_core.ipynb #424d30d0
 def moved(
     old: str,  # `__name__` of the module that no longer holds the names
+    /,
     **now,  # name -> 'module:name' that holds it
 ):  # a function to be called `__getattr__` in the old module
     "Find names that moved, with a `DeprecationWarning`."

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np, pandas as pd
 from scipy.special import ndtri, stdtrit
 
+from .resampling import unseen_number
 from .stats import effective_number, exact_bounds
 
 # %% ../nbs/01a_inference.ipynb #eb83788c
@@ -120,11 +121,8 @@ class Mean:
 
     @property
     def n_floor(self) -> float:
-        """Patients if everybody counted as much as the heaviest, at most `n_effective`.
-
-        An event that has not been seen may belong to the heaviest patients alone.
-        """
-        return min((w.sum() / w.max() for w in self._roles), default=0.0)
+        "Equal patients that would bound an unseen event as well, see `unseen_number`."
+        return min((unseen_number(w) for w in self._roles), default=0.0)
 
     @property
     def _roles(self):

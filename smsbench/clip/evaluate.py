@@ -35,7 +35,7 @@ from smsbench.clip.scores import (
     zero_shot,
     zero_shot_scores,
 )
-from ..privacy import Note, note_cells, write_table
+from ..privacy import Note, access_of, note_cells, shareable, write_table
 
 # what a user of the evaluation needs in one place
 _all_ = [
@@ -528,17 +528,18 @@ def evaluate(
         thresholds,
     )
     if out is not None:
-        _save(found, prompts, out)
+        _save(found, prompts, out, access_of(films, 'the films'))
     return found
 
 
-def _save(found, prompts, out):
+def _save(found, prompts, out, access):
+    "Write what was measured; of credentialed data no number of few patients."
     run = Run(out)
     write_json(prompts, run / 'prompts.json')
     if found.thresholds is not None:
         found.thresholds.save(run / 'thresholds.json')
     write_table(found.scores.reset_index(), run / 'scores.parquet')
-    write_table(found.metrics, run / 'metrics.parquet', 'metrics')
+    write_table(shareable(found.metrics, access), run / 'metrics.parquet', 'metrics')
 
 # %% ../../nbs/43_clip.evaluate.ipynb #3ceea6cc
 def keep_thresholds(

@@ -19,6 +19,7 @@ from .asked import Asking
 from .pictures import region_elsewhere, thumbnail
 from .probes import TEXT_OPS, shift_text
 from .prompts import Task, opposite, variant_choices
+from ..resampling import unseen_number
 from ..stats import effective_number
 
 # %% ../../nbs/31_sms.shifts.ipynb #13cf9476
@@ -721,7 +722,7 @@ def _most_excess(other, same):
 
 
 def _numbers(trials):
-    "(effective number, number if all counted as the busiest) of recipients or donors of an arm."
+    "(effective number, `unseen_number`) of recipients or donors of an arm, the smaller of the two."
     weight = 1 / trials.groupby('sample_id').donor.transform('size')
     roles = [weight.groupby(who).sum() for who in (trials.patient_id, trials.donor)]
-    return min(map(effective_number, roles)), min(w.sum() / w.max() for w in roles)
+    return min(map(effective_number, roles)), min(map(unseen_number, roles))
