@@ -380,6 +380,8 @@ def read_table(
 ) -> pd.DataFrame:  # the table, its metadata in `.attrs`
     "Read a table; `InputError` where the file is missing, is no parquet, breaks its schema, or is a cohort that does not say whether it is open or credentialed."
     df, about = _read_file(path)
+    if kind == 'published':  # a column of older files
+        df = df.rename(columns={'corrected': 'recomputed'})
     df.attrs = about
     if kind:
         df = validate(df, kind)

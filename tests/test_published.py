@@ -144,7 +144,7 @@ def test_table_meets_its_schema(run):
     table = read_table(run[2] / 'published.parquet', 'published')
     assert (
         list(table.columns)
-        == 'model dataset arm metric tokens as_published corrected ci_low ci_high n note'.split()
+        == 'model dataset arm metric tokens as_published recomputed ci_low ci_high n note'.split()
     )
     assert (
         set(table.dataset) == {'medeval', 'medeval_unmatched'}
@@ -159,10 +159,10 @@ def test_table_meets_its_schema(run):
         and set(table[table.tokens != ''].metric) == first
     )
     assert not table.duplicated(['model', 'dataset', 'arm', 'metric', 'tokens']).any()
-    shown = table[table.corrected.notna()]
+    shown = table[table.recomputed.notna()]
     assert (
-        (shown.ci_low <= shown.corrected) & (shown.corrected <= shown.ci_high)
-    ).mean() > 0.99 and shown.corrected.between(0, 1).all()
+        (shown.ci_low <= shown.recomputed) & (shown.recomputed <= shown.ci_high)
+    ).mean() > 0.99 and shown.recomputed.between(0, 1).all()
 
 
 def test_void_arms_have_no_recomputed_figure(run):
@@ -171,7 +171,7 @@ def test_void_arms_have_no_recomputed_figure(run):
     is_void = pd.Series(list(zip(table.model, table.dataset, table.arm))).isin(list(void))
     assert (
         len(void) == 13 + 13 + 2
-        and table[is_void.to_numpy()].corrected.isna().all()
+        and table[is_void.to_numpy()].recomputed.isna().all()
         and table[is_void.to_numpy()].note.str.startswith('void').all()
     )
     assert (table[is_void.to_numpy() & (table.metric == 'accuracy')].as_published > 0).all()
@@ -190,27 +190,27 @@ def accuracy_of(table, model, arm, dataset='medeval'):
 def test_a_figure_is_recomputed_as_the_quantity_that_was_published(run):
     table = run[0]
     llama = accuracy_of(table, 'llama3_10b', 'No')  # 251 answers like '**Answer:** yes' come back
-    assert f'{llama.as_published:.4f}' == '0.6609' and f'{llama.corrected:.4f}' == '0.6445'
+    assert f'{llama.as_published:.4f}' == '0.6609' and f'{llama.recomputed:.4f}' == '0.6445'
     assert llama.n == 2000 and 'published on 1749' in llama.note
     few = accuracy_of(table, 'biomedgpt', 'Only_text')  # another quantity stands in the note alone
-    assert f'{few.as_published:.4f}' == f'{few.corrected:.4f}' == '0.6047' and few.n == 129
+    assert f'{few.as_published:.4f}' == f'{few.recomputed:.4f}' == '0.6047' and few.n == 129
     assert few.note.startswith(
         'on 129 of 2,000 answers that say yes or no; with the others counted as not right it would'
         ' be 0.0390'
     )
     assert (
-        few.ci_low < few.corrected < few.ci_high and few.ci_high - few.ci_low > 0.1
+        few.ci_low < few.recomputed < few.ci_high and few.ci_high - few.ci_low > 0.1
     )  # 129 answers, not 2,000
     silent = accuracy_of(table, 'qwen2_vl_7b', 'Only_image', 'medeval_unmatched')
     assert (
-        np.isnan(silent.corrected)
+        np.isnan(silent.recomputed)
         and silent.n == 0
         and silent.note == 'none of 2,000 answers says yes or no'
     )
 
 
 def test_every_sample_counts_in_every_arm_and_n_counts_answers(run):
-    t = run[0][(run[0].metric == 'accuracy') & run[0].corrected.notna()]
+    t = run[0][(run[0].metric == 'accuracy') & run[0].recomputed.notna()]
     whole = (
         t.note.str.extract(r'^on [\d,]+ of ([\d,]+) answers')[0].str.replace(',', '').astype(float)
     )

@@ -41,7 +41,7 @@ def cells(
     ].copy()
     if t.empty:
         raise InputError(f'no {metric} {tokens} of dataset {dataset!r} in this table')
-    is_figure, is_void = t.corrected.notna(), t.note.str.startswith('void')
+    is_figure, is_void = t.recomputed.notna(), t.note.str.startswith('void')
     t['state'] = np.select(
         [is_figure, is_void, t.note == 'arm not in the file'],
         ['figure', 'void', 'absent'],
@@ -63,7 +63,7 @@ def published_heatmap(
     "Recomputed negative flip rate per model and shifted arm; void arms crossed."
     t = cells(table, 'first_token_nfr' if tokens else 'nfr', tokens, dataset)
     models, arms = list(dict.fromkeys(t.model)), [a for a in ARMS if a != 'No']
-    value = t.pivot(index='model', columns='arm', values='corrected').reindex(
+    value = t.pivot(index='model', columns='arm', values='recomputed').reindex(
         index=models, columns=arms
     )
     fig, ax = canvas(7.2, 1.6 + 0.52 * len(models))
@@ -77,10 +77,10 @@ def published_heatmap(
     _name_cells(ax, models, arms)
     fig.colorbar(im, ax=ax, label='negative flip rate, recomputed', pad=0.02)
     n = t.state.value_counts()
-    best = t[t.state == 'figure'].sort_values('corrected')
+    best = t[t.state == 'figure'].sort_values('recomputed')
     most = (
         f' Highest: {best.model.iloc[-1]}, {ARM_TITLES[best.arm.iloc[-1]]},'
-        f' {best.corrected.iloc[-1]:.2f}.'
+        f' {best.recomputed.iloc[-1]:.2f}.'
         if len(best)
         else ''
     )
@@ -96,10 +96,10 @@ def _published_cell(ax, r, i, j, top):
     "Draw one cell of the heat map: its figure and interval, or the reason why it has none."
     if r.state == 'figure':
         write = dict(
-            ha='center', va='center', color='white' if r.corrected < 0.6 * top else 'black'
+            ha='center', va='center', color='white' if r.recomputed < 0.6 * top else 'black'
         )
         up = 0.1 if r.basis else 0
-        ax.text(j, i - 0.12 - up, f'{r.corrected:.2f}', fontsize=10, **write)
+        ax.text(j, i - 0.12 - up, f'{r.recomputed:.2f}', fontsize=10, **write)
         ax.text(j, i + 0.22 - up, f'{r.ci_low:.2f} to {r.ci_high:.2f}', fontsize=7.5, **write)
         if r.basis:
             ax.text(j, i + 0.36, r.basis, fontsize=6.5, **write)
@@ -186,10 +186,10 @@ def published_dots(
     fig.legend(
         seen.values(), seen.keys(), loc='outside upper center', ncols=3, frameon=False, fontsize=9
     )
-    shift = (t.corrected - t.as_published).abs()
+    shift = (t.recomputed - t.as_published).abs()
     far = (
         f' Largest change: {t.model[shift.idxmax()]}, {ARM_TITLES[t.arm[shift.idxmax()]]}, from'
-        f' {t.as_published[shift.idxmax()]:.2f} to {t.corrected[shift.idxmax()]:.2f}.'
+        f' {t.as_published[shift.idxmax()]:.2f} to {t.recomputed[shift.idxmax()]:.2f}.'
         if shift.notna().any()
         else ''
     )
@@ -207,7 +207,7 @@ def _published_panel(ax, g, arm, models):
     ax.axhspan(-1, len(models), color='#f4f4f4' if void.all() else 'white', zorder=0)
     ax.hlines(y[ok], g.ci_low[ok], g.ci_high[ok], color=_BLUE, lw=2.2, zorder=2)
     ax.plot(
-        g.corrected[ok],
+        g.recomputed[ok],
         y[ok],
         'o',
         color=_BLUE,
@@ -279,7 +279,7 @@ def side_by_side(
     words = {'void': 'void', 'absent': 'not in file', 'undefined': 'undefined'}
 
     def figure(r):
-        return f'{num(r.corrected)} [{num(r.ci_low)}, {num(r.ci_high)}] {r.basis}'.strip()
+        return f'{num(r.recomputed)} [{num(r.ci_low)}, {num(r.ci_high)}] {r.basis}'.strip()
 
     t['text'] = [
         f'{num(r.as_published)} | ' + (figure(r) if r.state == 'figure' else words[r.state])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'metric_name', 'published_shapes', 'published_ece', 'softmax_yes', 'as_published', 'Sheet', 'ece_where',
-           'corrected_figures', 'corrected', 'fault_summary', 'findings', 'published']
+           'recomputed_figures', 'recomputed', 'fault_summary', 'findings', 'published']
 
 # %% ../../nbs/34_sms.published.ipynb #f577fa94
 import hashlib
@@ -206,7 +206,7 @@ def ece_where(
     return replace(s, sums=s.sums * use[:, None], used=use)
 
 # %% ../../nbs/34_sms.published.ipynb #8613b301
-def corrected_figures(
+def recomputed_figures(
     sheet: Sheet,  # one file
 ) -> list:  # (arm, metric, tokens, Statistic); NFR for shifted arms only
     "Every figure of a file, recomputed, as a statistic of sums, not yet resampled."
@@ -286,7 +286,7 @@ def _notes(sheet, arm, metric, tokens, value, n, n_published):
     return out
 
 # %% ../../nbs/34_sms.published.ipynb #a5a6711d
-def corrected(
+def recomputed(
     rows: pd.DataFrame,  # rows of one file, from `read_results`
     found: list = (),  # its faults, from `sms.faults.faults`; void arms get no figure
     n_boot: int = 2000,  # resamples
@@ -294,12 +294,12 @@ def corrected(
 ) -> pd.DataFrame:  # a row per arm, metric and tokens; missing arms included
     """Recompute the published figures of a file.
 
-    Columns: arm, metric, tokens, as_published, corrected, ci_low, ci_high, n, note.
+    Columns: arm, metric, tokens, as_published, recomputed, ci_low, ci_high, n, note.
     """
     sheet, where = Sheet(by_arm(rows)), (rows.model.iloc[0], rows.dataset.iloc[0])
     void = {k[2]: v for k, v in void_arms(found).items() if k[:2] == where}
     part = _partly_faulty(found, where, void)
-    figures = corrected_figures(sheet)
+    figures = recomputed_figures(sheet)
     ci = together(*[f[3] for f in figures]).bootstrap(sheet.clusters, n_boot=n_boot, seed=seed)
     of = {
         f[:3]: (ci.value[i], ci.low[i], ci.high[i], '' if np.isnan(ci.value[i]) else ci.note[i])
@@ -314,7 +314,7 @@ def corrected(
         for a, m, t in keys
     ]
     blank = (np.nan, np.nan, np.nan, '')
-    table[['corrected', 'ci_low', 'ci_high', 'quiet']] = pd.DataFrame(
+    table[['recomputed', 'ci_low', 'ci_high', 'quiet']] = pd.DataFrame(
         [blank if w else of[k] for k, w in zip(keys, why)]
     )
     table['n'] = [
@@ -323,7 +323,7 @@ def corrected(
     table['note'] = [
         w or '; '.join(n for n in (*_notes(sheet, *k, *v), quiet, part.get(k[0], '')) if n)
         for k, w, quiet, *v in zip(
-            keys, why, table.quiet, table.corrected, table.n, table.n_published
+            keys, why, table.quiet, table.recomputed, table.n, table.n_published
         )
     ]
     table[['model', 'dataset']] = where
@@ -332,7 +332,7 @@ def corrected(
 
 _FIGURE = (
     *('model', 'dataset', 'arm', 'metric', 'tokens', 'as_published'),
-    *('corrected', 'ci_low', 'ci_high', 'n', 'note'),
+    *('recomputed', 'ci_low', 'ci_high', 'n', 'note'),
 )
 
 
@@ -412,20 +412,20 @@ def _changed_most(table):
 
     No sentence where nothing can be compared.
     """
-    t = table[(table.metric == 'accuracy') & table.corrected.notna() & table.as_published.notna()]
+    t = table[(table.metric == 'accuracy') & table.recomputed.notna() & table.as_published.notna()]
     if t.empty:
         return []
-    r = t.loc[(t.corrected - t.as_published).abs().idxmax()]
+    r = t.loc[(t.recomputed - t.as_published).abs().idxmax()]
     return [
         f'The accuracy that changes most when it is recomputed is {r.model}, {r.dataset}, {r.arm}:'
-        f' published {r.as_published:.4f}, recomputed {r.corrected:.4f} [{r.ci_low:.4f},'
+        f' published {r.as_published:.4f}, recomputed {r.recomputed:.4f} [{r.ci_low:.4f},'
         f' {r.ci_high:.4f}]' + (f' ({r.note}).' if r.note else '.')
     ]
 
 
 def _rests_on_few(table):
     "Write a sentence on accuracies that rest on fewer than half of the answers, if there are any."
-    t = table[(table.metric == 'accuracy') & table.corrected.notna()]
+    t = table[(table.metric == 'accuracy') & table.recomputed.notna()]
     t = t.assign(
         whole=t.note.str.extract(r'^on [\d,]+ of ([\d,]+) answers')[0]
         .str.replace(',', '')
@@ -433,7 +433,7 @@ def _rests_on_few(table):
     )
     few = t[t.n < t.whole / 2].sort_values('n')
     each = [
-        f'{r.model}, {r.dataset}, {r.arm}: {r.corrected:.4f} on {r.n:,} of {int(r.whole):,}'
+        f'{r.model}, {r.dataset}, {r.arm}: {r.recomputed:.4f} on {r.n:,} of {int(r.whole):,}'
         for r in few.itertuples()
     ]
     return (
@@ -554,7 +554,7 @@ def published(
     found = faults(rows)
     table = pd.concat(
         [
-            corrected(g, found, n_boot, seed)
+            recomputed(g, found, n_boot, seed)
             for _, g in rows.groupby(['model', 'dataset'], sort=False)
         ],
         ignore_index=True,
