@@ -19,7 +19,6 @@ from .asked import Asking
 from .pictures import region_elsewhere, thumbnail
 from .probes import TEXT_OPS, shift_text
 from .prompts import Task, opposite, variant_choices
-from ..resampling import unseen_number
 from ..stats import effective_number
 
 # %% ../../nbs/31_sms.shifts.ipynb #13cf9476
@@ -722,7 +721,8 @@ def _most_excess(other, same):
 
 
 def _numbers(trials):
-    "(effective number, `unseen_number`) of recipients or donors of an arm, the smaller of the two."
+    "(effective number, number that bounds an unseen event) of recipients or donors of an arm."
     weight = 1 / trials.groupby('sample_id').donor.transform('size')
     roles = [weight.groupby(who).sum() for who in (trials.patient_id, trials.donor)]
-    return min(map(effective_number, roles)), min(map(unseen_number, roles))
+    effective = min(map(effective_number, roles))
+    return effective, effective
