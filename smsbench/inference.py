@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np, pandas as pd
 from scipy.special import ndtri, stdtrit
 
+from .resampling import unseen_number
 from .stats import effective_number, exact_bounds
 
 # %% ../nbs/01a_inference.ipynb #eb83788c
@@ -120,8 +121,8 @@ class Mean:
 
     @property
     def n_floor(self) -> float:
-        "Patients that bound an event that was not seen: so far Kish's effective number."
-        return self.n_effective
+        "Patients that bound an event that was not seen, see `unseen_number`."
+        return min((unseen_number(w) for w in self._roles), default=0.0)
 
     @property
     def _roles(self):

@@ -33,7 +33,7 @@ ONE_ANSWER = (
 
 @pytest.fixture(scope='module')
 def cohort():
-    return phantom_cohort(160, size=64, seed=4)
+    return phantom_cohort(240, size=64, seed=4)
 
 
 @pytest.fixture(scope='module')

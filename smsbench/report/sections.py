@@ -444,7 +444,7 @@ def attainable_table(
     def count(n):
         return format_count(int(n), 'open' if results.open else 'credentialed')
 
-    numbers = ['samples', 'patients', 'donors', 'effective']
+    numbers = ['samples', 'patients', 'donors', 'effective', 'equal']
     rows = pd.DataFrame(
         {
             'finding': able.finding,
@@ -453,10 +453,14 @@ def attainable_table(
             'patients': able.patients.map(count),
             'donors': able.donors.map(count),
             'effective': able.effective_donors.map(count),
+            'equal': able.alike.map(count),
             'attainable': able.verdicts.replace('', 'none'),
         }
     )
-    caption = 'What the plan could show: the arm with the fewest effective patients decides'
+    caption = (
+        'What the plan could show: the arm with the fewest effective patients decides; equal: '
+        'patients of one weight that would bound a movement nobody saw as well ("ignores")'
+    )
     return html_table(rows, caption, numbers=numbers)
 
 # %% ../../nbs/51a_report.sections.ipynb #252f010e

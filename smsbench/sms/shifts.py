@@ -19,6 +19,7 @@ from .asked import Asking
 from .pictures import region_elsewhere, thumbnail
 from .probes import TEXT_OPS, shift_text
 from .prompts import Task, opposite, variant_choices
+from ..resampling import unseen_number
 from ..stats import effective_number
 
 # %% ../../nbs/31_sms.shifts.ipynb #13cf9476
@@ -624,7 +625,7 @@ def _prepare(cohort, chosen, seed, match, read_image, explicit, k=1):
 def attainable(
     plan: pd.DataFrame,  # a plan
     margin: float = 0.05,  # smallest movement that matters
-) -> pd.DataFrame:  # finding, label, samples, patients, donors, effective_donors, verdicts
+) -> pd.DataFrame:  # finding, label, samples, patients, donors, effective_donors, alike, verdicts
     """Count donors and attainable verdicts.
 
     A verdict is attainable if it is at the most favourable of Holm's steps. Rows: over all
@@ -651,7 +652,7 @@ def attainable(
         ]
         if access == 'open' or min(r['patients'] for r in by_class) >= SMALL:
             rows += by_class
-    counts = ['samples', 'patients', 'donors', 'effective_donors']
+    counts = ['samples', 'patients', 'donors', 'effective_donors', 'alike']
     return without_small(pd.DataFrame(rows), counts, access)
 
 
@@ -670,8 +671,8 @@ def attainable_lines(
     for r in table[table.label == 'all'].itertuples():
         what = 'all questions' if r.finding == 'all' else r.finding
         missing = [v for v in ('relies', 'ignores') if v not in r.verdicts]
-        needs = f' ("ignores" needs {r.patients_for_ignores} that count alike)'
-        need = needs if 'ignores' in missing else ''
+        needs = f'needs {r.patients_for_ignores} that count alike, these are worth {r.alike:.0f}'
+        need = f' ("ignores" {needs})' if 'ignores' in missing else ''
         out = f"; out of reach: {', '.join(missing)}{need}" if missing else ''
         lines.append(f'{what}: {r.effective_donors:.0f} effective patients and donors{out}')
     return lines
@@ -683,7 +684,7 @@ def _donor_row(finding, label, swaps, margin, members):
     The arm with the fewest effective patients is the one that is counted.
     """
     arms = {a: _numbers(g) for a, g in swaps.groupby('arm')}
-    effective = min((kish for kish, _ in arms.values()), default=0.0)
+    effective, alike = np.min(list(arms.values()) or [(0.0, 0.0)], axis=0)
     patients = swaps.patient_id.nunique()
     pairs = [(arms[a.name], arms[a.control]) for a in _swaps() if {a.name, a.control} <= set(arms)]
     least = patients_for_absence(margin)
@@ -698,6 +699,7 @@ def _donor_row(finding, label, swaps, margin, members):
         patients=patients,
         donors=swaps.donor.nunique(),
         effective_donors=round(effective, 1),
+        alike=round(alike, 1),
         patients_for_ignores=_needed(margin, members),
         verdicts=', '.join(v for v, can in sure.items() if can),
     )
@@ -724,5 +726,4 @@ def _numbers(trials):
     "(effective number, number that bounds an unseen event) of recipients or donors of an arm."
     weight = 1 / trials.groupby('sample_id').donor.transform('size')
     roles = [weight.groupby(who).sum() for who in (trials.patient_id, trials.donor)]
-    effective = min(map(effective_number, roles))
-    return effective, effective
+    return min(map(effective_number, roles)), min(map(unseen_number, roles))
