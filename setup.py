@@ -28,10 +28,10 @@ setuptools.setup(
     + [f'{lib}.runs', f'{lib}.data_manifests'],
     package_dir={f'{lib}.runs': 'nbs/runs', f'{lib}.data_manifests': 'data_manifests'},
     package_data={
-        f'{lib}.sms': ['*.yaml'],
+        f'{lib}.audit': ['*.yaml'],
         f'{lib}.runs': ['*.ipynb'],
         f'{lib}.data_manifests': ['*.yaml'],
-        f'{lib}.vlm': ['reference_*/*'],
+        f'{lib}.testing': ['reference_*/*'],
         f'{lib}.report': ['template/*/*'],
     },
     include_package_data=False,

@@ -1,7 +1,7 @@
 __version__ = "0.1.0"
 
 _DOOR = {
-    'read_answer': 'smsbench.sms.answers'
+    'read_answer': 'smsbench.answers.reader'
 }  # name -> module that holds it, imported at first use
 __all__ = list(_DOOR)
 

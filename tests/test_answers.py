@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from smsbench.sms.answers import MEASURED, NO_SIDE, measure_reader, outcome, read_answer, reading
-from smsbench.sms.languages import WORDS
-from smsbench.sms.stripping import strip_answer
+from smsbench.answers.reader import MEASURED, NO_SIDE, measure_reader, outcome, read_answer, reading
+from smsbench.answers.languages import WORDS
+from smsbench.answers.stripping import strip_answer
 
 OWN = [
     json.loads(line) for line in (Path(__file__).parent / 'answers.jsonl').read_text().splitlines()

@@ -11,9 +11,9 @@ import numpy as np, pandas as pd, pytest
 from smsbench.core import InputError, table_hash
 from smsbench.data.phantom import phantom_cohort
 from smsbench.report.attention_page import localises
-from smsbench.sms.attend import AttendSettings, attend, load_attention
-from smsbench.sms.map_metrics import RANDOM
-from smsbench.vlm.tiny import TINY, tiny_checkpoint
+from smsbench.attend.run import AttendSettings, attend, load_attention
+from smsbench.attend.metrics import RANDOM
+from smsbench.testing.tiny import TINY, tiny_checkpoint
 from smsbench.privacy import read_table, write_table
 
 READER, FOLLOWER = 'reference-image-reader', 'reference-blind-follower'
@@ -66,8 +66,8 @@ def test_every_family(family, folders, tmp_path):
         (p.parse_status == 'ok').all() and set(p.model) == {family} and len(p) == len(results.plan)
     )
     assert all(v['verdict'] == 'ok' for v in results.delivery[family].values()), results.delivery
-    from smsbench.sms.audit import Source
-    from smsbench.vlm.models import load_model
+    from smsbench.audit.runner import Source
+    from smsbench.vlm.model import load_model
 
     model, source = load_model(folders(family), device='cpu'), Source(films)
     for t in list(results.plan.itertuples(index=False))[:2]:
@@ -264,7 +264,7 @@ ONCE = AttendSettings(
 
 
 def work(folder, ready):
-    from smsbench.sms import map_store
+    from smsbench.attend import store as map_store
 
     looked = map_store.look_at
 
@@ -402,9 +402,9 @@ def test_the_assertion_can_fail(truth):
         & (truth.looks.method == 'raw')
         & truth.looks.region.notna()
     ]
-    from smsbench.sms.audit import Source
-    from smsbench.sms.map_store import kept_map
-    from smsbench.sms.map_tables import Regions, map_line
+    from smsbench.audit.runner import Source
+    from smsbench.attend.store import kept_map
+    from smsbench.attend.tables import Regions, map_line
 
     regions, store, one = (
         Regions(Source(truth.cohort)),
@@ -461,7 +461,7 @@ def test_boxes_of_radiologists(real_data, tmp_path):
 
     The models were trained on drawn films, so no verdict is asked.
     """
-    from smsbench.data.manifest import build_all
+    from smsbench.data.cohort import build_all
 
     cohort = build_all('nih_cxr', real_data / 'nih_cxr', check_images=False).cohort
     boxed = cohort[cohort.boxes.str.len() > 2]
@@ -516,7 +516,7 @@ def test_boxes_of_radiologists(real_data, tmp_path):
 
 def test_masks_of_radiologists(real_data, tmp_path):
     "COVID films: masks of opacities as a table of regions of one's own."
-    from smsbench.data.manifest import build_all
+    from smsbench.data.cohort import build_all
 
     root = real_data / 'covid_notes'
     cohort = build_all('covid_notes', root, check_images=False).cohort

@@ -10,15 +10,15 @@ import numpy as np, pandas as pd, pytest, torch, transformers as tf
 
 from smsbench.core import InputError, RunError
 from smsbench.data.phantom import QUESTIONS, phantom_cohort, phantom_masks, read_phantom
-from smsbench.sms.prompts import Task, render
+from smsbench.audit.prompts import Task, render
 from smsbench.vlm.attention import attention_map, attention_rows, eager, on_weights, shares
-from smsbench.vlm.baselines import randomised
+from smsbench.vlm.attribution_baselines import randomised
 from smsbench.vlm.composed import Tower, vision_modules, vision_tokens
-from smsbench.vlm.map_stats import entropy, focus, localisation, ssim
-from smsbench.vlm.maps import METHODS, rows_of
-from smsbench.vlm.models import Inputs, load_model
-from smsbench.vlm.reference import REFERENCE, reference_path
-from smsbench.vlm.tiny import TINY, tiny_checkpoint
+from smsbench.saliency.metrics import entropy, focus, localisation, ssim
+from smsbench.vlm.attribution import METHODS, rows_of
+from smsbench.vlm.model import Inputs, load_model
+from smsbench.testing.reference import REFERENCE, reference_path
+from smsbench.testing.tiny import TINY, tiny_checkpoint
 
 tf.logging.set_verbosity_error()
 tf.logging.disable_progress_bar()
@@ -320,9 +320,9 @@ def test_the_reader_reads_effusions_far_from_the_middle():
 MEMORY = '''
 import ctypes, sys
 import numpy as np, torch, transformers as tf
-from smsbench.vlm.maps import METHODS, rows_of
-from smsbench.vlm.models import HFModel, Inputs
-from smsbench.vlm.tiny import TINY, sharpened
+from smsbench.vlm.attribution import METHODS, rows_of
+from smsbench.vlm.model import HFModel, Inputs
+from smsbench.testing.tiny import TINY, sharpened
 tf.logging.set_verbosity_error(); torch.set_num_threads(1)
 config, processor = TINY['llava']()
 config.vision_config.image_size, config.text_config.num_hidden_layers = 448, 32

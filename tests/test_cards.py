@@ -7,7 +7,7 @@ import yaml
 
 from smsbench.core import InputError
 from smsbench.data.cards import read_manifest
-from smsbench.data.manifest import build_cohort, manifest_path
+from smsbench.data.cohort import build_cohort, manifest_path
 from smsbench.data.phantom import phantom_cohort, save_phantom
 
 
@@ -145,7 +145,7 @@ def test_every_card_states_where_its_labels_come_from():
 
 
 def test_the_source_of_labels_reaches_the_plan_and_changes_no_hash(tmp_path):
-    from smsbench.sms.shifts import cohort_hash, make_plan
+    from smsbench.audit.plan import cohort_hash, make_plan
 
     save_phantom(phantom_cohort(12, seed=3, findings=('effusion',)), tmp_path)
     card = yaml.safe_load(manifest_path('phantom').read_text())

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from smsbench.core import InputError
 from smsbench.data.cards import Manifest, read_manifest
-from smsbench.data.manifest import build_cohort, manifest_path
+from smsbench.data.cohort import build_cohort, manifest_path
 
 FAST = settings(
     max_examples=60,

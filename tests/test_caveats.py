@@ -9,7 +9,7 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image
 
 from smsbench.core import read_json
-from smsbench.sms.caveats import KINDS
+from smsbench.audit.caveats import KINDS
 from smsbench.privacy import read_table
 
 CARD = """

@@ -13,8 +13,8 @@ from smsbench.clip.curves import classification_report, confusion_matrix
 from smsbench.clip.evaluate import classification_metrics, evaluate, film_values
 from smsbench.clip.prompts import ensemble_vectors
 from smsbench.clip.retrieval import pairs, retrieval_ranks
-from smsbench.clip.scores import Thresholds, cells, choose_thresholds, zero_shot_scores
-from smsbench.clip.space import coordinates
+from smsbench.clip.zero_shot import Thresholds, cells, choose_thresholds, zero_shot_scores
+from smsbench.clip.embeddings import coordinates
 from smsbench.core import InputError
 
 benchmark = pytest.mark.skipif(
@@ -491,10 +491,10 @@ def test_real_films_and_a_random_model_are_at_chance(real_data, tmp_path):
 
     A model of random weights knows nothing.
     """
-    from smsbench.clip.data import films_of
-    from smsbench.clip.models import load_clip
-    from smsbench.clip.tiny import tiny_clip
-    from smsbench.data.manifest import build_cohort
+    from smsbench.clip.dataset import films_of
+    from smsbench.clip.model import load_clip
+    from smsbench.testing.tiny_clip import tiny_clip
+    from smsbench.data.cohort import build_cohort
 
     if not (real_data / 'nih_cxr').is_dir():
         pytest.skip('no nih_cxr')
@@ -536,7 +536,7 @@ def trained(tmp_path_factory):
     Its thresholds come from its own validation.
     """
     from smsbench.clip.evaluate import keep_thresholds
-    from smsbench.clip.train import phantom_recipe, train
+    from smsbench.clip.trainer import phantom_recipe, train
 
     home = tmp_path_factory.mktemp('external')
     films, clip, settings = phantom_recipe(home, n=220, epochs=4)
@@ -550,9 +550,9 @@ def test_external_validation_of_a_trained_checkpoint(trained, tmp_path):
 
     On its own cohort it refuses.
     """
-    from smsbench.clip.data import films_of
+    from smsbench.clip.dataset import films_of
     from smsbench.data.phantom import phantom_cohort
-    from smsbench.report.external import external_validation
+    from smsbench.report.external_page import external_validation
 
     films, done = trained
     away = films_of(
@@ -593,8 +593,8 @@ def test_a_refused_evaluation_costs_nothing_and_blocks_nothing(trained, tmp_path
 
     The corrected command may use the folder, and names models by their runs.
     """
-    from smsbench.cli import main
-    from smsbench.clip.tiny import tiny_clip
+    from smsbench.cli.main import main
+    from smsbench.testing.tiny_clip import tiny_clip
     from smsbench.data.phantom import phantom_cohort
     from smsbench.privacy import read_table, write_table
 
@@ -636,9 +636,9 @@ def test_two_models_on_the_same_films(trained, tmp_path):
 
     The paired difference excludes zero, and is that of the single values.
     """
-    from smsbench.clip.models import load_clip
-    from smsbench.clip.scores import zero_shot
-    from smsbench.clip.tiny import tiny_clip
+    from smsbench.clip.model import load_clip
+    from smsbench.clip.zero_shot import zero_shot
+    from smsbench.testing.tiny_clip import tiny_clip
 
     films, done = trained
     test = films.of('test')

@@ -32,8 +32,8 @@ from smsbench.clip.faithfulness import (
     localise,
     perturbation_curves,
 )
-from smsbench.clip.models import load_clip, to_pixels, view_of, weights_sha
-from smsbench.clip.readers import (
+from smsbench.clip.model import load_clip, to_pixels, view_of, weights_sha
+from smsbench.clip.reader_agreement import (
     agreement,
     agreement_metrics,
     between_readers,
@@ -42,7 +42,7 @@ from smsbench.clip.readers import (
     place_marks,
     read_marks,
 )
-from smsbench.clip.tiny import TINY_CLIP, tiny_clip
+from smsbench.testing.tiny_clip import TINY_CLIP, tiny_clip
 from smsbench.clip.towers import attention_taken, shuffled, stages, tower_of, undisturbed
 from smsbench.core import InputError, RunError
 
@@ -178,7 +178,7 @@ def test_finite_maps_or_a_plain_refusal(random_clips, kind, method):
 def test_other_networks_of_timm(tower, pool):
     import open_clip
     from open_clip.transform import image_transform
-    from smsbench.clip.models import Clip
+    from smsbench.clip.model import Clip
 
     vision, text = (
         dict(
@@ -780,10 +780,10 @@ def test_a_map_that_is_a_readers_mark_agrees_with_that_reader():
 
 
 def test_gradcam_of_a_model_trained_on_phantom_films_beats_the_centre(tmp_path):
-    from smsbench.clip.data import read_films
+    from smsbench.clip.dataset import read_films
     from smsbench.clip.prompts import prompts_for
-    from smsbench.clip.train import phantom_recipe, train
-    from smsbench.data.film import phantom_masks
+    from smsbench.clip.trainer import phantom_recipe, train
+    from smsbench.data.phantom_image import phantom_masks
 
     films, clip, how = phantom_recipe(tmp_path / 'start', n=300, epochs=8)
     clip = train(films, clip, how, tmp_path / 'run').clip('cpu')
@@ -811,7 +811,7 @@ def test_importing_needs_no_torch():
     import subprocess
 
     code = (
-        'import sys, smsbench.clip.explain, smsbench.clip.readers, smsbench.report.cam_figures;'
+        'import sys, smsbench.clip.explain, smsbench.clip.reader_agreement, smsbench.report.saliency_figures;'
         ' assert not {"torch", "open_clip", "pytorch_grad_cam", "matplotlib"} & set(sys.modules)'
     )
     subprocess.run([sys.executable, '-c', code], check=True)

@@ -15,9 +15,9 @@ from hypothesis import given, settings, strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from smsbench.clip import models as module
+from smsbench.clip import model as module
 from smsbench.clip.checkpoints import weights_sha
-from smsbench.clip.models import (
+from smsbench.clip.model import (
     Clip,
     frame_of,
     image_embeddings,
@@ -25,8 +25,8 @@ from smsbench.clip.models import (
     save_clip,
     text_embeddings,
 )
-from smsbench.clip.ssa import clip_asker, ssa
-from smsbench.clip.tiny import TINY_CLIP, tiny_clip
+from smsbench.ssa.analysis import clip_asker, ssa
+from smsbench.testing.tiny_clip import TINY_CLIP, tiny_clip
 from smsbench.clip.tokens import patch_tokens, text_tokens
 from smsbench.core import InputError
 
@@ -255,7 +255,7 @@ def test_ssa_of_a_saved_cohort(folders, tmp_path):
 
     Five inputs are too many for all orders, and every order gives the same total.
     """
-    from smsbench.clip.data import films_of
+    from smsbench.clip.dataset import films_of
     from smsbench.data.phantom import phantom_cohort
 
     films = films_of(phantom_cohort(60, splits=dict(val=0.5, test=0.5)))

@@ -18,9 +18,9 @@ from smsbench.clip.losses import (
     siglip_loss,
     soft_targets,
 )
-from smsbench.clip.models import load_clip
-from smsbench.clip.steps import batch_positives, hold_statistics, train_step
-from smsbench.clip.tiny import TINY_CLIP, tiny_clip
+from smsbench.clip.model import load_clip
+from smsbench.clip.train_step import batch_positives, hold_statistics, train_step
+from smsbench.testing.tiny_clip import TINY_CLIP, tiny_clip
 from smsbench.core import InputError, RunError
 
 REPORTS = [
@@ -193,7 +193,7 @@ import torch
 from test_clip_steps import prepared, stepped
 from smsbench.clip.losses import same_group
 from smsbench.clip.processes import processes, share_weights
-from smsbench.clip.steps import train_step
+from smsbench.clip.train_step import train_step
 from smsbench.core import InputError, RunError
 torch.set_num_threads(1)
 

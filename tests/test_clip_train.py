@@ -8,16 +8,16 @@ from multiprocessing import forkserver
 
 import numpy as np, pandas as pd, pytest, torch
 
-from smsbench.clip.data import films_of
-from smsbench.clip.models import load_clip
-from smsbench.clip.scores import zero_shot
-from smsbench.clip.tiny import tiny_clip
-from smsbench.clip.train import TrainSettings, phantom_recipe, train
-from smsbench.clip.watch import macro_auroc
-from smsbench.cli import main
+from smsbench.clip.dataset import films_of
+from smsbench.clip.model import load_clip
+from smsbench.clip.zero_shot import zero_shot
+from smsbench.testing.tiny_clip import tiny_clip
+from smsbench.clip.trainer import TrainSettings, phantom_recipe, train
+from smsbench.clip.validation import macro_auroc
+from smsbench.cli.main import main
 from smsbench.core import InputError
-from smsbench.data.layouts import make_layout
-from smsbench.data.manifest import build_cohort
+from smsbench.testing.layouts import make_layout
+from smsbench.data.cohort import build_cohort
 from smsbench.data.phantom import phantom_cohort, save_phantom
 from smsbench.data.splits import apply_splits, make_splits
 from smsbench.privacy import read_table, write_table
@@ -39,10 +39,10 @@ SETTINGS = dict(
 WORK = '''
 import sys, json, torch
 torch.set_num_threads(1)
-from smsbench.clip.data import films_of
-from smsbench.clip.models import load_clip
+from smsbench.clip.dataset import films_of
+from smsbench.clip.model import load_clip
 from smsbench.clip.processes import processes
-from smsbench.clip.train import TrainSettings, train
+from smsbench.clip.trainer import TrainSettings, train
 from smsbench.data.phantom import phantom_cohort
 model, out, settings = sys.argv[1:]
 films = films_of(phantom_cohort(50, size=64, seed=5, findings=('opacity', 'effusion')))
@@ -72,7 +72,7 @@ def start():
             'open_clip',
             'transformers',
             'sklearn.metrics',
-            'smsbench.clip.train',
+            'smsbench.clip.trainer',
         ]
     )
     with pytest.MonkeyPatch.context() as env:

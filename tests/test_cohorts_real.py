@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from smsbench.core import InputError, array_hash
-from smsbench.data.manifest import build_cohort, read_image, read_manifest
+from smsbench.data.cohort import build_cohort, read_image, read_manifest
 from smsbench.privacy import cohort_summary, read_table, write_table
 
 DATA = os.environ.get('SMSBENCH_DATA', '')

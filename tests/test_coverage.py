@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from smsbench.cli import main
-from smsbench.sms.coverage import Grid, judge_all, make_entries, read_grid, run_grid
-from smsbench.sms.metrics import Cells, answer_table, flipped, measure
-from smsbench.sms.simulate import make_setting, simulate, truth
-from smsbench.sms.verdicts import give_verdicts
+from smsbench.cli.main import main
+from smsbench.audit.coverage import Grid, judge_all, make_entries, read_grid, run_grid
+from smsbench.audit.metrics import Cells, answer_table, flipped, measure
+from smsbench.audit.simulate import make_setting, simulate, truth
+from smsbench.audit.verdicts import give_verdicts
 
 STATEMENTS = (
     'sensitivity, 12 of 12',

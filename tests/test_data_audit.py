@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from smsbench.core import InputError
 from smsbench.data.audit import audit, audit_files, near_duplicates
 from smsbench.data.files import measure, scan_files
-from smsbench.data.manifest import build_all
+from smsbench.data.cohort import build_all
 from smsbench.data.phantom import phantom_cohort, read_phantom, save_phantom
 
 DATA = os.environ.get('SMSBENCH_DATA', '')

@@ -11,9 +11,9 @@ from PIL import Image
 from smsbench.core import InputError
 from smsbench.vlm.checkpoints import describe_checkpoint
 from smsbench.vlm.families import FAMILIES, PLAIN
-from smsbench.vlm.models import Inputs, extended, load_model
+from smsbench.vlm.model import Inputs, extended, load_model
 from smsbench.vlm.prompting import control_tokens
-from smsbench.vlm.tiny import TINY, tiny_checkpoint, tiny_tokenizer
+from smsbench.testing.tiny import TINY, tiny_checkpoint, tiny_tokenizer
 
 tf.logging.set_verbosity_error()
 tf.logging.disable_progress_bar()

@@ -4,11 +4,11 @@ import contextlib, io
 
 import pytest
 
-from smsbench.data.manifest import build_all
+from smsbench.data.cohort import build_all
 from smsbench.data.phantom import phantom_cohort
-from smsbench.sms.run import AuditSettings, load_results, run_audit
-from smsbench.sms.shifts import select_arms
-from smsbench.vlm.tiny import TINY, tiny_checkpoint
+from smsbench.audit.run import AuditSettings, load_results, run_audit
+from smsbench.audit.arms import select_arms
+from smsbench.testing.tiny import TINY, tiny_checkpoint
 
 
 @pytest.fixture(scope='module')

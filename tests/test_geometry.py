@@ -10,10 +10,10 @@ from PIL import Image
 
 from smsbench.core import InputError
 from smsbench.vlm.families import FAMILIES
-from smsbench.vlm.geometry import patch_check, token_layout
-from smsbench.vlm.models import Inputs, load_model
-from smsbench.vlm.reuse import reader
-from smsbench.vlm.tiny import tiny_checkpoint
+from smsbench.vlm.image_tokens import patch_check, token_layout
+from smsbench.vlm.model import Inputs, load_model
+from smsbench.vlm.kv_cache import reader
+from smsbench.testing.tiny import tiny_checkpoint
 
 tf.logging.set_verbosity_error()
 tf.logging.disable_progress_bar()

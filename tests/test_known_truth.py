@@ -9,13 +9,14 @@ import pytest
 
 from smsbench.core import Run
 from smsbench.data.phantom import phantom_cohort
-from smsbench.sms.audit import Source, prove_delivery, score_trials
-from smsbench.sms.exchange import export_trials, import_predictions
-from smsbench.sms.metrics import measure
-from smsbench.sms.run import AuditSettings, load_results, run_audit, score_model, void_lines
-from smsbench.sms.shifts import make_plan
-from smsbench.sms.verdicts import give_verdicts
-from smsbench.vlm.planted import PRIOR, STRENGTH, own_number, planted
+from smsbench.audit.runner import Source, score_trials
+from smsbench.audit.delivery import prove_delivery
+from smsbench.audit.exchange import export_trials, import_predictions
+from smsbench.audit.metrics import measure
+from smsbench.audit.run import AuditSettings, load_results, run_audit, score_model, void_lines
+from smsbench.audit.plan import make_plan
+from smsbench.audit.verdicts import give_verdicts
+from smsbench.testing.planted import PRIOR, STRENGTH, own_number, planted
 
 WEIGHTS = (0.1, 0.25, 0.4, 0.6, 0.75, 0.9)
 HABITS = {

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import smsbench.data.class_folders  # adds its miniature to LAYOUTS
-import smsbench.data.mimic_layouts  # noqa: F401  adds its miniatures to LAYOUTS
+import smsbench.testing.class_folders  # adds its miniature to LAYOUTS
+import smsbench.testing.mimic_layouts  # noqa: F401  adds its miniatures to LAYOUTS
 from smsbench.core import InputError
 from smsbench.data.cards import read_manifest
-from smsbench.data.layouts import LAYOUTS, make_layout
-from smsbench.data.manifest import build_cohort, gather_card, read_image
+from smsbench.testing.layouts import LAYOUTS, make_layout
+from smsbench.data.cohort import build_cohort, gather_card, read_image
 
 CARDS = Path(__file__).resolve().parent.parent / 'data_manifests'
 REAL = {
@@ -175,7 +175,7 @@ def test_every_card_has_a_miniature_and_says_what_a_person_must_know(card):
 
 def test_every_miniature_has_a_card_and_its_counts_are_known():
     assert set(LAYOUTS) <= {p.stem for p in CARDS.glob('*.yaml')} and not REAL & set(LAYOUTS)
-    ours = {n for n, f in LAYOUTS.items() if f.__module__ == 'smsbench.data.layouts'}
+    ours = {n for n, f in LAYOUTS.items() if f.__module__ == 'smsbench.testing.layouts'}
     assert ours - NOT_THEIRS == set(LABELS) == set(PATIENTS)
 
 
@@ -519,7 +519,7 @@ def test_layout_folder_must_be_empty(tmp_path):
 def test_the_example_of_a_card_works_as_it_is_printed(name, tmp_path, capsys):
     "What `--example` writes, and the command that it suggests."
     import shlex
-    from smsbench.cli import main
+    from smsbench.cli.main import main
 
     folder = tmp_path / 'my data'
     assert main(['cohort', name, '--example', str(folder)]) in (0, None)

@@ -11,9 +11,15 @@ import pytest
 
 from smsbench.core import InputError, table_hash
 from smsbench.data.cards import read_manifest
-from smsbench.data.layouts import make_layout
-from smsbench.data.manifest import build_all, build_cohort, gather_card
-from smsbench.data.mimic_layouts import mimic, mimic_films, mimic_reports, put_reports, put_tables
+from smsbench.testing.layouts import make_layout
+from smsbench.data.cohort import build_all, build_cohort, gather_card
+from smsbench.testing.mimic_layouts import (
+    mimic,
+    mimic_films,
+    mimic_reports,
+    put_reports,
+    put_tables,
+)
 from smsbench.report.funnel import draw_funnel, funnel_table
 
 NEWLY = dict(check_expected=False)

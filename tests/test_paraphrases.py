@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 
 from smsbench.core import array_hash, table_hash
-from smsbench.data.layouts import make_layout
+from smsbench.testing.layouts import make_layout
 from smsbench.data.phantom import phantom_cohort
-from smsbench.sms.audit import Source
-from smsbench.sms.paraphrases import STRATEGIES, paraphrases, understand
-from smsbench.sms.run import AuditSettings, load_results, run_audit
-from smsbench.vlm.models import Answer
-from smsbench.vlm.planted import PLANTED, planted
+from smsbench.audit.runner import Source
+from smsbench.audit.paraphrases import STRATEGIES, paraphrases, understand
+from smsbench.audit.run import AuditSettings, load_results, run_audit
+from smsbench.vlm.model import Answer
+from smsbench.testing.planted import PLANTED, planted
 
 NEGATION = re.compile(r"\b(absent|free of|ruled out|wrong|no|not)\b")
 
@@ -392,7 +392,7 @@ def test_words_of_credentialed_rows_are_asked_and_not_written_down(tmp_path):
         and 'this film' not in ''.join(map(str, r.plan.to_numpy().ravel()))
         and number(r, 'deaf', 'wording_flips', 'strategy=negated').value == 1
     )
-    from smsbench.report.sections import wording_section, wording_table
+    from smsbench.report.audit_page import wording_section, wording_table
 
     assert 'this film' not in str(wording_section(r)) and not str(wording_table(r))
 

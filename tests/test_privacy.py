@@ -4,11 +4,11 @@ import pickle, re
 
 import pandas as pd, pytest
 
-from smsbench.clip.data import films_of
+from smsbench.clip.dataset import films_of
 from smsbench.clip.evaluate import classification_metrics
 from smsbench.core import InputError
 from smsbench.data.audit import audit
-from smsbench.data.holding import Holding, audit_holding, hold
+from smsbench.data.sealed_cohort import Holding, audit_holding, hold
 from smsbench.data.phantom import phantom_cohort
 from smsbench.data.splits import assert_disjoint, make_splits, split_table
 from smsbench.privacy import (
@@ -21,9 +21,9 @@ from smsbench.privacy import (
     with_access,
     write_table,
 )
-from smsbench.sms.metrics import measure
-from smsbench.sms.run import AuditSettings, run_audit
-from smsbench.sms.shifts import attainable, cohort_hash, make_plan
+from smsbench.audit.metrics import measure
+from smsbench.audit.run import AuditSettings, run_audit
+from smsbench.audit.plan import attainable, cohort_hash, make_plan
 
 N = 60
 MORE = pd.DataFrame(dict(place=range(N), height=range(N)))

@@ -32,8 +32,8 @@ def test_imports_are_light():
     assert imported('import smsbench.cli; smsbench.cli.main(["--help"])') == '[]'
     assert (
         imported(
-            'import smsbench.sms.run, smsbench.sms.published, smsbench.report.figures,'
-            ' smsbench.vlm.models, smsbench.cli'
+            'import smsbench.audit.run, smsbench.published.reanalysis, smsbench.report.figures,'
+            ' smsbench.vlm.model, smsbench.cli'
         )
         == '[]'
     )

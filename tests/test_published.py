@@ -10,9 +10,9 @@ import numpy as np, pandas as pd, pytest
 
 from smsbench.core import read_json
 from smsbench.report.published_figures import published_dots, published_heatmap, side_by_side
-from smsbench.sms.faults import void_arms
-from smsbench.sms.published import as_published, findings, published
-from smsbench.sms.results import ARMS, read_results
+from smsbench.published.faults import void_arms
+from smsbench.published.reanalysis import as_published, findings, published
+from smsbench.published.files import ARMS, read_results
 from smsbench.privacy import read_table
 
 DATA = Path(os.environ.get('SMSBENCH_DATA', '')) / 'published_sms'

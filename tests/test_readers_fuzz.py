@@ -13,7 +13,7 @@ from PIL import Image
 
 from smsbench.core import InputError
 from smsbench.data.files import scan_files
-from smsbench.data.readers import IMAGE_REASONS, FileError, read_bytes, read_image
+from smsbench.data.images import IMAGE_REASONS, FileError, read_bytes, read_image
 
 SECRET = 'SECRET^PATIENT'
 FILM = np.random.default_rng(0).integers(0, 256, (24, 20), np.uint8)

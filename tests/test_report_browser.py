@@ -11,8 +11,8 @@ import pytest
 from smsbench.core import InputError
 from smsbench.data.phantom import phantom_cohort
 from smsbench.report.html import render, render_run
-from smsbench.sms import run as sms_run, score as sms_score
-from smsbench.vlm.planted import planted
+from smsbench.audit import run as sms_run, settings as sms_score
+from smsbench.testing.planted import planted
 
 FLAGS = (
     '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking'

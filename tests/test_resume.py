@@ -6,8 +6,8 @@ import pytest
 
 from smsbench.core import Run, table_hash
 from smsbench.data.phantom import phantom_cohort
-from smsbench.sms.audit import Source, read_predictions, score_plan
-from smsbench.sms.shifts import make_plan
+from smsbench.audit.runner import Source, read_predictions, score_plan
+from smsbench.audit.plan import make_plan
 from smsbench.privacy import read_table
 
 
@@ -15,7 +15,7 @@ class Slow:
     "A planted model that takes its time, so that a kill can hit it while it works."
 
     def __init__(self, pause):
-        from smsbench.vlm.planted import planted
+        from smsbench.testing.planted import planted
 
         self.inner, self.pause = planted('planted:mixture:0.6'), pause
         self.name, self.info = self.inner.name, self.inner.info
@@ -48,7 +48,7 @@ def start(folder, plan):
         'forkserver'
     )  # a clean process that has the imports: a child starts in milliseconds
     server.set_forkserver_preload(
-        ['tests.test_resume', 'pandera.pandas', 'pyarrow.parquet', 'smsbench.vlm.planted']
+        ['tests.test_resume', 'pandera.pandas', 'pyarrow.parquet', 'smsbench.testing.planted']
     )
     ready = server.Event()
     p = server.Process(target=work, args=(str(folder), ready))

@@ -18,9 +18,9 @@ from smsbench.core import InputError, RunError
 from smsbench.vlm import engine as engine_module
 from smsbench.vlm import scoring
 from smsbench.vlm.families import PLAIN
-from smsbench.vlm.models import Inputs, load_model
+from smsbench.vlm.model import Inputs, load_model
 from smsbench.vlm.scoring import check, fast
-from smsbench.vlm.tiny import TINY, tiny_checkpoint
+from smsbench.testing.tiny import TINY, tiny_checkpoint
 
 pytestmark = pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning')
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd, pytest
 
 from smsbench.core import InputError
-from smsbench.data.manifest import build_cohort
+from smsbench.data.cohort import build_cohort
 from smsbench.data.phantom import phantom_cohort, save_phantom
 from smsbench.data.splits import (
     apply_splits,
