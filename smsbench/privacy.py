@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'CREDENTIALED', 'IN_CLEAR', 'ACCESS', 'HOW_TO_SAY', 'SMALL', 'SEALED', 'access_of', 'with_access',
-           'format_count', 'safe_count', 'Teller', 'seal_key', 'pseudonym', 'blur', 'seal', 'hide_counts',
-           'seal_exclusions', 'seal_files', 'unseal', 'is_sealed', 'was_opened', 'is_in_clear', 'write_table',
-           'read_table', 'cohort_summary', 'Note', 'note_cells', 'suppress_few', 'without_small',
+           'format_count', 'safe_count', 'CountFormatter', 'seal_key', 'pseudonym', 'suppress_rare', 'seal',
+           'hide_counts', 'seal_exclusions', 'seal_files', 'unseal', 'is_sealed', 'was_opened', 'is_in_clear',
+           'write_table', 'read_table', 'cohort_summary', 'Note', 'note_cells', 'suppress_few', 'without_small',
            'without_small_verdict', 'shareable', 'shareable_curve']
 
 # %% ../nbs/00_base/30_privacy.ipynb #df66490b
@@ -27,7 +27,7 @@ HOW_TO_SAY = (
 
 # %% ../nbs/00_base/30_privacy.ipynb #2a9dfdfe
 def access_of(
-    data,  # table; metadata or configuration of one; or anything with `attrs` (`Films`)
+    data,  # table; metadata or configuration of one; or anything with `attrs` (`Images`)
     what: str = 'the table',  # what messages call it
 ) -> str:  # 'open' or 'credentialed'
     "The strictest access that the data state; `InputError` where they state none, or none that is known."
@@ -106,7 +106,7 @@ def _is_open(access):
 
 # %% ../nbs/00_base/30_privacy.ipynb #3bc9634d
 @dataclass(frozen=True)
-class Teller:
+class CountFormatter:
     "Writes counts and shares as they may be shown."
 
     access: str  # 'open' or 'credentialed'
@@ -177,7 +177,7 @@ def pseudonym(
     )
 
 # %% ../nbs/00_base/30_privacy.ipynb #4cae4304
-def blur(
+def suppress_rare(
     cells: pd.Series,  # one column
     patients: pd.Series,  # whose cell it is
     small: int = SMALL,  # values of fewer patients are withheld
@@ -211,7 +211,7 @@ def seal(
     )
     out = out.assign(
         **{
-            c: blur(cohort[c], cohort.patient_id)
+            c: suppress_rare(cohort[c], cohort.patient_id)
             for c in cohort
             if c not in (*_IDS, *_REFERENCES, *_KEPT)
         }
@@ -276,13 +276,13 @@ def seal_files(
 # %% ../nbs/00_base/30_privacy.ipynb #5f157d02
 def unseal(
     sealed: pd.DataFrame,  # from `seal`
-    opened: pd.DataFrame,  # the open table, made again from the files
+    plaintext: pd.DataFrame,  # the open table, made again from the files
     key: str,  # made again from the files
 ) -> (
     pd.DataFrame
 ):  # `sealed` with its images, texts and questions; ids stay pseudonyms. Never to be written.
     "What the sealed references stand for; `InputError` where the files are not those the cohort was made from."
-    found = opened.set_index(opened.sample_id.map(lambda s: pseudonym(key, s)))
+    found = plaintext.set_index(plaintext.sample_id.map(lambda s: pseudonym(key, s)))
     if lost := int((~sealed.sample_id.isin(found.index)).sum()):
         raise InputError(
             f'{format_count(lost, CREDENTIALED)} of {len(sealed)} samples of the sealed cohort are not among the files below'
@@ -580,7 +580,7 @@ def shareable(
     "What may be shown of a metrics table: nothing of few patients or films, and no average of which a part is withheld."
     if _is_open(access):
         return metrics.drop(columns='note_counts') if 'note_counts' in metrics else metrics
-    few = (metrics.n_clusters < minimum).to_numpy() | _few_films(metrics, minimum)
+    few = (metrics.n_clusters < minimum).to_numpy() | _few_images(metrics, minimum)
     average = _averages(metrics, few)
     out = metrics.assign(note=_told_notes(metrics)).drop(columns='note_counts', errors='ignore')
     out.loc[few | average, ['value', 'ci_low', 'ci_high']] = np.nan
@@ -609,7 +609,7 @@ def _averages(metrics, few):
     return np.array([w and k in lost for w, k in zip(whole, key)], bool) & ~few
 
 
-def _few_films(metrics, minimum):
+def _few_images(metrics, minimum):
     "Rows of classes with few films on a side; where classes exclude each other, also the smallest others, until those withheld are together not few."
     share, few = (
         metrics[

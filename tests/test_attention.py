@@ -92,7 +92,7 @@ def test_every_method_gives_a_map_or_says_why_not(vlms, family, method):
             and a.about['query'] == 'answer'
         )
     for v in a.layout.views:
-        film = a.on_film(v.name)
+        film = a.on_image(v.name)
         assert (
             film.shape == (90, 130)
             and np.nanmin(film) >= 0
@@ -272,7 +272,7 @@ def _localised(name, method, cohort, **options):
             rows_of(model, x, method, report=r.text, **options), 'answer', 'all', 'entropy'
         )
         out.append(
-            localisation(a.on_film(), phantom_masks(r.image)[r.finding]).stack().rename(r.finding)
+            localisation(a.on_image(), phantom_masks(r.image)[r.finding]).stack().rename(r.finding)
         )
     return pd.DataFrame(out).groupby(level=0).mean().mean().unstack()
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from smsbench.clip.compare import compare
 from smsbench.clip.curves import classification_report, confusion_matrix
-from smsbench.clip.evaluate import classification_metrics, evaluate, film_values
+from smsbench.clip.evaluate import classification_metrics, evaluate, image_values
 from smsbench.clip.prompts import ensemble_vectors
 from smsbench.clip.retrieval import pairs, retrieval_ranks
 from smsbench.clip.zero_shot import Thresholds, cells, choose_thresholds, zero_shot_scores
@@ -98,7 +98,7 @@ def three_numbers(x, y, said, prompts):
         np.arange(len(y)),
         'multiclass',
     )
-    f = film_values(c)
+    f = image_values(c)
     return (
         f['accuracy'][0].mean(),
         f['accuracy_top5'][0].mean(),
@@ -491,14 +491,14 @@ def test_real_films_and_a_random_model_are_at_chance(real_data, tmp_path):
 
     A model of random weights knows nothing.
     """
-    from smsbench.clip.dataset import films_of
+    from smsbench.clip.dataset import images_of
     from smsbench.clip.model import load_clip
     from smsbench.testing.tiny_clip import tiny_clip
     from smsbench.data.cohort import build_cohort
 
     if not (real_data / 'nih_cxr').is_dir():
         pytest.skip('no nih_cxr')
-    films = films_of(
+    films = images_of(
         build_cohort('nih_cxr', real_data / 'nih_cxr', check_images=False)[0],
         also=('Nodule', 'Mass'),
     )
@@ -550,12 +550,12 @@ def test_external_validation_of_a_trained_checkpoint(trained, tmp_path):
 
     On its own cohort it refuses.
     """
-    from smsbench.clip.dataset import films_of
+    from smsbench.clip.dataset import images_of
     from smsbench.data.phantom import phantom_cohort
     from smsbench.report.external_page import external_validation
 
     films, done = trained
-    away = films_of(
+    away = images_of(
         phantom_cohort(
             140, seed=77, findings=tuple(films.classes), splits=dict(train=0.4, val=0.2, test=0.4)
         )

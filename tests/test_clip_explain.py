@@ -168,7 +168,7 @@ def test_finite_maps_or_a_plain_refusal(random_clips, kind, method):
             and (m.grid >= 0).all()
             and shown.sum() >= 0.9 * min(f.shape[:2]) ** 2
         )
-        assert np.isnan(m.on_film(smooth=True)).sum() == (~shown).sum() and json.dumps(m.about)
+        assert np.isnan(m.on_image(smooth=True)).sum() == (~shown).sum() and json.dumps(m.about)
 
 
 @pytest.mark.parametrize(
@@ -780,7 +780,7 @@ def test_a_map_that_is_a_readers_mark_agrees_with_that_reader():
 
 
 def test_gradcam_of_a_model_trained_on_phantom_films_beats_the_centre(tmp_path):
-    from smsbench.clip.dataset import read_films
+    from smsbench.clip.dataset import read_images
     from smsbench.clip.prompts import prompts_for
     from smsbench.clip.trainer import phantom_recipe, train
     from smsbench.data.phantom_image import phantom_masks
@@ -792,7 +792,7 @@ def test_gradcam_of_a_model_trained_on_phantom_films_beats_the_centre(tmp_path):
     prompts = prompts_for(test)['effusion']
     maps = explain_many(
         clip,
-        read_films(test, range(len(test))),
+        read_images(test, range(len(test))),
         tuple(prompts['positive']),
         against=tuple(prompts['negative']),
         empty='keep',

@@ -255,10 +255,10 @@ def test_ssa_of_a_saved_cohort(folders, tmp_path):
 
     Five inputs are too many for all orders, and every order gives the same total.
     """
-    from smsbench.clip.dataset import films_of
+    from smsbench.clip.dataset import images_of
     from smsbench.data.phantom import phantom_cohort
 
-    films = films_of(phantom_cohort(60, splits=dict(val=0.5, test=0.5)))
+    films = images_of(phantom_cohort(60, splits=dict(val=0.5, test=0.5)))
     test = films.of('test')
     table = ssa(
         clip_asker(load_clip(str(folders['timm-hf']), device='cpu'), test, val=films.of('val')),

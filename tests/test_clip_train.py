@@ -8,7 +8,7 @@ from multiprocessing import forkserver
 
 import numpy as np, pandas as pd, pytest, torch
 
-from smsbench.clip.dataset import films_of
+from smsbench.clip.dataset import images_of
 from smsbench.clip.model import load_clip
 from smsbench.clip.zero_shot import zero_shot
 from smsbench.testing.tiny_clip import tiny_clip
@@ -54,7 +54,7 @@ with processes('cpu'):
 def work(model, out, settings):
     "What a process of its own does."
     torch.set_num_threads(1)
-    films = films_of(phantom_cohort(50, size=64, seed=5, findings=('opacity', 'effusion')))
+    films = images_of(phantom_cohort(50, size=64, seed=5, findings=('opacity', 'effusion')))
     train(films, load_clip(str(model), device='cpu'), TrainSettings.of(**settings), out)
 
 
@@ -189,7 +189,7 @@ def test_two_processes_train_as_one(tmp_path, start):
 def test_broken_films_are_left_out_before_the_first_epoch(tmp_path, model):
     save_phantom(phantom_cohort(60, size=64, findings=('effusion', 'opacity')), tmp_path / 'data')
     cohort, _ = build_cohort('phantom', tmp_path / 'data', check_expected=False)
-    films = films_of(cohort)
+    films = images_of(cohort)
     bad = films.table[films.table.split == 'train'].iloc[[2, 5]]
     (tmp_path / 'data' / bad.image.iloc[0]).write_bytes(
         (tmp_path / 'data' / bad.image.iloc[0]).read_bytes()[:200]
@@ -249,7 +249,7 @@ def test_a_broken_film_does_not_end_an_analysis_by_steps(tmp_path, model, capsys
 
 
 def test_published_learning_rate_is_refused(tmp_path, model):
-    films = films_of(phantom_cohort(60, size=64, findings=('effusion',)))
+    films = images_of(phantom_cohort(60, size=64, findings=('effusion',)))
     with pytest.raises(InputError, match='1e-08 cannot move these weights'):
         train(
             films,
@@ -262,7 +262,7 @@ def test_published_learning_rate_is_refused(tmp_path, model):
 def test_class_folders_of_credentialed_photographs(tmp_path, model):
     make_layout('class_folders', tmp_path / 'data')
     cohort, _ = build_cohort('class_folders', tmp_path / 'data', check_expected=False)
-    films = films_of(cohort)
+    films = images_of(cohort)
     assert (
         films.kind == 'multiclass'
         and len(films.classes) == 3
@@ -320,7 +320,7 @@ def test_a_tiny_model_learns_three_findings(tmp_path):
 
 def test_real_films(real_data, tmp_path, model):
     nih, _ = build_cohort('nih_cxr', real_data / 'nih_cxr', check_images=False, limit=120)
-    films = films_of(
+    films = images_of(
         nih,
         also=[
             'Infiltration',
@@ -343,8 +343,8 @@ def test_real_films(real_data, tmp_path, model):
     assert np.isfinite(done.history.val_loss).all()
     organs, _ = build_cohort('vqa_rad', real_data / 'vqa_rad', check_images=True)
     with pytest.raises(InputError, match='more than one split'):
-        films_of(organs, by='organ')
+        images_of(organs, by='organ')
     with pytest.raises(InputError, match='contradict'):
-        films_of(organs)
-    films = films_of(apply_splits(organs, make_splits(organs, by=('organ',))), by='organ')
+        images_of(organs)
+    films = images_of(apply_splits(organs, make_splits(organs, by=('organ',))), by='organ')
     assert films.classes == ['ABD', 'CHEST', 'HEAD'] and len(films) == 294

@@ -91,7 +91,7 @@ def _boxes(ip, shape):
         yield np.array([np.polyval(kx, 0), np.polyval(ky, 0), np.polyval(kx, W), np.polyval(ky, H)])
 
 
-def _pictures(view, parts):
+def _images(view, parts):
     "The boxes of a view's `parts` = (rows, columns) pictures, in reading order."
     (x0, y0, x1, y1), (rows, columns) = view.box, parts
     xs, ys = np.linspace(x0, x1, columns + 1), np.linspace(y0, y1, rows + 1)
@@ -119,7 +119,7 @@ ORDER = dict(
 def test_the_processor_itself_shows_the_boxes_of_the_layout(vlms, family, shape):
     m, (edge, _) = vlms(family), ORDER[family]
     lay = token_layout(m, asked(_gradient(*shape)))
-    told = [b for v in lay.views for b in _pictures(v, (v.grid[0] // edge, v.grid[1] // edge))]
+    told = [b for v in lay.views for b in _images(v, (v.grid[0] // edge, v.grid[1] // edge))]
     shown = list(_boxes(m.processor.image_processor, shape))
     assert len(shown) >= len(told) and sum(b is not None for b in shown) >= max(1, len(told) - 3)
     for b, t in zip(shown, told):

@@ -15,7 +15,7 @@ from smsbench.testing.layouts import make_layout
 from smsbench.data.cohort import build_all, build_cohort, gather_card
 from smsbench.testing.mimic_layouts import (
     mimic,
-    mimic_films,
+    mimic_images,
     mimic_reports,
     put_reports,
     put_tables,
@@ -93,7 +93,7 @@ def test_rules_of_the_sms_study(root):
     }
     assert set(cohort.view) == {'PA', 'AP', 'LATERAL', 'LL'}  # the study looked at no view
     assert cohort.text.str.contains('sarcoidosis').all()  # and gave the models the whole report
-    films = mimic_films().set_index('dicom_id').loc[cohort.sample_id]
+    films = mimic_images().set_index('dicom_id').loc[cohort.sample_id]
     assert [label == 'no' for label in cohort.label] == [
         x.get('No Finding') == 1 for x in films.labels
     ]
@@ -118,7 +118,7 @@ def test_reports_unpacked_beside_the_films(own):
     (own / 'mimic-cxr-reports.zip').unlink()
     put_reports(
         own,
-        {f'mimic-cxr-reports/{name}': data for name, data in mimic_reports(mimic_films()).items()},
+        {f'mimic-cxr-reports/{name}': data for name, data in mimic_reports(mimic_images()).items()},
         'folder',
     )
     assert len(build_cohort('mimic_patchib', own, **NEWLY)[0]) == 50
@@ -127,13 +127,13 @@ def test_reports_unpacked_beside_the_films(own):
 def test_negbio_instead_of_chexpert(own):
     chexpert = gather('mimic_cxr', own)[0]
     (own / 'mimic-cxr-2.0.0-chexpert.csv.gz').unlink()
-    put_tables(own, mimic_films(), 'negbio')
+    put_tables(own, mimic_images(), 'negbio')
     negbio = gather('mimic_cxr', own)[0]
     assert any('negbio' in s['step'] for s in negbio.attrs['funnel']) and any(
         'chexpert' in s['step'] for s in chexpert.attrs['funnel']
     )
     a, b = (c.set_index('sample_id').label for c in (chexpert, negbio))
-    films = mimic_films()
+    films = mimic_images()
     left = films[
         films.view.isin(['PA', 'AP'])
         & films.matter.isin(['', 'only uncertain', 'only devices', 'all labels blank'])
@@ -157,7 +157,7 @@ def test_negbio_instead_of_chexpert(own):
 
 
 def test_a_patient_in_two_splits_is_refused(own):
-    films = mimic_films()
+    films = mimic_images()
     patient = films[films.matter == ''].groupby('subject_id').study_id.nunique().idxmax()
     film = films[films.subject_id == patient].iloc[0]
     other = {'train': 'test', 'test': 'train', 'validate': 'train'}[film.split]
@@ -185,9 +185,9 @@ HOSTILE = {
 @pytest.mark.parametrize('how', ['zip', 'folder'])
 def test_hostile_reports_are_set_aside(own, how):
     before = gather('mimic_patchib', own)[0]
-    films = mimic_films().drop_duplicates('study_id')
+    films = mimic_images().drop_duplicates('study_id')
     films = films[(films.matter == '') & (films.report == 'full')].head(len(HOSTILE))
-    reports, spoilt = mimic_reports(mimic_films()), dict(zip(HOSTILE, films.dicom_id))
+    reports, spoilt = mimic_reports(mimic_images()), dict(zip(HOSTILE, films.dicom_id))
     for r, data in zip(films.itertuples(), HOSTILE.values()):
         name = f'files/p99/p{r.subject_id}/s{r.study_id}.txt'
         del reports[name]
@@ -264,7 +264,7 @@ def test_funnel_of_credentialed_data_shows_no_small_count(root):
 def test_what_is_written_is_sealed_and_opens_again(root):
     plain, built = gather('mimic_sms', root)[0], build_all('mimic_sms', root, **NEWLY)
     written = built.cohort.to_csv() + built.exclusions.to_csv() + str(built.cohort.attrs['funnel'])
-    films = mimic_films()
+    films = mimic_images()
     assert 'sarcoidosis' in plain.to_csv() and not any(
         secret in written
         for secret in (
@@ -276,7 +276,7 @@ def test_what_is_written_is_sealed_and_opens_again(root):
         )
     )
     assert (
-        built.opened.text.tolist() == plain.text.tolist()
-        and built.opened.image.tolist() == plain.image.tolist()
+        built.plaintext.text.tolist() == plain.text.tolist()
+        and built.plaintext.image.tolist() == plain.image.tolist()
         and built.cohort.label.tolist() == plain.label.tolist()
     )

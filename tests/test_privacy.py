@@ -4,11 +4,11 @@ import pickle, re
 
 import pandas as pd, pytest
 
-from smsbench.clip.dataset import films_of
+from smsbench.clip.dataset import images_of
 from smsbench.clip.evaluate import classification_metrics
 from smsbench.core import InputError
 from smsbench.data.audit import audit
-from smsbench.data.sealed_cohort import Holding, audit_holding, hold
+from smsbench.data.sealed_cohort import SealedCohort, audit_sealed, open_cohort
 from smsbench.data.phantom import phantom_cohort
 from smsbench.data.splits import assert_disjoint, make_splits, split_table
 from smsbench.privacy import (
@@ -60,10 +60,10 @@ def lend(table):
 def held():
     "A cohort of credentialed data in hand: sealed, and in clear."
     made = phantom_cohort(N, findings=['effusion'], seed=3)
-    h = hold(lend(made))
-    assert len(h.cohort) == N and is_sealed(h.cohort) and is_in_clear(h.opened)
+    h = open_cohort(lend(made))
+    assert len(h.cohort) == N and is_sealed(h.cohort) and is_in_clear(h.plaintext)
     place = range(N)  # `place` of single patients is withheld in a sealed table
-    return Holding(h.cohort.assign(place=place), h.opened.assign(place=place), h.key)
+    return SealedCohort(h.cohort.assign(place=place), h.plaintext.assign(place=place), h.key)
 
 
 def text_of(*things):
@@ -80,14 +80,14 @@ def small_counts(table, columns):
 
 @pytest.mark.parametrize('way', WAYS)
 def test_a_table_stays_what_it_is(held, tmp_path, way):
-    sealed, opened = WAYS[way](held.cohort), WAYS[way](held.opened)
+    sealed, opened = WAYS[way](held.cohort), WAYS[way](held.plaintext)
     assert access_of(sealed) == access_of(opened) == 'credentialed'
     assert is_sealed(sealed) and not is_in_clear(sealed) and is_in_clear(opened)
     for kind in ('', 'cohort'):
         with pytest.raises(InputError, match='in clear'):
             write_table(opened, tmp_path / 'x.parquet', kind)
     with pytest.raises(InputError, match='opened'):
-        hold(opened)
+        open_cohort(opened)
     assert not list(tmp_path.iterdir())
     write_table(sealed, tmp_path / 'x.parquet', 'cohort')
     back = read_table(tmp_path / 'x.parquet', 'cohort')
@@ -97,7 +97,7 @@ def test_a_table_stays_what_it_is(held, tmp_path, way):
 @pytest.mark.parametrize('way', WAYS)
 def test_no_small_count_is_told(held, way):
     lost = pd.DataFrame(dict(reason=['NaN label'] * 3, label='', patient_id='', sample_id='x'))
-    for t in (WAYS[way](held.cohort), WAYS[way](held.opened)):
+    for t in (WAYS[way](held.cohort), WAYS[way](held.plaintext)):
         t.attrs = dict(strata=['ward']) if 'ward' in t else {}
         told, parts = cohort_summary(t, lost), split_table(t)
         assert not small_counts(told, ['samples', 'patients']), told
@@ -112,9 +112,9 @@ def test_no_small_count_is_told(held, way):
 
 
 def test_the_files_are_audited_without_a_word_of_anybody(held):
-    for h in (held, Holding(held.cohort, WAYS['merged'](held.opened), held.key)):
-        h.opened.attrs = held.opened.attrs
-        found = audit_holding(h, None)
+    for h in (held, SealedCohort(held.cohort, WAYS['merged'](held.plaintext), held.key)):
+        h.plaintext.attrs = held.plaintext.attrs
+        found = audit_sealed(h, None)
         counts = found.tables['labels']
         assert 'SECRET' not in text_of(found.findings, *found.tables.values())
         assert not small_counts(counts, ['samples', 'patients'])
@@ -122,7 +122,7 @@ def test_the_files_are_audited_without_a_word_of_anybody(held):
 
 
 def test_a_plan_keeps_its_access(held):
-    rows = {r.sample_id: r for r in held.opened.itertuples(index=False)}
+    rows = {r.sample_id: r for r in held.plaintext.itertuples(index=False)}
     plan, _ = make_plan(held.cohort, ['original', 'image_swap', 'image_swap_same'], opened=rows)
     few = plan[plan.sample_id.isin(sorted(set(plan.sample_id))[:5])]
     bare = few.merge(pd.DataFrame(dict(arm=few.arm.unique())), on='arm')
@@ -159,8 +159,8 @@ def test_a_file_from_before_the_column_is_read_with_it(held, tmp_path):
 
 @pytest.mark.parametrize('way', ['merged', 'pickled', 'rebuilt'])
 def test_an_opened_cohort_with_only_its_tasks_back_is_not_audited(held, tmp_path, way):
-    t = WAYS[way](held.opened)
-    t.attrs = dict(tasks=held.opened.attrs['tasks'])
+    t = WAYS[way](held.plaintext)
+    t.attrs = dict(tasks=held.plaintext.attrs['tasks'])
     with pytest.raises(InputError, match='sealed cohort'):
         run_audit(tmp_path / 'run', t, ['planted:text-only'])
     assert not [p for p in tmp_path.rglob('*') if p.is_file()]
@@ -181,7 +181,7 @@ def test_an_audit_writes_nothing_of_anybody(tmp_path):
 
 def test_notes_hide_counts_whatever_is_counted():
     cohort = phantom_cohort(60, findings=['effusion', 'nodule'], seed=2)
-    films = films_of(with_access(cohort, 'credentialed'))
+    films = images_of(with_access(cohort, 'credentialed'))
     truth = films.targets.copy()
     truth.iloc[:3, 0] = float('nan')  # three films were not asked about one class
     scores = truth.fillna(0) * 0.5 + 0.2
@@ -205,11 +205,11 @@ def test_what_states_no_access_is_refused_and_told_what_to_do(held, tmp_path):
     exclusions = pd.DataFrame(dict(reason=[]))
     asks = dict(
         access_of=access_of,
-        hold=hold,
+        open_cohort=open_cohort,
         cohort_summary=lambda t: cohort_summary(t, exclusions),
         split_table=split_table,
         make_plan=lambda t: make_plan(t, ['image_swap']),
-        films_of=films_of,
+        images_of=images_of,
         run_audit=lambda t: run_audit(tmp_path / 'run', t, ['planted:text-only']),
         write_table=lambda t: write_table(t, tmp_path / 'c.parquet', 'cohort'),
     )

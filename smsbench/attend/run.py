@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import InputError, Run, RunError, content_hash, progress, table_hash, write_json
-from ..data.sealed_cohort import hold
+from ..data.sealed_cohort import open_cohort
 from ..data.cohort import Built
 from ..audit.runner import Source, by_image, read_predictions
 from ..audit.delivery import prove_delivery
@@ -281,7 +281,7 @@ def attend(
     "cohort → plan → answers and rows of attention → tables → metrics."
     names = _checked_names(models, settings, out, how)
     exclusions = cohort.exclusions if isinstance(cohort, Built) else None
-    run, held = Run(out), hold(cohort, root)
+    run, held = Run(out), open_cohort(cohort, root)
     cohort, source = held.cohort, Source(held, root, remote=remote)
     about = _about(cohort)
     marked = Regions(source, regions)

@@ -19,7 +19,7 @@ from ..audit.runner import _answer_row, _error_row, part_path
 from ..vlm.attention import AttentionMap, Rows, attention_map, attention_rows, shares
 from ..vlm.image_tokens import Layout
 from ..saliency.geometry import View
-from ..vlm.model import Answer, HFModel, Inputs, _door, choice_logprobs
+from ..vlm.model import Answer, HFModel, Inputs, _input_hook, choice_logprobs
 from ..torch_utils import few_threads
 from ..privacy import read_table, write_table
 
@@ -67,7 +67,7 @@ def look(
         lambda module, args, out: seen.append(out.logits[0, -1].detach().float())
     )
     try:
-        with _door(model.model, model.start is not None) as delivered:
+        with _input_hook(model.model, model.start is not None) as delivered:
             rows = attention_rows(once, x, queries, report)
     finally:
         handle.remove()

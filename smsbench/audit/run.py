@@ -17,11 +17,11 @@ import pandas as pd
 from ..core import InputError, Run, environment, read_json, write_json
 from ..data.audit import SEVERITIES, FileAudit
 from smsbench.data.sealed_cohort import (
-    Holding,
-    audit_holding,
-    hold,
+    SealedCohort,
+    audit_sealed,
+    open_cohort,
     read_audit,
-    scan_holding,
+    scan_sealed,
     write_audit,
 )
 from ..data.cohort import Built
@@ -201,7 +201,7 @@ def void_lines(
 # %% ../../nbs/35_audit/200_run.ipynb #17f01412
 def audit_the_files(
     run: Run,  # run directory
-    held: Holding,  # the cohort
+    held: SealedCohort,  # the cohort
     files: pd.DataFrame,  # measures of the files, or None
     exclusions: pd.DataFrame,  # what the manifest left out, or None
     root='',  # folder of the images
@@ -212,8 +212,8 @@ def audit_the_files(
     if (run / 'files' / 'findings.parquet').exists():
         return
     if files is None:
-        files = scan_holding(held, root, run / 'files' / 'scan', remote=remote)
-    found = audit_holding(held, files, exclusions, root, seed)
+        files = scan_sealed(held, root, run / 'files' / 'scan', remote=remote)
+    found = audit_sealed(held, files, exclusions, root, seed)
     write_audit(found, run / 'files')
     counts = found.findings.severity.value_counts()
     run.log(f"files: {', '.join(f'{counts.get(s, 0)} {s}' for s in SEVERITIES)}")
@@ -255,7 +255,7 @@ def run_audit(
         exclusions, files = cohort.exclusions, cohort.files if len(cohort.files) else None
     if not (Path(out) / 'config.json').exists():
         _check_there(models, settings, how)
-    held = hold(cohort, root)
+    held = open_cohort(cohort, root)
     _check_kept(registration, settings, held.cohort, plan)
     run = Run(out)
     for m in models:

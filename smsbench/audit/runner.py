@@ -15,7 +15,7 @@ import numpy as np, pandas as pd
 
 from ..core import InputError, RunError, Run, array_hash, content_hash, progress, validate
 from ..data.phantom_image import read_phantom
-from ..data.sealed_cohort import hold
+from ..data.sealed_cohort import open_cohort
 from ..data.images import FileError, read_image
 from .wordings import asked_question, check_rules
 from .image_edits import shift_image
@@ -36,13 +36,13 @@ class Source:
 
     def __init__(
         self,
-        cohort,  # cohort table with `tasks` in its metadata, sealed or not; or its `Holding`
+        cohort,  # cohort table with `tasks` in its metadata, sealed or not; or its `SealedCohort`
         root='',  # folder below which the images lie; '' takes the cohort's own
         cache: int = 256,  # decoded images to keep
         remote: bool = False,  # whether images may be fetched from other machines
     ):
-        held = hold(cohort, root)
-        opened = validate(held.opened, 'cohort')
+        held = open_cohort(cohort, root)
+        opened = validate(held.plaintext, 'cohort')
         self.rows, self.root, self.sealed, self.remote = (
             {r.sample_id: r for r in opened.itertuples(index=False)},
             root or opened.attrs.get('root', '.'),

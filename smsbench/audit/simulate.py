@@ -68,7 +68,7 @@ class Setting(Card):
     @model_validator(mode='after')
     def _fits(self):
         "Check what depends on several settings."
-        few, most = self.films_range
+        few, most = self.images_range
         if not 1 <= few <= most:
             raise ValueError(f'films {self.films}: a number from 1, or [fewest, most]')
         for name, size in (('prevalence', self.findings), ('visible', 2), ('stated', 2)):
@@ -80,7 +80,7 @@ class Setting(Card):
         return self
 
     @property
-    def films_range(self) -> tuple[int, int]:
+    def images_range(self) -> tuple[int, int]:
         "Fewest and most images per patient."
         return (self.films, self.films) if isinstance(self.films, int) else self.films
 
@@ -152,7 +152,7 @@ def draw_images(
 ) -> dict:  # patient (n,), label (n, F) bool, image and text evidence (n, F)
     "Images of a simulated cohort as arrays."
     streams = [np.random.default_rng([seed, k]) for k in range(7)]
-    few, most = setting.films_range
+    few, most = setting.images_range
     films = streams[0].integers(few, most + 1, setting.patients)
     patient, how = np.repeat(np.arange(setting.patients), films), (setting.icc, setting.correlation)
     severity, *draws = [latent(s, patient, setting.findings, *how) for s in streams[1:6]]

@@ -69,8 +69,8 @@ def label_error(
     """
     out = []
     for error in LABEL_ERRORS:
-        grow = 1 / (1 - 2 * error) ** 2
-        b, plain = (_without_error(bounds_of(other, same, r, s), grow) for s in (strict, 1.0))
+        growth = 1 / (1 - 2 * error) ** 2
+        b, plain = (_without_error(bounds_of(other, same, r, s), growth) for s in (strict, 1.0))
         ends = dict(value=b.excess, ci_low=plain.excess_low, ci_high=plain.excess_high)
         out.append(dict(error=error, **ends, verdict=word_for(b, margin)[0]))
     return out
@@ -79,11 +79,11 @@ def label_error(
 _EXCESS = ('excess', 'excess_low', 'excess_high', 'excess_low_90', 'excess_high_90')
 
 
-def _without_error(b, grow):
+def _without_error(b, growth):
     "Bounds with the excess grown, and the movement under another class by what the excess grew."
-    grown = {k: float(np.clip(getattr(b, k) * grow, -1, 1)) for k in _EXCESS}
+    grown = {k: float(np.clip(getattr(b, k) * growth, -1, 1)) for k in _EXCESS}
     more = {
-        k: (grow - 1) * max(getattr(b, e), 0)
+        k: (growth - 1) * max(getattr(b, e), 0)
         for k, e in (('other', 'excess'), ('other_high', 'excess_high_90'))
     }
     return replace(b, **grown, **{k: min(getattr(b, k) + x, 1.0) for k, x in more.items()})

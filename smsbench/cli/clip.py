@@ -68,10 +68,10 @@ PromptsOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help='cpu, cuda, cuda:1, mps or auto.')]
 
 # %% ../../nbs/80_cli/60_clip.ipynb #daacc8bd
-def _films(cohort, root, findings, by, splits, conflicts='error'):
-    from smsbench.clip.benchmark import open_films
+def _images(cohort, root, findings, by, splits, conflicts='error'):
+    from smsbench.clip.benchmark import open_images
 
-    return open_films(cohort, root or '', split_list(findings), by, splits, conflicts)
+    return open_images(cohort, root or '', split_list(findings), by, splits, conflicts)
 
 
 def _prompts(path, films):
@@ -167,7 +167,7 @@ def train(
 
     settings, films = (
         read_settings(config, put or []),
-        _films(cohort, root, findings, by, splits, conflicts),
+        _images(cohort, root, findings, by, splits, conflicts),
     )
     words = _prompts(prompts, films)
     with processes(device) as place:
@@ -311,7 +311,7 @@ def evaluate(
     from smsbench.clip.model import load_clip
     from smsbench.report.external_page import external_validation, unseen
 
-    films = _films(cohort, root, findings, by, splits, conflicts)
+    films = _images(cohort, root, findings, by, splits, conflicts)
     if test:
         films = films.of(*split_list(test))
     words, notes = _prompts(prompts, films), []
@@ -356,7 +356,7 @@ def evaluate(
 def compare_models(
     first: tuple,  # (folder or name, its tag or file)
     second: tuple,  # the same
-    films,  # `Films` that neither has seen
+    films,  # `Images` that neither has seen
     out: Path,  # run directory; comparison.parquet and tables/comparison.csv are written
     prompts=None,  # for both; None takes each one's own
     device: str = 'auto',  # where the models run

@@ -171,24 +171,26 @@ def _example(manifest, folder, as_json):
 
 
 def _make_cohort(manifest, root, out, report, splits, as_json, **how):
-    from smsbench.data.sealed_cohort import Holding, audit_holding, hold, write_audit
+    from smsbench.data.sealed_cohort import SealedCohort, audit_sealed, open_cohort, write_audit
     from smsbench.data.cohort import build_all
     from smsbench.data.splits import apply_splits, read_splits
     from smsbench.privacy import access_of, cohort_summary, safe_count, write_table
 
     folder = out.with_name(out.stem + '_files')  # what is known about the files, beside the cohort
     built = build_all(manifest, root, store=folder / 'scan', **how)
-    held = hold(built)
+    held = open_cohort(built)
     if splits:
         parts = read_splits(splits)
-        held = Holding(apply_splits(held.cohort, parts), apply_splits(held.opened, parts), held.key)
+        held = SealedCohort(
+            apply_splits(held.cohort, parts), apply_splits(held.plaintext, parts), held.key
+        )
     table, files = held.cohort, built.files if how['check_images'] else None
     write_table(table, out, 'cohort')
     write_table(built.exclusions, out.with_name(out.stem + '_exclusions.parquet'))
     (folder / 'files.parquet').unlink(missing_ok=True)
     if files is not None:
         write_table(files.rename_axis('image').reset_index(), folder / 'files.parquet')
-    found = audit_holding(held, files, built.exclusions, root)
+    found = audit_sealed(held, files, built.exclusions, root)
     write_audit(found, folder)
     counts, page = cohort_summary(table, built.exclusions), None
     if report is not None:

@@ -22,7 +22,7 @@ from smsbench.cli.clip import (
     PretrainedOption,
     PromptsOption,
     SplitsOption,
-    _films,
+    _images,
     _prompts,
     _rows,
     clip_app,
@@ -88,11 +88,11 @@ def explain(
     from smsbench.clip.explain import check_method
     from smsbench.clip.model import load_clip
     from smsbench.clip.reader_agreement import read_marks
-    from smsbench.clip.benchmark import explain_films, marked_films
+    from smsbench.clip.benchmark import explain_images, marked_images
     from smsbench.core import Run, content_hash
 
     films, called = (
-        _films(cohort, root, findings, by, splits, 'drop').of(*split_list(test)),
+        _images(cohort, root, findings, by, splits, 'drop').of(*split_list(test)),
         _pairs(names),
     )
     words, notes = _own_words(model, films, prompts)
@@ -114,8 +114,8 @@ def explain(
         n_boot=n_boot,
     )
     _same_run(run, config)
-    seen = marked_films(films, None if marks is None else read_marks(marks), called, limit, seed)
-    found = explain_films(
+    seen = marked_images(films, None if marks is None else read_marks(marks), called, limit, seed)
+    found = explain_images(
         clip, seen, method, words, n_cascade=8, n_boot=n_boot, seed=seed, layer=layer, show=True
     )
     run.freeze(config)
@@ -363,7 +363,7 @@ def ssa(
             model,
             pretrained,
             device,
-            _films(cohort, root, findings, by, splits),
+            _images(cohort, root, findings, by, splits),
             split_list(test),
             val,
             prompts,

@@ -26,7 +26,7 @@ def _numbers(name, text, kind=float):
         raise InputError(f'--{name} {text}: give numbers, separated by commas') from None
 
 
-def _films(text):
+def _images(text):
     "1 of '1', (1, 8) of '1-8'."
     few, _, most = text.partition('-')
     return (int(few), int(most)) if most else int(few)
@@ -44,7 +44,7 @@ def make_questions(
     "Every combination of what was asked."
     from smsbench.audit.power import make_question
 
-    kinds = dict(films=_films, donors=_donors, findings=int)
+    kinds = dict(films=_images, donors=_donors, findings=int)
     lists = {k: _numbers(k, t, kinds.get(k, float)) for k, t in texts.items()}
     empty = [k for k, v in lists.items() if not v]
     if empty:

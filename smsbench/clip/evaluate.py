@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'average_precision', 'class_values', 'class_sides', 'average_precision_influence', 'class_influence',
-           'film_values', 'class_grid', 'Floors', 'class_floors', 'mean_floors', 'classification_metrics', 'Evaluated',
+           'image_values', 'class_grid', 'Floors', 'class_floors', 'mean_floors', 'classification_metrics', 'Evaluated',
            'evaluate', 'keep_thresholds', 'Thresholds', 'choose_thresholds', 'zero_shot', 'zero_shot_scores']
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #8aa6a6a7
@@ -187,7 +187,7 @@ def class_influence(
 _LEFT_OUT = '{} films not asked about every class are left out'
 
 
-def film_values(
+def image_values(
     c: Cells,  # scores and truth
     said=None,  # (N, C) predictions; NaN columns are left out
 ) -> dict:  # metric -> (values (N,), rows that count (N,), notes)
@@ -357,7 +357,7 @@ def classification_metrics(
     how = dict(n_boot=n_boot, level=level, seed=seed)
     found = [
         *_class_intervals(c, said, how),
-        *_film_intervals(c, said, how),
+        *_image_intervals(c, said, how),
         *_calibration_intervals(c, how),
     ]
     rows = [
@@ -447,9 +447,9 @@ def macro_number(per):
     return float(len(number) / (1 / number).sum()) if len(number) and number.all() else 0.0
 
 
-def _film_intervals(c, said, how):
+def _image_intervals(c, said, how):
     "The same for numbers per film."
-    values = film_values(c, said)
+    values = image_values(c, said)
     ci = together(
         *(
             mean(v, rows, (0, len(c.classes)) if m == 'coverage_error' else (0, 1), m)
@@ -497,7 +497,7 @@ class Evaluated(NamedTuple):
 # %% ../../nbs/50_clip/180_evaluate.ipynb #f2db89fb
 def evaluate(
     clip,  # `Clip` of clip.models
-    films,  # `Films` of clip.data, with the splits named below
+    films,  # `Images` of clip.data, with the splits named below
     out=None,  # folder for scores, thresholds, prompts and metrics; None writes nothing
     prompts=None,  # None takes the default ones
     thresholds=None,  # existing `Thresholds`; None chooses them on the validation films
@@ -544,7 +544,7 @@ def _save(found, prompts, out, access):
 # %% ../../nbs/50_clip/180_evaluate.ipynb #3ceea6cc
 def keep_thresholds(
     folder,  # of the checkpoint, as `save_clip` left it
-    films,  # `Films` with the validation split of its training
+    films,  # `Images` with the validation split of its training
     prompts=None,  # None takes the default ones
     val: str = 'val',  # split that chooses
     rule: str = 'f1',  # or 'youden'

@@ -265,9 +265,9 @@ class Explanation:
 
     @property
     def weights(self) -> np.ndarray:
-        return self.on_film()
+        return self.on_image()
 
-    def on_film(
+    def on_image(
         self,
         smooth: bool = False,  # bilinear between the centres of cells
     ) -> np.ndarray:  # (H,W): value of the cell of each pixel; NaN: not shown to the model

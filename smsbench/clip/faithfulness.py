@@ -109,7 +109,7 @@ def laid(
     smooth: bool = False,  # interpolate between the centres of cells
 ) -> np.ndarray:  # (H,W)
     "A map on the film."
-    return m.on_film(smooth) if isinstance(m, Explanation) else np.asarray(m, float)
+    return m.on_image(smooth) if isinstance(m, Explanation) else np.asarray(m, float)
 
 
 def _unfit(w, mask):
@@ -491,7 +491,7 @@ def map_likeness(
     flat = np.ptp(a.grid) == 0 or np.ptp(b.grid) == 0
 
     def stretched(e):
-        w = e.on_film(smooth=True)
+        w = e.on_image(smooth=True)
         seen = ~np.isnan(w)
         w = w[np.ix_(seen.any(1), seen.any(0))]  # what is shown is a rectangle
         return (w - w.min()) / max(np.ptp(w), 1e-12)

@@ -48,15 +48,15 @@ def embedded(
 # %% ../../nbs/50_clip/200_linear_probe.ipynb #4e37f8e6
 def embed(
     clip,  # `Clip` of clip.models
-    films,  # `Films` of clip.data
+    films,  # `Images` of clip.data
     batch_size: int = 64,  # images at once
 ) -> Embedded:
     "Films as a model sees them."
-    from smsbench.clip.dataset import read_films
+    from smsbench.clip.dataset import read_images
     from smsbench.clip.model import image_embeddings
 
     return embedded(
-        image_embeddings(clip, read_films(films), batch_size),
+        image_embeddings(clip, read_images(films), batch_size),
         films.targets,
         films.table.patient_id,
         films.kind,

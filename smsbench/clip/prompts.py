@@ -108,7 +108,7 @@ def class_prompts(
 
 # %% ../../nbs/50_clip/060_prompts.ipynb #c9a1420e
 def prompts_for(
-    films,  # `Films`, or the tasks of a cohort: finding -> {choices, noun, ...}
+    films,  # `Images`, or the tasks of a cohort: finding -> {choices, noun, ...}
 ) -> dict:  # class -> dict(positive=(...), negative=(...))
     """Make the default prompts per class; `InputError` where tasks of both kinds are mixed.
 

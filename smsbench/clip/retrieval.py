@@ -301,7 +301,7 @@ def _weighted_median(x, weights):
 # %% ../../nbs/50_clip/190_retrieval.ipynb #395a8ccf
 def retrieve(
     clip,  # `Clip` of clip.models
-    films,  # `Films` of clip.data
+    films,  # `Images` of clip.data
     batch_size: int = 64,  # images at once
     embeddings=None,  # (N, D) image embeddings of these films, where they exist
     **how,  # ks, model, chunk, n_boot, level, seed of `retrieval_metrics`
@@ -310,7 +310,7 @@ def retrieve(
 
     `InputError` where fewer than two films have a report.
     """
-    from smsbench.clip.dataset import read_films
+    from smsbench.clip.dataset import read_images
     from smsbench.clip.model import image_embeddings, text_embeddings
 
     told = np.flatnonzero(films.table.text.str.strip() != '')
@@ -320,7 +320,7 @@ def retrieve(
         )
     table = films.table.iloc[told]
     images = (
-        image_embeddings(clip, read_films(films, told), batch_size)
+        image_embeddings(clip, read_images(films, told), batch_size)
         if embeddings is None
         else np.asarray(embeddings)[told]
     )

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import InputError, Run, RunError, atomic, environment, progress, write_json
 from ..data.phantom import phantom_cohort
-from .dataset import Films, films_of
+from .dataset import Images, images_of
 from smsbench.clip.training_run import (
     Job,
     epoch_batches,
@@ -23,14 +23,14 @@ from smsbench.clip.training_run import (
     run_config,
     save_job,
     say,
-    usable_films,
+    usable_images,
 )
 from .model import Clip, load_clip, save_clip, weights_sha
 from .optim import freeze, lr_factor, set_lr, training_mode
 from .processes import share_weights, world
 from .prompts import check_prompts, prompts_for
 from .contamination import write_seen
-from .config import LOOSE, TrainSettings, find_tracker
+from .config import RUNTIME_ONLY, TrainSettings, find_tracker
 from .train_step import train_step
 from ..testing.tiny_clip import tiny_clip
 from .validation import WATCHED, batch_match, watch
@@ -202,7 +202,7 @@ class Trained:
 
 # %% ../../nbs/50_clip/170_trainer.ipynb #499b9f4e
 def train(
-    films: Films,  # with training and validation splits
+    films: Images,  # with training and validation splits
     clip: Clip,  # model to train, loaded in fp32; it ends with the last weights
     settings: TrainSettings,  # how
     out,  # run directory; an existing one is resumed
@@ -219,7 +219,7 @@ def train(
         prompts_for(films) if prompts is None else prompts, films.classes, films.kind
     )
     started = weights_sha(clip.model)
-    good, val, left = usable_films(films, settings, run)
+    good, val, left = usable_images(films, settings, run)
 
     def fix():
         config = run_config(settings, started, good, val, prompts)
@@ -263,7 +263,7 @@ def _fix(run, config, settings, info, device, started, left):
     "Fix the settings of the directory and list unreadable films; first process only."
     if world()[0]:
         return
-    run.freeze(config, **{k: getattr(settings, k) for k in LOOSE}, clip=info)
+    run.freeze(config, **{k: getattr(settings, k) for k in RUNTIME_ONLY}, clip=info)
     write_table(left, run / 'excluded.parquet')
     write_json(environment(device, model=started), run / 'environment.json')
     if len(left):
@@ -321,9 +321,9 @@ def phantom_recipe(
     kind: str = 'resnet',  # of `TINY_CLIP`
     seed: int = 0,  # of films, weights and training
     **changes,  # of the settings
-) -> tuple[Films, Clip, TrainSettings]:  # what `train` takes
+) -> tuple[Images, Clip, TrainSettings]:  # what `train` takes
     "Films, a random tiny model and settings with which it learns three findings."
-    films = films_of(
+    films = images_of(
         phantom_cohort(n, size=64, seed=seed, findings=('opacity', 'effusion', 'cardiomegaly'))
     )
     clip = load_clip(str(tiny_clip(Path(folder) / kind, kind, seed)), device='cpu')

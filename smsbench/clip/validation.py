@@ -16,7 +16,7 @@ from .zero_shot import zero_shot
 
 # %% ../../nbs/50_clip/140_validation.ipynb #671934e1
 def batch_groups(
-    films,  # `Films`
+    films,  # `Images`
     share=('text', 'study'),  # a common 'text', 'study' or 'class' makes films share a report
 ) -> np.ndarray:  # (N, G) int64 codes, -1 where there is nothing to share
     """Code what films share; `InputError` for another word.

@@ -56,7 +56,7 @@ def zero_shot_scores(
 # %% ../../nbs/50_clip/080_zero_shot.ipynb #d01a81af
 def zero_shot(
     clip,  # `Clip` of clip.models
-    films,  # `Films` of clip.data
+    films,  # `Images` of clip.data
     prompts=None,  # from `prompts_for` or `read_prompts`; None takes the default ones
     batch_size: int = 64,  # images at once
     embeddings=None,  # (N, D) image embeddings of these films, where they exist
@@ -65,7 +65,7 @@ def zero_shot(
 
     `.attrs`: kind, manifest, access, pseudonyms, model, weights, prompts (class -> hash), scale.
     """
-    from smsbench.clip.dataset import read_films
+    from smsbench.clip.dataset import read_images
     from smsbench.clip.model import image_embeddings
 
     prompts = prompts_for(films) if prompts is None else prompts
@@ -76,7 +76,7 @@ def zero_shot(
         )
     vectors = class_vectors(clip, prompts)
     images = (
-        image_embeddings(clip, read_films(films), batch_size) if embeddings is None else embeddings
+        image_embeddings(clip, read_images(films), batch_size) if embeddings is None else embeddings
     )
     if len(images) != len(films):
         raise InputError(f'{len(images)} image embeddings for {len(films)} films')

@@ -39,7 +39,7 @@ from .duplicates import near_duplicates
 from .rows import find_images, read_rows
 from .shortcuts import FILM, shortcut_table
 from .wording import bag_of_words, naming_table
-from ..privacy import access_of, is_sealed, Teller
+from ..privacy import access_of, is_sealed, CountFormatter
 
 _all_ = ['near_duplicates', 'SEVERITIES']  # what a user of the audit needs beside it
 
@@ -72,7 +72,7 @@ def _auroc_words(r, hidden):
 # %% ../../nbs/10_data/210_audit.ipynb #907d4b88
 def shortcut_entries(
     table: pd.DataFrame,  # from `shortcut_table`
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
     strata,  # attributes that donors can be matched on
 ) -> list:  # entries, one per attribute
     "Entries on how well each attribute predicts the label."
@@ -120,7 +120,7 @@ def _shortcut_advice(severity, r, cure):
 # %% ../../nbs/10_data/210_audit.ipynb #4c85c13a
 def naming_entries(
     table: pd.DataFrame,  # from `naming_table`
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
 ) -> list:  # one entry, or none
     "Entry on how often texts name the diagnosis that is asked for."
     found = []
@@ -163,7 +163,7 @@ def naming_entries(
 # %% ../../nbs/10_data/210_audit.ipynb #7b96912f
 def words_entries(
     table: pd.DataFrame,  # from `bag_of_words`
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
     column: str = 'text',  # which text: 'text' or 'question'
 ) -> list:  # one entry, or none
     "Entry on how well the words alone predict the label."
@@ -212,7 +212,7 @@ def _words_advice(severity, r, column):
 def safe_counts(
     table: pd.DataFrame,  # one row per cell
     columns,  # its counts
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
 ) -> pd.DataFrame:  # a copy
     "Counts as they may be shown."
     if tell.access == 'open':
@@ -227,7 +227,7 @@ def safe_counts(
 # %% ../../nbs/10_data/210_audit.ipynb #b78d8bb3
 def count_tables(
     cohort: pd.DataFrame,  # a cohort
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
 ) -> dict:  # 'labels' and 'strata' -> table with samples and patients
     "Samples and patients per question, split and label, and per stratum."
 
@@ -265,7 +265,7 @@ def count_tables(
 # %% ../../nbs/10_data/210_audit.ipynb #99b9f875
 def missing_table(
     cohort: pd.DataFrame,  # a cohort
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
 ) -> pd.DataFrame:  # finding, column, label, missing, samples; columns that are missing in part
     "What is missing, per class."
     gone = {s: cohort[s].isin(UNKNOWN) for s in cohort.attrs.get('strata', []) if s in cohort} | {
@@ -292,7 +292,7 @@ def missing_table(
 def size_table(
     cohort: pd.DataFrame,  # a cohort
     files: pd.DataFrame,  # from `scan_files`
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
     most: int = 12,  # sizes that are named
 ) -> pd.DataFrame:  # width, height, channels, images
     "The commonest sizes of images."
@@ -405,7 +405,7 @@ def audit(
         )
     if cohort.empty:
         raise InputError('the cohort is empty: there is nothing to audit')
-    tell = Teller(access_of(cohort, 'the cohort'))
+    tell = CountFormatter(access_of(cohort, 'the cohort'))
     files = None if files is None or files.empty or (cohort.image == '').all() else files
     source, t = source_rows(cohort) if source is None else source, _measured(cohort, files, seed)
     rows = check_classes(cohort, tell) + check_patients(cohort, tell, source)

@@ -11,7 +11,7 @@ __all__ = ['SEVERITIES', 'LEAK', 'GAP', 'TOLD', 'FILM_TOLD', 'TEXT_TOLD', 'NAMED
 import numpy as np, pandas as pd
 
 from .duplicates import chance_rate, duplicate_groups, near_duplicates
-from ..privacy import Teller
+from ..privacy import CountFormatter
 from ..stats import bootstrap_sums
 
 # %% ../../nbs/10_data/200_checks.ipynb #8d0f70b9
@@ -123,7 +123,7 @@ def gather(
 # %% ../../nbs/10_data/200_checks.ipynb #db217813
 def check_classes(
     cohort: pd.DataFrame,  # a cohort
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
 ) -> list:  # entries
     "Enough patients in every class, and every class in every split."
     out, splits = [], sorted({*cohort.split} - {''})
@@ -198,7 +198,7 @@ def _with_source(cohort, source):
 
 def check_patients(
     cohort: pd.DataFrame,  # a cohort
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
     source: (
         pd.DataFrame | None
     ) = None,  # image, split, patient_id of all rows of the data set, where the cohort has not all of them
@@ -277,7 +277,7 @@ def _worst(entries):
 def check_copies(
     cohort: pd.DataFrame,  # a cohort
     files: pd.DataFrame,  # from `scan_files`
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
     source: (
         pd.DataFrame | None
     ) = None,  # image, split, patient_id of all rows of the data set, where the cohort has not all of them
@@ -308,7 +308,7 @@ def check_copies(
 def check_near_copies(
     cohort: pd.DataFrame,  # a cohort
     files: pd.DataFrame,  # from `scan_files`
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
     pairs: pd.DataFrame | None = None,  # from `near_duplicates`, where it is there already
 ) -> list:  # entries, three at most
     "Images that look like one of another split, beyond exact copies and beyond what chance gives."
@@ -362,7 +362,7 @@ def check_near_copies(
 def check_conflicts(
     cohort: pd.DataFrame,  # a cohort
     files: pd.DataFrame,  # from `scan_files`
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
 ) -> list:  # entries
     "One image under two patients; one image or one text with two labels for the same question."
     d, out = _showing(cohort, files), []
@@ -433,7 +433,7 @@ def check_conflicts(
 def check_images(
     cohort: pd.DataFrame,  # a cohort
     files: pd.DataFrame,  # from `scan_files`
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
 ) -> list:  # entries
     "Blank images, odd sizes, mixed colour, images that could not be read."
     f = files.loc[cohort.image[cohort.image != ''].unique()]
@@ -522,7 +522,7 @@ UNKNOWN = ('', 'unknown')  # how a stratum says that a value is missing
 
 def check_missing(
     cohort: pd.DataFrame,  # a cohort
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
 ) -> list:  # entries
     "Strata and texts that are missing more often in one class."
     columns = {
@@ -582,7 +582,7 @@ def check_exclusions(
     exclusions: (
         pd.DataFrame | None
     ),  # from `build_cohort`; with a column `label`, classes are compared
-    tell: Teller,  # how numbers may be shown
+    tell: CountFormatter,  # how numbers may be shown
 ) -> list:  # entries
     "What was left out, and whether it was one class."
     if exclusions is None or exclusions.empty:

@@ -221,7 +221,7 @@ class Built:
     files: (
         pd.DataFrame
     )  # one row per image that was scanned, from `scan_files`, under the references of `cohort`
-    opened: pd.DataFrame  # the same samples with their images and texts; never to be written where data are credentialed
+    plaintext: pd.DataFrame  # the same samples with their images and texts; never to be written where data are credentialed
     key: str = ''  # what the pseudonyms of credentialed data were made with
 
 # %% ../../nbs/10_data/130_cohort.ipynb #bca6b9cf

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'QUESTIONS', 'SPLITS', 'write_report', 'read_report', 'phantom_cohort', 'save_phantom', 'FINDINGS',
-           'draw_film', 'mask_box', 'phantom_film', 'phantom_masks', 'phantom_ref', 'read_phantom']
+           'draw_image', 'mask_box', 'synthetic_image', 'phantom_masks', 'phantom_ref', 'read_phantom']
 
 # %% ../../nbs/10_data/150_phantom.ipynb #b01779f7
 import itertools, json, re
@@ -16,10 +16,10 @@ import numpy as np, pandas as pd
 from ..core import InputError, array_hash, atomic, content_hash, validate
 from smsbench.data.phantom_image import (
     FINDINGS,
-    draw_film,
-    film_side,
+    draw_image,
+    image_side,
     mask_box,
-    phantom_film,
+    synthetic_image,
     phantom_masks,
     phantom_ref,
     read_phantom,
@@ -29,9 +29,9 @@ from ..privacy import with_access
 
 _all_ = [
     'FINDINGS',
-    'draw_film',
+    'draw_image',
     'mask_box',
-    'phantom_film',
+    'synthetic_image',
     'phantom_masks',
     'phantom_ref',
     'read_phantom',
@@ -186,7 +186,7 @@ QUESTIONS = dict(
 SPLITS = dict(train=0.7, val=0.1, test=0.2)
 
 
-def _films(seed):
+def _images(seed):
     "Endless: the films of patient 0, of patient 1, ..."
     for i in itertools.count():
         patient = content_hash('phantom', seed, i)
@@ -228,7 +228,7 @@ def _samples(f, asked, size, splits, shortcut, uncertain, label_from, film, text
     def yes(b):
         return 'yes' if b else 'no'
 
-    side = film_side(f.patient, f.film)
+    side = image_side(f.patient, f.film)
     label = film if label_from == 'film' else text
     marker = label[asked[0]] if f.marker < (1 + shortcut) / 2 else not label[asked[0]]
     hedged = [
@@ -236,7 +236,7 @@ def _samples(f, asked, size, splits, shortcut, uncertain, label_from, film, text
     ]
     shown = [g for g in FINDINGS if film[g]]
     drawing = f.patient, f.film, shown, size, f.view, f.sex, marker
-    image, masks = draw_film(*drawing)
+    image, masks = draw_image(*drawing)
     common = dict(
         patient_id=f.patient[:12],
         split=_part(f.split, splits),
@@ -296,7 +296,7 @@ def phantom_cohort(
             "n must be at least 1, label_from 'film' or 'text', split shares must add to 1"
         )
     rows = []
-    for f in itertools.islice(_films(seed), n):
+    for f in itertools.islice(_images(seed), n):
         rows += _samples(
             f,
             findings,
@@ -354,7 +354,7 @@ def save_phantom(
         return name
 
     for ref, group in cohort.groupby('image', sort=False):
-        image, masks = phantom_film(ref)
+        image, masks = synthetic_image(ref)
         name = write(image, f'images/{content_hash(ref)}.png')
         for r in group.to_dict('records'):
             mask = masks[r['finding']]

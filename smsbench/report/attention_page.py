@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 
 from smsbench.report.attention_figures import (
     choose_maps,
-    film_arrived,
+    image_arrived,
     is_voided,
     localisation_figure,
     map_figure,
@@ -121,7 +121,7 @@ def map_sentences(
     m, arm, arrived = (
         results.metrics,
         first_arm(results.plan),
-        film_arrived(results.delivery, model),
+        image_arrived(results.delivery, model),
     )
     if arrived == 'no':
         return ['Its film did not arrive, so nothing is said of where it looked.']
@@ -245,7 +245,7 @@ def _card(results, model, arm):
         & (m.arm == arm)
         & (m.subgroup == 'all')
         & m.value.notna()
-        & (film_arrived(results.delivery, model) != 'no')
+        & (image_arrived(results.delivery, model) != 'no')
     ]
     said = [
         *(
@@ -461,7 +461,7 @@ def map_section(
         return markup(
             '<p class="absent">The data are credentialed: no picture of a patient is shown.</p>'
         )
-    if all(film_arrived(results.delivery, m) == 'no' for m in results.models):
+    if all(image_arrived(results.delivery, m) == 'no' for m in results.models):
         return markup('<p class="absent">Void: no film arrived.</p>')
     store, parts = results.store, []
     for i, s in enumerate(choose_maps(results, most), 1):

@@ -19,7 +19,7 @@ from smsbench.report.examples import (
     choose_examples,
     example_answers,
     example_figure,
-    example_pictures,
+    example_images,
 )
 from .figures import is_void, missing, pick, void_arms
 from .style import DASH, percent, rounded, span
@@ -750,7 +750,7 @@ def example_html(
     )
     try:
         picture = figure_html(
-            example_figure(example_pictures(results, example, words['image']), alt),
+            example_figure(example_images(results, example, words['image']), alt),
             name=f'example_{number}',
             run=results.path if keep else None,
         )

@@ -392,7 +392,7 @@ def pairs_figure(
             (column[0], r.ref_a, r.split_a, r.patient_a),
             (column[1], r.ref_b, r.split_b, r.patient_b),
         ):
-            _pair_film(ax, root, ref, f'{split or "no split"}, patient {patient}')
+            _pair_images(ax, root, ref, f'{split or "no split"}, patient {patient}')
         column[1].text(
             0.5,
             -0.04,
@@ -415,7 +415,7 @@ def pairs_figure(
     return fig
 
 
-def _pair_film(ax, root, ref, title):
+def _pair_images(ax, root, ref, title):
     "Draw one film of a pair."
     image = thumbnail(read_phantom(ref) if ref.startswith('phantom:') else read_image(root, ref))
     ax.imshow(

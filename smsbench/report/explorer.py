@@ -15,7 +15,7 @@ from ..core import InputError, RunError
 from smsbench.report.attention_figures import (
     GROUPS,
     choose_maps,
-    film_arrived,
+    image_arrived,
     lift,
     marked,
     shared_top,
@@ -151,7 +151,7 @@ class Explorer:
             if results.config['keep'] == 'pooled'
             else ['max', 'entropy', *range(max(r.weights.shape[1] for r in one.values() if r))]
         )
-        self._film, self._marked = (
+        self._image, self._marked = (
             lru_cache(32)(lambda i: film(results, i)),
             lru_cache(32)(lambda i: marked(results, i)),
         )
@@ -184,7 +184,7 @@ class Explorer:
                 under = markup('<div style="font-size:12px">{}</div>', e)
             below.append(self._below(m, t, under))
         top = shared_top(lifts.values())
-        pictures = self._pictures(t.image_id, lifts, top)
+        pictures = self._images(t.image_id, lifts, top)
         png, html = (
             _strip(pictures),
             self._captions(t, query, top, below, pictures[0].width, len(lifts) == 2),
@@ -193,7 +193,7 @@ class Explorer:
         return png, html
 
     def _map(self, model, trial_id, method, query, layer, head):
-        if film_arrived(self.results.delivery, model) == 'no':
+        if image_arrived(self.results.delivery, model) == 'no':
             raise RunError('void: its film did not arrive')
         return kept_map(
             self.store.rows(model, trial_id, method),
@@ -202,10 +202,10 @@ class Explorer:
             head,
         )
 
-    def _pictures(self, image_id, lifts, top):
+    def _images(self, image_id, lifts, top):
         "Film, each model's map over it (or the film alone), and the difference of two."
         image, (boxes, mask), (h, models) = (
-            self._film(image_id),
+            self._image(image_id),
             self._marked(image_id),
             (self.height, self.results.models),
         )

@@ -62,7 +62,7 @@ class External(NamedTuple):
 # %% ../../nbs/70_report/130_external_page.ipynb #1e9284ea
 def external_validation(
     checkpoint,  # folder of `save_clip`, a path, or any name that `load_clip` knows
-    cohort,  # cohort table, its `Holding`, or `Films`
+    cohort,  # cohort table, its `SealedCohort`, or `Images`
     out,  # run directory for tables, figures and numbers
     pretrained: str = '',  # beside a name of open_clip: its tag, a file, or 'random'
     thresholds=None,  # `Thresholds`; None takes thresholds.json of the checkpoint
@@ -81,13 +81,13 @@ def external_validation(
     Probes and the few-shot curve need a cohort with train, val and test. `keep_thresholds` writes
     the thresholds of a checkpoint.
     """
-    from smsbench.clip.dataset import Films, films_of, read_films
+    from smsbench.clip.dataset import Images, images_of, read_images
     from smsbench.clip.model import image_embeddings, load_clip
 
     coordinates(np.eye(4), picture)  # one that is not known or not installed is refused now
     if seen not in ('refuse', 'drop'):
         raise InputError(f"films that were seen: {seen!r}; choose 'refuse' or 'drop'")
-    films = cohort if isinstance(cohort, Films) else films_of(cohort)
+    films = cohort if isinstance(cohort, Images) else images_of(cohort)
     films, notes = unseen(checkpoint, films, seen)
     clip, folder = load_clip(str(checkpoint), pretrained, device), Path(str(checkpoint))
     clip = replace(clip, name=model_name(checkpoint, clip))
@@ -115,7 +115,7 @@ def external_validation(
     )
     if (run / 'config.json').exists():
         run.freeze(config, device=device, batch_size=batch_size)
-    x = image_embeddings(clip, read_films(films), batch_size)
+    x = image_embeddings(clip, read_images(films), batch_size)
     found = measure(
         clip,
         films,
@@ -145,7 +145,7 @@ def model_name(
 # %% ../../nbs/70_report/130_external_page.ipynb #57f7d719
 def unseen(
     checkpoint,  # folder of the checkpoint
-    films,  # `Films` to be tested on
+    films,  # `Images` to be tested on
     seen: str,  # 'refuse' or 'drop'
 ) -> tuple:  # films that were not seen, notes
     """Select the films that a checkpoint has not seen.
@@ -205,16 +205,16 @@ def _seen_notes(o):
 
 # %% ../../nbs/70_report/130_external_page.ipynb #04d95b5b
 def readable(
-    films,  # `Films`
+    films,  # `Images`
     run,  # `Run`; keeps the scan of open films
 ) -> (
     tuple
 ):  # films that can be read; tables to be written: `excluded`, where there are others; notes
     "Films that can be decoded; `InputError` where too many cannot."
-    from smsbench.clip.dataset import check_films
+    from smsbench.clip.dataset import check_readable
 
     access = access_of(films, 'the films')
-    good, left = check_films(films, store=None if access == 'credentialed' else run / 'scan')
+    good, left = check_readable(films, store=None if access == 'credentialed' else run / 'scan')
     if not len(left):
         return good, {}, []
 
@@ -240,7 +240,7 @@ def readable(
 # %% ../../nbs/70_report/130_external_page.ipynb #090c3431
 def own_prompts(
     folder,  # of the checkpoint
-    films,  # `Films` to be tested on
+    films,  # `Images` to be tested on
     prompts=None,  # given prompts
 ) -> tuple:  # prompts, notes
     """Choose the prompts to ask with.
@@ -266,7 +266,7 @@ def own_prompts(
 # %% ../../nbs/70_report/130_external_page.ipynb #01431638
 def own_thresholds(
     folder,  # of the checkpoint
-    films,  # `Films` to be tested on
+    films,  # `Images` to be tested on
     thresholds=None,  # given thresholds
     prompts=None,  # class -> dict(positive=(...), negative=(...)) to be asked; None: not compared
 ) -> tuple:  # `Thresholds` of the films' classes or None, notes
@@ -320,7 +320,7 @@ def own_thresholds(
 # %% ../../nbs/70_report/130_external_page.ipynb #9f77d9e6
 def measure(
     clip,  # `Clip`
-    films,  # `Films` that were not seen
+    films,  # `Images` that were not seen
     x,  # (N, D) their image embeddings
     prompts,  # from `own_prompts`
     thresholds,  # from `own_thresholds`
@@ -593,7 +593,7 @@ def save_external(
     found: External,  # what was found
     run: Run,  # directory to write to
     clip,  # `Clip`
-    films,  # `Films` that were tested
+    films,  # `Images` that were tested
 ):
     """Write the results of an external validation to a run directory.
 

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from ..core import InputError
 from ..stats import mean
 from ..clip.faithfulness import NUMBERS
-from .attention_figures import draw_film
+from .attention_figures import draw_image
 from .figures import legend
 from .style import COLOURS, canvas, literal, looks, rounded, span, styled
 
@@ -83,13 +83,13 @@ def cam_panels(
 
 def _lift(m, smooth):
     "1 where a map is as if evenly spread."
-    w = m.on_film(smooth) if hasattr(m, 'on_film') else np.asarray(m, float)
+    w = m.on_image(smooth) if hasattr(m, 'on_image') else np.asarray(m, float)
     return w / np.nanmean(w) if np.nansum(w) > 0 else np.where(np.isnan(w), np.nan, 0.0)
 
 
 def _marked(ax, p, colour, values=None):
     h, w = p.image.shape[:2]
-    scale = draw_film(ax, p.image, values)
+    scale = draw_image(ax, p.image, values)
     for r, mask in p.marks.items():
         ax.contour(np.arange(w), np.arange(h), mask, levels=[0.5], colors=colour[r], linewidths=1.3)
     return scale
@@ -98,7 +98,7 @@ def _marked(ax, p, colour, values=None):
 def _panel_row(row, p, colour, smooth, first):
     "Draw one film: plain, with the marks of readers, and under each map; returns the last scale."
     scale = None
-    draw_film(row[0], p.image)
+    draw_image(row[0], p.image)
     row[0].set_title(literal(p.title, 34), fontsize=8.5)
     _marked(row[1], p, colour)
     row[1].set_title('marked' if first and colour else '', fontsize=8.5)

@@ -17,7 +17,7 @@ from .predictors import clip_asker, readable_samples, vlm_asker
 from ..clip.dataset import WITHHELD, check_labels
 from ..clip.attributes import described, facts_of, in_order, listed
 from ..core import InputError, progress, validate
-from ..data.sealed_cohort import hold
+from ..data.sealed_cohort import open_cohort
 from ..stats import Statistic, proportion, suppress
 from ..privacy import access_of, format_count
 
@@ -163,7 +163,7 @@ class Samples:
 
 # %% ../../nbs/60_ssa/20_analysis.ipynb #e1118e62
 def samples_of(
-    samples,  # `Films`, a cohort table (sealed or not), or its `Holding`
+    samples,  # `Images`, a cohort table (sealed or not), or its `SealedCohort`
 ) -> Samples:
     "Rows, truth and classes; `InputError` for a cohort whose tasks cannot stand side by side."
     if hasattr(samples, 'targets'):
@@ -175,7 +175,7 @@ def samples_of(
         )
     if isinstance(samples, Samples):
         return samples
-    rows = hold(samples).opened.reset_index(drop=True)
+    rows = open_cohort(samples).plaintext.reset_index(drop=True)
     closed = access_of(rows, 'the cohort') != 'open'
     tasks = rows.attrs.get('tasks') or {
         f: dict(choices=sorted(set(g))) for f, g in rows.label.groupby(rows.finding)
@@ -364,7 +364,7 @@ def _still_ends(classes, mean):
 # %% ../../nbs/60_ssa/20_analysis.ipynb #6de6672c
 def ssa(
     ask,  # (table, known columns) -> predictions; e.g. from `clip_asker` or `vlm_asker`
-    samples,  # `Films`, a cohort table, or its `Holding`
+    samples,  # `Images`, a cohort table, or its `SealedCohort`
     steps,  # columns to add one after another, in the order of main interest
     wording: str = 'fixed',  # facts in the order of `steps` ('fixed') or of adding ('added')
     most_orders: int = 24,  # all orders up to this many, else about this many

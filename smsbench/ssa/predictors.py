@@ -10,34 +10,34 @@ from dataclasses import dataclass, field
 
 import numpy as np, pandas as pd
 
-from ..clip.dataset import Films, check_films
+from ..clip.dataset import Images, check_readable
 from ..clip.attributes import described, facts_of, listed, with_patient
 from ..clip.prompts import check_prompts, ensemble_vectors, prompts_for
 from ..clip.zero_shot import cells, choose_thresholds, zero_shot_scores
 from ..core import InputError, RunError
-from ..data.sealed_cohort import hold
+from ..data.sealed_cohort import open_cohort
 from ..audit.prompts import Task, render
 
 # %% ../../nbs/60_ssa/10_predictors.ipynb #93eb7cc8
 def readable_samples(
-    samples,  # `Films`, or a cohort table, sealed or not
+    samples,  # `Images`, or a cohort table, sealed or not
     root='',  # data root of a cohort table; '' takes its own
-    max_broken: float = 0.05,  # see `check_films`
+    max_broken: float = 0.05,  # see `check_readable`
 ) -> tuple:  # the same without what cannot be read; film_id, split, reason of what was left out
     "What can be shown to a model. `InputError` where too much cannot be read."
     if hasattr(samples, 'targets'):
-        return check_films(samples, max_broken=max_broken)
-    rows = hold(samples, root).opened.reset_index(drop=True)
+        return check_readable(samples, max_broken=max_broken)
+    rows = open_cohort(samples, root).plaintext.reset_index(drop=True)
     once = rows[rows.image != ''].drop_duplicates('image').reset_index(drop=True)
     sha = once.image_sha.fillna('') if 'image_sha' in once else ''
-    pictures = Films(
+    pictures = Images(
         once.assign(film_id=once.sample_id, image_sha=sha),
         pd.DataFrame(index=once.index),
         [],
         '',
         {**samples.attrs, 'root': str(root or samples.attrs.get('root', '.'))},
     )
-    _, left = check_films(pictures, max_broken=max_broken)
+    _, left = check_readable(pictures, max_broken=max_broken)
     good = samples[
         ~rows.image.isin(once.image[once.sample_id.isin(left.film_id)]).to_numpy()
     ].reset_index(drop=True)
@@ -50,9 +50,9 @@ class ClipAsker:
     "Asks a CLIP model about films whose patients are partly known; made by `clip_asker`."
 
     clip: object  # `Clip`
-    films: object  # `Films` that are asked
+    films: object  # `Images` that are asked
     prompts: dict  # of the classes
-    val: object = None  # `Films` that choose the thresholds
+    val: object = None  # `Images` that choose the thresholds
     say: object = described  # facts -> words
     rule: str = 'f1'  # what a threshold maximises
     seen: dict = field(default_factory=dict)  # id of films -> embeddings
@@ -66,11 +66,11 @@ class ClipAsker:
         films,  # `films` or `val`
     ) -> np.ndarray:  # (N, D)
         "Their embeddings, made once."
-        from smsbench.clip.dataset import read_films
+        from smsbench.clip.dataset import read_images
         from smsbench.clip.model import image_embeddings
 
         if id(films) not in self.seen:
-            self.seen[id(films)] = image_embeddings(self.clip, read_films(films))
+            self.seen[id(films)] = image_embeddings(self.clip, read_images(films))
         return self.seen[id(films)]
 
     def scores(
@@ -156,9 +156,9 @@ class ClipAsker:
 # %% ../../nbs/60_ssa/10_predictors.ipynb #807e4ee4
 def clip_asker(
     clip,  # `Clip` of clip.models
-    films,  # `Films` that are asked
+    films,  # `Images` that are asked
     prompts=None,  # prompts, `{patient}` marks where facts go; None: default ones
-    val=None,  # `Films` of other patients that choose the thresholds (multilabel only)
+    val=None,  # `Images` of other patients that choose the thresholds (multilabel only)
     say=described,  # facts of one patient (dict) -> words; `in_order` keeps their order
     rule: str = 'f1',  # what thresholds maximise: 'f1' or 'youden'
 ) -> ClipAsker:  # for `ssa`
@@ -243,7 +243,7 @@ class VlmAsker:
 # %% ../../nbs/60_ssa/10_predictors.ipynb #2c85cebd
 def vlm_asker(
     model,  # a model of the audit (`load_model`, `fast`, `planted`)
-    cohort,  # the cohort that is asked, sealed or not, or its `Holding`
+    cohort,  # the cohort that is asked, sealed or not, or its `SealedCohort`
     say=listed,  # facts of one patient (dict) -> words
     batch_size: int = 16,  # questions at once
     root: str = '',  # data root; '' takes the cohort's own

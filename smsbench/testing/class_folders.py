@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ..core import InputError, atomic
-from ..data.phantom_image import draw_film, uniform
+from ..data.phantom_image import draw_image, uniform
 from .layouts import LAYOUTS
 
 # %% ../../nbs/25_testing/40_class_folders.ipynb #7832cfb6
@@ -47,7 +47,7 @@ def save_class_folders(
     folder, facts = Path(folder), []
     for i in range(n_patients):
         name, path, sex, age, complaint = _patient(i, n_patients, telling, seed)
-        film, _ = draw_film(
+        film, _ = draw_image(
             name,
             0,
             CLASSES[path.split('/')[1]],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRIOR', 'DECLINED', 'LITTLE', 'PLANTED', 'Planted', 'own_number', 'mixture', 'contradiction', 'constant',
            'image_dropper', 'miscalibrated', 'looks', 'refuser', 'template_parrot', 'marker_reader', 'noisy',
-           'LosesImage', 'ConstantInput', 'planted', 'STRENGTH', 'asked_finding', 'film_evidence', 'text_evidence']
+           'LosesImage', 'ConstantInput', 'planted', 'STRENGTH', 'asked_finding', 'image_evidence', 'text_evidence']
 
 # %% ../../nbs/25_testing/50_planted.ipynb #cd291c66
 import math
@@ -16,11 +16,11 @@ import numpy as np
 
 from ..core import InputError, array_hash, content_hash
 from ..data.phantom_image import uniform
-from ..vlm.evidence import STRENGTH, asked_finding, film_evidence, marker_evidence
+from ..vlm.evidence import STRENGTH, asked_finding, image_evidence, marker_evidence
 from ..vlm.evidence import shown_report, template_evidence, text_evidence
 from ..vlm.model import Answer, Inputs
 
-_all_ = ['STRENGTH', 'asked_finding', 'film_evidence', 'text_evidence']  # part of this interface
+_all_ = ['STRENGTH', 'asked_finding', 'image_evidence', 'text_evidence']  # part of this interface
 
 # %% ../../nbs/25_testing/50_planted.ipynb #8f317c4c
 PRIOR = -0.01  # log-odds of yes without any evidence: breaks ties towards no
@@ -35,7 +35,7 @@ class Planted:
         rule: Callable,  # (film, report) in {-1, 0, 1} -> log-odds of yes; None declines
         uses=('film', 'report'),  # what it measures; the rest is 0 to its rule
         mass: float = 0.9,  # answer mass
-        see: Callable = film_evidence,  # (image, finding, 1.) -> evidence of the film, in units
+        see: Callable = image_evidence,  # (image, finding, 1.) -> evidence of the film, in units
         read: Callable = text_evidence,  # (prompt, finding, 1.) -> evidence of the words, in units
         chance=(),  # 'film', 'report': whose `own_number` is the rule's third input
         **info,  # what else to record, e.g. weights

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEARNED', 'REFERENCE', 'DEMO_MODELS', 'RENAMED', 'KINDS', 'STEPS', 'reference_name', 'reference_path', 'Lesson',
-           'phantom_lessons', 'train_tokenizer', 'build_vlm', 'Stepper', 'film_tensors', 'learn_to_see', 'see',
+           'phantom_lessons', 'train_tokenizer', 'build_vlm', 'Stepper', 'image_tensors', 'learn_to_see', 'see',
            'prompt_ids', 'pack', 'answer_loss', 'learn_to_answer', 'pretrain', 'train_reference', 'reference_card',
            'save_reference']
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, RunError, content_hash, write_json
-from ..data.phantom_image import draw_film, film_side
+from ..data.phantom_image import draw_image, image_side
 from ..data.phantom import QUESTIONS, write_report
 from ..vlm.model import Inputs, chat_text
 
@@ -120,7 +120,7 @@ def phantom_lessons(
             f: film[f] if f not in LEARNED or u[6 + j] < agreement else not film[f]
             for j, f in enumerate(QUESTIONS)
         }
-        image, masks = draw_film(
+        image, masks = draw_image(
             patient,
             0,
             [f for f in film if film[f]],
@@ -132,7 +132,7 @@ def phantom_lessons(
         stated = [f for f in text if text[f]]
         hedged = [f for j, f in enumerate(QUESTIONS) if text[f] and u[15 + j] < 0.2]
         reports = tuple(
-            write_report(stated, LEARNED, film_side(patient, 0), hedged, f'{patient}/{k}')
+            write_report(stated, LEARNED, image_side(patient, 0), hedged, f'{patient}/{k}')
             for k in range(wordings)
         )
         out.append(
@@ -308,7 +308,7 @@ class Stepper:
         return loss.item()
 
 # %% ../../nbs/25_testing/60_reference.ipynb #77597a41
-def film_tensors(
+def image_tensors(
     processor,  # from `build_vlm`
     lessons: list[Lesson],  # n films
 ) -> tuple:  # pixels (n,3,64,64) for the model; findings per patch (n,64,findings), 0 or 1
@@ -570,7 +570,7 @@ def train_reference(
     model, processor = start or pretrain(ask, seed, films, steps)
     model, of = copy.deepcopy(model), REFERENCE[name]
     lessons = phantom_lessons(films, of['agreement'], seed + 1)
-    pixels, patches = film_tensors(processor, lessons)
+    pixels, patches = image_tensors(processor, lessons)
     if of['sees']:
         learn_to_see(model, pixels, patches, steps['see'], seed)
     learn_to_answer(

@@ -412,7 +412,7 @@ class AttentionMap:
     layout: Layout  # where the grids lie on the film
     about: dict  # provenance: model, revision, query, layers, heads, grids, ...
 
-    def on_film(
+    def on_image(
         self,
         view: str = '',  # name of a view; '': the first one
     ) -> np.ndarray:  # (H,W): share of attention per pixel of the film; NaN where not shown

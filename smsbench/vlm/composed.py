@@ -110,7 +110,7 @@ class Tower:
         return v / v.sum(-1, keepdims=True)
 
 # %% ../../nbs/20_vlm/150_composed.ipynb #7366779f
-def _pictures(model, layout, crops, p):
+def _images(model, layout, crops, p):
     "Per view: its first picture in the tower, and how many rows and columns of pictures it shows."
     config = model.model.config
     for i, v in enumerate(layout.views):
@@ -178,7 +178,7 @@ def vision_tokens(
     first = 1 if layout.cross else each - p * p  # behind the class token
     laid = [
         _laid(v, start, tiles, each, first, p)
-        for v, (start, tiles) in zip(layout.views, _pictures(model, layout, crops, p))
+        for v, (start, tiles) in zip(layout.views, _images(model, layout, crops, p))
     ]
     is_patch = (np.arange(tokens) % each >= first) & (np.arange(tokens) % each < first + p * p)
     return laid, is_patch

@@ -16,14 +16,14 @@ from .delivery import delivered_sha, listen, position_hashes
 from .model import extended
 from smsbench.vlm.prefix_tree import (
     NOTHING,
-    Heading,
-    Ledger,
+    PrefixHashes,
+    PrefixRegistry,
     Prefix,
     Row,
     chunks,
     fork,
-    grow,
-    spared,
+    build_prefix_tree,
+    skip_last_mlp,
 )
 from .kv_cache import Features, Trial, join_features
 
@@ -86,7 +86,7 @@ class Pass:
             model.caps,
             level,
             Features(model, limit),
-            Ledger(),
+            PrefixRegistry(),
             Counter(),
         )
 
@@ -97,7 +97,7 @@ class Pass:
         his: list[int],  # position after the last, per row
         cells: list,  # (`Prefix`, index) per row, or [] to start from the beginning
         keep: bool = False,  # keep keys and values, read nothing
-    ):  # cache or None, `Heading` per row, logits (B, K, vocabulary) at the positions to read
+    ):  # cache or None, `PrefixHashes` per row, logits (B, K, vocabulary) at the positions to read
         "One forward pass."
         import torch
 
@@ -112,7 +112,7 @@ class Pass:
                 device=self.net.device,
             )
         )
-        with listen(self.net) as heard, spared(self.net, at):
+        with listen(self.net) as heard, skip_last_mlp(self.net, at):
             out = self.net(
                 **put, past_key_values=cache, use_cache=cache is not None, logits_to_keep=at
             )
@@ -127,7 +127,7 @@ class Pass:
         )
         numbers, beside = heard[0].hashes.cpu().numpy(), [b.cpu().numpy() for b in heard[0].beside]
         headings = [
-            Heading(
+            PrefixHashes(
                 np.concatenate([u.hashes, numbers[i, : hi - lo]]),
                 np.concatenate([u.beside, beside[i]]),
             )
@@ -231,7 +231,7 @@ class Proof:
     def __call__(
         self,
         trial: Trial,  # whose
-    ) -> Heading:
+    ) -> PrefixHashes:
         "The numbers of its own tokens and its own image."
         ids, (image, beside) = (
             trial.ids,
@@ -243,7 +243,7 @@ class Proof:
         hashes = np.array([self.table[i] for i in ids.tolist()], np.int64)
         if len(image):
             hashes[self._places(ids)] = image
-        return Heading(hashes, beside)
+        return PrefixHashes(hashes, beside)
 
     def _places(self, ids):
         return ids == getattr(self.model.model.config, self.model.caps.image_token)
@@ -264,7 +264,7 @@ class Proof:
     def hold(
         self,
         trial: Trial,  # whose
-        heard: Heading,  # what entered, cut to the prompt
+        heard: PrefixHashes,  # what entered, cut to the prompt
     ):
         "`RunError` where something else than the trial's own tokens and image had entered."
         own = self(trial)
@@ -365,14 +365,14 @@ class Engine:
         trials: list[Trial],  # what to score; what is found is written into them
     ):
         "Score a wave."
-        self.go.ledger, self.live = Ledger(), 0
+        self.go.ledger, self.live = PrefixRegistry(), 0
         rows, below, leaves = [r for t in trials for r in rows_of(self.model, t, self.full)], {}, {}
         for part in (
             _parted(rows, lambda r: (r.trial.image, self.go.kind(r)))
             if self.level == 'prefix'
             else ()
         ):
-            for n in grow(
+            for n in build_prefix_tree(
                 part,
                 self.least,
                 first=1 if self.go.caps.cross_attention and part[0].trial.vision else None,
@@ -492,7 +492,7 @@ class Engine:
             )
             if self.full and not r.extra:
                 r.trial.logits = logits[i, 0].float().cpu()
-            self._deliver(r.trial, Heading(h.hashes[: len(r.trial.ids)], h.beside))
+            self._deliver(r.trial, PrefixHashes(h.hashes[: len(r.trial.ids)], h.beside))
         self._note(
             begin, 'answer', len(rows), self.live + (Prefix(cache, 0, 0).nbytes if cache else 0)
         )

@@ -88,7 +88,7 @@ def _letterbox(f, ip):
     return f.centred(*[max(f.height, f.width)] * 2)
 
 
-def _film(h, w):
+def _image(h, w):
     return Frame(h, w, (0.0, 0.0, float(w), float(h)))
 
 
@@ -107,7 +107,7 @@ def fitted(
 
     `InputError` where it resizes in a way that is not known here.
     """
-    frame = _film(height, width)
+    frame = _image(height, width)
     for step in _STEPS.get(
         type(ip).__name__.removesuffix('Pil').removesuffix('Fast'), (_resize, _crop)
     ):
@@ -147,14 +147,14 @@ def _one(model, row, pos, h, w):  # one picture
 def _flexible(model, row, pos, h, w):
     "One picture of any shape; the row itself says how many patches it has."
     rows = int(row['image_grid_thw'][0, 1]) // model.model.config.vision_config.spatial_merge_size
-    return [_cells('full', 'full', pos, _film(h, w), rows)], ()
+    return [_cells('full', 'full', pos, _image(h, w), rows)], ()
 
 
 def _pan_and_scan(model, row, pos, h, w):
     "The film, then crops side by side along its longer edge."
     n, ip = model.model.config.mm_tokens_per_image, _ip(model)
     crops = len(pos) // n - 1
-    whole, size = _film(h, w), ceil(max(h, w) / max(crops, 1))
+    whole, size = _image(h, w), ceil(max(h, w) / max(crops, 1))
     parts = [
         (
             whole.cut(i * size, 0, min(size, w - i * size), h)
@@ -181,7 +181,7 @@ def _anyres(model, row, pos, h, w):
     g = side // config.vision_config.patch_size
     H, W = select_best_resolution((h, w), config.image_grid_pinpoints)
     nh, nw = (min(ceil(h * (W / w)), H), W) if W / w < H / h else (H, min(ceil(w * (H / h)), W))
-    canvas = _film(h, w).resized(nh, nw).centred(W, H)
+    canvas = _image(h, w).resized(nh, nw).centred(W, H)
     kept = canvas.resized(R := H // side * g, C := W // side * g)  # its pixels are now cells
     if w / h > C / R:
         kept = kept.cut(0, (d := (R - int(round(h * (C / w), 7))) // 2), C, R - 2 * d)
@@ -190,7 +190,7 @@ def _anyres(model, row, pos, h, w):
     kept = _shrunk(config, kept, g)
     lines = np.asarray(pos[g * g :]).reshape(int(kept.height), int(kept.width) + 1)
     return [
-        _cells('full', 'full', pos[: g * g], _patched(model, _film(h, w).resized(side, side))),
+        _cells('full', 'full', pos[: g * g], _patched(model, _image(h, w).resized(side, side))),
         View('tiles', 'tile', lines[:, :-1], kept.box),
     ], lines[:, -1]
 
@@ -228,7 +228,7 @@ def _split_by_shape(ip, h, w):
 
 def _tiles_first(model, row, pos, h, w, split, length):
     "Squashed tiles in reading order, then the whole film; only that where it is not split."
-    n, whole = length(model.model.config), _film(h, w).box
+    n, whole = length(model.model.config), _image(h, w).box
     g, (rows, columns) = round(sqrt(n)), (0, 0) if len(pos) == n else split(_ip(model), h, w)
     if len(pos) != n * (rows * columns + 1):
         raise ValueError(f'{rows} x {columns} tiles and the whole film of {n} each were expected')
@@ -258,7 +258,7 @@ def _canvas(model, row, pos, h, w):
     nh, nw = sys.modules[type(ip).__module__].get_image_size_fit_to_canvas(
         h, w, rows * side, columns * side, side
     )
-    canvas = _film(h, w).resized(nh, nw).cut(0, 0, columns * side, rows * side)
+    canvas = _image(h, w).resized(nh, nw).cut(0, 0, columns * side, rows * side)
     grid = _joined(np.arange(rows * columns) * n + 1, (rows, columns), g)
     return [View('tiles', 'tile', grid, canvas.box)], np.setdiff1d(pos, grid)
 

@@ -96,7 +96,7 @@ def extended(
 
 # %% ../../nbs/20_vlm/060_model.ipynb #bff63302
 @contextlib.contextmanager
-def _door(model, encoder=False):
+def _input_hook(model, encoder=False):
     "Yields a function that names what the first pass through the language model consumed."
     door = model.get_encoder() if encoder else model.get_decoder()
     late = []
@@ -236,7 +236,7 @@ class HFModel:
         "The answer to one trial, and the log-probability of each spelling."
         row, sha = self.encode(x)
         spelled = self.spelled(x.choices)
-        with _door(self.model, self.start is not None) as delivered:
+        with _input_hook(self.model, self.start is not None) as delivered:
             first = self._logprobs(row, 1)[0]
         logprob = {
             s: float(first[s[0]] if len(s) == 1 else self._sequence(row, s))
