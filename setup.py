@@ -28,6 +28,7 @@ setuptools.setup(
     + [f'{lib}.runs', f'{lib}.data_manifests'],
     package_dir={f'{lib}.runs': 'nbs/runs', f'{lib}.data_manifests': 'data_manifests'},
     package_data={
+        lib: ['aliases.json'],
         f'{lib}.audit': ['*.yaml'],
         f'{lib}.runs': ['*.ipynb'],
         f'{lib}.data_manifests': ['*.yaml'],

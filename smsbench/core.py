@@ -16,7 +16,14 @@ import numpy as np, pandas as pd
 
 # %% ../nbs/00_base/10_core.ipynb #fc27892b
 class InputError(ValueError):
-    "What the user gave cannot be used; the message is one line that says what to change."
+    """What the user gave cannot be used; the message is one line that says what to change.
+
+    >>> try:
+    ...     read_cohort("nowhere.parquet")
+    ... except InputError as e:
+    ...     print(e)
+    nowhere.parquet: no such file
+    """
 
 # %% ../nbs/00_base/10_core.ipynb #211d1086
 class RunError(RuntimeError):
@@ -388,6 +395,8 @@ class Run:
 
     `run / 'plan.parquet'` is a path in it, `run.freeze(config)` fixes its settings, and
     `run.log(line)` adds a line to its log.
+
+    >>> run = Run("imported")
     """
 
     def __init__(

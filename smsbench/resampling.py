@@ -354,7 +354,7 @@ def _still(value, ends, boot, bounds, n_clusters, n_effective, tail):
 
 # %% ../nbs/00_base/40_resampling.ipynb #76420d12
 def influences(
-    of: Callable,  # totals (..., J) -> values (..., K)
+    compute: Callable,  # totals (..., J) -> values (..., K)
     per_cluster: np.ndarray,  # (C, J) sums of each cluster
     step: float = 1e-4,  # change of weight
     rows: int = 2**20,  # numbers held at once
@@ -367,7 +367,7 @@ def influences(
     out = []
     for start in range(0, len(per_cluster), chunk):
         change = step * per_cluster[start : start + chunk]
-        out.append((of(at + change) - of(at - change)) / (2 * step))
+        out.append((compute(at + change) - compute(at - change)) / (2 * step))
     out = np.nan_to_num(np.concatenate(out), posinf=0, neginf=0)
     drift = out.mean(0)
     return out - np.where(abs(drift) > 1e-7 * abs(out).max(0), drift, 0)
@@ -386,7 +386,7 @@ class Statistic:
     """
 
     sums: np.ndarray  # (n, J) per-row numbers, finite
-    of: Callable  # totals (..., J) -> values (..., K)
+    compute: Callable  # totals (..., J) -> values (..., K)
     names: tuple = ('',)  # K names
     bounds: tuple | np.ndarray = (-np.inf, np.inf)  # range of the statistic: (low, high) or (K, 2)
     used: np.ndarray | None = None  # (n,), (n, K) or (n, K, S) rows that count; None: all
@@ -395,7 +395,7 @@ class Statistic:
 
     @property
     def value(self):
-        return plain(self.of(self.sums.sum(0)))
+        return plain(self.compute(self.sums.sum(0)))
 
     def __getitem__(self, name):
         "One of the statistics by its name."
@@ -407,7 +407,7 @@ class Statistic:
         )
         return Statistic(
             self.sums,
-            lambda t: self.of(t)[..., [k]],
+            lambda t: self.compute(t)[..., [k]],
             (name,),
             self._bounds[[k]],
             self._used[:, [k]],
@@ -424,7 +424,11 @@ class Statistic:
         # it needs the rows of both
         used = one if np.array_equal(one, two) else np.concatenate([one, two], 2)
         return Statistic(
-            both.sums, lambda t: both.of(t)[..., :K] - both.of(t)[..., K:], names, bounds, used
+            both.sums,
+            lambda t: both.compute(t)[..., :K] - both.compute(t)[..., K:],
+            names,
+            bounds,
+            used,
         )
 
     @property
@@ -458,17 +462,21 @@ class Statistic:
         per, counts = self._per_cluster(clusters)
         at = per.sum(0)
         totals = resample_totals(per, n_boot, seed)
-        value, boot, tails = self.of(at), self.of(totals), expanded_tail(tail, counts.n_effective)
+        value, boot, tails = (
+            self.compute(at),
+            self.compute(totals),
+            expanded_tail(tail, counts.n_effective),
+        )
         tails = np.atleast_1d(tails)
         if self.ends:
             ends = self.ends(totals, at, tails)
         elif method == 'percentile':
             ends = percentile_ends(boot, tails)
         else:
-            ends = _bca(boot, value, self.of(at - per), tail)
+            ends = _bca(boot, value, self.compute(at - per), tail)
         if np.isfinite(self._bounds).all(1).any():
             floor = bounded_ends(
-                value, influences(self.of, per), counts.n_effective, self._bounds, tail
+                value, influences(self.compute, per), counts.n_effective, self._bounds, tail
             )
             inside = (value > self._bounds[:, 0]) & (value < self._bounds[:, 1])
             ends = widest(ends, np.where(self._own & inside, np.nan, floor))
@@ -532,7 +540,10 @@ def together(
             np.split(np.broadcast_to(tail, sum(len(s.names) for s in stats)), places),
         )
         return np.hstack(
-            [s.ends(b, a, k) if s.ends else percentile_ends(s.of(b), k) for (s, b), a, k in each]
+            [
+                s.ends(b, a, k) if s.ends else percentile_ends(s.compute(b), k)
+                for (s, b), a, k in each
+            ]
         )
 
     sides = max(s._used.shape[2] for s in stats)
@@ -541,7 +552,7 @@ def together(
     )
     return Statistic(
         np.hstack([s.sums for s in stats]),
-        lambda t: np.concatenate([s.of(u) for s, u in parts(t)], -1),
+        lambda t: np.concatenate([s.compute(u) for s, u in parts(t)], -1),
         sum((s.names for s in stats), ()),
         np.concatenate([s._bounds for s in stats]),
         used,

@@ -11,8 +11,8 @@ import numpy as np, pandas as pd, pytest
 from smsbench.core import InputError, table_hash
 from smsbench.data.phantom import phantom_cohort
 from smsbench.report.attention_page import localises
-from smsbench.attend.run import AttendSettings, attend, load_attention
-from smsbench.attend.metrics import RANDOM
+from smsbench.attention.run import AttendSettings, attend, load_attention
+from smsbench.attention.metrics import RANDOM
 from smsbench.testing.tiny import TINY, tiny_checkpoint
 from smsbench.privacy import read_table, write_table
 
@@ -264,7 +264,7 @@ ONCE = AttendSettings(
 
 
 def work(folder, ready):
-    from smsbench.attend import store as map_store
+    from smsbench.attention import store as map_store
 
     looked = map_store.look_at
 
@@ -403,8 +403,8 @@ def test_the_assertion_can_fail(truth):
         & truth.looks.region.notna()
     ]
     from smsbench.audit.runner import Source
-    from smsbench.attend.store import kept_map
-    from smsbench.attend.tables import Regions, map_line
+    from smsbench.attention.store import kept_map
+    from smsbench.attention.tables import Regions, map_line
 
     regions, store, one = (
         Regions(Source(truth.cohort)),

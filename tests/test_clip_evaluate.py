@@ -102,7 +102,7 @@ def three_numbers(x, y, said, prompts):
     return (
         f['accuracy'][0].mean(),
         f['accuracy_top5'][0].mean(),
-        np.nanmean((c.truth * c.said()).sum(0) / c.truth.sum(0)),
+        np.nanmean((c.truth * c.predict()).sum(0) / c.truth.sum(0)),
     )
 
 
@@ -583,7 +583,7 @@ def test_external_validation_of_a_trained_checkpoint(trained, tmp_path):
         done.best, films, tmp_path / 'left', seen='drop', few_shots=(), device='cpu', n_boot=50
     )
     assert (
-        len(films.of('test'))
+        len(films.select('test'))
         == left.metrics.set_index(['metric', 'subgroup']).n['macro_auroc', 'all']
     )
 
@@ -641,7 +641,7 @@ def test_two_models_on_the_same_films(trained, tmp_path):
     from smsbench.testing.tiny_clip import tiny_clip
 
     films, done = trained
-    test = films.of('test')
+    test = films.select('test')
     scores = [
         zero_shot(c, test)
         for c in (

@@ -787,7 +787,7 @@ def test_gradcam_of_a_model_trained_on_phantom_films_beats_the_centre(tmp_path):
 
     films, clip, how = phantom_recipe(tmp_path / 'start', n=300, epochs=8)
     clip = train(films, clip, how, tmp_path / 'run').clip('cpu')
-    test = films.of('test', 'val')
+    test = films.select('test', 'val')
     test = test.take(test.targets.effusion.to_numpy() == 1)
     prompts = prompts_for(test)['effusion']
     maps = explain_many(

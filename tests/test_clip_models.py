@@ -259,9 +259,9 @@ def test_ssa_of_a_saved_cohort(folders, tmp_path):
     from smsbench.data.phantom import phantom_cohort
 
     films = images_of(phantom_cohort(60, splits=dict(val=0.5, test=0.5)))
-    test = films.of('test')
+    test = films.select('test')
     table = ssa(
-        clip_asker(load_clip(str(folders['timm-hf']), device='cpu'), test, val=films.of('val')),
+        clip_asker(load_clip(str(folders['timm-hf']), device='cpu'), test, val=films.select('val')),
         test,
         ['age', 'sex', 'view', 'marker', 'age_band'],
         n_boot=20,

@@ -47,7 +47,7 @@ from smsbench.data.phantom import phantom_cohort
 model, out, settings = sys.argv[1:]
 films = films_of(phantom_cohort(50, size=64, seed=5, findings=('opacity', 'effusion')))
 with processes('cpu'):
-    train(films, load_clip(model, device='cpu'), TrainSettings.of(**json.loads(settings)), out)
+    train(films, load_clip(model, device='cpu'), TrainSettings.from_values(**json.loads(settings)), out)
 '''
 
 
@@ -55,7 +55,7 @@ def work(model, out, settings):
     "What a process of its own does."
     torch.set_num_threads(1)
     films = images_of(phantom_cohort(50, size=64, seed=5, findings=('opacity', 'effusion')))
-    train(films, load_clip(str(model), device='cpu'), TrainSettings.of(**settings), out)
+    train(films, load_clip(str(model), device='cpu'), TrainSettings.from_values(**settings), out)
 
 
 @pytest.fixture(scope='module')
@@ -305,7 +305,7 @@ def test_a_tiny_model_learns_three_findings(tmp_path):
     films, clip, settings = phantom_recipe(tmp_path)
     begin = time.process_time()
     done = train(films, clip, settings, tmp_path / 'run')
-    test = films.of('test')
+    test = films.select('test')
     before = macro_auroc(
         zero_shot(load_clip(str(tmp_path / 'resnet'), device='cpu'), test), test.targets
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from smsbench.data.phantom import phantom_cohort
-from smsbench.attend.run import AttendSettings, attend
+from smsbench.attention.run import AttendSettings, attend
 
 FLAGS = (
     '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking'

@@ -99,7 +99,7 @@ def test_sensitivity_of_fifteen_positives_among_three_hundred(truth):
         stat = classification(said, sick)['sensitivity']
         held += holds(stat.bootstrap(np.arange(300), n_boot=200, seed=seed), truth)
         percentile += holds(
-            Statistic(stat.sums, stat.of, used=sick).bootstrap(
+            Statistic(stat.sums, stat.compute, used=sick).bootstrap(
                 np.arange(300), n_boot=200, seed=seed
             ),
             truth,

@@ -11,7 +11,7 @@ import numpy as np, pandas as pd, pytest
 from smsbench.core import read_json
 from smsbench.report.published_figures import published_dots, published_heatmap, side_by_side
 from smsbench.published.faults import void_arms
-from smsbench.published.reanalysis import as_published, findings, published
+from smsbench.published.reanalysis import as_published, findings, reanalyse
 from smsbench.published.files import ARMS, read_results
 from smsbench.privacy import read_table
 
@@ -31,7 +31,7 @@ VOID_CODES = {
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp('published')
-    table, faults = published(DATA / 'results', 'medeval', out, n_boot=500)
+    table, faults = reanalyse(DATA / 'results', 'medeval', out, n_boot=500)
     return table, faults, out
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from smsbench.core import InputError
 from smsbench.data.phantom import phantom_cohort
-from smsbench.report.html import render, render_run
+from smsbench.report.html import render, write_report
 from smsbench.audit import run as sms_run, settings as sms_score
 from smsbench.testing.planted import planted
 
@@ -151,7 +151,7 @@ def test_a_run_of_an_earlier_version_says_what_to_do(smoke, tmp_path):
     }
     (run / 'verdicts.json').write_text(json.dumps(dict(models=old)))
     with pytest.raises(InputError, match='earlier version .*run the audit again with a new --out'):
-        render_run(run)
+        write_report(run)
 
 
 def test_on_paper_everything_is_open_and_fits(browser, smoke):
@@ -220,7 +220,7 @@ def hostile(tmp_path_factory):
                 n_boot=100,
             ),
         )
-    return render_run(out)
+    return write_report(out)
 
 
 def test_hostile_data_stay_text(browser, hostile):
@@ -270,7 +270,7 @@ def test_credentialed_data_stay_home(tmp_path):
         ['planted:text-only'],
         sms_run.AuditSettings(arms=('image_swap', 'text_swap'), n_boot=100),
     )
-    page = render_run(tmp_path).read_text(encoding='utf-8')
+    page = write_report(tmp_path).read_text(encoding='utf-8')
     assert (
         'SECRET' not in page
         and 'no picture and no text of a patient is shown' in page

@@ -190,7 +190,11 @@ def read_answer(
     inverted: bool = False,  # whether the question asks for the absence
     options=None,  # letter -> text, where options were listed
 ) -> tuple[str, str]:  # (choice or '', status)
-    "Read one answer; the table above lists the statuses."
+    """Read one answer; the table above lists the statuses.
+
+    >>> read_answer("No effusion is seen.", finding="effusion")
+    ('no', 'ok')
+    """
     return reading(
         text,
         choices,

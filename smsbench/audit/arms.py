@@ -13,7 +13,11 @@ from ..core import InputError
 # %% ../../nbs/35_audit/050_arms.ipynb #13cf9476
 @dataclass(frozen=True)
 class Arm:
-    "One condition under which a sample is shown."
+    """One condition under which a sample is shown.
+
+    >>> Arm("image_swap", image="other", control="image_swap_same").versus
+    'original'
+    """
 
     name: str
     image: str = 'own'  # image operation

@@ -44,7 +44,12 @@ def prove_delivery(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # one or more models' answers
 ) -> dict:  # model -> arm -> trials, checked, violations, verdict (ok, void, unproven), why
-    "Check each arm of each model against its definition."
+    """Check each arm of each model against its definition.
+
+    >>> delivery = prove_delivery(plan, predictions)
+    >>> delivery["planted:image-only"]["image_swap"]["verdict"]
+    'ok'
+    """
     at, out = ['sample_id', 'variant'], {}
     for model, p in predictions[predictions.parse_status != 'error'].groupby('model', sort=False):
         rows = plan.merge(p, on='trial_id')

@@ -30,7 +30,11 @@ def export_trials(
     source,  # a `Source`
     path,  # JSON-lines file; pictures go into the folder '<name>_images' beside it
 ) -> int:  # trials written
-    "Write the trials for a program elsewhere; each distinct picture once."
+    """Write the trials for a program elsewhere; each distinct picture once.
+
+    >>> export_trials(plan, source, "trials.jsonl")
+    1080
+    """
     from PIL import Image
 
     check_rules(plan)
@@ -266,6 +270,14 @@ def import_predictions(
     """Read answers made elsewhere; what is missing is an error row.
 
     `InputError` names the first line that cannot be used.
+
+    >>> import json
+    >>> with open("answers.jsonl", "w") as f:
+    ...     for row in predictions.itertuples():
+    ...         line = json.dumps(dict(trial_id=row.trial_id, raw_text=row.answer))
+    ...         print(line, file=f)
+    >>> len(import_predictions("answers.jsonl", plan, run, "elsewhere"))
+    1080
     """
     path = Path(path)
     name, sealed = name or path.stem, access_of(plan, 'the plan') != 'open'

@@ -955,6 +955,11 @@ def measure(
     """Compute every metric per model, arm and subgroup.
 
     Intervals are over the patients who are asked and those who are donors.
+
+    >>> metrics = measure(plan, predictions)
+    >>> flips = metrics.query("metric == 'flips' and arm == 'image_swap'")
+    >>> flips.set_index("subgroup").value["all"].item()
+    1.0
     """
     rows, out = answer_table(plan, predictions), []
     how = dict(level=level, minimum=minimum)

@@ -369,6 +369,10 @@ def make_plan(
 
     `InputError` for an unknown arm, probe, column or variant, and where no sample can be shown as
     `original`.
+
+    >>> plan, left_out = make_plan(cohort, ["image_swap", "text_swap"], donors=2)
+    >>> (plan.arm == "image_swap").sum().item(), (plan.arm == "original").sum().item()
+    (240, 120)
     """
     cohort = _sorted_cohort(cohort, match)
     chosen, attrs, whole = select_arms(arms, probes), cohort.attrs, cohort_hash(cohort)
@@ -476,7 +480,7 @@ def _trials(samples, arms, variants, donors, rows, shapes, asking, k=1):
     found, lost = [], list(asking.excluded)
     for r in samples:
         asked = [dict(variant=v, **asking.plain(r.sample_id, v)) for v in variants]
-        asked += asking.of(r.sample_id)
+        asked += asking.wordings(r.sample_id)
         for a in arms:
             for draw in range(k if a.several else 1):
                 shown, why = _shown(a, r, donors, rows, shapes, asking, draw)
@@ -536,6 +540,9 @@ def attainable(
 
     A verdict is attainable if it is at the most favourable of Holm's steps. Rows: over all
     ('all', 'all'), per finding, and per finding and class.
+
+    >>> attainable(plan).verdicts[0]  # too few patients for "ignores"
+    'relies'
     """
     access = access_of(plan, 'the plan')
     patient = (

@@ -81,7 +81,11 @@ def register(
     plan: pd.DataFrame,  # the frozen plan
     settings: AuditSettings,  # what the audit will compute
 ) -> Registration:  # dated now
-    "Registration of an audit of this plan with these settings."
+    """Registration of an audit of this plan with these settings.
+
+    >>> register(plan, settings).primary
+    'image'
+    """
     about = plan.attrs
     return Registration(
         registered=utc_now(),

@@ -249,7 +249,10 @@ def run_audit(
     registration='',  # binding registration file; True registers before the first answer
     **how,  # options of `open_model`: device, dtype, batch_size, level, ...
 ) -> Run:  # the run directory, with everything but the report in it
-    "cohort → audit of its files → plan → predictions → delivery proof → metrics → verdicts."
+    """cohort → audit of its files → plan → predictions → delivery proof → metrics → verdicts.
+
+    >>> run = run_audit("audit", cohort, ["planted:image-only"], settings)
+    """
     names = _checked_names(models, settings)
     if isinstance(cohort, Built):
         exclusions, files = cohort.exclusions, cohort.files if len(cohort.files) else None
@@ -385,7 +388,11 @@ class Results:
 def load_results(
     path,  # run directory
 ) -> Results:
-    "Read a finished run; `InputError` names what is missing."
+    """Read a finished run; `InputError` names what is missing.
+
+    >>> list(load_results("audit").verdicts)
+    ['planted:image-only']
+    """
     run, held = _read_run(path, 'verdicts.json', 'run', 'run the audit')
     return Results(
         **held,

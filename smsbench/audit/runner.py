@@ -32,7 +32,12 @@ READS_TOO = (
 
 # %% ../../nbs/35_audit/070_runner.ipynb #d09a9ef8
 class Source:
-    "The images and texts of a cohort, loaded when asked, and what each trial shows."
+    """The images and texts of a cohort, loaded when asked, and what each trial shows.
+
+    >>> source = Source(cohort)
+    >>> source.image(cohort.sample_id[0]).shape
+    (64, 64)
+    """
 
     def __init__(
         self,
@@ -193,7 +198,12 @@ def score_trials(
     model,  # a `smsbench.vlm.model.Model`
     batch_size: int = 16,  # trials per call of the model
 ) -> list[dict]:  # predictions rows, in order
-    "Ask the model; failures are asked again in halves, so that one bad trial is one error row."
+    """Ask the model; failures are asked again in halves, so that one bad trial is one error row.
+
+    >>> import pandas as pd
+    >>> rows = score_trials(list(plan.itertuples(index=False)), source, model)
+    >>> predictions = pd.DataFrame(rows).assign(model="planted:image-only")
+    """
     shown, rows = [_show(t, source) for t in trials], {}
     good = [i for i, x in enumerate(shown) if isinstance(x, Inputs)]
     if hasattr(model, 'score_each'):

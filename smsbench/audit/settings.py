@@ -114,7 +114,12 @@ class Wordings:
 # %% ../../nbs/35_audit/170_settings.ipynb #e8a0d390
 @dataclass(frozen=True)
 class AuditSettings(Wordings):
-    "Settings of an audit."
+    """Settings of an audit.
+
+    >>> settings = AuditSettings(arms=("image_swap", "text_swap"), donors=2)
+    >>> settings.margin
+    0.05
+    """
 
     arms: tuple[str, ...] = ()  # arm names; empty means all that the cohort allows
     seed: int = 0  # of the donors and of the resampling

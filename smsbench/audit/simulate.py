@@ -372,18 +372,18 @@ class Population:
     def read(self, arm):
         return ~np.isnan(self.logit[arm])
 
-    def said(self, arm):
+    def predicted(self, arm):
         return self.logit[arm] > 0
 
     def right(self, arm):
-        return self.read(arm) & (self.said(arm) == self.label)
+        return self.read(arm) & (self.predicted(arm) == self.label)
 
     def probability(self, arm):
         return expit(self.logit[arm])
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #50eefd97
 def _flipped(pop, arm, versus):
-    return ~pop.read(arm) | (pop.said(arm) != pop.said(versus))
+    return ~pop.read(arm) | (pop.predicted(arm) != pop.predicted(versus))
 
 
 def _variation(pop, arm, versus):
@@ -399,7 +399,7 @@ def _moved(pop, arm, versus):
 # %% ../../nbs/35_audit/210_simulate.ipynb #ed3d4714
 def _within(pop, arm):
     "metric -> (numerator, denominator) of one arm, per sample."
-    read, right, said, y = pop.read(arm), pop.right(arm), pop.said(arm), pop.label
+    read, right, said, y = pop.read(arm), pop.right(arm), pop.predicted(arm), pop.label
     every = np.ones(len(y))
     out = dict(
         accuracy=(right, read),
@@ -449,7 +449,7 @@ def _sides_with_text(pop, arm):
         return {}
     image, text = (pop.donor_label(op) for op in ops)
     apart = pop.read(arm) & (image != text)
-    return dict(text_following=(pop.said(arm) == text, apart)) if apart.any() else {}
+    return dict(text_following=(pop.predicted(arm) == text, apart)) if apart.any() else {}
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #60c77df8
 def _shapley(pop):

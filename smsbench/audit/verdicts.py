@@ -274,6 +274,10 @@ def give_verdicts(
     """Give a verdict per model and modality, over all, per finding and per subgroup.
 
     Keys of a record: relies_on_image, relies_on_text, answers, findings, subgroups, ...
+
+    >>> found = give_verdicts(plan, predictions, delivery)["models"]["planted:image-only"]
+    >>> found["relies_on_image"]["verdict"]
+    'relies'
     """
     if not 0 < margin < 1:
         raise InputError(f'margin {margin}: must lie between 0 and 1')

@@ -171,7 +171,7 @@ class Asking:
                 for i in by_question[k]
             ]
 
-    def of(
+    def wordings(
         self,
         sample_id: str,  # a sample of the plan
     ) -> list[dict]:  # one per rewording: variant, question, question_id, strategy, inverted

@@ -158,7 +158,7 @@ def attend(
     Example:  smsbench attend --model reference-image-reader --model reference-blind-follower
     --cohort covid.parquet --out reports/attend
     """
-    from smsbench.attend.run import AttendSettings, attend as compare
+    from smsbench.attention.run import AttendSettings, attend as compare
     from smsbench.privacy import read_table
 
     if (cohort_file is None) == (manifest is None):
@@ -210,7 +210,7 @@ def _told(out, as_json):
     from smsbench.core import read_json
     from smsbench.report.attention_page import map_sentences
     from smsbench.report.html import render
-    from smsbench.attend.run import load_attention
+    from smsbench.attention.run import load_attention
     from smsbench.audit.run import void_lines
 
     r = load_attention(out)

@@ -215,7 +215,7 @@ def read_settings(
         if not eq:
             raise InputError(f'--set {p}: needs NAME=VALUE')
         given[name.strip()] = _value(value.strip())
-    return TrainSettings.of(**given)
+    return TrainSettings.from_values(**given)
 
 
 def _value(text):
@@ -313,7 +313,7 @@ def evaluate(
 
     films = _images(cohort, root, findings, by, splits, conflicts)
     if test:
-        films = films.of(*split_list(test))
+        films = films.select(*split_list(test))
     words, notes = _prompts(prompts, films), []
     if against:  # refuse a second model that cannot be opened before measuring the first
         load_clip(against, '', device)
@@ -375,7 +375,7 @@ def compare_models(
 
     run, held, names = Run(out), [], []
     tested = readable(
-        films.of('test') if {'train', 'val', 'test'} <= set(films.table.split) else films, run
+        films.select('test') if {'train', 'val', 'test'} <= set(films.table.split) else films, run
     )[0]
     for name, tag in (first, second):
         words, clip = own_prompts(name, tested, prompts)[0], load_clip(name, tag, device)

@@ -92,7 +92,7 @@ def explain(
     from smsbench.core import Run, content_hash
 
     films, called = (
-        _images(cohort, root, findings, by, splits, 'drop').of(*split_list(test)),
+        _images(cohort, root, findings, by, splits, 'drop').select(*split_list(test)),
         _pairs(names),
     )
     words, notes = _own_words(model, films, prompts)
@@ -408,10 +408,10 @@ def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
     several = films.kind == 'multilabel'
     # the films that choose the thresholds are not asked
     parts = test or [s for s in sorted(set(films.table.split)) if not (several and s == val)]
-    films.of(*parts)
+    films.select(*parts)
     clip = load_clip(model, pretrained, device)
-    good, left = readable_samples(films.of(*parts, *[val] * several))
-    tested = good.of(*parts)
+    good, left = readable_samples(films.select(*parts, *[val] * several))
+    tested = good.select(*parts)
     words, notes = _own_words(model, tested, prompts)
     about = dict(
         model=clip.info['weights_sha'],
@@ -425,7 +425,7 @@ def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
             clip,
             tested,
             words,
-            good.of(val) if several else None,
+            good.select(val) if several else None,
             in_order if wording == 'added' else described,
         ),
         tested,

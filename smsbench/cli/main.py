@@ -80,11 +80,11 @@ def finish(
     `RunError` where a model's arms were void.
     """
     from smsbench.core import Run, read_json
-    from smsbench.report.html import render_run
+    from smsbench.report.html import write_report
     from smsbench.audit.registration import registration_note
     from smsbench.audit.run import check_lines, read_checks, void_lines
 
-    report, run = render_run(out), Run(out)
+    report, run = write_report(out), Run(out)
     models, checks, registered = (
         read_json(run / 'verdicts.json')['models'],
         read_checks(run),

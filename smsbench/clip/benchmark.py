@@ -137,8 +137,8 @@ def probe_metrics(
     **how,  # model, minimum, n_boot, level, seed of `classification_metrics`
 ) -> pd.DataFrame:  # metrics table, arms linear_probe and knn
     "What frozen embeddings hold; `InputError` where splits share patients."
-    parts = [embed(clip, films.of(s)) for s in (train, val, test)]
-    tested, watched = films.of(test), films.of(val)
+    parts = [embed(clip, films.select(s)) for s in (train, val, test)]
+    tested, watched = films.select(test), films.select(val)
 
     def measured(scores, arm):  # function of embeddings
         limits = (
@@ -200,7 +200,7 @@ def benchmark(
     before = evaluate(clip, films, run / 'before', prompts, val=val, test=test, **how)
     tables, spaces = (
         [before.metrics, probe_metrics(clip, films, first, val, test, **how)],
-        {clip.name: embed(clip, films.of(test))},
+        {clip.name: embed(clip, films.select(test))},
     )
     fitted = after = None
     if settings is not None:
@@ -208,7 +208,7 @@ def benchmark(
         best = best_of(fitted, clip)
         after = evaluate(best, films, run / 'after', prompts, val=val, test=test, **how)
         tables.append(after.metrics.assign(arm='trained'))
-        spaces[best.name] = embed(best, films.of(test))
+        spaces[best.name] = embed(best, films.select(test))
     tables += [
         space_metrics(e, name, minimum, min(n_boot, 200), seed=seed) for name, e in spaces.items()
     ]

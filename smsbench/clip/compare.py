@@ -84,7 +84,7 @@ def compare(
         if t is not None:
             t.check(both[0].patients, getattr(s, 'attrs', None))
     said = [
-        c.said(t) if t is not None or c.kind == 'multiclass' else None
+        c.predict(t) if t is not None or c.kind == 'multiclass' else None
         for c, t in zip(both, thresholds)
     ]
     how = dict(n_boot=n_boot, level=level, seed=seed)

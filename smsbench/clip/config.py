@@ -23,6 +23,8 @@ class TrainSettings:
 
     Prompts always fit all films they are true of; positives=() with texts='report' leaves the
     diagonal. batch_norm='learn' is for random weights. stop_on is measured on validation films.
+
+    >>> recipe = TrainSettings(epochs=1, batch_size=16, lr=1e-4)
     """
 
     train: str = 'all'  # 'all', 'probe' (image head, logit scale), 'locked_image' (text, logits)
@@ -79,7 +81,7 @@ class TrainSettings:
             raise InputError(f'split {self.train_split!r} cannot be trained on and watched')
 
     @classmethod
-    def of(
+    def from_values(
         cls,
         **values,  # fields by name, e.g. from a YAML file
     ):  # TrainSettings

@@ -87,7 +87,7 @@ def decision_counts(
 ) -> pd.DataFrame:  # row per class: threshold, tp, fp, fn, tn, not_asked
     "Decisions per finding; counts are missing where no threshold could be chosen."
     c = cells(scores, targets, np.arange(len(scores)), 'multilabel')
-    said, limits = c.said(thresholds), thresholds.of(c.classes)
+    said, limits = c.predict(thresholds), thresholds.select(c.classes)
     counts = {
         k: ((said == p) & (c.truth == t)).sum(0).astype(float)
         for k, p, t in (('tp', 1, 1), ('fp', 1, 0), ('fn', 0, 1), ('tn', 0, 0))

@@ -51,7 +51,7 @@ class Images:
             targets=self.targets.iloc[at].reset_index(drop=True),
         )
 
-    def of(
+    def select(
         self,
         *splits: str,  # 'train', 'val', 'test' ...
     ):  # Films
@@ -226,6 +226,10 @@ def images_of(
 
     `attrs['dropped']` counts pictures dropped for a conflict. `InputError` where rows of a
     picture contradict each other, or a picture is in two splits.
+
+    >>> images = images_of(cohort)
+    >>> len(images), images.classes
+    (120, ['effusion'])
     """
     if conflicts not in ('error', 'drop'):
         raise InputError(f"conflicts {conflicts!r}: choose error or drop")

@@ -353,7 +353,7 @@ def classification_metrics(
     c = cells(scores, targets, clusters, kind)
     if thresholds is not None:
         thresholds.check(c.patients, getattr(scores, 'attrs', None))
-    said = c.said(thresholds) if thresholds is not None or c.kind == 'multiclass' else None
+    said = c.predict(thresholds) if thresholds is not None or c.kind == 'multiclass' else None
     how = dict(n_boot=n_boot, level=level, seed=seed)
     found = [
         *_class_intervals(c, said, how),
@@ -505,14 +505,17 @@ def evaluate(
     test: str = 'test',  # split that is measured
     **how,  # model, minimum, n_boot, level, seed of `classification_metrics`
 ) -> Evaluated:
-    "Zero-shot evaluation of a model on films."
+    """Zero-shot evaluation of a model on films.
+
+    >>> evaluated = evaluate(clip, images, n_boot=200)
+    """
     prompts = prompts_for(films) if prompts is None else prompts
     if thresholds is None and films.kind == 'multilabel':
-        chosen = films.of(val)
+        chosen = films.select(val)
         thresholds = choose_thresholds(
             zero_shot(clip, chosen, prompts), chosen.targets, chosen.table.patient_id
         )
-    tested = films.of(test)
+    tested = films.select(test)
     scores = zero_shot(clip, tested, prompts)
     found = Evaluated(
         classification_metrics(
@@ -556,7 +559,7 @@ def keep_thresholds(
     """
     from smsbench.clip.model import load_clip
 
-    clip, chosen = load_clip(str(folder), device=device), films.of(val)
+    clip, chosen = load_clip(str(folder), device=device), films.select(val)
     prompts = prompts_for(films) if prompts is None else prompts
     write_json(prompts, Path(folder) / 'prompts.json')
     if films.kind == 'multiclass':

@@ -441,7 +441,11 @@ def explain(
     against=(),  # the opposite of the text
     **how,  # layer, blocks, empty of `explain_many`
 ) -> Explanation:
-    "The map of one film; errors as in `explain_many`."
+    """The map of one film; errors as in `explain_many`.
+
+    >>> explain(clip, source.image(cohort.sample_id[0]), "an image of effusion").on_image().shape
+    (64, 64)
+    """
     if isinstance(text, list):
         text = tuple(text)
     return explain_many(clip, [image], text, method, against, **how)[0]

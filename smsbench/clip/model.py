@@ -36,6 +36,9 @@ class Clip:
 
     `info` holds id, pretrained, revision, weights_sha, precision, device, image_size, embed_dim,
     context, image_tower and text_tower.
+
+    >>> clip.name
+    'tiny'
     """
 
     model: object  # the open_clip module, in eval mode
@@ -201,6 +204,9 @@ def load_clip(
 
     `pretrained` goes with a name of open_clip; for a folder, a file or 'random' replaces its
     weights.
+
+    >>> from smsbench.testing.tiny_clip import tiny_clip
+    >>> clip = load_clip(str(tiny_clip("tiny")), device="cpu")
     """
     from open_clip.transform import PreprocessCfg, image_transform_v2
 

@@ -309,6 +309,8 @@ def retrieve(
     """Measure retrieval between films and their reports.
 
     `InputError` where fewer than two films have a report.
+
+    >>> ranks = retrieve(clip, images.select("test"), n_boot=200)
     """
     from smsbench.clip.dataset import read_images
     from smsbench.clip.model import image_embeddings, text_embeddings

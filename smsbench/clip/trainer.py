@@ -212,6 +212,8 @@ def train(
     """Train a model; `InputError` where that is impossible.
 
     A directory that holds a run with other settings is refused with a list of them.
+
+    >>> trained = train(images, clip, recipe, "trained")
     """
     run = Run(out)
     tell = find_tracker(tracker, run)

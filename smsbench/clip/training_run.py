@@ -87,9 +87,9 @@ def usable_images(
 
     `InputError` where a patient is in both splits or the films do not fill a batch.
     """
-    both = films.of(settings.train_split, settings.val_split)
-    shared = set(both.of(settings.train_split).table.patient_id) & set(
-        both.of(settings.val_split).table.patient_id
+    both = films.select(settings.train_split, settings.val_split)
+    shared = set(both.select(settings.train_split).table.patient_id) & set(
+        both.select(settings.val_split).table.patient_id
     )
     if shared:
         n = format_count(len(shared), access_of(films, 'the films'))
@@ -102,7 +102,7 @@ def usable_images(
         max_broken=settings.max_broken,
         store=None if access_of(films, 'the films') != 'open' else run / 'scan',
     )
-    train, val = good.of(settings.train_split), good.of(settings.val_split)
+    train, val = good.select(settings.train_split), good.select(settings.val_split)
     if len(train) < settings.batch_size:
         raise InputError(
             f'{len(train)} training films do not fill a batch of {settings.batch_size}; choose a'

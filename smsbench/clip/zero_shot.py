@@ -117,7 +117,7 @@ class Cells:
         "(N,) class number of multiclass truth, -1 where not asked."
         return np.where(self.known.all(1), np.nan_to_num(self.truth).argmax(1), -1)
 
-    def said(
+    def predict(
         self,
         thresholds=None,  # `Thresholds` for multilabel, not needed for multiclass
     ) -> np.ndarray:  # (N, C) 1/0; NaN in the column of a class without a threshold
@@ -127,7 +127,7 @@ class Cells:
         """
         if self.kind == 'multiclass':
             return (self.scores.argmax(1)[:, None] == np.arange(len(self.classes))).astype(float)
-        limits = thresholds.of(self.classes)
+        limits = thresholds.select(self.classes)
         return np.where(np.isnan(limits), np.nan, (self.scores >= limits).astype(float))
 
 # %% ../../nbs/50_clip/080_zero_shot.ipynb #455014ad
@@ -188,7 +188,7 @@ class Thresholds:
     n: int  # films that chose them
     key: str = ''  # of the hashes
 
-    def of(
+    def select(
         self,
         classes,  # names
     ) -> np.ndarray:  # (C,) thresholds

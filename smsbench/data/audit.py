@@ -462,7 +462,11 @@ def audit_files(
     seed: int = 0,  # folds and resamples
     source: pd.DataFrame | None = None,  # from `source_rows`, which is asked where there is none
 ) -> pd.DataFrame:  # columns as in `FileAudit`; the worst first
-    "List everything in the files that could mislead an audit."
+    """List everything in the files that could mislead an audit.
+
+    >>> audit_files(cohort, None).severity.iloc[0]
+    'serious'
+    """
     return audit(cohort, files, exclusions, seed, source).findings
 
 # %% ../../nbs/10_data/210_audit.ipynb #ae7516b2

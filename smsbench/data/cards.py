@@ -339,7 +339,11 @@ class _Loader(yaml.SafeLoader):
 def read_manifest(
     name,  # path of a card, or the name of one that ships with the package
 ) -> Manifest:
-    "Read and check a card; `InputError` of one line that names the key."
+    """Read and check a card; `InputError` of one line that names the key.
+
+    >>> read_manifest("phantom").access
+    'open'
+    """
     path = manifest_path(name)
     try:
         card = yaml.load(path.read_text(encoding='utf-8-sig'), Loader=_Loader)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'FILE_COLUMNS', 'mark', 'base_rows', 'carried', 'ask', 'with_files', 'Built', 'build_all', 'gather_card',
-           'finish', 'build_cohort', 'Manifest', 'manifest_path', 'read_manifest', 'read_image']
+           'finish', 'build_cohort', 'write_cohort', 'read_cohort', 'Manifest', 'manifest_path', 'read_manifest',
+           'read_image']
 
 # %% ../../nbs/10_data/130_cohort.ipynb #844b3e78
 import fnmatch, json, os
@@ -24,11 +25,13 @@ from .storage import IMAGE_REASONS
 from smsbench.privacy import (
     format_count,
     IN_CLEAR,
+    read_table,
     seal,
     seal_exclusions,
     seal_files,
     seal_key,
     unseal,
+    write_table,
 )
 
 __getattr__ = moved(
@@ -328,7 +331,12 @@ def build_cohort(
 ) -> tuple[
     pd.DataFrame, pd.DataFrame
 ]:  # cohort (metadata in .attrs); exclusions: sample_id, reason, stage, detail
-    "`build_all` without the table of files."
+    """`build_all` without the table of files.
+
+    >>> cohort, exclusions = build_cohort("phantom", "films")
+    >>> len(cohort), len(exclusions)
+    (120, 0)
+    """
     b = build_all(manifest, root, check_images, limit, store, workers, remote, check_expected)
     return b.cohort, b.exclusions
 
@@ -469,3 +477,26 @@ def _expect(m, cohort):
             f"{m.name}: the cohort has {'; '.join(wrong)}; are these the files of version"
             f" {m.version}? check_expected=False (--any-count) goes on"
         )
+
+# %% ../../nbs/10_data/130_cohort.ipynb #41d1bb77
+def write_cohort(
+    cohort: pd.DataFrame,  # a cohort; sealed where data are credentialed
+    path,  # parquet file to write
+):
+    """Write a cohort and its metadata; `InputError` for credentialed data in clear.
+
+    >>> write_cohort(cohort, "cohort.parquet")
+    """
+    write_table(cohort, path, 'cohort')
+
+
+def read_cohort(
+    path,  # parquet file
+) -> pd.DataFrame:  # the cohort, its metadata in `.attrs`
+    """Read a cohort; `InputError` where the file is none, or does not state its access.
+
+    >>> cohort = read_cohort("cohort.parquet")
+    >>> sorted(set(cohort.finding)), sorted(set(cohort.label))
+    (['effusion'], ['no', 'yes'])
+    """
+    return read_table(path, 'cohort')

@@ -278,7 +278,12 @@ def phantom_cohort(
     label_from: str = 'film',  # 'film' or 'text': whose truth is the label
     splits: dict = SPLITS,  # split -> share of patients
 ) -> pd.DataFrame:  # a cohort (`smsbench.core`); its first rows do not depend on n
-    "A cohort of phantom films; `InputError` where a parameter is out of range."
+    """A cohort of phantom films; `InputError` where a parameter is out of range.
+
+    >>> cohort = phantom_cohort(120, seed=1)
+    >>> len(cohort), cohort.patient_id.nunique()
+    (120, 56)
+    """
     findings = (findings,) if isinstance(findings, str) else tuple(findings)
     rates = dict(
         agreement=agreement,
@@ -343,6 +348,9 @@ def save_phantom(
     """Write cohort.csv, images/*.png and masks/*.png (255 inside).
 
     `image` and `mask` in the CSV are paths relative to the folder.
+
+    >>> save_phantom(cohort, "films").name
+    'cohort.csv'
     """
     from PIL import Image
 

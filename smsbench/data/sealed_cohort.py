@@ -46,6 +46,9 @@ def open_cohort(
     """Open a sealed cohort, or seal one of credentialed data.
 
     `InputError` if the files are not those of the cohort, or if it is open already.
+
+    >>> open_cohort(cohort).plaintext.text[0][:10]
+    '...'
     """
     if isinstance(cohort, SealedCohort):
         return cohort

@@ -182,6 +182,10 @@ def make_splits(
     """Split a cohort into stratified, patient-disjoint parts.
 
     Source: Sechidis et al. 2011. `InputError` if a class cannot be in every part.
+
+    >>> splits = make_splits(cohort, dict(train=0.6, val=0.2, test=0.2))
+    >>> splits.value_counts().to_dict()
+    {'train': 34, 'test': 11, 'val': 11}
     """
     counts, weights = class_counts(cohort, by), part_weights(sizes)
     patient, ids = pd.factorize(counts.patient_id, sort=True)
@@ -260,7 +264,12 @@ def apply_splits(
     cohort: pd.DataFrame,  # a cohort, or part of one
     splits: pd.Series,  # from `make_splits` or `read_splits`
 ) -> pd.DataFrame:  # a copy with `split` set; .attrs['splits'] says from which split
-    "Set the part of every sample; `InputError` where a patient has none."
+    """Set the part of every sample; `InputError` where a patient has none.
+
+    >>> cohort = apply_splits(cohort, splits)
+    >>> sorted(set(cohort.split))
+    ['test', 'train', 'val']
+    """
     part = cohort.patient_id.astype(str).map(splits.to_dict())
     if lost := int(cohort.patient_id[part.isna()].nunique()):
         raise InputError(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'metric_name', 'published_shapes', 'published_ece', 'softmax_yes', 'as_published', 'Sheet', 'ece_where',
-           'recomputed_figures', 'recomputed', 'fault_summary', 'findings', 'published']
+           'recomputed_figures', 'recomputed', 'fault_summary', 'findings', 'reanalyse']
 
 # %% ../../nbs/40_published/30_reanalysis.ipynb #f577fa94
 import hashlib
@@ -444,7 +444,7 @@ def _rests_on_few(table):
 
 # %% ../../nbs/40_published/30_reanalysis.ipynb #ba2ded64
 def findings(
-    table: pd.DataFrame,  # the table of `published`
+    table: pd.DataFrame,  # the table of `reanalyse`
     found: list,  # its faults
 ) -> list:  # sentences, most important first
     "Sum up the re-analysis in plain sentences."
@@ -521,7 +521,7 @@ def _counted(found):
     return out
 
 # %% ../../nbs/40_published/30_reanalysis.ipynb #62d12f68
-def published(
+def reanalyse(
     results_dir,  # folder in the official layout
     dataset: str,  # dataset name, several separated by commas, or '' for all
     out,  # run directory
@@ -529,7 +529,12 @@ def published(
     seed: int = 0,  # any integer
     echo: bool = False,  # also print what is logged
 ) -> tuple:  # (table with the schema 'published', list of faults)
-    "Reproduce, audit and recompute published result files; `InputError` when none can be used."
+    """Reproduce, audit and recompute published result files; `InputError` when none can be used.
+
+    >>> from smsbench.published.files import example_results
+    >>> folder = example_results("published", n=80)
+    >>> table, faults = reanalyse(folder, "example", "reanalysed", n_boot=200)
+    """
     files = find_results(results_dir, dataset)
     inputs = {
         f'{m}/{d}': hashlib.blake2b(Path(p).read_bytes(), digest_size=8).hexdigest()

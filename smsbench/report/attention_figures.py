@@ -17,9 +17,9 @@ from .examples import film
 from .figures import legend
 from .style import COLOURS, canvas, literal, looks, percent, rounded, span, styled
 from ..audit.runner import Source
-from ..attend.metrics import RANDOM
-from ..attend.store import kept_map, kept_shares
-from ..attend.tables import Regions, image_map, first_arm
+from ..attention.metrics import RANDOM
+from ..attention.store import kept_map, kept_shares
+from ..attention.tables import Regions, image_map, first_arm
 from ..audit.arms import ARMS
 
 # %% ../../nbs/70_report/100_attention_figures.ipynb #1643fde2

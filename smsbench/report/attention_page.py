@@ -24,8 +24,8 @@ from .html import Html, details, figure_html, html_table, join, markup
 from .provenance import loading_flags
 from .audit_page import wording_section
 from .style import DASH, percent, rounded, span
-from ..attend.metrics import CROSS
-from ..attend.tables import first_arm
+from ..attention.metrics import CROSS
+from ..attention.tables import first_arm
 from ..audit.arms import ARMS
 
 # %% ../../nbs/70_report/270_attention_page.ipynb #94d66a5c

@@ -23,8 +23,8 @@ from smsbench.report.attention_figures import (
 from .examples import film
 from .html import Html, details, join, markup
 from .style import percent, rounded
-from ..attend.run import load_attention
-from ..attend.store import kept_map
+from ..attention.run import load_attention
+from ..attention.store import kept_map
 
 # %% ../../nbs/70_report/260_explorer.ipynb #f792bd10
 def tile(

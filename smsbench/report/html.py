@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Html', 'markup', 'join', 'html_table', 'details', 'figure_html', 'show', 'declared', 'checked', 'check_page',
-           'find_notebook', 'execute', 'to_html', 'render', 'render_run', 'sentence']
+           'find_notebook', 'execute', 'to_html', 'render', 'write_report', 'sentence']
 
 # %% ../../nbs/70_report/200_html.ipynb #91a9239c
 import ast, base64, html, io, re, tempfile
@@ -400,10 +400,14 @@ def render(
     return Path(out_dir) / name
 
 # %% ../../nbs/70_report/200_html.ipynb #fcaa3d9d
-def render_run(
+def write_report(
     run_dir,  # run directory of an audit
 ) -> Path:  # its report.html
-    "The report of a finished run, from its tables."
+    """The report of a finished run, from its tables.
+
+    >>> write_report("audit").name
+    'report.html'
+    """
     return render(
         'sms_audit', run_dir, dict(out=str(Path(run_dir).resolve()), report_only=True), images=4
     )

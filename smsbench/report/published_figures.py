@@ -293,7 +293,7 @@ def side_by_side(
 
 # %% ../../nbs/70_report/030_published_figures.ipynb #df0bb729
 def fault_rows(
-    found: list,  # faults, as `published` returns them
+    found: list,  # faults, as `reanalyse` returns them
     table: pd.DataFrame,  # its table
 ) -> pd.DataFrame:  # fault, where, rows, example: text columns
     "Faults by kind and dataset, as a table to read."

@@ -143,7 +143,7 @@ class ClipAsker:
         scores = pd.DataFrame(self.scores(films, known), columns=films.classes)
         held = cells(scores, films.targets, films.table.patient_id, films.kind)
         if films.kind == 'multiclass':
-            return held.said()
+            return held.predict()
         chosen = choose_thresholds(
             pd.DataFrame(self.scores(self.val, known), columns=films.classes),
             self.val.targets,
@@ -151,7 +151,7 @@ class ClipAsker:
             self.rule,
         )
         chosen.check(films.table.patient_id)
-        return held.said(chosen)
+        return held.predict(chosen)
 
 # %% ../../nbs/60_ssa/10_predictors.ipynb #807e4ee4
 def clip_asker(

@@ -357,7 +357,10 @@ PLANTED = {  # name -> factory taking numbers
 def planted(
     spec: str,  # 'planted:NAME[:NUMBER...]' or 'NAME[:NUMBER...]'
 ):  # a model
-    "The planted model of a name; `InputError` for an unknown name or numbers it does not take."
+    """The planted model of a name; `InputError` for an unknown name or numbers it does not take.
+
+    >>> model = planted("planted:image-only")
+    """
     name, *numbers = str(spec).removeprefix('planted:').split(':')
     if name not in PLANTED:
         raise InputError(f"unknown planted model {name!r}; choose from {', '.join(PLANTED)}")

@@ -80,7 +80,7 @@ class Pass:
         level: str,  # 'batch', 'features' or 'prefix'
         limit: int,  # bytes of image features to hold
     ):
-        self.model, self.net, self.caps, self.level, self.features, self.ledger, self.stats = (
+        self.model, self.net, self.caps, self.level, self.features, self.registry, self.stats = (
             model,
             model.model,
             model.caps,
@@ -102,7 +102,7 @@ class Pass:
         import torch
 
         cache = self._cache(cells, keep)
-        under = self.ledger.of(cache) if cells else [NOTHING] * len(rows)
+        under = self.registry.look_up(cache) if cells else [NOTHING] * len(rows)
         put = self._tokens(rows, lo, his, bool(cells)) | ({} if cells else self._images(rows))
         at = (
             1
@@ -134,7 +134,7 @@ class Pass:
             for i, (u, hi) in enumerate(zip(under, his))
         ]
         if keep:
-            self.ledger.note(out.past_key_values, headings)
+            self.registry.note(out.past_key_values, headings)
         return out.past_key_values, headings, out.logits
 
     def _cache(self, cells, keep):
@@ -365,7 +365,7 @@ class Engine:
         trials: list[Trial],  # what to score; what is found is written into them
     ):
         "Score a wave."
-        self.go.ledger, self.live = PrefixRegistry(), 0
+        self.go.registry, self.live = PrefixRegistry(), 0
         rows, below, leaves = [r for t in trials for r in rows_of(self.model, t, self.full)], {}, {}
         for part in (
             _parted(rows, lambda r: (r.trial.image, self.go.kind(r)))

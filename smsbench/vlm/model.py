@@ -341,7 +341,10 @@ def load_model(
     extra: str = '',  # sentence behind every question; '': the family's default (none)
     name: str | None = None,  # how to call it; None takes the last part of `id_or_path`
 ) -> HFModel:
-    "Load a vision-language checkpoint; `InputError` in one line where it cannot be used."
+    """Load a vision-language checkpoint; `InputError` in one line where it cannot be used.
+
+    >>> load_model("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")  # doctest: +SKIP
+    """
     if dtype not in ('float32', 'float16', 'bfloat16', 'auto'):
         raise InputError(f"dtype {dtype!r}: choose float32, float16, bfloat16 or auto")
     config = check_checkpoint(id_or_path, revision, trust_remote_code)

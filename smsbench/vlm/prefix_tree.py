@@ -170,7 +170,7 @@ class PrefixRegistry:
         "Remember what the rows of a new prefix hold."
         self.known.update(zip(fingerprints(cache), headings))
 
-    def of(
+    def look_up(
         self,
         cache,  # a fork of B rows, about to be continued
     ) -> list[PrefixHashes]:
