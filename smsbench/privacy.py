@@ -380,8 +380,7 @@ def read_table(
 ) -> pd.DataFrame:  # the table, its metadata in `.attrs`
     "Read a table; `InputError` where the file is missing, is no parquet, breaks its schema, or is a cohort that does not say whether it is open or credentialed."
     df, about = _read_file(path)
-    if kind == 'published':  # a column of older files
-        df = df.rename(columns={'corrected': 'recomputed'})
+    df = _from_old_version(df, kind)
     df.attrs = about
     if kind:
         df = validate(df, kind)
@@ -390,6 +389,17 @@ def read_table(
     if kind == 'cohort':
         access_of(df, str(path))
     return df
+
+
+def _from_old_version(df, kind):
+    "A table of an older version with today's columns."
+    if kind == 'published':
+        return df.rename(columns={'corrected': 'recomputed'})
+    if kind != 'metrics' or not {'model', 'note'} <= set(df.columns) or 'second' in df:
+        return df
+    pair = df.model.str.split(' − | × ', n=1, expand=True, regex=True).reindex(columns=[0, 1])
+    void = df.note.str.startswith('void').map({True: 'void', False: None})
+    return df.assign(first=pair[0], second=pair[1].fillna(''), state=void)
 
 
 def _read_file(path):
@@ -580,11 +590,13 @@ def shareable(
     "What may be shown of a metrics table: nothing of few patients or films, and no average of which a part is withheld."
     if _is_open(access):
         return metrics.drop(columns='note_counts') if 'note_counts' in metrics else metrics
+    metrics = validate(metrics, 'metrics')
     few = (metrics.n_clusters < minimum).to_numpy() | _few_images(metrics, minimum)
     average = _averages(metrics, few)
     out = metrics.assign(note=_told_notes(metrics)).drop(columns='note_counts', errors='ignore')
     out.loc[few | average, ['value', 'ci_low', 'ci_high']] = np.nan
     out.loc[few | average, ['n', 'n_clusters']] = 0
+    out.loc[few | average, 'state'] = 'suppressed'
     if 'n_effective' in out:
         out['n_effective'] = out.n_effective.where(~(few | average) & ~(out.n_effective < minimum))
     out.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients or films'
@@ -595,12 +607,14 @@ def shareable(
     return validate(out, 'metrics')
 
 
-_NUMBERS = 'metric subgroup value ci_low ci_high n n_clusters n_effective note note_counts'.split()
+_NUMBERS = (
+    'metric subgroup group level state value ci_low ci_high n n_clusters n_effective note note_counts'
+).split()
 
 
 def _averages(metrics, few):
     "Rows over all of which a part is among the few: with the other parts, the average would give it away."
-    shown = metrics.value.notna() | metrics.note.str.contains('suppressed') & (metrics.n > 0)
+    shown = metrics.value.notna() | (metrics.state == 'suppressed') & (metrics.n > 0)
     counts = few & shown.to_numpy()  # what was never defined is part of no average
     about = [metrics[c] for c in metrics if c not in _NUMBERS]
     key = [*zip(metrics.metric.str.removeprefix('macro_'), *about)]
@@ -615,7 +629,7 @@ def _few_images(metrics, minimum):
         metrics[
             (metrics.metric == 'prevalence')
             & metrics.value.notna()
-            & metrics.subgroup.str.startswith('class=')
+            & (metrics.group == 'class')
         ],
         set(),
     )

@@ -876,7 +876,8 @@ def compare_models(
             term = _difference(one, two, arm)
             row = _suppressed(term_row(term, one.dyads, level), minimum)
             note = '; '.join(x for x in (row['note'], left) if x)
-            out.append(dict(row, model=f'{a} − {b}', subgroup='all', note=note))
+            pair = dict(model=f'{a} − {b}', first=a, second=b, subgroup='all')
+            out.append(dict(row, **pair, note=note))
             ps.append(_difference_p(term, one, arm))
     for r, p in zip(out, holm(ps) if ps else []):
         r['note'] = '; '.join(x for x in (f'p (Holm) {_p_text(p)}', r['note']) if x)
@@ -932,6 +933,8 @@ def metrics_table(
             'n_donors',
             'n_effective',
             'note',
+            'first',
+            'second',
         ],
     )
     table = table.fillna(dict(n_donors=0, n_effective=table.n_clusters)).astype(

@@ -8,13 +8,12 @@ __all__ = ['freeze_plan', 'mark_void', 'conclude', 'add_caveats', 'void_lines', 
            'check_lines', '_same_model']
 
 # %% ../../nbs/35_audit/200_run.ipynb #7e6f5264
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from ..core import InputError, Run, environment, read_json, write_json
+from ..core import InputError, Run, complete_metrics, environment, read_json, write_json
 from ..data.audit import SEVERITIES, FileAudit
 from smsbench.data.sealed_cohort import (
     SealedCohort,
@@ -101,21 +100,20 @@ def mark_void(
     void = {
         m: {a for a, v in arms.items() if v['verdict'] == 'void'} for m, arms in delivery.items()
     }
-    rests = [
-        bool(
-            ({r.arm} | ({ARMS[r.arm].versus, ARMS[r.arm].control} if r.arm in ARMS else set(ARMS)))
-            & set().union(*(void.get(m, set()) for m in re.split(' [−×] ', r.model)))
-        )
-        for r in metrics.itertuples()
-    ]
-    out = metrics.assign(
-        note=[
-            'void: rests on an arm that was not delivered' if bad else note
-            for bad, note in zip(rests, metrics.note)
-        ]
-    )
+    metrics = complete_metrics(metrics)
+    rows = zip(metrics.arm, metrics['first'], metrics.second)
+    rests = [bool(_needs(arm) & (void.get(a, set()) | void.get(b, set()))) for arm, a, b in rows]
+    note = metrics.note.mask(rests, 'void: rests on an arm that was not delivered')
+    out = metrics.assign(note=note, state=metrics.state.mask(rests, 'void'))
     out.attrs = metrics.attrs
     return out
+
+
+def _needs(arm):
+    "The arms that a number of this arm rests on; every arm where it has none of its own."
+    if arm not in ARMS:
+        return {arm, *ARMS}
+    return {arm, ARMS[arm].versus, ARMS[arm].control}
 
 # %% ../../nbs/35_audit/200_run.ipynb #d69f0c57
 def conclude(

@@ -15,7 +15,6 @@ import numpy as np, pandas as pd
 from smsbench.report.attention_figures import (
     choose_maps,
     image_arrived,
-    is_voided,
     localisation_figure,
     map_figure,
 )
@@ -48,7 +47,7 @@ def localises(
             & (metrics.arm == arm)
             & (metrics.subgroup == subgroup)
             & metrics.value.notna()
-            & ~is_voided(metrics.note)
+            & (metrics.state != 'void')
         ]
         .drop_duplicates('metric')
         .set_index('metric')
@@ -318,7 +317,7 @@ def _named(model):
 
 
 def _cell(row, kind):
-    if row.note.startswith('void'):
+    if row.state == 'void':
         return 'void'
     text = (
         missing(row)

@@ -246,7 +246,7 @@ def classes_figure(
     styles, prevalence = (
         looks(list(dict.fromkeys(rows.model))),
         metrics[metrics.metric == 'prevalence']
-        .assign(row=lambda d: d.subgroup.str.removeprefix('class='))
+        .assign(row=lambda d: d.level)
         .drop_duplicates('row')
         .set_index('row')
         .value,
@@ -289,10 +289,10 @@ def _class_rows(metrics, shown, by):
     "Rows per class and their mean over classes; `model` is what gets a colour."
     rows = metrics[
         metrics.metric.isin([*shown, *(f'macro_{m}' for m in shown)])
-        & (metrics.subgroup.str.startswith('class=') | (metrics.subgroup == 'all'))
+        & ((metrics.group == 'class') | (metrics.subgroup == 'all'))
     ]
     return rows.assign(
-        row=rows.subgroup.str.removeprefix('class=').replace('all', 'mean over classes'),
+        row=rows.level.where(rows.group != '', 'mean over classes'),
         metric=rows.metric.str.removeprefix('macro_'),
         model=rows[by],
         arm='',

@@ -70,7 +70,7 @@ def study_table(
 
 def _chance(metrics):
     k, share = (
-        metrics.subgroup[metrics.subgroup.str.startswith('class=')].nunique(),
+        metrics.subgroup[(metrics.group == 'class')].nunique(),
         metrics[metrics.metric == 'macro_prevalence'].value,
     )
     return (

@@ -505,7 +505,7 @@ def _shown(metrics, scores, tested, thresholds, shots, at, access, how):
 
 def _overall(metrics):
     "Numbers that are not per class, as a paper prints them."
-    rows = metrics[~metrics.subgroup.str.startswith('class=') & (metrics.model != 'chance')]
+    rows = metrics[~(metrics.group == 'class') & (metrics.model != 'chance')]
     text = [
         (
             f'{rounded(r.value, 3)} ({span(r.ci_low, r.ci_high, 3, 1)})'

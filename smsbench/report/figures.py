@@ -330,7 +330,7 @@ def shapley_points(
 
     Columns: model, subgroup, phi_image, image_low, image_high, phi_text, text_low, text_high.
     """
-    wanted = metrics[metrics.subgroup.eq('all') | metrics.subgroup.str.startswith('finding=')]
+    wanted = metrics[metrics.subgroup.eq('all') | (metrics.group == 'finding')]
     both = {
         w: (
             pick(wanted, f'phi_{w}', '').set_index(['model', 'subgroup'])[

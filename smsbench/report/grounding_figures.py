@@ -123,8 +123,8 @@ def blind_figure(
 ):  # Figure with `.alt`, or None where fewer than two findings were reworded
     "Share of consistent answers that do not depend on the image, over all and per finding."
     rows = pick(metrics, 'state_blind', '', ['image_swap'])
-    rows = rows[rows.subgroup.eq('all') | rows.subgroup.str.startswith('finding=')]
-    rows = rows.assign(row=rows.subgroup.str.removeprefix('finding='))
+    rows = rows[rows.subgroup.eq('all') | (rows.group == 'finding')]
+    rows = rows.assign(row=rows.level.where(rows.group != '', 'all'))
     order = ['all', *sorted(set(rows.row) - {'all'})]
     if len(order) < 3:
         return None

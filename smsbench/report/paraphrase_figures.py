@@ -28,7 +28,7 @@ def strategy_rows(
 ):  # metrics rows with a column `row`: all rewordings, not negated, then the strategies
     "Rows of one metric in the order in which a reader wants them."
     rows = metrics[(metrics.metric == metric) & (metrics.arm == arm)]
-    rows = rows[rows.subgroup.eq('all') | rows.subgroup.str.startswith(('wordings=', 'strategy='))]
+    rows = rows[rows.subgroup.eq('all') | rows.group.isin(('wordings', 'strategy'))]
     named = rows.subgroup.map(
         lambda s: {'all': 'all rewordings', 'wordings=not negated': 'all but negated'}.get(
             s, s.removeprefix('strategy=')

@@ -455,7 +455,7 @@ def _agreement_rows(metrics):
         | metrics.metric.eq('reader_iou') & metrics.arm.eq('all pairs')
     ]
     return rows[
-        (rows.subgroup.eq('all') | rows.subgroup.str.startswith('finding=')) & rows.value.notna()
+        (rows.subgroup.eq('all') | (rows.group == 'finding')) & rows.value.notna()
     ]
 
 

@@ -33,10 +33,10 @@ def class_table(
 ) -> pd.DataFrame:  # text; index: classes, then the mean over classes
     "Numbers with intervals as a paper prints them."
     rows = metrics[
-        metrics.subgroup.str.startswith('class=') | metrics.metric.str.startswith('macro_')
+        (metrics.group == 'class') | metrics.metric.str.startswith('macro_')
     ]
     rows = rows.assign(
-        row=rows.subgroup.str.removeprefix('class=').replace('all', 'mean over classes'),
+        row=rows.level.where(rows.group != '', 'mean over classes'),
         metric=rows.metric.str.removeprefix('macro_'),
     )
 
