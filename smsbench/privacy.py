@@ -627,9 +627,7 @@ def _few_images(metrics, minimum):
     "Rows of classes with few films on a side; where classes exclude each other, also the smallest others, until those withheld are together not few."
     share, few = (
         metrics[
-            (metrics.metric == 'prevalence')
-            & metrics.value.notna()
-            & (metrics.group == 'class')
+            (metrics.metric == 'prevalence') & metrics.value.notna() & (metrics.group == 'class')
         ],
         set(),
     )

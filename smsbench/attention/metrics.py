@@ -307,7 +307,9 @@ def between_rows(
     for a, b in combinations(sorted(set(full.model)), 2):
         across = _cross(full[full.model.isin([a, b])])
         for arm, name, g in _paired(full, a, b):
-            rows = _difference_rows(g, dict(model=f'{a} − {b}', first=a, second=b, arm=arm, subgroup=name), boot)
+            rows = _difference_rows(
+                g, dict(model=f'{a} − {b}', first=a, second=b, arm=arm, subgroup=name), boot
+            )
             for r in (r for r in rows if across and r['metric'] == 'share_image_difference'):
                 r |= dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, note=CROSS)
             tested += [(r, _flip_p(g, r, boot)) for r in rows if np.isfinite(r['value'])]
@@ -348,7 +350,10 @@ def _likeness_rows(pairs, boot):
     for (a, b, arm), t in pairs.groupby(['model_a', 'model_b', 'arm']) if len(pairs) else ():
         for name, g in _groups(t):
             found = mean_rows(g, [*bounds], bounds, **boot)
-            out += [dict(r, model=f'{a} × {b}', first=a, second=b, arm=arm, subgroup=name) for r in found]
+            out += [
+                dict(r, model=f'{a} × {b}', first=a, second=b, arm=arm, subgroup=name)
+                for r in found
+            ]
     return out
 
 # %% ../../nbs/45_attention/30_metrics.ipynb #4ce65d86

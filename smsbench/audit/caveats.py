@@ -307,13 +307,19 @@ def label_note(
         ' the image does not where the report is wrong: image excess shrinks by (1 − 2ε)² with a'
         ' share ε of wrong labels, text excess does not.'
     )
-    told = '; '.join(
-        f"ε = {100 * r['error']:g} %: {r.get('verdict') or 'no verdict'} ({_points(r['value'])}"
-        f" points, {_interval(r['ci_low'], r['ci_high'])})"
-        for r in image.get('label_error') or []
-    )
+    told = '; '.join(_if_wrong(r) for r in image.get('label_error') or [])
     beside = f" The verdict on the text stays: {text['verdict']}." if text.get('verdict') else ''
     return f'{first} Verdict on the image if {told}.{beside}' if told else first + beside
+
+
+def _if_wrong(row):
+    "The verdict on the image for one share of wrong labels, in words."
+    start = f"ε = {100 * row['error']:g} %"
+    if row['value'] is None:
+        most = 100 * (1 - 2 * row['error']) ** 2
+        return f'{start}: ruled out by the answers (the excess could be at most {most:.0f} points)'
+    ends = _interval(row['ci_low'], row['ci_high'])
+    return f"{start}: {row['verdict'] or 'no verdict'} ({_points(row['value'])} points, {ends})"
 
 # %% ../../nbs/35_audit/190_caveats.ipynb #ac62e8d4
 def _incomplete_caveats(verdict):
@@ -332,7 +338,8 @@ def missing_note(
     cohort: dict,  # access
 ) -> str:  # '' where nothing is missing
     "How many answers are missing, and the excess if they had stayed."
-    out = []
+    is_open = access_of(cohort, 'the cohort') == 'open' if cohort else True
+    out = _unread_original(verdict, is_open)
     for modality in ('image', 'text'):
         v = verdict.get(f'relies_on_{modality}') or {}
         share, n = v.get('missing_share') or 0.0, v.get('n') or 0
@@ -358,6 +365,22 @@ def missing_note(
             )
         out.append(text)
     return ' '.join(out)
+
+
+def _unread_original(verdict, is_open):
+    "That questions without a readable answer with their own image and text are left out."
+    answers = verdict.get('answers') or {}
+    share = answers.get('unread_share') or 0.0
+    if not share:
+        return []
+    part = 'Under 1 %' if share < 0.01 else f'{100 * share:.0f} %'
+    if not is_open and round(share * answers.get('asked', 0)) < SMALL:
+        part = f'Fewer than {SMALL}'
+    return [
+        f'{part} of the questions got no readable answer with their own image and text (refused,'
+        ' tied or unreadable). Accuracy and verdicts rest on the others; a model that declines'
+        ' its hard cases looks better than it is.'
+    ]
 
 # %% ../../nbs/35_audit/190_caveats.ipynb #67bfce01
 def gather_caveats(
@@ -425,12 +448,13 @@ def caveat_lines(
     root='DATA',  # folder of the data, for commands
     specs: dict = None,  # name of a model -> what was given as --model
 ) -> list:  # lines, those of a model in the order of its caveats
-    "Caveats as a person reads them in a terminal."
+    "Caveats as a person reads them in a terminal: whole, but of findings in the files the first line."
     out = []
     for name, verdict in models.items():
         start = f'{name}: ' if len(models) > 1 else ''
         for c in verdict.get('caveats', []):
-            out.append(start + first_sentence(c['text']))
+            whole = c['kind'] != 'files'
+            out.append(start + (c['text'] if whole else first_sentence(c['text'])))
             if c['command']:
                 out.append(f"    {fill_command(c['command'], run, root, specs)}")
     return out

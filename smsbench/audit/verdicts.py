@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'LABEL_ERRORS', 'FAMILIES', 'DEFAULT_MARGIN', 'evidence', 'label_error', 'firmness', 'missing_answers',
-           'holm_factors', 'pool_partially', 'give_verdicts', 'decide']
+           'holm_factors', 'pool_partially', 'give_verdicts', 'unread', 'decide']
 
 # %% ../../nbs/35_audit/150_verdicts.ipynb #c4a2829f
 from dataclasses import replace
 
 import numpy as np, pandas as pd
+from scipy.special import ndtr
 
 from ..core import InputError
 from ..inference import correlation
@@ -65,11 +66,16 @@ def label_error(
 ) -> list[dict]:  # error, value, ci_low, ci_high, verdict
     """Repeat the verdict on the image as if a share of the labels were wrong.
 
-    Assumes two balanced classes and errors independent of the image.
+    Assumes two balanced classes and errors independent of the image. With such errors the excess
+    is at most (1 - 2 error)^2; where the data show more, there is no verdict (None).
     """
-    out = []
+    out, seen = [], bounds_of(other, same, r)
     for error in LABEL_ERRORS:
-        growth = 1 / (1 - 2 * error) ** 2
+        most = (1 - 2 * error) ** 2
+        if seen.excess_low > most:
+            out.append(dict(error=error, value=None, ci_low=None, ci_high=None, verdict=None))
+            continue
+        growth = 1 / most
         b, plain = (_without_error(bounds_of(other, same, r, s), growth) for s in (strict, 1.0))
         ends = dict(value=b.excess, ci_low=plain.excess_low, ci_high=plain.excess_high)
         out.append(dict(error=error, **ends, verdict=word_for(b, margin)[0]))
@@ -177,19 +183,26 @@ def holm_factors(
 
 # %% ../../nbs/35_audit/150_verdicts.ipynb #435a15aa
 def pool_partially(
-    values,  # (k,) excess of each finding
+    values,  # (k,) excess of each finding, -1..1
     errors,  # (k,) standard error of each
-):  # (k,) pooled values, (k,) half-widths of their 95 % intervals
-    "Shrink each value towards the common mean by its own uncertainty."
-    y, v = np.asarray(values, float), np.maximum(np.asarray(errors, float) ** 2, 1e-12)
-    w = 1 / v
-    mean = (w * y).sum() / w.sum()
-    spread = ((w * (y - mean) ** 2).sum() - (len(y) - 1)) / (w.sum() - (w**2).sum() / w.sum())
-    between = max(spread, 0.0)
+    level: float = 0.95,  # confidence level of the bounds
+):  # (k,) pooled values, (k,) lower and (k,) upper bounds, all in -1..1
+    "Shrink each value towards the common mean by its own uncertainty (Gelman 2006)."
+    y, v = np.asarray(values, float), np.maximum(np.asarray(errors, float) ** 2, 1e-6)
+    between = np.linspace(0, 1, 101)[:, None] ** 2  # variances, even in the standard deviation
     w = 1 / (v + between)
-    mean, trust = (w * y).sum() / w.sum(), between / (between + v)
-    variance = trust * v + (1 - trust) ** 2 / w.sum()
-    return trust * y + (1 - trust) * mean, 1.96 * np.sqrt(variance)
+    mean = (w * y).sum(1, keepdims=True) / w.sum(1, keepdims=True)
+    likelihood = np.log(w).sum(1) - np.log(w.sum(1)) - (w * (y - mean) ** 2).sum(1)
+    weight = np.exp((likelihood - likelihood.max()) / 2)
+    weight /= weight.sum()
+    trust = between * w
+    centre = trust * y + (1 - trust) * mean
+    spread = np.sqrt(trust * v + (1 - trust) ** 2 / w.sum(1, keepdims=True))
+    at = np.linspace(-1, 1, 801)
+    below = np.stack([weight @ ndtr((x - centre) / spread) for x in at])
+    tail = (1 - level) / 2
+    low, high = (np.array([np.interp(t, b, at) for b in below.T]) for t in (tail, 1 - tail))
+    return np.clip(weight @ centre, -1, 1), low, high
 
 # %% ../../nbs/35_audit/150_verdicts.ipynb #ad8666d4
 def _no_record(cells, modality, void, silent, margin, planned):
@@ -327,7 +340,7 @@ def give_verdicts(
     return dict(
         models=models,
         margin=margin,
-        margin_reason=margin_reason or DEFAULT_MARGIN,
+        margin_reason=margin_reason or (DEFAULT_MARGIN if margin == 0.05 else ''),
         family=dict(name=family, sizes=sizes, method='Holm 1979', relies=0.025, ignores=0.05),
     )
 
@@ -409,9 +422,25 @@ def _model_record(model, parts, found, silent):
     findings = {name: of(kind, name) for kind, name in parts if kind == 'finding'}
     subgroup = {name: of(kind, name) for kind, name in parts if kind == 'subgroup'}
     _add_pooled(findings)
+    whole = parts['all', 'all']
     return dict(
-        **of('all', 'all'), answers=silent, findings=findings, subgroups=subgroup, caveats=[]
+        **of('all', 'all'),
+        answers=silent | unread(whole),
+        findings=findings,
+        subgroups=subgroup,
+        caveats=[],
     )
+
+
+def unread(
+    cells: Cells,  # one model's answers
+) -> dict:  # unread_share of the answers under `original`, 0..1; asked: their number
+    "How many questions got an answer that could not be read, with their own image and text."
+    if 'original' not in cells.arms:
+        return dict(unread_share=0.0, asked=0)
+    w = cells.weight('original') * cells('original', 'tried')
+    share = (w * ~cells('original', 'parsed')).sum() / max(w.sum(), 1e-300)
+    return dict(unread_share=float(share), asked=int(round(w.sum())))
 
 
 def _add_pooled(findings):
@@ -421,8 +450,7 @@ def _add_pooled(findings):
         if len(known) < 3:
             continue
         rows = [findings[f][f'relies_on_{m}'] for f in known]
-        values, halves = pool_partially(
-            [r['value'] for r in rows], [(r['ci_high'] - r['ci_low']) / 3.92 for r in rows]
-        )
-        for r, v, h in zip(rows, values, halves):
-            r.update(pooled=float(v), pooled_low=float(v - h), pooled_high=float(v + h))
+        errors = [(r['ci_high'] - r['ci_low']) / 3.92 for r in rows]
+        pooled = pool_partially([r['value'] for r in rows], errors)
+        for r, *ends in zip(rows, *pooled):
+            r.update(zip(('pooled', 'pooled_low', 'pooled_high'), map(float, ends)))

@@ -139,6 +139,7 @@ def verdict_card(
     results,  # `Results` of a run
     record: dict,  # what verdicts.json holds
     model: str,  # model name
+    elsewhere=(),  # texts of caveats that are shown elsewhere, once for all models
 ) -> Html:
     "What one model does with image and text, and what weakens that."
     m, words = record['models'][model], wording(results.plan.attrs['tasks'])
@@ -151,7 +152,8 @@ def verdict_card(
     if stop:
         body = [markup('<p class="warning">{}</p>', stop)]
     told = 'does_not_answer' if m['answers']['state'] == 'does not answer' else ''
-    caveats = [caveat_html(c) for c in m['caveats'] if c['kind'] != told]  # that one stands above
+    shown = [c for c in m['caveats'] if c['kind'] != told and c['text'] not in elsewhere]
+    caveats = [caveat_html(c) for c in shown]
     chips = join((_chip(m[f'relies_on_{k}'], k) for k in ('image', 'text')), ' ')
     return markup(
         '<section class="verdict"><h2><span>{}</span> {}</h2>{}{}</section>',
@@ -160,6 +162,28 @@ def verdict_card(
         join(body),
         join(caveats),
     )
+
+# %% ../../nbs/70_report/210_audit_page.ipynb #d119edb2
+def _shared_caveats(record):
+    "Caveats without a command that all of several models have, text by text."
+    texts = [
+        {c['text']: c for c in m['caveats'] if c['kind'] == 'files' and not c['command']}
+        for m in record['models'].values()
+    ]
+    if len(texts) < 2:
+        return {}
+    return {t: c for t, c in texts[0].items() if all(t in other for other in texts[1:])}
+
+
+def _shared_html(caveats):
+    "The caveats of all models, folded: the first words are seen, the rest is a click away."
+    if not caveats:
+        return Html()
+    heading = f'For all models: {len(caveats)} serious findings in the files'
+    if len(caveats) == 1:
+        heading = 'For all models: a serious finding in the files'
+    lines = join(markup('<div class="warning">{}</div>', text) for text in caveats)
+    return details(heading, lines)
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #90ca8b59
 def opening(
@@ -186,14 +210,18 @@ def opening(
     closed = 'Credentialed data: no picture, no text and no small count is shown.'
     title = f"{about.get('title') or about.get('manifest')}{version}"
     told = f'The analysis was {registration}.' if registration else ''
+    shared = _shared_caveats(record)
     return markup(
-        '<p class="lead">{}: {}. {}</p><p class="lead">{} {}</p>{}',
+        '<p class="lead">{}: {}. {}</p><p class="lead">{} {}</p>{}{}',
         title,
         ', '.join(counts),
         '' if results.open else closed,
-        reading_note(record, wording(plan.attrs['tasks'])),
+        reading_note(
+            record, wording(plan.attrs['tasks']), registration.startswith('registered before')
+        ),
         told,
-        join(verdict_card(results, record, m) for m in model_names(results)),
+        join(verdict_card(results, record, m, shared) for m in model_names(results)),
+        _shared_html(shared),
     )
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #f4752efc

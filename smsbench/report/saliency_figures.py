@@ -454,9 +454,7 @@ def _agreement_rows(metrics):
         metrics.metric.eq('iou_area')
         | metrics.metric.eq('reader_iou') & metrics.arm.eq('all pairs')
     ]
-    return rows[
-        (rows.subgroup.eq('all') | (rows.group == 'finding')) & rows.value.notna()
-    ]
+    return rows[(rows.subgroup.eq('all') | (rows.group == 'finding')) & rows.value.notna()]
 
 
 def _pair_look(kind):

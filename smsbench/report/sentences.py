@@ -364,16 +364,18 @@ def instead(
 def reading_note(
     record: dict,  # what verdicts.json holds
     words: dict,  # from `wording`
+    before: bool = False,  # was the margin registered before the first answer?
 ) -> str:
-    "What points, margin and donor mean, in two sentences."
+    "Explain points, margin and donor."
     reason = str(record['margin_reason'] or '').strip().rstrip('.') or 'no reason was given'
+    when = 'it was registered before the first answer' if before else 'it was not registered before'
     d = margin_points(record['margin'])
     return (
         f"How to read it: the {words['image']} or the {words['text']} was swapped for one of "
         'another patient, the donor. 0 points: no answer changed; 100 points: every answer '
-        f'flipped. Less than {d} points, the margin, counts as no change that matters; it was '
-        f'chosen before the run ({reason}). Where several verdicts share one error rate, each '
-        'bound is held to more than 95 % confidence.'
+        f'flipped. Less than {d} points, the margin, counts as no change that matters ({reason}; '
+        f'{when}). Where several verdicts share one error rate, each bound is held to more than '
+        '95 % confidence.'
     )
 
 # %% ../../nbs/70_report/050_sentences.ipynb #985d3a9c

@@ -32,9 +32,7 @@ def class_table(
     digits: int = 2,  # decimal places
 ) -> pd.DataFrame:  # text; index: classes, then the mean over classes
     "Numbers with intervals as a paper prints them."
-    rows = metrics[
-        (metrics.group == 'class') | metrics.metric.str.startswith('macro_')
-    ]
+    rows = metrics[(metrics.group == 'class') | metrics.metric.str.startswith('macro_')]
     rows = rows.assign(
         row=rows.level.where(rows.group != '', 'mean over classes'),
         metric=rows.metric.str.removeprefix('macro_'),
