@@ -6,8 +6,8 @@
 __all__ = ['OPEN', 'CREDENTIALED', 'IN_CLEAR', 'ACCESS', 'HOW_TO_SAY', 'SMALL', 'SEALED', 'access_of', 'with_access',
            'format_count', 'safe_count', 'CountFormatter', 'seal_key', 'pseudonym', 'suppress_rare', 'seal',
            'hide_counts', 'seal_exclusions', 'seal_files', 'unseal', 'is_sealed', 'was_opened', 'is_in_clear',
-           'write_table', 'read_table', 'cohort_summary', 'Note', 'note_cells', 'suppress_few', 'without_small',
-           'without_small_verdict', 'shareable', 'shareable_curve']
+           'write_table', 'read_table', 'cohort_summary', 'Note', 'note_cells', 'beside_hidden', 'suppress_few',
+           'without_small', 'without_small_verdict', 'shareable', 'shareable_curve']
 
 # %% ../nbs/00_base/30_privacy.ipynb #df66490b
 import hashlib, json, re
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np, pandas as pd
 
-from .core import InputError, _jsonable, atomic, validate
+from .core import InputError, _jsonable, atomic, complete_metrics, validate
 
 # %% ../nbs/00_base/30_privacy.ipynb #ac358b00
 OPEN, CREDENTIALED, IN_CLEAR = ACCESS = ('open', 'credentialed', 'credentialed, in clear')
@@ -530,6 +530,21 @@ def note_cells(
 def _literal(text):
     return text.replace('{', '{{').replace('}', '}}')
 
+# %% ../nbs/00_base/30_privacy.ipynb #4bf4b799
+def beside_hidden(
+    counts: pd.Series,  # patients or samples of each part
+    hidden: pd.Series,  # bool: parts whose count is withheld
+    groups,  # columns that say which parts make a whole
+    minimum: int = SMALL,  # counts below this are withheld
+) -> pd.Series:  # bool: parts to be withheld as well
+    "Find the smallest parts whose counts, taken off the whole, would give hidden ones away."
+    out = pd.Series(False, counts.index)
+    for at in counts.groupby(list(groups)).groups.values():
+        part, few = counts[at], hidden[at]
+        if few.any() and not few.all() and part[few].sum() < minimum:
+            out[part[~few].idxmin()] = True
+    return out
+
 # %% ../nbs/00_base/30_privacy.ipynb #c96c1941
 def suppress_few(
     metrics: pd.DataFrame,  # rows of a metrics table with n_donors and n_effective
@@ -539,12 +554,19 @@ def suppress_few(
     "The rows; of credentialed data, those of few patients without numbers."
     if _is_open(access):
         return metrics
-    few, out = metrics.n_clusters < minimum, metrics.copy()
+    few, out = _rests_on_few(metrics, minimum), metrics.copy()
     out.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan
-    out.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients'
-    told = few | _tells_of_few(metrics, few)
+    out.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients or donors'
+    told = few | _tells_of_few(metrics, few) | _rest_of_few(metrics, few, minimum)
     out.loc[told, ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0
     return without_small(out, ['n_donors', 'n_effective'], access, minimum)
+
+
+def _rests_on_few(table, minimum):
+    "Rows that rest on few patients, or on few donors: from an interval their number would follow."
+    donors = (table.n_donors > 0) & (table.n_donors < minimum)
+    worth = (table.n_effective > 0) & (table.n_effective < minimum)
+    return (table.n_clusters < minimum) | donors | worth
 
 
 def _tells_of_few(table, few):
@@ -553,6 +575,13 @@ def _tells_of_few(table, few):
     return few.groupby([table.model, table.arm, table.subgroup]).transform('any') & (
         table.n_clusters < beside.transform('max')
     )
+
+
+def _rest_of_few(table, few, minimum):
+    "Levels of a stratum from which, with the total, a suppressed level would follow."
+    group = complete_metrics(table).group
+    keys = [table.model, table.metric, table.arm, group]
+    return beside_hidden(table.n_clusters, few & (group != ''), keys, minimum)
 
 # %% ../nbs/00_base/30_privacy.ipynb #34cd14d3
 def without_small(
@@ -571,11 +600,13 @@ def without_small_verdict(
     record: dict,  # verdict of credentialed data, with its `firmness`
     minimum: int,  # patients that a verdict needs
 ) -> dict:
-    "The verdict, and those that say how firm it is, with small counts as 0."
+    "Set small counts of a verdict, and of those that say how firm it is, to 0."
     counts = ('n', 'n_patients', 'n_donors', 'n_effective')
+    total = record['n_patients']
 
     def hide(r):
-        few = 0 < r['n_patients'] < minimum
+        rest = total - r['n_patients']  # patients whom this verdict leaves out
+        few = 0 < r['n_patients'] < minimum or 0 < rest < minimum
         return r | {c: 0 for c in counts if c in r and (few or r[c] < minimum)}
 
     firm = {k: [hide(r) for r in rows] for k, rows in record['firmness'].items()}

@@ -442,6 +442,7 @@ def run_import(
     settings: AuditSettings = DEFAULTS,
     exclusions: pd.DataFrame = None,  # what the manifest left out
     registration='',  # file of a registration that the analysis must keep to
+    files: FileAudit = None,  # audit of the cohort's files; None: they were not audited
 ) -> Run:  # the run directory
     "imported answers → delivery proof → metrics → verdicts."
     if registration:
@@ -464,6 +465,8 @@ def run_import(
     _keep_cohort(run, cohort, exclusions)
     _write_environment(run, plan, about)
     write_table(plan, run / 'plan.parquet', 'plan')
+    if files is not None:
+        write_audit(files, run / 'files')
     keep_registration(run, registration, plan, settings)
     mark_first_answer(run, known=False)
     p = import_predictions(file, plan, run, name, settings.max_failures)

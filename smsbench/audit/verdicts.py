@@ -231,9 +231,9 @@ def _untried(cells, modality):
     return ''
 
 
-def _with_firmness(found, cells, modality, about, strict):
-    "The record of a verdict with missing answers, firmness and label error."
-    empty = dict(
+def _nothing_more():
+    "What stands beside a verdict that is not given."
+    return dict(
         missing_share=0.0,
         untried_share=0.0,
         value_if_missing_stay=np.nan,
@@ -242,8 +242,21 @@ def _with_firmness(found, cells, modality, about, strict):
         firmness=dict(draws=[], matched=[]),
         label_error=[],
     )
+
+
+def _without_few(found, margin):
+    "A verdict of credentialed data; none on few donors, whose number would follow from the bounds."
+    worth = [found[c] for c in ('n_donors', 'n_effective') if found[c]]
+    if found['state'] == 'ok' and min(worth, default=0) < FEWEST:
+        why = f'fewer than {FEWEST} effective patients or donors'
+        return nothing('too few', margin, why, 'undecided') | _nothing_more()
+    return without_small_verdict(found, FEWEST)
+
+
+def _with_firmness(found, cells, modality, about, strict):
+    "The record of a verdict with missing answers, firmness and label error."
     if found['state'] != 'ok':
-        return found | empty
+        return found | _nothing_more()
     margin = found['margin']
     firm = firmness(cells, modality, margin, about.get('strata', []), about.get('match', []))
     noisy = about.get('label_source') == 'report' and modality == 'image'
@@ -328,7 +341,7 @@ def give_verdicts(
         for k, v in found.items()
     }
     if access_of(plan, 'the plan') != 'open':
-        found = {k: without_small_verdict(v, FEWEST) for k, v in found.items()}
+        found = {k: _without_few(v, margin) for k, v in found.items()}
     models = {
         m: (
             _model_record(m, parts[m], found, silent[m]['all', 'all'])

@@ -446,8 +446,19 @@ def predictions(
         _as_registered(settings, registration, ctx, plan_file),
         excluded,
         registration or '',
+        _audit_beside(cohort_file),
     )
     finish(out, as_json)
+
+
+def _audit_beside(cohort_file):
+    "The audit of the files that `smsbench cohort` left beside its cohort; None where it is not."
+    from smsbench.data.sealed_cohort import read_audit
+
+    if cohort_file is None:
+        return None
+    folder = cohort_file.with_name(cohort_file.stem + '_files')
+    return read_audit(folder) if (folder / 'findings.parquet').exists() else None
 
 # %% ../../nbs/80_cli/80_main.ipynb #72458e05
 @app.command()

@@ -41,7 +41,7 @@ from smsbench.report.verdict_figures import (
 from .sentences import family_note, instead, points, reading_note, sentence, wording
 from ..audit.arms import ARMS
 from ..audit.plan import attainable
-from ..privacy import format_count
+from ..privacy import SMALL, beside_hidden, format_count
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #89d0369f
 def model_names(
@@ -240,7 +240,9 @@ def _cells(v, modality, is_open):
     "What every table of verdicts shows of one."
 
     def count(n):
-        return DASH if n is None else format_count(int(n), 'open' if is_open else 'credentialed')
+        if n is None:
+            return DASH
+        return str(int(n)) if is_open else _withheld(n)
 
     said = deciding_row(v)['said'] if v['state'] == 'ok' else DASH
     return {
@@ -471,7 +473,7 @@ def attainable_table(
         return Html()
 
     def count(n):
-        return format_count(int(n), 'open' if results.open else 'credentialed')
+        return str(int(n)) if results.open else _withheld(n)
 
     numbers = ['samples', 'patients', 'donors', 'effective', 'equal']
     rows = pd.DataFrame(
@@ -502,17 +504,19 @@ def donor_section(
     use = donor_use(results.plan, dict(zip(cohort.sample_id, cohort.patient_id)))
     if use.empty:
         return markup('<p class="absent">No arm shows anything of another patient.</p>')
-    hide = [not results.open and n < 10 for n in use.donors]
+    few = (use.donors < SMALL) | (use.samples < SMALL)
+    few = few | beside_hidden(use.samples, few, [use.arm, use.finding])
+    hide = few & (not results.open)
 
     def least(n, h):
-        return '<10' if h or (not results.open and n < 10) else rounded(n, 0)
+        return 'withheld' if h or (not results.open and n < SMALL) else rounded(n, 0)
 
     rows = pd.DataFrame(
         {
             'arm': use.arm,
             'finding': use.finding,
             'donor’s class': use.donor_class,
-            'samples': [least(n, False) for n in use.samples],
+            'samples': [least(n, h) for n, h in zip(use.samples, hide)],
             'donors': [least(n, h) for n, h in zip(use.donors, hide)],
             'effective donors': [least(n, h) for n, h in zip(use.effective, hide)],
             'most used donor': [DASH if h else percent(s, 1) for s, h in zip(use.most_used, hide)],
@@ -619,14 +623,19 @@ def metric_table(
 
 def _behind(row, is_open):
     "Samples and donors behind a row; a table of a tool without donors has none."
-    few = 'suppressed' in row.note and not is_open
+    few = row.state == 'suppressed' and not is_open
     donors = int(getattr(row, 'n_donors', 0))
 
     def count(n):
-        return format_count(int(n), 'open' if is_open else 'credentialed')
+        return str(int(n)) if is_open else _withheld(n)
 
     told = f'{count(donors)} ({count(row.n_effective)})' if donors and not few else DASH
-    return {'samples': '<10' if few else row.n, 'donors (effective)': told}
+    return {'samples': '<10' if few else count(row.n), 'donors (effective)': told}
+
+
+def _withheld(n):
+    "A count of credentialed data; 0 stands for one that may not be shown."
+    return format_count(int(n), 'credentialed') if n else 'withheld'
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #9619c899
 def comparison_table(
