@@ -223,7 +223,7 @@ def complete_metrics(
 
     `group` and `level` are '' for all samples, `second` is '' unless two models are compared.
     """
-    names = df.subgroup.str.partition('=')
+    names = df.subgroup.astype(str).str.partition('=').reindex(columns=range(3))
     split = names[1] != ''
     default = dict(
         state=_states(df),
@@ -232,7 +232,7 @@ def complete_metrics(
         first=df.model,
         second=pd.Series('', df.index),
     )
-    filled = {c: df[c].fillna(d) if c in df else d for c, d in default.items()}
+    filled = {c: df[c].astype(object).fillna(d) if c in df else d for c, d in default.items()}
     out = df.assign(**filled)
     out.attrs = df.attrs
     return out
@@ -240,7 +240,7 @@ def complete_metrics(
 
 def _states(df):
     "State of rows that do not bring one."
-    note = df.note.fillna('')
+    note = df.note.fillna('').astype(str)
     known = [note.str.startswith('suppressed'), df.value.isna()]
     return pd.Series(np.select(known, ['suppressed', 'undefined'], 'ok'), df.index, object)
 

@@ -556,7 +556,8 @@ def suppress_few(
         return metrics
     few, out = _rests_on_few(metrics, minimum), metrics.copy()
     out.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan
-    out.loc[few, 'note'] = f'suppressed: fewer than {minimum} patients or donors'
+    out.loc[few, 'note'] = f'suppressed: fewer than {minimum} effective patients or donors'
+    out.loc[metrics.n_clusters < minimum, 'note'] = f'suppressed: fewer than {minimum} patients'
     told = few | _tells_of_few(metrics, few) | _rest_of_few(metrics, few, minimum)
     out.loc[told, ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0
     return without_small(out, ['n_donors', 'n_effective'], access, minimum)

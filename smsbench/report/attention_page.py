@@ -12,6 +12,7 @@ import shlex
 
 import numpy as np, pandas as pd
 
+from ..core import complete_metrics
 from smsbench.report.attention_figures import (
     choose_maps,
     image_arrived,
@@ -41,6 +42,7 @@ def localises(
     film. 'random': above both, but not above the same model with random weights. '': not measured,
     or void.
     """
+    metrics = complete_metrics(metrics)
     at = (
         metrics[
             (metrics.model == model)
@@ -280,7 +282,7 @@ def attention_table(
     caption: str = '',  # what it shows
 ) -> Html:
     "Metrics with intervals, models in columns; p-values below differences."
-    t = metrics[metrics.metric.isin(wanted)]
+    t = complete_metrics(metrics[metrics.metric.isin(wanted)])
     for column, keep in (('model', models), ('arm', arms), ('subgroup', subgroups)):
         if keep:
             t = t[t[column].isin(keep)]
@@ -410,6 +412,7 @@ def strategy_table(
     model: str,  # which model
 ) -> Html:
     "How far map and answer move with the words, strategy by strategy."
+    metrics = complete_metrics(metrics)
     t = metrics[
         (metrics.model == model)
         & metrics.metric.isin(_MOVED)

@@ -236,6 +236,11 @@ def estimate(
     return points(value) if span(low, high) == DASH else f'{points(value)} ({span(low, high)})'
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #5ecc6d0f
+def _withheld(n):
+    "A count of credentialed data; 0 stands for one that may not be shown."
+    return format_count(int(n), 'credentialed') if n else 'withheld'
+
+
 def _cells(v, modality, is_open):
     "What every table of verdicts shows of one."
 
@@ -631,11 +636,6 @@ def _behind(row, is_open):
 
     told = f'{count(donors)} ({count(row.n_effective)})' if donors and not few else DASH
     return {'samples': '<10' if few else count(row.n), 'donors (effective)': told}
-
-
-def _withheld(n):
-    "A count of credentialed data; 0 stands for one that may not be shown."
-    return format_count(int(n), 'credentialed') if n else 'withheld'
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #9619c899
 def comparison_table(

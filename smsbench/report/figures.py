@@ -11,6 +11,7 @@ import textwrap
 
 import numpy as np, pandas as pd
 
+from ..core import complete_metrics
 from .style import DASH, canvas, literal, looks, percent, rounded, span, styled
 from ..audit.arms import ARMS
 
@@ -21,11 +22,12 @@ def pick(
     subgroup: str = 'all',  # which subgroup; '' takes all of them
     arms=None,  # arm names; None takes all
 ) -> pd.DataFrame:  # rows in the order of the arms
-    "Rows of one metric of the models themselves."
+    "Pick rows of one metric, without comparisons of two models."
+    metrics = complete_metrics(metrics)
     rows = metrics[
         (metrics.metric == metric)
         & (metrics.subgroup.eq(subgroup) | (subgroup == ''))
-        & ~metrics.model.isin(set(metrics.model[metrics.metric == 'accuracy_difference']))
+        & (metrics.second == '')
     ]
     rows = rows if arms is None else rows[rows.arm.isin(arms)]
     return rows.sort_values(
@@ -330,6 +332,7 @@ def shapley_points(
 
     Columns: model, subgroup, phi_image, image_low, image_high, phi_text, text_low, text_high.
     """
+    metrics = complete_metrics(metrics)
     wanted = metrics[metrics.subgroup.eq('all') | (metrics.group == 'finding')]
     both = {
         w: (
@@ -357,9 +360,8 @@ def modality_plane(
     points = points[~points.model.isin(lost)]
     if points.empty:
         return None
-    styles = looks(
-        sorted(set(metrics.model) - set(metrics.model[metrics.metric == 'accuracy_difference']))
-    )
+    alone = complete_metrics(metrics).second == ''
+    styles = looks(sorted(set(metrics.model[alone])))
     styles = {m: s for m, s in styles.items() if m in set(points.model)}
     ends = points[['image_low', 'image_high', 'text_low', 'text_high']].to_numpy()
     low, high = min(ends.min(), 0), max(ends.max(), 0)

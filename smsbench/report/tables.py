@@ -8,7 +8,7 @@ __all__ = ['class_table', 'latex_table']
 # %% ../../nbs/70_report/110_tables.ipynb #9247e66b
 import numpy as np, pandas as pd
 
-from ..core import moved
+from ..core import complete_metrics, moved
 from .style import rounded, span
 
 __getattr__ = moved(
@@ -32,6 +32,7 @@ def class_table(
     digits: int = 2,  # decimal places
 ) -> pd.DataFrame:  # text; index: classes, then the mean over classes
     "Numbers with intervals as a paper prints them."
+    metrics = complete_metrics(metrics)
     rows = metrics[(metrics.group == 'class') | metrics.metric.str.startswith('macro_')]
     rows = rows.assign(
         row=rows.level.where(rows.group != '', 'mean over classes'),
