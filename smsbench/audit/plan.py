@@ -588,7 +588,17 @@ def attainable_lines(
         need = f' ("ignores" {needs})' if 'ignores' in missing else ''
         out = f"; out of reach: {', '.join(missing)}{need}" if missing else ''
         lines.append(f'{what}: {r.effective_donors:.0f} effective patients and donors{out}')
+    lines[0] += _weighs(table)
     return lines
+
+
+def _weighs(table):
+    "Name the finding whose few donors weigh on the verdict over all questions; '' where none does."
+    whole, each = table.iloc[0], table[(table.label == 'all') & (table.finding != 'all')]
+    if len(each) < 2 or whole.alike > 0.6 * each.alike.max():
+        return ''
+    rare = each.finding[each.alike.idxmin()]
+    return f'; {rare} has the fewest donors and weighs on all questions: consider leaving it out'
 
 
 def _donor_row(finding, label, swaps, margin, members):

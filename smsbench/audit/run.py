@@ -329,7 +329,13 @@ def _plan_line(plan, access):
         f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
         f" {format_count(plan.sample_id.nunique(), access)} samples,"
         f" {format_count(plan.patient_id.nunique(), access)} patients, {plan.arm.nunique()} arms"
+        + _donor_words(plan)
     )
+
+
+def _donor_words(plan):
+    donors = plan.attrs.get('donors', 1)
+    return f', {donors} donors per sample' if donors > 1 else ''
 
 
 def _write_environment(run, plan, about, device=''):
