@@ -28,6 +28,15 @@ def percentile(values, share):
     return sorted(values)[int(share * (len(values) - 1))]
 
 
+def written_lines(text):
+    "Lines of a module that a person wrote: without blank ones and nbdev's list of names."
+    lines, listed = text.splitlines(), set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == '__all__':
+            listed |= set(range(node.lineno - 1, node.end_lineno))
+    return [line for i, line in enumerate(lines) if line.strip() and i not in listed]
+
+
 def exported_notebooks(root=ROOT):
     "Notebooks of which a module is made."
     named = [p for p in sorted((root / 'nbs').rglob('*.ipynb')) if 'default_exp' in p.read_text()]
@@ -44,7 +53,7 @@ def figures(root=ROOT):
     "name -> number"
     texts = [p.read_text() for p in modules(root)]
     trees = [ast.parse(t) for t in texts]
-    lines = [line for t in texts for line in t.splitlines() if line.strip()]
+    lines = [line for t in texts for line in written_lines(t)]
     found = functions(trees)
     bodies = [body_lines(f) for f in found]
     nodes = sum(len(list(ast.walk(n))) for f in found for n in f.body)

@@ -1,4 +1,4 @@
-"""Run every notebook from top to bottom, as `nbdev_test` does; a notebook that hangs is ended by name.
+"""Run every notebook from top to bottom; a notebook that hangs is ended and named.
 
 python -m pytest -n 2 --dist worksteal tests/notebooks.py
 """

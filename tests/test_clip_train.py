@@ -39,15 +39,16 @@ SETTINGS = dict(
 WORK = '''
 import sys, json, torch
 torch.set_num_threads(1)
-from smsbench.clip.dataset import films_of
+from smsbench.clip.dataset import images_of
 from smsbench.clip.model import load_clip
 from smsbench.clip.processes import processes
 from smsbench.clip.trainer import TrainSettings, train
 from smsbench.data.phantom import phantom_cohort
 model, out, settings = sys.argv[1:]
-films = films_of(phantom_cohort(50, size=64, seed=5, findings=('opacity', 'effusion')))
+films = images_of(phantom_cohort(50, size=64, seed=5, findings=('opacity', 'effusion')))
 with processes('cpu'):
-    train(films, load_clip(model, device='cpu'), TrainSettings.from_values(**json.loads(settings)), out)
+    settings = TrainSettings.from_values(**json.loads(settings))
+    train(films, load_clip(model, device='cpu'), settings, out)
 '''
 
 

@@ -1,4 +1,4 @@
-"Whatever is done to a table of credentialed data, it is known for what it is, and nothing of few patients comes out."
+"Tables of credentialed data stay what they are, and nothing of few patients comes out."
 
 import pickle, re
 
@@ -42,7 +42,7 @@ WAYS = {  # what is done to tables every day; each loses or keeps the metadata a
 
 
 def lend(table):
-    "The table with secrets planted in ids, texts, a small stratum and a carried column; its access is credentialed."
+    "A credentialed table with secrets in ids, texts, a small stratum and a carried column."
     n, patient = len(table), pd.factorize(table.patient_id)[0]
     out = table.assign(
         place=range(n),

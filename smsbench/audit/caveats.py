@@ -448,7 +448,7 @@ def caveat_lines(
     root='DATA',  # folder of the data, for commands
     specs: dict = None,  # name of a model -> what was given as --model
 ) -> list:  # lines, those of a model in the order of its caveats
-    "Caveats as a person reads them in a terminal: whole, but of findings in the files the first line."
+    "Write caveats for a terminal: whole, except that findings in the files are cut short."
     out = []
     for name, verdict in models.items():
         start = f'{name}: ' if len(models) > 1 else ''
