@@ -15,6 +15,8 @@ from .style import DASH
 from .html import Html, html_table, join, markup
 from .audit_page import column, model_names
 from ..audit.arms import ARMS
+from ..audit.image_edits import IMAGE_OPERATIONS
+from ..audit.probes import TEXT_WORDS
 from ..privacy import access_of, format_count
 
 # %% ../../nbs/70_report/230_provenance.ipynb #4c616082
@@ -127,28 +129,6 @@ def funnel(
     )
 
 # %% ../../nbs/70_report/230_provenance.ipynb #124a0bb4
-_IMAGE = {
-    'own': 'its own',
-    'other': 'of another patient and class',
-    'same': 'of another patient, same class',
-    'near': 'the most similar one of another class',
-    'near_same': 'the most similar one of the same class',
-    'grey': 'uniform grey',
-    'occlude': 'its own, marked region greyed',
-    'elsewhere': 'its own, an equal region elsewhere greyed',
-    'shuffle': 'its own, patches permuted',
-    'none': 'none',
-}
-_TEXT = {
-    'foil': 'its own, what it says about the question turned round',
-    'foil_other': 'its own, another statement turned round or its side swapped',
-    'removed': 'its own, without what it says about the question',
-    'removed_other': 'its own, without another statement',
-    'history': 'its own, after one of another patient and class as an earlier one',
-    'history_same': 'its own, after one of another patient, same class, as an earlier one',
-}
-
-
 def arm_table(
     plan,  # the plan
 ) -> Html:
@@ -156,9 +136,8 @@ def arm_table(
     rows = [
         {
             'arm': a.name,
-            'image': _IMAGE[a.image],
-            'text': {**_IMAGE, **_TEXT}[a.text]
-            + (', and the prompt says that there is no image' if a.prompt == 'text_told' else ''),
+            'image': IMAGE_OPERATIONS[a.image].words,
+            'text': _text_words(a),
             'compared with': a.versus or DASH,
             'controlled by': a.control or DASH,
         }
@@ -166,6 +145,14 @@ def arm_table(
         if (plan.arm == a.name).any()
     ]
     return html_table(pd.DataFrame(rows), 'What each arm shows')
+
+
+def _text_words(arm):
+    "The text that an arm shows, in words."
+    donated = IMAGE_OPERATIONS.get(arm.text)  # a text may come from the same donors as an image
+    words = donated.words if donated else TEXT_WORDS.get(arm.text, arm.text)
+    told = arm.prompt == 'text_told'
+    return words + (', and the prompt says that there is no image' if told else '')
 
 # %% ../../nbs/70_report/230_provenance.ipynb #f1139e45
 def loading_flags(
