@@ -245,7 +245,9 @@ def nfr_heatmap(
     metrics: pd.DataFrame,  # metrics table
     delivery=None,  # what `prove_delivery` found
 ):  # Figure with `.alt`, or None where no row has it
-    "Negative flip rate per arm and model."
+    "Draw the negative flip rate per arm and model."
+    from seaborn import heatmap
+
     rows = pick(metrics, 'nfr')
     if rows.empty:
         return None
@@ -266,23 +268,13 @@ def nfr_heatmap(
             for a in order
         ]
     )
-    mesh = ax.pcolormesh(
-        np.where(hidden, np.nan, grid), cmap='Blues', vmin=0, vmax=1, edgecolors='white', lw=1.5
-    )
+    labels = [textwrap.fill(literal(m), 18) for m in models]
+    shown = pd.DataFrame(np.where(hidden, np.nan, grid), order, labels)
+    bar = dict(shrink=0.5, aspect=18, format=lambda v, _: percent(v))
+    heatmap(shown, ax=ax, cmap='Blues', vmin=0, vmax=1, linewidths=1.5, cbar_kws=bar)
     for i, j in np.ndindex(grid.shape):
         _flip_cell(ax, i, j, grid[i, j], (low[i, j], high[i, j]), hidden[i, j], note[i, j])
-    ax.set(
-        xticks=np.arange(len(models)) + 0.5,
-        yticks=np.arange(len(order)) + 0.5,
-        ylim=(len(order), 0),
-    )
-    ax.set_xticklabels([textwrap.fill(literal(m), 18) for m in models])
-    ax.set_yticklabels(order)
-    ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-    ax.spines[:].set_visible(False)
-    fig.colorbar(
-        mesh, ax=ax, shrink=0.5, aspect=18, format=lambda v, _: percent(v)
-    ).outline.set_visible(False)
+    ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, rotation=0)
     fig.alt = 'Heat map of the negative flip rate per arm and model. ' + listed(rows, void)
     return fig
 
