@@ -28,7 +28,7 @@ class Names:
 
     @property
     def by_letter(self):
-        "True if all choices are letters of options."
+        "Return True if all choices are letters of options."
         return all(len(c) == 1 for c in self.of.values())
 
 # %% ../../nbs/30_answers/40_choices.ipynb #aa847049
@@ -45,15 +45,15 @@ def names_of(
 ) -> Names:
     "Collect every name of every choice."
     of = {c.strip().lower(): c for c in choices}
-    own = dict(of)
+    plain = dict(of)
     for letter, text in options:
         pair = letter.strip().lower(), text.strip().lower().rstrip('.')
-        choice = own.get(pair[0]) or own.get(pair[1])
+        choice = plain.get(pair[0]) or plain.get(pair[1])
         if choice:
             for name in pair:
                 of.setdefault(name, choice)
     letters = {n.upper() for n in of if len(n) == 1 and n.isascii() and n.isalpha()}
-    sides, finding = _sides(own)
+    sides, finding = _sides(plain)
     if sides and not finding:
         for word, side in SENSE.items():
             of.setdefault(word, sides[side])
@@ -61,16 +61,16 @@ def names_of(
     return Names(of, sides, finding, tuple(long), frozenset(letters))
 
 
-def _sides(own):
+def _sides(plain):
     "Find the choices that mean yes and no, and the choice that is a finding."
-    sides = {SENSE[n]: c for n, c in own.items() if n in SENSE}
+    sides = {SENSE[n]: c for n, c in plain.items() if n in SENSE}
     if len(sides) == 2:
         return sides, ''
-    nothing = [n for n in own if _NOTHING.match(n)]
-    if len(own) != 2 or len(nothing) != 1:
+    nothing = [n for n in plain if _NOTHING.match(n)]
+    if len(plain) != 2 or len(nothing) != 1:
         return {}, ''
-    other = next(n for n in own if n not in nothing)
-    return dict(yes=own[other], no=own[nothing[0]]), other
+    other = next(n for n in plain if n not in nothing)
+    return dict(yes=plain[other], no=plain[nothing[0]]), other
 
 # %% ../../nbs/30_answers/40_choices.ipynb #e33e1edf
 _LETTER = re.compile(r"\(?([A-Za-z])(?:\)|(?=\s*(?:$|[.,:)\n]|(?:and|or|&|/) [A-J]\b))(?!\s*'))")
@@ -164,7 +164,7 @@ def final(
         return whole
     return opening(last[conclusion.end() :], names, True)
 
-
+# %% ../../nbs/30_answers/40_choices.ipynb #d4387c50
 def explicit(
     text: str,  # answer of a model
     names: Names,  # from `names_of`

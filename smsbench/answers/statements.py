@@ -13,6 +13,7 @@ from functools import lru_cache
 
 # %% ../../nbs/30_answers/30_statements.ipynb #f3829856
 def _any(*words):
+    "Compile a pattern for any of some words."
     return re.compile(r'\b(?:' + '|'.join(words) + r')\b' + r"|(?!)")
 
 
@@ -116,7 +117,7 @@ def words(
     "List the words of a text, without punctuation."
     return re.findall(r"[^\W_]+(?:'[a-z]+)?", text)
 
-
+# %% ../../nbs/30_answers/30_statements.ipynb #78a0ad11
 @lru_cache(maxsize=65536)
 def same_word(
     a: str,  # a word

@@ -52,7 +52,7 @@ def repeats(
 # %% ../../nbs/40_published/20_faults.ipynb #779113b3
 def borrowed(
     arm: np.ndarray,  # (m, k) logits of an arm
-    own: np.ndarray,  # (m, k) baseline logits of the same samples
+    baseline: np.ndarray,  # (m, k) baseline logits of the same samples
     pool: np.ndarray,  # (n, k) all baseline logits
 ) -> tuple:  # (hit, near, twice, row numbers of arm, row numbers of pool)
     """Find the rows that equal other samples' baseline rows, and the share near by rounding.
@@ -68,7 +68,7 @@ def borrowed(
     row = row.ravel()
     p, a = row[: len(pool)], row[len(pool) :]
     uses = np.bincount(p, minlength=row.max() + 1)[a]  # how often a row occurs in the baseline
-    known, same = uses > 0, (arm == own).all(1)
+    known, same = uses > 0, (arm == baseline).all(1)
     step = rounding_step(pool)
     step[step == 0] = 1.0
     near = 0.0
@@ -444,8 +444,8 @@ def faults(
         arms = by_arm(g)
         for a in ARMS:
             if a not in arms:
-                lost = '; without the baseline nothing can be compared' if a == 'No' else ''
-                evidence = f'No {a} row in the file{lost}.'
+                remark = '; without the baseline nothing can be compared' if a == 'No' else ''
+                evidence = f'No {a} row in the file{remark}.'
                 out.append(fault(*where, a, 'missing_arm', 0, len(g), evidence))
         out += delivery_faults(arms, where) + answer_faults(arms, where) + token_faults(arms, where)
     order = {w: i for i, w in enumerate(dict.fromkeys((f['dataset'], f['model']) for f in out))}

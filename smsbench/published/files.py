@@ -396,14 +396,14 @@ def example_table(
     truth = rng.permutation(np.arange(n) % 2)  # 1 is yes
     # image and text evidence; the last entry is "not given"
     image, text = (np.r_[rng.normal(1.2 * (2 * truth - 1), 1), 0] for _ in range(2))
-    own, none = np.arange(n), np.full(n, n)
+    itself, none = np.arange(n), np.full(n, n)
     donors = [np.array([rng.choice(np.flatnonzero(truth != t)) for t in truth]) for _ in range(2)]
     arms = dict(
-        No=(own, own),
-        Image=(donors[0], own),
-        Text=(own, donors[1]),
-        Only_text=(none, own),
-        Only_image=(own, none),
+        No=(itself, itself),
+        Image=(donors[0], itself),
+        Text=(itself, donors[1]),
+        Only_text=(none, itself),
+        Only_image=(itself, none),
     )
     if kind == 'void-image':
         arms['Image'] = arms['No']

@@ -381,7 +381,8 @@ def shares(
     """Split the attention among image, report, question, special tokens and template.
 
     The shares sum to 1; 'beside' is the share on image tokens outside the grids. In
-    cross-attention the image has a share of 1 by construction. `RunError` for a query without any weight.
+    cross-attention the image has a share of 1 by construction. `RunError` for a query without
+    any weight.
     """
     p = pooled(rows, layers, heads)
     if empty := [q for q, a in zip(rows.queries, p) if not a.sum() > 0]:

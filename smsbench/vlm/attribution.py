@@ -223,32 +223,32 @@ class Method:
 METHODS = {  # name -> method
     'raw': Method(
         attention_rows,
-        'from where the query copies, in the layers and heads that are looked at',
+        'what the query draws on, in the chosen layers and heads',
         'attention, 1 in a row',
     ),
     'rollout': Method(
         rollout_rows,
-        'from which tokens the content of the query has come through all layers',
+        'the tokens from which the content of the query came, through all layers',
         'share of paths, 1 in a row',
         ('heads',),
         True,
     ),
     'gradient': Method(
         gradient_rows,
-        'which attention of the query speaks for the answer, and by how much',
+        'which attention of the query supports the answer, and by how much',
         'nats of the margin',
         ('choice',),
     ),
     'relevance': Method(
         relevance_rows,
-        'which tokens speak for the answer through all layers',
+        'which tokens support the answer, through all layers',
         'nats of the margin, chained over layers',
         ('choice',),
         True,
     ),
     'composed': Method(
         composed_rows,
-        'from which patches the vision tower took what the query copies',
+        'the patches from which the vision tower took what the query draws on',
         'attention, 1 in a row',
         ('vision',),
     ),

@@ -61,10 +61,10 @@ def _refuse_elsewhere(raw, name, file):
             f'{name}: {file} makes it an adapter of another checkpoint, whose code no revision'
             ' pins; merge the two into one folder'
         )
-    if reference := code_elsewhere(raw):
+    if reference := ' '.join(code_elsewhere(raw).split())[:120]:
         raise InputError(
-            f'{name}: {file} takes code from elsewhere ({" ".join(reference.split())[:120]}), which no'
-            ' revision pins; copy that code into the checkpoint, read it, and name it without --'
+            f'{name}: {file} takes code from elsewhere ({reference}), which no revision pins; copy'
+            ' that code into the checkpoint, read it, and name it without --'
         )
 
 

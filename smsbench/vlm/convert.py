@@ -205,7 +205,7 @@ def _check_original(raw, shown, tower):
             ' does not'
         )
 
-
+# %% ../../nbs/20_vlm/070_convert.ipynb #b54eb16a
 def llava_config(
     raw: dict,  # config.json of the original checkpoint
     vocabulary: int,  # its number of tokens, without <image>

@@ -102,7 +102,7 @@ def _shares(t, marks, rows):
 def record_inputs(
     model,  # a Hugging Face vision-language model
 ):  # yields a list of `RecordedPass`, one per pass through the language model
-    "Record what enters the language model; `RunError` where no pass was recorded."
+    "Record what enters the language model; `RunError` if no pass was recorded."
     import torch
 
     passes = []

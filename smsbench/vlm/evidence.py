@@ -76,6 +76,7 @@ _Y, _AX = _X.T, np.abs(_X)
 
 
 def _zone(x0, x1, y0, y1):
+    "Mark a zone on both sides of the midline."
     return (_AX > x0) & (_AX < x1) & (_Y > y0) & (_Y < y1)
 
 
@@ -90,6 +91,7 @@ def _mean(a, k):
 
 
 def _around(a, shifts):
+    "Sort the values at some shifts, per pixel."
     return np.sort([np.roll(a, s, (0, 1)) for s in shifts], 0)
 
 # %% ../../nbs/20_vlm/050_evidence.ipynb #27535688

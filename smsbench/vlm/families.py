@@ -18,7 +18,7 @@ class Capabilities:
     family: str  # name; also its `model_type`, unless set below
     title: str  # display name
     top_level: str = 'plain'  # most that trials may share: 'plain', 'batch', 'features', 'prefix'
-    why: str = 'every trial is asked alone'  # why they may not share more
+    why: str = 'every trial is scored alone'  # why they may not share more
     text_only: str = 'template'  # without an image: 'template' and processor, or 'tokenizer' only
     system: str = ''  # default system prompt; '' leaves it to the template
     extra: str = ''  # default sentence after the question
@@ -36,13 +36,13 @@ class Capabilities:
     sliding: bool = False  # some layers attend to the nearest tokens only
     attention: str = 'self'  # maps: 'self', 'full' (self, layers without a window), 'cross'
     model_type: str = ''  # `model_type` of the configuration, where it is not `family`
-    text_type: str = ''  # `model_type` of the language model, where that tells two families apart
+    text_type: str = ''  # `model_type` of the language model, if two families differ in it
 
 
 PLAIN = Capabilities(
     '',
     'any other class of AutoModelForImageTextToText',
-    why='in no table of smsbench: asked one by one, nothing shared',
+    why='in no table of smsbench: scored one by one, nothing shared',
 )
 
 # %% ../../nbs/20_vlm/020_families.ipynb #f77f9eb8
@@ -50,14 +50,12 @@ _ALL = (
     'one causal sequence: everything up to the last image token is the same for all trials of an'
     ' image'
 )
-_MROPE = dict(
-    top_level='prefix', why=_ALL + ', with its three-axis positions passed on', mrope=True
-)
+_MROPE = dict(top_level='prefix', why=_ALL + ', with three-axis positions', mrope=True)
 _PREFIX_LM = dict(
     top_level='features',
     why=(
-        'prefix-LM: image and question see each other in both directions, so a prefix depends on'
-        ' what follows it'
+        'prefix-LM: image and question attend in both directions, so a prefix depends on what'
+        ' follows it'
     ),
     text_only='tokenizer',
     writes_start=True,
@@ -87,7 +85,7 @@ _RECORDS = [
         'gemma3',
         'Gemma 3, MedGemma',
         'prefix',
-        _ALL + '; the cut must lie behind the image, whose tokens see each other',
+        _ALL + '; a prefix must contain the whole image, whose tokens attend to each other',
         sliding=True,
         attention='full',
     ),
@@ -96,7 +94,7 @@ _RECORDS = [
         'Llama 3.2 Vision (Mllama)',
         'prefix',
         'the image enters through cross-attention, whose keys and values are cached with the'
-        ' prefix; rows without an image go apart',
+        ' prefix; rows without an image are batched separately',
         plain=('{image}{start}{text}\nAnswer:', '{start}{text}\nAnswer:'),
         writes_start=True,
         image_token='',
@@ -197,7 +195,7 @@ ROUTES = (
         'meta-llama/Llama-3.2-11B-Vision-Instruct',
         'loader',
         'mllama',
-        'gated; its template takes no system prompt beside an image',
+        'gated; its template takes no system prompt with an image',
     ),
     Route(
         'Janus-Pro 7B',

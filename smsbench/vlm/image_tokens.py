@@ -68,6 +68,7 @@ def _resize(f, ip):
 
 
 def _crop(f, ip):
+    "Crop at the centre; an image that is too small is padded first."
     if not getattr(ip, 'do_center_crop', False):
         return f
     h, w = ip.crop_size['height'], ip.crop_size['width']
@@ -76,10 +77,12 @@ def _crop(f, ip):
 
 
 def _square(f, ip):
+    "Pad to a square, if the processor does."
     return f.centred(*[max(f.height, f.width)] * 2) if ip.do_pad else f
 
 
 def _letterbox(f, ip):
+    "Resize the longer edge, then pad to a square (Janus)."
     side, least = ip.size['height'], ip.min_size
     f = f.resized(
         *(max(round(n * side / max(f.height, f.width)), least) for n in (f.height, f.width))
@@ -88,6 +91,7 @@ def _letterbox(f, ip):
 
 
 def _image(h, w):
+    "Return the frame of the whole image."
     return Frame(h, w, (0.0, 0.0, float(w), float(h)))
 
 
@@ -128,6 +132,7 @@ def _cells(name, kind, positions, frame, rows=None):
 
 
 def _ip(model):
+    "Return the image processor, without the wrapper that caches."
     return getattr(model.processor.image_processor, 'inner', model.processor.image_processor)
 
 
@@ -208,10 +213,12 @@ def _joined(starts, tiles, g):
 
 
 def _split_by_size(ip, h, w):
+    "Return the rows and columns of tiles of Idefics3 and SmolVLM."
     return tuple(ip.get_number_of_image_patches(h, w, dict(do_image_splitting=True))[1:])
 
 
 def _split_by_shape(ip, h, w):
+    "Return the rows and columns of tiles of InternVL."
     canvas = sys.modules[type(ip).__module__].get_optimal_tiled_canvas(
         (h, w), (ip.size['height'], ip.size['width']), ip.min_patches, ip.max_patches
     )
@@ -362,11 +369,11 @@ def image_states(
     """
     import torch
 
-    got = []
+    states = []
 
     def hook(module, args, kwargs):
         t = kwargs.get('cross_attention_states' if model.caps.cross_attention else 'inputs_embeds')
-        got.append(None if t is None else t.reshape(-1, t.shape[-1]).float().cpu().numpy())
+        states.append(None if t is None else t.reshape(-1, t.shape[-1]).float().cpu().numpy())
         raise _Enough
 
     handle = model.model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
@@ -375,12 +382,12 @@ def image_states(
             model.model(**model.put(row), use_cache=False)
     finally:
         handle.remove()
-    if not got or got[0] is None:
+    if not states or states[0] is None:
         raise RunError(
             f'{model.name}: no input of its language model was recorded; its geometry cannot be'
             ' checked'
         )
-    return got[0]
+    return states[0]
 
 # %% ../../nbs/20_vlm/120_image_tokens.ipynb #b1ded4bb
 def patch_check(
@@ -412,7 +419,7 @@ def patch_check(
                 for rc in tried
             ]
         )
-        found = [np.unravel_index(a.argmax(), v.grid) for a in change]
+        brightest = [np.unravel_index(a.argmax(), v.grid) for a in change]
         out += [
             dict(
                 view=v.name,
@@ -422,7 +429,7 @@ def patch_check(
                 found_column=b,
                 off=max(abs(a - r), abs(b - c)),
             )
-            for (r, c), (a, b) in zip(tried, found)
+            for (r, c), (a, b) in zip(tried, brightest)
         ]
     return pd.DataFrame(out)
 

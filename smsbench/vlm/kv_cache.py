@@ -86,7 +86,7 @@ class Trial:
 
     @property
     def image(self):
-        "Hash of the image that reaches the model; '' for none."
+        "Return the hash of the image that reaches the model; '' for none."
         return self.pixel_sha if self.vision else ''
 
 # %% ../../nbs/20_vlm/080_kv_cache.ipynb #15fcbade

@@ -356,6 +356,7 @@ def _processor(where, asked):
 
 
 def _auto_class(config):
+    "Return the Auto class that loads a configuration."
     import transformers as tf
 
     if type(config) in tf.AutoModelForImageTextToText._model_mapping:

@@ -139,7 +139,7 @@ class PrefixHashes:
 # %% ../../nbs/20_vlm/090_prefix_tree.ipynb #6d8b3ff5
 NOTHING = PrefixHashes(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
-
+# %% ../../nbs/20_vlm/090_prefix_tree.ipynb #d229b8bd
 @dataclass(eq=False)
 class Prefix:
     "Cached keys and values of B prefixes of one length."
@@ -150,7 +150,7 @@ class Prefix:
 
     @property
     def nbytes(self):
-        "Memory of the keys and values."
+        "Return the memory of the keys and values."
         return sum(
             t.nbytes for l in self.cache.layers if l.is_initialized for t in (l.keys, l.values)
         )

@@ -65,7 +65,8 @@ def refuse_control(
         is_image = token in placeholders(processor)
         role = 'the place of the image' if is_image else 'a control token'
         raise InputError(
-            f'the text contains {token!r}, which this model reads as {role}; remove it from the text'
+            f'the text contains {token!r}, which this model reads as {role}; remove it from the'
+            ' text'
         )
 
 # %% ../../nbs/20_vlm/030_prompting.ipynb #3f81ea1a
@@ -254,7 +255,7 @@ def answer_tokens(
 ) -> dict:  # choice -> list of token id tuples, most of them of length 1
     """List the token sequences that count as each choice.
 
-    `InputError` where choices differ in case only or cannot be spelled.
+    `InputError` if choices differ in case only or cannot be spelled.
     """
     if len({c.strip().lower() for c in choices}) < len(choices):
         raise InputError(

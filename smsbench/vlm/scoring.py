@@ -283,6 +283,7 @@ def _keys(batch):
 
 
 def _cut(items, n):
+    "Split a list into parts of `n` items."
     return [items[i : i + n] for i in range(0, len(items), n)]
 
 # %% ../../nbs/20_vlm/110_scoring.ipynb #fdd6fe8a
@@ -336,7 +337,7 @@ class Check:
 
     @property
     def ok(self):
-        "True if the answers and deliveries equal those of level 0."
+        "Return True if the answers and deliveries equal those of level 0."
         return self.undelivered == 0 and self.max_diff <= self.tolerance
 
     def __str__(self):
