@@ -179,7 +179,9 @@ def explicit(
     first, last = '' if _MARK.match(text) else opening(text, names), final(text, names)
     if first and last and first != last:
         return '?', 'final'
-    return (last, 'final') if last else (first, 'first' if first else '')
+    if last:
+        return last, 'final'
+    return first, 'first' if first else ''
 
 # %% ../../nbs/30_answers/40_choices.ipynb #3a143e44
 _VAGUELY = r'\s+(?:(?:an?|the|more|most|likely|probably|clearly|to be|of|consistent with)\s+)*$'

@@ -473,10 +473,10 @@ def void_arms(
         constant_output='one output for all samples, the input was not delivered',
         identical_to_other_arm='same as another shifted arm',
     )
-    return {
-        (f['model'], f['dataset'], f['arm']): (
-            'void: ' + (w[f['arm']] if isinstance(w := why[f['code']], dict) else w)
-        )
-        for f in found
-        if f['code'] in _VOIDS and f['rows'] >= VOID_SHARE * f['checked']
-    }
+    out = {}
+    for f in found:
+        if f['code'] in _VOIDS and f['rows'] >= VOID_SHARE * f['checked']:
+            reason = why[f['code']]
+            reason = reason[f['arm']] if isinstance(reason, dict) else reason
+            out[f['model'], f['dataset'], f['arm']] = f'void: {reason}'
+    return out

@@ -118,16 +118,9 @@ def as_published(
                     if len(both)
                     else np.nan
                 )
-            out += [
-                (
-                    a,
-                    metric_name(m, tokens),
-                    tokens,
-                    np.nan if lacking else v,
-                    len(both) if m == 'nfr' else len(g),
-                )
-                for m, v in figures.items()
-            ]
+            for m, v in figures.items():
+                n = len(both) if m == 'nfr' else len(g)
+                out.append((a, metric_name(m, tokens), tokens, np.nan if lacking else v, n))
     return pd.DataFrame(out, columns=['arm', 'metric', 'tokens', 'as_published', 'n_published'])
 
 # %% ../../nbs/40_published/30_reanalysis.ipynb #eb807180
@@ -241,7 +234,7 @@ def _among(sheet, arm, metric):
     if metric == 'nfr':
         use, read = use & sheet.use['']['No'], read & sheet.read('', 'No')
         return use, read, sheet.right('', 'No') * (1 - hit)
-    kind = sheet.pos if metric == 'recall' else ~sheet.pos if metric == 'specificity' else True
+    kind = dict(recall=sheet.pos, specificity=~sheet.pos).get(metric, True)
     return use & kind, read & kind, hit
 
 

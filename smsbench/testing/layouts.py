@@ -86,9 +86,8 @@ def _fairvlmed(folder):
     "Write FairVLMed: 12 subjects, 6 training, 2 validation, 4 test."
     rows = []
     for i in range(12):
-        use, sub = [('training', 'Training'), ('validation', 'Validation'), ('test', 'Test')][
-            0 if i < 6 else 1 if i < 8 else 2
-        ]
+        use = 'training' if i < 6 else 'validation'
+        use, sub = ('test', 'Test') if i >= 8 else (use, use.capitalize())
         sick, name, race = i % 2 == 0, f'data_{i + 1:05d}.npz', i % 3
         note = f'{_EYES[sick]}; seen {i + 1} times before.'
         Path(folder, sub).mkdir(parents=True, exist_ok=True)

@@ -410,27 +410,12 @@ def patch_check(
     for v in lay.views:
         inside = _cells_on(v, height, width)
         tried = [inside[i] for i in rng.permutation(len(inside))[:n]]
-        change = np.stack(
-            [
-                np.linalg.norm(
-                    image_states(model, model.encode(_patch(grey, v.cell(*rc)))[0]) - before,
-                    axis=-1,
-                )[v.positions]
-                for rc in tried
-            ]
-        )
-        brightest = [np.unravel_index(a.argmax(), v.grid) for a in change]
-        out += [
-            dict(
-                view=v.name,
-                row=r,
-                column=c,
-                found_row=a,
-                found_column=b,
-                off=max(abs(a - r), abs(b - c)),
-            )
-            for (r, c), (a, b) in zip(tried, brightest)
-        ]
+        for r, c in tried:
+            after = image_states(model, model.encode(_patch(grey, v.cell(r, c)))[0])
+            change = np.linalg.norm(after - before, axis=-1)[v.positions]
+            a, b = np.unravel_index(change.argmax(), v.grid)
+            place = dict(view=v.name, row=r, column=c, found_row=a, found_column=b)
+            out.append(place | dict(off=max(abs(a - r), abs(b - c))))
     return pd.DataFrame(out)
 
 
