@@ -402,7 +402,7 @@ def test_what_cannot_be_asked_is_an_error_in_one_line(vlms):
     with on_weights(tower.modules, tower):
         rows_of(m, x)  # the tower attends in sdpa
     with pytest.raises(RunError, match='returned no attention weights'):
-        tower.seen(m.name)
+        tower.size(m.name)
     assert set(REFERENCE) == {
         'reference-blind-follower',
         'reference-image-reader',
