@@ -53,7 +53,7 @@ def open_images(
     splits=None,  # split file, as `smsbench split` writes it; None takes the cohort's own
     conflicts: str = 'error',  # or 'drop', see `images_of`
 ) -> Images:
-    "The pictures of a cohort file; `InputError` as in `images_of`."
+    "The images of a cohort file; `InputError` as in `images_of`."
     from smsbench.data.splits import apply_splits, read_splits
 
     cohort = read_table(path, 'cohort')

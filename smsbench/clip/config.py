@@ -48,7 +48,7 @@ class TrainSettings:
     patients: bool = False  # weigh patients, not films
     cap: float = 10.0  # most that a film, class or answer may weigh, as a multiple of the smallest
     speak: str = 'uniform'  # how prompts are drawn: 'uniform', 'scheduled', 'sensitivity'
-    augment: float = 1.0  # strength of changes to the picture; 0: none
+    augment: float = 1.0  # strength of changes to the image; 0: none
     flip: bool = False  # exchange left and right; refused where any text names a side
     stop_on: str = 'loss'  # chooses the weights to keep: 'loss', 'auroc', 'sensitivity', 'recall'
     patience: int = 0  # stop after so many epochs without a better value; 0: never
@@ -56,8 +56,8 @@ class TrainSettings:
     train_split: str = 'train'  # split to train on
     val_split: str = 'val'  # split to watch
     save_every: int = 200  # steps between checkpoints, besides one per epoch
-    workers: int = 0  # processes that read pictures
-    cache_mb: int = 512  # decoded pictures to keep in memory, MB
+    workers: int = 0  # processes that read images
+    cache_mb: int = 512  # decoded images to keep in memory, MB
     max_broken: float = 0.05  # share of unreadable films above which it is an error
 
     def __post_init__(self):

@@ -17,12 +17,12 @@ from ..privacy import access_of, format_count
 
 # %% ../../nbs/50_clip/070_contamination.ipynb #a2519fb0
 def keyed_hashes(
-    key: str,  # any short text, kept beside the hashes
+    key: str,  # any short text, stored with the hashes
     names,  # texts
 ) -> list:  # 16 hexadecimal digits per text; '' for an empty one
-    """Hash names with a key, so that no list made for another file reveals them.
+    """Hash names with a key, so that a list of hashes from another file cannot reveal them.
 
-    Blanks around a name and the '.0' that programs write behind whole numbers are ignored: a
+    Surrounding blanks and the '.0' that programs append to whole numbers are ignored: a
     false match can only cause a refusal.
     """
 
@@ -39,12 +39,12 @@ SEEN_FILE = 'train_films.json'  # in the folder of a checkpoint
 
 
 def seen_record(
-    images,  # `Images` that training and validation used
+    images,  # `Images` used in training and validation
 ) -> dict:  # key, manifest, pseudonyms, pictures, patients, films, without_hash
-    """Record the films seen, as hashes; the same films give the same record.
+    """Record hashes of the training images; the same images give the same record.
 
-    pseudonyms: name of the key of the patients' pseudonyms, '' where they are open; pictures and
-    patients: sorted hashes; films: their number; without_hash: films whose picture has no hash.
+    pseudonyms: hash of the pseudonym key, '' for open data; pictures and patients: sorted hashes;
+    films: number of images; without_hash: images without a pixel hash.
     """
     image_hashes, patients = _names(images)
     key = content_hash('seen', *sorted(set(image_hashes)), *sorted(set(patients)))
@@ -70,62 +70,59 @@ def _names(images):
 
 # %% ../../nbs/50_clip/070_contamination.ipynb #b20ee683
 def write_seen(
-    images,  # `Images` that training and validation used
+    images,  # `Images` used in training and validation
     folder,  # of the checkpoint
 ):
-    "Leave `train_films.json` beside the weights, atomically."
+    "Write `train_films.json` next to the weights, atomically."
     write_json(seen_record(images), Path(folder) / SEEN_FILE)
 
 # %% ../../nbs/50_clip/070_contamination.ipynb #6ae359ad
 def read_seen(
     folder,  # of the checkpoint
 ) -> dict | None:  # the record; None where the checkpoint has none (a published one)
-    "What a checkpoint has seen; `InputError` where the file is broken."
+    "Read the training record of a checkpoint; `InputError` where the file is broken."
     path, card = Path(folder) / SEEN_FILE, Path(folder) / 'smsbench.json'
-    held = (
-        read_json(path)
-        if path.exists()
-        else (read_json(card) or {}).get('seen')
-        if card.exists()
-        else None
-    )
-    if held is None:
+    record = None
+    if path.exists():
+        record = read_json(path)
+    elif card.exists():
+        record = (read_json(card) or {}).get('seen')
+    if record is None:
         return None
-    whole = (
-        isinstance(held, dict)
-        and isinstance(held.get('key'), str)
-        and all(isinstance(held.get(k), list) for k in ('pictures', 'patients'))
+    complete = (
+        isinstance(record, dict)
+        and isinstance(record.get('key'), str)
+        and all(isinstance(record.get(k), list) for k in ('pictures', 'patients'))
     )
-    if not whole:
+    if not complete:
         raise InputError(
-            f'{path}: the record of the films that training saw is broken; save the checkpoint'
-            ' again'
+            f'{path}: the record of the training images is broken; save the checkpoint again'
         )
-    return held
+    return record
 
 # %% ../../nbs/50_clip/070_contamination.ipynb #335490be
 @dataclass(frozen=True, eq=False)
 class Contamination:
-    "Which films a checkpoint has seen."
+    "Overlap of test images with the training data of a checkpoint."
 
-    images: np.ndarray  # (N,) bool: this very picture
-    patients: np.ndarray  # (N,) bool: another film of this patient number
-    same_cohort: bool  # patient numbers mean the same
-    same_names: bool  # patients were compared: any pseudonyms were made with one key
-    without_hash: int  # of these films, those without a hash of their picture
-    seen_without_hash: int  # the same, of the films of training
-    access: str  # 'open' or 'credentialed': whether small counts may be said
+    images: np.ndarray  # (N,) bool: the same image was in training
+    patients: np.ndarray  # (N,) bool: the patient number was in training
+    same_cohort: bool  # training used the same cohort, so patient numbers match
+    same_names: bool  # patients could be compared: same pseudonym key
+    without_hash: int  # test images without a pixel hash
+    seen_without_hash: int  # the same, of the training images
+    access: str  # 'open' or 'credentialed': whether small counts may be shown
 
     @property
     def seen(self) -> np.ndarray:
-        "(N,) bool: films that must not be tested on."
+        "Select the images that must not be used for testing, (N,) bool."
         return self.images | (self.patients & self.same_cohort)
 
     def count(
         self,
-        n,  # a number of films
+        n,  # a number of images
     ) -> str:
-        "As it may be said."
+        "Format a count, hiding small ones of credentialed data."
         return format_count(int(n), self.access)
 
     def __str__(self):
@@ -134,42 +131,39 @@ class Contamination:
             ' seen in training'
         ]
         parts.append(
-            f"{self.count(self.patients.sum())} films carry a patient number that"
-            f" was{'' if self.same_cohort else ' (in another cohort: perhaps another person)'}"
+            f"{self.count(self.patients.sum())} images are of patient numbers in the training"
+            f" set{'' if self.same_cohort else ' (in another cohort: perhaps another person)'}"
             if self.same_names
-            else 'patients could not be compared, because they stand under other pseudonyms'
+            else 'patients could not be compared, because they have other pseudonyms'
         )
-        lack = [
-            f'{self.count(n)} films {where}'
+        unhashed = [
+            f'{self.count(n)} images {where}'
             for n, where in ((self.without_hash, 'here'), (self.seen_without_hash, 'of training'))
             if n
         ]
-        return '; '.join(
-            parts
-            + [
-                f"{' and '.join(lack)} have no hash of their picture and could not be compared"
-                " by it"
-            ]
-            * bool(lack)
-        )
+        if unhashed:
+            parts.append(
+                f"{' and '.join(unhashed)} have no pixel hash and could not be compared by it"
+            )
+        return '; '.join(parts)
 
 # %% ../../nbs/50_clip/070_contamination.ipynb #9e5b1299
 def overlap(
     seen: dict,  # from `read_seen`
-    images,  # `Images` to be tested on
+    images,  # `Images` of the test
 ) -> Contamination:
-    "Compare films with what a checkpoint has seen."
+    "Compare test images with the training record of a checkpoint."
     image_hashes, patients = _names(images)
 
-    def hit(names, held):
-        return np.isin(keyed_hashes(seen['key'], names), [*held] or ['-'])
+    def recorded(names, hashes):
+        return np.isin(keyed_hashes(seen['key'], names), [*hashes] or ['-'])
 
     def same(k):
         return str(images.attrs.get(k, '')) == seen.get(k, '')
 
     return Contamination(
-        hit(image_hashes, seen['pictures']),
-        hit(patients, seen['patients']),
+        recorded(image_hashes, seen['pictures']),
+        recorded(patients, seen['patients']),
         same('manifest'),
         same('pseudonyms'),
         int(np.sum(image_hashes == '')),

@@ -22,17 +22,17 @@ from ..privacy import access_of, format_count, write_table
 # %% ../../nbs/50_clip/040_dataset.ipynb #5eb16d68
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Pictures, one row each, with what is known about them.
+    """Images, one row each, with their labels.
 
-    `table` has film_id, patient_id, split, image, image_sha, text, study, strata, and what else
-    all rows of a picture share; image_sha and study are '' where unknown. Never write the `table`
+    `table` has film_id, patient_id, split, image, image_sha, text, study, strata, and all other
+    columns on which the rows of an image agree; image_sha and study are '' where unknown. Never write the `table`
     of credentialed data.
     """
 
-    table: pd.DataFrame  # one row per picture, see above
-    targets: pd.DataFrame  # (N, C) float, one column per class: 1 yes, 0 no, NaN not asked
+    table: pd.DataFrame  # one row per image, see above
+    targets: pd.DataFrame  # (N, C) float, one column per class: 1 yes, 0 no, NaN unknown
     classes: list  # names of the classes, in order
-    kind: str  # 'multilabel': any number of classes per film; 'multiclass': one
+    kind: str  # 'multilabel': any number of classes per image; 'multiclass': one
     attrs: dict  # metadata of the cohort, with the `tasks` of these classes
 
     def __len__(self):
@@ -40,9 +40,9 @@ class Images:
 
     def take(
         self,
-        index,  # places or a bool mask
-    ):  # Films
-        "Some of the films, in the order asked for."
+        index,  # positions, or a bool mask
+    ):  # `Images`
+        "Select images by position, in the given order."
         at = np.asarray(index)
         at = np.flatnonzero(at) if at.dtype == bool else at.astype(int)
         return replace(
@@ -54,18 +54,18 @@ class Images:
     def select(
         self,
         *splits: str,  # 'train', 'val', 'test' ...
-    ):  # Films
-        "The films of one or more splits; `InputError` where there are none."
-        mine = self.table.split.isin(splits).to_numpy()
-        if not mine.any():
+    ):  # `Images`
+        "Select the images of one or more splits; `InputError` where there are none."
+        chosen = self.table.split.isin(splits).to_numpy()
+        if not chosen.any():
             raise InputError(
                 f"no film is in {' or '.join(map(repr, splits))}; the splits are"
                 f" {', '.join(map(repr, sorted(set(self.table.split))))}"
             )
-        return self.take(mine)
+        return self.take(chosen)
 
 # %% ../../nbs/50_clip/040_dataset.ipynb #d09869db
-# replaces a rare value in a sealed table (see `smsbench.privacy`): nothing is known
+# replaces a rare value in a sealed table (see `smsbench.privacy`)
 WITHHELD = 'withheld'
 _STATES = {
     'yes': 1.0,
@@ -83,14 +83,14 @@ _STATES = {
 
 def class_answers(
     rows: pd.DataFrame,  # a cohort, open
-    findings=None,  # tasks to take, in this order; None takes all
+    findings=None,  # tasks to use, in this order; None: all
     by: str = '',  # column whose values are the classes, instead of the tasks
-    also=(),  # 0/1 or yes/no columns that are classes too ('' is not asked)
-) -> tuple:  # long table (row: place in `rows`, class, value 1/0), classes, kind, tasks
-    """List the class and the answer that each row states.
+    also=(),  # 0/1 or yes/no columns that are classes too; '' is unknown
+) -> tuple:  # long table (row: position in `rows`, class, value 1/0), classes, kind, tasks
+    """List the class and the label that each row states.
 
     An '_' in a name of `also` is read as a blank. `InputError` where tasks of different kinds are
-    mixed, a label is not among its choices, or a column is missing or holds other words.
+    mixed, a label is not among its choices, or a column is missing or has other values.
     """
     tasks = {
         f: rows.attrs['tasks'][f]
@@ -114,12 +114,12 @@ def class_answers(
     if len(tasks) > 1 or also:
         raise InputError(
             f"tasks with several choices ({', '.join(f for f in tasks if not binary[f])}) cannot"
-            " stand beside others; name one task in findings, without also"
+            " be mixed with others; name one task in findings, without also"
         )
     ((finding, task),) = tasks.items()
-    mine = np.flatnonzero(rows.finding == finding)
+    at = np.flatnonzero(rows.finding == finding)
     return (
-        _one_of(mine, rows.label.to_numpy()[mine], list(task['choices'])),
+        _one_of(at, rows.label.to_numpy()[at], list(task['choices'])),
         list(task['choices']),
         'multiclass',
         tasks,
@@ -130,46 +130,44 @@ def check_labels(
     rows: pd.DataFrame,  # a cohort, open
     tasks: dict,  # finding -> dict with its choices
 ):
-    "`InputError` where a label is none of its finding's choices; credentialed films are not named."
+    "Raise `InputError` for a label that is no choice of its finding; name open samples only."
     for finding, task in tasks.items():
         choices = [*map(str, task['choices'])]
-        odd = rows[(rows.finding == finding) & ~rows.label.astype(str).isin(choices)]
-        whose = (
-            ''
-            if access_of(rows, 'the cohort') != 'open' or not len(odd)
-            else f', e.g. {odd.sample_id.iat[0]},'
+        wrong = rows[(rows.finding == finding) & ~rows.label.astype(str).isin(choices)]
+        if not len(wrong):
+            continue
+        is_open = access_of(rows, 'the cohort') == 'open'
+        example = f', e.g. {wrong.sample_id.iat[0]},' if is_open else ''
+        raise InputError(
+            f"finding {finding!r}: the label {wrong.label.iat[0]!r} of {len(wrong)} row(s){example}"
+            f" is none of its choices ({', '.join(choices)}); correct the labels, or make the"
+            " cohort without these rows"
         )
-        if len(odd):
-            raise InputError(
-                f"finding {finding!r}: the label {odd.label.iat[0]!r} of {len(odd)} row(s){whose}"
-                f" is none of its choices ({', '.join(choices)}); mend the labels, or make the"
-                " cohort without these rows"
-            )
 
 
-def _one_of(at, said, classes):
-    "Each of `classes` is 1 where it was said and 0 where another was."
+def _one_of(at, labels, classes):
+    "Return a long table in which the class of a row's label is 1 and the others 0."
     n, c = len(at), len(classes)
     return pd.DataFrame(
         dict(
             row=np.repeat(at, c),
             cls=np.tile(np.array(classes, object), n),
             value=(
-                np.repeat(np.asarray(said, object), c) == np.tile(np.array(classes, object), n)
+                np.repeat(np.asarray(labels, object), c) == np.tile(np.array(classes, object), n)
             ).astype(float),
         )
     )
 
 
 def _by_column(rows, by, tasks):
-    said = rows[by].fillna('').astype(str).to_numpy(object)
-    at = np.flatnonzero((said != '') & (said != WITHHELD))
-    classes = sorted(set(said[at]))
+    values = rows[by].fillna('').astype(str).to_numpy(object)
+    at = np.flatnonzero((values != '') & (values != WITHHELD))
+    classes = sorted(set(values[at]))
     if len(classes) < 2:
         raise InputError(f'column {by} holds {len(classes)} value(s); classes need two')
     noun = next(iter(tasks.values()), {}).get('noun', 'image')
     return (
-        _one_of(at, said[at], classes),
+        _one_of(at, values[at], classes),
         classes,
         'multiclass',
         {
@@ -196,36 +194,32 @@ def _yes_no(rows, tasks, also):
     ]
     noun, tasks = next(iter(tasks.values()))['noun'], dict(tasks)
     for c in also:
-        name, said = (
-            c.replace('_', ' ').lower(),
-            rows[c].fillna('').astype(str).str.strip().str.lower().replace(WITHHELD, ''),
-        )
+        name = c.replace('_', ' ').lower()
+        values = rows[c].fillna('').astype(str).str.strip().str.lower().replace(WITHHELD, '')
         if name in tasks:
             raise InputError(f'{c} is a task already; take it out of also')
-        if odd := sorted(set(said) - {*_STATES, ''}):
-            raise InputError(f'column {c} holds {odd[0]!r}; a class needs 0/1 or yes/no')
+        if unknown := sorted(set(values) - {*_STATES, ''}):
+            raise InputError(f'column {c} holds {unknown[0]!r}; a class needs 0/1 or yes/no')
         tasks[name] = dict(
             question=f'Is there {name}?', choices=['yes', 'no'], noun=noun, text_noun='report'
         )
-        there = np.flatnonzero(said != '')
-        parts.append(
-            pd.DataFrame(dict(row=there, cls=name, value=said.map(_STATES).to_numpy()[there]))
-        )
+        at = np.flatnonzero(values != '')
+        parts.append(pd.DataFrame(dict(row=at, cls=name, value=values.map(_STATES).to_numpy()[at])))
     return pd.concat(parts, ignore_index=True), [*tasks], 'multilabel', tasks
 
 # %% ../../nbs/50_clip/040_dataset.ipynb #cde372f7
 def images_of(
     cohort,  # cohort table, sealed or not, or its `SealedCohort`
-    findings=None,  # tasks to take, which is also the order of the classes; None takes all
+    findings=None,  # tasks to use, in the order of the classes; None: all
     by: str = '',  # column whose values are the classes, instead of the tasks ('organ')
     also=(),  # 0/1 columns of the cohort that are classes too
-    conflicts: str = 'error',  # 'error', or 'drop' pictures whose rows contradict each other
+    conflicts: str = 'error',  # 'error', or 'drop' images whose rows contradict each other
     root='',  # data root; '' takes the cohort's own
 ) -> Images:
-    """Collect the pictures of a cohort.
+    """Collect the images of a cohort.
 
-    `attrs['dropped']` counts pictures dropped for a conflict. `InputError` where rows of a
-    picture contradict each other, or a picture is in two splits.
+    `attrs['dropped']` counts images dropped for a conflict. `InputError` where rows of a
+    image contradict each other, or an image is in two splits.
 
     >>> images = images_of(cohort)
     >>> len(images), images.classes
@@ -233,45 +227,45 @@ def images_of(
     """
     if conflicts not in ('error', 'drop'):
         raise InputError(f"conflicts {conflicts!r}: choose error or drop")
-    held = open_cohort(cohort, root)
-    rows = held.plaintext[held.plaintext.image != ''].reset_index(drop=True)
-    rows.attrs = held.plaintext.attrs
+    opened = open_cohort(cohort, root)
+    rows = opened.plaintext[opened.plaintext.image != ''].reset_index(drop=True)
+    rows.attrs = opened.plaintext.attrs
     if not len(rows):
         raise InputError('the cohort has no images')
-    said, classes, kind, tasks = class_answers(rows, findings, by, also)
+    answers, classes, kind, tasks = class_answers(rows, findings, by, also)
     image_index = pd.factorize(image_keys(rows))[0]
-    targets, contrary = _matrix(said, image_index, classes)
+    targets, contradictions = _matrix(answers, image_index, classes)
     table = _one_each(rows, image_index, tasks)
-    bad = np.unique(contrary[0])
+    bad = np.unique(contradictions[0])
     if len(bad) and conflicts == 'error':
         raise InputError(
-            f"{len(bad)} picture(s) have rows that contradict each other, e.g."
-            f" {table.film_id[bad[0]]} in {classes[contrary[1][0]]}; mend the labels, choose other"
-            " classes (by, findings), or leave these pictures out (conflicts='drop')"
+            f"{len(bad)} image(s) have rows that contradict each other, e.g."
+            f" {table.film_id[bad[0]]} in {classes[contradictions[1][0]]}; correct the labels, choose"
+            " other classes (by, findings), or leave these images out (conflicts='drop')"
         )
     if kind == 'multiclass' and (many := int((np.nansum(targets, 1) > 1).sum())):
-        raise InputError(f'{many} picture(s) have more than one class; mend the labels')
-    # who was told apart by which names; the key itself stays
+        raise InputError(f'{many} image(s) have more than one class; correct the labels')
+    # a hash identifies the pseudonym key without revealing it
     attrs = {
-        **held.cohort.attrs,
-        'access': access_of(held.cohort, 'the cohort'),
-        'root': str(root or held.cohort.attrs.get('root', '.')),
+        **opened.cohort.attrs,
+        'access': access_of(opened.cohort, 'the cohort'),
+        'root': str(root or opened.cohort.attrs.get('root', '.')),
         'tasks': tasks,
         'dropped': len(bad),
-        'pseudonyms': content_hash('pseudonyms', held.key) if held.key else '',
+        'pseudonyms': content_hash('pseudonyms', opened.key) if opened.key else '',
     }
     images = Images(table, pd.DataFrame(targets, columns=classes), classes, kind, attrs)
-    # pictures about which these classes say nothing are left out
+    # images without a label in any class are left out
     known = np.flatnonzero(np.isfinite(targets).any(1))
-    return _apart(images.take(np.setdiff1d(known, bad)))
+    return _check_splits(images.take(np.setdiff1d(known, bad)))
 
 
-def _matrix(said, image_index, classes):
-    "(pictures, classes) of 1, 0 and NaN; where rows of a picture say both."
+def _matrix(answers, image_index, classes):
+    "Return labels 1, 0, NaN (images, classes), and the positions of contradictions."
     at, c, v = (
-        image_index[said.row.to_numpy()],
-        pd.Index(classes).get_indexer(said.cls),
-        said.value.to_numpy(),
+        image_index[answers.row.to_numpy()],
+        pd.Index(classes).get_indexer(answers.cls),
+        answers.value.to_numpy(),
     )
     count = np.zeros((2, image_index.max() + 1, len(classes)))
     np.add.at(count, (v.astype(int), at, c), 1)
@@ -279,38 +273,38 @@ def _matrix(said, image_index, classes):
     return np.where(yes, 1.0, np.where(no, 0.0, np.nan)), np.nonzero(yes & no)
 
 
-def _apart(images):
-    "The films, if no picture stood in two splits."
+def _check_splits(images):
+    "Return the images if none is in two splits; `InputError` otherwise."
     twice = images.table.splits.str.contains('\x1f', regex=False)
     if twice.any():
         at = images.table[twice].iloc[0]
         raise InputError(
-            f"{int(twice.sum())} picture(s) stand in more than one split, e.g. {at.film_id} in"
-            f" {' and '.join(at.splits.split(chr(31)))}; make the splits anew"
+            f"{int(twice.sum())} image(s) are in more than one split, e.g. {at.film_id} in"
+            f" {' and '.join(at.splits.split(chr(31)))}; make new splits"
             " (smsbench.data.splits)"
         )
     if images.table.film_id.duplicated().any():
-        raise RunError('two pictures got one film_id; this is a fault of films_of')
+        raise RunError('two images got the same film_id; this is a bug in images_of')
     return replace(images, table=images.table.drop(columns='splits'))
 
 # %% ../../nbs/50_clip/040_dataset.ipynb #a42619db
 def image_keys(
     rows: pd.DataFrame,  # of a cohort, with `image` and perhaps `image_sha`
-) -> pd.Series:  # equal where the picture is the same
-    "By what rows are known to show one picture: the hash of the pixels, else the reference."
+) -> pd.Series:  # equal where the image is the same
+    "Return a key per row that identifies the image: the pixel hash, else the reference."
     sha = (
         rows.image_sha.fillna('').astype(str)
         if 'image_sha' in rows
         else pd.Series('', index=rows.index)
     )
-    # a reference whose other row knows the hash
+    # another row of the same reference may have the hash
     same = sha.where(sha != '').groupby(rows.image).transform('first').fillna('')
     return same.where(same != '', 'file ' + rows.image)
 
 
 def _one_each(rows, image_index, tasks):
-    "One row per picture."
-    # factorize numbers pictures by first appearance
+    "Return a table with one row per image."
+    # factorize numbers images by first appearance
     first = pd.Series(image_index).drop_duplicates().index.to_numpy()
     out = rows.loc[first].reset_index(drop=True)
     ids = pd.Series(
@@ -353,12 +347,12 @@ def _study(out):
 
 
 def _boxes(rows, image_index):
-    "JSON per picture: finding -> list of [x0, y0, x1, y1]."
-    found = [{} for _ in range(image_index.max() + 1)]
+    "Return JSON per image: finding -> list of [x0, y0, x1, y1]."
+    boxes = [{} for _ in range(image_index.max() + 1)]
     for p, f, b in zip(image_index, rows.finding, rows.boxes.fillna('')):
         if b not in ('', '[]'):
-            found[p][f] = json.loads(b)
-    return [json.dumps(f) for f in found]
+            boxes[p][f] = json.loads(b)
+    return [json.dumps(b) for b in boxes]
 
 # %% ../../nbs/50_clip/040_dataset.ipynb #1743eb03
 # importing this reader lets `read_image` resolve 'phantom:…' references
@@ -366,12 +360,12 @@ READS_TOO = (read_phantom,)
 
 
 def read_images(
-    images: Images,  # the films
-    index=None,  # places; None reads all
+    images: Images,  # images of a cohort
+    index=None,  # positions; None: all
 ):  # iterator over uint8 arrays, (H,W) or (H,W,3)
-    """Read the pixels of films, one after the other.
+    """Read the pixels of images, one after the other.
 
-    A film that cannot be read or has changed raises `FileError` (an `InputError`).
+    An image that cannot be read or has changed raises `FileError` (an `InputError`).
     """
     for i in range(len(images)) if index is None else np.atleast_1d(index):
         yield _read(images, int(i))
@@ -396,58 +390,54 @@ def _read(images, i):
 
 # %% ../../nbs/50_clip/040_dataset.ipynb #532e5a43
 def check_readable(
-    images: Images,  # the films
-    out=None,  # parquet file for the list of what was left out; None writes none
-    max_broken: float = 0.05,  # largest share of broken films; one may always be, unless it is 0
-    store=None,  # folder of the scan, which resumes from it
-) -> tuple[Images, pd.DataFrame]:  # films that can be read; film_id, split, reason of the others
-    """Decode every film once; `InputError` where too many are broken.
+    images: Images,  # images of a cohort
+    out=None,  # parquet file that lists the broken images; None: not written
+    max_broken: float = 0.05,  # largest share of broken images; one is allowed unless it is 0
+    store=None,  # folder in which the scan is saved and resumed
+) -> tuple[Images, pd.DataFrame]:  # readable images; film_id, split, reason of the others
+    """Decode every image once; `InputError` where too many are broken.
 
-    Only film ids are written.
+    Only image ids are written.
     """
-    key = (
-        content_hash(images.attrs.get('manifest', ''), images.attrs.get('root', ''))
-        if access_of(images, 'the films') != 'open'
-        else ''
-    )
-    found = (
+    access = access_of(images, 'the films')
+    key = ''
+    if access != 'open':
+        key = content_hash(images.attrs.get('manifest', ''), images.attrs.get('root', ''))
+    scan = (
         scan_files(images.attrs['root'], images.table.image, store=store, key=key)
         .loc[images.table.image]
         .reset_index(drop=True)
     )
     known = images.table.image_sha.to_numpy()
-    reason = found.reason.where(
-        found.reason != '',
-        np.where(
-            (known != '') & (found.image_sha != known), 'changed since the cohort was made', ''
-        ),
+    changed = (known != '') & (scan.image_sha != known)
+    reason = scan.reason.where(
+        scan.reason != '', np.where(changed, 'changed since the cohort was made', '')
     )
     bad = (reason != '').to_numpy()
-    left = (
+    excluded = (
         images.table.loc[bad, ['film_id', 'split']]
         .assign(reason=reason[bad].to_numpy())
         .reset_index(drop=True)
     )
     if out is not None:
-        write_table(left, out)
+        write_table(excluded, out)
     if bad.sum() > max(max_broken * len(images), max_broken > 0):
         raise InputError(
-            f"{format_count(int(bad.sum()), access_of(images, 'the films'))} of"
-            f" {format_count(len(images), access_of(images, 'the films'))} films cannot be read (most"
-            f" often: {left.reason.mode()[0]}); check the data root, or raise max_broken of"
-            " training"
+            f"{format_count(int(bad.sum()), access)} of {format_count(len(images), access)} films"
+            f" cannot be read (most often: {excluded.reason.mode()[0]}); check the data root, or raise"
+            " max_broken of training"
         )
-    return images.take(~bad), left
+    return images.take(~bad), excluded
 
 # %% ../../nbs/50_clip/040_dataset.ipynb #3fce5f98
 def pick_prompt(
-    row,  # (C,) targets of the film: 1, 0, NaN
+    row,  # (C,) targets of the image: 1, 0, NaN
     prompts: list,  # per class dict(positive=(...), negative=(...)); negative is optional
     rng,  # numpy Generator
-    weights=None,  # (C, 2) how often a class is spoken of where it is absent, present; None: evenly
-    most=None,  # (C,) or a number: take only so many of a class's first sentences; None: all
-) -> tuple:  # sentence; class it is about; what it says of it: 1 present, 0 absent
-    """Draw a true sentence about the film; `InputError` where no prompt is true of it.
+    weights=None,  # (C, 2) weights of the classes where absent, present; None: equal
+    most=None,  # (C,) or a number: use only the first sentences of a class; None: all
+) -> tuple:  # sentence; index of its class; 1 present, 0 absent
+    """Draw a true sentence about the image; `InputError` where no prompt is true of it.
 
     `prompts` are in the order of the classes.
     """
@@ -462,30 +452,28 @@ def pick_prompt(
         )
     at = int(rng.choice(w.size, p=(w / w.sum()).ravel()))
     c, s = divmod(at, 2)
-    said = prompts[c]['positive' if s else 'negative']
-    n = (
-        len(said)
-        if most is None
-        else int(np.clip(np.broadcast_to(most, len(prompts))[c], 1, len(said)))
-    )
-    return said[int(rng.integers(n))], c, s
+    sentences = prompts[c]['positive' if s else 'negative']
+    n = len(sentences)
+    if most is not None:
+        n = int(np.clip(np.broadcast_to(most, len(prompts))[c], 1, n))
+    return sentences[int(rng.integers(n))], c, s
 
 # %% ../../nbs/50_clip/040_dataset.ipynb #405f4ac2
 class Pairs:
-    """Pairs of picture and text for `torch.utils.data.DataLoader`.
+    """Image-text pairs for `torch.utils.data.DataLoader`.
 
     Within an epoch, `pairs[i]` is always the same, in every process.
     """
 
     def __init__(
         self,
-        images: Images,  # what to draw from
+        images: Images,  # images to draw from
         clip,  # a `smsbench.clip.model.Clip`: its preprocess and tokenizer are used
-        texts: str = 'report',  # 'report', 'prompts', or 'both': one of them by chance
+        texts: str = 'report',  # 'report', 'prompts', or 'both': one of them at random
         prompts: dict | None = None,  # class -> dict(positive=(...), negative=(...))
         augment=None,  # (PIL image, numpy Generator) -> PIL image; None changes nothing
-        seed: int = 0,  # decides prompts and augmentation
-        cache_mb: int = 512,  # decoded pictures to keep, MB (per worker)
+        seed: int = 0,  # of prompts and augmentation
+        cache_mb: int = 512,  # size of the cache of decoded images, MB (per worker)
     ):
         if texts not in ('report', 'prompts', 'both'):
             raise InputError(f'texts {texts!r}: choose report, prompts or both')
@@ -505,13 +493,8 @@ class Pairs:
         self.preprocess, self.tokenize = clip.preprocess, clip.tokenize
         self.prompts = [prompts[c] for c in images.classes] if texts != 'report' else []
         self.targets = images.targets.to_numpy(np.float32)
-        self.epoch, self.weights, self.most, self._kept, self._room = (
-            0,
-            None,
-            None,
-            {},
-            cache_mb * 2**20,
-        )
+        self.epoch, self.weights, self.most = 0, None, None
+        self._cache, self._room = {}, cache_mb * 2**20
 
     def at(
         self,
@@ -519,7 +502,7 @@ class Pairs:
         weights=None,  # (C, 2), see `pick_prompt`
         most=None,  # see `pick_prompt`
     ):  # the pairs themselves
-        "Draw for this epoch from here on."
+        "Set the epoch that the following items are drawn for."
         self.epoch, self.weights, self.most = epoch, weights, most
         return self
 
@@ -528,26 +511,26 @@ class Pairs:
 
     def image(
         self,
-        i: int,  # place of the film
+        i: int,  # position of the image
     ):  # PIL image, RGB
-        "The picture as it is, before augmentation."
+        "Return an image before augmentation."
         from PIL import Image
 
-        if (a := self._kept.get(i)) is None:
+        if (a := self._cache.get(i)) is None:
             try:
                 a = next(read_images(self.images, i))
             except FileError as e:
                 raise RunError(f'{e}; it could be read when training began') from None
             if (room := self._room - a.nbytes) >= 0:
-                self._kept[i], self._room = a, room
+                self._cache[i], self._room = a, room
         return Image.fromarray(a).convert('RGB')
 
     def words(
         self,
-        i: int,  # place of the film
+        i: int,  # position of the image
         rng,  # numpy Generator
     ) -> tuple:  # sentence, class, answer (1 present, 0 absent); both -1 for a report
-        "Draw the text for film `i`."
+        "Draw the text of image `i`."
         if self.texts == 'report' or self.texts == 'both' and rng.random() < 0.5:
             return self.images.table.text.iat[i], -1, -1
         return pick_prompt(self.targets[i], self.prompts, rng, self.weights, self.most)
@@ -570,14 +553,14 @@ class Pairs:
         self,
         items: list,  # of `self[i]`
     ) -> dict:  # pixels, text, words, index, asked, answer, labels
-        """Join items to a batch; its numbers serve losses with several positives.
+        """Combine items into a batch.
 
         Shapes: pixels (B,3,S,S), text (B,T) token ids, words list of B sentences, index, asked
         and answer (B,) long, labels (B,C) float.
         """
         import torch
 
-        def whole(k):
+        def column(k):
             return torch.tensor([x[k] for x in items])
 
         words = [x['words'] for x in items]
@@ -585,8 +568,8 @@ class Pairs:
             pixels=torch.stack([x['pixels'] for x in items]),
             text=self.tokenize(words),
             words=words,
-            index=whole('index'),
-            asked=whole('asked'),
-            answer=whole('answer'),
+            index=column('index'),
+            asked=column('asked'),
+            answer=column('answer'),
             labels=torch.from_numpy(np.stack([x['labels'] for x in items])),
         )

@@ -184,7 +184,7 @@ def coordinates(
     if method == 'umap':
         return _umap(x, seed)
     _, size, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    # the largest loading points up: the same picture every time
+    # the largest loading points up: the same image every time
     axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), abs(axes[:2]).argmax(1)])[:, None]
     at = (x - x.mean(0)) @ axes.T
     out = pd.DataFrame(np.pad(at, ((0, 0), (0, 2 - at.shape[1]))), columns=['x', 'y'])

@@ -317,7 +317,7 @@ def filled(
         return pixels.mean((1, 2), keepdim=True).expand_as(pixels)
     side = min(pixels.shape[1:])
     sigma = side / 10
-    # odd, and no wider than the picture can be mirrored
+    # odd, and no wider than the image can be mirrored
     kernel = min(2 * int(2 * sigma) + 1, side - 1 + side % 2)
     return gaussian_blur(pixels.float(), [kernel, kernel], [sigma, sigma]).to(pixels.dtype)
 
@@ -349,7 +349,7 @@ def perturbation_curves(
     fill: str = 'blur',  # one of `FILLS`
     n_random: int = 3,  # random orders, averaged
     seed: int = 0,  # of the random orders
-    batch_size: int = 64,  # pictures at once
+    batch_size: int = 64,  # images at once
 ) -> pd.DataFrame:  # about + kind, order, fraction, score; attrs: score, fill, steps
     """Score films while cells are removed (deletion) or restored (insertion).
 

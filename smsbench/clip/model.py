@@ -429,7 +429,7 @@ def frame_of(
     clip: Clip,  # a loaded model
     height: int,  # of the film, in pixels
     width: int,  # the same
-) -> Frame:  # the picture that enters the image tower, and what of the film it shows
+) -> Frame:  # the image that enters the image tower, and what of the film it shows
     "What the model's preprocess makes of a film; `InputError` for a step that is not known here."
     f = Frame(height, width, (0.0, 0.0, float(width), float(height)))
     for step in clip.preprocess.transforms:
@@ -496,7 +496,7 @@ def grid_of(
 ) -> tuple[int, int, int, int, int]:  # rows, columns, cell height, cell width, prefix tokens
     """The grid of the image tower's patches.
 
-    A cell is measured in pixels of the picture; prefix tokens come before the first patch.
+    A cell is measured in pixels of the image; prefix tokens come before the first patch.
     """
     import torch
 

@@ -30,7 +30,7 @@ def pairs(
     images,  # (N, D) image embeddings
     texts,  # (M, D) text embeddings
     image_of=None,  # (M,) place of each text's own film; None: text i belongs to film i
-    groups=(),  # arrays (M,) of names, one per kind of duplicate (text, study, picture)
+    groups=(),  # arrays (M,) of names, one per kind of duplicate (text, study, image)
 ) -> Pairs:
     """Check films and texts and make pairs of them.
 

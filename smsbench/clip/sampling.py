@@ -191,7 +191,7 @@ def names_side(
 # %% ../../nbs/50_clip/120_sampling.ipynb #c8ed8f86
 @dataclass(frozen=True)
 class Augment:
-    """Small changes of a picture: `augment(image, rng)`.
+    """Small changes of an image: `augment(image, rng)`.
 
     Make it with `augmentation`, which checks what may be changed.
     """

@@ -47,7 +47,7 @@ class Job:
     ema: object  # None where not asked for
     per_epoch: int  # steps
     fixed: object = (
-        None  # (N, D) image embeddings, where the image tower is locked and pictures do not change
+        None  # (N, D) image embeddings, where the image tower is locked and images do not change
     )
     epoch: int = 0  # that runs or comes next
     step: int = 0  # of this epoch, done
@@ -210,7 +210,7 @@ def _say_cut(run, clip, texts):
 
 
 def _fixed(clip, pairs):
-    "Encode pictures that do not change with a locked tower, once for all epochs."
+    "Encode images that do not change with a locked tower, once for all epochs."
     import torch
 
     return torch.from_numpy(
