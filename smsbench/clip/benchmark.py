@@ -181,7 +181,7 @@ def benchmark(
     images: Images,  # with splits train, val and test
     out,  # run directory; started again, training goes on where it stopped
     settings: TrainSettings | None = None,  # how to train; None trains nothing
-    prompts: dict | None = None,  # None takes the default ones
+    prompts: dict | None = None,  # None: the default ones
     test: str = 'test',  # split that is measured
     n_boot: int = 1000,  # resamples of patients
     minimum: int = 10,  # fewest films a number may rest on
@@ -354,7 +354,7 @@ def explain_images(
     clip: Clip,  # a loaded model
     marked: Marked,  # from `marked_images`
     method: str = 'gradcam',  # key of `smsbench.clip.explain.METHODS`
-    prompts: dict | None = None,  # None takes the default ones
+    prompts: dict | None = None,  # None: the default ones
     n_curves: int = 20,  # maps whose deletion and insertion curves are drawn
     n_cascade: int = 0,  # maps that are followed while the weights are shuffled from the top down
     n_boot: int = 1000,  # resamples of patients

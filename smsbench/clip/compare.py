@@ -23,7 +23,7 @@ def difference_floors(
     other,  # of the second, on the same films
     tail: float,  # probability left out on each side
 ) -> np.ndarray:  # (2, M, C + 1) bounds of first − second
-    "Bounds of paired differences, per class and, last, for the mean over classes."
+    "Compute bounds of paired differences, per class and, last, of the mean over classes."
     M, C = one.values.shape
     out, value, slope = (
         np.full((2, M, C + 1), np.nan),
@@ -43,7 +43,7 @@ def difference_floors(
 
 
 def _apart(one, other, m):
-    "Bounds of the differences of one number, from the bounds of its two sides."
+    "Compute bounds of the differences of one metric from the bounds of both models."
     ends, slope = (
         np.stack([one.ends[:, m], other.ends[:, m]], 1),
         np.stack([one.influence[:, m], other.influence[:, m]], 1),
@@ -58,22 +58,22 @@ def _apart(one, other, m):
 # %% ../../nbs/50_clip/220_compare.ipynb #dcad8e81
 def compare(
     first,  # (N, C) DataFrame of probabilities of one model
-    second,  # (N, C) of the other, the same films in the same order
-    targets,  # (N, C) 1, 0, NaN: not asked
-    clusters,  # (N,) patient of each film
+    second,  # (N, C) of the other, for the same images in the same order
+    targets,  # (N, C) 1, 0, NaN: unknown
+    clusters,  # (N,) patient of each image
     thresholds=(None, None),  # `Thresholds` of each; both or none (multilabel)
     names=('first', 'second'),  # of the models
     arm: str = 'zero_shot',  # how the scores were made
     kind: str = '',  # 'multilabel' or 'multiclass'; '' takes that of the scores
-    minimum: int = 10,  # fewest films that a number may rest on
+    minimum: int = 10,  # fewest images for a number to be reported
     n_boot: int = 1000,  # resamples of patients
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
 ) -> pd.DataFrame:  # metrics table of model 'first − second'
-    """Paired differences of two models.
+    """Compute paired differences of two models.
 
     Metrics are *_difference of every `classification_metrics` number per class, and
-    accuracy_difference. `InputError` where films or classes differ, or only one has thresholds.
+    accuracy_difference. `InputError` where images or classes differ, or only one has thresholds.
     """
     if any(isinstance(t, pd.DataFrame) and not t.index.equals(first.index) for t in (second,)):
         raise InputError('compare: the two models were scored on other films, or in another order')
@@ -83,12 +83,12 @@ def compare(
     for t, s in zip(thresholds, (first, second)):
         if t is not None:
             t.check(both[0].patients, getattr(s, 'attrs', None))
-    said = [
+    predicted = [
         c.predict(t) if t is not None or c.kind == 'multiclass' else None
         for c, t in zip(both, thresholds)
     ]
     how = dict(n_boot=n_boot, level=level, seed=seed)
-    found = [*_per_class(both, said, how), *_decisions(both, said, how)]
+    found = [*_per_class(both, predicted, how), *_decisions(both, predicted, how)]
     model = ' − '.join(names)
     rows = [
         dict(
@@ -109,11 +109,11 @@ def compare(
     return validate(pd.DataFrame(rows), 'metrics')
 
 
-def _per_class(both, said, how):
-    "(metric, subgroup, interval, note): class by class and macro."
+def _per_class(both, predicted, how):
+    "Yield (metric, subgroup, interval, note) per class and macro."
     c = both[0]
-    names, K = (NAMES if said[0] is not None else NAMES[:3])[1:], len(c.classes) + 1
-    ci = _class_differences(both, said, how)
+    names, K = (NAMES if predicted[0] is not None else NAMES[:3])[1:], len(c.classes) + 1
+    ci = _class_differences(both, predicted, how)
     for j, m in enumerate(names):
         per = [ci[j * K + i] for i in range(K - 1)]
         for i, name in enumerate(c.classes):
@@ -135,9 +135,9 @@ def _per_class(both, said, how):
         )
 
 
-def _class_differences(both, said, how):
-    "Intervals of the difference of every metric of every class and of the mean over classes."
-    c, decided = both[0], said[0] is not None
+def _class_differences(both, predicted, how):
+    "Compute intervals of the differences of all metrics, per class and as mean over classes."
+    c, decided = both[0], predicted[0] is not None
 
     def parts(held):
         return [(held[i], held[2], held[3 + i] if decided else None) for i in (0, 1)]
@@ -151,11 +151,11 @@ def _class_differences(both, said, how):
             :, 1:
         ].reshape(2, -1)
 
-    # a difference needs the films of both
-    used = np.concatenate([grid_sides(c.truth, s)[:, 1:] for s in said], -1)
+    # a difference needs the images of both
+    used = np.concatenate([grid_sides(c.truth, s)[:, 1:] for s in predicted], -1)
     return bootstrap_rows(
         of,
-        [both[0].scores, both[1].scores, c.truth, *(said if decided else [])],
+        [both[0].scores, both[1].scores, c.truth, *(predicted if decided else [])],
         c.patients,
         bounds=(-1, 1),
         batched=True,
@@ -165,13 +165,13 @@ def _class_differences(both, said, how):
     )
 
 
-def _decisions(both, said, how):
-    """Differences of the share of right decisions, with McNemar's test.
+def _decisions(both, predicted, how):
+    """Compute differences in accuracy, with McNemar's test.
 
     They are per class, or over all where classes exclude each other.
     """
     c, out = both[0], []
-    if said[0] is None:
+    if predicted[0] is None:
         return
     if c.kind == 'multiclass':
         k = c.one >= 0
@@ -184,10 +184,10 @@ def _decisions(both, said, how):
         )
         return
     for i, name in enumerate(c.classes):
-        k = c.known[:, i] & ~np.isnan(said[0][:, i]) & ~np.isnan(said[1][:, i])
+        k = c.known[:, i] & ~np.isnan(predicted[0][:, i]) & ~np.isnan(predicted[1][:, i])
         if not k.any():
             continue
-        right = [(s[k, i] == c.truth[k, i]) for s in said]
+        right = [(s[k, i] == c.truth[k, i]) for s in predicted]
         out.append(
             (
                 name,

@@ -19,46 +19,48 @@ from .validation import WATCHED
 # %% ../../nbs/50_clip/150_config.ipynb #e2ca3eac
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train; `InputError` for an impossible value.
+    """Settings of a training run; `InputError` for an impossible value.
 
-    Prompts always fit all films they are true of; positives=() with texts='report' leaves the
-    diagonal. batch_norm='learn' is for random weights. stop_on is measured on validation films.
+    A prompt always matches all images it is true of; with positives=() reports match their own
+    image only. batch_norm='learn' is for random weights. stop_on is measured on validation data.
 
     >>> recipe = TrainSettings(epochs=1, batch_size=16, lr=1e-4)
     """
 
     train: str = 'all'  # 'all', 'probe' (image head, logit scale), 'locked_image' (text, logits)
-    texts: str = 'report'  # 'report', 'prompts', or 'both': one of the two by chance
+    texts: str = 'report'  # 'report', 'prompts', or 'both': one of the two at random
     loss: str = 'info_nce'  # or 'siglip', for models with a logit bias
-    positives: tuple = ('text', 'study')  # films share a report by 'text', 'study', 'class'
-    epochs: int = 10  # times through the training films, at most
+    positives: tuple = ('text', 'study')  # images share a report by 'text', 'study', 'class'
+    epochs: int = 10  # largest number of epochs
     batch_size: int = 64  # pairs per step over all processes; the other pairs are the negatives
-    chunk: int = 0  # encode so many pairs at a time: less memory, same gradient; 0: all at once
+    chunk: int = 0  # pairs encoded at a time: less memory, same gradient; 0: all at once
     lr: float = 1e-5  # learning rate of the last layers
     layer_decay: float = 1.0  # factor of the learning rate per layer away from the end
     weight_decay: float = 0.1  # of matrices
     betas: tuple = (0.9, 0.98)  # of AdamW
     warmup: float = 0.1  # share of all steps in which the learning rate rises
-    floor: float = 0.0  # share of the learning rate that is left at the end
-    clip_norm: float = 1.0  # longest gradient; 0: any
+    floor: float = 0.0  # final share of the learning rate
+    clip_norm: float = 1.0  # largest norm of the gradient; 0: unlimited
     precision: str = 'fp32'  # 'fp32', 'bf16', 'fp16': of matrix products; weights stay float32
     batch_norm: str = 'hold'  # 'hold' its statistics or 'learn' new ones (one chunk, one process)
-    ema: float = 0.0  # decay of averaged weights, which are then validated and kept; 0: none
-    balance: str = 'even'  # how films are drawn: 'even', 'balanced', 'rare'
-    patients: bool = False  # weigh patients, not films
-    cap: float = 10.0  # most that a film, class or answer may weigh, as a multiple of the smallest
-    speak: str = 'uniform'  # how prompts are drawn: 'uniform', 'scheduled', 'sensitivity'
-    augment: float = 1.0  # strength of changes to the image; 0: none
+    ema: float = 0.0  # decay of the averaged weights, which are validated and kept; 0: none
+    balance: str = 'even'  # sampling of images: 'even', 'balanced', 'rare'
+    patients: bool = False  # give patients equal weight, not images
+    cap: float = 10.0  # largest weight of an image, class or answer, relative to the smallest
+    speak: str = 'uniform'  # sampling of prompts: 'uniform', 'scheduled', 'sensitivity'
+    augment: float = 1.0  # strength of the augmentation; 0: none
     flip: bool = False  # exchange left and right; refused where any text names a side
-    stop_on: str = 'loss'  # chooses the weights to keep: 'loss', 'auroc', 'sensitivity', 'recall'
-    patience: int = 0  # stop after so many epochs without a better value; 0: never
-    seed: int = 0  # of everything that is drawn
-    train_split: str = 'train'  # split to train on
-    val_split: str = 'val'  # split to watch
+    stop_on: str = (
+        'loss'  # metric that selects the weights: 'loss', 'auroc', 'sensitivity', 'recall'
+    )
+    patience: int = 0  # epochs without improvement before stopping; 0: never stop early
+    seed: int = 0  # of all random numbers
+    train_split: str = 'train'  # split for training
+    val_split: str = 'val'  # split for validation
     save_every: int = 200  # steps between checkpoints, besides one per epoch
     workers: int = 0  # processes that read images
-    cache_mb: int = 512  # decoded images to keep in memory, MB
-    max_broken: float = 0.05  # share of unreadable films above which it is an error
+    cache_mb: int = 512  # cache of decoded images, MB
+    max_broken: float = 0.05  # share of unreadable images above which the run fails
 
     def __post_init__(self):
         for f in fields(self):
@@ -69,8 +71,8 @@ class TrainSettings:
         for k, (low, high) in _RANGES.items():
             if not low <= getattr(self, k) <= high:
                 raise InputError(f'{k} {getattr(self, k)!r}: must lie in {low:g} to {high:g}')
-        if odd := [p for p in self.positives if p not in ('text', 'study', 'class')]:
-            raise InputError(f'positives {odd[0]!r}: choose of text, study, class')
+        if unknown := [p for p in self.positives if p not in ('text', 'study', 'class')]:
+            raise InputError(f'positives {unknown[0]!r}: choose of text, study, class')
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f'betas {self.betas!r}: must be two numbers from 0 to below 1')
         if self.texts == 'report' and self.speak != 'uniform':
@@ -85,7 +87,7 @@ class TrainSettings:
         cls,
         **values,  # fields by name, e.g. from a YAML file
     ):  # TrainSettings
-        "Settings by name; `InputError` for a name or type that is none."
+        "Make settings from values; `InputError` for an unknown name or a wrong type."
         known = {f.name: f for f in fields(cls)}
         if odd := [k for k in values if k not in known]:
             raise InputError(f"no training setting {odd[0]!r}; there are {', '.join(known)}")
@@ -121,7 +123,7 @@ _RANGES = dict(
 
 
 def _typed(name, kind, value):
-    "A value as the type of its field; `InputError` where it is of another."
+    "Convert a value to the type of its field; `InputError` where that is impossible."
     number = (
         isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
     )
@@ -154,7 +156,7 @@ def _typed(name, kind, value):
 
 
 def _several(name, value, wrong):
-    "A list, or words with commas between; of numbers for betas."
+    "Split a list or comma-separated words; into numbers for betas."
     parts = [p.strip() for p in value.split(',') if p.strip()] if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)):
         raise wrong('a list')
@@ -170,9 +172,9 @@ RUNTIME_ONLY = ('save_every', 'workers', 'cache_mb', 'max_broken')
 # %% ../../nbs/50_clip/150_config.ipynb #bfbee862
 def find_tracker(
     tracker,  # a callable(dict); '' or None; 'tensorboard' or 'wandb', where installed
-    run: Run,  # where its files go
+    run: Run,  # run directory, for its files
 ):  # a callable(dict), or None
-    "Who is told about every epoch; `InputError` for a package that is not installed."
+    "Find the tracker of a run; `InputError` for a package that is not installed."
     if callable(tracker) or not tracker:
         return tracker or None
     if tracker not in ('tensorboard', 'wandb'):

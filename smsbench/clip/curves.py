@@ -14,11 +14,11 @@ from .zero_shot import cells
 
 # %% ../../nbs/50_clip/230_curves.ipynb #8b4d960e
 def confusion_matrix(
-    truth,  # (N,) names; '' or missing: not asked, left out
+    truth,  # (N,) names; '' or missing: unknown, left out
     predicted,  # (N,) names
-    classes,  # names, in the order wanted
+    classes,  # names, in order
 ) -> pd.DataFrame:  # (C, C) counts, rows: truth, columns: predicted
-    "How often each class was taken for each; `InputError` for a name that is no class."
+    "Count predictions per true class; `InputError` for a name that is no class."
     classes = list(classes)
     t, p = (
         pd.Series(list(v), dtype=object).where(lambda s: s.notna(), '') for v in (truth, predicted)
@@ -43,7 +43,7 @@ def confusion_matrix(
 def classification_report(
     matrix: pd.DataFrame,  # from `confusion_matrix`
 ) -> pd.DataFrame:  # index: classes, accuracy, macro avg, weighted avg
-    "Precision, recall, F1 and support of exclusive classes."
+    "Compute precision, recall, F1 and support of exclusive classes."
     m = matrix.to_numpy(float)
     hit, said, there = np.diag(m), m.sum(0), m.sum(1)
 
@@ -82,10 +82,10 @@ def classification_report(
 # %% ../../nbs/50_clip/230_curves.ipynb #9f20e094
 def decision_counts(
     scores,  # (N, C) DataFrame of probabilities
-    targets,  # (N, C) 1, 0, NaN: not asked
+    targets,  # (N, C) 1, 0, NaN: unknown
     thresholds,  # `Thresholds`
 ) -> pd.DataFrame:  # row per class: threshold, tp, fp, fn, tn, not_asked
-    "Decisions per finding; counts are missing where no threshold could be chosen."
+    "Count decisions per finding; counts are missing where there is no threshold."
     c = cells(scores, targets, np.arange(len(scores)), 'multilabel')
     said, limits = c.predict(thresholds), thresholds.select(c.classes)
     counts = {
@@ -104,12 +104,12 @@ def decision_counts(
 # %% ../../nbs/50_clip/230_curves.ipynb #20114842
 def score_curves(
     scores,  # (N, C) DataFrame of probabilities
-    targets,  # (N, C) 1, 0, NaN: not asked
+    targets,  # (N, C) 1, 0, NaN: unknown
     kind: str = '',  # '' takes that of the scores
 ) -> pd.DataFrame:  # class, threshold (descending), fpr, tpr (= recall), precision
-    """ROC and precision-recall curve of every class, one against the rest.
+    """Compute ROC and precision-recall curves, each class against the rest.
 
-    Classes with a single value are left out.
+    Classes with a single label are left out.
     """
     c = cells(scores, targets, np.arange(len(scores)), kind)
     parts = []
@@ -140,12 +140,12 @@ def score_curves(
 # %% ../../nbs/50_clip/230_curves.ipynb #7cf85f42
 def reliability_curves(
     scores,  # (N, C) DataFrame of probabilities
-    targets,  # (N, C) 1, 0, NaN: not asked
-    patients,  # (N,) patient of each film
+    targets,  # (N, C) 1, 0, NaN: unknown
+    patients,  # (N,) patient of each image
     kind: str = '',  # '' takes that of the scores
     **how,  # n_bins, scheme, minimum, n_boot, level, seed of `reliability_curve`
 ) -> pd.DataFrame:  # class, then the columns of `reliability_curve`
-    "Reliability curve of every class."
+    "Compute the reliability curve of every class."
     c = cells(scores, targets, patients, kind)
     parts = [
         reliability_curve(c.scores[k, i], c.truth[k, i], c.patients[k], **how).assign(

@@ -25,8 +25,8 @@ class Images:
     """Images, one row each, with their labels.
 
     `table` has film_id, patient_id, split, image, image_sha, text, study, strata, and all other
-    columns on which the rows of an image agree; image_sha and study are '' where unknown. Never write the `table`
-    of credentialed data.
+    columns on which the rows of an image agree; image_sha and study are '' where unknown. Never
+    write the `table` of credentialed data.
     """
 
     table: pd.DataFrame  # one row per image, see above
@@ -240,8 +240,8 @@ def images_of(
     if len(bad) and conflicts == 'error':
         raise InputError(
             f"{len(bad)} image(s) have rows that contradict each other, e.g."
-            f" {table.film_id[bad[0]]} in {classes[contradictions[1][0]]}; correct the labels, choose"
-            " other classes (by, findings), or leave these images out (conflicts='drop')"
+            f" {table.film_id[bad[0]]} in {classes[contradictions[1][0]]}; correct the labels,"
+            " choose other classes (by, findings), or leave these images out (conflicts='drop')"
         )
     if kind == 'multiclass' and (many := int((np.nansum(targets, 1) > 1).sum())):
         raise InputError(f'{many} image(s) have more than one class; correct the labels')
@@ -424,8 +424,8 @@ def check_readable(
     if bad.sum() > max(max_broken * len(images), max_broken > 0):
         raise InputError(
             f"{format_count(int(bad.sum()), access)} of {format_count(len(images), access)} films"
-            f" cannot be read (most often: {excluded.reason.mode()[0]}); check the data root, or raise"
-            " max_broken of training"
+            f" cannot be read (most often: {excluded.reason.mode()[0]}); check the data root, or"
+            " raise max_broken of training"
         )
     return images.take(~bad), excluded
 

@@ -27,9 +27,9 @@ MEASURES = (
 def space_values(
     x,  # (n, D) unit vectors
     label,  # (n,) class numbers 0..K-1
-    weights,  # (B, n) how often each film counts
-) -> np.ndarray:  # (B, 6) the `MEASURES`; NaN where fewer than two classes have a film
-    "Separation of labelled unit vectors under each set of weights."
+    weights,  # (B, n) weight of each image
+) -> np.ndarray:  # (B, 6) the `MEASURES`; NaN where fewer than two classes have an image
+    "Measure the separation of labelled unit vectors under each set of weights."
     x, w = np.asarray(x, float), np.asarray(weights, float)
     member = np.asarray(label)[:, None] == np.arange(int(np.max(label)) + 1)  # (n, K)
     sums = np.stack([(w * m) @ x for m in member.T], 1)  # (B, K, D) sum of each class
@@ -50,7 +50,7 @@ def space_values(
 
 
 def _silhouette(x, member, w, sums, size):
-    "Mean over films of (b - a) / max(a, b); 0 for a film alone in its class."
+    "Average (b - a) / max(a, b) over images; 0 for an image alone in its class."
     out = np.zeros(len(w))
     for b in range(len(w)):
         far = size[b] - x @ sums[b].T  # (n, K) Σ of distances to each class
@@ -63,7 +63,7 @@ def _silhouette(x, member, w, sums, size):
 
 
 def _davies_bouldin(x, member, w, means, size):
-    "Euclidean, as usual; on the sphere its distances follow from products."
+    "Compute the Davies–Bouldin index; Euclidean distances follow from products."
     out = np.full(len(w), np.nan)
     for b in range(len(w)):
         here = np.flatnonzero(size[b] > 0)
@@ -79,7 +79,7 @@ def _davies_bouldin(x, member, w, means, size):
 
 
 def _fisher(w, size, means):
-    "Trace of the scatter between over the trace within; unit vectors have squared length 1."
+    "Divide the trace of the scatter between classes by the trace within."
     n = w.sum(1)
     centre = np.nansum(size[..., None] * means, 1) / n[:, None]
     between = np.nansum(size * ((means - centre[:, None]) ** 2).sum(-1), 1)
@@ -87,14 +87,14 @@ def _fisher(w, size, means):
 
 # %% ../../nbs/50_clip/210_embeddings.ipynb #2a36e712
 def space_metrics(
-    data: Embedded,  # held-out films, from `clip.linear_probe`
+    data: Embedded,  # held-out images, from `clip.linear_probe`
     model: str = 'clip',  # name in the table
-    minimum: int = 10,  # fewest films per side or class
+    minimum: int = 10,  # fewest images per side or class
     n_boot: int = 200,  # resamples of patients
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
 ) -> pd.DataFrame:  # metrics table: `MEASURES`; subgroup class=NAME or subset=exclusive
-    "Separation of classes in the embedding space, with intervals over patients."
+    "Measure the separation of classes, with intervals over patients."
     x, rows = unit_rows(data.x), []
     for group, at, label, note in labellings(data, minimum):
         ci = [None] * len(MEASURES)
@@ -134,7 +134,7 @@ _BOUNDS = [(-1, 1), (0, np.inf), (0, np.inf), (0, 2), (0, 2), (0, np.inf)]
 
 # %% ../../nbs/50_clip/210_embeddings.ipynb #2cde2bea
 def unit_rows(x):
-    "Rows of length 1."
+    "Scale rows to length 1."
     length = np.linalg.norm(x, axis=1, keepdims=True)
     if not len(x) or not (length > 0).all():
         raise InputError('embedding space: no films, or an embedding that is zero')
@@ -142,7 +142,7 @@ def unit_rows(x):
 
 # %% ../../nbs/50_clip/210_embeddings.ipynb #f22e8eb8
 def labellings(data, minimum):
-    """Yield (subgroup, places, class numbers, note) per labelling; no places where too small.
+    """Yield (subgroup, positions, class indices, note) per labelling; empty where too small.
 
     Labellings are every class against its absence, and films with exactly one class.
     """
@@ -174,8 +174,8 @@ def coordinates(
     x,  # (N, D) embeddings
     method: str = 'pca',  # or 'umap'
     seed: int = 0,  # of UMAP
-) -> pd.DataFrame:  # x, y per film; `.attrs`: method, shown (share of variance, pca)
-    "Embeddings in the plane; `InputError` where UMAP is asked for and not installed."
+) -> pd.DataFrame:  # x, y per image; `.attrs`: method, shown (share of variance, pca)
+    "Project embeddings to the plane; `InputError` for UMAP where it is not installed."
     if method not in ('pca', 'umap'):
         raise InputError(f"picture of the embedding space: {method!r}; choose 'pca' or 'umap'")
     x = unit_rows(np.asarray(x, float))
@@ -184,7 +184,7 @@ def coordinates(
     if method == 'umap':
         return _umap(x, seed)
     _, size, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    # the largest loading points up: the same image every time
+    # the largest loading is positive, so that the plot is reproducible
     axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), abs(axes[:2]).argmax(1)])[:, None]
     at = (x - x.mean(0)) @ axes.T
     out = pd.DataFrame(np.pad(at, ((0, 0), (0, 2 - at.shape[1]))), columns=['x', 'y'])

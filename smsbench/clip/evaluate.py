@@ -37,7 +37,7 @@ from smsbench.clip.zero_shot import (
 )
 from ..privacy import Note, access_of, note_cells, shareable, write_table
 
-# what a user of the evaluation needs in one place
+# importable from here
 _all_ = [
     'Thresholds',
     'choose_thresholds',
@@ -51,7 +51,7 @@ def average_precision(
     y,  # (n,) 1/0
     weights=None,  # (n,) or (B, n) row weights; None: 1 each
 ):  # float, or (B,); NaN where nothing is positive
-    "Area under the precision-recall steps: Σ precision · Δrecall over distinct scores."
+    "Compute the average precision: Σ precision · Δrecall over distinct scores."
     score, y = np.asarray(score, float), np.asarray(y)
     w = np.atleast_2d(np.ones(len(y)) if weights is None else weights).astype(float)
     if not len(y):
@@ -69,9 +69,9 @@ def average_precision(
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #3302d664
 def class_values(
-    score,  # (n,) scores of the rows that were asked
+    score,  # (n,) scores of the rows with a known target
     y,  # (n,) 1/0
-    said,  # (n,) 1/0 predictions, or None
+    predicted,  # (n,) 1/0 predictions, or None
     weights,  # (B, n) row weights
 ) -> dict:  # metric -> (B,)
     """Compute the metrics of one class.
@@ -90,11 +90,11 @@ def class_values(
         auroc=np.atleast_1d(auroc(score, y, weights)),
         auprc=average_precision(score, y, weights),
     )
-    if said is None:
+    if predicted is None:
         return out
     tp, fp = (
-        weights @ ((said == 1) & (y == 1)).astype(float),
-        weights @ ((said == 1) & (y == 0)).astype(float),
+        weights @ ((predicted == 1) & (y == 1)).astype(float),
+        weights @ ((predicted == 1) & (y == 0)).astype(float),
     )
     there = p[0] > 0
     return out | dict(
@@ -119,16 +119,16 @@ NAMES = (
 
 def class_sides(
     y,  # (n,) 1/0
-    said=None,  # (n,) 1/0 predictions, or None
+    predicted=None,  # (n,) 1/0 predictions, or None
 ) -> np.ndarray:  # (n, M, 2) bool, in the order of `NAMES`
-    """Mark the films behind each metric of a class; M = 7, or 3 without predictions.
+    """Mark the images behind each metric of a class; M = 7, or 3 without predictions.
 
-    The last axis holds the two groups of films that a metric needs, or the same group twice.
+    The last axis contains the two groups of images that a metric needs, or one group twice.
     """
     sick, healthy = np.asarray(y) == 1, np.asarray(y) == 0
     groups = [(sick | healthy,) * 2, (sick, healthy), (sick, sick)]
-    if said is not None:
-        called = (np.asarray(said) == 1) & (sick | healthy)
+    if predicted is not None:
+        called = (np.asarray(predicted) == 1) & (sick | healthy)
         groups += [(called,) * 2, (sick, sick), (healthy, healthy), (called | sick,) * 2]
     return np.stack([np.stack(g, -1) for g in groups], 1)
 
@@ -137,7 +137,7 @@ def average_precision_influence(
     score,  # (n,) higher means more positive
     y,  # (n,) 1/0
 ) -> np.ndarray:  # (n,) change per unit of row weight, sum 0; NaN where nothing is positive
-    "Slope of the average precision in the weight of each row."
+    "Compute the slope of the average precision in the weight of each row."
     positive = np.asarray(y) == 1
     total = positive.sum()
     if not total:
@@ -156,11 +156,11 @@ def average_precision_influence(
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #86576635
 def class_influence(
-    score,  # (n,) scores of the rows that were asked
+    score,  # (n,) scores of the rows with a known target
     y,  # (n,) 1/0
-    said=None,  # (n,) 1/0 predictions, or None
+    predicted=None,  # (n,) 1/0 predictions, or None
 ) -> np.ndarray:  # (n, M), in the order of `NAMES`; 0 where a number is not defined
-    "Slope of each number of a class in the weight of each row."
+    "Compute the slope of each metric of a class in the weight of each row."
     sick = np.asarray(y) == 1
 
     def of_ratio(num, den):
@@ -172,8 +172,8 @@ def class_influence(
         auroc_influence(score, y),
         average_precision_influence(score, y),
     ]
-    if said is not None:
-        called = np.asarray(said) == 1
+    if predicted is not None:
+        called = np.asarray(predicted) == 1
         hit, passed = (sick & called).astype(float), (~sick & ~called).astype(float)
         out += [
             of_ratio(hit, called.astype(float)),
@@ -189,22 +189,22 @@ _LEFT_OUT = '{} films not asked about every class are left out'
 
 def image_values(
     c: Cells,  # scores and truth
-    said=None,  # (N, C) predictions; NaN columns are left out
+    predicted=None,  # (N, C) predictions; NaN columns are left out
 ) -> dict:  # metric -> (values (N,), rows that count (N,), notes)
-    "Numbers per film: their mean is the metric."
+    "Compute values per image; their mean is the metric."
     if c.kind == 'multiclass':
         asked, own = c.one >= 0, c.scores[np.arange(len(c.scores)), c.one]
         rank = (c.scores >= own[:, None]).sum(1)  # ties count against the model
         out = dict(accuracy=(c.scores.argmax(1) == c.one, asked, ()))
         return out | (dict(accuracy_top5=(rank <= 5, asked, ())) if len(c.classes) >= 5 else {})
     rankings = _ranking_values(c)
-    if said is None or np.isnan(said).all():
+    if predicted is None or np.isnan(predicted).all():
         return rankings
-    return dict(exact_match=_exact_match(c, said)) | rankings
+    return dict(exact_match=_exact_match(c, predicted)) | rankings
 
 
 def _ranking_values(c):
-    "LRAP and coverage error of the films asked about every class."
+    "Compute LRAP and coverage error of the images with all labels known."
     whole = c.known.all(1)
     y = np.nan_to_num(c.truth) == 1
     lrap, cover = _ranking(c.scores, y)
@@ -214,22 +214,22 @@ def _ranking_values(c):
     return dict(lrap=(lrap, whole, (left, ones)), coverage_error=(cover, whole, (left,)))
 
 
-def _exact_match(c, said):
-    "Whether all classes of a film are predicted right, of the classes that have a threshold."
-    y, used = np.nan_to_num(c.truth) == 1, ~np.isnan(said).any(0)
+def _exact_match(c, predicted):
+    "Mark images with correct predictions in all classes that have a threshold."
+    y, used = np.nan_to_num(c.truth) == 1, ~np.isnan(predicted).any(0)
     rows, missing = c.known[:, used].all(1), int((~used).sum())
-    lost = f'{missing} classes without a threshold are left out' if missing else ''
-    return (said[:, used] == y[:, used]).all(1), rows, (_left_out(rows), lost)
+    note = f'{missing} classes without a threshold are left out' if missing else ''
+    return (predicted[:, used] == y[:, used]).all(1), rows, (_left_out(rows), note)
 
 
 def _left_out(rows):
-    "A note on the films that do not count."
-    lost = int((~rows).sum())
-    return Note(_LEFT_OUT, (lost,)) if lost else ''
+    "Return a note on the images that do not count."
+    n = int((~rows).sum())
+    return Note(_LEFT_OUT, (n,)) if n else ''
 
 
 def _ranking(scores, y):
-    "LRAP and coverage per film, equal scores counted against the model."
+    "Compute LRAP and coverage per image; ties count against the model."
     at_least = scores[:, None, :] >= scores[:, :, None]  # [i, a, b]: b is ranked at or above a
     rank, hits = at_least.sum(2), (at_least & y[:, None, :]).sum(2)
     n = y.sum(1)
@@ -242,19 +242,19 @@ def _ranking(scores, y):
 def class_grid(
     scores,  # (N, C)
     truth,  # (N, C) 1, 0, NaN
-    said,  # (N, C) 1/0 predictions, NaN in the column of a class without a threshold; or None
+    predicted,  # (N, C) 1/0 predictions, NaN in the column of a class without a threshold; or None
     weights,  # (B, N) row weights
 ) -> np.ndarray:  # (B, M, C + 1): every class, then the mean over classes
     """Compute the metrics in `NAMES` for all classes and every set of weights.
 
     The mean is over the classes that occur; M = 7, or 3 without predictions.
     """
-    names = NAMES[:3] if said is None else NAMES
+    names = NAMES[:3] if predicted is None else NAMES
     out = np.full((len(weights), len(names), truth.shape[1] + 1), np.nan)
     for i, k in enumerate(~np.isnan(truth).T):
         if not k.any():
             continue
-        own = None if said is None or np.isnan(said[:, i]).any() else said[k, i]
+        own = None if predicted is None or np.isnan(predicted[:, i]).any() else predicted[k, i]
         for name, v in class_values(
             scores[k, i], truth[k, i], own, weights[:, k].astype(float)
         ).items():
@@ -267,7 +267,7 @@ def class_grid(
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #c12e4455
 class Floors(NamedTuple):
-    "Bounds of every number of every class, and what a mean or a difference of them needs."
+    "Bounds of every metric and class, with the influences for means and differences."
 
     values: np.ndarray  # (M, C)
     ends: np.ndarray  # (2, M, C) lower and upper bounds; NaN where the value is not defined
@@ -278,12 +278,12 @@ class Floors(NamedTuple):
 def class_floors(
     scores,  # (N, C)
     truth,  # (N, C) 1, 0, NaN
-    said,  # (N, C) 1/0 predictions, NaN in the column of a class without a threshold; or None
-    owner,  # (N,) patient of each film, 0.. in ascending order
+    predicted,  # (N, C) 1/0 predictions, NaN in the column of a class without a threshold; or None
+    owner,  # (N,) patient of each image, 0.. in ascending order
     tail: float,  # probability left out on each side
 ) -> Floors:
-    "Bounds of the `NAMES` of all classes on the patients who count."
-    M, shape, patients = 3 if said is None else 7, truth.shape[1], owner[-1] + 1
+    "Compute bounds of the `NAMES` of all classes on the effective patients."
+    M, shape, patients = 3 if predicted is None else 7, truth.shape[1], owner[-1] + 1
     out = Floors(
         np.full((M, shape), np.nan),
         np.full((2, M, shape), np.nan),
@@ -293,7 +293,7 @@ def class_floors(
     for i, k in enumerate(~np.isnan(truth).T):
         if not k.any():
             continue
-        own = None if said is None or np.isnan(said[:, i]).any() else said[k, i]
+        own = None if predicted is None or np.isnan(predicted[:, i]).any() else predicted[k, i]
         m = 3 if own is None else 7
         one = class_grid(
             scores[k, i][:, None],
@@ -318,7 +318,7 @@ def class_floors(
 def mean_floors(
     floors: Floors,
 ) -> np.ndarray:  # (2, M) bounds of the mean over the classes for which a number is defined
-    "Bounds of macro averages."
+    "Compute bounds of macro averages."
 
     def of(m):
         known = np.isfinite(floors.values[m])
@@ -333,31 +333,31 @@ def mean_floors(
 # %% ../../nbs/50_clip/180_evaluate.ipynb #62364274
 def classification_metrics(
     scores,  # (N, C) DataFrame of probabilities
-    targets,  # (N, C) 1, 0, NaN: not asked
-    clusters,  # (N,) patient of each film
+    targets,  # (N, C) 1, 0, NaN: unknown
+    clusters,  # (N,) patient of each image
     thresholds=None,  # `Thresholds` of other patients; None: no decisions (multilabel)
     model: str = 'clip',  # name in the table
     arm: str = 'zero_shot',  # how the scores were made
     kind: str = '',  # 'multilabel' or 'multiclass'; '' takes that of the scores
-    minimum: int = 10,  # fewest films that a number may rest on
+    minimum: int = 10,  # fewest images for a number to be reported
     n_boot: int = 1000,  # resamples of patients
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
 ) -> pd.DataFrame:  # metrics table
-    """Classification metrics with intervals over patients.
+    """Compute classification metrics with intervals over patients.
 
-    Rows are per class (subgroup class=NAME), macro_* and per film (subgroup all). n: films asked;
-    n_effective: patients that bound the interval. `InputError` where a patient of these films
-    chose the thresholds.
+    Rows are per class (subgroup class=NAME), macro_* and per image (subgroup all). n: images with
+    a known label; n_effective: patients that bound the interval. `InputError` where a patient was
+    used to choose the thresholds.
     """
     c = cells(scores, targets, clusters, kind)
     if thresholds is not None:
         thresholds.check(c.patients, getattr(scores, 'attrs', None))
-    said = c.predict(thresholds) if thresholds is not None or c.kind == 'multiclass' else None
+    predicted = c.predict(thresholds) if thresholds is not None or c.kind == 'multiclass' else None
     how = dict(n_boot=n_boot, level=level, seed=seed)
     found = [
-        *_class_intervals(c, said, how),
-        *_image_intervals(c, said, how),
+        *_class_intervals(c, predicted, how),
+        *_image_intervals(c, predicted, how),
         *_calibration_intervals(c, how),
     ]
     rows = [
@@ -379,10 +379,10 @@ def classification_metrics(
     return validate(pd.DataFrame(rows), 'metrics')
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #8d2467aa
-def _class_intervals(c, said, how):
-    "(metric, subgroup, interval, note) per class and macro, from one resampling."
-    names, K = NAMES[:3] if said is None else NAMES, len(c.classes) + 1
-    ci = _class_bootstrap(c, said, how)
+def _class_intervals(c, predicted, how):
+    "Yield (metric, subgroup, interval, note) per class and macro, from one resampling."
+    names, K = NAMES[:3] if predicted is None else NAMES, len(c.classes) + 1
+    ci = _class_bootstrap(c, predicted, how)
     n, left = c.known.sum(0), (~c.known).sum(0)
     patients = [len(set(c.patients[k])) for k in c.known.T]
     for j, m in enumerate(names):
@@ -403,12 +403,12 @@ def _class_intervals(c, said, how):
         )
 
 
-def _class_bootstrap(c, said, how):
-    "Intervals of every metric of every class and of the mean over classes."
-    held = [c.scores, c.truth, *([] if said is None else [said])]
+def _class_bootstrap(c, predicted, how):
+    "Compute intervals of every metric of every class and of the mean over classes."
+    held = [c.scores, c.truth, *([] if predicted is None else [predicted])]
 
     def decided(*a):
-        return (a[0], a[1], a[2] if said is not None else None)
+        return (a[0], a[1], a[2] if predicted is not None else None)
 
     def of(*a):
         return class_grid(*decided(*a), a[-1]).reshape(len(a[-1]), -1)
@@ -417,7 +417,7 @@ def _class_bootstrap(c, said, how):
         f = class_floors(*decided(*a), *a[-2:])
         return np.concatenate([f.ends, mean_floors(f)[..., None]], 2).reshape(2, -1)
 
-    used = grid_sides(c.truth, said)
+    used = grid_sides(c.truth, predicted)
     return bootstrap_rows(
         of,
         held,
@@ -430,26 +430,26 @@ def _class_bootstrap(c, said, how):
     )
 
 
-def grid_sides(truth, said):
-    "Mark the films that count for each metric: (N, M, C + 1, 2), the mean over classes last."
-    M = 3 if said is None else 7
+def grid_sides(truth, predicted):
+    "Mark the images that count for each metric: (N, M, C + 1, 2), the mean over classes last."
+    M = 3 if predicted is None else 7
     out = np.zeros((len(truth), M, truth.shape[1] + 1, 2), bool)
     for i in range(truth.shape[1]):
-        own = None if said is None or np.isnan(said[:, i]).any() else said[:, i]
+        own = None if predicted is None or np.isnan(predicted[:, i]).any() else predicted[:, i]
         out[:, : 3 if own is None else M, i] = class_sides(truth[:, i], own)
     out[:, :, -1] = (~np.isnan(truth)).any(1)[:, None, None]
     return out
 
 
 def macro_number(per):
-    "Effective patients behind a mean over classes: harmonic mean, as the rare classes decide."
+    "Compute the effective patients of a mean over classes, as a harmonic mean."
     number = np.array([i.n_effective for i in per if np.isfinite(i.value)])
     return float(len(number) / (1 / number).sum()) if len(number) and number.all() else 0.0
 
 
-def _image_intervals(c, said, how):
-    "The same for numbers per film."
-    values = image_values(c, said)
+def _image_intervals(c, predicted, how):
+    "Yield (metric, subgroup, interval, note) of the metrics per image."
+    values = image_values(c, predicted)
     ci = together(
         *(
             mean(v, rows, (0, len(c.classes)) if m == 'coverage_error' else (0, 1), m)
@@ -461,7 +461,7 @@ def _image_intervals(c, said, how):
 
 
 def _calibration_intervals(c, how):
-    "Calibration error and Brier score per class and over all, where the scores are probabilities."
+    "Yield calibration error and Brier score, per class and over all, of probabilities."
     if c.scores.min() < 0 or c.scores.max() > 1:
         return
 
@@ -486,26 +486,26 @@ def _calibration_intervals(c, how):
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #d69b6bd4
 class Evaluated(NamedTuple):
-    "What `evaluate` found."
+    "Result of `evaluate`."
 
     metrics: pd.DataFrame  # metrics table
-    scores: pd.DataFrame  # (N, C) probabilities of the test films
-    targets: pd.DataFrame  # (N, C) truth of the same films
+    scores: pd.DataFrame  # (N, C) probabilities of the test images
+    targets: pd.DataFrame  # (N, C) targets of the same images
     patients: np.ndarray  # (N,)
     thresholds: Thresholds | None  # None for exclusive classes
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #f2db89fb
 def evaluate(
-    clip,  # `Clip` of clip.models
-    images,  # `Images` of clip.data, with the splits named below
+    clip,  # a loaded model
+    images,  # `Images` of a cohort, with the splits named below
     out=None,  # folder for scores, thresholds, prompts and metrics; None writes nothing
-    prompts=None,  # None takes the default ones
-    thresholds=None,  # existing `Thresholds`; None chooses them on the validation films
-    val: str = 'val',  # split that chooses the thresholds
-    test: str = 'test',  # split that is measured
+    prompts=None,  # None: the default ones
+    thresholds=None,  # existing `Thresholds`; None: chosen on the validation images
+    val: str = 'val',  # split for choosing thresholds
+    test: str = 'test',  # split for testing
     **how,  # model, minimum, n_boot, level, seed of `classification_metrics`
 ) -> Evaluated:
-    """Zero-shot evaluation of a model on films.
+    """Evaluate a model zero-shot on images.
 
     >>> evaluated = evaluate(clip, images, n_boot=200)
     """
@@ -517,7 +517,7 @@ def evaluate(
         )
     tested = images.select(test)
     scores = zero_shot(clip, tested, prompts)
-    found = Evaluated(
+    result = Evaluated(
         classification_metrics(
             scores,
             tested.targets,
@@ -531,29 +531,29 @@ def evaluate(
         thresholds,
     )
     if out is not None:
-        _save(found, prompts, out, access_of(images, 'the films'))
-    return found
+        _save(result, prompts, out, access_of(images, 'the films'))
+    return result
 
 
-def _save(found, prompts, out, access):
-    "Write what was measured; of credentialed data no number of few patients."
+def _save(result, prompts, out, access):
+    "Write the results; of credentialed data no number of few patients."
     run = Run(out)
     write_json(prompts, run / 'prompts.json')
-    if found.thresholds is not None:
-        found.thresholds.save(run / 'thresholds.json')
-    write_table(found.scores.reset_index(), run / 'scores.parquet')
-    write_table(shareable(found.metrics, access), run / 'metrics.parquet', 'metrics')
+    if result.thresholds is not None:
+        result.thresholds.save(run / 'thresholds.json')
+    write_table(result.scores.reset_index(), run / 'scores.parquet')
+    write_table(shareable(result.metrics, access), run / 'metrics.parquet', 'metrics')
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #3ceea6cc
 def keep_thresholds(
-    folder,  # of the checkpoint, as `save_clip` left it
+    folder,  # of the checkpoint, from `save_clip`
     images,  # `Images` with the validation split of its training
-    prompts=None,  # None takes the default ones
-    val: str = 'val',  # split that chooses
+    prompts=None,  # None: the default ones
+    val: str = 'val',  # split for choosing thresholds
     rule: str = 'f1',  # or 'youden'
-    device: str = 'auto',  # where the model runs
+    device: str = 'auto',  # device of the model
 ) -> Thresholds | None:  # None for exclusive classes, which need none
-    """Choose thresholds on a checkpoint's validation films.
+    """Choose thresholds on the validation images of a checkpoint.
 
     Writes thresholds.json and prompts.json to its folder.
     """

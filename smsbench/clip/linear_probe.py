@@ -20,10 +20,10 @@ from .zero_shot import cells
 # %% ../../nbs/50_clip/200_linear_probe.ipynb #df286b4a
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    "Image embeddings of N films with truth and patients."
+    "Image embeddings with labels and patients."
 
     x: np.ndarray  # (N, D) float
-    y: np.ndarray  # (N, C) 1, 0, NaN: not asked
+    y: np.ndarray  # (N, C) 1, 0, NaN: unknown
     patients: np.ndarray  # (N,) text
     classes: list  # C names
     kind: str  # 'multilabel' or 'multiclass'
@@ -32,10 +32,10 @@ class Embedded:
 def embedded(
     x,  # (N, D) image embeddings
     targets,  # (N, C) DataFrame or array of 1, 0, NaN
-    patients,  # (N,) patient of each film
+    patients,  # (N,) patient of each image
     kind: str = 'multilabel',  # or 'multiclass'
 ) -> Embedded:
-    "Checked embeddings; `InputError` where they do not fit their truth."
+    "Check embeddings and labels; `InputError` where they do not fit."
     x = np.asarray(x, np.float64)
     if x.ndim != 2 or not np.isfinite(x).all():
         raise InputError(f'probe: embeddings of shape {x.shape} must be a table of finite numbers')
@@ -47,11 +47,11 @@ def embedded(
 
 # %% ../../nbs/50_clip/200_linear_probe.ipynb #4e37f8e6
 def embed(
-    clip,  # `Clip` of clip.models
-    images,  # `Images` of clip.data
+    clip,  # a loaded model
+    images,  # `Images` of a cohort
     batch_size: int = 64,  # images at once
 ) -> Embedded:
-    "Films as a model sees them."
+    "Embed images with a model."
     from smsbench.clip.dataset import read_images
     from smsbench.clip.model import image_embeddings
 
@@ -66,7 +66,7 @@ def embed(
 def apart(
     *parts,  # `Embedded`s
 ):
-    "Nothing; `InputError` where two of them share a patient, or differ in classes or width."
+    "Raise `InputError` where two parts share a patient, or differ in classes or width."
     for i, a in enumerate(parts):
         for b in parts[:i]:
             if a.classes != b.classes or a.kind != b.kind or a.x.shape[1] != b.x.shape[1]:
@@ -81,7 +81,7 @@ def apart(
                 )
 
 # %% ../../nbs/50_clip/200_linear_probe.ipynb #ff54b922
-# values of C, the inverse regularisation, that are tried
+# candidate values of C, the inverse regularisation
 STRENGTHS = tuple(10.0**k for k in range(-3, 5))
 
 
@@ -89,13 +89,13 @@ STRENGTHS = tuple(10.0**k for k in range(-3, 5))
 class Probe:
     """A fitted probe.
 
-    A model is a LogisticRegression, or the constant probability of a class seen with one value.
+    A model is a LogisticRegression, or a constant probability for a class with a single label.
     """
 
     models: list  # per class, or one model for multiclass
     classes: list  # names
     kind: str  # 'multilabel' or 'multiclass'
-    C: float  # inverse regularisation that validation chose
+    C: float  # inverse regularisation chosen on validation
     curve: dict  # C -> log loss on validation
     notes: tuple  # warnings for the reader
 
@@ -103,7 +103,7 @@ class Probe:
         self,
         x,  # (N, D) embeddings
     ) -> pd.DataFrame:  # (N, C) probabilities
-        "Probabilities of films, ready for `classification_metrics`."
+        "Predict probabilities, for `classification_metrics`."
         if self.kind == 'multiclass':
             p = np.zeros((len(x), len(self.classes)))
             m = self.models[0]
@@ -121,8 +121,8 @@ class Probe:
 
 # %% ../../nbs/50_clip/200_linear_probe.ipynb #83febe03
 def linear_probe(
-    train: Embedded,  # films to fit
-    val: Embedded,  # films that choose the regularisation
+    train: Embedded,  # images for fitting
+    val: Embedded,  # images for choosing the regularisation
     strengths=STRENGTHS,  # values of C to try
 ) -> Probe:
     """Fit logistic regression on frozen embeddings.
@@ -132,7 +132,7 @@ def linear_probe(
     apart(train, val)
     tried = {float(C): _fit(train, C) for C in strengths}
     curve = {C: _log_loss(_probe(train, m, C, {}), val) for C, m in tried.items()}
-    # of equals the stronger regularisation
+    # on ties the stronger regularisation
     best = min(curve, key=lambda C: (round(curve[C], 9), C))
     return _probe(train, tried[best], best, curve)
 
@@ -179,14 +179,14 @@ def _log_loss(probe, data):
     return float(-np.where(data.y == 1, np.log(p), np.log1p(-p))[k].mean())
 
 # %% ../../nbs/50_clip/200_linear_probe.ipynb #2e1285a7
-NEIGHBOURS = (1, 5, 10, 20, 50, 100)  # values of k that are tried
+NEIGHBOURS = (1, 5, 10, 20, 50, 100)  # candidate values of k
 
 
 def knn_shares(
-    x,  # (N, D) embeddings of the films asked about
+    x,  # (N, D) embeddings to score
     train: Embedded,  # neighbours
-    ks=NEIGHBOURS,  # how many neighbours
-    chunk: int = 512,  # films at once
+    ks=NEIGHBOURS,  # numbers of neighbours
+    chunk: int = 512,  # images at once
 ) -> dict:  # k -> (N, C) shares in 0..1
     """Compute the share of positives among the nearest neighbours.
 
@@ -217,11 +217,11 @@ def knn_shares(
 # %% ../../nbs/50_clip/200_linear_probe.ipynb #d3e6b949
 def knn_probe(
     train: Embedded,  # neighbours
-    val: Embedded,  # films that choose k
-    x,  # (N, D) embeddings of the films to be judged
+    val: Embedded,  # images for choosing k
+    x,  # (N, D) embeddings to score
     ks=NEIGHBOURS,  # values of k to try
 ) -> pd.DataFrame:  # (N, C) scores; `.attrs`: kind, k, curve (k -> log loss on validation)
-    """Score films by their nearest neighbours, with k chosen on validation.
+    """Score images by their nearest neighbours, with k chosen on validation.
 
     `InputError` where training and validation share a patient.
     """
@@ -239,17 +239,17 @@ def knn_probe(
 
 # %% ../../nbs/50_clip/200_linear_probe.ipynb #fb4a0354
 def few_shot(
-    train: Embedded,  # films to draw from
-    val: Embedded,  # films that choose the regularisation, per number of shots
-    test: Embedded,  # films that are measured
-    shots=(1, 2, 4, 8, 16),  # films per side (class present / absent) or per class
+    train: Embedded,  # images to draw from
+    val: Embedded,  # images for choosing the regularisation, per number of shots
+    test: Embedded,  # images for testing
+    shots=(1, 2, 4, 8, 16),  # images per side (class present / absent) or per class
     seeds: int = 5,  # draws per number of shots
     strengths=(0.01, 0.1, 1.0, 10.0, 100.0),  # values of C to try
     n_boot: int = 500,  # resamples of test patients
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the draws and of the resampling
 ) -> pd.DataFrame:  # one row per number of shots
-    """Few-shot curve; `InputError` where the three share patients.
+    """Compute a few-shot curve; `InputError` where the three sets share patients.
 
     Columns: shots, value (mean over seeds of the macro AUROC), ci_low, ci_high, seed_low,
     seed_high, C, n, n_clusters, note.
@@ -268,14 +268,14 @@ def few_shot(
 
 
 def _best_fits(drawn, val, strengths):
-    "The value of C with the lowest mean log loss on validation, and its probes."
+    "Return the C with the lowest mean log loss on validation, and its probes."
     tried = {C: [_probe(d, _fit(d, C), C, {}) for d in drawn] for C in strengths}
     C = min(strengths, key=lambda C: (round(np.mean([_log_loss(p, val) for p in tried[C]]), 9), C))
     return C, tried[C]
 
 
 def _measured(probes, test, n_boot, level, seed):
-    "The macro AUROC of probes on test films: mean with its interval, range over the draws."
+    "Compute the macro AUROC on the test images: mean, interval, range over the draws."
     seeds = len(probes)
     scores = np.stack([p.scores(test.x).to_numpy() for p in probes], 1)  # (N, seeds, C)
     single = _macro_auroc(scores, test.y, np.ones((1, len(test.x))))[0]
@@ -305,9 +305,9 @@ def _measured(probes, test, n_boot, level, seed):
 
 
 def _draw(data, k, rng):
-    """Draw k films per side of every class (or per class), from different patients if possible.
+    """Draw k images per side of every class (or per class), from different patients if possible.
 
-    The other films count as not asked. None where there are too few.
+    The labels of the other images are set to unknown. None where there are too few.
     """
     y = np.full(data.y.shape, np.nan)
     for c in range(len(data.classes)):
@@ -326,7 +326,7 @@ def _draw(data, k, rng):
 
 
 def _macro_auroc(scores, y, weights):
-    "(B, seeds): mean over classes of the one-against-rest AUROC."
+    "Average the one-against-rest AUROC over classes, (B, seeds)."
     out = np.full((len(weights), scores.shape[1], scores.shape[2]), np.nan)
     for c, k in enumerate(~np.isnan(y).T):
         for s in range(scores.shape[1]):
@@ -336,7 +336,7 @@ def _macro_auroc(scores, y, weights):
 
 
 def _macro_auroc_ends(scores, y, owner, tail):
-    """Bounds (2,) of the mean over classes and draws, which varies less than one AUROC.
+    """Compute bounds (2,) of the mean over classes and draws, which varies less than one AUROC.
 
     `scores` is (n, draws, C), `owner` (n,) the patient of each row.
     """

@@ -25,9 +25,9 @@ def group_codes(
 # %% ../../nbs/50_clip/090_losses.ipynb #74c2cbfe
 def same_group(
     *groups,  # each (B,) or (B,G): integer codes (below 0: missing) or names; numpy, list or torch
-    device=None,  # of the answer; None: that of the first tensor, else the CPU
+    device=None,  # of the result; None: that of the first tensor, else the CPU
 ):  # (B,B) bool tensor: row = image, column = text; the diagonal is always True
-    "Which samples share at least one group; `InputError` where lengths differ or nothing is given."
+    "Find pairs that share a group; `InputError` where lengths differ or no group is given."
     import torch
 
     if not groups:
@@ -75,14 +75,14 @@ def fits_prompt(
 # %% ../../nbs/50_clip/090_losses.ipynb #b7052065
 def soft_targets(
     *groups,  # as for `same_group`: same class, same report text, same study
-    device=None,  # of the answer
+    device=None,  # of the result
 ):  # (B,B) float tensor, rows sum to 1: what `info_nce` takes as `targets`
-    "Equal weight on every text that belongs to the image."
+    "Give equal weight to all texts that belong to the image."
     return _rows(same_group(*groups, device=device))
 
 
 def _rows(weights):
-    "Rows that sum to 1."
+    "Scale rows to sum to 1."
     weights = weights if weights.is_floating_point() else weights.float()
     sums = weights.sum(1, keepdim=True)
     if not bool((sums > 0).all()):
@@ -96,8 +96,8 @@ def _rows(weights):
 def clamped_scale(
     logit_scale,  # the model's parameter: natural logarithm of the scale
     most: float | None = 100.0,  # upper bound of the scale; None: none, if trained beyond it
-):  # 0-d tensor: what multiplies the cosines
-    "The scale: exponentiated and bounded, with gradient."
+):  # 0-d tensor: factor of the cosines
+    "Exponentiate and bound the scale, with gradient."
     if most is None:
         return logit_scale.exp().reshape(())
     bound = logit_scale.new_tensor(math.log(most))
@@ -111,7 +111,7 @@ def info_nce(
     targets=None,  # (B,B) bool or weights >= 0, row image, column text; None: diagonal
     rows=None,  # slice: these images against all texts and vice versa; None: all
 ):  # 0-d tensor
-    """Symmetric cross-entropy over the batch, in float32 or better.
+    """Compute the symmetric cross-entropy over the batch, in float32 or better.
 
     `targets` state which image fits which text. `InputError` for shapes that do not match or a
     raw scale.
@@ -157,8 +157,8 @@ def _pair(image, text, scale, targets):
 # %% ../../nbs/50_clip/090_losses.ipynb #f0f0bd45
 def entropy_floor(
     targets,  # (B,B) as for `info_nce`
-):  # 0-d tensor: the least value that `info_nce` can take with these targets
-    "Mean entropy of the targets over both directions, in nats (Gibbs' inequality)."
+):  # 0-d tensor: lowest possible value of `info_nce` with these targets
+    "Compute the mean entropy of the targets over both directions, in nats (Gibbs' inequality)."
     import torch
 
     return sum(torch.special.entr(t).sum(1).mean() for t in (_rows(targets), _rows(targets.T))) / 2
@@ -172,7 +172,7 @@ def siglip_loss(
     positives=None,  # (B,B) bool, or weights that count where > 0; None: diagonal
     rows=None,  # slice of the batch: these images against all texts; None: all
 ):  # 0-d tensor
-    """Sigmoid loss over all pairs, in float32 or better.
+    """Compute the sigmoid loss over all pairs, in float32 or better.
 
     `positives` state which image (row) fits which text (column). `InputError` as for `info_nce`,
     and for a model without bias.

@@ -72,7 +72,7 @@ def layer_depths(
 
 
 def _is_last(name):
-    "Whether a parameter outside the blocks comes after them."
+    "Decide whether a parameter outside the blocks comes after them."
     return (
         re.sub(r'^(visual\.|text\.)?(trunk\.|transformer\.)?(encoder\.)?', '', name).split('.')[0]
         in _LAST
@@ -110,9 +110,9 @@ def freeze(
     model,  # an open_clip model; changed in place
     what: str = 'all',  # 'all', 'probe' (image head, logit scale), 'locked_image' (text, logits)
 ) -> list:  # names of the parameters that are trained
-    """Let only some parameters be trained.
+    """Freeze all parameters except the chosen ones.
 
-    `InputError` for another word, or where the image tower has no head of its own.
+    `InputError` for an unknown choice, or where the image tower has no head of its own.
     """
     if what not in TRAINED:
         raise InputError(f"train {what!r}: choose {', '.join(TRAINED)}")
@@ -148,7 +148,7 @@ def _head(model):
 # %% ../../nbs/50_clip/130_optim.ipynb #de5ef2b4
 def training_mode(
     model,  # after `freeze`; changed in place
-    hold: bool = True,  # batch normalisation uses the statistics it came with, and keeps them
+    hold: bool = True,  # batch normalisation keeps its original statistics
 ):
     "Set training mode; modules without trained parameters stay in evaluation mode."
     model.train()
@@ -162,8 +162,8 @@ def training_mode(
 def param_groups(
     model,  # an open_clip model, after `freeze`
     lr: float = 1e-4,  # learning rate of the heads and of the logits' scale
-    weight_decay: float = 0.1,  # of what decays
-    layer_decay: float = 1.0,  # 0..1: factor of the rate per layer away from the head; 1: all alike
+    weight_decay: float = 0.1,  # of the parameters that decay
+    layer_decay: float = 1.0,  # 0..1: factor of the rate per layer away from the head; 1: equal
 ) -> list:  # dicts for torch.optim.AdamW: params, lr, base_lr, weight_decay, name, names
     """Group the trained parameters for the optimizer.
 
@@ -204,7 +204,7 @@ def lr_factor(
     warmup: int = 0,  # steps of the linear rise
     floor: float = 0.0,  # share of the learning rate at the end
 ) -> float:  # 0..1
-    "What the learning rates are multiplied with at a step."
+    "Compute the factor of the learning rates at a step."
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -232,8 +232,8 @@ def set_lr(
         g['lr'] = g['base_lr'] * factor
 
 # %% ../../nbs/50_clip/130_optim.ipynb #f93c4298
-LEAST_REACH = 0.005  # share of the weights' size that the steps together must be able to cover
-MOST_STUCK = 0.5  # share of weights that rounding may hold fast
+LEAST_REACH = 0.005  # share of the weights' size that all steps together must be able to cover
+MOST_STUCK = 0.5  # largest share of weights unchanged because of rounding
 
 
 def mobility(
@@ -245,7 +245,7 @@ def mobility(
     """Compute how far the weights of each group can move.
 
     size: root mean square; reach: share of the size that the steps can cover; stuck: share of
-    weights held fast by rounding.
+    weights that rounding keeps unchanged.
     """
     total = lr_total(steps, warmup, floor)
     rows = []
@@ -271,7 +271,7 @@ def require_mobility(
     warmup: int = 0,  # as for `lr_factor`
     floor: float = 0.0,  # "
 ) -> pd.DataFrame:  # from `mobility`
-    "`mobility`, or `InputError` with the reason where these steps cannot move the weights."
+    "Compute `mobility`; `InputError` with the reason where the steps cannot move the weights."
     kinds = {str(p.dtype) for g in groups for p in g['params']}
     if kinds != {'torch.float32'}:
         raise InputError(
@@ -315,7 +315,7 @@ class Ema:
     def __init__(
         self,
         model,  # a torch module, after `freeze`
-        decay: float = 0.999,  # 0..1: how long the average remembers
+        decay: float = 0.999,  # decay per step, 0..1
     ):
         if not 0 <= decay < 1:
             raise InputError(f'ema {decay}: must lie in 0..1 (not 1)')
@@ -343,7 +343,7 @@ class Ema:
         self,
         model,  # the same module
     ):
-        "Give the model the averaged weights within the block, and restore its own bit for bit."
+        "Use the averaged weights within the block, and restore the original ones exactly."
         import torch
 
         params = dict(model.named_parameters())

@@ -16,15 +16,15 @@ from ..core import InputError
 # %% ../../nbs/50_clip/100_processes.ipynb #c68ea2ce
 @dataclass(frozen=True)
 class World:
-    "Where this process stands among those that train together."
+    "Rank and device of this process among those that train together."
 
-    rank: int = 0  # number of this process, from 0; 0 writes the files
-    size: int = 1  # how many there are
-    device: str = 'cpu'  # where this one computes
+    rank: int = 0  # of this process, from 0; rank 0 writes the files
+    size: int = 1  # number of processes
+    device: str = 'cpu'  # on which this process computes
 
 # %% ../../nbs/50_clip/100_processes.ipynb #94c32d0d
 def world():  # no arguments
-    "(rank, size) of this process: (0, 1) where it is alone."
+    "Return (rank, size) of this process: (0, 1) for a single process."
     import torch.distributed as dist
 
     joined = dist.is_available() and dist.is_initialized()
@@ -33,8 +33,8 @@ def world():  # no arguments
 # %% ../../nbs/50_clip/100_processes.ipynb #fe33ef3d
 @contextmanager
 def processes(
-    device: str = 'auto',  # 'cpu', 'cuda', or 'auto': a card of its own where there is one
-    patience: float = 600,  # seconds to wait for the others before it is an error
+    device: str = 'auto',  # 'cpu', 'cuda', or 'auto': one GPU per process, where available
+    patience: float = 600,  # seconds to wait for the others before an error
 ):  # context manager that gives a `World`
     """Join the processes that `torchrun` started, and leave them at the end.
 
@@ -65,8 +65,8 @@ def processes(
 # %% ../../nbs/50_clip/100_processes.ipynb #6dd2b502
 def my_rows(
     n: int,  # samples in this process
-    device='cpu',  # where this process computes
-):  # (slice of the joint batch, None if alone; samples in all)
+    device='cpu',  # device of this process
+):  # (slice of the joint batch, None for a single process; number of samples)
     """Find the rows of the joint batch that belong to this process.
 
     Rows are in the order of the processes. `InputError` where processes hold different numbers.
@@ -90,7 +90,7 @@ def my_rows(
 def gather_rows(
     rows,  # (b,...) tensor of this process
 ):  # (B,...) tensor of all, in process order, without gradient
-    "Rows of all processes, which must hold equally many; the same tensor where this one is alone."
+    "Gather the rows of all processes; all must have the same number of rows."
     import torch, torch.distributed as dist
 
     if world()[1] == 1:
@@ -105,13 +105,13 @@ def gather_rows(
 def gather_embeddings(
     embeddings,  # (b,D) tensor of this process, with or without graph
 ):  # (B,D) tensor of all, in process order
-    "Embeddings of all processes; backwards, what all processes say about ours is added up."
+    "Gather the embeddings of all processes; the backward pass sums their gradients."
     return embeddings if world()[1] == 1 else _gather().apply(embeddings)
 
 
 @functools.cache
 def _gather():
-    "The autograd function, made when torch is there."
+    "Define the autograd function; torch is imported only when it is needed."
     import torch, torch.distributed as dist
 
     class Gather(torch.autograd.Function):
@@ -132,7 +132,7 @@ def _gather():
 def share_weights(
     model,  # in every process
 ):
-    "Give every process the weights and buffers of process 0: once, before training."
+    "Copy the weights and buffers of process 0 to all processes, once before training."
     import torch.distributed as dist
 
     if world()[1] == 1:
@@ -143,7 +143,7 @@ def share_weights(
 # %% ../../nbs/50_clip/100_processes.ipynb #afca1079
 def average_gradients(
     model,  # in every process, after the backward pass
-    bucket: int = 2**24,  # numbers sent at once: fewer and longer messages
+    bucket: int = 2**24,  # numbers per message
 ):
     """Replace every gradient by its mean over processes; a missing one counts as zero.
 
@@ -172,7 +172,7 @@ def average_gradients(
 
 
 def _mean(grads, size):
-    "Mean over processes, in place, in one message."
+    "Average over processes, in place, in one message."
     import torch, torch.distributed as dist
 
     flat = torch.cat([g.reshape(-1) for g in grads]) / size

@@ -44,8 +44,8 @@ PHRASES = {  # name in a table, small letters, spaces -> how reports call it
 
 def phrases(
     name: str,  # name of a class, as in a table
-) -> tuple:  # one or more ways to say it in a sentence
-    "How a class is called in a sentence; an unknown name is used as it stands, with spaces."
+) -> tuple:  # one or more phrases
+    "Return phrases for a class; an unknown name is used unchanged, with spaces."
     plain = ' '.join(str(name).replace('_', ' ').split())
     if not plain:
         raise InputError('a class needs a name to be asked about')
@@ -77,7 +77,7 @@ def pair_prompts(
     name: str,  # name of the finding
     noun: str = 'medical image',  # what the image is
 ) -> dict:  # positive, negative: tuples of sentences, equally long
-    "Default sentences for a finding that is present or absent."
+    "Return default sentences for the presence and the absence of a finding."
     normal = ' '.join(str(name).replace('_', ' ').split()).lower() in NORMAL
     filled = [
         tuple(_sentence(t, noun, c) for t in pair)
@@ -103,7 +103,7 @@ def class_prompts(
     name: str,  # name of the class
     noun: str = 'medical image',  # what the image is
 ) -> dict:  # positive: a tuple of sentences
-    "Default sentences for one of several exclusive classes."
+    "Return default sentences for one of several exclusive classes."
     return dict(positive=tuple(_sentence(t, noun, c) for c in phrases(name) for t in CLASSES))
 
 # %% ../../nbs/50_clip/060_prompts.ipynb #c9a1420e
@@ -143,7 +143,7 @@ def _kind_and_classes(tasks):
 # %% ../../nbs/50_clip/060_prompts.ipynb #cbff74e9
 def check_prompts(
     prompts: dict,  # class -> dict(positive=..., negative=...)
-    classes=None,  # classes that must be there, in the order wanted; None: those of `prompts`
+    classes=None,  # required classes, in order; None: those of `prompts`
     kind: str = '',  # 'multilabel', 'multiclass', or '': as given, alike for every class
 ) -> dict:  # the same, sentences as tuples, in the order of `classes`
     """Check prompts; `InputError` of one line names the class and its fault.
@@ -185,7 +185,7 @@ def check_prompts(
 
 # %% ../../nbs/50_clip/060_prompts.ipynb #89382685
 def _one_class(name, sides):
-    "One class, sentences as tuples."
+    "Check one class and return its sentences as tuples."
     if not isinstance(sides, dict):
         sides = dict(positive=sides)
     if unknown := set(sides) - {'positive', 'negative'}:
@@ -211,7 +211,7 @@ def _one_class(name, sides):
 
 
 def _shared(prompts):
-    "The first sentence that stands for two things, and those two; None."
+    "Find a sentence used twice: (sentence, first use, second use), or None."
     seen = {}
     for c, sides in prompts.items():
         for side, sentences in sides.items():
@@ -222,7 +222,7 @@ def _shared(prompts):
 
 # %% ../../nbs/50_clip/060_prompts.ipynb #65c3be22
 class _Plain(yaml.SafeLoader):
-    "Safe YAML in which every scalar stays text and no key stands twice."
+    "Safe YAML loader that keeps scalars as text and refuses duplicate keys."
 
     yaml_implicit_resolvers = {}
 
@@ -237,7 +237,7 @@ class _Plain(yaml.SafeLoader):
 # %% ../../nbs/50_clip/060_prompts.ipynb #63844340
 def read_prompts(
     path,  # YAML: class -> {positive: [...], negative: [...]} or -> [...]
-    classes=None,  # classes that must be there, in the order wanted; None: those of the file
+    classes=None,  # required classes, in order; None: those of the file
     kind: str = '',  # 'multilabel' or 'multiclass', where known
 ) -> dict:  # as `prompts_for`
     """Read prompts of a file; `InputError` of one line where it cannot be used.
@@ -264,7 +264,7 @@ def read_prompts(
 
 # %% ../../nbs/50_clip/060_prompts.ipynb #4d13ad1e
 class ClassVectors(NamedTuple):
-    "What a class looks like to the text tower."
+    "Text embeddings of the classes."
 
     classes: list  # C names
     positive: np.ndarray  # (C, D) float32, unit length
@@ -275,7 +275,7 @@ def ensemble_vectors(
     prompts: dict,  # from `prompts_for`
     encode,  # list of N sentences -> (N, D) vectors
 ) -> ClassVectors:
-    "Averaged unit vectors per class; every sentence is encoded once."
+    "Average the unit vectors of each class; every sentence is encoded once."
     prompts = check_prompts(prompts)
     texts = list(dict.fromkeys(s for p in prompts.values() for side in p.values() for s in side))
     vectors = np.asarray(encode(texts), np.float64)
@@ -307,10 +307,10 @@ def _unit(v, what):
 
 # %% ../../nbs/50_clip/060_prompts.ipynb #6b566d20
 def class_vectors(
-    clip,  # `Clip` of clip.models
+    clip,  # a loaded model
     prompts: dict,  # from `prompts_for` or `read_prompts`
 ) -> ClassVectors:
-    "Averaged unit vectors per class from a model's text tower."
+    "Encode the prompts of each class with the text tower and average them."
     from smsbench.clip.model import text_embeddings
 
     return ensemble_vectors(prompts, lambda texts: text_embeddings(clip, texts))

@@ -18,24 +18,24 @@ from ..stats import mean
 # %% ../../nbs/50_clip/190_retrieval.ipynb #ee50b08b
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    "Embeddings of N films and M texts, and which belong together."
+    "Embeddings of N images and M texts, and their correct pairs."
 
     images: np.ndarray  # (N, D) float32, unit length
     texts: np.ndarray  # (M, D) float32, unit length
-    image_of: np.ndarray  # (M,) place of each text's own film
+    image_of: np.ndarray  # (M,) index of the image of each text
     groups: tuple  # (M,) integer codes per kind of duplicate; -1: unknown, equal to nothing
 
 # %% ../../nbs/50_clip/190_retrieval.ipynb #8f8af0bf
 def pairs(
     images,  # (N, D) image embeddings
     texts,  # (M, D) text embeddings
-    image_of=None,  # (M,) place of each text's own film; None: text i belongs to film i
+    image_of=None,  # (M,) index of the image of each text; None: text i belongs to image i
     groups=(),  # arrays (M,) of names, one per kind of duplicate (text, study, image)
 ) -> Pairs:
-    """Check films and texts and make pairs of them.
+    """Check image and text embeddings and combine them.
 
-    Texts with equal names in a group are right answers for each other; '' or missing equals
-    nothing. `InputError` where shapes do not fit or an embedding has no direction.
+    Texts with equal names in a group are duplicates; '' or missing equals nothing. `InputError`
+    where shapes do not fit or an embedding has no direction.
     """
     images, texts = (np.ascontiguousarray(x, np.float32) for x in (images, texts))
     if (
@@ -82,14 +82,14 @@ def _codes(names):
 
 # %% ../../nbs/50_clip/190_retrieval.ipynb #1e4d01fc
 def retrieval_ranks(
-    p: Pairs,  # films and texts
+    p: Pairs,  # image and text embeddings
     direction: str = 'image_to_text',  # or 'text_to_image'
     chunk: int = 256,  # queries at once: memory is about chunk x items x 16 bytes
 ) -> pd.DataFrame:  # one row per query: rank, strict_rank, ap, strict_ap, right
-    """Rank the right items of every query; ties count against the model.
+    """Rank the correct items of every query; ties count against the model.
 
-    Duplicates are right, but not for strict_*; `right` counts the right items; ap is average
-    precision.
+    Duplicates are correct, but not for strict_*; `right` counts the correct items; ap is the
+    average precision.
     """
     if direction not in ('image_to_text', 'text_to_image'):
         raise InputError(f"direction {direction!r}; choose 'image_to_text' or 'text_to_image'")
@@ -113,14 +113,14 @@ def retrieval_ranks(
 
 
 def _distinct(x):
-    "Distinct rows, and which of them each row is."
+    "Return the distinct rows, and the index of each row among them."
     keys = np.ascontiguousarray(x + 0.0).view(f'V{x.shape[1] * x.itemsize}').ravel()
     _, first, place = np.unique(keys, return_index=True, return_inverse=True)
     return x[first], place.ravel()
 
 
 class _Right:
-    "Marks the items that are right for queries: with duplicates, and strictly; (b, items) bool."
+    "Masks of the correct items of queries, with duplicates and strict, (b, items) bool."
 
     def __init__(self, p, direction):
         self.own, self.groups, self.to_text = p.image_of, p.groups, direction == 'image_to_text'
@@ -145,7 +145,7 @@ class _Right:
         )
 
     def _like(self, texts):
-        "Texts that are duplicates of each of some texts, or the text itself."
+        "Mark the duplicates of some texts, themselves included."
         out = texts[:, None] == np.arange(len(self.own))
         for g in self.groups:
             out |= (g[texts][:, None] == g) & (g[texts] >= 0)[:, None]
@@ -153,7 +153,7 @@ class _Right:
 
 
 def _ranks(scores, right):
-    "Rank of the best right item and average precision of each row."
+    "Compute the rank of the best correct item and the average precision of each row."
     best = np.where(right, scores, -np.inf).max(1)
     rank = 1 + ((scores >= best[:, None]) & ~right).sum(1)
     ap = 1.0 / rank
@@ -171,9 +171,9 @@ def _ranks(scores, right):
 def chance_level(
     right,  # (n,) right items per query
     items: int,  # N, items
-    ks=(1, 5, 10),  # recall at how many items
+    ks=(1, 5, 10),  # ranks at which recall is computed
 ) -> dict:  # 'recall@k' -> value, 'map' -> value
-    "What random order gives, exactly."
+    "Compute the exact expectation for a random order."
     from scipy.special import gammaln
 
     R, N = np.asarray(right, float), float(items)
@@ -202,23 +202,23 @@ def median_ends(
     x,  # (n,) numbers
     owner,  # (n,) patient of each row, 0.. in ascending order
     tail: float,  # probability left out on each side
-) -> np.ndarray:  # (2,) order statistics that hold the median
-    "Distribution-free bounds of a median, on the effective number of patients."
+) -> np.ndarray:  # (2,) order statistics that enclose the median
+    "Compute distribution-free bounds of a median, on the effective number of patients."
     number = effective_number(by_owner(np.ones(len(owner)), owner))
     return np.quantile(x, exact_bounds(0.5, number, 1 - 2 * tail), method='inverted_cdf')
 
 # %% ../../nbs/50_clip/190_retrieval.ipynb #42488917
 def retrieval_metrics(
-    p: Pairs,  # films and texts
-    patients=None,  # (N,) patient of each film; None: each film is its own
-    ks=(1, 5, 10),  # recall at how many items
+    p: Pairs,  # image and text embeddings
+    patients=None,  # (N,) patient of each image; None: one per image
+    ks=(1, 5, 10),  # ranks at which recall is computed
     model: str = 'clip',  # name in the table
     chunk: int = 256,  # queries at once
     n_boot: int = 1000,  # resamples of patients
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
 ) -> pd.DataFrame:  # metrics table
-    """Retrieval metrics with intervals, next to chance.
+    """Compute retrieval metrics with intervals, next to chance.
 
     Metrics: recall@k, median_rank, map; arm: image_to_text or text_to_image; subgroup:
     relevance=duplicates or relevance=strict.
@@ -247,7 +247,7 @@ def retrieval_metrics(
 
 
 def _measured_rows(model, rank, ap, ks, owner, about, how):
-    "Rows of a model: recall at every k, mean average precision and median rank."
+    "Return the rows of a model: recall at every k, mean average precision and median rank."
     shares = together(
         *(mean(rank <= k, bounds=(0, 1)) for k in ks), mean(ap, bounds=(0, 1))
     ).bootstrap(owner, **how)
@@ -273,7 +273,7 @@ def _measured_rows(model, rank, ap, ks, owner, about, how):
 
 
 def _chance_rows(right, items, ks, owner, about):
-    "Rows of items in random order."
+    "Return the rows of items in random order."
     return [
         dict(
             model='chance',
@@ -291,7 +291,7 @@ def _chance_rows(right, items, ks, owner, about):
 
 
 def _weighted_median(x, weights):
-    "The middle value under each set of weights (B, n); of two middle ones their mean."
+    "Compute the median under each set of weights (B, n)."
     order = np.argsort(x, kind='stable')
     up = weights[:, order].cumsum(1)
     half = up[:, -1:] / 2
@@ -300,15 +300,15 @@ def _weighted_median(x, weights):
 
 # %% ../../nbs/50_clip/190_retrieval.ipynb #395a8ccf
 def retrieve(
-    clip,  # `Clip` of clip.models
-    images,  # `Images` of clip.data
+    clip,  # a loaded model
+    images,  # `Images` of a cohort
     batch_size: int = 64,  # images at once
-    embeddings=None,  # (N, D) image embeddings of these films, where they exist
+    embeddings=None,  # (N, D) precomputed image embeddings
     **how,  # ks, model, chunk, n_boot, level, seed of `retrieval_metrics`
 ) -> pd.DataFrame:  # metrics table
-    """Measure retrieval between films and their reports.
+    """Measure retrieval between images and their reports.
 
-    `InputError` where fewer than two films have a report.
+    `InputError` where fewer than two images have a report.
 
     >>> ranks = retrieve(clip, images.select("test"), n_boot=200)
     """

@@ -22,15 +22,15 @@ BALANCE = ('even', 'balanced', 'rare')
 def image_weights(
     images,  # `Images`
     how: str = 'even',  # one of `BALANCE`
-    cap: float = 10.0,  # most that a weight may be, as a multiple of the smallest
-    patients: bool = False,  # weigh patients, not films
-    threshold: float = 0.1,  # 'rare': classes in a smaller share of films are drawn more often
+    cap: float = 10.0,  # largest weight, as a multiple of the smallest
+    patients: bool = False,  # give patients equal weight, not images
+    threshold: float = 0.1,  # 'rare': share of images below which a class is drawn more often
     classes=None,  # (C,) factors per class, e.g. from `sensitivity_weights`
 ) -> np.ndarray:  # (N,) weights, mean 1
-    """Compute how often each film is drawn in an epoch, on average.
+    """Compute how often each image is drawn in an epoch, on average.
 
-    A film counts by the mean factor of its `classes`. `InputError` for another word or an
-    impossible cap.
+    The weight of an image is multiplied by the mean factor of its classes. `InputError` for an
+    unknown scheme or an impossible cap.
     """
     if how not in BALANCE:
         raise InputError(f"balance {how!r}: choose {', '.join(BALANCE)}")
@@ -65,13 +65,13 @@ def epoch_order(
     weights,  # (N,) from `image_weights`
     seed: int = 0,  # of the run
     epoch: int = 0,  # from 0
-) -> np.ndarray:  # (N,) places of films, in the order in which they are shown
-    "The films of one epoch: each comes its weight's number of times, rounded up or down by chance."
+) -> np.ndarray:  # (N,) positions of images, in the order of training
+    "Draw the images of an epoch, each as often as its weight, randomly rounded up or down."
     w = np.asarray(weights, float)
     n, rng = len(w), np.random.default_rng([seed, epoch, 7])
     if np.all(w == w[0]):
         return rng.permutation(n)
-    mixed = rng.permutation(n)  # else films that stand side by side would exclude each other
+    mixed = rng.permutation(n)  # otherwise neighbouring images would exclude each other
     edges = np.cumsum(w[mixed]) * (n / w.sum())
     return rng.permutation(
         mixed[
@@ -90,22 +90,22 @@ SPEAKING = ('uniform', 'scheduled', 'sensitivity')
 def sentences_open(
     epoch: int,  # from 0
     epochs: int,  # planned
-    counts,  # (C,) how many sentences each class has
-) -> np.ndarray:  # (C,) how many of the first ones are in use
-    "The schedule: one sentence in the first epoch, all from halfway on."
+    counts,  # (C,) number of sentences per class
+) -> np.ndarray:  # (C,) number of sentences in use
+    "Compute the schedule: one sentence in the first epoch, all from halfway on."
     counts = np.asarray(counts)
     share = min(1.0, epoch / max(1, epochs // 2))
     return np.maximum(1, np.ceil(1 + share * (counts - 1) - 1e-9)).astype(int)
 
 # %% ../../nbs/50_clip/120_sampling.ipynb #50fff0ac
 def sensitivity_weights(
-    found,  # (C,) films of each class that were found
-    n,  # (C,) films that have it; 0 where none could be tested
+    found,  # (C,) correctly predicted images of each class
+    n,  # (C,) images of each class; 0 where none could be tested
     cap: float = 10.0,  # most that a weight may be, as a multiple of the smallest
 ) -> np.ndarray:  # (C,) weights, mean 1
     """Weight each class by 1 − (found + 1)/(n + 2), scaled to mean 1.
 
-    `InputError` where more films are found than there are.
+    `InputError` where `found` exceeds `n`.
     """
     found, n = np.asarray(found, float), np.asarray(n, float)
     if found.shape != n.shape or (found > n).any() or (found < 0).any():
@@ -119,9 +119,9 @@ def count_found(
     scores,  # (N, C) score of each class, higher is more likely
     targets,  # (N, C) 1, 0, NaN
     kind: str,  # 'multilabel' or 'multiclass'
-    specificity: float = 0.8,  # multilabel: share of films without the class below its threshold
-) -> tuple[np.ndarray, np.ndarray]:  # (C,) films found, (C,) films that have the class
-    "How many films of each class are found; ties are not found."
+    specificity: float = 0.8,  # multilabel: share of images without the class below its threshold
+) -> tuple[np.ndarray, np.ndarray]:  # (C,) correct predictions, (C,) images of the class
+    "Count correct predictions per class; ties do not count as correct."
     s, y = np.asarray(scores, float), np.asarray(targets, float)
     if s.shape != y.shape:
         raise InputError(f'scores {s.shape} and targets {y.shape} must have the same shape')
@@ -143,9 +143,9 @@ def count_found(
 def spoken_weights(
     targets,  # (N, C) 1, 0, NaN
     classes=None,  # (C,) factors per class, e.g. from `sensitivity_weights`
-    cap: float = 10.0,  # most by which the rarer answer may be favoured
+    cap: float = 10.0,  # largest weight of the rarer answer
 ) -> np.ndarray:  # (C, 2) for `pick_prompt`: absent, present
-    "How often to say that a class is absent, present, so that both are said alike."
+    "Compute weights that balance sentences on the absence and the presence of a class."
     y = np.asarray(targets, float)
     n = np.stack([(y == 0).sum(0), (y == 1).sum(0)], 1).astype(float)
     w = n.sum(1, keepdims=True) / np.maximum(2 * n, 1)
@@ -186,12 +186,12 @@ def names_side(
     texts,  # sentences, names of classes or columns
 ) -> str:  # the first word that names a side; '' where none does
     "Find a word for left or right, in English or a large language of Western Europe."
-    return next((found[0] for t in texts if (found := _SIDE.search(str(t).replace('_', ' ')))), '')
+    return next((match[0] for t in texts if (match := _SIDE.search(str(t).replace('_', ' ')))), '')
 
 # %% ../../nbs/50_clip/120_sampling.ipynb #c8ed8f86
 @dataclass(frozen=True)
 class Augment:
-    """Small changes of an image: `augment(image, rng)`.
+    """Random changes of an image: `augment(image, rng)`.
 
     Make it with `augmentation`, which checks what may be changed.
     """
@@ -237,14 +237,14 @@ class Augment:
 
 # %% ../../nbs/50_clip/120_sampling.ipynb #812ce380
 def augmentation(
-    images,  # `Images` that will be changed
-    prompts=None,  # prompts that will be said about them
+    images,  # `Images` to augment
+    prompts=None,  # prompts used in training
     strength: float = 1.0,  # multiplies all ranges; 0 changes nothing
     flip: bool = False,  # exchange left and right in half of the cases
 ):  # an `Augment`; None where nothing is changed
-    """Make the augmentation that these films allow.
+    """Make the augmentation for some images.
 
-    `InputError` where a flip is asked for although a text about the films names a side.
+    `InputError` for a flip where a text of the images names a side.
     """
     if not 0 <= strength <= 3:
         raise InputError(f'augment {strength}: must lie in 0..3')

@@ -30,10 +30,10 @@ PRECISIONS = {
 
 # %% ../../nbs/50_clip/110_train_step.ipynb #4d9f27d6
 def autocast(
-    device,  # where the model lies
+    device,  # of the model
     precision: str = 'fp32',  # a key of `PRECISIONS`
 ):  # context manager, fresh for each pass
-    "The precision of a forward pass; `InputError` for an unknown one."
+    "Set the precision of a forward pass; `InputError` for an unknown one."
     import torch
 
     if precision not in PRECISIONS:
@@ -49,8 +49,8 @@ def autocast(
 # %% ../../nbs/50_clip/110_train_step.ipynb #e71b117f
 def learning_towers(
     model,  # open_clip model
-) -> dict:  # 'image' | 'text' -> whether any of its weights learns
-    "Which towers learn."
+) -> dict:  # 'image' | 'text' -> whether any of its weights is trainable
+    "Find the towers with trainable weights."
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     return dict(
         image=any(n.startswith('visual.') for n in names),
@@ -114,11 +114,11 @@ def require_whole_batches(
 # %% ../../nbs/50_clip/110_train_step.ipynb #25d66180
 def encode_cached(
     encode,  # f(chunk) -> (b,D) tensor
-    items,  # (B,...) tensor: what to encode
-    chunks: int,  # in how many parts
-    device='cpu',  # where random numbers are restored, besides the CPU
+    items,  # (B,...) tensor of inputs
+    chunks: int,  # number of parts
+    device='cpu',  # on which the random state is restored, besides the CPU
 ):  # ((B,D) embeddings that collect a gradient, function to call once they have it)
-    """Encode without a graph; the function returned encodes again with gradients.
+    """Encode without a graph; the returned function encodes again with gradients.
 
     It repeats chunk by chunk with the same random numbers and passes on the gradient of the
     embeddings.
@@ -161,12 +161,12 @@ def batch_positives(
 # %% ../../nbs/50_clip/110_train_step.ipynb #402ec3b4
 def adamw(
     params,  # parameters, or groups of them with their own lr and weight_decay
-    lr: float = 1e-4,  # learning rate of groups that name none
-    weight_decay: float = 0.0,  # of groups that name none
+    lr: float = 1e-4,  # learning rate of groups without their own
+    weight_decay: float = 0.0,  # of groups without their own
     betas: tuple = (0.9, 0.98),  # decay of the running means of the gradient and of its square
     eps: float = 1e-6,  # added to the denominator
 ):  # torch optimizer
-    "Fused AdamW (Loshchilov & Hutter 2019) with the constants of CLIP training."
+    "Make a fused AdamW (Loshchilov & Hutter 2019) with the constants of CLIP training."
     import torch
 
     return torch.optim.AdamW(
@@ -180,21 +180,21 @@ class Step:
 
     loss: float  # of the joint batch, before the step
     grad_norm: float  # length of the gradient of all weights of the optimizer, before clipping
-    scale: float  # that multiplied the cosines
+    scale: float  # factor of the cosines
     pairs: int  # in the joint batch, over all processes
-    skipped: bool  # fp16 only: a gradient overflowed, the weights stayed, the scaler shrinks
+    skipped: bool  # fp16 only: a gradient overflowed and the weights were not changed
 
 # %% ../../nbs/50_clip/110_train_step.ipynb #9734a954
 def train_step(
-    model,  # open_clip model in training mode, plain or wrapped; its weights change
+    model,  # open_clip model in training mode, plain or wrapped; changed in place
     batch: dict,  # 'pixels', 'text' and what `match` reads; on any device
-    optimizer,  # torch optimizer over the weights that learn
+    optimizer,  # torch optimizer over the trainable weights
     loss='info_nce',  # a key of `LOSSES`, or a function as below
-    chunks: int = 1,  # encode in so many parts: less memory, one more forward pass
+    chunks: int = 1,  # number of parts to encode: less memory, one more forward pass
     precision: str = 'fp32',  # a key of `PRECISIONS`
     scaler=None,  # `torch.amp.GradScaler`, kept over the steps: needed for fp16
-    clip_norm: float | None = None,  # longest gradient over the optimizer's weights; None: any
-    most_scale: float | None = 100.0,  # bound of the scale; None: none, if trained beyond it
+    clip_norm: float | None = None,  # largest norm of the gradient; None: unlimited
+    most_scale: float | None = 100.0,  # upper bound of the scale; None: unbounded
     match=batch_positives,  # f(joint batch) -> (B,B) positives or None: the diagonal
 ) -> Step:
     """Take one optimisation step on the joint batch of all processes.
@@ -236,7 +236,7 @@ def train_step(
 
 # %% ../../nbs/50_clip/110_train_step.ipynb #20fdb936
 def _checked(net, batch, loss, learns, chunks, precision, scaler):
-    "Samples of a batch that can be trained on."
+    "Check a batch and return its number of samples."
     import torch
 
     if missing := {'pixels', 'text'} - batch.keys():
@@ -269,7 +269,7 @@ def _checked(net, batch, loss, learns, chunks, precision, scaler):
 
 # %% ../../nbs/50_clip/110_train_step.ipynb #b4b177c8
 def _embed(net, batch, learns, chunks, precision, device):
-    "Embeddings of images and texts, and what is to be called once they have gradients."
+    "Return the embeddings, and functions to call once these have gradients."
     import torch
 
     out, again = [], []
@@ -286,7 +286,7 @@ def _embed(net, batch, learns, chunks, precision, device):
 
 # %% ../../nbs/50_clip/110_train_step.ipynb #9e4bc7ff
 def _update(net, optimizer, loss, scale, pairs, scaler, clip_norm, most_scale):
-    "Unscale, clip, look, step, bound the scale."
+    "Unscale and clip the gradients, check them, take the step, bound the scale."
     import torch
 
     params = [p for g in optimizer.param_groups for p in g['params'] if p.grad is not None]

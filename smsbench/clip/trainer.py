@@ -36,16 +36,16 @@ from ..testing.tiny_clip import tiny_clip
 from .validation import WATCHED, batch_match, watch
 from ..privacy import write_table
 
-_all_ = ['TrainSettings']  # what a user of this module needs beside it
+_all_ = ['TrainSettings']  # importable from here
 
 # %% ../../nbs/50_clip/170_trainer.ipynb #210c5db9
 def validate_job(
-    job: Job,  # at the end of an epoch, or before the first
+    job: Job,  # state at the end of an epoch, or before the first
     tracker=None,  # callable(dict)
-) -> dict:  # the history's new row
+) -> dict:  # new row of the history
     """Validate, keep the best weights, and record an epoch.
 
-    `InputError` where the number that chooses the weights cannot be computed.
+    `InputError` where the selection metric cannot be computed.
     """
     if job.ema is None:
         seen = _look(job)
@@ -61,7 +61,7 @@ def validate_job(
 
 
 def _look(job):
-    "Measure the model on validation films, and keep it if it is the best so far."
+    "Measure the model on validation images, and keep it if it is the best so far."
     s = job.settings
     seen, job.found = watch(
         job.clip,
@@ -93,7 +93,7 @@ def _look(job):
 
 
 def _history_row(job, seen):
-    "A row of the history: means over the epoch's steps, and the validation numbers."
+    "Make a row of the history: means over the steps of the epoch, and the validation metrics."
     n = max(1, job.sums.get('n', 0))
     return dict(
         epoch=job.done // job.per_epoch,
@@ -135,10 +135,10 @@ def _keep(job, value):
 
 # %% ../../nbs/50_clip/170_trainer.ipynb #d93533ac
 def train_epoch(
-    job: Job,  # where the run stands; changed
-    bar,  # of films, from `progress`
+    job: Job,  # state of the run; changed in place
+    bar,  # progress bar of images
 ):
-    "The steps that are left of an epoch, with a checkpoint every `save_every` of them."
+    "Take the remaining steps of an epoch, with a checkpoint every `save_every` steps."
     s, model = job.settings, job.clip.model
     training_mode(model, s.batch_norm == 'hold')
     begin = time.perf_counter()
@@ -183,35 +183,35 @@ def _add(sums, found, seconds):
 # %% ../../nbs/50_clip/170_trainer.ipynb #20536fcf
 @dataclass(frozen=True, eq=False)
 class Trained:
-    "What a run left."
+    "Result of a training run."
 
-    best: Path  # checkpoint for `load_clip`: the weights that were best
+    best: Path  # checkpoint of the best weights, for `load_clip`
     history: pd.DataFrame  # one row per epoch; epoch 0 is before training
-    excluded: pd.DataFrame  # films that could not be read: film_id, split, reason
-    value: float  # of what was watched, at its best
-    epoch: int  # when that was
-    stopped: str  # why it ended
+    excluded: pd.DataFrame  # unreadable images: film_id, split, reason
+    value: float  # best value of the selection metric
+    epoch: int  # epoch of the best value
+    stopped: str  # why the run ended
     run: Path  # the run directory
 
     def clip(
         self,
         device: str = 'auto',  # as for `load_clip`
     ) -> Clip:
-        "The best weights, loaded."
+        "Load the best weights."
         return load_clip(str(self.best), device=device)
 
 # %% ../../nbs/50_clip/170_trainer.ipynb #499b9f4e
 def train(
     images: Images,  # with training and validation splits
     clip: Clip,  # model to train, loaded in fp32; it ends with the last weights
-    settings: TrainSettings,  # how
+    settings: TrainSettings,  # settings of the run
     out,  # run directory; an existing one is resumed
     prompts: dict | None = None,  # class -> dict(positive, negative); None: default ones
     tracker=None,  # callable(dict) per epoch; 'tensorboard' or 'wandb' if installed
 ) -> Trained:
     """Train a model; `InputError` where that is impossible.
 
-    A directory that holds a run with other settings is refused with a list of them.
+    `InputError` names the settings in which an existing run of the directory differs.
 
     >>> trained = train(images, clip, recipe, "trained")
     """
@@ -318,13 +318,13 @@ def _write_history(job):
 
 # %% ../../nbs/50_clip/170_trainer.ipynb #4049e879
 def phantom_recipe(
-    folder,  # where the random checkpoint goes
-    n: int = 600,  # films
+    folder,  # for the random checkpoint
+    n: int = 600,  # number of images
     kind: str = 'resnet',  # of `TINY_CLIP`
-    seed: int = 0,  # of films, weights and training
-    **changes,  # of the settings
-) -> tuple[Images, Clip, TrainSettings]:  # what `train` takes
-    "Films, a random tiny model and settings with which it learns three findings."
+    seed: int = 0,  # of images, weights and training
+    **changes,  # settings that differ
+) -> tuple[Images, Clip, TrainSettings]:  # arguments of `train`
+    "Make images, a random tiny model, and settings with which it learns three findings."
     images = images_of(
         phantom_cohort(n, size=64, seed=seed, findings=('opacity', 'effusion', 'cardiomegaly'))
     )

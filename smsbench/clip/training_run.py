@@ -32,32 +32,30 @@ from ..privacy import access_of, format_count
 # %% ../../nbs/50_clip/160_training_run.ipynb #89bf1343
 @dataclass
 class Job:
-    "All that changes while a run goes on, and what it works with."
+    "State of a training run, with its model and data."
 
     clip: Clip
     settings: TrainSettings
     run: Run
-    pairs: Pairs  # training films
-    val: Pairs  # validation films, no augmentation
+    pairs: Pairs  # training images
+    val: Pairs  # validation images, no augmentation
     prompts: dict
-    groups: np.ndarray  # (N, G) of the training films
+    groups: np.ndarray  # (N, G) groups of the training images
     val_groups: np.ndarray
     optimizer: object
-    scaler: object  # None but for fp16
-    ema: object  # None where not asked for
-    per_epoch: int  # steps
-    fixed: object = (
-        None  # (N, D) image embeddings, where the image tower is locked and images do not change
-    )
-    epoch: int = 0  # that runs or comes next
-    step: int = 0  # of this epoch, done
-    sums: dict = field(default_factory=dict)  # of this epoch's steps
-    found: tuple = None  # (found, n) per class at the last validation
-    best: float = None  # best value of what is watched
-    best_epoch: int = -1  # 0: before training
-    waited: int = 0  # epochs since
-    history: list = field(default_factory=list)  # rows
-    stopped: str = ''  # why it is over; '' while it is not
+    scaler: object  # gradient scaler for fp16, else None
+    ema: object  # averaged weights, or None
+    per_epoch: int  # steps per epoch
+    fixed: object = None  # (N, D) image embeddings of a locked tower without augmentation
+    epoch: int = 0  # current or next epoch
+    step: int = 0  # completed steps of the epoch
+    sums: dict = field(default_factory=dict)  # sums over the steps of the epoch
+    found: tuple = None  # correct predictions and images per class, at the last validation
+    best: float = None  # best value of the selection metric
+    best_epoch: int = -1  # epoch of the best value; 0: before training
+    waited: int = 0  # epochs since the best value
+    history: list = field(default_factory=list)  # one row per epoch
+    stopped: str = ''  # why the run ended; '' while it is running
 
     @property
     def total(self):
@@ -73,19 +71,19 @@ def say(
     line: str,  # one event, without patient data
     echo: bool = True,  # also on stderr
 ):
-    "A line of the log, from the first process."
+    "Log a line, in the first process only."
     if not world()[0]:
         run.log(line, echo)
 
 # %% ../../nbs/50_clip/160_training_run.ipynb #cc6aa2ef
 def usable_images(
-    images: Images,  # all of them
-    settings: TrainSettings,  # splits, batch
-    run: Run,  # where the scan is kept and broken films are listed
-) -> tuple[Images, Images, pd.DataFrame]:  # training films, validation films, what was left out
-    """Keep the films that can be read.
+    images: Images,  # all splits
+    settings: TrainSettings,  # names of the splits, batch size
+    run: Run,  # run directory, for the scan and the list of broken images
+) -> tuple[Images, Images, pd.DataFrame]:  # training, validation, unreadable images
+    """Select the readable images.
 
-    `InputError` where a patient is in both splits or the films do not fill a batch.
+    `InputError` where a patient is in both splits or the images do not fill a batch.
     """
     both = images.select(settings.train_split, settings.val_split)
     shared = set(both.select(settings.train_split).table.patient_id) & set(
@@ -112,13 +110,13 @@ def usable_images(
 
 # %% ../../nbs/50_clip/160_training_run.ipynb #d4c15546
 def run_config(
-    settings: TrainSettings,  # how to train
+    settings: TrainSettings,  # settings of the run
     model: str,  # name of the weights at the start, from `weights_sha`
-    train: Images,  # on what
-    val: Images,  # watched on what
-    prompts: dict,  # said about them
-) -> dict:  # one entry per thing that must be the same when a run is taken up again
-    "What decides the weights of a run."
+    train: Images,  # training images
+    val: Images,  # validation images
+    prompts: dict,  # prompts of the classes
+) -> dict:  # entries that must agree when a run is resumed
+    "Collect the settings and hashes that determine the weights of a run."
 
     def seen(f):
         return content_hash(
@@ -140,16 +138,16 @@ def run_config(
 
 # %% ../../nbs/50_clip/160_training_run.ipynb #cf7c3f09
 def prepare(
-    clip: Clip,  # to be trained
-    settings: TrainSettings,  # how
-    run: Run,  # where
-    train: Images,  # on what
-    val: Images,  # watched on what
-    prompts: dict,  # said about them
-) -> Job:  # at its beginning
-    """Prepare everything a run needs.
+    clip: Clip,  # model to train
+    settings: TrainSettings,  # settings of the run
+    run: Run,  # run directory
+    train: Images,  # training images
+    val: Images,  # validation images
+    prompts: dict,  # prompts of the classes
+) -> Job:  # before the first step
+    """Prepare a training run.
 
-    `InputError` where these settings cannot train this model on these films.
+    `InputError` where these settings cannot train this model on these images.
     """
     import torch
 
@@ -168,7 +166,7 @@ def prepare(
     _say_plan(run, len(train), len(val), len(names), table, steps)
     if s.texts != 'prompts':
         _say_cut(run, clip, train.table.text)
-    set_seed(s.seed + world()[0])  # each process drops out by itself
+    set_seed(s.seed + world()[0])  # dropout differs between processes
     optimizer = adamw([{k: v for k, v in g.items() if k != 'names'} for g in groups], betas=s.betas)
     return Job(
         clip,
@@ -188,7 +186,7 @@ def prepare(
 
 
 def _say_plan(run, n_train, n_val, n_tensors, table, steps):
-    "Log the numbers of films and weights, and how far the steps can move the weights."
+    "Log the numbers of images and weights, and how far the steps can move the weights."
     say(
         run,
         f"{n_train} films to train on, {n_val} to watch; {n_tensors} tensors,"
@@ -219,9 +217,9 @@ def _fixed(clip, pairs):
 
 # %% ../../nbs/50_clip/160_training_run.ipynb #d4bc249e
 def epoch_batches(
-    job: Job,  # where the run stands
-):  # iterator over the batches that are left of this epoch, this process's part
-    "Films drawn by weight, sentences by schedule or sensitivity."
+    job: Job,  # state of the run
+):  # iterator over the remaining batches of the epoch, the part of this process
+    "Draw the remaining batches of an epoch."
     import torch
 
     s, images, (rank, size) = job.settings, job.pairs.images, world()
@@ -252,7 +250,7 @@ def epoch_batches(
         job.per_epoch, size, -1
     )[job.step :, rank]
     job.pairs.at(job.epoch, spoken, most)
-    # a generator of its own: the global one belongs to the model
+    # a separate generator, so that the global one serves the model only
     loader = torch.utils.data.DataLoader(
         _Cheap(job),
         batch_sampler=order.tolist(),
@@ -266,7 +264,7 @@ def epoch_batches(
 
 
 class _Cheap:
-    "Pairs; where the image tower is locked, with embeddings for pixels."
+    "Pairs, with embeddings in place of pixels where the image tower is locked."
 
     def __init__(self, job):
         self.pairs, self.fixed = job.pairs, job.fixed
@@ -294,7 +292,7 @@ _KEPT = ('epoch', 'step', 'sums', 'best', 'best_epoch', 'waited', 'history', 'st
 
 
 def save_job(
-    job: Job,  # where the run stands
+    job: Job,  # state of the run
 ):
     "Write checkpoints/last.pt, atomically; only the first process does."
     import torch
@@ -315,9 +313,9 @@ def save_job(
 
 # %% ../../nbs/50_clip/160_training_run.ipynb #03befd08
 def load_job(
-    job: Job,  # as `prepare` made it; changed in place
+    job: Job,  # from `prepare`; changed in place
 ) -> bool:  # whether there was a checkpoint
-    "Go on where the run stopped; `InputError` where the checkpoint cannot be read."
+    "Restore the state of a run; `InputError` where the checkpoint cannot be read."
     import torch
 
     path = job.run / 'checkpoints' / 'last.pt'

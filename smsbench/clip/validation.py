@@ -17,14 +17,14 @@ from .zero_shot import zero_shot
 # %% ../../nbs/50_clip/140_validation.ipynb #671934e1
 def batch_groups(
     images,  # `Images`
-    share=('text', 'study'),  # a common 'text', 'study' or 'class' makes films share a report
-) -> np.ndarray:  # (N, G) int64 codes, -1 where there is nothing to share
-    """Code what films share; `InputError` for another word.
+    share=('text', 'study'),  # images with the same 'text', 'study' or 'class' share a report
+) -> np.ndarray:  # (N, G) int64 codes, -1 where missing
+    """Code the groups of images as integers; `InputError` for an unknown kind.
 
-    Films of one 'class' have the same answers to everything that was asked.
+    Images of one 'class' agree in all known labels.
     """
-    if odd := set(share) - {'text', 'study', 'class'}:
-        raise InputError(f'positives {min(odd)!r}: choose from text, study, class')
+    if unknown := set(share) - {'text', 'study', 'class'}:
+        raise InputError(f'positives {min(unknown)!r}: choose from text, study, class')
     answers = [' '.join(map(str, r)) for r in images.targets.to_numpy()]
     names = dict(
         text=images.table.text.str.split().str.join(' '),
@@ -37,24 +37,24 @@ def batch_groups(
 def batch_match(
     batch: dict,  # of all processes: groups (B,G), labels (B,C), asked, answer (B,)
 ):  # (B, B) bool tensor, row image, column text
-    "Match films and texts of a batch; asked is -1 for a report."
+    "Match images and texts of a batch; `asked` is -1 for a report."
     import torch
 
     fits = fits_prompt(batch['labels'], batch['asked'].clamp(min=0), batch['answer'])
     return torch.where((batch['asked'] >= 0)[None, :], fits, same_group(batch['groups']))
 
 # %% ../../nbs/50_clip/140_validation.ipynb #648e5bdd
-# what can be watched -> whether more (1) or less (-1) is better
+# metric -> whether higher (1) or lower (-1) is better
 WATCHED = dict(loss=-1, auroc=1, sensitivity=1, recall=1)
 
 
 def recall_at(
     image: np.ndarray,  # (N, D) unit vectors
     text: np.ndarray,  # (N, D) unit vectors
-    groups: np.ndarray,  # (N, G) codes; films that share one share their texts
-    k: int = 5,  # how many of the nearest count
+    groups: np.ndarray,  # (N, G) codes; images that share one share their texts
+    k: int = 5,  # number of nearest neighbours
 ) -> float:  # 0..1, mean of image to text and text to image
-    "Share of films and texts with a fitting partner among the `k` nearest; ties count against."
+    "Compute the share of images and texts with a match among the `k` nearest."
     fits, hits = same_group(groups).numpy(), []
     for s in (image @ text.T, text @ image.T):
         best = np.where(fits, s, -np.inf).max(1, keepdims=True)
@@ -65,8 +65,8 @@ def recall_at(
 def macro_auroc(
     scores,  # (N, C) higher is more likely
     targets,  # (N, C) 1, 0, NaN
-) -> tuple:  # mean over classes with both answers (NaN: none has), dict class place -> value
-    "Area under the ROC curve per class and its mean."
+) -> tuple:  # mean over classes with both labels (NaN if none), dict class index -> value
+    "Compute the area under the ROC curve per class, and the mean."
     from sklearn.metrics import roc_auc_score
 
     s, y = np.asarray(scores, float), np.asarray(targets, float)
@@ -77,17 +77,16 @@ def macro_auroc(
 # %% ../../nbs/50_clip/140_validation.ipynb #2a0fa6cc
 def watch(
     clip,  # a `Clip`
-    pairs,  # `Pairs` of validation films, without augmentation
-    prompts: dict,  # of `clip.prompts`, for all classes of the films
+    pairs,  # `Pairs` of validation images, without augmentation
+    prompts: dict,  # from `clip.prompts`, for all classes
     groups: np.ndarray,  # from `batch_groups`
     loss: str = 'info_nce',  # a key of `LOSSES`
     batch_size: int = 64,  # of the loss; an incomplete batch counts only if it is the only one
     many: bool = True,  # several positives, as `batch_match`; False: the diagonal
 ) -> tuple[dict, tuple]:  # numbers; (found, n) per class
-    """Measure a model on validation films.
+    """Measure a model on validation images.
 
-    Numbers: loss, auroc, sensitivity, recall, and 'auroc CLASS' per class; NaN where these films
-    do not allow it.
+    Numbers: loss, auroc, sensitivity, recall, and 'auroc CLASS' per class; NaN where undefined.
     """
     images = pairs.images
     image = image_embeddings(clip, (np.asarray(pairs.image(i)) for i in range(len(images))))
@@ -111,7 +110,7 @@ def watch(
 
 
 def _loss(clip, pairs, image, groups, loss, batch_size, many):
-    "Mean over batches, in the films' order."
+    "Compute the mean loss over batches, in the order of the images."
     import torch
 
     said = [pairs.words(i, np.random.default_rng([pairs.seed, 0, i])) for i in range(len(pairs))]
@@ -129,7 +128,7 @@ def _loss(clip, pairs, image, groups, loss, batch_size, many):
         text=text,
     )
     mixed = np.random.default_rng(pairs.seed).permutation(len(pairs))
-    values = []  # films of one patient stand together in the table
+    values = []  # images of a patient are adjacent in the table
     for i in range(0, max(1, len(pairs) - batch_size + 1), batch_size):
         b = {k: torch.as_tensor(v[mixed[i : i + batch_size]]) for k, v in whole.items()}
         scale = clamped_scale(clip.model.logit_scale.detach().cpu().float())

@@ -55,13 +55,13 @@ def zero_shot_scores(
 
 # %% ../../nbs/50_clip/080_zero_shot.ipynb #d01a81af
 def zero_shot(
-    clip,  # `Clip` of clip.models
-    images,  # `Images` of clip.data
-    prompts=None,  # from `prompts_for` or `read_prompts`; None takes the default ones
+    clip,  # a loaded model
+    images,  # `Images` of a cohort
+    prompts=None,  # from `prompts_for` or `read_prompts`; None: the default ones
     batch_size: int = 64,  # images at once
-    embeddings=None,  # (N, D) image embeddings of these films, where they exist
+    embeddings=None,  # (N, D) precomputed image embeddings
 ) -> pd.DataFrame:  # (N, C) probabilities, index film_id
-    """Compute zero-shot probabilities of films.
+    """Compute zero-shot probabilities of images.
 
     `.attrs`: kind, manifest, access, pseudonyms, model, weights, prompts (class -> hash), scale.
     """
@@ -98,29 +98,29 @@ def zero_shot(
 # %% ../../nbs/50_clip/080_zero_shot.ipynb #b6e7d3d3
 @dataclass(frozen=True, eq=False)
 class Cells:
-    "Scores, truth and patients of N films and C classes, checked."
+    "Checked scores, targets and patients of N images and C classes."
 
     scores: np.ndarray  # (N, C) float
-    truth: np.ndarray  # (N, C) 1, 0 or NaN: not asked
+    truth: np.ndarray  # (N, C) 1, 0 or NaN: unknown
     patients: np.ndarray  # (N,) text
     classes: list  # C names
     kind: str  # 'multilabel' or 'multiclass'
 
     @property
     def known(self) -> np.ndarray:
-        "(N, C) bool: was asked."
+        "Mark the known targets, (N, C) bool."
         return ~np.isnan(self.truth)
 
     @property
     def one(self) -> np.ndarray:
-        "(N,) class number of multiclass truth, -1 where not asked."
+        "Return the true class index of multiclass targets, -1 where unknown, (N,)."
         return np.where(self.known.all(1), np.nan_to_num(self.truth).argmax(1), -1)
 
     def predict(
         self,
         thresholds=None,  # `Thresholds` for multilabel, not needed for multiclass
     ) -> np.ndarray:  # (N, C) 1/0; NaN in the column of a class without a threshold
-        """Predict classes: scores at or above the threshold, or the highest score of a film.
+        """Predict classes: scores at or above the threshold, or the highest score of an image.
 
         Of equal highest scores the first counts.
         """
@@ -133,11 +133,11 @@ class Cells:
 def cells(
     scores,  # (N, C) numbers or DataFrame; its `attrs['kind']` may give the kind
     targets,  # (N, C) 1, 0, NaN (not asked); rows as in `scores`
-    patients,  # (N,) patient of each film
+    patients,  # (N,) patient of each image
     kind: str = '',  # 'multilabel' or 'multiclass'; '' takes that of the scores, else multilabel
     classes=None,  # names; None takes the columns
 ) -> Cells:
-    "Scores beside truth; `InputError` where they do not fit."
+    "Combine scores and targets; `InputError` where they do not fit."
     kind = kind or getattr(scores, 'attrs', {}).get('kind') or 'multilabel'
     if kind not in ('multilabel', 'multiclass'):
         raise InputError(f"kind {kind!r}; choose 'multilabel' or 'multiclass'")
@@ -170,28 +170,28 @@ def cells(
     )
 
 # %% ../../nbs/50_clip/080_zero_shot.ipynb #d659eba0
-RULES = ('f1', 'youden')  # what a threshold maximises on validation
+RULES = ('f1', 'youden')  # maximised on the validation images
 
 
 @dataclass(frozen=True, eq=False)
 class Thresholds:
-    """One threshold per class, and how they were chosen.
+    """Thresholds per class, with a record of how they were chosen.
 
     `made_by`: pseudonyms as in `clip.contamination`; prompts map a class to a hash.
     """
 
     values: dict  # class -> score from which the class is predicted; NaN: none could be chosen
     rule: str  # 'f1', 'youden' or 'given'
-    patients: frozenset  # hashes of the patients that chose them, keyed with `key`
+    patients: frozenset  # hashes of the validation patients, keyed with `key`
     made_by: dict  # manifest, pseudonyms, weights, prompts of the scores, if known
-    n: int  # films that chose them
+    n: int  # number of validation images
     key: str = ''  # of the hashes
 
     def select(
         self,
         classes,  # names
     ) -> np.ndarray:  # (C,) thresholds
-        "Thresholds of some classes; `InputError` for an unknown one."
+        "Return the thresholds of some classes; `InputError` for an unknown one."
         if lost := [c for c in classes if c not in self.values]:
             raise InputError(
                 f"no threshold for {', '.join(lost)}; choose thresholds on validation films of"
@@ -201,12 +201,12 @@ class Thresholds:
 
     def check(
         self,
-        patients,  # (N,) patients to be tested on
+        patients,  # (N,) test patients
         attrs=None,  # `attrs` of the scores
     ) -> str:  # a warning where patient numbers of another cohort agree, else ''
         """Check that the thresholds may be applied to these patients and scores.
 
-        `InputError` where a patient helped to choose them or could not be compared, or the scores
+        `InputError` where a patient was used to choose them or cannot be compared, or the scores
         come from other weights or prompts.
         """
         attrs = attrs or {}
@@ -245,9 +245,9 @@ class Thresholds:
 
     def comparable(
         self,
-        attrs,  # of the scores or films
+        attrs,  # of the scores or images
     ) -> bool:
-        "Whether patients of the same cohort have the same names here and there."
+        "Check whether patients of the same cohort have comparable names."
         return (
             not attrs.get('manifest')
             or attrs['manifest'] != self.made_by.get('manifest')
@@ -258,7 +258,7 @@ class Thresholds:
         self,
         classes,  # names
     ):  # Thresholds of these classes; NaN for one that has none
-        "Thresholds for films of other classes."
+        "Select the thresholds of some classes."
         return replace(self, values={c: self.values.get(c, float('nan')) for c in classes})
 
     def save(
@@ -294,12 +294,12 @@ class Thresholds:
 
 # %% ../../nbs/50_clip/080_zero_shot.ipynb #4db59621
 def choose_thresholds(
-    scores,  # (N, C) DataFrame of validation films
+    scores,  # (N, C) DataFrame of validation images
     targets,  # (N, C) 1, 0, NaN
-    patients,  # (N,) patient of each film
+    patients,  # (N,) patient of each image
     rule: str = 'f1',  # or 'youden'
 ) -> Thresholds:
-    "Thresholds per class that maximise the rule on validation films."
+    "Choose thresholds per class that maximise the rule on validation images."
     if rule not in RULES:
         raise InputError(f"threshold rule {rule!r}; choose from {', '.join(RULES)}")
     c = cells(scores, targets, patients, 'multilabel')
@@ -319,11 +319,11 @@ def choose_thresholds(
 
 
 def _best(score, y, rule):
-    "The threshold, midway between two scores, that maximises the rule; of equals the highest."
+    "Find the threshold midway between two scores that maximises the rule; highest on ties."
     if not 0 < y.sum() < len(y):
         return float('nan')
     order = np.argsort(-score, kind='stable')
-    # the lowest-ranked film of each distinct score
+    # the lowest-ranked image of each distinct score
     last = np.flatnonzero(np.r_[np.diff(score[order]) != 0, True])
     tp, seen = np.cumsum(y[order])[last], last + 1
     gain = (

@@ -130,8 +130,8 @@ class Samples:
         "Convert predictions to 1/0/NaN per class; '' is no class. `InputError` if they do not fit."
         if isinstance(answers, pd.DataFrame) and list(map(str, answers.columns)) != self.classes:
             raise InputError(
-                f"the predictor answered for {', '.join(map(str, answers.columns))}; the classes are"
-                f" {', '.join(self.classes)}"
+                f"the predictor answered for {', '.join(map(str, answers.columns))}; the classes"
+                f" are {', '.join(self.classes)}"
             )
         a = np.asarray(answers)
         if a.shape == self.truth.shape:
