@@ -140,8 +140,8 @@ SHAPES = {
 # %% ../../nbs/55_benchmarks/10_scoring.ipynb #f252ae5d
 def bench_model(
     name: str,  # a key of `SHAPES`
-    device: str = 'cpu',  # where it is made: its weights never exist elsewhere
-    smoke: bool = False,  # a tiny model of the same kind
+    device: str = 'cpu',  # on which it is created
+    smoke: bool = False,  # make a tiny model of the same kind
 ) -> HFModel:
     """Make a model of published shape with random weights.
 
@@ -167,7 +167,7 @@ def bench_model(
         net = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype)).eval()
     for n, p in net.named_parameters():
         if n.endswith('mm_input_projection_weight'):
-            torch.nn.init.normal_(p, std=0.02)  # zero at first: no image would arrive
+            torch.nn.init.normal_(p, std=0.02)  # it starts at zero, which would remove the image
     return HFModel(net, processor, name, device=device, dtype=dtype)
 
 # %% ../../nbs/55_benchmarks/10_scoring.ipynb #5162910d
@@ -205,11 +205,11 @@ _WORDS = (
 
 
 def bench_arms(
-    i: int,  # which sample
+    i: int,  # index of the sample
     images: list,  # (H,W) uint8 images; the next ones are donors
     reports: list,  # texts
 ) -> dict:  # arm -> (image or None, text)
-    "Image and text of one sample in each arm of the audit."
+    "Return image and text of one sample in each arm of the audit."
 
     def pick(things, k):
         return things[(i + k) % len(things)]
@@ -245,11 +245,11 @@ def bench_arms(
 
 # %% ../../nbs/55_benchmarks/10_scoring.ipynb #339d341b
 def bench_trials(
-    model: HFModel,  # whose tokenizer measures the reports
+    model: HFModel,  # model whose tokenizer measures the reports
     samples: int = 4,  # samples per workload; from 4 on, donors are samples too, as in an audit
-    smoke: bool = False,  # small films, short reports
+    smoke: bool = False,  # small images, short reports
 ) -> dict:  # 'five arms' | 'all arms' | 'six paraphrases' -> list of `Inputs`
-    "Three workloads on the same films and reports."
+    "Make three workloads on the same images and reports."
     rng, tok = np.random.default_rng(0), model.processor.tokenizer
     n, size, length = max(4, samples), (64, 80) if smoke else (1024, 1280), 20 if smoke else 250
     images = [rng.integers(0, 256, size, dtype=np.uint8) for _ in range(n)]
@@ -278,10 +278,10 @@ def bench_trials(
 # %% ../../nbs/55_benchmarks/10_scoring.ipynb #8b60efe0
 def generated(
     model: HFModel,  # the model
-    trials: list[Inputs],  # asked one by one
-    new: int,  # new tokens, all of which are really generated
+    trials: list[Inputs],  # scored one by one
+    new: int,  # number of generated tokens
 ) -> list:  # log-probabilities per choice, from the first step
-    "Batch 1, one processor call per condition, `generate`, first-step scores."
+    "Score trials with `generate`, one at a time, from the first step."
     import torch
 
     out, pad = [], model.processor.tokenizer.pad_token_id
@@ -309,13 +309,13 @@ def generated(
 
 # %% ../../nbs/55_benchmarks/10_scoring.ipynb #40958455
 def model_flops(
-    model: HFModel,  # whose
+    model: HFModel,  # a model of `bench_model`
     tokens: int,  # positions that went through the language model
     pairs: int,  # pairs of positions in causal attention
     images: int,  # images encoded
     rows: int,  # positions whose logits were read
 ) -> float:  # floating-point operations
-    "Operations that the shapes ask for."
+    "Count the operations from the shapes."
     net, text = model.model, model.model.config.get_text_config()
 
     def count(m):
@@ -337,7 +337,7 @@ def model_flops(
 
 # %% ../../nbs/55_benchmarks/10_scoring.ipynb #8d722617
 def matmul_rate(
-    device: str,  # where
+    device: str,  # device of the test
     dtype: str,  # e.g. 'bfloat16'
     side: int = 8192,  # of the square matrices
 ) -> float:  # floating-point operations per second, best of five
@@ -357,7 +357,7 @@ _LEVELS = {'batches': 'batch', 'level 1': 'features', 'level 2': 'prefix'}
 
 
 def _plain_work(model, trials, new=1):
-    "Tokens and pairs of a way that shares nothing."
+    "Count tokens and pairs of a procedure that shares nothing."
     rows = [
         (len(model.encode(x)[0]['input_ids'][0]) + new - 1, x.image is not None) for x in trials
     ]
@@ -372,10 +372,10 @@ def _plain_work(model, trials, new=1):
 def measure(
     model: HFModel,  # the model
     way: str,  # one of `WAYS`
-    trials: list[Inputs],  # what to ask
-    quick: dict,  # `FastModel` per level; filled here, emptied of features before each run
+    trials: list[Inputs],  # trials to score
+    quick: dict,  # `FastModel` per level; filled here, its features cleared before each run
 ) -> dict:  # seconds, cpu_seconds, foreign, logprobs, work, where
-    """Ask all trials in one way, and time it.
+    """Score all trials with one procedure, and time it.
 
     foreign is the share of the machine used by others, work holds counts, and where holds
     seconds per part.
@@ -416,7 +416,7 @@ def measure(
 
 # %% ../../nbs/55_benchmarks/10_scoring.ipynb #ae8d3f7d
 def _bench_one(model, samples, rounds, smoke):
-    "All workloads and ways with one model, interleaved."
+    "Run all workloads and procedures with one model, interleaved."
     out, quick = {}, {}
     for name, trials in bench_trials(model, samples, smoke).items():
         ways = (
@@ -443,7 +443,7 @@ def _bench_one(model, samples, rounds, smoke):
 
 
 def _summary(model, runs, truth, n):
-    "One way over the rounds."
+    "Summarise one procedure over the rounds."
     apart, last = np.abs(np.subtract(runs[0]['logprobs'], truth['logprobs'])), runs[-1]
     flips = int((np.argmax(runs[0]['logprobs'], 1) != np.argmax(truth['logprobs'], 1)).sum())
     seconds = [r['seconds'] for r in runs]
@@ -463,7 +463,7 @@ def _summary(model, runs, truth, n):
 
 
 def _is_gpu(device):
-    "Is it one? `InputError` where there is no such device here."
+    "Check whether a device is a GPU; `InputError` where there is no such device."
     import torch
 
     if device == 'cpu':

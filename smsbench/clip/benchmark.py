@@ -46,14 +46,14 @@ from ..privacy import access_of, read_table, shareable, write_table
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #2d95d1e8
 def open_images(
-    path,  # cohort file, as `smsbench cohort` writes it
+    path,  # cohort file from `smsbench cohort`
     root='',  # folder of the images; '' takes the cohort's own
-    findings=(),  # tasks to take; () takes all
+    findings=(),  # tasks to use; (): all
     by: str = '',  # column whose values are the classes, instead of the tasks
-    splits=None,  # split file, as `smsbench split` writes it; None takes the cohort's own
+    splits=None,  # split file from `smsbench split`; None: the cohort's own splits
     conflicts: str = 'error',  # or 'drop', see `images_of`
 ) -> Images:
-    "The images of a cohort file; `InputError` as in `images_of`."
+    "Read the images of a cohort file; `InputError` as in `images_of`."
     from smsbench.data.splits import apply_splits, read_splits
 
     cohort = read_table(path, 'cohort')
@@ -64,10 +64,10 @@ def open_images(
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #18a5f6a5
 def told_columns(
-    images: Images,  # who is asked
-    columns,  # names of columns that are to be told one after another
+    images: Images,  # images of the analysis
+    columns,  # names of columns to give to the model one after another
 ) -> list:  # the same
-    """Check the columns that are to be told.
+    """Check the columns to give to the model.
 
     `InputError` for one that is missing, withheld or empty in every row.
     """
@@ -85,10 +85,10 @@ def told_columns(
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #ed55a430
 def same_classes(
-    images: Images,  # trained on
-    other: Images,  # measured
+    images: Images,  # for training
+    other: Images,  # for testing
 ):
-    "`InputError` where two cohorts do not ask the same."
+    "Raise `InputError` where two cohorts differ in classes or kind."
     if images.kind != other.kind:
         raise InputError(
             f'the external cohort is {other.kind}, the one to train on {images.kind}; both must ask'
@@ -102,13 +102,13 @@ def same_classes(
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #dc57f4f5
 def study_config(
-    kind: str,  # which run
-    clip: Clip,  # the model as it came
-    images: Images,  # all films
-    settings: TrainSettings | None = None,  # how it is trained; None: not at all
-    **more,  # JSON-ready, what else decides the numbers
+    kind: str,  # kind of run
+    clip: Clip,  # the original model
+    images: Images,  # all splits
+    settings: TrainSettings | None = None,  # settings of the training; None: no training
+    **more,  # JSON-ready, other settings that affect the results
 ) -> dict:  # for `Run.freeze`
-    "What decides the numbers of a study."
+    "Collect the settings and hashes that determine the results of a study."
     how = (
         None
         if settings is None
@@ -131,12 +131,12 @@ def study_config(
 def probe_metrics(
     clip: Clip,  # a loaded model
     images: Images,  # with the splits named below
-    train: str = 'train',  # split to fit
-    val: str = 'val',  # split that chooses
-    test: str = 'test',  # split that is measured
+    train: str = 'train',  # split for fitting
+    val: str = 'val',  # split for choosing
+    test: str = 'test',  # split for testing
     **how,  # model, minimum, n_boot, level, seed of `classification_metrics`
 ) -> pd.DataFrame:  # metrics table, arms linear_probe and knn
-    "What frozen embeddings hold; `InputError` where splits share patients."
+    "Measure probes on frozen embeddings; `InputError` where splits share patients."
     parts = [embed(clip, images.select(s)) for s in (train, val, test)]
     tested, watched = images.select(test), images.select(val)
 
@@ -164,30 +164,30 @@ def probe_metrics(
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #7a18acac
 class Benchmark(NamedTuple):
-    """The result of `benchmark`.
+    """Result of `benchmark`.
 
     Arms of the metrics: zero_shot, linear_probe, knn, trained, and embedding per model.
     """
 
     metrics: pd.DataFrame  # metrics table
-    before: object  # `Evaluated`, the model as it came
-    after: object  # `Evaluated`, the trained one; None where nothing was trained
-    trained: object  # `Trained`; None where nothing was trained
-    spaces: dict  # model -> `Embedded` test films
+    before: object  # `Evaluated` of the original model
+    after: object  # `Evaluated` of the trained model; None without training
+    trained: object  # `Trained`; None without training
+    spaces: dict  # model -> `Embedded` test images
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #da154cda
 def benchmark(
-    clip: Clip,  # the model as it came, in fp32; training changes it
+    clip: Clip,  # the original model, in fp32; training changes it
     images: Images,  # with splits train, val and test
-    out,  # run directory; started again, training goes on where it stopped
-    settings: TrainSettings | None = None,  # how to train; None trains nothing
+    out,  # run directory; an interrupted training resumes
+    settings: TrainSettings | None = None,  # settings of the training; None: no training
     prompts: dict | None = None,  # None: the default ones
-    test: str = 'test',  # split that is measured
+    test: str = 'test',  # split for testing
     n_boot: int = 1000,  # resamples of patients
-    minimum: int = 10,  # fewest films a number may rest on
+    minimum: int = 10,  # fewest images for a number to be reported
     seed: int = 0,  # of the resampling
 ) -> Benchmark:
-    "Zero-shot, probe, training and zero-shot again; metrics.parquet is written at the end."
+    "Run zero-shot, probes, training and zero-shot again, and write metrics.parquet."
     run, prompts, how = (
         Run(out),
         prompts_for(images) if prompts is None else prompts,
@@ -220,9 +220,9 @@ def benchmark(
 # %% ../../nbs/50_clip/280_benchmark.ipynb #8a18c9d7
 def best_of(
     fitted: Trained,  # from `train`
-    clip: Clip,  # the model as it came
+    clip: Clip,  # the original model
 ) -> Clip:
-    "The weights that were kept, under a name that says whether training made them."
+    "Load the kept weights; the name says whether training changed them."
     return replace(
         fitted.clip(str(clip.device)),
         name=f"{clip.name}, {'trained' if fitted.epoch else 'kept as it came'}",
@@ -230,11 +230,11 @@ def best_of(
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #a3ec1a5e
 class Marked(NamedTuple):
-    "Films with marks, and the marks."
+    "Marked images with the marks."
 
-    films: Images  # those that have a mark of a class that is present
+    films: Images  # images with a mark of a class that is present
     images: list  # their pixels
-    readings: Readings  # marks laid on them, one row per film, finding and reader
+    readings: Readings  # their marks, one row per image, finding and reader
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #b1d2d5d1
 _UNTOLD = (
@@ -245,14 +245,14 @@ _UNTOLD = (
 
 def marked_images(
     images: Images,  # of one split
-    marks=None,  # from `read_marks`; None takes the boxes of the cohort
-    names=None,  # word of a reader -> finding; case, blanks and underscores are ignored
-    limit: int = 0,  # most films; 0: all
-    seed: int = 0,  # decides which, where there is a limit
+    marks=None,  # from `read_marks`; None: the boxes of the cohort
+    names=None,  # a reader's name -> finding; case, blanks and underscores are ignored
+    limit: int = 0,  # largest number of images; 0: all
+    seed: int = 0,  # of the selection under a limit
 ) -> Marked:
-    "Find the films that somebody marked; `InputError` where none is."
+    "Find the marked images; `InputError` where there are none."
     held = image_marks(images) if marks is None else marks
-    # a translation that leads nowhere is reported before films are read
+    # an invalid translation is reported before images are read
     finding_names((), names, images.classes)
     if marks is not None and not len(held):
         raise InputError('the file of marks holds no mark; check that its rows are filled in')
@@ -288,7 +288,7 @@ def marked_images(
 
 
 def _no_image(marks, open_data):
-    "The message where no film of the split is marked."
+    "Return the message for a split without marked images."
     if marks is None:
         return 'no film of this split is marked; choose another split, or give a file of marks'
     if not open_data:
@@ -300,7 +300,7 @@ def _no_image(marks, open_data):
 
 
 def _no_finding(classes, table):
-    "The message where no mark is of a finding of its film."
+    "Return the message where no mark is of a finding of its image."
     return (
         "no mark is of a finding that its film has; the classes are"
         f" {', '.join(classes)}, the marks of"
@@ -309,7 +309,7 @@ def _no_finding(classes, table):
 
 
 def _fitting(table, images, place):
-    "Whether each reading is of a finding that its film has, (rows,) bool."
+    "Mark readings of findings that their image has, (rows,) bool."
     return np.array(
         [
             f in images.classes and images.targets[f].iat[place[i]] == 1
@@ -320,7 +320,7 @@ def _fitting(table, images, place):
 
 
 def _marks_of(marks, table, broken):
-    "Marks on films that cannot be read, as rows of what is left out."
+    "Return the marks on unreadable images, as rows of the excluded table."
     names = {
         n
         for n in set(marks.film)
@@ -335,19 +335,19 @@ def _marks_of(marks, table, broken):
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #08d86667
 class Explained(NamedTuple):
-    """The result of `explain_images`.
+    """Result of `explain_images`.
 
     `metrics`: localisation per map, finding and reader; agreement between readers; deletion and
     insertion. `cascade`: similarity of the maps while the weights are shuffled from the top down.
     """
 
     metrics: pd.DataFrame  # metrics table
-    rows: pd.DataFrame  # localisation per film, reader and map
-    curves: pd.DataFrame  # deletion and insertion per film and order
+    rows: pd.DataFrame  # localisation per image, reader and map
+    curves: pd.DataFrame  # deletion and insertion per image and order
     iou: pd.DataFrame  # IoU over thresholds, from `smsbench.clip.faithfulness.iou_curves`
-    marked: Marked  # what was explained
+    marked: Marked  # the explained images
     maps: dict  # (film_id, finding) -> `Explanation`
-    cascade: pd.DataFrame  # metrics table, empty where not asked for
+    cascade: pd.DataFrame  # metrics table; empty if not requested
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #5ea0fabd
 def explain_images(
@@ -355,16 +355,16 @@ def explain_images(
     marked: Marked,  # from `marked_images`
     method: str = 'gradcam',  # key of `smsbench.clip.explain.METHODS`
     prompts: dict | None = None,  # None: the default ones
-    n_curves: int = 20,  # maps whose deletion and insertion curves are drawn
-    n_cascade: int = 0,  # maps that are followed while the weights are shuffled from the top down
+    n_curves: int = 20,  # number of maps for deletion and insertion curves
+    n_cascade: int = 0,  # number of maps for the shuffling of weights from the top down
     n_boot: int = 1000,  # resamples of patients
-    seed: int = 0,  # of shuffled weights and random orders; decides which maps are followed
+    seed: int = 0,  # of shuffled weights, random orders, and the selection of maps
     layer: str = '',  # Grad-CAM: another module of the image tower
     show: bool = False,  # progress bar
 ) -> Explained:
-    """Map marked films, and measure where the maps lie and whether they hold the answer.
+    """Explain marked images, and measure localisation and faithfulness of the maps.
 
-    `RunError` where no map can be judged.
+    `RunError` where no map can be measured.
     """
     prompts = prompts_for(marked.films) if prompts is None else prompts
     about, images, asked = _cases(clip, marked, prompts)
@@ -402,7 +402,7 @@ def explain_images(
 
 
 def _cases(clip, marked, prompts):
-    "A row, an image and a target per film and finding that is marked on it."
+    "Yield a row, an image and a target per marked image and finding."
     about = (
         marked.readings.table[['film_id', 'patient_id', 'finding']]
         .drop_duplicates(['film_id', 'finding'])
@@ -433,9 +433,9 @@ def _over_thresholds(readings, held, blind, n_boot):
 # %% ../../nbs/50_clip/280_benchmark.ipynb #95805e22
 def fair_order(
     about: pd.DataFrame,  # film_id, finding
-    seed: int = 0,  # another seed, another order
-) -> list:  # places of all rows
-    "An order that nobody chose: the findings take turns, and within a finding the hash decides."
+    seed: int = 0,  # of the order
+) -> list:  # positions of all rows
+    "Order rows by alternating findings, and by hash within a finding."
     hashed = pd.Series([content_hash(seed, f, c) for f, c in zip(about.film_id, about.finding)])
     turn = hashed.groupby(about.finding.to_numpy()).rank()
     return sorted(range(len(about)), key=lambda i: (turn[i], hashed[i]))
@@ -445,5 +445,5 @@ def target_of(
     clip: Clip,  # a loaded model
     sides: dict,  # positive=(...), and negative=(...) for a finding
 ):  # `smsbench.clip.explain.Target`
-    "What a map of a class explains: its sentences against those for its absence."
+    "Make the target of a class: its sentences against those for its absence."
     return target(clip, tuple(sides['positive']), tuple(sides.get('negative', ())))

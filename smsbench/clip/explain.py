@@ -17,7 +17,7 @@ from .towers import Tower, attention_taken, tower_of, undisturbed
 from ..saliency.geometry import View
 
 # %% ../../nbs/50_clip/250_explain.ipynb #8e6acf22
-# blocks: how many of the last ones count, <NA>: all
+# blocks: number of last blocks used, <NA>: all
 METHODS = (
     pd.DataFrame(
         [
@@ -35,7 +35,7 @@ METHODS = (
 # %% ../../nbs/50_clip/250_explain.ipynb #abd31f7c
 @dataclass(frozen=True, eq=False)
 class Target:
-    "The quantity that a map explains: the dot product of the unit image vector and `vector`."
+    "Quantity explained by a map: the dot product of the unit image vector and `vector`."
 
     vector: np.ndarray  # (D,) float32: scale x difference of the unit vectors
     text: tuple  # sentences for it
@@ -73,14 +73,14 @@ def target(
 # %% ../../nbs/50_clip/250_explain.ipynb #abd31f02
 @dataclass(frozen=True, eq=False)
 class _Ask:
-    "A batch and what is asked of it."
+    "A batch of images with the vectors of its targets."
 
     clip: Clip
     tower: Tower
-    pixels: object  # (B,3,S,S) tensor that wants a gradient
+    pixels: object  # (B,3,S,S) tensor that requires a gradient
     vectors: object  # (B,D) tensor, from `Target.vector`
     layer: str  # for Grad-CAM
-    blocks: int  # how many of the last blocks count
+    blocks: int  # number of last blocks used
 
     def embed(self):
         import torch.nn.functional as F
@@ -133,7 +133,7 @@ def _named(visual, layer):
 
 
 def _as_map(t, tower, layer):
-    "(B,C,rows,columns) from tokens or a feature map."
+    "Reshape tokens or a feature map to (B,C,rows,columns)."
     if getattr(t, 'ndim', 0) == 4:
         return (
             t.permute(0, 3, 1, 2)
@@ -151,8 +151,7 @@ def _as_map(t, tower, layer):
 def _attention(ask, gradients=True):
     """Record attention and its gradients.
 
-    Returns (attention, gradient) pairs of the blocks that count, those of the pool, and the
-    scores.
+    Returns (attention, gradient) pairs of the used blocks, those of the pool, and the scores.
     """
     import torch
 
@@ -177,7 +176,7 @@ def _attention(ask, gradients=True):
 
 
 def _row(tower, relevance, pool):
-    "(B,patches) from (B,tokens,tokens)."
+    "Reduce a relevance (B,tokens,tokens) to the patches, (B,patches)."
     n = tower.prefix
     if tower.pool == 'average':
         return relevance[:, n:, n:].mean(1)
@@ -209,7 +208,7 @@ def _chefer(ask):
     for a, g in blocks:
         relevance = relevance + positive(a, g) @ relevance
     if ask.tower.pool == 'average':
-        relevance = relevance - one  # that every patch is part of the mean says nothing
+        relevance = relevance - one  # every patch is part of the mean, which carries no information
     return ask.grids(_row(ask.tower, relevance, pool and positive(*pool[0]))), scores
 
 # %% ../../nbs/50_clip/250_explain.ipynb #f8730586
@@ -250,13 +249,13 @@ _RUN = dict(gradcam=_gradcam, rollout=_rollout, chefer=_chefer, legrad=_legrad)
 # %% ../../nbs/50_clip/250_explain.ipynb #abd31f03
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    "Where a score came from."
+    "A map of one image, with its provenance."
 
     grid: np.ndarray  # (rows, columns) float, not negative
-    view: View  # where the grid lies on the film
-    shape: tuple[int, int]  # height and width of the film, in pixels
+    view: View  # position of the grid on the image
+    shape: tuple[int, int]  # height and width of the image, in pixels
     method: str  # key of `METHODS`
-    layer: str  # which module or how many blocks were read
+    layer: str  # module or number of blocks used
     about: dict  # provenance: model, weights_sha, text, against, score, image_sha, ...
 
     @property
@@ -271,7 +270,7 @@ class Explanation:
         self,
         smooth: bool = False,  # bilinear between the centres of cells
     ) -> np.ndarray:  # (H,W): value of the cell of each pixel; NaN: not shown to the model
-        "The grid laid on the film."
+        "Map the grid to the pixels of the image."
         (rows, columns), (h, w) = self.grid.shape, self.shape
         r, c = self.view.where(np.arange(w) + 0.5, np.arange(h) + 0.5)
         seen = np.ix_((r >= 0) & (r < rows), (c >= 0) & (c < columns))
@@ -286,7 +285,7 @@ class Explanation:
 
 
 def _between(at, n):
-    "(len(at), n) weights of linear interpolation between cell centres."
+    "Compute weights of linear interpolation between cell centres, (len(at), n)."
     at = np.clip(at - 0.5, 0, n - 1)
     low = np.minimum(at.astype(int), max(n - 2, 0))
     out = np.zeros((len(at), n))
@@ -299,9 +298,9 @@ def check_method(
     clip: Clip,  # a loaded model
     method: str,  # key of `METHODS`
     layer: str = '',  # Grad-CAM: module of the image tower; '': the default of the tower
-    blocks: int | None = None,  # rollout, chefer, legrad: last blocks that count; None: default
-) -> int:  # blocks that count
-    """Check that a method fits a tower, before any film is read; `InputError` otherwise.
+    blocks: int | None = None,  # rollout, chefer, legrad: number of last blocks; None: default
+) -> int:  # number of blocks used
+    """Check that a method fits a tower, before any image is read; `InputError` otherwise.
 
     The defaults for `blocks` are in `METHODS`.
     """
@@ -340,17 +339,17 @@ def check_method(
 # %% ../../nbs/50_clip/250_explain.ipynb #11a7a1f1
 def explain_many(
     clip: Clip,  # a loaded model
-    images,  # any iterable of (H,W) or (H,W,3) uint8 films
-    text,  # sentence, tuple of sentences or `Target`; or a list with one of these per film
+    images,  # any iterable of (H,W) or (H,W,3) uint8 arrays
+    text,  # sentence, tuple of sentences or `Target`; or a list with one of these per image
     method: str = 'gradcam',  # key of `METHODS`
-    against=(),  # the opposite, for all films
+    against=(),  # the opposite, for all images
     layer: str = '',  # Grad-CAM: module of the image tower; '': the default of the tower
-    blocks: int | None = None,  # rollout, chefer, legrad: last blocks that count; None: default
-    batch_size: int = 32,  # films at once
-    empty: str = 'raise',  # or 'keep': what to do with a film in which nothing speaks for the text
+    blocks: int | None = None,  # rollout, chefer, legrad: number of last blocks; None: default
+    batch_size: int = 32,  # images at once
+    empty: str = 'raise',  # or 'keep': treatment of images in which nothing supports the text
     show: bool = False,  # progress bar
-) -> list:  # `Explanation` per film
-    """Make maps of many films.
+) -> list:  # `Explanation` per image
+    """Explain many images.
 
     `InputError` for a method that does not fit the tower or a layer without a gradient,
     `RunError` for a map that is all zero.
@@ -441,7 +440,7 @@ def explain(
     against=(),  # the opposite of the text
     **how,  # layer, blocks, empty of `explain_many`
 ) -> Explanation:
-    """The map of one film; errors as in `explain_many`.
+    """Explain one image; errors as in `explain_many`.
 
     >>> explain(clip, source.image(cohort.sample_id[0]), "an image of effusion").on_image().shape
     (64, 64)
@@ -453,9 +452,9 @@ def explain(
 # %% ../../nbs/50_clip/250_explain.ipynb #b5f935c7
 def bright_follower(
     clip: Clip,  # a model with open_clip's own transformer and class token
-    noise: float = 0.0,  # how much of the model's own weights stays
-) -> tuple[Clip, Target]:  # the copy, and the target that asks for brightness
-    "Make a copy that looks only at the brightest patches; `InputError` for another tower."
+    noise: float = 0.0,  # share of the original weights that is kept
+) -> tuple[Clip, Target]:  # the copy, and the target of brightness
+    "Make a copy that attends only to the brightest patches; `InputError` for another tower."
     import copy, torch
     from dataclasses import replace
 
@@ -484,7 +483,7 @@ def bright_follower(
 
 
 def _follow(attn):
-    "Every query looks for brightness; what it finds goes to channels 6 and 7."
+    "Make every query attend to brightness, and write the result to channels 6 and 7."
     w, d = attn.embed_dim, attn.head_dim
     for h in range(0, w, d):
         attn.in_proj_weight[h, 2] = attn.in_proj_weight[h, 4] = attn.in_proj_weight[w + h, 0] = 0.7

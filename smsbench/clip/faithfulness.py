@@ -20,10 +20,10 @@ from ..saliency.metrics import centre_prior, iou_curve, mass_inside, pixel_auroc
 
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #15161ceb
 def area_iou(
-    weights,  # (H,W) map on the film; NaN: not shown
+    weights,  # (H,W) map on the image; NaN: not shown
     mask,  # (H,W) bool
 ) -> float:  # in [0,1]; where pixels tie at the edge of the area, their expected share
-    """IoU of a region with the brightest area of its size.
+    """Compute the IoU of a region with the brightest area of its size.
 
     `InputError` where the model was shown none of the region, or the map is empty.
     """
@@ -44,17 +44,17 @@ NUMBERS = ('mass', 'pointing', 'iou', 'iou_mean', 'iou_area', 'auroc')
 
 
 def localise(
-    maps,  # per film: `Explanation`, or (H,W) weights on the film with NaN where nothing was shown
-    masks,  # per film: (H,W) bool, the region of the finding
-    about: pd.DataFrame,  # per film: film_id, patient_id, finding, any other columns
-    others: dict | None = None,  # name -> further maps of the same films, e.g. dict(shuffled=...)
+    maps,  # per image: `Explanation`, or (H,W) weights with NaN where nothing was shown
+    masks,  # per image: (H,W) bool, the region of the finding
+    about: pd.DataFrame,  # per image: film_id, patient_id, finding, any other columns
+    others: dict | None = None,  # name -> further maps of the images, e.g. dict(shuffled=...)
     smooth: bool = False,  # interpolate between the centres of cells
 ) -> pd.DataFrame:  # about + map, `NUMBERS`, size, shown
     """Measure how well maps match regions, next to baselines.
 
-    map: 'map', 'uniform', 'centre', and names of others; size: share of the film that is region;
-    shown: share of the region that the model was shown; `.attrs['excluded']`: films left out.
-    `InputError` where the lists do not match, `RunError` where no film can be judged.
+    map: 'map', 'uniform', 'centre', and names of others; size: area of the region as a share of
+    the image; shown: share of the region shown to the model; `.attrs['excluded']`: images left
+    out. `InputError` where the lists do not match, `RunError` where no image can be measured.
     """
     rows, out = [], []
     for who, rivals, mask in _cases(maps, masks, about, others or {}, smooth):
@@ -74,9 +74,9 @@ def localise(
 
 
 def _cases(maps, masks, about, others, smooth):
-    """Yield per film its row, the map and its rivals, and the region.
+    """Yield per image its row, the map and its baselines, and the region.
 
-    Where the film cannot be judged, the reason takes the place of the maps.
+    For an image that cannot be measured, the reason takes the place of the maps.
     """
     lists = dict(maps=maps, masks=masks, about=about, **others)
     if len({len(v) for v in lists.values()}) != 1:
@@ -108,7 +108,7 @@ def laid(
     m,  # `Explanation` or (H,W) weights
     smooth: bool = False,  # interpolate between the centres of cells
 ) -> np.ndarray:  # (H,W)
-    "A map on the film."
+    "Map an explanation to the pixels of its image."
     return m.on_image(smooth) if isinstance(m, Explanation) else np.asarray(m, float)
 
 
@@ -125,7 +125,7 @@ def _unfit(w, mask):
 
 def _numbers(v, mask):
     if not np.nansum(v) > 0:
-        return dict.fromkeys(NUMBERS, np.nan)  # a rival may be empty where the map is not
+        return dict.fromkeys(NUMBERS, np.nan)  # a baseline may be empty where the map is not
     curve = iou_curve(v, mask)
     return dict(
         zip(
@@ -150,7 +150,7 @@ def iou_curves(
     smooth: bool = False,  # "
     n_boot: int = 500,  # resamples of patients
 ) -> pd.DataFrame:  # map, threshold (of the map's maximum), value (IoU), ci_low, ci_high, n
-    "IoU of region and brightest part as the threshold rises, with intervals over patients."
+    "Compute the IoU over all thresholds, with intervals over patients."
     cases = [
         (w['patient_id'], r, m)
         for w, r, m in _cases(maps, masks, about, others or {}, smooth)
@@ -178,11 +178,11 @@ def iou_curves(
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #4994beda
 def localisation_metrics(
     rows: pd.DataFrame,  # from `localise`
-    model: str = 'clip',  # what the lines are called
-    by=('finding',),  # columns whose values are reported apart
+    model: str = 'clip',  # name in the table
+    by=('finding',),  # columns to group by
     n_boot: int = 2000,  # resamples of patients
 ) -> pd.DataFrame:  # metrics table, arm: map
-    """Localisation with intervals over patients.
+    """Compute localisation metrics with intervals over patients.
 
     Metrics are the `NUMBERS`, and NUMBER_over_RIVAL for the map.
     """
@@ -206,7 +206,7 @@ def _lines(part, model, subgroup, n_boot, note):
                 f'the rows of {n} are not those of the map; pass the table of localise as it is'
             )
         for k in NUMBERS:
-            # a map without differences ranks nothing: 0.5 on every film
+            # a constant map has an AUROC of 0.5 on every image
             yield metric_line(
                 model,
                 k,
@@ -238,14 +238,14 @@ def metric_line(
     metric: str,  # "
     arm: str,  # "
     subgroup: str,  # "
-    values,  # (n,) numbers; NaN do not count
+    values,  # (n,) numbers; NaN is ignored
     patients,  # (n,) clusters
     bounds=(-np.inf, np.inf),  # range of the numbers
     n_boot: int = 2000,  # resamples
     note='',  # text, or `Note` where it states counts
-    exact: bool = False,  # the number follows from how it is defined: no interval
+    exact: bool = False,  # the number is fixed by definition and has no interval
 ) -> dict:  # a line of the metrics table
-    "The mean of some numbers with its interval."
+    "Compute the mean of some numbers with its interval."
     values = np.asarray(values, float)
     known = ~np.isnan(values)
     i = (
@@ -274,7 +274,7 @@ def metric_line(
 def table_of(
     lines,  # dicts from `metric_line`
 ) -> pd.DataFrame:
-    "A metrics table."
+    "Make a metrics table."
     return validate(pd.DataFrame(list(lines)), 'metrics')
 
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #2f002f9e
@@ -282,17 +282,17 @@ def cell_order(
     weights,  # (rows, columns) not negative
     seed: int = 0,  # breaks ties
 ) -> np.ndarray:  # (cells,) indices into the flattened grid, highest first
-    "Cells from the brightest to the darkest."
+    "Sort cells from the brightest to the darkest."
     w = np.asarray(weights, float).ravel()
     return np.lexsort((np.random.default_rng(seed).random(len(w)), -w))
 
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #cb953216
 def orders_of(
     e: Explanation,  # a map
-    n_random: int = 3,  # random orders, and of the centre's many ties
-    seed: int = 0,  # of these, and of the map's ties
+    n_random: int = 3,  # number of random orders, also of the centre's ties
+    seed: int = 0,  # of the random orders and the map's ties
 ) -> dict:  # 'map', 'centre', 'random' -> list of orders
-    "In which orders cells are taken away."
+    "Compute the orders in which cells are removed."
     middle = centre_prior(e.grid.shape)
     return dict(
         map=[cell_order(e.grid, seed)],
@@ -308,7 +308,7 @@ def filled(
     pixels,  # (3,S,S) tensor, as it enters the tower
     fill: str = 'blur',  # one of `FILLS`
 ):  # (3,S,S) tensor
-    "What is left of a film when everything is taken away: strongly blurred, or its mean grey."
+    "Make the replacement of removed cells: the image strongly blurred, or its mean grey."
     from torchvision.transforms.functional import gaussian_blur
 
     if fill not in FILLS:
@@ -323,7 +323,7 @@ def filled(
 
 
 def _ranks(order, shape, clip):
-    "(S,S) int: as which cell each pixel is taken away; pixels outside the grid never."
+    "Return the removal rank of each pixel, (S,S) int; pixels outside the grid stay."
     rows, columns, ph, pw, _ = grid_of(clip)
     h, w = clip.info['image_size']
     rank = np.empty(len(order), int)
@@ -340,18 +340,18 @@ def _ranks(order, shape, clip):
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #ee32642e
 def perturbation_curves(
     clip: Clip,  # a loaded model
-    images,  # films, (H,W) or (H,W,3) uint8
-    maps,  # `Explanation` per film
-    text,  # sentence, tuple of sentences or `Target`; or a list with one of these per film
-    about: pd.DataFrame,  # per film: film_id, patient_id, finding
-    against=(),  # the opposite, for all films: scores are then probabilities
-    steps: int = 10,  # removals of cells, at most one per cell
+    images,  # (H,W) or (H,W,3) uint8 arrays
+    maps,  # `Explanation` per image
+    text,  # sentence, tuple of sentences or `Target`; or a list with one of these per image
+    about: pd.DataFrame,  # per image: film_id, patient_id, finding
+    against=(),  # the opposite, for all images: scores are then probabilities
+    steps: int = 10,  # number of removals, at most one per cell
     fill: str = 'blur',  # one of `FILLS`
     n_random: int = 3,  # random orders, averaged
     seed: int = 0,  # of the random orders
     batch_size: int = 64,  # images at once
 ) -> pd.DataFrame:  # about + kind, order, fraction, score; attrs: score, fill, steps
-    """Score films while cells are removed (deletion) or restored (insertion).
+    """Score images while cells are removed (deletion) or restored (insertion).
 
     kind: 'deletion', 'insertion'; order: 'map', 'centre', 'random'; fraction: 0..1 of the cells.
     `InputError` where the lists do not match, `RunError` for an empty map.
@@ -388,7 +388,7 @@ def perturbation_curves(
 
 
 def _curves(clip, image, shape, order, t, steps, fill, batch_size):
-    "(2, steps + 1) scores of deletion and insertion."
+    "Compute the scores of deletion and insertion, (2, steps + 1)."
     import torch
 
     x = to_pixels(clip, [image])[0]
@@ -413,8 +413,8 @@ def _curves(clip, image, shape, order, t, steps, fill, batch_size):
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #dfe61f90
 def curve_areas(
     curves: pd.DataFrame,  # from `perturbation_curves`
-) -> pd.DataFrame:  # a row per film, kind and order: area
-    "Area under each curve."
+) -> pd.DataFrame:  # a row per image, kind and order: area
+    "Compute the area under each curve."
     own = [c for c in curves if c not in ('fraction', 'score')]
 
     def area(g):
@@ -432,11 +432,11 @@ def curve_areas(
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #a2b17e1f
 def faithfulness_metrics(
     areas: pd.DataFrame,  # from `curve_areas`
-    model: str = 'clip',  # what the lines are called
-    by=(),  # columns whose values are reported apart
+    model: str = 'clip',  # name in the table
+    by=(),  # columns to group by
     n_boot: int = 2000,  # resamples of patients
 ) -> pd.DataFrame:  # metrics table
-    """Areas and gains with intervals over patients.
+    """Compute areas and gains with intervals over patients.
 
     Metrics: deletion_area and insertion_area per order; KIND_gain_over_ORDER of the map.
     """
@@ -476,9 +476,9 @@ def faithfulness_metrics(
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #1dbb9023
 def map_likeness(
     a: Explanation,  # a map
-    b: Explanation,  # another of the same film, on the same grid
+    b: Explanation,  # another of the same image, on the same grid
 ) -> dict:  # spearman (-1..1, NaN for a flat map), ssim (-1..1)
-    "How alike two maps are."
+    "Measure the similarity of two maps."
     from scipy.stats import spearmanr
     from skimage.metrics import structural_similarity
 
@@ -493,7 +493,7 @@ def map_likeness(
     def stretched(e):
         w = e.on_image(smooth=True)
         seen = ~np.isnan(w)
-        w = w[np.ix_(seen.any(1), seen.any(0))]  # what is shown is a rectangle
+        w = w[np.ix_(seen.any(1), seen.any(0))]  # the shown part is a rectangle
         return (w - w.min()) / max(np.ptp(w), 1e-12)
 
     x, y = stretched(a), stretched(b)
@@ -509,15 +509,15 @@ def map_likeness(
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #ff8c8bc8
 def cascade(
     clip: Clip,  # a loaded model
-    images,  # films
-    maps,  # `Explanation` per film, made with this model
+    images,  # (H,W) or (H,W,3) uint8 arrays
+    maps,  # `Explanation` per image, made with this model
     text,  # as in `explain_many`
-    about: pd.DataFrame,  # per film: film_id, patient_id, finding
+    about: pd.DataFrame,  # per image: film_id, patient_id, finding
     against=(),  # as in `explain_many`
     seed: int = 0,  # of the shuffles
     **how,  # layer, blocks, batch_size of `explain_many`
 ) -> pd.DataFrame:  # rows: about + stage, depth (0: nothing shuffled yet), spearman, ssim, empty
-    "How alike maps stay while the image tower forgets, from the top down."
+    "Measure the similarity of maps while the image tower is shuffled from the top down."
     images, methods, rows = list(images), {m.method for m in maps}, []
     if not len(images) == len(maps) == len(about):
         raise InputError(
@@ -552,12 +552,12 @@ def cascade(
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #78f1ea3b
 def cascade_metrics(
     rows: pd.DataFrame,  # from `cascade`
-    model: str = 'clip',  # what the lines are called
+    model: str = 'clip',  # name in the table
     n_boot: int = 2000,  # resamples of patients
 ) -> pd.DataFrame:  # metrics table: spearman and ssim per stage (arm)
-    """Similarity per stage, with intervals over patients.
+    """Average the similarity per stage, with intervals over patients.
 
-    Films whose map is empty or flat at a stage do not count.
+    Images whose map is empty or flat at a stage do not count.
     """
     lines = []
     for stage, g in rows.groupby('stage', sort=False):

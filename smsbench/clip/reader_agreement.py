@@ -20,7 +20,7 @@ from ..data.images import is_missing, read_image
 from ..saliency.metrics import region
 
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #63de7f2e
-# columns of a table of marks; row: where it stands in its file
+# columns of a table of marks; row: its row in the file
 MARKS = (
     'film',
     'finding',
@@ -32,7 +32,7 @@ MARKS = (
     'text',
     'row',
 )
-# what a table may hold instead of each other
+# alternative sets of columns
 _FORMS = {
     ('x0', 'y0', 'x1', 'y1'): 'xyxy',
     ('x', 'y', 'w', 'h'): 'xywh',
@@ -56,12 +56,12 @@ def _table(rows):
 
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #0b286eb7
 def csv_marks(
-    table: pd.DataFrame,  # as read
-    reader: str = 'reader',  # who drew, where the table does not say
+    table: pd.DataFrame,  # table of the file
+    reader: str = 'reader',  # name of the reader, if not in the table
     where: str = 'table',  # for messages
-    size=(0, 0),  # width and height of the films marked, if not in the table; 0: as at hand
+    size=(0, 0),  # width and height of the marked images, if not in the table; 0: the same
 ) -> pd.DataFrame:  # `MARKS`; attrs: blank, the rows that mark nothing
-    "Marks from a table; `InputError` for a missing column."
+    "Read marks from a table; `InputError` for a missing column."
     known = {
         next((o for o in other if o in table), ''): c
         for c, other in _ALSO.items()
@@ -103,7 +103,7 @@ def csv_marks(
 
 
 def _entry(r, row, reader, size):
-    "A mark without its shape, from a row of a table."
+    "Return a mark without its shape, from a row of a table."
     return dict(
         film=r['film'],
         finding=r['finding'],
@@ -123,7 +123,7 @@ def _size(v):
 
 
 def _points(cells, form):
-    "Shape and JSON; words that are no numbers are kept, and refused when the mark is placed."
+    "Return shape and JSON; words are kept, and refused when the mark is placed."
     if form == 'mask':
         return 'mask', json.dumps(str(cells[0]))
     if form == 'polygon':
@@ -154,10 +154,10 @@ _MSCXR = dict(
 
 def mscxr_marks(
     table: pd.DataFrame,  # the CSV of MS-CXR
-    reader: str = 'MS-CXR',  # who drew
+    reader: str = 'MS-CXR',  # name of the reader
     where: str = 'MS-CXR',  # for messages
 ) -> pd.DataFrame:  # `MARKS`
-    "Marks from the table of MS-CXR; `InputError` for a missing column."
+    "Read marks from the table of MS-CXR; `InputError` for a missing column."
     if gone := [c for c in (*_MSCXR, 'x', 'y', 'w', 'h') if c not in table]:
         raise InputError(
             f"{where}: no column {gone[0]!r}; the table of MS-CXR has {', '.join(_MSCXR)}, x, y,"
@@ -170,10 +170,10 @@ def mscxr_marks(
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #4ae459f0
 def coco_marks(
     held: dict,  # the JSON
-    reader: str = 'reader',  # who drew, where an annotation does not say
+    reader: str = 'reader',  # name of the reader, if not in the annotation
     where: str = 'COCO',  # for messages
 ) -> pd.DataFrame:  # `MARKS`
-    "Marks from COCO's JSON; `InputError` where it has not its parts."
+    "Read marks from COCO's JSON; `InputError` where parts are missing."
     if not isinstance(held, dict) or any(
         not isinstance(held.get(k), list) for k in ('images', 'annotations', 'categories')
     ):
@@ -218,11 +218,11 @@ def _annotation(a, images, names, reader, n):
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #63658e78
 def read_marks(
     path,  # .csv, .tsv, .parquet or .json
-    layout: str = 'auto',  # 'csv', 'mscxr', 'coco'; 'auto' tells by the file
-    reader: str = '',  # who drew, where the file does not say; '': the name of the file
-    size=(0, 0),  # width and height of the films marked, if not in a table; 0: as at hand
+    layout: str = 'auto',  # 'csv', 'mscxr', 'coco'; 'auto' detects it
+    reader: str = '',  # name of the reader, if not in the file; '': the name of the file
+    size=(0, 0),  # width and height of the marked images, if not in a table; 0: the same
 ) -> pd.DataFrame:  # `MARKS`; attrs: folder of the file, to which masks are relative
-    "Marks from a file; `InputError` where it is missing, broken or lacks a column."
+    "Read marks from a file; `InputError` where it is missing, broken or lacks a column."
     path = Path(path)
     who = reader or path.stem
     if layout not in ('auto', 'csv', 'mscxr', 'coco'):
@@ -259,9 +259,9 @@ def read_marks(
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #b47ba45b
 def image_marks(
     images,  # `Images` of a cohort with boxes
-    reader: str = 'cohort',  # what their author is called
+    reader: str = 'cohort',  # name of their author
 ) -> pd.DataFrame:  # `MARKS`
-    "The boxes that a cohort brings; `InputError` where it has none."
+    "Convert the boxes of a cohort to marks; `InputError` where it has none."
     if 'boxes' not in images.table:
         raise InputError('the cohort has no column boxes; its card names where boxes are')
     held = [
@@ -290,10 +290,10 @@ def image_marks(
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #c650197e
 def mark_region(
     mark,  # a row of marks
-    shape: tuple[int, int],  # height and width of the film, in pixels
+    shape: tuple[int, int],  # height and width of the image, in pixels
     folder='.',  # root of mask files
 ) -> np.ndarray:  # (H,W) bool
-    "The pixels of a mark; `InputError` that says why where there are none."
+    "Return the pixels of a mark; `InputError` with the reason where there are none."
     h, w = shape
     if mark['shape'] == 'mask':
         return _mask_file(json.loads(mark.points), shape, folder)
@@ -314,7 +314,7 @@ def mark_region(
 
 
 def _outline(mark, held, shape):
-    "The rings of a box or polygon in pixels of the film, and all their points."
+    "Return the rings of a box or polygon in pixels of the image, and all their points."
     h, w = shape
     rings = (
         held
@@ -376,7 +376,7 @@ def _mask_file(name, shape, folder):
 
 
 def _run_lengths(held, shape):
-    "COCO's run lengths: zeros and ones in turn, down the columns."
+    "Decode COCO's run lengths: alternating zeros and ones, down the columns."
     counts = held.get('counts') if isinstance(held, dict) else None
     try:
         runs = np.array(_unpacked(counts) if isinstance(counts, str) else counts, int)
@@ -415,28 +415,28 @@ def _unpacked(text):
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #0e1e57c8
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """The marks of readers, as regions of the films.
+    """Marks of readers, as regions of the images.
 
     `table`: film_id, patient_id, finding, reader, marks (how many), row (of the first mark in its
     file), text.
     """
 
-    table: pd.DataFrame  # one row per film, finding and reader
+    table: pd.DataFrame  # one row per image, finding and reader
     masks: list  # (H,W) bool per row
     excluded: pd.DataFrame  # marks that could not be used: film, finding, reader, row, reason
 
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #29addee8
 def place_marks(
     marks: pd.DataFrame,  # from `read_marks`
-    about: pd.DataFrame,  # per film: film_id, patient_id, and perhaps image (its file)
-    shapes,  # per film: (height, width) in pixels
-    names: dict | None = None,  # a reader's word for a finding -> the cohort's; others stay
-    classes=(),  # the cohort's findings, matched whatever the case and separators
+    about: pd.DataFrame,  # per image: film_id, patient_id, and optionally image (its file)
+    shapes,  # per image: (height, width) in pixels
+    names: dict | None = None,  # a reader's name of a finding -> the cohort's; others stay
+    classes=(),  # the cohort's findings, matched ignoring case and separators
     folder='',  # root of mask files; '': the folder of the marks
 ) -> Readings:
-    """Lay marks on films.
+    """Convert marks to regions of images.
 
-    A word means a class from which it differs in case, blanks, hyphens or underscores alone.
+    Names match a class where they differ only in case, blanks, hyphens or underscores.
     `InputError` where a column is missing, the lists do not match, or no mark can be used.
     """
     if gone := [c for c in MARKS if c not in marks]:
@@ -453,7 +453,7 @@ def place_marks(
             drawn = mark_region(m, shapes[at], folder or marks.attrs.get('folder', '.'))
             found.setdefault((at, called[m.finding], m.reader), []).append((drawn, m.text, m.row))
         except InputError as e:
-            # listed, never dropped in silence
+            # listed, never dropped silently
             about_mark = dict(film=m.film, finding=m.finding, reader=m.reader, row=m.row)
             out.append(dict(about_mark, reason=str(e)))
     if not found:
@@ -477,7 +477,7 @@ def place_marks(
 
 
 def _joined(found, about):
-    "One row per film, finding and reader, from (position, finding, reader) -> marks."
+    "Make one row per image, finding and reader, from (position, finding, reader) -> marks."
     rows = [
         dict(
             film_id=about.film_id.iloc[at],
@@ -493,7 +493,7 @@ def _joined(found, about):
     return pd.DataFrame(rows)
 
 
-# how a name may fit a film, the strictest first
+# ways to match a name to an image, the strictest first
 _WAYS = (
     ('film_id', str),
     ('image', str),
@@ -504,7 +504,7 @@ _WAYS = (
 
 
 def _lookup(about):
-    "Per way: name -> positions of the films that have it."
+    "Return per way of matching: name -> positions of the images."
     return [
         (
             about.groupby(about[c].astype(str).map(f if c == 'image' else str)).indices
@@ -527,10 +527,10 @@ def _one_of(found):
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #6807e1b5
 def finding_names(
     words,  # findings as readers wrote them
-    names: dict | None = None,  # a reader's word -> the cohort's; '_' and case do not matter
+    names: dict | None = None,  # a reader's name -> the cohort's; '_' and case are ignored
     classes=(),  # the cohort's findings
 ) -> dict:  # word -> the cohort's finding, or the word itself
-    "What readers' words for findings mean; `InputError` for a translation into no class."
+    "Translate the readers' names of findings; `InputError` for a translation into no class."
     names = names or {}
     if classes and (odd := [v for v in names.values() if v not in classes]):
         raise InputError(f"{odd[0]!r} is no class; the classes are {', '.join(classes)}")
@@ -544,9 +544,9 @@ def finding_names(
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #77edf89d
 def named_images(
     marks: pd.DataFrame,  # from `read_marks` or `image_marks`
-    about: pd.DataFrame,  # per film: film_id, and perhaps image (its file)
-) -> list[int]:  # positions of films, ascending
-    "Which films the marks may mean, so that only these need be read."
+    about: pd.DataFrame,  # per image: film_id, and optionally image (its file)
+) -> list[int]:  # positions of images, ascending
+    "Find the images that marks may refer to, so that only these need to be read."
     known = _lookup(about)
     return sorted({int(i) for name in set(marks.film) for i in _images_of(name, known)})
 
@@ -556,8 +556,8 @@ def agreement(
     maps: dict,  # (film_id, finding) -> `Explanation` or (H,W) weights
     others: dict | None = None,  # name -> further maps, of the same form
     smooth: bool = False,  # interpolate between the centres of cells
-) -> pd.DataFrame:  # rows of `localise`, per film, finding and reader; attrs: excluded
-    "Maps against what readers marked; `InputError` where there is no map for any mark."
+) -> pd.DataFrame:  # rows of `localise`, per image, finding and reader; attrs: excluded
+    "Compare maps with readers' marks; `InputError` where there is no map for any mark."
     keys, others = list(zip(readings.table.film_id, readings.table.finding)), others or {}
     have = np.array([k in maps and all(k in o for o in others.values()) for k in keys], bool)
     if not have.any():
@@ -584,9 +584,9 @@ def agreement(
 def between_readers(
     readings: Readings,  # from `place_marks`
 ) -> pd.DataFrame:  # film_id, patient_id, finding, pair, iou, dice, pointing
-    """Measure how far readers agree, two at a time.
+    """Measure the agreement of pairs of readers.
 
-    Each row is a pair 'A and B' of readers of a film and finding.
+    Each row is a pair 'A and B' of readers of an image and finding.
     """
     rows = []
     for (film, finding), g in readings.table.groupby(['film_id', 'finding'], sort=False):
@@ -622,7 +622,7 @@ def agreement_metrics(
     model: str = 'clip',  # what the lines are called
     n_boot: int = 2000,  # resamples of patients
 ) -> pd.DataFrame:  # metrics table as of `localisation_metrics`, and between readers
-    "Agreement with intervals over patients."
+    "Compute agreement metrics with intervals over patients."
     lines = localisation_metrics(rows, model, ('finding', 'reader'), n_boot).to_dict('records')
     own = rows[rows['map'] == 'map'].groupby(['film_id', 'finding']).iou_area.mean()
     for subgroup, part in (

@@ -17,20 +17,20 @@ from .model import Clip, grid_of
 # %% ../../nbs/50_clip/240_towers.ipynb #3d1973be
 @dataclass(frozen=True, eq=False)
 class Tower:
-    "What an explanation must know of an image tower."
+    "Parts of an image tower that explanation methods use."
 
     visual: object  # the tower, a torch module
     blocks: tuple  # its attention blocks, first to last; () for a convolutional tower
-    layer: str  # name of the module in it on which Grad-CAM is read
-    grid: tuple | None  # rows and columns of patches; None: the feature map says it
+    layer: str  # name of the module for Grad-CAM
+    grid: tuple | None  # rows and columns of patches; None: those of the feature map
     prefix: int  # tokens before the first patch
-    pool: str  # 'token', 'average', 'attention', or another name: how tokens become one vector
+    pool: str  # 'token', 'average', 'attention', or another kind of pooling
 
 # %% ../../nbs/50_clip/240_towers.ipynb #bcdc7cb6
 def tower_of(
     clip: Clip,  # a loaded model
 ) -> Tower:
-    "The image tower of a model; `InputError` for one that is not known here."
+    "Describe the image tower of a model; `InputError` for an unknown kind."
     v, trunk = clip.model.visual, getattr(clip.model.visual, 'trunk', None)
     if hasattr(v, 'transformer') and hasattr(v, 'grid_size'):
         blocks = tuple(v.transformer.resblocks)
@@ -70,7 +70,7 @@ def tower_of(
 def undisturbed(
     model,  # a torch module
 ):
-    "Gradients on, weights frozen, evaluation mode; afterwards everything as it was."
+    "Enable gradients with frozen weights in evaluation mode; restore the state afterwards."
     import torch
 
     modules, weights = (
@@ -102,7 +102,7 @@ def undisturbed(
 def attention_taken(
     visual,  # an image tower
 ):  # yields a list that fills with (B, heads, queries, keys) tensors, in the order of the calls
-    "Keep the attention weights of every block that runs, with their gradient."
+    "Record the attention weights of every block, with their gradient."
     import torch.nn.functional as F
 
     taken, fused, mine = [], F.scaled_dot_product_attention, threading.get_ident()
@@ -140,7 +140,7 @@ def attention_taken(
 def stages(
     clip: Clip,  # a loaded model
 ) -> dict:  # stage -> names of the weights of the image tower, from the output down to the input
-    "The image tower from top to bottom: head, blocks, embedding."
+    "List the stages of the image tower from top to bottom: head, blocks, embedding."
     found = {}
     for name, _ in clip.model.visual.named_parameters():
         block = re.search(
@@ -162,8 +162,8 @@ def stages(
 # %% ../../nbs/50_clip/240_towers.ipynb #e2a5a11b
 def shuffled(
     clip: Clip,  # a loaded model
-    upto: str = 'embedding',  # the last stage that is shuffled, counted from the top; see `stages`
-    seed: int = 0,  # another seed, another shuffle
+    upto: str = 'embedding',  # last stage to shuffle, counted from the top; see `stages`
+    seed: int = 0,  # of the shuffle
 ) -> Clip:  # a copy
     """Shuffle the weights of the image tower from the head down to a stage.
 
