@@ -43,28 +43,23 @@ COLUMNS = {
 def mean_rows(
     table: pd.DataFrame,  # one row per map, with patient_id
     columns,  # column names
-    bounds=None,  # column -> (lowest, highest); None takes `COLUMNS`
+    bounds=None,  # column -> (lowest, highest); None: `COLUMNS`
     n_boot: int = 2000,  # resamples
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
     minimum: int = 10,  # rows below which a number is suppressed
 ) -> list[dict]:  # metric, value, ci_low, ci_high, n, n_clusters, n_effective, note
-    "Mean of each column over the rows that have it."
-    bounds, columns = (
-        COLUMNS if bounds is None else bounds,
-        [c for c in columns if c in table and table[c].notna().any()],
-    )
+    "Average each column over the rows that have it."
+    bounds = COLUMNS if bounds is None else bounds
+    columns = [c for c in columns if c in table and table[c].notna().any()]
     if not columns:
         return []
     x = {c: table[c].to_numpy(float) for c in columns}
-    got, out = (
-        together(
-            *[mean(x[c], ~np.isnan(x[c]), bounds.get(c, (-np.inf, np.inf)), c) for c in columns]
-        ).bootstrap(table.patient_id.to_numpy(), n_boot, level, seed=seed),
-        [],
-    )
+    means = [mean(x[c], ~np.isnan(x[c]), bounds.get(c, (-np.inf, np.inf)), c) for c in columns]
+    intervals = together(*means).bootstrap(table.patient_id.to_numpy(), n_boot, level, seed=seed)
+    out = []
     for k, c in enumerate(columns):
-        one = got[k] if len(columns) > 1 else got
+        one = intervals[k] if len(columns) > 1 else intervals
         row = dict(
             metric=c,
             value=float(one.value),
@@ -87,15 +82,15 @@ def mean_rows(
 
 # %% ../../nbs/45_attention/30_metrics.ipynb #546ae3d3
 def sign_flip(
-    differences,  # (n,) paired differences; NaN do not count
-    patients,  # (n,) whose
+    differences,  # (n,) paired differences; NaN is ignored
+    patients,  # (n,) patient of each
     n: int = 9999,  # flips
     seed: int = 0,  # of the flips
 ) -> float:  # two-sided p; 1 where nothing differs; NaN without a pair
-    """Sign-flip permutation test of the patients' summed differences.
+    """Test the differences, summed by patient, with a sign-flip permutation test.
 
-    All patterns of signs where there are few patients, else `n` random ones besides the observed
-    one.
+    All patterns of signs are used where there are few patients, else `n` random ones and the
+    observed one.
     """
     d = (
         pd.Series(np.asarray(differences, float))
@@ -122,9 +117,9 @@ def sign_flip(
 # %% ../../nbs/45_attention/30_metrics.ipynb #65d568f7
 def halves(
     patients,  # (n,) patient names
-    seed: int = 0,  # which halving
+    seed: int = 0,  # of the split
 ) -> np.ndarray:  # (n,) 0 or 1
-    "One half or the other, the same for all films of a patient, and as many patients in each."
+    "Split patients into two halves of equal size."
     names = sorted(set(patients), key=lambda p: content_hash('half', seed, p))
     place = {p: i % 2 for i, p in enumerate(names)}
     return np.array([place[p] for p in patients], int)
@@ -132,20 +127,17 @@ def halves(
 # %% ../../nbs/45_attention/30_metrics.ipynb #5217dc8d
 def cross_fitted(
     profile: pd.DataFrame,  # second table of `look_table`: one model, method, query and arm
-    least: int = 5,  # films of a finding in each half, at least
-    seed: int = 0,  # which halving
+    least: int = 5,  # fewest images of a finding in each half
+    seed: int = 0,  # of the split
 ) -> pd.DataFrame:  # one row per trial, with the columns below
-    """Localisation of the layer and head that localised best on the other half of the patients.
+    """Measure the layer and head that localised best on the other half of the patients.
 
-    The choice is made finding by finding. Columns: trial_id, pixel_auroc_chosen, mass_chosen,
+    They are chosen per finding. Columns: trial_id, pixel_auroc_chosen, mass_chosen,
     pointing_chosen, the same with _uniform and _centre on the raster of the heads, chosen_layer,
     chosen_head (−1: mean over heads).
     """
-    marked, out, kept = (
-        profile[profile.pixel_auroc.notna()],
-        [],
-        [c for c in profile if c.split('_uniform')[0].split('_centre')[0] in HEAD_MEASURES],
-    )
+    marked, out = profile[profile.pixel_auroc.notna()], []
+    kept = [c for c in profile if c.split('_uniform')[0].split('_centre')[0] in HEAD_MEASURES]
     for _, g in marked.groupby('finding'):
         half = halves(g.patient_id.to_numpy(), seed)
         for k in (0, 1):
@@ -173,13 +165,13 @@ def _chosen(name):
     )
 
 # %% ../../nbs/45_attention/30_metrics.ipynb #6e87604e
-RANDOM = ' (random weights)'  # behind a model's name: the baseline
+RANDOM = ' (random weights)'  # suffix of the name of a baseline
 
 
 def without_random(
     table: pd.DataFrame,  # with a column model
 ) -> pd.DataFrame:  # the same, metadata kept
-    "The rows of models, without those of their baselines."
+    "Select the rows of models, without those of their baselines."
     out = table[~table.model.str.endswith(RANDOM)].reset_index(drop=True)
     out.attrs = table.attrs
     return out
@@ -188,9 +180,9 @@ def without_random(
 def with_baselines(
     looks: pd.DataFrame,  # first table of `look_table`
     profile: pd.DataFrame,  # its second
-    seed: int = 0,  # of the halving
+    seed: int = 0,  # of the split
 ) -> pd.DataFrame:  # one row per map of a model, with _random, _chosen and _over_… columns
-    "Every localisation beside its baselines, paired by film."
+    "Add the baselines to every localisation, paired by image."
     keys = ['model', 'arm', 'query', 'method']
     chosen = (
         [cross_fitted(g, seed=seed).assign(**dict(zip(keys, k))) for k, g in profile.groupby(keys)]
@@ -223,7 +215,7 @@ def with_baselines(
 
 # %% ../../nbs/45_attention/30_metrics.ipynb #cbd799c7
 def _groups(t):
-    "('all', …), then findings, queries and methods."
+    "Yield ('all', rows), then findings, queries and methods."
     first = (
         t[(t['query'] == t['query'].iloc[0]) & (t.method == 'raw')]
         if 'method' in t
@@ -249,9 +241,8 @@ def _groups(t):
         )
 
 
-CROSS = (  # why a share of the film of 1 is no finding
-    'by construction: the film enters by cross-attention'
-)
+# note on an image share of 1
+CROSS = 'by construction: the film enters by cross-attention'
 
 
 def _cross(t):
@@ -291,7 +282,7 @@ COMPARED = (
     'iou',
     'pixel_auroc',
     'pixel_auroc_chosen',
-)  # what two models are compared in
+)  # columns in which two models are compared
 
 
 def between_rows(
@@ -299,7 +290,7 @@ def between_rows(
     pairs: pd.DataFrame,  # from `pair_table`
     **boot,  # n_boot, level, seed, minimum
 ) -> list[dict]:  # metrics rows of models 'A − B' and 'A × B'
-    """Compare two models on the same films: differences, and similarity of their maps.
+    """Compare two models on the same images: differences, and similarity of their maps.
 
     There is no difference of shares, and no test, where a share is 1 by construction.
     """
@@ -318,7 +309,7 @@ def between_rows(
 
 
 def _paired(full, a, b):
-    "Yield (arm, subgroup, rows) of two models on the same films; the columns are differences."
+    "Yield (arm, subgroup, rows) of two models on the same images; columns are differences."
     keys, columns = ['trial_id', 'query', 'method'], [c for c in COMPARED if c in full]
     both = full[full.model == a].merge(
         full[full.model == b][[*keys, *columns]], on=keys, suffixes=('', '_b')
@@ -330,19 +321,19 @@ def _paired(full, a, b):
 
 
 def _difference_rows(g, about, boot):
-    "Metrics rows of the mean differences between two models."
-    found = mean_rows(g, COMPARED, dict.fromkeys(COMPARED, (-1, 1)), **boot)
-    return [dict(r, metric=r['metric'] + '_difference', **about) for r in found]
+    "Make metrics rows of the mean differences between two models."
+    rows = mean_rows(g, COMPARED, dict.fromkeys(COMPARED, (-1, 1)), **boot)
+    return [dict(r, metric=r['metric'] + '_difference', **about) for r in rows]
 
 
 def _flip_p(g, r, boot):
-    "p-value of a difference, by flips of the sign."
+    "Compute the p-value of a difference by sign flips."
     c = r['metric'].removesuffix('_difference')
     return sign_flip(g[c], g.patient_id, seed=boot.get('seed', 0))
 
 
 def _likeness_rows(pairs, boot):
-    "Metrics rows on how alike the maps of two models are, for the plain questions."
+    "Make metrics rows of the similarity of two models' maps, for the plain questions."
     out, bounds = [], dict(js=(0, 1), cosine=(0, 1), ssim=(-1, 1))
     pairs = pairs[pairs.variant == 'plain'] if len(pairs) else pairs
     for (a, b, arm), t in pairs.groupby(['model_a', 'model_b', 'arm']) if len(pairs) else ():
@@ -357,7 +348,7 @@ def agreement_rows(
     predictions: pd.DataFrame,  # answers of two or more models
     **boot,  # n_boot, level, seed, minimum
 ) -> list[dict]:  # metrics rows of models 'A × B'
-    "Share of trials answered alike, arm by arm."
+    "Compute the share of trials answered alike, per arm."
     out, (_, rows) = [], next(subgroups(answer_table(plan, predictions)))
     cells = {m: Cells(g) for m, g in rows.groupby('model', sort=True)}
     for a, b in combinations(cells, 2):
@@ -386,7 +377,7 @@ def agreement_rows(
 
 # %% ../../nbs/45_attention/30_metrics.ipynb #3aae26c6
 def _change_groups(changes):
-    """Yield (model, arm, subgroup, rows) for each arm in which the film stayed.
+    """Yield (model, arm, subgroup, rows) for each arm with an unchanged image.
 
     Rewordings are yielded together, and per strategy.
     """
@@ -404,8 +395,8 @@ def _change_groups(changes):
         )
 
 
-def _flips_told(g, minimum, how):
-    "Does the change of the map predict a flip? Part of a metrics row."
+def _flip_auroc(g, minimum, how):
+    "Measure how well the change of the map predicts a flip; part of a metrics row."
     row = dict(
         metric='map_change_auroc',
         n=len(g),
@@ -438,7 +429,7 @@ def change_rows(
     changes: pd.DataFrame,  # from `change_table`
     **boot,  # n_boot, level, seed, minimum
 ) -> list[dict]:  # metrics rows
-    """How far maps and answers moved while the film stayed, and whether both go together.
+    """Measure the changes of maps and answers for unchanged images, and their relation.
 
     Metrics: map_change (JS, bits), answer_change (of the probability), flips_same_film,
     map_change_auroc (of flips).
@@ -456,7 +447,7 @@ def change_rows(
         ]
         out += [
             dict(model=model, arm=arm, subgroup=subgroup, **r)
-            for r in (*found, _flips_told(g, boot.get('minimum', 10), how))
+            for r in (*found, _flip_auroc(g, boot.get('minimum', 10), how))
         ]
     return out
 
@@ -466,11 +457,11 @@ def attention_metrics(
     pairs,
     changes,  # tables of `with_baselines`, `pair_table`, `change_table`
     plan,
-    predictions,  # what was asked and answered, baselines left out
+    predictions,  # answers, without those of baselines
     measured,  # metrics table of `smsbench.audit.metrics.measure`
     **boot,  # n_boot, level, seed, minimum
 ) -> pd.DataFrame:  # metrics table
-    """Put answers and maps in one metrics table.
+    """Combine the metrics of answers and maps in one table.
 
     Counts below ten are hidden where data are credentialed.
     """

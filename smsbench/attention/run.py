@@ -39,10 +39,9 @@ from ..vlm.attribution_baselines import randomised
 from ..privacy import format_count, read_table, write_table
 
 # %% ../../nbs/45_attention/40_run.ipynb #e5c0d205
-WITH_TEXT, WITHOUT_TEXT = (
-    ('original', 'image_swap', 'text_swap'),
-    ('image_only', 'image_only_swap'),
-)  # arms unless others are asked for: of a cohort with reports, and of one without
+# default arms of a cohort with reports, and of one without
+WITH_TEXT = ('original', 'image_swap', 'text_swap')
+WITHOUT_TEXT = ('image_only', 'image_only_swap')
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,13 @@ class AttendSettings(Wordings):
     >>> how = AttendSettings(limit=10, baseline=False, n_boot=200)
     """
 
-    arms: tuple[str, ...] = ()  # arms that show a film; empty: `WITH_TEXT` or `WITHOUT_TEXT`
+    arms: tuple[str, ...] = ()  # arms with an image; empty: `WITH_TEXT` or `WITHOUT_TEXT`
     queries: tuple[str, ...] = ('answer', 'asked')  # see `spelled_query`; the first is reported
     methods: tuple[str, ...] = ('raw',)  # see `smsbench.vlm.attribution.METHODS`
     layers: str | tuple[int, ...] = 'all'  # of the maps: all, last_half, last_quarter or numbers
     heads: str | int = 'mean'  # the same: mean, max, entropy or a number
     keep: str = 'rows'  # 'rows': every head; 'pooled': the mean over the heads of each layer
-    baseline: bool = True  # ask the same model with random weights about the films with a region
+    baseline: bool = True  # run the same model with random weights on images with a region
     seed: int = 0  # of donors, random weights, halves and resampling
     match: tuple[str, ...] = ()  # columns in which donor and sample must agree
     limit: int = 0  # samples at most, chosen by a hash of their names; 0: all
@@ -66,7 +65,7 @@ class AttendSettings(Wordings):
     minimum: int = 10  # samples below which a number is suppressed
     max_failures: float = 0.05  # share of failing trials above which the run fails
     system: str = ''  # system prompt of every question; '' is the family's default
-    extra: str = ''  # sentence behind every question; '' is the family's default
+    extra: str = ''  # sentence added after each question; '' is the family's default
     part_size: int = 32  # trials per part
 
     def __post_init__(self):
@@ -98,7 +97,7 @@ class AttendSettings(Wordings):
 def attend_plan(
     cohort: pd.DataFrame,  # cohort table
     source,  # its `Source`
-    settings: AttendSettings = AttendSettings(),  # what is computed
+    settings: AttendSettings = AttendSettings(),  # settings of the run
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # (plan, exclusions)
     """Freeze the trials of the chosen arms and their baselines.
 
@@ -108,15 +107,13 @@ def attend_plan(
         raise InputError('no sample of this cohort has an image; maps need films')
     arms = _chosen_arms(cohort, settings)
     wanted = [n for n in ARMS if n in {*arms, *(ARMS[a].versus for a in arms)}]
-    told = cohort.assign(image=cohort.image.fillna(''))[cohort.image.fillna('') != '']
+    shown = cohort.assign(image=cohort.image.fillna(''))[cohort.image.fillna('') != '']
     if all(ARMS[a].text == 'none' for a in arms):  # no report is shown, so none is needed
-        told, wanted = (
-            told.assign(text='no report of ' + told.sample_id),
-            [n for n in wanted if ARMS[n].text == 'none'],
-        )
-    told.attrs = cohort.attrs
+        shown = shown.assign(text='no report of ' + shown.sample_id)
+        wanted = [n for n in wanted if ARMS[n].text == 'none']
+    shown.attrs = cohort.attrs
     plan, excluded = make_plan(
-        told,
+        shown,
         arms,
         settings.seed,
         settings.match,
@@ -143,7 +140,7 @@ def attend_plan(
 
 
 def _chosen_arms(cohort, settings):
-    "The arms that were asked for, or those that suit the cohort; `InputError` for unknown ones."
+    "Choose the given arms, or the default ones of the cohort; `InputError` for unknown ones."
     texts = cohort.text.fillna('').str.strip() != ''
     arms = settings.arms or (WITH_TEXT if texts.any() else WITHOUT_TEXT)
     if unknown := [a for a in arms if a not in ARMS]:
@@ -158,7 +155,7 @@ def check_attending(
     spec: str,  # see `open_attending`
     **how,  # further options of `open_attending`
 ):
-    "`InputError` for a name under which no model with attention is found; nothing is loaded."
+    "Check that a name is that of a model with attention, without loading it."
     if spec.startswith('planted:'):
         raise InputError(
             f'{spec}: a planted model has no attention; take reference-image-reader,'
@@ -169,7 +166,7 @@ def check_attending(
 # %% ../../nbs/45_attention/40_run.ipynb #9f465f5e
 def open_attending(
     spec: str,  # 'reference-…', a folder or a Hugging Face id
-    settings: AttendSettings = AttendSettings(),  # what is computed
+    settings: AttendSettings = AttendSettings(),  # settings of the run
     **how,  # further options of `smsbench.audit.run.open_model`
 ):  # an `HFModel`
     """Load a model whose attention can be read.
@@ -187,9 +184,11 @@ def open_attending(
         list(layer_kinds(model)),
         getattr(model.model.config.get_text_config(), 'num_attention_heads', 1),
     )
-    if not isinstance(settings.layers, str) and (off := sorted(set(settings.layers) - set(layers))):
+    if not isinstance(settings.layers, str) and (
+        missing := sorted(set(settings.layers) - set(layers))
+    ):
         raise InputError(
-            f'{model.name}: no layer {off[0]}; it has {layers[0]} to {layers[-1]}'
+            f'{model.name}: no layer {missing[0]}; it has {layers[0]} to {layers[-1]}'
             + (f' ({len(layers)} that see the film)' if len(layers) <= layers[-1] else '')
         )
     if isinstance(settings.layers, str) and settings.layers not in (
@@ -215,11 +214,11 @@ def attend_model(
     plan: pd.DataFrame,  # trials
     source,  # a `Source`
     run: Run,  # run directory
-    settings: AttendSettings,  # what is computed
+    settings: AttendSettings,  # settings of the run
 ) -> pd.DataFrame:  # predictions, in the order of the plan
-    """Ask one model all trials, part by part.
+    """Run one model on all trials, part by part.
 
-    Answers that are there are not asked again, and a model with nothing to do is not loaded.
+    Existing answers are kept, and a model with no open trials is not loaded.
     `RunError` above `max_failures`.
     """
     trials, parts, loaded = by_image(plan, source), [], None
@@ -256,7 +255,7 @@ def attend_model(
 
 
 def _finished(run, name, number, trials, plan_hash):
-    "A part that is there and whole, or None."
+    "Return a complete part, or None."
     from smsbench.audit.runner import part_path
 
     path = part_path(run, name, number)
@@ -274,21 +273,21 @@ def _finished(run, name, number, trials, plan_hash):
 def attend(
     cohort,  # cohort table with its metadata; or `Built`
     models,  # one or two (or more) model specs: 'reference-…', folders, Hugging Face ids
-    out,  # run directory; a run that stopped goes on here
-    settings: AttendSettings = AttendSettings(),  # what is computed
+    out,  # run directory; an interrupted run resumes
+    settings: AttendSettings = AttendSettings(),  # settings of the run
     regions=None,  # see `smsbench.attention.tables.Regions`; None: masks or boxes of the cohort
     root='',  # folder of the images; '' takes the cohort's own
     remote: bool = False,  # whether images may be fetched from other machines
     **how,  # options of `open_model`: device, dtype, revision, quantization, ...
 ) -> Run:  # the run directory, with everything but the report in it
-    """cohort → plan → answers and rows of attention → tables → metrics.
+    """Run the comparison: plan, answers and attention rows, tables, metrics.
 
     >>> run = attend(cohort, ["reference-image-reader"], "attention", how, device="cpu")
     """
     names = _checked_names(models, settings, out, how)
     exclusions = cohort.exclusions if isinstance(cohort, Built) else None
-    run, held = Run(out), open_cohort(cohort, root)
-    cohort, source = held.cohort, Source(held, root, remote=remote)
+    run, opened = Run(out), open_cohort(cohort, root)
+    cohort, source = opened.cohort, Source(opened, root, remote=remote)
     about = _about(cohort)
     marked = Regions(source, regions)
     frozen = dict(
@@ -328,7 +327,7 @@ def attend(
 
 
 def _checked_names(models, settings, out, how):
-    "Names of the models; `InputError` for a request that cannot be met."
+    "Return the names of the models; `InputError` for an impossible request."
     names = [model_name(m) for m in models]
     if len(set(names)) < len(names) or not names:
         raise InputError(f'models {names}: at least one, each with a name of its own')
@@ -338,12 +337,13 @@ def _checked_names(models, settings, out, how):
             ' --no-baseline (baseline=False)'
         )
     if not (Path(out) / 'config.json').exists():
-        [check_attending(m, **how) for m in models]  # a typing error leaves nothing behind
+        for m in models:
+            check_attending(m, **how)  # before anything is written
     return names
 
 
 def _plan_line(plan, access):
-    "A line for the log on the size of a plan."
+    "Return a line for the log on the size of a plan."
     return (
         f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
         f" {format_count(plan.sample_id.nunique(), access)} samples,"
@@ -355,8 +355,8 @@ def _plan_line(plan, access):
 def _before_the_first_trial(models, plan, source, marked, settings, how):
     """Check everything before the first trial, and return the first model, opened.
 
-    A wrong region, or a wrong layer, head or method of any model, is reported now and leaves no
-    half-made run.
+    A wrong region, or a wrong layer, head or method of any model, is reported before anything is
+    written.
     """
     marked.check(dict.fromkeys(i for i in plan.image_id if i in source.rows))
     for spec in reversed(models):
@@ -397,58 +397,55 @@ def _one_model(spec, plan, source, run, settings, marked, how, opened=None):
     some.attrs = plan.attrs
     with ExitStack() as stack:
 
-        def forgotten():
-            lost = stack.enter_context(randomised(loaded(), settings.seed))
-            lost.name = name + RANDOM
-            return lost
+        def randomised_model():
+            baseline = stack.enter_context(randomised(loaded(), settings.seed))
+            baseline.name = name + RANDOM
+            return baseline
 
         if len(some):
-            attend_model(forgotten, name + RANDOM, some, source, run, settings)
+            attend_model(randomised_model, name + RANDOM, some, source, run, settings)
 
 # %% ../../nbs/45_attention/40_run.ipynb #2505472c
 def conclude_attention(
     run: Run,  # run directory with plan, predictions and maps
-    settings: AttendSettings,  # what is computed
+    settings: AttendSettings,  # settings of the run
     marked,  # `Regions`
 ):
     """Compute tables and metrics of a run.
 
     Writes looks, profile, pairs, changes, metrics.parquet and delivery.json.
     """
-    plan, said, store = (
-        read_table(run / 'plan.parquet', 'plan'),
-        read_predictions(run),
-        MapStore(run, cache=256),
-    )
-    own = without_random(said)
-    models = list(dict.fromkeys(own.model))
-    delivery = prove_delivery(plan, own)
+    plan, store = read_table(run / 'plan.parquet', 'plan'), MapStore(run, cache=256)
+    predictions = read_predictions(run)
+    answers = without_random(predictions)
+    models = list(dict.fromkeys(answers.model))
+    delivery = prove_delivery(plan, answers)
     write_json(delivery, run / 'delivery.json')
     boot = dict(n_boot=settings.n_boot, seed=settings.seed, minimum=settings.minimum)
-    measured = _measured(plan, own, boot)
+    measured = _measured(plan, answers, boot)
     shown_as = dict(layers=settings.layers, heads=settings.heads)
     looks, profile = look_table(
         plan,
         store,
         marked,
-        [*models, *(m for m in dict.fromkeys(said.model) if m.endswith(RANDOM))],
+        [*models, *(m for m in dict.fromkeys(predictions.model) if m.endswith(RANDOM))],
         **shown_as,
         methods=settings.methods,
     )
     pairs = _all_pairs(plan, store, models, shown_as)
-    changes = change_table(plan, store, answer_table(plan, own), models, **shown_as)
+    changes = change_table(plan, store, answer_table(plan, answers), models, **shown_as)
     full = with_baselines(looks, profile, settings.seed)
     for name, t in dict(looks=full, profile=profile, pairs=pairs, changes=changes).items():
         write_table(t, run / f'{name}.parquet')
-    metrics = attention_metrics(full, pairs, changes, plan, own, measured, **boot)
+    metrics = attention_metrics(full, pairs, changes, plan, answers, measured, **boot)
     write_table(mark_void(metrics, delivery), run / 'metrics.parquet', 'metrics')
     for line in void_lines(delivery):
         run.log(line)
 
 
-def _measured(plan, own, boot):
-    "Metrics of the answers, those of the rewordings included."
-    measured, worded = measure(plan, own, **boot), measure_wordings(plan, own, **boot)
+def _measured(plan, answers, boot):
+    "Compute the metrics of the answers, rewordings included."
+    measured, worded = measure(plan, answers, **boot), measure_wordings(plan, answers, **boot)
     if not len(worded):
         return measured
     about = measured.attrs
@@ -458,7 +455,7 @@ def _measured(plan, own, boot):
 
 
 def _all_pairs(plan, store, models, shown_as):
-    "The `pair_table` of every two models, in one table."
+    "Combine the `pair_table`s of all pairs of models."
     tables = [
         pair_table(plan, store, (a, b), **shown_as)
         for i, a in enumerate(models)
@@ -469,13 +466,13 @@ def _all_pairs(plan, store, models, shown_as):
 # %% ../../nbs/45_attention/40_run.ipynb #fe902f3b
 @dataclass
 class AttendResults(Results):
-    "Everything that a run of `attend` holds; `store` has the maps."
+    "Results of a run of `attend`; the maps are in `store`."
 
-    looks: pd.DataFrame = None  # one row per map, baselines beside
-    profile: pd.DataFrame = None  # one row per map of an unchanged film, layer and head
-    pairs: pd.DataFrame = None  # likeness of two models' maps
-    changes: pd.DataFrame = None  # how maps and answers moved while the film stayed
-    regions: pd.DataFrame = None  # table of regions that was given, or None
+    looks: pd.DataFrame = None  # one row per map, with baselines
+    profile: pd.DataFrame = None  # one row per map of an unchanged image, layer and head
+    pairs: pd.DataFrame = None  # similarity of two models' maps
+    changes: pd.DataFrame = None  # changes of maps and answers for unchanged images
+    regions: pd.DataFrame = None  # given table of regions, or None
 
     @property
     def models(self):
@@ -494,12 +491,12 @@ def load_attention(
     >>> sorted(set(load_attention("attention").metrics.model))
     ['reference-image-reader']
     """
-    run, held = _read_run(path, 'looks.parquet', 'run of smsbench attend', 'run it')
-    held['predictions'] = without_random(held['predictions'])
+    run, parts = _read_run(path, 'looks.parquet', 'run of smsbench attend', 'run it')
+    parts['predictions'] = without_random(parts['predictions'])
     tables = {n: read_table(run / f'{n}.parquet') for n in ('looks', 'profile', 'pairs', 'changes')}
     return AttendResults(
-        **held,
-        verdicts=dict.fromkeys(held['config']['models'], {}),
+        **parts,
+        verdicts=dict.fromkeys(parts['config']['models'], {}),
         **tables,
         regions=read_table(run / 'regions.parquet') if (run / 'regions.parquet').exists() else None,
     )

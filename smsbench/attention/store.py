@@ -26,9 +26,9 @@ from ..privacy import read_table, write_table
 # %% ../../nbs/45_attention/10_store.ipynb #976a25d5
 def spelled_query(
     query: str,  # 'answer', 'asked' or a word of the prompt
-    question: str,  # what the trial asks
-) -> str:  # as `attention_rows` takes it
-    "The word behind a query's name."
+    question: str,  # question of the trial
+) -> str:  # for `attention_rows`
+    "Return the word that a query refers to."
     words = [
         w for w in ''.join(c if c.isalnum() else ' ' for c in question).split() if not w.isdigit()
     ]
@@ -45,7 +45,7 @@ def asked_queries(
 ) -> tuple[str, ...]:
     """Choose the queries of a trial.
 
-    In a rewording no word is read by name, because it may have been replaced by another.
+    Rewordings have no queries by word, because the word may have been replaced.
     """
     if getattr(trial, 'variant', 'plain') == 'plain':
         return tuple(queries)
@@ -54,17 +54,17 @@ def asked_queries(
 # %% ../../nbs/45_attention/10_store.ipynb #8403e752
 def look(
     model: HFModel,  # a loaded model
-    x: Inputs,  # what it is asked, with an image
+    x: Inputs,  # image and question
     queries: tuple[str, ...] = ('answer',),  # 'answer', or words of the prompt
     report: str = '',  # the part of the prompt that is the report
 ) -> tuple[Answer, Rows]:
-    "The answer to a trial and the attention behind it, from one forward pass."
+    "Compute the answer to a trial and its attention rows in one forward pass."
     import torch
 
-    encoded, seen, once = model.encode(x), [], copy.copy(model)
+    encoded, logits, once = model.encode(x), [], copy.copy(model)
     once.encode = lambda _: encoded  # decoded and tokenized once
     handle = model.model.register_forward_hook(
-        lambda module, args, out: seen.append(out.logits[0, -1].detach().float())
+        lambda module, args, out: logits.append(out.logits[0, -1].detach().float())
     )
     try:
         with _input_hook(model.model, model.start is not None) as delivered:
@@ -72,7 +72,7 @@ def look(
     finally:
         handle.remove()
     row, sha = encoded
-    first, spelled = seen[0].log_softmax(-1).cpu(), model.spelled(x.choices)
+    first, spelled = logits[0].log_softmax(-1).cpu(), model.spelled(x.choices)
     with torch.inference_mode(), few_threads(model.model):
         logprob = {
             s: float(first[s[0]] if len(s) == 1 else model._sequence(row, s))
@@ -93,7 +93,7 @@ def pack(
     rows: Rows,  # attention rows of a trial
     keep: str = 'rows',  # 'rows' or 'pooled'
 ) -> dict:  # name -> array, for an npz archive
-    "Rows and where their keys lie on the film, as arrays."
+    "Pack attention rows and the layout of their keys into arrays."
     if keep not in KEEP:
         raise InputError(f"keep {keep!r}: choose {' or '.join(KEEP)}")
     w = rows.weights if keep == 'rows' else rows.weights.mean(1, keepdims=True)
@@ -130,12 +130,10 @@ def pack(
 def unpack(
     arrays: dict,  # from `pack`
 ) -> Rows:
-    "The rows again."
+    "Restore the rows."
     a = json.loads(bytes(arrays['about']).decode())
-    cells, views = (
-        iter(np.split(arrays['cells'], np.cumsum([r * c for _, _, (r, c), _ in a['views']])[:-1])),
-        [],
-    )
+    sizes = [r * c for _, _, (r, c), _ in a['views']]
+    cells, views = iter(np.split(arrays['cells'], np.cumsum(sizes)[:-1])), []
     for name, kind, grid, box in a['views']:
         views.append(View(name, kind, next(cells).astype(int).reshape(grid), tuple(box)))
     lay = Layout(
@@ -164,7 +162,7 @@ def maps_path(
     model: str,  # name of the model
     number: int,  # of the part
 ) -> Path:  # its npz archive
-    "Where the rows of a part lie."
+    "Return the path of the rows of a part."
     return run / 'maps' / part_path(run, model, number).with_suffix('.npz').name
 
 
@@ -182,7 +180,7 @@ def _write_maps(path, packed):
 
 
 def _opened(path):
-    "trial -> method -> arrays, of a part; its list of names is read once."
+    "Return a function trial -> method -> arrays for a part; its names are listed once."
     z, names = np.load(path, allow_pickle=False), {}
     for n in z.files:
         names.setdefault(n.split('.')[0], []).append(n)
@@ -200,7 +198,7 @@ def _opened(path):
 def known_methods(
     names,  # of methods
 ) -> tuple[str, ...]:  # the same, 'raw' first
-    "`InputError` for a method there is not."
+    "Check the names of methods; `InputError` for an unknown one."
     from smsbench.vlm.attribution import METHODS
 
     if unknown := [n for n in names if n not in METHODS]:
@@ -216,26 +214,25 @@ def look_at(
     keep: str = 'rows',  # 'rows' or 'pooled'
     methods=('raw',),  # keys of `smsbench.vlm.attribution.METHODS`
 ) -> tuple[dict, dict]:  # a predictions row; method -> packed rows, empty where the trial failed
-    "Ask one trial; an error becomes its row."
+    "Answer one trial and pack its rows; an error becomes an error row."
     import dataclasses, time
     from smsbench.vlm.attribution import rows_of
 
     begin = time.perf_counter()
     try:
         queries = asked_queries(queries, trial)
-        x, words = (
-            source.inputs(trial),
-            tuple(spelled_query(q, source.task(trial).question) for q in queries),
-        )
+        x, question = source.inputs(trial), source.task(trial).question
+        words = tuple(spelled_query(q, question) for q in queries)
         if x.image is None:
             raise InputError(f'the arm {trial.arm} shows no image, so there is nothing to map')
         report = source.text(trial).strip()
         answer, rows = look(model, x, words, report)
-        found = dict(raw=rows) | {
+        by_method = dict(raw=rows) | {
             m: rows_of(model, x, m, words, report) for m in methods if m != 'raw'
         }
         packed = {
-            m: pack(dataclasses.replace(r, queries=tuple(queries)), keep) for m, r in found.items()
+            m: pack(dataclasses.replace(r, queries=tuple(queries)), keep)
+            for m, r in by_method.items()
         }
         return _answer_row(trial, answer, x.choices, time.perf_counter() - begin), packed
     except Exception as e:
@@ -254,7 +251,7 @@ def attend_part(
     plan_hash: str = '',  # of the plan
     tick=lambda: None,  # called after each trial
 ) -> pd.DataFrame:  # predictions of the part
-    "Ask what this part still lacks and write it."
+    "Answer the missing trials of a part and write it."
     path, maps = part_path(run, model.name, number), maps_path(run, model.name, number)
     old, kept = {}, {}
     if path.exists() and maps.exists():
@@ -283,7 +280,7 @@ def attend_part(
 
 # %% ../../nbs/45_attention/10_store.ipynb #2da6bd10
 class MapStore:
-    "The kept rows of a run: `store.rows(model, trial_id)`, and what a map may be made of."
+    "Stored attention rows of a run: `store.rows(model, trial_id)`."
 
     def __init__(
         self,
@@ -312,29 +309,29 @@ class MapStore:
         trial_id: str,  # which trial
         method: str = 'raw',  # keys of `smsbench.vlm.attribution.METHODS`
     ) -> Rows:
-        "Rows of a trial; `InputError` where there are none."
+        "Read the rows of a trial; `InputError` where there are none."
         if (model, trial_id) not in self.where:
             raise InputError(
                 f'no maps of {model} for trial {trial_id}; it failed, or was never asked'
             )
-        found = self._rows(model, trial_id)
-        if method not in found:
-            raise InputError(f"method {method!r} was not kept; this run has {', '.join(found)}")
-        return found[method]
+        by_method = self._rows(model, trial_id)
+        if method not in by_method:
+            raise InputError(f"method {method!r} was not kept; this run has {', '.join(by_method)}")
+        return by_method[method]
 
     def _read(self, model, trial_id):
         path = self.run / 'maps' / self.where[model, trial_id]
-        found = self._part(path)(trial_id) if path.exists() else {}
-        if not found:
+        packed = self._part(path)(trial_id) if path.exists() else {}
+        if not packed:
             raise InputError(
                 f'{self.run.path}: the rows of trial {trial_id} are gone; run smsbench attend again'
                 ' with this --out'
             )
-        return {m: unpack(a) for m, a in found.items()}
+        return {m: unpack(a) for m, a in packed.items()}
 
     @property
     def nbytes(self):
-        "Bytes on disk, all trials."
+        "Return the size of all maps on disk, in bytes."
         return sum((self.run / 'maps' / n).stat().st_size for n in set(self.where.values()))
 
 # %% ../../nbs/45_attention/10_store.ipynb #9c2217bb
@@ -346,7 +343,7 @@ def kept_map(
 ) -> AttentionMap:
     """Make the map of a query.
 
-    `InputError` where only the mean over heads was kept and another choice is asked for.
+    `InputError` for single heads where only their mean was stored.
     """
     return attention_map(rows, query, *_choice(rows, layers, heads))
 
@@ -368,7 +365,7 @@ def kept_shares(
     layers='all',  # see `smsbench.vlm.attention.chosen_layers`
     heads='mean',  # see `smsbench.vlm.attention.pooled`
 ) -> dict:  # group of tokens -> share, 0..1; empty for a query without weight (gradients)
-    "Split the attention of a query among groups of tokens, even where the film got none."
+    "Split the attention of a query among groups of tokens, also where the image got none."
     at = rows.queries.index(query)
     try:
         return (

@@ -37,10 +37,10 @@ REGION_COLUMNS = ('x0', 'y0', 'x1', 'y1')
 
 
 class Regions:
-    """The marked region of a sample's finding: `regions(sample_id, shape)`.
+    """Marked regions of findings: `regions(sample_id, shape)`.
 
     `table` has sample_id or image, and mask (path below the data root) or x0, y0, x1, y1 (pixels of
-    the film). Several rows make one region.
+    the image). Several rows form one region.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Regions:
 
     def __call__(
         self,
-        sample_id: str,  # whose film, and whose finding
-        shape: tuple[int, int],  # height and width of the film
+        sample_id: str,  # sample with the image and the finding
+        shape: tuple[int, int],  # height and width of the image
     ) -> np.ndarray | None:  # (H,W) bool; None where nothing is marked
         """Return the region of a sample.
 
-        `InputError` for a mask of another size than the film, and for one that marks nothing.
+        `InputError` for a mask of another size than the image, and for one that marks nothing.
         Errors name files of open data only.
         """
         r = self.source.rows[sample_id]
@@ -121,11 +121,11 @@ class Regions:
 
     def check(
         self,
-        sample_ids,  # whose films will be shown
+        sample_ids,  # samples whose images will be shown
     ):
         """Read all regions before any model runs; `InputError` for the first unusable one.
 
-        A film that cannot be read is left to its trial.
+        Unreadable images are skipped; their trials fail later.
         """
         for i in progress(list(sample_ids), 'reading regions', unit='film'):
             if not self.marks(i):
@@ -137,7 +137,7 @@ class Regions:
             self(i, shape)
 
     def marks(self, sample_id):
-        "Is anything marked on this sample's film?"
+        "Check whether the sample has a marked region."
         r = self.source.rows[sample_id]
         if self.table:
             return sample_id in self.table
@@ -147,7 +147,7 @@ class Regions:
         )
 
     def _checked(self, number, row):
-        "The mask's path, or the corners of a box."
+        "Return the path of a mask, or the corners of a box."
         if isinstance(row.get('mask'), str) and row['mask'].strip():
             return row['mask']
         try:
@@ -201,8 +201,8 @@ RASTER = 128  # pixels along the longer side
 def raster(
     layout,  # `Layout`
     most: int = RASTER,  # pixels along the longer side, at most
-):  # the same layout over a smaller film
-    "Geometry of a film that is looked at through a coarser raster."
+):  # the same layout over a smaller image
+    "Scale a layout to a coarser raster of the image."
     h, w = layout.shape
     f = min(1, most / max(h, w))
     shape = max(1, round(h * f)), max(1, round(w * f))
@@ -218,22 +218,22 @@ def raster(
 
 # %% ../../nbs/45_attention/20_tables.ipynb #29bbec41
 def image_map(
-    found,  # `AttentionMap`
+    attention,  # `AttentionMap`
     most: int = RASTER,  # pixels along the longer side
 ) -> np.ndarray:  # (h, w): share of attention per pixel of the raster; NaN where not shown
-    "All views of a map laid on the film."
-    small = replace(found, layout=raster(found.layout, most))
+    "Add all views of a map on the raster of the image."
+    small = replace(attention, layout=raster(attention.layout, most))
     maps = np.stack([small.on_image(v.name) for v in small.layout.views])
     return np.where(np.isnan(maps).all(0), np.nan, np.nansum(maps, 0))
 
 # %% ../../nbs/45_attention/20_tables.ipynb #d50a6ce7
 def fit_mask(
-    mask: np.ndarray,  # (H,W) bool, on the film
+    mask: np.ndarray,  # (H,W) bool, on the image
     shape: tuple[int, int],  # of the raster
 ) -> np.ndarray:  # bool, of that shape
-    """Put a region on the raster.
+    """Map a region to the raster.
 
-    It marks the pixels that are at least half covered, or the most covered ones where none is.
+    Pixels at least half covered are marked, or the most covered ones where there are none.
     """
     if mask.shape == tuple(shape):
         return mask
@@ -247,22 +247,22 @@ MEASURES = ('mass', 'pointing', 'iou', 'iou_mean', 'pixel_auroc')
 
 
 def map_line(
-    found,  # `AttentionMap`
-    mask=None,  # (H,W) bool on the film, or None
+    attention,  # `AttentionMap`
+    mask=None,  # (H,W) bool on the image, or None
     most: int = RASTER,  # pixels along the longer side
 ) -> dict:  # the keys below
     """Measure a map.
 
-    Keys: share_… per group; cross (does the film enter by cross-attention, so that its share is
-    1 by construction?); entropy (bits), focus, gini; x and y (of width and height); region (its
+    Keys: share_… per group; cross (the image enters by cross-attention, so its share is 1 by
+    construction); entropy (bits), focus, gini; x and y (of width and height); region (its
     size); mass … pixel_auroc, and the same with _uniform and _centre.
     """
-    cells = np.concatenate([g.ravel() for g in found.grids.values()])
-    on_image = image_map(found, most)
+    cells = np.concatenate([g.ravel() for g in attention.grids.values()])
+    on_image = image_map(attention, most)
     x, y = centre_of_mass(on_image)
-    line = {f'share_{k}': float(v) for k, v in found.shares.items() if k != 'said'}
+    line = {f'share_{k}': float(v) for k, v in attention.shares.items() if k != 'said'}
     line |= dict(
-        cross=bool(found.layout.cross),
+        cross=bool(attention.layout.cross),
         entropy=entropy(cells),
         focus=focus(cells),
         gini=gini(cells),
@@ -271,8 +271,8 @@ def map_line(
         region=np.nan,
     )
     small = fit_mask(mask, on_image.shape) if mask is not None else None
-    seen = ~np.isnan(on_image)
-    if small is None or not small[seen].any() or small[seen].all():
+    shown = ~np.isnan(on_image)
+    if small is None or not small[shown].any() or small[shown].all():
         return line
     t = localisation(on_image, small).rename(columns=dict(auroc='pixel_auroc'))
     return line | dict(
@@ -290,26 +290,24 @@ def image_values(
     query: int = 0,  # index of the query
     most: int = 48,  # pixels along the longer side
 ) -> tuple[np.ndarray, tuple]:  # shares (layers, heads, pixels), NaN: not shown; shape
-    "The maps of every layer and head on the film."
+    "Compute the maps of every layer and head on the raster of the image."
     lay = raster(rows.layout, most)
-    w, total, seen = rows.weights[:, :, query], 0.0, False
+    w, total, shown = rows.weights[:, :, query], 0.0, False
     y, x = np.mgrid[0.5 : lay.shape[0], 0.5 : lay.shape[1]]
     for v in lay.views:
         r, c = (np.floor(a).astype(int).ravel() for a in v.where(x, y))
         on = (r >= 0) & (r < v.grid[0]) & (c >= 0) & (c < v.grid[1])
         at = v.positions[np.where(on, r, 0), np.where(on, c, 0)]
-        total, seen = (
-            total + np.where(on, w[..., at], 0) / np.linalg.det(v.affine[:, :2]),
-            seen | on,
-        )
-    return np.where(seen, total, np.nan), lay.shape
+        total = total + np.where(on, w[..., at], 0) / np.linalg.det(v.affine[:, :2])
+        shown = shown | on
+    return np.where(shown, total, np.nan), lay.shape
 
 # %% ../../nbs/45_attention/20_tables.ipynb #794bdefd
-HEAD_MEASURES = ('pixel_auroc', 'mass', 'pointing')  # what is measured of every head
+HEAD_MEASURES = ('pixel_auroc', 'mass', 'pointing')  # measured for every head
 
 
 def _located(p, inside):
-    "`HEAD_MEASURES` of maps (…, pixels), first axis."
+    "Compute the `HEAD_MEASURES` (first axis) of maps (…, pixels)."
     from scipy.stats import rankdata
 
     k, n = int(inside.sum()), p.shape[-1]
@@ -325,11 +323,11 @@ def _located(p, inside):
 
 def head_lines(
     rows,  # `Rows`
-    mask,  # (H,W) bool on the film, or None
+    mask,  # (H,W) bool on the image, or None
     query: int = 0,  # index of the query
     most: int = 48,  # pixels along the longer side
 ) -> list[dict]:  # one per layer and head
-    """Share and localisation of every layer and head, and of the mean over the heads of each layer.
+    """Measure share and localisation of every layer and head, and of the mean over heads.
 
     Keys: layer; head (−1: mean over heads); share (on the image); pixel_auroc, mass, pointing,
     and the same with _uniform and _centre on this raster: NaN without a region.
@@ -337,34 +335,27 @@ def head_lines(
     w, (n_layers, n_heads) = rows.weights[:, :, query], rows.weights.shape[:2]
     on_image, shape = image_values(rows, query, most)
     on_image = np.concatenate([on_image, on_image.mean(1, keepdims=True)], 1)
-    seen = ~np.isnan(on_image[0, 0])
+    shown = ~np.isnan(on_image[0, 0])
     share = w[..., rows.layout.image].sum(-1)
     share = np.concatenate([share, share.mean(1, keepdims=True)], 1)
-    inside = None if mask is None else fit_mask(mask, shape).ravel()[seen]
-    found, beside = (
-        np.full((3, n_layers, n_heads + 1), np.nan),
-        dict.fromkeys((f'{m}_{b}' for b in ('uniform', 'centre') for m in HEAD_MEASURES), np.nan),
+    inside = None if mask is None else fit_mask(mask, shape).ravel()[shown]
+    measured = np.full((3, n_layers, n_heads + 1), np.nan)
+    baselines = dict.fromkeys(
+        (f'{m}_{b}' for b in ('uniform', 'centre') for m in HEAD_MEASURES), np.nan
     )
     if inside is not None and inside.any() and not inside.all():
-        found = _located(on_image[..., seen], inside)
+        measured = _located(on_image[..., shown], inside)
+        uniform_and_centre = np.stack([np.ones(len(inside)), centre_prior(shape).ravel()[shown]])
         for j, b in enumerate(('uniform', 'centre')):
-            beside |= {
-                f'{m}_{b}': float(v)
-                for m, v in zip(
-                    HEAD_MEASURES,
-                    _located(
-                        np.stack([np.ones(len(inside)), centre_prior(shape).ravel()[seen]])[j],
-                        inside,
-                    ),
-                )
-            }
+            values = _located(uniform_and_centre[j], inside)
+            baselines |= {f'{m}_{b}': float(v) for m, v in zip(HEAD_MEASURES, values)}
     return [
         dict(
             layer=rows.layers[l],
             head=h if h < n_heads else -1,
             share=float(share[l, h]),
-            **dict(zip(HEAD_MEASURES, found[:, l, h])),
-            **beside,
+            **dict(zip(HEAD_MEASURES, measured[:, l, h])),
+            **baselines,
         )
         for l in range(n_layers)
         for h in range(n_heads + 1)
@@ -374,19 +365,19 @@ def head_lines(
 def own_image(
     arm: str,  # name of an arm
 ) -> bool:
-    "Does the arm show the sample's own film, unchanged?"
+    "Check whether an arm shows the sample's own image, unchanged."
     return ARMS[arm].image == 'own'
 
 # %% ../../nbs/45_attention/20_tables.ipynb #4e7cb831
 def first_arm(
     plan: pd.DataFrame,  # the plan
 ) -> str:
-    "The arm that all others are compared with."
+    "Return the arm that all others are compared with."
     return next(a for a in ARMS if a in set(plan.arm))
 
 # %% ../../nbs/45_attention/20_tables.ipynb #5d84a082
 def _region_of(trial, regions, shape):
-    "Region of the film that was shown (its donor's, where that is another), or None."
+    "Return the region of the image shown (the donor's, where that is another), or None."
     return (
         regions(trial.image_id, shape)
         if ARMS[trial.arm].image in ('own', 'other', 'same', 'near')
@@ -395,7 +386,7 @@ def _region_of(trial, regions, shape):
 
 # %% ../../nbs/45_attention/20_tables.ipynb #b12671bc
 def _line(rows, query, layers, heads, mask):
-    "Measures of one map; where nothing fell on the film, the shares only."
+    "Measure one map; where the image got no attention, the shares only."
     try:
         return dict(empty=False) | map_line(kept_map(rows, query, layers, heads), mask)
     except RunError:
@@ -407,7 +398,7 @@ def _line(rows, query, layers, heads, mask):
 
 
 def _image(rows, query, layers, heads, most):
-    "A map on the film, or None where nothing fell on it."
+    "Return a map on the image, or None where the image got no attention."
     try:
         return image_map(kept_map(rows, query, layers, heads), most)
     except RunError:
@@ -426,13 +417,10 @@ def look_table(
     """Measure every map.
 
     The first table has a row per model, trial, query and method. The second has a row per model,
-    trial of an unchanged film, query, method that has layers, layer and head.
+    trial of an unchanged image, query, method with layers, layer and head.
     """
-    lines, profile, carried = (
-        [],
-        [],
-        ['trial_id', 'sample_id', 'patient_id', 'finding', 'arm', 'variant', 'label'],
-    )
+    lines, profile = [], []
+    columns = ['trial_id', 'sample_id', 'patient_id', 'finding', 'arm', 'variant', 'label']
     for model in models:
         trials = [t for t in plan.itertuples(index=False) if (model, t.trial_id) in store.where]
         for t in progress(trials, f'measuring {model}', unit='trial'):
@@ -440,7 +428,7 @@ def look_table(
             for method in methods:
                 rows, about = (
                     store.rows(model, t.trial_id, method),
-                    dict(model=model, **{c: getattr(t, c) for c in carried}, method=method),
+                    dict(model=model, **{c: getattr(t, c) for c in columns}, method=method),
                 )
                 lines += [
                     dict(about, query=q, **_line(rows, q, layers, heads, mask))
@@ -456,13 +444,12 @@ def look_table(
 
 # %% ../../nbs/45_attention/20_tables.ipynb #829b4b31
 def likeness(
-    a,  # (h, w) map; NaN: not seen
+    a,  # (h, w) map; NaN: not shown
     b,  # another on the same raster
-) -> dict:  # js (bits, 0 equal to 1 disjoint), cosine (0 to 1), ssim (−1 to 1, over what both see)
-    "How alike two maps of a film are."
-    small = (
-        min((~(np.isnan(a) | np.isnan(b))).any(k).sum() for k in (0, 1)) < 5
-    )  # too little in common for a window
+) -> dict:  # js (bits, 0 equal to 1 disjoint), cosine (0 to 1), ssim (−1 to 1)
+    "Measure the similarity of two maps of an image; ssim on the part shown to both."
+    # too small a common part for a window
+    small = min((~(np.isnan(a) | np.isnan(b))).any(k).sum() for k in (0, 1)) < 5
     return dict(js=jensen_shannon(a, b), cosine=cosine(a, b), ssim=np.nan if small else ssim(a, b))
 
 # %% ../../nbs/45_attention/20_tables.ipynb #a582adff
@@ -514,7 +501,7 @@ def change_table(
     heads='mean',  # see `pooled`
     most: int = 64,  # pixels along the longer side
 ) -> pd.DataFrame:  # one row per model, trial and query
-    """Measure how far map and answer moved while the film stayed and text or words changed.
+    """Measure the change of map and answer where the text or wording changed, not the image.
 
     Columns: model, trial_id, sample_id, patient_id, finding, arm, variant, strategy, query, js,
     cosine, ssim, moved (change in the probability of the label against the best other choice,
@@ -526,7 +513,7 @@ def change_table(
         for t in plan.itertuples(index=False)
         if t.arm == lead and t.variant == 'plain'
     }
-    said = {(r.model, r.trial_id): r for r in answers.itertuples()}
+    by_trial = {(r.model, r.trial_id): r for r in answers.itertuples()}
     out = []
     for model in models:
         for t in plan.itertuples(index=False):
@@ -538,9 +525,9 @@ def change_table(
             ):
                 continue
             one, two = store.rows(model, first), store.rows(model, t.trial_id)
-            p, q = said[model, first], said[model, t.trial_id]
+            p, q = by_trial[model, first], by_trial[model, t.trial_id]
             if not (p.parsed and q.parsed):
-                continue  # an answer that was not read did not flip
+                continue  # an unparsed answer cannot flip
             for name in (q for q in one.queries if q in two.queries):
                 maps = [_image(r, name, layers, heads, most) for r in (one, two)]
                 if not any(f is None for f in maps):
@@ -549,7 +536,7 @@ def change_table(
 
 
 def _change(model, t, query, p, q, maps):
-    "A row of `change_table`: `p` is the answer to the first trial, `q` that to this one."
+    "Make a row of `change_table` from the answers `p` to the first trial and `q` to this one."
     # yes to 'is it absent?' is no to 'is it there?'
     was = opposite(p.said) if getattr(t, 'inverted', False) else p.said
     return dict(
