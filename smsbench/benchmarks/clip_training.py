@@ -18,9 +18,9 @@ from ..torch_utils import Meter
 # %% ../../nbs/55_benchmarks/20_clip_training.ipynb #cff965e3
 def bench_clip(
     name: str = 'tiny',  # 'tiny', or a name of `open_clip.list_models()`: that shape
-    device: str = 'cpu',  # where it is made
+    device: str = 'cpu',  # on which it is created
 ):  # open_clip model with random weights, in training mode
-    "A model of a published shape without its weights; `InputError` for an unknown one."
+    "Make a model of published shape with random weights; `InputError` for an unknown one."
     import open_clip, torch
 
     if name != 'tiny' and name not in open_clip.list_models():
@@ -50,7 +50,7 @@ def bench_batch(
     n: int,  # pairs
     seed: int = 0,  # of the noise
 ) -> dict:  # 'pixels' (n,3,S,S) and 'text' (n,T) on the model's device
-    "Noise and random token ids in the shapes that the model takes."
+    "Make noise images and random token ids in the shapes of the model."
     import torch
 
     size, draw = (
@@ -66,7 +66,7 @@ def bench_batch(
 
 # %% ../../nbs/55_benchmarks/20_clip_training.ipynb #b205d94f
 class _Ours:
-    "`train_step`, with everything it needs."
+    "Steps with `train_step`."
 
     fused = True
 
@@ -104,13 +104,13 @@ class _Ours:
 
 
 class _SameOptimizer(_Ours):
-    "`train_step` with the optimizer of open_clip."
+    "Steps with `train_step` and the optimizer of open_clip."
 
     fused = False
 
 
 class _OpenClip(_SameOptimizer):
-    "open_clip's loop over one epoch: these batches."
+    "Steps with open_clip's training loop over one epoch."
 
     def run(self, batches):
         from open_clip import ClipLoss
@@ -143,7 +143,7 @@ class _OpenClip(_SameOptimizer):
         )
 
     def _arguments(self, size):
-        "The command-line arguments that open_clip's loop reads; rank 1 does not log."
+        "Return the command-line arguments for open_clip's loop; rank 1 does not log."
         return SimpleNamespace(
             device=str(self.model.logit_scale.device),
             precision=dict(fp32='fp32', bf16='amp_bf16', fp16='amp')[self.precision],
@@ -162,10 +162,10 @@ class _OpenClip(_SameOptimizer):
 
 
 class _Loader(list):
-    "A list that can carry what the loop asks a loader for."
+    "List with the attributes of a data loader."
 
 
-# name -> how it steps
+# name -> class
 WAYS = {
     'open_clip': _OpenClip,
     'smsbench': _Ours,
@@ -177,13 +177,13 @@ def step_benchmark(
     model: str = 'tiny',  # as for `bench_clip`
     batch: int = 16,  # pairs
     chunks: tuple = (1, 4),  # numbers of chunks to compare
-    rounds: int = 5,  # over which medians are taken
-    steps: int = 2,  # per round and way
+    rounds: int = 5,  # number of rounds for the medians
+    steps: int = 2,  # per round and procedure
     device: str = 'cpu',  # 'cpu', 'cuda', 'cuda:0' ...
     precision: str = 'fp32',  # a key of `PRECISIONS`
-    clip_norm: float | None = None,  # longest gradient allowed
-) -> pd.DataFrame:  # a row per number of chunks and way
-    """Time a step in every way; `InputError` for a missing device or numbers below one.
+    clip_norm: float | None = None,  # largest norm of the gradient
+) -> pd.DataFrame:  # a row per number of chunks and procedure
+    """Time a step of every procedure; `InputError` for a missing device or numbers below one.
 
     Columns: model, device, precision, batch, chunks, way, ms_per_step, pairs_per_second, ratio
     (of time to open_clip's, median over rounds), cpu_ratio (of processor time), peak_mib (on
@@ -223,7 +223,7 @@ def step_benchmark(
 
 
 def _row(runs, name, pairs, steps):
-    "One way over the rounds."
+    "Summarise one procedure over the rounds."
     middle = {what: float(np.median([r[name][what] for r in runs])) for what in runs[0][name]}
     beside = {
         what: float(np.median([r[name][what] / max(r['open_clip'][what], 1e-9) for r in runs]))

@@ -480,11 +480,11 @@ def _is_gpu(device):
 def run_bench(
     device: str = 'cpu',  # 'cpu', or 'cuda': models of published shapes
     out=None,  # JSON file to write; None writes nothing
-    rounds: int = 3,  # over which medians are taken
-    smoke: bool = False,  # tiny models of all kinds, one sample: seconds instead of minutes
+    rounds: int = 3,  # number of rounds for the medians
+    smoke: bool = False,  # tiny models of all kinds and one sample, for a quick test
     samples: int | None = None,  # per workload; None: 4, GPU 8; from 4 on, donors are samples
-) -> dict:  # what was measured, with the machine and the date
-    "Time every way; `InputError` for a device there is not, and for no rounds or samples."
+) -> dict:  # measurements, with the machine and the date
+    "Time every procedure; `InputError` for a missing device, and for no rounds or samples."
     import torch
 
     gpu = _is_gpu(device)
@@ -551,7 +551,7 @@ def bench_table(
 
 
 def _bench_row(r, base, matmul_flops):
-    "The numbers of one way, beside those of generate(8)."
+    "Make a row of one procedure, relative to generate(8)."
     busy, seconds = float(np.median(r['foreign'])), float(np.median(r['seconds']))
     where = ', '.join(f'{k} {s / sum(r["where"].values()):.0%}' for k, s in r['where'].items())
     return dict(

@@ -15,30 +15,29 @@ from .dataset import WITHHELD
 
 # %% ../../nbs/50_clip/050_attributes.ipynb #604c6daf
 def facts_of(
-    table: pd.DataFrame,  # one row per film or sample
-    columns,  # names of columns, in the order in which they are to be told
-) -> list:  # one dict per row: column -> text; without what is empty or withheld
-    "What is known of each row; `InputError` that lists the columns there are where one is missing."
-    if lost := [c for c in columns if c not in table]:
+    table: pd.DataFrame,  # one row per image or sample
+    columns,  # names of columns, in the order of the attributes
+) -> list:  # one dict per row: column -> text, without empty or withheld values
+    "Collect the known attributes of each row; `InputError` for a missing column."
+    if missing := [c for c in columns if c not in table]:
         raise InputError(
-            f"no column {', '.join(map(repr, lost))}; there are"
+            f"no column {', '.join(map(repr, missing))}; there are"
             f" {', '.join(map(str, table.columns))}"
         )
-    plain = {
-        c: [
-            '' if pd.isna(v) else _number(v) if isinstance(v, float) else ' '.join(str(v).split())
-            for v in table[c].tolist()
-        ]
-        for c in columns
-    }
+    plain = {c: [_text(v) for v in table[c].tolist()] for c in columns}
     return [
         {c: plain[c][i] for c in columns if plain[c][i] not in ('', WITHHELD)}
         for i in range(len(table))
     ]
 
 
-def _number(v):
-    return str(int(v)) if v == int(v) else str(v)  # an age read as 63.0 is 63
+def _text(value):
+    "Return a value as text; an age read as 63.0 is 63."
+    if pd.isna(value):
+        return ''
+    if isinstance(value, float) and value == int(value):
+        return str(int(value))
+    return ' '.join(str(value).split())
 
 # %% ../../nbs/50_clip/050_attributes.ipynb #f22dfd66
 _SEXES = {
@@ -56,7 +55,7 @@ _COMPLAINTS = ('symptom', 'symptoms', 'complaint', 'complaints', 'presentation')
 def described(
     facts: dict,  # column -> text, of one patient
 ) -> str:  # e.g. 'a 63-year-old woman with cough'; '' where nothing is known
-    "A patient as a noun phrase."
+    "Describe a patient as a noun phrase."
     if not facts:
         return ''
     age, sex = facts.get('age', ''), _SEXES.get(facts.get('sex', '').lower(), '')
@@ -71,7 +70,7 @@ def described(
         f'{number[1]}-year-old {noun}' if number else noun,
         *([_band(age)] if age and not number else []),
     ]
-    told = [f'with {facts[c]}' for c in facts if c.lower() in _COMPLAINTS] + [
+    clauses = [f'with {facts[c]}' for c in facts if c.lower() in _COMPLAINTS] + [
         f'with a history of {facts[c]}' for c in facts if c.lower() == 'history'
     ]
     rest = [
@@ -79,14 +78,16 @@ def described(
         for c, v in facts.items()
         if c.lower() not in (*_COMPLAINTS, 'history', 'age') and not (c == 'sex' and sex)
     ]
-    said = ' '.join(
-        words + [' and '.join(told)] * bool(told) + [f"({', '.join(rest)})"] * bool(rest)
-    )
-    return ('an ' if re.match(r'(8\d?|11|18)-', said) else 'a ') + said
+    if clauses:
+        words.append(' and '.join(clauses))
+    if rest:
+        words.append(f"({', '.join(rest)})")
+    phrase = ' '.join(words)
+    return ('an ' if re.match(r'(8\d?|11|18)-', phrase) else 'a ') + phrase
 
 
 def _band(age):
-    "An age group as it is written in tables."
+    "Phrase an age group of a table."
     if m := re.fullmatch(r'<\s*(\d+)', age):
         return f'under {m[1]} years old'
     if m := re.fullmatch(r'(\d+)\s*\+|(?:>=?|≥)\s*(\d+)', age):
@@ -97,34 +98,31 @@ def _band(age):
 def in_order(
     facts: dict,  # column -> text, of one patient
 ) -> str:  # e.g. 'a patient, female, 63 years old, with cough'; '' where nothing is known
-    "A patient as a phrase that tells the facts in their order."
-    return ', '.join(['a patient', *(_apposition(c, v) for c, v in facts.items())]) if facts else ''
+    "Describe a patient as a phrase with the attributes in their order."
+    if not facts:
+        return ''
+    return ', '.join(['a patient', *(_apposition(c, v) for c, v in facts.items())])
 
 
 def _apposition(column, value):
-    "One fact, to stand behind a noun."
+    "Phrase one attribute, to follow a noun."
     name = column.lower()
     if name == 'age':
-        return (
-            f'{m[1]} years old'
-            if (m := re.fullmatch(r'(\d{1,3})(\.\d+)?(-year-old)?', value))
-            else _band(value)
-        )
+        years = re.fullmatch(r'(\d{1,3})(\.\d+)?(-year-old)?', value)
+        return f'{years[1]} years old' if years else _band(value)
     if name == 'sex' and value.lower() in _SEXES:
         return _SEXES[value.lower()]
-    return (
-        f'with {value}'
-        if name in _COMPLAINTS
-        else f'with a history of {value}'
-        if name == 'history'
-        else f"{column.replace('_', ' ')} {value}"
-    )
+    if name in _COMPLAINTS:
+        return f'with {value}'
+    if name == 'history':
+        return f'with a history of {value}'
+    return f"{column.replace('_', ' ')} {value}"
 
 # %% ../../nbs/50_clip/050_attributes.ipynb #217aee62
 def listed(
     facts: dict,  # column -> text, of one patient
 ) -> str:  # e.g. 'age 63; sex female; complaint cough'; '' where nothing is known
-    "A patient as a list of facts, in their order."
+    "Describe a patient as a list of attributes, in their order."
     return '; '.join(
         f"{c.replace('_', ' ')} {_SEXES.get(v.lower(), v) if c == 'sex' else v}"
         for c, v in facts.items()

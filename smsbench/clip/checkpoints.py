@@ -16,7 +16,7 @@ from ..torch_utils import folder_hash
 def weights_sha(
     model,  # a torch module
 ) -> str:  # 16 hexadecimal digits
-    "Name of a module's weights and persistent buffers."
+    "Hash a module's weights and persistent buffers."
     import torch
 
     h = hashlib.blake2b(digest_size=8)
@@ -28,7 +28,7 @@ def weights_sha(
 # %% ../../nbs/50_clip/010_checkpoints.ipynb #423e9bf6
 @contextlib.contextmanager
 def as_one_line(
-    what,  # what is being loaded
+    what,  # description for the message
 ):
     "Turn an error of a library into one line, without the warnings of open_clip."
     before = logging.root.manager.disable
@@ -43,14 +43,14 @@ def as_one_line(
             ' could run code; save model.state_dict() alone, or convert it to safetensors'
         ) from None
     except Exception as e:
-        # a foreign file can make a library stumble anywhere
+        # a broken file can cause any error in a library
         raise InputError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:280]})") from e
     finally:
         logging.disable(before)
 
 # %% ../../nbs/50_clip/010_checkpoints.ipynb #f1465702
 def _from_hub(name, revision):
-    "The folder of a hub repository's files; only safetensors where it has them."
+    "Download a hub repository to a folder; only safetensors where available."
     from huggingface_hub import snapshot_download
 
     with as_one_line(f'{name}: its files cannot be fetched; without network, name a local folder'):
@@ -81,12 +81,12 @@ def find_clip(
         return folder, folder.name
     folder = Path(name.removeprefix('local-dir:')).expanduser()
     if folder.is_dir():
-        found = f'files:{folder_hash(folder)}'
-        if revision not in (None, '', found):
+        current = f'files:{folder_hash(folder)}'
+        if revision not in (None, '', current):
             raise InputError(
-                f'{name}: its files are {found}, not the revision {revision!r} that was asked for'
+                f'{name}: its files are {current}, not the revision {revision!r} that was requested'
             )
-        return folder, found
+        return folder, current
     import open_clip
 
     if name.replace('/', '-') not in (known := open_clip.list_models()):
@@ -108,7 +108,7 @@ def clip_config(
 ) -> dict:  # model_cfg and preprocess_cfg
     """Read open_clip's configuration of a folder.
 
-    The `InputError`s: it is missing, is not of a CLIP model, or asks to run code.
+    `InputError` where it is missing, is not of a CLIP model, or requests running code.
     """
     raw = read_json(Path(folder) / 'open_clip_config.json')
     model = raw.get('model_cfg') if isinstance(raw, dict) else None
@@ -145,15 +145,10 @@ def own_tower(
     text = config['model_cfg']['text_cfg']
     if 'hf_model_name' not in text:
         return {}
-    own = (folder / 'config.json').is_file() and read_json(folder / 'config.json').get(
-        'model_type'
-    ) in arch_dict
-    return dict(
-        text_cfg=text
-        | dict(
-            hf_model_pretrained=False, hf_model_name=str(folder) if own else text['hf_model_name']
-        )
-    )
+    file, name = folder / 'config.json', text['hf_model_name']
+    if file.is_file() and read_json(file).get('model_type') in arch_dict:
+        name = str(folder)
+    return dict(text_cfg=text | dict(hf_model_pretrained=False, hf_model_name=name))
 
 # %% ../../nbs/50_clip/010_checkpoints.ipynb #b686a725
 _FILES = (
@@ -169,20 +164,20 @@ def weights_file(
 ) -> Path:  # the file with its weights
     """Find the weights of a folder; `InputError` where there are none, or several to choose from.
 
-    open_clip's usual names come first, then the only file that can hold weights.
+    open_clip's usual names come first, then the only file that can contain weights.
     """
     folder = Path(folder)
-    found = [folder / f for f in _FILES if (folder / f).is_file()] or sorted(
+    files = [folder / f for f in _FILES if (folder / f).is_file()] or sorted(
         p for p in folder.iterdir() if p.suffix in ('.safetensors', '.pt', '.pth', '.bin')
     )
-    if not found:
+    if not files:
         raise InputError(f'{folder.name}: holds no weights (open_clip_model.safetensors)')
-    if len(found) > 1 and found[0].name not in _FILES:
+    if len(files) > 1 and files[0].name not in _FILES:
         raise InputError(
-            f"{folder.name}: holds several weights ({', '.join(p.name for p in found[:4])}); name"
+            f"{folder.name}: holds several weights ({', '.join(p.name for p in files[:4])}); name"
             " one of them as pretrained"
         )
-    return found[0]
+    return files[0]
 
 # %% ../../nbs/50_clip/010_checkpoints.ipynb #ef8526c3
 def read_weights(
@@ -192,7 +187,7 @@ def read_weights(
     """Load weights into a model, in place.
 
     A training checkpoint holds its state dict under 'state_dict'. `InputError` where a key is
-    missing or left over, or the file is not a plain state dict.
+    missing or unexpected, or the file is not a plain state dict.
     """
     from open_clip.factory import load_checkpoint, load_state_dict
 

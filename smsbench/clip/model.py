@@ -44,8 +44,8 @@ class Clip:
     model: object  # the open_clip module, in eval mode
     preprocess: object  # open_clip's transform for evaluation: PIL image -> (3,H,W) tensor
     tokenize: object  # list of texts -> (N, context) long tensor; the model's own
-    name: str  # how tables and reports call it
-    info: dict  # JSON-ready facts, see above
+    name: str  # name in tables and reports
+    info: dict  # JSON-ready properties, see above
     config: dict = field(default_factory=dict)  # open_clip's model_cfg and preprocess_cfg
 
     @property
@@ -58,24 +58,17 @@ class Clip:
 
     @property
     def bias(self) -> float:
-        return (
-            0.0
-            if getattr(self.model, 'logit_bias', None) is None
-            else float(self.model.logit_bias.detach().max())
-        )
+        bias = getattr(self.model, 'logit_bias', None)
+        return 0.0 if bias is None else float(bias.detach().max())
 
 # %% ../../nbs/50_clip/020_model.ipynb #3ddad0e2
 def towers(
     model,  # an open_clip module
 ) -> tuple[str, str]:  # 'native', 'timm' or 'resnet'; 'native' or 'hf'
-    "Which classes the image tower and the text tower are of."
-    image = (
-        'timm'
-        if hasattr(model.visual, 'trunk')
-        else 'resnet'
-        if hasattr(model.visual, 'attnpool')
-        else 'native'
-    )
+    "Identify the kinds of the image tower and the text tower."
+    image = 'resnet' if hasattr(model.visual, 'attnpool') else 'native'
+    if hasattr(model.visual, 'trunk'):
+        image = 'timm'
     return image, 'hf' if hasattr(getattr(model, 'text', None), 'config') else 'native'
 
 # %% ../../nbs/50_clip/020_model.ipynb #32d434af
@@ -90,7 +83,7 @@ PRECISIONS = (
 
 
 def _check_tag(name, tag):
-    "The file that `tag` is, or open_clip's record of it: (path or None, record)."
+    "Resolve a tag to a file or a record of open_clip: (path or None, record)."
     import open_clip
 
     if not tag:
@@ -120,7 +113,7 @@ def _check_tag(name, tag):
 
 
 def _named(name, tag, precision):
-    "A model of open_clip: module, tokenizer, model_cfg."
+    "Load a model of open_clip: module, tokenizer, model_cfg."
     import open_clip
 
     name = name.replace('/', '-')
@@ -149,11 +142,14 @@ def _named(name, tag, precision):
 
 
 def _foldered(folder, file, precision):
-    "A model of a folder: module, tokenizer, model_cfg."
+    "Load a model of a folder: module, tokenizer, model_cfg."
     import open_clip
 
     config = clip_config(folder)
-    file = None if file == 'random' else Path(file).expanduser() if file else weights_file(folder)
+    if file == 'random':
+        file = None
+    else:
+        file = Path(file).expanduser() if file else weights_file(folder)
     with as_one_line(f'{folder.name}: cannot be loaded as a CLIP model'):
         model = open_clip.create_model(
             f'local-dir:{folder}',
@@ -175,7 +171,7 @@ def _foldered(folder, file, precision):
 
 
 def _named_tokenizer(folder, text):
-    "The tokenizer that a folder names but does not hold."
+    "Load the tokenizer that a folder names but does not contain."
     from open_clip.tokenizer import HFTokenizer
 
     name = text['hf_tokenizer_name']
@@ -212,7 +208,7 @@ def load_clip(
 
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
-    device, (folder, found) = _device(device), find_clip(name, revision)
+    device, (folder, revision) = _device(device), find_clip(name, revision)
     model, tokenize, config = (
         _foldered(folder, pretrained, precision) if folder else _named(name, pretrained, precision)
     )
@@ -222,7 +218,7 @@ def load_clip(
     shown = (
         folder.name if folder and not name.startswith('hf-hub:') else name.removeprefix('hf-hub:')
     )
-    info = dict(id=shown, pretrained=Path(pretrained).name, revision=found)
+    info = dict(id=shown, pretrained=Path(pretrained).name, revision=revision)
     info |= _facts(model, tokenize, config, precision, device)
     info |= dict(
         resize_mode=prepared['resize_mode'],
@@ -241,7 +237,7 @@ def load_clip(
 
 
 def _facts(model, tokenize, config, precision, device):
-    "The entries of `Clip.info` that are read from the model."
+    "Return the entries of `Clip.info` that are read from the model."
     image, text = towers(model)
     return dict(
         weights_sha=weights_sha(model),
@@ -256,13 +252,13 @@ def _facts(model, tokenize, config, precision, device):
 
 # %% ../../nbs/50_clip/020_model.ipynb #a33d4f81
 def save_clip(
-    clip: Clip,  # what to save
-    folder,  # where to; an older checkpoint there is replaced
-    **about,  # JSON-ready; what the card says, e.g. trained_on='phantom 1', epoch=3
+    clip: Clip,  # model to save
+    folder,  # destination; an older checkpoint is replaced
+    **about,  # JSON-ready entries of the card, e.g. trained_on='phantom 1', epoch=3
 ) -> Path:  # the folder
     """Save a model so that `load_clip(folder)` restores it bit for bit.
 
-    `InputError` where the folder holds something else.
+    `InputError` where the folder contains something else.
     """
     folder = Path(folder)
     if folder.exists() and (
@@ -314,7 +310,7 @@ def to_pixels(
     clip: Clip,  # a loaded model
     images,  # sequence of (H,W) or (H,W,3) uint8 arrays
 ):  # (B,3,S,S) tensor on the model's device, in the type its towers take
-    "The model's own preprocess of a batch; `InputError` for anything but uint8 films."
+    "Preprocess a batch as the model requires; `InputError` for anything but uint8 images."
     import torch
     from open_clip.model import get_input_dtype
     from PIL import Image
@@ -335,7 +331,7 @@ def to_pixels(
 def asking(
     clip: Clip,  # a loaded model
 ):
-    "No gradient, eval mode (put back afterwards), and one CPU thread for a small model."
+    "Disable gradients and set eval mode (restored afterwards); one thread for small models."
     import torch
 
     training = clip.model.training
@@ -351,7 +347,7 @@ def asking(
 
 # %% ../../nbs/50_clip/020_model.ipynb #3f022865
 def _unit(x, clip):
-    "Rows of length 1, float32, on the CPU; a number that is none is a failed run."
+    "Scale rows to length 1, float32 on the CPU; `RunError` for numbers that are not finite."
     import torch
 
     x = torch.nn.functional.normalize(x.float(), dim=-1).cpu().numpy()
@@ -365,11 +361,11 @@ def _unit(x, clip):
 
 def image_embeddings(
     clip: Clip,  # a loaded model
-    images,  # any iterable of (H,W) or (H,W,3) uint8 arrays; read as it goes, one batch in memory
-    batch_size: int = 64,  # films that pass the tower together
-    show: bool = False,  # a bar on stderr
+    images,  # any iterable of (H,W) or (H,W,3) uint8 arrays, read batch by batch
+    batch_size: int = 64,  # images per batch
+    show: bool = False,  # show a progress bar
 ) -> np.ndarray:  # (N,D) float32, rows of length 1
-    "Where the model puts films."
+    "Compute image embeddings."
     images = iter(
         progress(images, 'films', len(images) if hasattr(images, '__len__') else None, 'film')
         if show
@@ -385,9 +381,9 @@ def image_embeddings(
 def text_embeddings(
     clip: Clip,  # a loaded model
     texts,  # sequence of str
-    batch_size: int = 256,  # texts that pass the tower together
+    batch_size: int = 256,  # texts per batch
 ) -> np.ndarray:  # (N,D) float32, rows of length 1
-    "Where the model puts texts; `InputError` for a bare text or anything that is no text."
+    "Compute text embeddings; `InputError` for a single str or anything else."
     texts = [None] if isinstance(texts, str) else list(texts)
     if not all(isinstance(t, str) for t in texts):
         raise InputError('texts are given as a list of str')
@@ -411,8 +407,8 @@ def text_embeddings(
 def cut_texts(
     clip: Clip,  # a loaded model
     texts,  # sequence of str
-) -> np.ndarray:  # (N,) bool: was the end of the text lost?
-    "Which texts are longer than the model's context."
+) -> np.ndarray:  # (N,) bool
+    "Mark texts longer than the model's context."
     t, most = clip.tokenize, clip.info['context']
     if hasattr(t, 'tokenizer'):
         return np.array(
@@ -427,10 +423,10 @@ def cut_texts(
 # %% ../../nbs/50_clip/020_model.ipynb #923071dc
 def frame_of(
     clip: Clip,  # a loaded model
-    height: int,  # of the film, in pixels
+    height: int,  # of the image, in pixels
     width: int,  # the same
-) -> Frame:  # the image that enters the image tower, and what of the film it shows
-    "What the model's preprocess makes of a film; `InputError` for a step that is not known here."
+) -> Frame:  # the model input, and the part of the image it shows
+    "Compute the geometry of the model's preprocessing; `InputError` for an unknown step."
     f = Frame(height, width, (0.0, 0.0, float(width), float(height)))
     for step in clip.preprocess.transforms:
         name = type(step).__name__
@@ -462,9 +458,9 @@ def _keep_ratio(f, step):
 
 
 def _middle(f, step):
-    """Pad what is too small (the odd pixel right and below), then cut the middle.
+    """Pad small images (the odd pixel right and below), then crop the centre.
 
-    Halves are rounded as in Python, like torchvision does.
+    Halves are rounded as in Python, as in torchvision.
     """
     h, w = _pair(step.size)
     f = f.cut(
@@ -494,9 +490,9 @@ _STEPS = dict(
 def grid_of(
     clip: Clip,  # a loaded model
 ) -> tuple[int, int, int, int, int]:  # rows, columns, cell height, cell width, prefix tokens
-    """The grid of the image tower's patches.
+    """Return the grid of the image tower's patches.
 
-    A cell is measured in pixels of the image; prefix tokens come before the first patch.
+    A cell is measured in pixels of the model input; prefix tokens come before the first patch.
     """
     import torch
 
@@ -522,10 +518,10 @@ def grid_of(
 # %% ../../nbs/50_clip/020_model.ipynb #1e89bebc
 def view_of(
     clip: Clip,  # a loaded model
-    height: int,  # of the film, in pixels
+    height: int,  # of the image, in pixels
     width: int,  # the same
 ) -> View:  # one cell per patch; its positions count the tokens of the image tower
-    "Which part of the film each patch shows."
+    "Return the part of the image that each patch shows."
     rows, columns, ph, pw, before = grid_of(clip)
     return View(
         'full',

@@ -11,7 +11,7 @@ from ..core import InputError
 
 # %% ../../nbs/50_clip/030_tokens.ipynb #7bbb152c
 def _native(visual, pixels, project):
-    "open_clip's vision transformer: behind the last norm, without the class token."
+    "Compute patch tokens of open_clip's vision transformer, after the last norm."
     x = visual.transformer(visual._embeds(pixels))
     if visual.attn_pool is not None:
         if project:
@@ -25,7 +25,7 @@ def _native(visual, pixels, project):
 
 
 def _timm(visual, pixels, project):
-    "A timm trunk: (B, patches, D)."
+    "Compute patch tokens of a timm trunk, (B, patches, D)."
     trunk = visual.trunk
     f = trunk.forward_features(pixels)
     if f.ndim == 4:  # convolutions, and windows without a class token
@@ -59,7 +59,7 @@ def _timm(visual, pixels, project):
 
 
 def _resnet(visual, pixels, project):
-    "open_clip's ResNet: the cells of its last stage."
+    "Compute the cells of the last stage of open_clip's ResNet."
     x = visual.stem(pixels)
     for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
         x = stage(x)
@@ -77,8 +77,8 @@ _PATCHES = dict(native=_native, timm=_timm, resnet=_resnet)
 def patch_tokens(
     clip: Clip,  # a loaded model
     pixels,  # (B,3,S,S) tensor from `to_pixels`
-    project: bool = True,  # into the space of the embeddings? else what enters the pooling
-):  # (B, rows, columns, D) tensor; gradients flow where they are on
+    project: bool = True,  # into the space of the embeddings; False: the input of the pooling
+):  # (B, rows, columns, D) tensor, with gradients where enabled
     """Compute one vector per patch.
 
     `InputError` for a tower whose patches cannot be projected, or form no grid.
@@ -101,7 +101,7 @@ def text_mask(
     clip: Clip,  # a loaded model
     ids,  # (B,T) long tensor from `clip.tokenize`
 ):  # (B,T) bool tensor: text with its start and end tokens, without padding
-    "Which tokens are the text."
+    "Mark the tokens of the text."
     import torch
 
     if towers(clip.model)[1] == 'hf':
@@ -120,9 +120,9 @@ def text_mask(
 def text_tokens(
     clip: Clip,  # a loaded model
     ids,  # (B,T) long tensor from `clip.tokenize`, on the model's device
-    project: bool = True,  # into the space of the embeddings? else the last hidden states
+    project: bool = True,  # into the space of the embeddings; False: the last hidden states
 ):  # (B,T,D) tensor and (B,T) bool tensor; the latter is `text_mask`
-    "One vector per token; gradients flow where they are on."
+    "Compute one vector per token, with gradients where enabled."
     mask, text = text_mask(clip, ids), getattr(clip.model, 'text', clip.model)
     if towers(clip.model)[1] == 'hf':
         x = text.transformer(input_ids=ids, attention_mask=mask.long()).last_hidden_state
