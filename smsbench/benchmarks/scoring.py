@@ -492,8 +492,10 @@ def run_bench(
         raise InputError(f'{rounds} rounds; take one at least')
     if samples is not None and samples < 1:
         raise InputError(f'{samples} samples; take one at least')
-    names = list(SHAPES) if smoke else ['llava-1.5-7b', 'gemma-3-4b'] if gpu else ['llava-80m']
-    samples = samples or (1 if smoke else 8 if gpu else 4)
+    names, default = (['llava-1.5-7b', 'gemma-3-4b'], 8) if gpu else (['llava-80m'], 4)
+    if smoke:
+        names, default = list(SHAPES), 1
+    samples = samples or default
     found = dict(
         date=date.today().isoformat(),
         device=device,

@@ -188,11 +188,8 @@ def benchmark(
     seed: int = 0,  # of the resampling
 ) -> Benchmark:
     "Run zero-shot, probes, training and zero-shot again, and write metrics.parquet."
-    run, prompts, how = (
-        Run(out),
-        prompts_for(images) if prompts is None else prompts,
-        dict(n_boot=n_boot, minimum=minimum, seed=seed),
-    )
+    prompts = prompts_for(images) if prompts is None else prompts
+    run, how = Run(out), dict(n_boot=n_boot, minimum=minimum, seed=seed)
     val, first = (
         (settings.val_split if settings else 'val'),
         (settings.train_split if settings else 'train'),

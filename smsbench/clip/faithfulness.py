@@ -260,7 +260,10 @@ def metric_line(
     )
     if exact and i:
         numbers |= dict(ci_low=np.nan, ci_high=np.nan)
-    said = 'not defined on these rows' if i is None else 'exact by definition' if exact else i.note
+    if i is None:
+        said = 'not defined on these rows'
+    else:
+        said = 'exact by definition' if exact else i.note
     return dict(
         model=model,
         metric=metric,
@@ -362,11 +365,8 @@ def perturbation_curves(
             f'{len(images)} films, {len(maps)} maps, {len(texts)} texts, {len(about)} rows: one of'
             ' each per film is needed'
         )
-    targets, rows, steps = (
-        [target(clip, t, against) for t in texts],
-        [],
-        min(steps, *(m.grid.size for m in maps)),
-    )
+    targets, rows = [target(clip, t, against) for t in texts], []
+    steps = min(steps, *(m.grid.size for m in maps))
     for who, image, e, t in zip(about.to_dict('records'), images, maps, targets):
         if e.empty:
             raise RunError(

@@ -42,11 +42,7 @@ def layer_depths(
     tower is 'image', 'text' or 'logits'; `of` is the depth of the tower's head.
     """
     names = pd.Series([n for n, _ in model.named_parameters()])
-    tower = names.map(
-        lambda n: (
-            'image' if n.startswith('visual.') else 'logits' if n.startswith('logit_') else 'text'
-        )
-    )
+    tower = names.map(_tower)
     out = pd.DataFrame(
         dict(
             tower=tower,
@@ -69,6 +65,13 @@ def layer_depths(
             for n, b in out.block[mine].items()
         ]
     return out.drop(columns='block')
+
+
+def _tower(name):
+    "Return the tower of a parameter."
+    if name.startswith('visual.'):
+        return 'image'
+    return 'logits' if name.startswith('logit_') else 'text'
 
 
 def _is_last(name):
@@ -282,16 +285,9 @@ def require_mobility(
     matrices = table[~table.name.str.endswith('undecayed')]
     rows = matrices if len(matrices) else table
     w = rows.weights / rows.weights.sum()
-    stuck, reach, lr = (
-        float((w * rows.stuck).sum()),
-        float(
-            np.sqrt(
-                (w * np.square(rows.reach * rows['size'])).sum()
-                / max((w * np.square(rows['size'])).sum(), 1e-300)
-            )
-        ),
-        rows.lr.max(),
-    )
+    stuck, lr = float((w * rows.stuck).sum()), rows.lr.max()
+    moved = (w * np.square(rows.reach * rows['size'])).sum()
+    reach = float(np.sqrt(moved / max((w * np.square(rows['size'])).sum(), 1e-300)))
     if stuck > MOST_STUCK:
         raise InputError(
             f'a learning rate of {lr:g} cannot move these weights: {stuck:.0%} of them are float32'

@@ -45,7 +45,9 @@ def processes(
     cuda = torch.cuda.is_available() if device == 'auto' else str(device).startswith('cuda')
     local, size = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if device == 'auto' or device == 'cuda':
-        device = f'cuda:{local}' if cuda and size > 1 else 'cuda' if cuda else 'cpu'
+        device = 'cuda' if cuda else 'cpu'
+        if cuda and size > 1:
+            device = f'cuda:{local}'
     if cuda and local >= torch.cuda.device_count():
         raise InputError(
             f'process {local} has no card: this machine has {torch.cuda.device_count()}; start as'

@@ -197,7 +197,9 @@ def coco_marks(
 def _annotation(a, images, names, reader, n):
     film, width, height = images.get(a['image_id'], (f"image {a['image_id']}", 0.0, 0.0))
     drawn = a.get('segmentation') or None
-    shape = 'box' if drawn is None else 'rle' if isinstance(drawn, dict) else 'polygon'
+    shape = 'box'
+    if drawn is not None:
+        shape = 'rle' if isinstance(drawn, dict) else 'polygon'
     if shape == 'polygon':
         drawn = [[list(p) for p in zip(ring[::2], ring[1::2])] for ring in drawn]
     if shape == 'box':
@@ -365,8 +367,8 @@ def _some(mask):
 
 
 def _mask_file(name, shape, folder):
-    picture = read_image(folder, name)
-    mask = (picture if picture.ndim == 2 else picture.max(2)) > 0
+    image = read_image(folder, name)
+    mask = (image if image.ndim == 2 else image.max(2)) > 0
     if mask.shape != tuple(shape):
         raise InputError(
             f'a mask of {mask.shape[1]} x {mask.shape[0]} for a film of {shape[1]} x {shape[0]}'

@@ -137,4 +137,6 @@ def text_tokens(
             attn_mask=text.attn_mask,
         )
     x, last = text.ln_final(x), text.text_projection
-    return x if not project or last is None else last(x) if callable(last) else x @ last, mask
+    if project and last is not None:
+        x = last(x) if callable(last) else x @ last
+    return x, mask

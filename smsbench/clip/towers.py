@@ -141,7 +141,7 @@ def stages(
     clip: Clip,  # a loaded model
 ) -> dict:  # stage -> names of the weights of the image tower, from the output down to the input
     "List the stages of the image tower from top to bottom: head, blocks, embedding."
-    found = {}
+    names = {}
     for name, _ in clip.model.visual.named_parameters():
         block = re.search(
             r'^(?:trunk\.)?(?:transformer\.)?((?:resblocks|blocks|stages|layer)\.?\d+)', name
@@ -151,13 +151,14 @@ def stages(
             r'|trunk\.(norm|fc_norm|head|attn_pool|norm_head)\b',
             name,
         )
-        found.setdefault(block[1] if block else 'head' if top else 'embedding', []).append(name)
+        stage = 'head' if top else 'embedding'
+        names.setdefault(block[1] if block else stage, []).append(name)
     blocks = sorted(
-        (s for s in found if s not in ('head', 'embedding')),
+        (s for s in names if s not in ('head', 'embedding')),
         key=lambda s: int(re.search(r'\d+', s)[0]),
         reverse=True,
     )
-    return {s: found[s] for s in ('head', *blocks, 'embedding') if s in found}
+    return {s: names[s] for s in ('head', *blocks, 'embedding') if s in names}
 
 # %% ../../nbs/50_clip/240_towers.ipynb #e2a5a11b
 def shuffled(

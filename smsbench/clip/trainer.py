@@ -290,15 +290,11 @@ def _epoch(job, bar, tell):
     train_epoch(job, bar)
     row = validate_job(job, tell)
     job.epoch, job.step = job.epoch + 1, 0
-    job.stopped = (
-        'all epochs are done'
-        if job.epoch == s.epochs
-        else (
-            f'{s.stop_on} did not get better for {s.patience} epochs'
-            if s.patience and job.waited >= s.patience
-            else ''
-        )
-    )
+    job.stopped = ''
+    if job.epoch == s.epochs:
+        job.stopped = 'all epochs are done'
+    elif s.patience and job.waited >= s.patience:
+        job.stopped = f'{s.stop_on} did not get better for {s.patience} epochs'
     save_job(job)
     _write_history(job)
     say(

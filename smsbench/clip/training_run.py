@@ -232,13 +232,11 @@ def epoch_batches(
     weights = image_weights(
         images, s.balance, s.cap, s.patients, classes=classes if single else None
     )
-    spoken = (
-        None
-        if single or (s.balance == 'even' and classes is None)
-        else spoken_weights(images.targets, classes, s.cap)
-        if s.balance != 'even'
-        else np.repeat(classes[:, None], 2, 1)
-    )
+    spoken = None
+    if not single and s.balance != 'even':
+        spoken = spoken_weights(images.targets, classes, s.cap)
+    elif not single and classes is not None:
+        spoken = np.repeat(classes[:, None], 2, 1)
     most = (
         sentences_open(
             job.epoch, s.epochs, [max(len(v) for v in p.values()) for p in job.pairs.prompts]
