@@ -132,9 +132,9 @@ def listed(
 def with_patient(
     sentence: str,  # a class prompt
     patient: str,  # from `described`, `in_order` or `listed`; '' leaves the sentence as it is
-    noun: str = '',  # what the image is called, e.g. 'chest film'
+    noun: str = '',  # noun of the image, e.g. 'chest film'
 ) -> str:
-    "A class prompt that knows the patient."
+    "Add a patient to a class prompt."
     if '{patient}' in sentence:
         return sentence.replace('{patient}', patient or 'a patient')
     if not patient:

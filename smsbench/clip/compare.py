@@ -20,7 +20,7 @@ from .zero_shot import cells
 # %% ../../nbs/50_clip/220_compare.ipynb #a70bb88c
 def difference_floors(
     one,  # `Floors` of the first model
-    other,  # of the second, on the same films
+    other,  # of the second, on the same images
     tail: float,  # probability left out on each side
 ) -> np.ndarray:  # (2, M, C + 1) bounds of first − second
     "Compute bounds of paired differences, per class and, last, of the mean over classes."

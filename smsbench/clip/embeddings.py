@@ -40,7 +40,7 @@ def space_values(
         db = _davies_bouldin(x, member, w, means, size)
         fisher = _fisher(w, size, means)
         pairs_in = size**2 - square
-        # Σ of 1 - cos over pairs of different films
+        # Σ of 1 - cos over pairs of different images
         apart = np.where(size > 0, pairs_in - ((sums**2).sum(-1) - square), 0)
         intra = apart.sum(1) / pairs_in.sum(1)
         total, n2 = sums.sum(1), size.sum(1) ** 2 - (size**2).sum(1)
@@ -99,7 +99,7 @@ def space_metrics(
     for group, at, label, note in labellings(data, minimum):
         ci = [None] * len(MEASURES)
         if len(set(label)) > 1:
-            # it needs films of every class
+            # it needs images of every class
             sides = np.eye(label.max() + 1, dtype=bool)[label][:, None]
             ci = bootstrap_rows(
                 lambda x, y, w: space_values(x, y.astype(int), w),
@@ -144,7 +144,7 @@ def unit_rows(x):
 def labellings(data, minimum):
     """Yield (subgroup, positions, class indices, note) per labelling; empty where too small.
 
-    Labellings are every class against its absence, and films with exactly one class.
+    Labellings are every class against its absence, and images with exactly one class.
     """
     none = np.zeros(0, int)
     if data.kind == 'multilabel':

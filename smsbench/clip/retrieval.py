@@ -123,30 +123,36 @@ class _Right:
     "Masks of the correct items of queries, with duplicates and strict, (b, items) bool."
 
     def __init__(self, p, direction):
-        self.own, self.groups, self.to_text = p.image_of, p.groups, direction == 'image_to_text'
-        self.films = np.arange(self.own.max() + 1)
-        self.single = np.array_equal(self.own, self.films)  # one text per film, in the same order
-        self.order = np.argsort(self.own, kind='stable')  # texts, film by film
-        self.starts = np.searchsorted(self.own[self.order], [*self.films, len(self.films)])
+        self.image_of, self.groups, self.to_text = (
+            p.image_of,
+            p.groups,
+            direction == 'image_to_text',
+        )
+        self.images = np.arange(self.image_of.max() + 1)
+        self.single = np.array_equal(
+            self.image_of, self.images
+        )  # one text per image, in the same order
+        self.order = np.argsort(self.image_of, kind='stable')  # texts, image by image
+        self.starts = np.searchsorted(self.image_of[self.order], [*self.images, len(self.images)])
 
     def __call__(self, at):
         if self.single:
-            return self._like(at), at[:, None] == self.films
+            return self._like(at), at[:, None] == self.images
         if self.to_text:
             return (
                 np.stack(
                     [self._like(self.order[self.starts[f] : self.starts[f + 1]]).any(0) for f in at]
                 ),
-                at[:, None] == self.own,
+                at[:, None] == self.image_of,
             )
         return (
             np.logical_or.reduceat(self._like(at)[:, self.order], self.starts[:-1], axis=1),
-            self.own[at][:, None] == self.films,
+            self.image_of[at][:, None] == self.images,
         )
 
     def _like(self, texts):
         "Mark the duplicates of some texts, themselves included."
-        out = texts[:, None] == np.arange(len(self.own))
+        out = texts[:, None] == np.arange(len(self.image_of))
         for g in self.groups:
             out |= (g[texts][:, None] == g) & (g[texts] >= 0)[:, None]
         return out

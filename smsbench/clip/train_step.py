@@ -104,7 +104,7 @@ def require_whole_batches(
     model,  # in training mode
     chunks: int,  # in how many parts a batch is encoded
 ):
-    "`InputError` where layers of batch normalisation would learn from parts of a batch."
+    "Raise `InputError` where batch normalisation would learn from parts of a batch."
     if (chunks > 1 or world()[1] > 1) and any(m.training for m in _batch_norms(model)):
         raise InputError(
             'batch normalisation would see chunks or processes instead of the batch; hold its'
