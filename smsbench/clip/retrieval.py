@@ -123,15 +123,11 @@ class _Right:
     "Masks of the correct items of queries, with duplicates and strict, (b, items) bool."
 
     def __init__(self, p, direction):
-        self.image_of, self.groups, self.to_text = (
-            p.image_of,
-            p.groups,
-            direction == 'image_to_text',
-        )
+        self.image_of, self.groups = p.image_of, p.groups
+        self.to_text = direction == 'image_to_text'
         self.images = np.arange(self.image_of.max() + 1)
-        self.single = np.array_equal(
-            self.image_of, self.images
-        )  # one text per image, in the same order
+        # one text per image, in the same order
+        self.single = np.array_equal(self.image_of, self.images)
         self.order = np.argsort(self.image_of, kind='stable')  # texts, image by image
         self.starts = np.searchsorted(self.image_of[self.order], [*self.images, len(self.images)])
 
