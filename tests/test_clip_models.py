@@ -25,7 +25,7 @@ from smsbench.clip.model import (
     save_clip,
     text_embeddings,
 )
-from smsbench.ssa.analysis import clip_asker, ssa
+from smsbench.ssa.analysis import clip_predictor, ssa
 from smsbench.testing.tiny_clip import TINY_CLIP, tiny_clip
 from smsbench.clip.tokens import patch_tokens, text_tokens
 from smsbench.core import InputError
@@ -261,7 +261,9 @@ def test_ssa_of_a_saved_cohort(folders, tmp_path):
     films = images_of(phantom_cohort(60, splits=dict(val=0.5, test=0.5)))
     test = films.select('test')
     table = ssa(
-        clip_asker(load_clip(str(folders['timm-hf']), device='cpu'), test, val=films.select('val')),
+        clip_predictor(
+            load_clip(str(folders['timm-hf']), device='cpu'), test, val=films.select('val')
+        ),
         test,
         ['age', 'sex', 'view', 'marker', 'age_band'],
         n_boot=20,

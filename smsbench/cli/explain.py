@@ -357,9 +357,9 @@ def ssa(
             ' the questions of the cohort'
         )
     ask, asked, about, notes, left = (
-        _vlm_asker(vlm, device, cohort, root, findings, splits, split_list(test))
+        _vlm_predictor(vlm, device, cohort, root, findings, splits, split_list(test))
         if vlm
-        else _clip_asker(
+        else _clip_predictor(
             model,
             pretrained,
             device,
@@ -399,9 +399,9 @@ def ssa(
     )
 
 
-def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
+def _clip_predictor(model, pretrained, device, films, test, val, prompts, wording):
     from smsbench.clip.model import load_clip
-    from smsbench.ssa.analysis import clip_asker, described, in_order, readable_samples
+    from smsbench.ssa.analysis import clip_predictor, described, in_order, readable_samples
     from smsbench.core import content_hash
     from smsbench.privacy import access_of
 
@@ -421,7 +421,7 @@ def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
         access=access_of(films, 'the films'),
     )
     return (
-        clip_asker(
+        clip_predictor(
             clip,
             tested,
             words,
@@ -435,8 +435,8 @@ def _clip_asker(model, pretrained, device, films, test, val, prompts, wording):
     )
 
 
-def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
-    from smsbench.ssa.analysis import readable_samples, vlm_asker
+def _vlm_predictor(vlm, device, cohort, root, findings, splits, test):
+    from smsbench.ssa.analysis import readable_samples, vlm_predictor
     from smsbench.core import content_hash
     from smsbench.data.splits import apply_splits, read_splits
     from smsbench.audit.run import open_model
@@ -460,7 +460,7 @@ def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
     model = open_model(vlm, device)
     table, left = readable_samples(table, root or '')
     return (
-        vlm_asker(model, table, root=str(root or '')),
+        vlm_predictor(model, table, root=str(root or '')),
         table,
         dict(
             model=vlm, samples=content_hash(*table.sample_id), access=access_of(table, 'the cohort')
