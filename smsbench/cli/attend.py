@@ -100,8 +100,8 @@ def attend(
         str,
         typer.Option(
             help=(
-                'Layers of the measured maps: all, last_half, last_quarter, or numbers. The explorer'
-                ' shows all.'
+                'Layers of the measured maps: all, last_half, last_quarter, or numbers. The'
+                ' explorer shows all.'
             )
         ),
     ] = 'all',

@@ -266,9 +266,9 @@ def evaluate(
         str,
         typer.Option(
             help=(
-                'Splits to measure without probes, e.g. the test films of the training cohort; empty:'
-                ' all films, or, if a new cohort has train, val and test, the test films with'
-                ' probes.'
+                'Splits to measure without probes, e.g. the test films of the training cohort;'
+                ' empty: all films, or, if a new cohort has train, val and test, the test films'
+                ' with probes.'
             )
         ),
     ] = '',

@@ -83,9 +83,7 @@ def cohort(
     check_images: Annotated[
         bool,
         typer.Option(
-            help=(
-                'Decode every image. Otherwise broken files are not detected and files are not audited.'
-            )
+            help=('Decode every image; otherwise broken files are not detected and not audited.')
         ),
     ] = True,
     any_count: Annotated[
@@ -413,8 +411,8 @@ def plan(
     then:  smsbench audit --plan plan.parquet --registration plan_registration.yaml --model MODEL
     --out reports/registered
 
-    Example, with reworded questions and an altered report:  smsbench plan covid.parquet --arms original
-    --paraphrases 6 --probes foil --out plan.parquet
+    Example, with reworded questions and an altered report:  smsbench plan covid.parquet
+    --arms original --paraphrases 6 --probes foil --out plan.parquet
     """
     from smsbench.audit.runner import Source
     from smsbench.audit.registration import register, write_registration

@@ -107,7 +107,7 @@ def printable_line(line):
 def _cohort_for(manifest, root, cohort_file, plan_file, remote=False):
     """Open the data, named in one of three ways.
 
-    Returns (cohort or `Built`, its exclusions, plan, measurements of its files); None for absent parts.
+    Return (cohort or `Built`, its exclusions, plan, measurements of files); None if absent.
     """
     from smsbench.audit.plan import cohort_hash
     from smsbench.privacy import read_table

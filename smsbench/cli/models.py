@@ -105,8 +105,8 @@ def bench(
         str,
         typer.Option(
             help=(
-                'cpu: a random LLaVA of about 80 million parameters. cuda: random models of the size'
-                ' of LLaVA-1.5-7B and Gemma-3-4B; nothing is downloaded.'
+                'cpu: a random LLaVA of about 80 million parameters. cuda: random models of the'
+                ' size of LLaVA-1.5-7B and Gemma-3-4B; nothing is downloaded.'
             )
         ),
     ] = 'cpu',
@@ -125,7 +125,7 @@ def bench(
         typer.Option(
             '--clip',
             help=(
-                "Instead, compare a CLIP training step with open_clip's, on the same model and batch."
+                "Compare a CLIP training step with open_clip's instead, on the same model and data."
             ),
         ),
     ] = False,

@@ -177,9 +177,7 @@ def _picklable(readers):
     try:
         return bool(pickle.dumps(wrap_non_picklable_objects(readers)))
     except Exception:
-        return (
-            False  # e.g. a reader that holds an open file: what cannot be pickled raises many kinds
-        )
+        return False  # e.g. a reader with an open file; pickling raises many kinds of errors
 
 # %% ../../nbs/10_data/090_files.ipynb #26b88852
 PART, SECONDS = 2000, 30  # rows and seconds after which a part is written
