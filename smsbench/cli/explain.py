@@ -460,8 +460,8 @@ def _vlm_asker(vlm, device, cohort, root, findings, splits, test):
 
 def _save_ssa(run, result, access, left):
     "Write metrics.parquet, tables/ and figures/; return shareable metrics and effects."
-    from smsbench.core import environment, write_json, write_table
-    from smsbench.report.external_page import shareable
+    from smsbench.core import environment, write_json
+    from smsbench.privacy import shareable, write_table
     from smsbench.report.ssa_figures import ssa_figure, ssa_order_figure, ssa_table
 
     attrs = result.attrs

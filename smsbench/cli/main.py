@@ -468,9 +468,9 @@ def published(
     Example:  smsbench published results/ --dataset medeval --out reports/published
     """
     from smsbench.report.html import render
-    from smsbench.published.reanalysis import findings, published as analyse
+    from smsbench.published.reanalysis import findings, reanalyse
 
-    table, faults = analyse(results, dataset, out, n_boot=n_boot, seed=seed)
+    table, faults = reanalyse(results, dataset, out, n_boot=n_boot, seed=seed)
     page, found = (
         render(
             'sms_published',
