@@ -89,10 +89,10 @@ def compare(
     ]
     how = dict(n_boot=n_boot, level=level, seed=seed)
     found = [*_per_class(both, predicted, how), *_decisions(both, predicted, how)]
-    model = ' − '.join(names)
+    pair = dict(model=' − '.join(names), first=names[0], second=names[1])
     rows = [
         dict(
-            model=model,
+            **pair,
             metric=f'{m}_difference',
             arm=arm,
             subgroup=g,
