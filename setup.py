@@ -23,7 +23,7 @@ setuptools.setup(
     python_requires='>=' + cfg['min_python'],
     long_description=(here / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
-    # Run notebooks and manifests live where people look for them and are installed inside the package.
+    # Run notebooks and manifests lie where people look for them; they are installed too.
     packages=setuptools.find_packages(include=[lib, f'{lib}.*'])
     + [f'{lib}.runs', f'{lib}.data_manifests'],
     package_dir={f'{lib}.runs': 'nbs/runs', f'{lib}.data_manifests': 'data_manifests'},

@@ -1,6 +1,9 @@
-"""Answer the trials of smsbench with a model that smsbench cannot load:  python foreign_runner.py trials.jsonl answers.jsonl
+"""Answer the trials of smsbench with a model that smsbench cannot load.
 
-Write the trials with `smsbench trials`, replace `answer`, run this wherever your model lives, and hand the answers to `smsbench predictions`.
+python foreign_runner.py trials.jsonl answers.jsonl
+
+Write the trials with `smsbench trials`, replace `answer`, run this where your model is, and give
+the answers to `smsbench predictions`.
 """
 
 import hashlib, json, sys
@@ -10,7 +13,7 @@ from PIL import Image, ImageStat
 
 
 def answer(image, prompt, choices):
-    "Your model; image is a PIL picture or None. This one says the first choice to a bright picture and reads nothing."
+    "Your model; image is a PIL image or None. This one gives bright images the first choice."
     return choices[0] if image and ImageStat.Stat(image.convert('L')).mean[0] > 142 else choices[1]
 
 

@@ -623,7 +623,8 @@ def shareable(
 
 
 _NUMBERS = (
-    'metric subgroup group level state value ci_low ci_high n n_clusters n_effective note note_counts'
+    'metric subgroup group level state value ci_low ci_high'
+    ' n n_clusters n_effective note note_counts'
 ).split()
 
 

@@ -270,7 +270,7 @@ TEXT_WORDS = {  # text operation -> how a report describes the text that is show
     'removed': 'its own, without the statement about the question',
     'removed_other': 'its own, without another statement',
     'history': 'its own, after that of another patient and class, called an earlier one',
-    'history_same': 'its own, after that of another patient of the same class, called an earlier one',
+    'history_same': 'its own, after that of another patient of this class, called an earlier one',
 }
 TEXT_OPS = {
     'foil': lambda about, text, key, prior, noun: foil(text, about),

@@ -11,7 +11,7 @@ __all__ = ['SEVERITIES', 'LEAK', 'GAP', 'TOLD', 'FILM_TOLD', 'TEXT_TOLD', 'NAMED
 import numpy as np, pandas as pd
 
 from .duplicates import chance_rate, duplicate_groups, near_duplicates
-from ..privacy import CountFormatter
+from ..privacy import SMALL, CountFormatter
 from ..stats import bootstrap_sums
 
 # %% ../../nbs/10_data/200_checks.ipynb #8d0f70b9
@@ -553,15 +553,16 @@ def check_exclusions(
         return []
     k, n = len(exclusions), len(exclusions) + len(cohort)
     main = exclusions.reason.value_counts().index[0]
+    few = f'fewer than {SMALL}' if tell.hides(k, n) else ''
     out = [
         entry(
             'exclusions',
             'warning' if k >= GAP[1] * n else 'note',
             'all',
             tell.value(k, n),
-            n,
-            f'{tell.share(k, n)} samples were left out, most often for {main!r}: results do not'
-            ' speak for them.',
+            len(cohort) if tell.hides(k, n) else n,  # the total would give the count away
+            f'{few or tell.share(k, n)} samples were left out, most often for {main!r}: results do'
+            ' not speak for them.',
         )
     ]
     labelled = exclusions[

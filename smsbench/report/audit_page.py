@@ -182,8 +182,7 @@ def _shared_html(caveats):
     heading = f'For all models: {len(caveats)} serious findings in the files'
     if len(caveats) == 1:
         heading = 'For all models: a serious finding in the files'
-    lines = join(markup('<div class="warning">{}</div>', text) for text in caveats)
-    return details(heading, lines)
+    return details(heading, html_table(pd.DataFrame({'finding': list(caveats)})))
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #90ca8b59
 def opening(

@@ -454,7 +454,8 @@ def _wording_row(predictor, answers, samples, plan, model, minimum, seed, how):
     if say and len({tuple(map(say, facts_of(samples.table, k))) for k in full}) == 1:
         ci, note = (
             replace(ci, value=np.nan, low=np.nan, high=np.nan),
-            'not measured: the words are the same in every order; make the predictor with say=in_order',
+            'not measured: the words are the same in every order; make the predictor with'
+            ' say=in_order',
         )
     return pd.DataFrame(
         [
