@@ -233,7 +233,7 @@ def complete_metrics(
         second=pd.Series('', df.index),
     )
     filled = {c: df[c].astype(object).fillna(d) if c in df else d for c, d in default.items()}
-    out = df.assign(**filled)
+    out = df.assign(**{c: v.astype(object) for c, v in filled.items()})
     out.attrs = df.attrs
     return out
 

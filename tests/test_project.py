@@ -65,3 +65,12 @@ def test_notebooks_hold_no_machine_paths_and_little_output():
             text = json.dumps(c.get('outputs', []))
             assert not re.search(r'/(home|root|tmp|work|Users)/', text), p.name
             assert len(text) < 300_000, p.name
+
+
+def test_contributing_names_what_is_there():
+    "Notebooks are named by their numbers, and numbers change."
+    text = (ROOT / 'CONTRIBUTING.md').read_text()
+    named = re.findall(r'`(nbs/[\w/]+\.ipynb)`', text)
+    assert named and [p for p in named if not (ROOT / p).exists()] == []
+    folders = {p.name for p in (ROOT / 'nbs').iterdir() if p.name[:2].isdigit()}
+    assert folders <= set(re.findall(r'`(\d\d_\w+)`', text))

@@ -9,7 +9,7 @@ __all__ = ['ARM_WORDS', 'KEPT', 'METHOD_WORDS', 'arm_words', 'study_table', 'his
 # %% ../../nbs/70_report/170_clip_page.ipynb #38e8c0c3
 import numpy as np, pandas as pd
 
-from ..core import content_hash
+from ..core import complete_metrics, content_hash
 from .saliency_figures import Panel, cam_panels
 from .style import COLOURS, canvas, looks, rounded, span, styled
 from ..privacy import access_of, format_count
@@ -50,6 +50,7 @@ def study_table(
     words=ARM_WORDS,  # from `arm_words`
 ) -> pd.DataFrame:  # text; one row per arm and one for guessing, one column per number that exists
     "Means over classes and numbers per film, with 95 % intervals."
+    metrics = complete_metrics(metrics)
     rows = metrics[
         (metrics.subgroup == 'all') & metrics.arm.isin(ARM_WORDS) & metrics.metric.isin(_COLUMNS)
     ]
