@@ -230,6 +230,6 @@ def test_help_says_what_is_printed_and_how_to_register(here):
             '--family',
             '--primary',
             '--donors',
-            'limitations',
+            'caveats are printed',
         )
     )
