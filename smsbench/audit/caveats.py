@@ -11,6 +11,7 @@ __all__ = ['KINDS', 'MEASURED', 'answer_caveats', 'delivery_caveats', 'can_match
 import dataclasses, re, shlex
 
 from ..privacy import access_of, SMALL
+from .reliance import bound_points
 from .settings import AuditSettings
 
 # %% ../../nbs/35_audit/190_caveats.ipynb #5378df56
@@ -429,10 +430,9 @@ def deciding_line(
     more = verdict.get('patients_needed')
     needed = f'; about {more:,} patients would decide' if more else ''
     what = _BOUNDS.get(bound['name'], bound['name'].replace('_', ' '))
-    return (
-        f"{modality}: {what} {_points(bound['value'])} points, margin"
-        f" {100 * verdict['margin']:g}{needed}"
-    )
+    upper = bound['name'].endswith('_high')
+    points = bound_points(bound['value'], verdict['margin'], upper)
+    return f"{modality}: {what} {points} points, margin {100 * verdict['margin']:g}{needed}"
 
 # %% ../../nbs/35_audit/190_caveats.ipynb #83b07a7a
 def first_sentence(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STATED', 'MOST_PATIENTS', 'Bounds', 'bounds_of', 'word_for', 'region', 'stands', 'patients_needed', 'decide',
-           'nothing', 'record']
+           'nothing', 'record', 'bound_points']
 
 # %% ../../nbs/35_audit/130_reliance.ipynb #e1677a67
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -270,3 +271,18 @@ def _deciding(b, name, verdict, strict):
     "The number that decides, under its public name, with the one-sided error rate it was taken at."
     rate = STATED.get(verdict, 0.025 if name == 'excess_low' else 0.05)
     return dict(name=_NAMES[name], value=getattr(b, name), level=rate / strict)
+
+# %% ../../nbs/35_audit/130_reliance.ipynb #1780d2f9
+def bound_points(
+    value: float,  # a bound, -1..1
+    margin: float,  # smallest movement that matters, 0..1
+    upper: bool,  # is it an upper bound?
+) -> str:  # points
+    "Write a bound in points, rounded to the safe side and distinct from the margin."
+    safe = math.ceil if upper else math.floor
+    for digits in (1, 2, 3, 4):
+        scaled = round(100 * abs(value) * 10**digits, 6)
+        number = safe(math.copysign(scaled, value)) / 10**digits + 0.0
+        if abs(number) != round(100 * margin, digits):
+            break
+    return f'{number:.{digits}f}'

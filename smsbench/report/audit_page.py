@@ -179,9 +179,8 @@ def _shared_html(caveats):
     "The caveats of all models, folded: the first words are seen, the rest is a click away."
     if not caveats:
         return Html()
-    heading = f'For all models: {len(caveats)} serious findings in the files'
-    if len(caveats) == 1:
-        heading = 'For all models: a serious finding in the files'
+    many = f'{len(caveats)} serious findings' if len(caveats) > 1 else 'a serious finding'
+    heading = f'For all models: {many} in the files, which may explain the answers'
     return details(heading, html_table(pd.DataFrame({'finding': list(caveats)})))
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #90ca8b59

@@ -8,9 +8,9 @@ __all__ = ['VERDICTS', 'example_verdict', 'example_model', 'example_record', 'ch
            'no_verdict', 'instead', 'reading_note', 'family_note']
 
 # %% ../../nbs/70_report/050_sentences.ipynb #c66ebe7d
-import math
 from pathlib import Path
 
+from ..audit.reliance import bound_points
 from ..core import InputError, read_json
 from .style import percent, rounded, span
 from ..privacy import format_count
@@ -194,13 +194,7 @@ def limit(
     upper: bool,  # is it an upper bound?
 ) -> str:
     "A bound in points, rounded to the safe side, with enough digits to differ from the margin."
-    safe = math.ceil if upper else math.floor
-    for digits in (1, 2, 3, 4):
-        scaled = round(100 * abs(value) * 10**digits, 6)
-        text = rounded(safe(math.copysign(scaled, value)) / 10**digits, digits)
-        if text.lstrip('−') != rounded(100 * margin, digits):
-            break
-    return text
+    return bound_points(value, margin, upper).replace('-', '−')
 
 # %% ../../nbs/70_report/050_sentences.ipynb #97800bb7
 def margin_points(
