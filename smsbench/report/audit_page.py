@@ -38,7 +38,15 @@ from smsbench.report.verdict_figures import (
     region_figure,
     verdict_figure,
 )
-from .sentences import family_note, instead, points, reading_note, sentence, wording
+from smsbench.report.sentences import (
+    family_note,
+    instead,
+    limit,
+    points,
+    reading_note,
+    sentence,
+    wording,
+)
 from ..audit.arms import ARMS
 from ..audit.plan import attainable
 from ..privacy import SMALL, beside_hidden, format_count
@@ -372,7 +380,7 @@ def firmness_table(
             'model': model,
             'verdict': _chip(v, k, True),
             'stands for margins of': _stands(v),
-            '“ignores” from a margin of': points(v['ignores_from']),
+            '“ignores” from a margin of': _least_margin(v['ignores_from']),
             'each draw of donors alone': _draws(v['firmness']['draws']),
             'donors matched on': _matched(v['firmness']['matched'], results.open),
         }
@@ -380,6 +388,11 @@ def firmness_table(
     ]
     table = _once(pd.DataFrame(rows), 'model')
     return html_table(table, 'How firm each verdict is; margins in points')
+
+
+def _least_margin(value):
+    "The smallest margin in points, rounded up; a dash where there is none."
+    return DASH if points(value) == DASH else limit(value, 0, True)
 
 
 def _stands(v):
@@ -491,11 +504,13 @@ def attainable_table(
             'attainable': able.verdicts.replace('', 'none'),
         }
     )
-    caption = (
-        'What the plan could show: the arm with the fewest effective patients decides; equal: '
-        'patients of one weight that would bound a movement nobody saw as well ("ignores")'
+    told = markup(
+        '<p class="note">{}</p>',
+        'The arm with the fewest effective patients decides. Equal: the number of equally used '
+        'patients that would bound an unseen movement as well, on which “ignores” rests.',
     )
-    return html_table(rows, caption, numbers=numbers)
+    caption = 'Verdicts that the plan could show'
+    return join([html_table(rows, caption, numbers=numbers), told])
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #252f010e
 def donor_section(
@@ -533,7 +548,7 @@ def donor_section(
     )
     caption = 'Donors per arm, finding and class; the most used one as a share of the samples'
     table = html_table(rows, caption, numbers=list(rows)[3:])
-    return join([figure, attainable_table(results), details('Numbers: who lent', table)])
+    return join([figure, attainable_table(results), details('Numbers: donors', table)])
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #c3d8b2eb
 def delivery_table(
