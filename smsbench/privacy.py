@@ -16,7 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np, pandas as pd
 
-from .core import InputError, _jsonable, atomic, complete_metrics, validate
+from .core import InputError, _jsonable, atomic, complete_metrics, moved, validate
+
+__getattr__ = moved(
+    __name__,
+    Teller='smsbench.privacy:CountFormatter',
+    blur='smsbench.privacy:suppress_rare',
+)
 
 # %% ../nbs/00_base/30_privacy.ipynb #ac358b00
 OPEN, CREDENTIALED, IN_CLEAR = ACCESS = ('open', 'credentialed', 'credentialed, in clear')

@@ -29,7 +29,7 @@ def cli(tmp_path):
 @pytest.fixture
 def here(tmp_path, monkeypatch, capfd):
     "`smsbench …` in this process: the same words and exit code, without the seconds of a start."
-    from smsbench.cli.main import main
+    from smsbench.cli.commands import main
 
     def run(*args):
         monkeypatch.chdir(tmp_path)

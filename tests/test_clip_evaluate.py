@@ -593,7 +593,7 @@ def test_a_refused_evaluation_costs_nothing_and_blocks_nothing(trained, tmp_path
 
     The corrected command may use the folder, and names models by their runs.
     """
-    from smsbench.cli.main import main
+    from smsbench.cli.commands import main
     from smsbench.testing.tiny_clip import tiny_clip
     from smsbench.data.phantom import phantom_cohort
     from smsbench.privacy import read_table, write_table

@@ -14,7 +14,7 @@ from smsbench.clip.zero_shot import zero_shot
 from smsbench.testing.tiny_clip import tiny_clip
 from smsbench.clip.trainer import TrainSettings, phantom_recipe, train
 from smsbench.clip.validation import macro_auroc
-from smsbench.cli.main import main
+from smsbench.cli.commands import main
 from smsbench.core import InputError
 from smsbench.testing.layouts import make_layout
 from smsbench.data.cohort import build_cohort

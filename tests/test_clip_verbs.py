@@ -7,7 +7,7 @@ import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from smsbench.cli.main import main
+from smsbench.cli.commands import main
 from smsbench.testing.tiny_clip import tiny_clip
 from smsbench.data.phantom import phantom_cohort
 from smsbench.privacy import read_table, write_table

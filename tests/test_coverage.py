@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from smsbench.cli.main import main
+from smsbench.cli.commands import main
 from smsbench.audit.coverage import Grid, judge_all, make_entries, read_grid, run_grid
 from smsbench.audit.metrics import Cells, answer_table, flipped, measure
 from smsbench.audit.simulate import make_setting, simulate, truth

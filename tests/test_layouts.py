@@ -519,7 +519,7 @@ def test_layout_folder_must_be_empty(tmp_path):
 def test_the_example_of_a_card_works_as_it_is_printed(name, tmp_path, capsys):
     "What `--example` writes, and the command that it suggests."
     import shlex
-    from smsbench.cli.main import main
+    from smsbench.cli.commands import main
 
     folder = tmp_path / 'my data'
     assert main(['cohort', name, '--example', str(folder)]) in (0, None)

@@ -14,7 +14,7 @@ REASON = 'ten points would change what is done for a patient'
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "A cohort of 30 made-up films and two plans of it."
-    from smsbench.cli.main import main
+    from smsbench.cli.commands import main
     from smsbench.data.phantom import phantom_cohort
     from smsbench.privacy import write_table
 

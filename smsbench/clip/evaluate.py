@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np, pandas as pd
 
-from ..core import Run, validate, write_json
+from ..core import Run, moved, validate, write_json
 from ..calibration import brier, ece
 from ..resampling import bootstrap_rows, bounded_ends, by_owner, effective_number, together
 from smsbench.stats import (
@@ -44,6 +44,11 @@ _all_ = [
     'zero_shot',
     'zero_shot_scores',
 ]
+
+__getattr__ = moved(
+    __name__,
+    film_values='smsbench.clip.evaluate:image_values',
+)
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #1082a27f
 def average_precision(

@@ -12,8 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import InputError
+from ..core import InputError, moved
 from ..privacy import access_of
+
+__getattr__ = moved(
+    __name__,
+    film_weights='smsbench.clip.sampling:image_weights',
+)
 
 # %% ../../nbs/50_clip/120_sampling.ipynb #ebc90867
 BALANCE = ('even', 'balanced', 'rare')

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, array_hash, atomic, content_hash, validate
+from ..core import InputError, array_hash, atomic, content_hash, moved, validate
 from smsbench.data.phantom_image import (
     FINDINGS,
     draw_image,
@@ -36,6 +36,12 @@ _all_ = [
     'phantom_ref',
     'read_phantom',
 ]  # re-exported for convenience
+
+__getattr__ = moved(
+    __name__,
+    draw_film='smsbench.data.phantom:draw_image',
+    phantom_film='smsbench.data.phantom:synthetic_image',
+)
 
 # %% ../../nbs/10_data/150_phantom.ipynb #c0407828
 _NAMES = dict(

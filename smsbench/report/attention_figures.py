@@ -11,7 +11,7 @@ import json
 
 import numpy as np, pandas as pd
 
-from ..core import InputError, RunError, complete_metrics, content_hash
+from ..core import InputError, RunError, complete_metrics, content_hash, moved
 from .examples import film
 from .figures import legend
 from .style import COLOURS, canvas, literal, looks, percent, rounded, span, styled
@@ -20,6 +20,12 @@ from ..attention.metrics import RANDOM
 from ..attention.store import kept_map, kept_shares
 from ..attention.tables import Regions, image_map, first_arm
 from ..audit.arms import ARMS
+
+__getattr__ = moved(
+    __name__,
+    film_arrived='smsbench.report.attention_figures:image_arrived',
+    draw_film='smsbench.report.attention_figures:draw_image',
+)
 
 # %% ../../nbs/70_report/100_attention_figures.ipynb #1643fde2
 def image_arrived(

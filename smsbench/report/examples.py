@@ -10,12 +10,17 @@ import json
 
 import numpy as np, pandas as pd
 
-from ..core import InputError
+from ..core import InputError, moved
 from ..data.phantom_image import read_phantom
 from ..data.images import read_image
 from .figures import void_arms
 from .style import canvas, literal, styled
 from ..audit.metrics import answer_table, subgroups
+
+__getattr__ = moved(
+    __name__,
+    example_pictures='smsbench.report.examples:example_images',
+)
 
 # %% ../../nbs/70_report/070_examples.ipynb #7d12c50a
 def open_only(

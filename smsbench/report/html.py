@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import InputError, RunError, atomic
+from ..core import InputError, RunError, atomic, moved
 from .style import DASH, rounded
 from .sentences import sentence
+
+__getattr__ = moved(
+    __name__,
+    render_run='smsbench.report.html:write_report',
+)
 
 # %% ../../nbs/70_report/200_html.ipynb #5d14dfbc
 _all_ = ['sentence']  # what a report says about a verdict belongs to its vocabulary

@@ -11,6 +11,13 @@ import functools, io, textwrap
 
 import numpy as np
 
+from ..core import moved
+
+__getattr__ = moved(
+    __name__,
+    picture_class='smsbench.report.style:image_class',
+)
+
 # %% ../../nbs/70_report/010_style.ipynb #899234d1
 DASH = '–'
 

@@ -11,7 +11,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..core import RunError, array_hash
+from ..core import RunError, array_hash, moved
+
+__getattr__ = moved(
+    __name__,
+    Heard='smsbench.vlm.delivery:RecordedPass',
+    listen='smsbench.vlm.delivery:record_inputs',
+)
 
 # %% ../../nbs/20_vlm/010_delivery.ipynb #ca0f19d7
 _BLOCK = 2**22  # elements hashed at a time: bounds the temporary memory to 32 MiB

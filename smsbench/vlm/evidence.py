@@ -10,8 +10,13 @@ import functools, re
 
 import numpy as np
 
-from ..core import InputError
+from ..core import InputError, moved
 from ..data.phantom import FINDINGS, TERMS, read_report
+
+__getattr__ = moved(
+    __name__,
+    film_evidence='smsbench.vlm.evidence:image_evidence',
+)
 
 # %% ../../nbs/20_vlm/050_evidence.ipynb #acccdc12
 STRENGTH = 3.0  # logits that one unit of evidence is worth
