@@ -469,13 +469,14 @@ def _hide(part, access):
     few = part.patients.between(1, SMALL - 1)  # many questions about few patients are few patients
     if access != OPEN:
         out['samples'] = part.samples.astype(object).mask(few, f'<{SMALL}')
-    part = out.copy()
+    numbers, part = part, out.copy()
     for c in ('samples', 'patients'):
         text = part[c].map(lambda x: _count_text(x, access))
         hidden = text.str.startswith('<')
         shown = pd.to_numeric(part[c], errors='coerce').dropna()
         shown = shown[~hidden[shown.index]]
-        if hidden.sum() == 1 and len(shown):
+        alone = hidden.sum() == 1 or 0 < numbers[c][hidden].sum() < SMALL
+        if alone and len(shown):
             text = text.mask(text.index == shown.idxmin(), 'withheld')
         out[c] = text
     return out

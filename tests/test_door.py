@@ -1,6 +1,7 @@
 "The public names: few, light, and each with an example that runs."
 
-import doctest, importlib, subprocess, sys
+import doctest, importlib, json, subprocess, sys
+from importlib.resources import files
 
 import pytest
 
@@ -43,3 +44,28 @@ def test_old_module_names_work_with_a_warning():
     with pytest.warns(DeprecationWarning, match='audit.plan'):
         old = importlib.import_module('smsbench.sms.shifts')
     assert old.make_plan is smsbench.make_plan
+    from smsbench.cli import main
+
+    assert callable(main)
+
+
+def test_every_old_name_leads_somewhere():
+    table = json.loads(files('smsbench').joinpath('aliases.json').read_text())
+    held = {
+        new: vars(importlib.import_module(f'smsbench.{new}')) for new in table['modules'].values()
+    }
+    assert all(held.values())
+    for old, new in table['moved'].items():
+        assert old.split(':')[1] in vars(importlib.import_module(f'smsbench.{new}')), old
+    assert {
+        n for n in table['renamed'].values() if not any(n in names for names in held.values())
+    } == set()
+
+
+@pytest.mark.parametrize(
+    'name', ['privacy.Teller', 'data.phantom.draw_film', 'report.html.render_run']
+)
+def test_names_that_changed_in_their_module_work_with_a_warning(name):
+    module, _, old = name.rpartition('.')
+    with pytest.warns(DeprecationWarning, match=old):
+        assert callable(getattr(importlib.import_module(f'smsbench.{module}'), old))

@@ -1,4 +1,4 @@
-"A new arm, data set and metric, each made as CONTRIBUTING says, go through to the report."
+"A new arm and a new data set, made as CONTRIBUTING says, go through to the report."
 
 import pandas as pd
 import pytest
@@ -48,7 +48,7 @@ def card(tmp_path):
     return tmp_path / 'mine.yaml', folder
 
 
-def test_an_arm_and_a_data_set_of_ones_own_reach_the_page(mirror, card, tmp_path, monkeypatch):
+def test_an_arm_and_a_data_set_of_ones_own_reach_the_page(mirror, card, tmp_path):
     path, folder = card
     cohort, left_out = smsbench.build_cohort(path, folder)
     assert len(cohort) == 60 and len(left_out) == 0

@@ -339,8 +339,7 @@ def missing_note(
     cohort: dict,  # access
 ) -> str:  # '' where nothing is missing
     "How many answers are missing, and the excess if they had stayed."
-    is_open = access_of(cohort, 'the cohort') == 'open' if cohort else True
-    out = _unread_original(verdict, is_open)
+    out = _unread_original(verdict)
     for modality in ('image', 'text'):
         v = verdict.get(f'relies_on_{modality}') or {}
         share, n = v.get('missing_share') or 0.0, v.get('n') or 0
@@ -368,15 +367,15 @@ def missing_note(
     return ' '.join(out)
 
 
-def _unread_original(verdict, is_open):
+def _unread_original(verdict):
     "That questions without a readable answer with their own image and text are left out."
     answers = verdict.get('answers') or {}
-    share = answers.get('unread_share') or 0.0
-    if not share:
+    share = answers.get('unread_share', 0.0)
+    if share == 0:
         return []
-    part = 'Under 1 %' if share < 0.01 else f'{100 * share:.0f} %'
-    if not is_open and round(share * answers.get('asked', 0)) < SMALL:
-        part = f'Fewer than {SMALL}'
+    part = f'Fewer than {SMALL}' if share is None else f'{100 * share:.0f} %'
+    if share is not None and share < 0.01:
+        part = 'Under 1 %'
     return [
         f'{part} of the questions got no readable answer with their own image and text (refused,'
         ' tied or unreadable). Accuracy and verdicts rest on the others; a model that declines'

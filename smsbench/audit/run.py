@@ -102,7 +102,8 @@ def mark_void(
     }
     metrics = complete_metrics(metrics)
     rows = zip(metrics.arm, metrics['first'], metrics.second)
-    rests = [bool(_needs(arm) & (void.get(a, set()) | void.get(b, set()))) for arm, a, b in rows]
+    lost = [bool(_needs(arm) & (void.get(a, set()) | void.get(b, set()))) for arm, a, b in rows]
+    rests = pd.Series(lost, metrics.index, dtype=bool)
     note = metrics.note.mask(rests, 'void: rests on an arm that was not delivered')
     out = metrics.assign(note=note, state=metrics.state.mask(rests, 'void'))
     out.attrs = metrics.attrs

@@ -14,7 +14,7 @@ from scipy.special import ndtr
 
 from ..core import InputError
 from ..inference import correlation
-from ..privacy import access_of, without_small_verdict
+from ..privacy import CountFormatter, access_of, without_small_verdict
 from .answering import answering
 from smsbench.audit.metrics import (
     MOST_UNTRIED,
@@ -344,7 +344,7 @@ def give_verdicts(
         found = {k: _without_few(v, margin) for k, v in found.items()}
     models = {
         m: (
-            _model_record(m, parts[m], found, silent[m]['all', 'all'])
+            _model_record(m, parts[m], found, silent[m]['all', 'all'], access_of(plan, 'the plan'))
             | {f'{s}_arms': state(m, s) for s in ('void', 'unproven')}
         )
         for m in parts
@@ -426,7 +426,7 @@ def _silence(cells, margin, first):
     return answering(cells, words)
 
 
-def _model_record(model, parts, found, silent):
+def _model_record(model, parts, found, silent, access):
     "The verdicts of one model, nested as verdicts.json holds them."
 
     def of(kind, name):
@@ -438,7 +438,7 @@ def _model_record(model, parts, found, silent):
     whole = parts['all', 'all']
     return dict(
         **of('all', 'all'),
-        answers=silent | unread(whole),
+        answers=silent | unread(whole, access),
         findings=findings,
         subgroups=subgroup,
         caveats=[],
@@ -447,13 +447,15 @@ def _model_record(model, parts, found, silent):
 
 def unread(
     cells: Cells,  # one model's answers
-) -> dict:  # unread_share of the answers under `original`, 0..1; asked: their number
-    "How many questions got an answer that could not be read, with their own image and text."
+    access: str = 'open',  # 'open' or 'credentialed'
+) -> dict:  # unread_share of the answers under `original`, 0..1; None: fewer than 10, withheld
+    "Measure how many questions with their own image and text got an answer that cannot be read."
     if 'original' not in cells.arms:
-        return dict(unread_share=0.0, asked=0)
+        return dict(unread_share=0.0)
     w = cells.weight('original') * cells('original', 'tried')
-    share = (w * ~cells('original', 'parsed')).sum() / max(w.sum(), 1e-300)
-    return dict(unread_share=float(share), asked=int(round(w.sum())))
+    count, asked = (w * ~cells('original', 'parsed')).sum(), w.sum()
+    hidden = CountFormatter(access).hides(round(count), round(asked))
+    return dict(unread_share=None if hidden else float(count / max(asked, 1e-300)))
 
 
 def _add_pooled(findings):

@@ -356,7 +356,7 @@ def _exclusions(m, rows, base, every, broken):
 def _filtered(m, funnel):
     out = {}
     steps = [s for s in funnel if s['step'] != 'limit']
-    for f, s in zip(m.filters, steps[len(steps) - len(m.filters) :]):
+    for f, s in zip(m.filters, steps[max(len(steps) - len(m.filters), 0) :]):
         out[f.says] = out.get(f.says, 0) + s['removed']
     return out
 

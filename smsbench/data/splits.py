@@ -320,10 +320,17 @@ def _usual(name):
     return _ORDER.index(name) if name in _ORDER else len(_ORDER), name
 
 
+def _tells(counts, hidden):
+    "Tell whether hidden counts of a line follow from its total, and another can be hidden."
+    few = hidden.sum() == 1 or 0 < counts[hidden].sum() < 10
+    return bool(few and not hidden.all())
+
+
 def _hide_small(t):
     """Format counts as text, those below 10 as '<10'.
 
-    No row or column of a finding has a single hidden cell, which its total would reveal.
+    No row or column of a finding has a single hidden cell, or few in all, which its total would
+    reveal.
     """
     small = t.samples.between(1, 9) | t.patients.between(1, 9)
     hidden = small.copy()
@@ -333,7 +340,7 @@ def _hide_small(t):
         for c in ('split', 'class')
         for i in t.index[t.finding == f].groupby(t[c][t.finding == f]).values()
     ]
-    while alone := [i for i in lines if hidden[i].sum() == 1 and len(i) > 1]:
+    while alone := [i for i in lines if _tells(t.samples[i], hidden[i])]:
         hidden[t.samples[alone[0]][~hidden[alone[0]]].idxmin()] = True
     cells = {c: t[c].astype(str).mask(hidden, 'withheld') for c in ('patients', 'samples', 'share')}
     for c in ('patients', 'samples'):

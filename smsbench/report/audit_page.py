@@ -77,7 +77,7 @@ _LACKS = {
     'void': 'no verdict',
     'does not answer': 'does not answer',
     'not asked': 'not asked',
-    'too few': 'too few patients',
+    'too few': 'too few patients or donors',
     'incomplete': 'answers are missing',
 }
 
@@ -196,6 +196,7 @@ def opening(
     results,  # `Results` of a run
     record: dict,  # what verdicts.json holds
     registration: str = '',  # was the analysis registered before the first answer? in a few words
+    before: bool | None = False,  # the same: True, False, or None where it is not known
 ) -> Html:
     "What was audited in one line, how to read the numbers, then the verdicts of each model."
     about, plan = results.config['cohort'], results.plan
@@ -222,9 +223,7 @@ def opening(
         title,
         ', '.join(counts),
         '' if results.open else closed,
-        reading_note(
-            record, wording(plan.attrs['tasks']), registration.startswith('registered before')
-        ),
+        reading_note(record, wording(plan.attrs['tasks']), before),
         told,
         join(verdict_card(results, record, m, shared) for m in model_names(results)),
         _shared_html(shared),
@@ -449,6 +448,8 @@ def label_error_table(
 
 def _both_ends(name, v):
     "Verdict and excess of one modality as two cells."
+    if v['value'] is None:
+        return {name: 'ruled out by the answers', f'{name}: excess, points (95 % CI)': DASH}
     said = estimate(v['value'], v['ci_low'], v['ci_high'])
     return {name: chip(v['verdict'], short=True), f'{name}: excess, points (95 % CI)': said}
 
@@ -541,7 +542,7 @@ def donor_section(
         }
     )
     figure = figure_html(
-        donor_figure(use, 0 if results.open else 10),
+        donor_figure(use[~hide & (results.open | (use.effective >= SMALL))]),
         name='donors',
         run=results.path if keep else None,
         absent='Too few donors to be drawn.',

@@ -94,7 +94,7 @@ def missing(
     row,  # a row without a value
 ) -> str:
     "Why: suppressed because few samples are behind it, or not defined."
-    return 'suppressed' if 'suppressed' in row.note and getattr(row, 'n', 1) else DASH
+    return 'suppressed' if row.state == 'suppressed' and getattr(row, 'n', 1) else DASH
 
 # %% ../../nbs/70_report/020_figures.ipynb #92eb939f
 def draw_dots(

@@ -326,11 +326,12 @@ def no_verdict(
 ) -> str:
     "Why there is no verdict on a modality, and what would bring one."
     few = format_count(int(v['n_patients'] or 0), 'open' if is_open else 'credentialed')
+    withheld = '' if is_open or v['n_patients'] else v.get('note')
     why = {
         'void': 'the change did not reach the model',
         'does not answer': 'the model does not answer the question',
         'not asked': f'it was not swapped in this run; ask for it with --arms {modality}_swap',
-        'too few': f'only {few} patients could be compared; more patients are needed',
+        'too few': withheld or f'only {few} patients could be compared; more patients are needed',
         'incomplete': f"too many answers are missing: {v.get('note', '')}",
     }
     return f"{subject}: no verdict on the {modality}, because {why[v['state']]}."
@@ -358,11 +359,15 @@ def instead(
 def reading_note(
     record: dict,  # what verdicts.json holds
     words: dict,  # from `wording`
-    before: bool = False,  # was the margin registered before the first answer?
+    before: bool | None = False,  # was it registered before the first answer? None: not known
 ) -> str:
     "Explain points, margin and donor."
     reason = str(record['margin_reason'] or '').strip().rstrip('.') or 'no reason was given'
-    when = 'it was registered before the first answer' if before else 'it was not registered before'
+    when = {
+        True: 'it was registered before the first answer',
+        False: 'it was not registered before',
+        None: 'whether it was registered before the first answer is not known',
+    }[before]
     d = margin_points(record['margin'])
     return (
         f"How to read it: the {words['image']} or the {words['text']} was swapped for one of "

@@ -368,21 +368,19 @@ def _uses(loans):
 # %% ../../nbs/70_report/060_verdict_figures.ipynb #67a24d3a
 @styled
 def donor_figure(
-    use: pd.DataFrame,  # of `donor_use`
-    smallest: int = 0,  # fewest donors that may be shown; 10 for credentialed data
+    use: pd.DataFrame,  # of `donor_use`, without rows that may not be shown
 ):  # Figure with `.alt`, or None where nobody lends
     "Donors and effective donors per arm, finding and class."
     from matplotlib.ticker import LogLocator, NullLocator
 
-    shown = use[use.donors >= smallest]
-    if shown.empty:
+    if use.empty:
         return None
     lines = (use.finding + ': ' + use.donor_class).drop_duplicates().tolist()
     arms = list(dict.fromkeys(use.arm))
     styles, step = looks(arms), 0.8 / len(arms)
     fig, ax = canvas(4.4, 1.0 + len(lines) * max(0.3, 0.13 * len(arms)))
     ax = ax[0, 0]
-    for r in shown.itertuples():
+    for r in use.itertuples():
         c, shift = styles[r.arm]['color'], step * (arms.index(r.arm) - (len(arms) - 1) / 2)
         y = lines.index(f'{r.finding}: {r.donor_class}') + shift
         ax.plot([r.effective, r.donors], [y, y], color=c, lw=1.2)
@@ -395,7 +393,7 @@ def donor_figure(
         ylim=(len(lines) - 0.5, -0.5),
     )
     ax.set_yticklabels([textwrap.fill(literal(l, 60), 20) for l in lines])
-    ax.set_xlim(shown.effective.min() / 1.4, shown.donors.max() * 1.4)
+    ax.set_xlim(use.effective.min() / 1.4, use.donors.max() * 1.4)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
     ax.xaxis.set_minor_locator(NullLocator())
@@ -404,6 +402,6 @@ def donor_figure(
     legend(fig, styles, 60)
     fig.alt = 'Donor patients, and effective donors in brackets. ' + ' '.join(
         f'{r.arm}, {r.finding}: {r.donor_class}: {r.donors} ({rounded(r.effective, 0)}).'
-        for r in shown.itertuples()
+        for r in use.itertuples()
     )
     return fig
