@@ -47,7 +47,7 @@ def states_figure(
     "Shares of the four states per model, with the control below."
     from matplotlib.patches import Patch
 
-    rows = pd.concat([pick(metrics, f'state_{s}', subgroup).assign(state=s) for s in STATES])
+    rows = pd.concat([pick(metrics, f'state_{s}', subgroup).assign(answers=s) for s in STATES])
     if rows.empty:
         return None
     models, void = sorted(set(rows.model)), void_or_baseline(delivery)
@@ -56,7 +56,7 @@ def states_figure(
     for i, model in enumerate(models):
         for k, arm in enumerate(a for a in SWAPS if a in set(rows.arm)):
             part = rows[(rows.model == model) & (rows.arm == arm)]
-            _state_bar(ax, part.set_index('state'), i + 0.40 * k - 0.16, 0.34 - 0.12 * k, void)
+            _state_bar(ax, part.set_index('answers'), i + 0.40 * k - 0.16, 0.34 - 0.12 * k, void)
     _state_axes(ax, models, [a for a in SWAPS if a in set(rows.arm)])
     handles = [
         Patch(ec='white', fc=v['color'], hatch=v.get('hatch'), label=STATE_WORDS[s])
@@ -109,7 +109,7 @@ def _states_alt(rows, models, void):
         if is_void(next(part.itertuples()), void):
             return f'{SWAP_WORDS[arm]}: void'
         told = [percent(r.value) if np.isfinite(r.value) else missing(r) for r in part.itertuples()]
-        each = ', '.join(f'{s} {v}' for s, v in zip(part.state, told))
+        each = ', '.join(f'{s} {v}' for s, v in zip(part.answers, told))
         return f'{SWAP_WORDS[arm]}: {each}'
 
     each = [f"{m}, " + '; '.join(t for t in (told(m, a) for a in SWAPS) if t) for m in models]
