@@ -165,12 +165,29 @@ def final(
     return opening(last[conclusion.end() :], names, True)
 
 # %% ../../nbs/30_answers/40_choices.ipynb #d4387c50
+_ASKS = r'\W*(?:(?:either|is it|(?:please )?answer(?: with)?)\s+)?'
+
+
+def _menu(text, names):
+    "Match the question 'yes or no?' with which some answers begin; it offers, and asserts nothing."
+    one = '|'.join(map(re.escape, sorted(names.of, key=len, reverse=True)))
+    pair = rf'\(?({one})\)?\s*(?:,?\s*or\s|/)\s*\(?({one})\)?'
+    menu = re.match(rf'{_ASKS}{pair}\s*(?:[?:]+|[.!]?\s*$)', text, re.I)
+    if not menu or names.of[menu[1].lower()] == names.of[menu[2].lower()]:
+        return None
+    return menu
+
+
 def explicit(
     text: str,  # answer of a model
     names: Names,  # from `names_of`
 ) -> tuple[str, str]:  # (choice, layer); the choice is '?' for several, '' for none
     "Find a choice that is named outright."
     text = _SURELY.sub('', text.strip(), count=1)
+    if menu := _menu(text, names):
+        text = text[menu.end() :].strip()
+        if not text:
+            return '?', 'first'
     whole = text.strip(' ."\'!()\n').lower()
     if whole in names.of:
         return names.of[whole], 'whole'
