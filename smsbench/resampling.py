@@ -387,7 +387,7 @@ class Statistic:
     names: tuple = ('',)  # K names
     bounds: tuple | np.ndarray = (-np.inf, np.inf)  # range of the statistic: (low, high) or (K, 2)
     used: np.ndarray | None = None  # (n,), (n, K) or (n, K, S) rows that count; None: all
-    ends: Callable | None = None  # gives ends (2, K) in place of quantiles; see above
+    ends: Callable | None = None  # (resamples, value, tail) -> ends (2, K), in place of quantiles
     own: tuple | None = None  # (K,) bool: numbers that `ends` is for; None: all, given `ends`
 
     @property

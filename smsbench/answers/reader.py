@@ -38,7 +38,7 @@ class Reading(NamedTuple):
 
     choice: str  # one of the choices, or ''
     status: str  # ok, empty, refused, ambiguous, unparsed
-    layer: str  # see the table above; '' if none decided
+    layer: str  # whole, first, final, keyed, letter, statement, ...; '' if none decided
 
 # %% ../../nbs/30_answers/50_reader.ipynb #3fd41a94
 def _side_of(states, what, names):
@@ -196,7 +196,10 @@ def read_answer(
     inverted: bool = False,  # True: the question asks for the absence
     options=None,  # letter -> text, if options were listed
 ) -> tuple[str, str]:  # (choice or '', status)
-    """Read one answer; the table above lists the statuses.
+    """Read one answer.
+
+    Status: 'ok' for exactly one choice, 'empty', 'refused', 'ambiguous' for several or a hedge,
+    'unparsed' for anything else.
 
     >>> read_answer("No effusion is seen.", finding="effusion")
     ('no', 'ok')

@@ -367,8 +367,8 @@ def measure_grounding(
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling and of the simulation
     minimum: int = 10,  # samples below which a number is suppressed
-) -> pd.DataFrame:  # metrics table, see above
-    "States, confidence and probabilities per model, over all and per finding."
+) -> pd.DataFrame:  # metrics table
+    "Measure the four states, confidence and probabilities per model, over all and per finding."
     how, out = dict(n_boot=n_boot, level=level, seed=seed, minimum=minimum), []
     rows = with_confidence(answer_table(plan, predictions), plan.attrs['tasks'])
     for model, mine in rows.groupby('model', sort=True):

@@ -424,7 +424,7 @@ def slug(
 
 # %% ../../nbs/35_audit/010_paraphrases.ipynb #2196967c
 def own_wordings(
-    table: pd.DataFrame,  # text columns, see above
+    table: pd.DataFrame,  # text columns, one row per wording
 ) -> dict[str, list[Variant]]:  # question -> its wordings, variant 0 first
     "A user's rewordings by question; `InputError` names the first row that cannot be used."
     if missing := [c for c in _NEEDS if c not in table]:

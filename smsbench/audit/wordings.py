@@ -101,7 +101,7 @@ class Asking:
         self,
         rows: dict,  # sample_id -> opened row of the cohort
         tasks: dict,  # finding -> {question, choices, ...}
-        paraphrases,  # see the table above; 0 for none
+        paraphrases,  # a number by rule, a table question -> wordings, or 'cohort'; 0 for none
         access: str,  # of the cohort: words of credentialed rows are not written down
     ):
         self.rows, self.tasks, self.closed = rows, tasks, access != 'open'
