@@ -475,7 +475,8 @@ def _hide(part, access):
         hidden = text.str.startswith('<')
         shown = pd.to_numeric(part[c], errors='coerce').dropna()
         shown = shown[~hidden[shown.index]]
-        alone = hidden.sum() == 1 or 0 < numbers[c][hidden].sum() < SMALL
+        behind = pd.to_numeric(numbers[c][hidden], errors='coerce').sum(skipna=False)
+        alone = hidden.sum() == 1 or not (behind == 0 or behind >= SMALL)
         if alone and len(shown):
             text = text.mask(text.index == shown.idxmin(), 'withheld')
         out[c] = text
