@@ -410,14 +410,15 @@ def holm(
     p,  # (m,) p-values; NaN (a test that could not be made) is passed through and not counted
 ) -> np.ndarray:  # (m,) adjusted p-values, in the same order
     "Adjust p-values by Holm's method (Holm 1979)."
-    p = np.asarray(p, float)
-    known = np.flatnonzero(~np.isnan(p))
-    if ((p[known] < 0) | (p[known] > 1)).any():
+    from statsmodels.stats.multitest import multipletests
+
+    adjusted = np.array(p, float)
+    known = ~np.isnan(adjusted)
+    if ((adjusted[known] < 0) | (adjusted[known] > 1)).any():
         raise InputError('holm: p-values lie in 0..1')
-    order = known[np.argsort(p[known], kind='stable')]
-    out = np.full(p.shape, np.nan)
-    out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
-    return out
+    if known.any():
+        adjusted[known] = multipletests(adjusted[known], method='holm')[1]
+    return adjusted
 
 # %% ../nbs/00_base/50_stats.ipynb #628b0f1d
 class Equivalence(NamedTuple):

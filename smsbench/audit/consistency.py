@@ -7,6 +7,7 @@ __all__ = ['beside_original', 'rewording_terms', 'sample_terms', 'answer_entropy
 
 # %% ../../nbs/35_audit/120_consistency.ipynb #255d9a44
 import numpy as np, pandas as pd
+from scipy.special import entr
 
 from ..core import InputError
 from .metrics import Term, answer_table, metrics_table, term_rows
@@ -87,7 +88,7 @@ def answer_entropy(
 ) -> pd.Series:  # bits, per sample
     "Shannon entropy of the answers given."
     share = counts.div(counts.sum(axis=1), axis=0)
-    return -(share * np.log2(share.where(share > 0, 1))).sum(axis=1) + 0.0
+    return entr(share).sum(axis=1) / np.log(2)
 
 # %% ../../nbs/35_audit/120_consistency.ipynb #a422c002
 def measure_wordings(

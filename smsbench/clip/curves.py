@@ -19,6 +19,8 @@ def confusion_matrix(
     classes,  # names, in order
 ) -> pd.DataFrame:  # (C, C) counts, rows: truth, columns: predicted
     "Count predictions per true class; `InputError` for a name that is no class."
+    from sklearn import metrics
+
     classes = list(classes)
     t, p = (
         pd.Series(list(v), dtype=object).where(lambda s: s.notna(), '') for v in (truth, predicted)
@@ -32,9 +34,9 @@ def confusion_matrix(
         raise InputError(
             f"confusion matrix: {odd[0]!r} is none of the classes {', '.join(map(str, classes))}"
         )
-    at = pd.Index(classes)
     counts = np.zeros((len(classes),) * 2, int)
-    np.add.at(counts, (at.get_indexer(t[asked]), at.get_indexer(p[asked])), 1)
+    if asked.any():
+        counts = metrics.confusion_matrix(t[asked], p[asked], labels=classes)
     return pd.DataFrame(
         counts, index=pd.Index(classes, name='truth'), columns=pd.Index(classes, name='predicted')
     )
@@ -102,6 +104,9 @@ def decision_counts(
     )
 
 # %% ../../nbs/50_clip/230_curves.ipynb #20114842
+_CURVE = ['class', 'threshold', 'fpr', 'tpr', 'precision']
+
+
 def score_curves(
     scores,  # (N, C) DataFrame of probabilities
     targets,  # (N, C) 1, 0, NaN: unknown
@@ -117,25 +122,18 @@ def score_curves(
         x, y = c.scores[k, i], c.truth[k, i]
         if not 0 < y.sum() < len(y):
             continue
-        order = np.argsort(-x, kind='stable')
-        last = np.flatnonzero(np.r_[np.diff(x[order]) != 0, True])
-        tp, seen = np.cumsum(y[order])[last], last + 1
-        parts.append(
-            pd.DataFrame(
-                {
-                    'class': name,
-                    'threshold': np.r_[np.inf, x[order][last]],
-                    'fpr': np.r_[0, (seen - tp) / (len(y) - y.sum())],
-                    'tpr': np.r_[0, tp / y.sum()],
-                    'precision': np.r_[1, tp / seen],
-                }
-            )
-        )
-    return (
-        pd.concat(parts, ignore_index=True)
-        if parts
-        else pd.DataFrame(columns=['class', 'threshold', 'fpr', 'tpr', 'precision'])
-    )
+        parts.append(_score_curve(x, y).assign(**{'class': name})[_CURVE])
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_CURVE)
+
+
+def _score_curve(scores, truth):
+    "Compute the curves of one class."
+    from sklearn.metrics import roc_curve
+
+    fpr, tpr, limits = roc_curve(truth, scores, drop_intermediate=False)
+    right, wrong = tpr * truth.sum(), fpr * (len(truth) - truth.sum())
+    precision = np.r_[1, right[1:] / (right + wrong)[1:]]
+    return pd.DataFrame(dict(threshold=limits, fpr=fpr, tpr=tpr, precision=precision))
 
 # %% ../../nbs/50_clip/230_curves.ipynb #7cf85f42
 def reliability_curves(

@@ -8,6 +8,7 @@ __all__ = ['distribution', 'entropy', 'focus', 'gini', 'centre_of_mass', 'common
 
 # %% ../../nbs/05_saliency/20_metrics.ipynb #473d2573
 import numpy as np, pandas as pd
+from scipy.special import entr, rel_entr
 
 from ..core import InputError
 
@@ -42,9 +43,7 @@ def entropy(
     weights,  # a map
 ) -> float:  # bits, from 0 to log2(cells)
     "Compute the Shannon entropy of a map."
-    p = _visible(weights)
-    p = p[p > 0]
-    return float(max(0.0, -(p * np.log2(p)).sum()))
+    return float(max(0.0, entr(_visible(weights)).sum() / np.log(2)))
 
 # %% ../../nbs/05_saliency/20_metrics.ipynb #cd1fdd8e
 def focus(
@@ -103,11 +102,8 @@ def jensen_shannon(
     "Compute the Jensen-Shannon divergence (Lin 1991), base 2."
     p, q = common(a, b)
     mid = (p + q) / 2
-
-    def kl(p):
-        return (p[p > 0] * np.log2(p[p > 0] / mid[p > 0])).sum()
-
-    return float(np.clip((kl(p) + kl(q)) / 2, 0, 1))
+    bits = (rel_entr(p, mid) + rel_entr(q, mid)).sum() / 2 / np.log(2)
+    return float(np.clip(bits, 0, 1))
 
 # %% ../../nbs/05_saliency/20_metrics.ipynb #bfc6b4c6
 def cosine(
@@ -115,8 +111,10 @@ def cosine(
     b,  # another on the same grid or image
 ) -> float:  # from 0 (nothing in common) to 1 (proportional)
     "Compute the cosine of the angle between two maps."
+    from scipy.spatial import distance
+
     p, q = common(a, b)
-    return float(np.clip((p * q).sum() / np.sqrt((p * p).sum() * (q * q).sum()), 0, 1))
+    return float(np.clip(1 - distance.cosine(p, q), 0, 1))
 
 # %% ../../nbs/05_saliency/20_metrics.ipynb #69db3fe2
 def regridded(
