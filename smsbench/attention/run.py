@@ -32,7 +32,8 @@ from smsbench.audit.run import (
     mark_void,
     void_lines,
 )
-from ..audit.settings import Wordings, _same_model, check_model, model_name, open_model
+from ..audit.model_spec import ModelSpec, check_model, model_name, open_model
+from ..audit.settings import Wordings, _same_model
 from ..audit.arms import ARMS
 from ..audit.plan import cohort_hash, make_plan
 from ..vlm.attribution_baselines import randomised
@@ -156,9 +157,10 @@ def check_attending(
     **how,  # further options of `open_attending`
 ):
     "Check that a name is that of a model with attention, without loading it."
-    if spec.startswith('planted:'):
+    spec = ModelSpec.parse(spec)
+    if spec.kind == 'planted':
         raise InputError(
-            f'{spec}: a planted model has no attention; take reference-image-reader,'
+            f'{spec.name}: a planted model has no attention; take reference-image-reader,'
             ' reference-blind-follower, a folder or a Hugging Face id'
         )
     check_model(spec, how.get('revision'), how.get('trust_remote_code', False))
@@ -366,8 +368,9 @@ def _before_the_first_trial(models, plan, source, marked, settings, how):
 
 
 def _one_model(spec, plan, source, run, settings, marked, how, opened=None):
-    name = model_name(spec)
-    _same_model(run, name, spec, how)
+    spec = ModelSpec.parse(spec)
+    name = spec.name
+    _same_model(run, spec, how)
     once = dict(model=opened)
 
     def loaded():

@@ -38,14 +38,12 @@ from smsbench.audit.registration import (
     mark_first_answer,
     read_registration,
 )
+from .model_spec import ModelSpec, check_model, model_name, open_model
 from smsbench.audit.settings import (
     DEFAULTS,
     AuditSettings,
     _same_model,
     check_lines,
-    check_model,
-    model_name,
-    open_model,
     read_checks,
     score_model,
 )
@@ -261,7 +259,7 @@ def run_audit(
     _check_kept(registration, settings, held.cohort, plan)
     run = Run(out)
     for m in models:
-        _same_model(run, model_name(m), m, how, write=False)
+        _same_model(run, ModelSpec.parse(m), how, write=False)
     cohort, source = held.cohort, Source(held, root, remote=remote)
     about = _about(cohort)
     run.freeze(

@@ -182,7 +182,7 @@ def _own_words(model, films, prompts):
     from smsbench.report.external_page import own_prompts
 
     words, notes = own_prompts(model, films, _prompts(prompts, films))
-    record = read_seen(model) if Path(model).is_dir() else None
+    record = read_seen(model)
     o = overlap(record, films) if record else None
     notes = notes + [
         'WARNING: the checkpoint was trained or chosen on some of these films or patients'

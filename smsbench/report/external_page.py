@@ -152,7 +152,7 @@ def unseen(
 
     `InputError` where there are others and they are not to be dropped, or where none are left.
     """
-    record = read_seen(checkpoint) if Path(str(checkpoint)).is_dir() else None
+    record = read_seen(checkpoint)
     if record is None:
         return films, [
             'WARNING: the checkpoint does not say what it was trained on, so overlap with this'

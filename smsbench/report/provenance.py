@@ -16,6 +16,7 @@ from .html import Html, html_table, join, markup
 from .audit_page import column, model_names
 from ..audit.arms import ARMS
 from ..audit.image_edits import IMAGE_OPERATIONS
+from ..audit.model_spec import ModelSpec
 from ..audit.probes import TEXT_WORDS
 from ..privacy import access_of, format_count
 
@@ -166,9 +167,7 @@ def loading_flags(
     info = [
         i
         for m, i in results.predictions.attrs.get('models', {}).items()
-        if m in results.config['models']
-        and 'imported' not in i
-        and not m.startswith(('planted:', 'reference-'))
+        if m in results.config['models'] and 'imported' not in i and not ModelSpec.parse(m).shipped
     ]
     same = {k: {str(i.get(k) or '') for i in info} for k in options}
     return (
