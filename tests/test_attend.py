@@ -269,12 +269,16 @@ def work(folder, ready):
     looked = map_store.look_at
 
     def slow(*a):
-        time.sleep(0.02)
+        time.sleep(0.05)
         ready.set()
         return looked(*a)  # from the first trial on a kill hits the work itself
 
     map_store.look_at = slow
-    attend(phantom_cohort(12, findings=['effusion'], seed=4), [READER], folder, ONCE, device='cpu')
+    cohort = phantom_cohort(12, findings=['effusion'], seed=4)
+    try:
+        attend(cohort, [READER], folder, ONCE, device='cpu')
+    finally:
+        ready.set()  # nothing was left to look at
 
 
 def test_a_run_that_is_killed_ends_the_same(tmp_path):

@@ -421,6 +421,7 @@ def test_the_published_report_would_be_right_now():
     )
 
 
+@pytest.mark.slow  # compiles for half a minute
 def test_umap_gives_the_same_picture_for_a_seed():
     pytest.importorskip('umap')
     rng = np.random.default_rng(0)

@@ -114,7 +114,10 @@ def published(folder, source, **text):
     return folder
 
 
-def test_what_the_folder_holds_goes_before_the_hub(folders, tmp_path):
+def test_what_the_folder_holds_goes_before_the_hub(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        'huggingface_hub.constants.HF_HUB_OFFLINE', True
+    )  # no waiting for a network
     clip = load_clip(str(published(tmp_path / 'biomed', folders['timm-hf'])), device='cpu')
     assert clip.config['preprocess_cfg']['mean'] == (0.5, 0.4, 0.3) and np.array_equal(
         text_embeddings(clip, TEXTS),
