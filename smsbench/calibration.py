@@ -43,6 +43,7 @@ def bin_sums(
     prob,  # (n,) probabilities in 0..1
     y,  # (n,) true/false or 1/0
     n_bins: int = 10,  # bins wanted
+    *,
     scheme: str = 'equal_width',  # or 'equal_mass'
     of=lambda p, y: (p, y),  # numbers to sum in each bin besides the row count
 ):  # sums (n, m * (1 + extras)), a function totals -> (..., m, 1 + extras), edges (m + 1,)
@@ -69,6 +70,7 @@ def gap_ends(
     boot: np.ndarray,  # (B, m) resampled gaps
     at: np.ndarray,  # (m,) gaps of the data
     f,  # convex, 0 at 0: `np.abs` or `np.square`
+    *,
     slope,  # its derivative: `np.sign` or `lambda g: 2 * g`
     tail: float,  # probability left out on each side
 ) -> np.ndarray:  # (2, 1) lower and upper end, lower end >= 0
@@ -95,14 +97,14 @@ def ece(
 
     Source: Naeini et al. 2015.
     """
-    sums, unfold, _ = bin_sums(prob, y, n_bins, scheme)
+    sums, unfold, _ = bin_sums(prob, y, n_bins, scheme=scheme)
 
     def gaps(t):
         b = unfold(t)
         return (b[..., 1] - b[..., 2]) / b[..., 0].sum(-1, keepdims=True)
 
     def ends(boot, at, tail):
-        return np.minimum(1, gap_ends(gaps(boot), gaps(at), np.abs, np.sign, tail[0]))
+        return np.minimum(1, gap_ends(gaps(boot), gaps(at), np.abs, slope=np.sign, tail=tail[0]))
 
     return Statistic(
         sums, lambda t: abs(gaps(t)).sum(-1, keepdims=True), ('ece',), (0, 1), ends=ends
@@ -113,11 +115,12 @@ def max_calibration_error(
     prob,  # (n,) probabilities in 0..1
     y,  # (n,) true/false or 1/0
     n_bins: int = 10,  # bins
+    *,
     scheme: str = 'equal_width',  # or 'equal_mass'
     minimum: int = 10,  # fewest rows of a bin that counts
 ) -> Statistic:  # one number in 0..1; NaN where no bin has `minimum` rows
     "Define the maximum calibration error over bins that are large enough."
-    sums, unfold, _ = bin_sums(prob, y, n_bins, scheme)
+    sums, unfold, _ = bin_sums(prob, y, n_bins, scheme=scheme)
     size, total, _ = unfold(sums.sum(0)).T
     keep = size >= minimum
     # pulled off 0 and 1, where a model seems to have no noise
@@ -162,10 +165,11 @@ def brier_decomposition(
     prob,  # (n,) probabilities in 0..1
     y,  # (n,) true/false or 1/0
     n_bins: int = 10,  # bins
+    *,
     scheme: str = 'equal_width',  # or 'equal_mass'
 ) -> Statistic:  # five numbers: brier, reliability, resolution, uncertainty, within
     "Split the Brier score: brier = reliability - resolution + uncertainty + within."
-    sums, unfold, _ = bin_sums(prob, y, n_bins, scheme, lambda p, y: (p, y, p * p, p * y))
+    sums, unfold, _ = bin_sums(prob, y, n_bins, scheme=scheme, of=lambda p, y: (p, y, p * p, p * y))
 
     def parts(t):
         n, p, e, pp, pe = np.moveaxis(unfold(t), -1, 0)  # each (..., m); e: events
@@ -189,7 +193,10 @@ def brier_decomposition(
         out = percentile_ends(values(boot), tail)
         for k, cap in ((1, 1), (2, 0.25)):
             out[:, [k]] = np.minimum(
-                cap, gap_ends(parts(boot)[k], parts(at)[k], np.square, lambda g: 2 * g, tail[k])
+                cap,
+                gap_ends(
+                    parts(boot)[k], parts(at)[k], np.square, slope=lambda g: 2 * g, tail=tail[k]
+                ),
             )
         return out
 
@@ -207,6 +214,7 @@ def reliability_curve(
     prob,  # (n,) probabilities in 0..1
     y,  # (n,) true/false or 1/0
     clusters,  # (n,) patient of each row
+    *,
     n_bins: int = 10,  # bins
     scheme: str = 'equal_width',  # or 'equal_mass'
     minimum: int = 10,  # smallest bin that is reported
@@ -216,7 +224,7 @@ def reliability_curve(
 
     Columns: bin_low, bin_high, prob, frequency, ci_low, ci_high, n, n_clusters, note.
     """
-    sums, unfold, edges = bin_sums(prob, y, n_bins, scheme)
+    sums, unfold, edges = bin_sums(prob, y, n_bins, scheme=scheme)
     where = unfold(sums)[..., 0] == 1  # (n, m)
     ci = together(*(proportion(y, w, f'bin {k}') for k, w in enumerate(where.T))).bootstrap(
         clusters, **how

@@ -402,6 +402,7 @@ def progress(
     items,  # items to iterate over
     desc: str = '',  # label of the bar
     total: int | None = None,  # number of items, if `items` has no length
+    *,
     unit: str = 'it',  # what one item is
 ):  # an iterator over `items`
     "Show a plain-text progress bar on stderr, redrawn rarely if stderr is no terminal."

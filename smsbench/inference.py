@@ -144,6 +144,7 @@ def mean_of(
     dyads: Dyads,
     influence: np.ndarray,  # (n,) influence value of each row; they sum to 0
     value: float,  # the estimate
+    *,
     weights: list,  # (n,) arrays of row weights, >= 0, one per denominator of the estimate
     arm: str = '',  # arm whose donors count
     **how,  # share, bounds, spread of `Mean`
@@ -169,6 +170,7 @@ def ratio_of(
     dyads: Dyads,
     num: np.ndarray,  # (n,) numerators
     den: np.ndarray,  # (n,) denominators, >= 0; 0 where the row does not count
+    *,
     arm: str = '',  # arm whose donors count
     bounds=(0, 1),  # range of the ratio
     share=None,  # bound it like a share; None: if every row lies at one of two finite bounds
@@ -182,7 +184,9 @@ def ratio_of(
         share = _at_ends(num, den, bounds)
     on = den > 0
     spread = float((den[on] * (num[on] / den[on] - value) ** 2).sum() / total) if total else np.nan
-    return mean_of(dyads, influence, value, [den], arm, share=share, bounds=bounds, spread=spread)
+    return mean_of(
+        dyads, influence, value, weights=[den], arm=arm, share=share, bounds=bounds, spread=spread
+    )
 
 
 def _at_ends(num, den, bounds):
@@ -315,10 +319,10 @@ def difference_of(
     """
     if np.isnan(a.value) or np.isnan(b.value):
         return np.nan, np.nan, np.nan
-    return joined(a, b, correlation(dyads, a, b), level)
+    return joined(a, b, correlation(dyads, a, b), level=level)
 
 
-def joined(a, b, r, level=0.95, ends=None):
+def joined(a, b, r, *, level=0.95, ends=None):
     "Compute `difference_of` for a known correlation and, if given, known bounds of both."
     (a_low, a_high), (b_low, b_high) = ends or (interval_of(a, level), interval_of(b, level))
     e, z = a.value - b.value, -ndtri((1 - level) / 2)
@@ -353,17 +357,18 @@ def area_of(
     dyads: Dyads,
     score: np.ndarray,  # (n,) higher means more positive
     positive: np.ndarray,  # (n,) bool
+    *,
     weight: np.ndarray,  # (n,) weight of each row, 0 where it does not count
     arm: str = '',  # arm whose donors count
 ) -> Mean:  # value NaN where one class is absent
     "Compute the area under the ROC curve, ties counted half (DeLong 1988, Obuchowski 1997)."
     pos, neg = np.where(positive, weight, 0.0), np.where(positive, 0.0, weight)
     if not (pos.any() and neg.any()):
-        return mean_of(dyads, np.zeros(len(score)), np.nan, [pos, neg], arm)
+        return mean_of(dyads, np.zeros(len(score)), np.nan, weights=[pos, neg], arm=arm)
     place = _placements(score, pos, neg)
     value = float(pos @ place / pos.sum())
     influence = pos * (place - value) / pos.sum() + neg * (place - value) / neg.sum()
-    return mean_of(dyads, influence, value, [pos, neg], arm)
+    return mean_of(dyads, influence, value, weights=[pos, neg], arm=arm)
 
 
 def _placements(score, pos, neg):

@@ -526,6 +526,7 @@ def beside_hidden(
     counts: pd.Series,  # patients or samples of each part
     hidden: pd.Series,  # bool: parts whose count is withheld
     groups,  # columns that say which parts make a whole
+    *,
     minimum: int = SMALL,  # counts below this are withheld
 ) -> pd.Series:  # bool: parts to be withheld as well
     "Find the smallest parts whose counts, taken off the whole, would give hidden ones away."
@@ -551,7 +552,7 @@ def suppress_few(
     out.loc[metrics.n_clusters < minimum, 'note'] = f'suppressed: fewer than {minimum} patients'
     withheld = few | _reveals_few(metrics, few) | _rest_of_few(metrics, few, minimum)
     out.loc[withheld, ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0
-    return without_small(out, ['n_donors', 'n_effective'], access, minimum)
+    return without_small(out, ['n_donors', 'n_effective'], access, minimum=minimum)
 
 
 def _rests_on_few(table, minimum):
@@ -573,13 +574,14 @@ def _rest_of_few(table, few, minimum):
     "Levels of a stratum from which, with the total, a suppressed level would follow."
     group = complete_metrics(table).group
     keys = [table.model, table.metric, table.arm, group]
-    return beside_hidden(table.n_clusters, few & (group != ''), keys, minimum)
+    return beside_hidden(table.n_clusters, few & (group != ''), keys, minimum=minimum)
 
 # %% ../nbs/00_base/30_privacy.ipynb #34cd14d3
 def without_small(
     table: pd.DataFrame,  # any table
     columns,  # its counts
     access: str,  # 'open' or 'credentialed'
+    *,
     minimum: int = SMALL,  # counts below this are withheld
 ) -> pd.DataFrame:
     "Set small counts of credentialed data to 0."

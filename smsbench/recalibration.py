@@ -20,6 +20,7 @@ def correlated_outcomes(
     prob: np.ndarray,  # (n,) probability of each outcome, 0..1
     clusters,  # (n,) patient of each row
     icc: float,  # correlation of two equally probable outcomes of a patient, 0..1
+    *,
     draws: int,  # number of draws
     rng,  # `numpy.random.Generator`
 ) -> np.ndarray:  # (draws, n) bool
@@ -38,6 +39,7 @@ def residual_icc(
     prob,  # (n,) probabilities in 0..1
     y,  # (n,) true/false or 1/0
     clusters,  # (n,) patient of each row
+    *,
     n_bins: int = 10,  # bins of equal width
 ) -> float:  # 0..1; 0 where no patient has two rows
     "Estimate the correlation of outcomes within patients by the method of moments."
@@ -70,6 +72,7 @@ def ece_floor(
     prob,  # (n,) probabilities in 0..1
     y,  # (n,) true/false or 1/0; used for the correlation within patients only
     clusters,  # (n,) patient of each row
+    *,
     n_bins: int = 10,  # bins of equal width
     draws: int = 1000,  # simulated studies
     level: float = 0.95,  # quantile
@@ -80,10 +83,10 @@ def ece_floor(
     sums, unfold, _ = bin_sums(prob, y, n_bins)
     place = unfold(sums)[..., 0]
     p, rng = np.asarray(prob, float), np.random.default_rng(seed)
-    icc = residual_icc(p, y, clusters, n_bins) if icc is None else icc
+    icc = residual_icc(p, y, clusters, n_bins=n_bins) if icc is None else icc
     step, errors = max(1, 2**20 // len(p)), []
     for start in range(0, draws, step):
-        drawn = correlated_outcomes(p, clusters, icc, min(step, draws - start), rng)
+        drawn = correlated_outcomes(p, clusters, icc, draws=min(step, draws - start), rng=rng)
         errors.append(np.abs((p - drawn) @ place).sum(1) / len(p))
     errors = np.concatenate(errors)
     return Floor(float(errors.mean()), float(np.quantile(errors, level)), icc, level)
@@ -159,6 +162,7 @@ def cross_fit(
     prob,  # (n,) probabilities in 0..1
     y,  # (n,) true/false or 1/0
     clusters,  # (n,) patient of each row
+    *,
     method: str,  # from `METHODS`
     folds: int = 5,  # folds of patients, at least 2
 ) -> np.ndarray:  # (n,) recalibrated probabilities
@@ -180,12 +184,16 @@ def cross_fit_all(
     prob,  # (n,) probabilities in 0..1
     y,  # (n,) true/false or 1/0
     clusters,  # (n,) patient of each row
+    *,
     methods=METHODS,  # maps to try
     folds: int = 5,  # folds of patients
 ) -> dict:  # method -> (n,) probabilities; '' as stated
     "Return the probabilities as stated and after each cross-fitted map."
     stated = np.asarray(prob, float)
-    return {'': stated, **{m: cross_fit(stated, y, clusters, m, folds) for m in methods}}
+    return {
+        '': stated,
+        **{m: cross_fit(stated, y, clusters, method=m, folds=folds) for m in methods},
+    }
 
 # %% ../nbs/00_base/80_recalibration.ipynb #3b8db343
 def recalibration_table(

@@ -161,6 +161,7 @@ def resample_counts(
     n_clusters: int,  # C, clusters to draw from
     n_boot: int,  # B, resamples
     seed: int,  # same seed and C: same counts
+    *,
     cells: int = 2**21,  # counts in memory at once (8 bytes each); does not change the result
 ):  # yields (b, C) integer chunks, B rows in all, each row summing to C
     "Draw how often each cluster occurs in each resample."
@@ -242,6 +243,7 @@ def bounded_ends(
     value,  # (K,) statistics
     influence,  # (C, K) change of each statistic per unit of weight of each cluster; sums to 0
     n_effective,  # (K,) effective number of clusters that count
+    *,
     bounds,  # (K, 2) range of each statistic
     tail: float,  # probability left out on each side
 ) -> np.ndarray:  # (2, K) lower and upper ends; NaN if the range is open or the value unknown
@@ -354,6 +356,7 @@ def influences(
     compute: Callable,  # totals (..., J) -> values (..., K)
     per_cluster: np.ndarray,  # (C, J) sums of each cluster
     step: float = 1e-4,  # change of weight
+    *,
     rows: int = 2**20,  # numbers in memory at once
 ) -> np.ndarray:  # (C, K), sums to 0; 0 where it is not defined
     """Compute the empirical influence of each cluster by central differences.
@@ -447,6 +450,7 @@ class Statistic:
         clusters,  # (n,) patient of each row
         n_boot: int = 2000,  # resamples
         level: float = 0.95,  # confidence level, 0..1
+        *,
         method: str = 'percentile',  # or 'bca'
         seed: int = 0,  # same seed, same interval
     ) -> Interval:
@@ -473,7 +477,11 @@ class Statistic:
             ends = _bca(boot, value, self.compute(at - per), tail)
         if np.isfinite(self._bounds).all(1).any():
             floor = bounded_ends(
-                value, influences(self.compute, per), counts.n_effective, self._bounds, tail
+                value,
+                influences(self.compute, per),
+                counts.n_effective,
+                bounds=self._bounds,
+                tail=tail,
             )
             inside = (value > self._bounds[:, 0]) & (value < self._bounds[:, 1])
             ends = widest(ends, np.where(self._own & inside, np.nan, floor))
@@ -594,7 +602,7 @@ def bootstrap_sums(
     names = tuple(map(str, range(np.shape(statistic(sums.sum(0)))[-1])))
     used = rows_used(sums, statistic) if used is None else used
     return Statistic(sums, statistic, names, bounds, used).bootstrap(
-        clusters, n_boot, level, method, seed
+        clusters, n_boot, level, method=method, seed=seed
     )
 
 # %% ../nbs/00_base/40_resampling.ipynb #e7c80ebc
@@ -602,6 +610,7 @@ def bootstrap_rows(
     statistic,  # (*arrays, weights (n,)) -> number or (K,); for (b, n) see `batched`
     arrays,  # its data: arrays of n rows each
     clusters,  # (n,) patient of each row
+    *,
     n_boot: int = 2000,  # resamples
     level: float = 0.95,  # confidence level, 0..1
     method: str = 'percentile',  # or 'bca', which needs one more evaluation per cluster
@@ -629,7 +638,10 @@ def bootstrap_rows(
         return np.concatenate([values(c) for c in chunks])
 
     cells = max(1, 2**20 * C // n)  # 2^20 row weights at once
-    value, boot = values(np.ones((1, C), int))[0], every(resample_counts(C, n_boot, seed, cells))
+    value, boot = (
+        values(np.ones((1, C), int))[0],
+        every(resample_counts(C, n_boot, seed, cells=cells)),
+    )
     K, step = len(value), max(1, 2**20 // n)
     counts = counts_of(None if used is None else np.asarray(used)[order], owner, K)
 

@@ -61,17 +61,18 @@ def aurc_of(
     dyads: Dyads,  # recipients and donors
     confidence,  # (n,) confidence of each answer
     loss,  # (n,) 0..1
+    *,
     weight,  # (n,) row weights, >= 0
     arm: str = '',  # arm whose donors count
 ) -> Mean:  # see `interval_of`
     "Compute the area under the risk-coverage curve as a `Mean` with influence values."
     w = np.asarray(weight, float)
     if not w.any():
-        return mean_of(dyads, np.zeros(len(w)), np.nan, [w], arm, share=False)
+        return mean_of(dyads, np.zeros(len(w)), np.nan, weights=[w], arm=arm, share=False)
     v = levels(confidence, loss, w)
     slope = np.where(w > 0, _area_slope(v, np.where(w > 0, loss, 0)), 0)
     influence = w * (slope - (w * slope).sum() / w.sum()) / w.sum()
-    return mean_of(dyads, influence, aurc(confidence, loss, w), [w], arm, share=False)
+    return mean_of(dyads, influence, aurc(confidence, loss, w), weights=[w], arm=arm, share=False)
 
 
 def _area_slope(v, loss):
@@ -93,6 +94,7 @@ def risk_at_of(
     dyads: Dyads,  # recipients and donors
     confidence,  # (n,) confidence of each answer
     loss,  # (n,) 0..1
+    *,
     coverage: float,  # share of the samples that are answered, above 0, at most 1
     weight,  # (n,) row weights, >= 0
     arm: str = '',  # arm whose donors count
@@ -102,7 +104,7 @@ def risk_at_of(
         raise InputError(f'coverage {coverage}: must lie above 0 and not above 1')
     w = np.asarray(weight, float)
     if not w.any():
-        return mean_of(dyads, np.zeros(len(w)), np.nan, [w], arm)
+        return mean_of(dyads, np.zeros(len(w)), np.nan, weights=[w], arm=arm)
     v = levels(confidence, loss, w)
     taken = np.clip((coverage * w.sum() - v.before) / v.mass, 0, 1)
     edge = int(np.flatnonzero(taken > 0)[-1])
@@ -110,13 +112,14 @@ def risk_at_of(
     kept, l = taken[v.row], np.where(w > 0, loss, 0.0)
     pull = kept * (l - v.loss[edge])
     influence = w * (pull - (w * pull).sum() / w.sum()) / (coverage * w.sum())
-    return mean_of(dyads, influence, value, [w * kept], arm)
+    return mean_of(dyads, influence, value, weights=[w * kept], arm=arm)
 
 # %% ../nbs/00_base/90_risk_coverage.ipynb #8dbd5bb8
 def risk_coverage(
     confidence,  # (n,) confidence of each answer
     loss,  # (n,) 0..1
     clusters,  # (n,) patient of each row
+    *,
     weight=None,  # (n,) row weights, >= 0; None: 1 each
     step: int = 1,  # patients that each step adds at least
 ) -> pd.DataFrame:  # coverage, risk, confidence (the smallest answered), n_clusters (of the step)

@@ -49,6 +49,7 @@ def ratio(
     num,  # (n,) numerators
     den,  # (n,) denominators; rows with a zero do not count as n
     bounds=(-np.inf, np.inf),  # range of the ratio, where it has one
+    *,
     name: str = 'ratio',  # its name
 ) -> Statistic:  # one number, Σ num / Σ den; NaN where Σ den is 0
     "Define a ratio of two sums."
@@ -74,12 +75,13 @@ def mean(
     x,  # (n,) numbers
     where=None,  # (n,) bool, rows that count; None: all
     bounds=(-np.inf, np.inf),  # range of x, where it has one
+    *,
     name: str = 'mean',  # its name
 ) -> Statistic:  # one number
     "Define the mean of x over the rows in `where`; elsewhere NaN is allowed."
     x = np.asarray(x, float)
     where = _rows(where, x.shape, name)
-    return ratio(np.where(where, x, 0), where, bounds, name)
+    return ratio(np.where(where, x, 0), where, bounds, name=name)
 
 
 def _rows(where, shape, name):
@@ -100,7 +102,7 @@ def proportion(
     where = _rows(where, hit.shape, name)
     if not np.isin(hit[where], (0, 1)).all():
         raise InputError(f'{name}: a hit is true/false or 1/0')
-    return mean(np.where(where, hit, 0), where, (0, 1), name)
+    return mean(np.where(where, hit, 0), where, (0, 1), name=name)
 
 # %% ../nbs/00_base/50_stats.ipynb #e4341a18
 def nfr(
@@ -271,6 +273,7 @@ def auroc_ends(
     value,  # AUROC, 0..1: number; NaN where one class is absent
     influence,  # (n,) of each row, from `auroc_influence`
     y,  # (n,) true/false or 1/0
+    *,
     owner,  # (n,) patient of each row, 0..C-1, in ascending order
     tail: float,  # probability left out on each side
     tied: float = 0.0,  # share of the pairs that have the same score, from `tied_share`
@@ -288,8 +291,8 @@ def auroc_ends(
         np.array([value]),
         by_owner(influence, owner)[:, None],
         patients.min(keepdims=True),
-        np.array([[0, 1]]),
-        tail,
+        bounds=np.array([[0, 1]]),
+        tail=tail,
     )[:, 0]
     if tied > 1 - 1e-9:
         return ends
@@ -308,7 +311,9 @@ def auroc_interval(
     y = np.asarray(y)
 
     def floor(s, y, owner, tail):
-        return auroc_ends(auroc(s, y), auroc_influence(s, y), y, owner, tail, tied_share(s, y))
+        return auroc_ends(
+            auroc(s, y), auroc_influence(s, y), y, owner=owner, tail=tail, tied=tied_share(s, y)
+        )
 
     sides = np.stack([y == 1, y == 0], -1)[:, None]
     return bootstrap_rows(
@@ -320,6 +325,7 @@ def combined_ends(
     values,  # (P,) parts; NaN parts are left out
     ends,  # (2, P) their bounds
     weights,  # (P,) of the parts in the sum, any sign
+    *,
     influence,  # (C, P) influence of each cluster on each part
 ) -> np.ndarray:  # (2,) bounds of the weighted sum
     """Compute bounds of a weighted sum from bounds of its parts (MOVER).
@@ -403,7 +409,7 @@ def paired_difference(
     binary = np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()
     bounds = (-1, 1) if binary else (-np.inf, np.inf)
     change = first.astype(float) - second.astype(float)
-    return mean(change, where, bounds, 'paired difference').bootstrap(clusters, **how)
+    return mean(change, where, bounds, name='paired difference').bootstrap(clusters, **how)
 
 # %% ../nbs/00_base/50_stats.ipynb #c0ab6042
 def holm(
@@ -455,6 +461,7 @@ def power_paired(
     n: int,  # samples, each answered before and after
     baseline: float,  # accuracy before, 0..1
     effect: float,  # drop in accuracy, 0..baseline
+    *,
     discordant: float | None = None,  # share that changes either way; None: independent answers
     alpha: float = 0.05,  # level of the two-sided test
     design_effect: float = 1.0,  # n / design_effect samples are independent
@@ -503,6 +510,7 @@ def samples_needed(
     baseline: float,  # accuracy before, 0..1
     effect: float,  # drop in accuracy to be found, > 0
     power: float = 0.8,  # wanted probability of finding it
+    *,
     discordant: float | None = None,  # share that changes either way; None: independent answers
     alpha: float = 0.05,  # level of the two-sided test
     design_effect: float = 1.0,  # clustered samples per independent sample
@@ -515,7 +523,7 @@ def samples_needed(
         )
 
     def enough(n):
-        return power_paired(n, baseline, effect, discordant, alpha) >= power
+        return power_paired(n, baseline, effect, discordant=discordant, alpha=alpha) >= power
 
     low, high = 0, 16
     while not enough(high):
@@ -532,6 +540,7 @@ def minimum_effect(
     n: int,  # samples
     baseline: float,  # accuracy before, 0..1
     power: float = 0.8,  # wanted probability of finding it
+    *,
     discordant: float | None = None,  # share that changes in either direction; None: independent
     alpha: float = 0.05,  # level of the two-sided test
     design_effect: float = 1.0,  # n / design_effect samples are independent
@@ -546,7 +555,12 @@ def minimum_effect(
         raise InputError(f'power: {discordant} changed pairs do not fit an accuracy of {baseline}')
 
     def enough(e):
-        return power_paired(n, baseline, e, discordant, alpha, design_effect) >= power
+        return (
+            power_paired(
+                n, baseline, e, discordant=discordant, alpha=alpha, design_effect=design_effect
+            )
+            >= power
+        )
 
     if not enough(high):
         return float('nan')

@@ -123,11 +123,14 @@ def test_an_echo_changes_nothing(echo, known):
 def test_stripping_twice_changes_nothing():
     for row in OWN:
         bare = strip_answer(
-            row['answer'], row.get('prompt', ''), row.get('question', ''), tuple(row['choices'])
+            row['answer'],
+            row.get('prompt', ''),
+            row.get('question', ''),
+            choices=tuple(row['choices']),
         )
         assert (
             strip_answer(
-                bare, row.get('prompt', ''), row.get('question', ''), tuple(row['choices'])
+                bare, row.get('prompt', ''), row.get('question', ''), choices=tuple(row['choices'])
             )
             == bare
         )

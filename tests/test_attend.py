@@ -57,7 +57,7 @@ def test_every_family(family, folders, tmp_path):
             films,
             [str(folders(family))],
             tmp_path / 'run',
-            AttendSettings(n_boot=100, minimum=2),
+            settings=AttendSettings(n_boot=100, minimum=2),
             device='cpu',
         ).path
     )
@@ -276,7 +276,7 @@ def work(folder, ready):
     map_store.look_at = slow
     cohort = phantom_cohort(12, findings=['effusion'], seed=4)
     try:
-        attend(cohort, [READER], folder, ONCE, device='cpu')
+        attend(cohort, [READER], folder, settings=ONCE, device='cpu')
     finally:
         ready.set()  # nothing was left to look at
 
@@ -286,7 +286,7 @@ def test_a_run_that_is_killed_ends_the_same(tmp_path):
         phantom_cohort(12, findings=['effusion'], seed=4),
         [READER],
         tmp_path / 'whole',
-        ONCE,
+        settings=ONCE,
         device='cpu',
     )
 
@@ -316,7 +316,7 @@ def test_a_run_that_is_killed_ends_the_same(tmp_path):
         phantom_cohort(12, findings=['effusion'], seed=4),
         [READER],
         tmp_path / 'often',
-        ONCE,
+        settings=ONCE,
         device='cpu',
     )
     assert content(tmp_path / 'often') == content(whole.path)
@@ -336,7 +336,7 @@ def truth(tmp_path_factory):
         films,
         [READER, FOLLOWER],
         tmp_path_factory.mktemp('truth') / 'run',
-        AttendSettings(
+        settings=AttendSettings(
             arms=('original', 'text_swap'),
             queries=('answer',),
             methods=('raw', 'gradient'),
@@ -440,7 +440,7 @@ def test_credentialed_films_stay_home(tmp_path):
         films,
         [READER],
         tmp_path / 'run',
-        AttendSettings(arms=('original', 'text_swap'), queries=('answer',), n_boot=100),
+        settings=AttendSettings(arms=('original', 'text_swap'), queries=('answer',), n_boot=100),
         device='cpu',
     )
     page = render(
@@ -485,7 +485,7 @@ def test_boxes_of_radiologists(real_data, tmp_path):
             some,
             [READER, FOLLOWER],
             tmp_path / 'run',
-            AttendSettings(queries=('answer',), n_boot=300),
+            settings=AttendSettings(queries=('answer',), n_boot=300),
             device='cpu',
         ).path
     )
@@ -539,8 +539,8 @@ def test_masks_of_radiologists(real_data, tmp_path):
             films,
             [READER],
             tmp_path / 'run',
-            AttendSettings(arms=('original',), queries=('answer',), n_boot=300, minimum=5),
-            table,
+            settings=AttendSettings(arms=('original',), queries=('answer',), n_boot=300, minimum=5),
+            regions=table,
             device='cpu',
         ).path
     )

@@ -107,7 +107,10 @@ def test_every_method_gives_a_map_or_says_why_not(vlms, family, method):
 @every_family
 def test_raw_rows_are_those_of_a_plain_eager_forward(vlms, family):
     m, x = vlms(family), asked((160, 70), 3)
-    rows, row = attention_rows(m, x, ('answer', 'lungs', 'said'), REPORT, said='no'), m.encode(x)[0]
+    rows, row = (
+        attention_rows(m, x, ('answer', 'lungs', 'said'), report=REPORT, said='no'),
+        m.encode(x)[0],
+    )
     with torch.inference_mode(), eager(m):
         full = m.model(**m.put(row), output_attentions=True, use_cache=False).attentions
     for i, w in zip(rows.layers, rows.weights):
@@ -125,7 +128,7 @@ def test_what_was_said_has_a_share_and_changes_nothing_before_it(vlms, family):
     for method in ('raw', 'rollout') + ('composed',) * (family not in NO_TOWER):
         a, b = (
             rows_of(m, x, method, report=REPORT),
-            rows_of(m, x, method, ('answer', 'said'), REPORT, 'yes'),
+            rows_of(m, x, method, queries=('answer', 'said'), report=REPORT, said='yes'),
         )
         before, after = (shares(r, 'all').fillna(0) for r in (a, b))
         assert np.allclose(after.sum(axis=1) - after.beside, 1, atol=1e-5) and np.allclose(
@@ -145,7 +148,7 @@ def test_what_was_said_has_a_share_and_changes_nothing_before_it(vlms, family):
 @every_family
 def test_rollout_rows_are_distributions_over_what_came_before(vlms, family):
     m, x = vlms(family), asked()
-    rows = rows_of(m, x, 'rollout', ('answer', 'lungs'))
+    rows = rows_of(m, x, 'rollout', queries=('answer', 'lungs'))
     assert np.allclose(rows.weights.sum(-1), 1, atol=1e-5) and (rows.weights >= 0).all()
     if not m.caps.cross_attention and not m.caps.bidirectional_prefix:
         assert (

@@ -96,7 +96,7 @@ def three_numbers(x, y, said, prompts):
         zero_shot_scores(x, vectors, 100.0),
         np.eye(len(prompts))[y],
         np.arange(len(y)),
-        'multiclass',
+        kind='multiclass',
     )
     f = image_values(c)
     return (
@@ -541,7 +541,7 @@ def trained(tmp_path_factory):
 
     home = tmp_path_factory.mktemp('external')
     films, clip, settings = phantom_recipe(home, n=220, epochs=4)
-    done = train(films, clip, settings, home / 'run')
+    done = train(films, clip, settings, out=home / 'run')
     keep_thresholds(done.best, films, device='cpu')
     return films, done
 

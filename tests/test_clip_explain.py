@@ -120,7 +120,7 @@ def test_every_method_points_at_what_decides_the_score_on_every_tower(learnt):
     for method in METHODS.index:
         if kind == 'resnet' and method != 'gradcam':
             continue
-        maps = explain_many(clip, films, 'bright', method, against='dark', empty='keep')
+        maps = explain_many(clip, films, 'bright', method=method, against='dark', empty='keep')
         peaks = [np.unravel_index(m.weights.argmax(), (64, 64)) for m in maps]
         hit = np.mean([tuple(int(i) // 16 for i in p) == tuple(a) for p, a in zip(peaks, at)])
         assert hit > 0.85, (kind, method, hit)  # chance is 1/16
@@ -133,7 +133,7 @@ def test_the_text_decides_what_a_map_shows(learnt):
     film[:16, :16], film[48:, 48:] = 240, 5
     for method in METHODS.index[METHODS.text] if kind != 'resnet' else ['gradcam']:
         a, b = (
-            explain(clip, film, t, method, o, empty='keep')
+            explain(clip, film, t, method=method, against=o, empty='keep')
             for t, o in (('bright', 'dark'), ('dark', 'bright'))
         )
         assert np.isclose(a.about['score'], -b.about['score'], atol=1e-3) and not np.allclose(
@@ -141,7 +141,7 @@ def test_the_text_decides_what_a_map_shows(learnt):
         ), method
     if kind != 'resnet':
         assert np.allclose(
-            *(explain(clip, film, t, 'rollout').grid for t in ('bright', 'dark'))
+            *(explain(clip, film, t, method='rollout').grid for t in ('bright', 'dark'))
         )  # which does not read it
 
 
@@ -155,10 +155,10 @@ def test_finite_maps_or_a_plain_refusal(random_clips, kind, method):
     ]
     if kind == 'resnet' and method != 'gradcam':
         with pytest.raises(InputError, match='use gradcam'):
-            explain_many(clip, films, 'effusion', method)
+            explain_many(clip, films, 'effusion', method=method)
         return
     maps = explain_many(
-        clip, films, 'effusion', method, against='normal', empty='keep', batch_size=3
+        clip, films, 'effusion', method=method, against='normal', empty='keep', batch_size=3
     )
     for m, f in zip(maps, films):
         shown = ~np.isnan(m.weights)
@@ -200,7 +200,7 @@ def test_other_networks_of_timm(tower, pool):
     )
     film = np.random.default_rng(0).integers(0, 256, (200, 300), dtype=np.uint8)
     for method in METHODS.index if tower_of(clip).blocks else ['gradcam']:
-        found = explain(clip, film, 'effusion', method, empty='keep')
+        found = explain(clip, film, 'effusion', method=method, empty='keep')
         assert (
             found.grid.shape in ((5, 5), (10, 10))
             and np.isfinite(found.grid).all()
@@ -266,7 +266,7 @@ def test_the_model_is_left_as_it_was_also_after_a_failure(random_clips, kind):
                 dict(layer='conv1' if kind in ('native', 'resnet') else 'trunk.norm'),
             ):
                 try:
-                    explain(clip, film, 'effusion', method, empty='keep', **how)
+                    explain(clip, film, 'effusion', method=method, empty='keep', **how)
                 except InputError:
                     pass
 
@@ -280,7 +280,7 @@ def test_the_model_is_left_as_it_was_also_after_a_failure(random_clips, kind):
                         clip,
                         film,
                         Target(np.ones(clip.info['embed_dim'], np.float32), ('x',)),
-                        method,
+                        method=method,
                     )
             finally:
                 del clip.model.encode_image
@@ -307,7 +307,8 @@ def test_half_precision_on_a_cpu(tmp_path):
     )
     for method in METHODS.index:
         a, b = (
-            explain(c, film, 'effusion', method, empty='keep').grid.ravel() for c in (full, half)
+            explain(c, film, 'effusion', method=method, empty='keep').grid.ravel()
+            for c in (full, half)
         )
         assert np.isfinite(b).all() and (method == 'gradcam' or np.corrcoef(a, b)[0, 1] > 0.8), (
             method
@@ -339,7 +340,7 @@ def test_attention_and_its_gradient_agree_with_another_way_to_take_them(random_c
         for (m, q), a in zip(theirs, ours):
             n, w = q.shape[1], m.embed_dim
             q, k, _ = (
-                z.view(len(q), n, m.num_heads, -1).transpose(1, 2)
+                z.view(len(q), n, m.num_heads, method=-1).transpose(1, 2)
                 for z in F.linear(q, m.in_proj_weight, m.in_proj_bias).split(w, -1)
             )
             assert torch.allclose(
@@ -384,8 +385,8 @@ def test_chefer_and_rollout_by_their_formulas(random_clips):
             (a.mean(0) + np.eye(17)) / 2 @ flow,
         )
     assert np.allclose(
-        explain(clip, film, t, 'chefer').grid.ravel(), relevance[0, 1:], atol=1e-6
-    ) and np.allclose(explain(clip, film, t, 'rollout').grid.ravel(), flow[0, 1:], atol=1e-6)
+        explain(clip, film, t, method='chefer').grid.ravel(), relevance[0, 1:], atol=1e-6
+    ) and np.allclose(explain(clip, film, t, method='rollout').grid.ravel(), flow[0, 1:], atol=1e-6)
     assert np.isclose(flow[0].sum(), 1)
 
 
@@ -422,7 +423,7 @@ def test_the_geometry_is_exact_on_films_of_any_shape(follower, height, width, ro
     x0, y0, x1, y1 = np.ceil(view_of(clip, height, width).cell(row, column) - 0.5).astype(int)
     film = np.full((height, width), 20, np.uint8)
     film[max(y0, 0) : y1, max(x0, 0) : x1] = 250
-    found = explain(clip, film, bright, method)
+    found = explain(clip, film, bright, method=method)
     assert np.unravel_index(found.grid.argmax(), (8, 8)) == (row, column)
     mask = np.zeros((height, width), bool)
     mask[max(y0, 0) : y1, max(x0, 0) : x1] = True
@@ -445,7 +446,7 @@ def test_the_geometry_follows_the_models_own_preprocess(tmp_path, mode):
     mask = np.zeros((96, 192), bool)
     mask[y0:y1, x0:x1] = True
     for method in METHODS.index:
-        found = explain(clip, np.where(mask, 250, 20).astype(np.uint8), bright, method)
+        found = explain(clip, np.where(mask, 250, 20).astype(np.uint8), bright, method=method)
         assert np.array_equal(found.weights == found.grid.max(), mask), method
     seen = (~np.isnan(found.weights)).mean()
     assert seen == (0.5 if mode == 'shortest' else 1)  # a crop hides, the others do not
@@ -461,7 +462,7 @@ def test_layers_without_gradient_and_films_without_evidence(random_clips, follow
         with pytest.raises(InputError, match=r'all zero; choose transformer\.resblocks\.2\.ln_1'):
             explain(random_clips['native'], film, 'effusion', layer=layer)
     with pytest.raises(RunError, match='all zero.*opposite'):
-        explain(follower[0], np.full((64, 64), 5, np.uint8), follower[1], 'chefer')
+        explain(follower[0], np.full((64, 64), 5, np.uint8), follower[1], method='chefer')
     for bad in (
         dict(text=''),
         dict(text='x', method='lime'),
@@ -502,10 +503,10 @@ def _study(clip, bright, n=16, seed=0):
 def test_true_maps_beat_their_baselines_and_false_ones_do_not(random_clips, method):
     clip, bright = bright_follower(random_clips['native'], noise=0.1)
     films, masks, about = _study(clip, bright)
-    maps = explain_many(clip, films, bright, method)
-    blind = explain_many(shuffled(clip), films, bright, method, empty='keep')
+    maps = explain_many(clip, films, bright, method=method)
+    blind = explain_many(shuffled(clip), films, bright, method=method, empty='keep')
     at = localisation_metrics(
-        localise(maps, masks, about, dict(shuffled=blind)), by=(), n_boot=300
+        localise(maps, masks, about, others=dict(shuffled=blind)), by=(), n_boot=300
     ).set_index(['metric', 'arm'])
     for rival in ('uniform', 'centre', 'shuffled'):
         assert at.loc[(f'mass_over_{rival}', 'map'), 'ci_low'] > 0, (rival, method)
@@ -514,7 +515,9 @@ def test_true_maps_beat_their_baselines_and_false_ones_do_not(random_clips, meth
     ).set_index(['metric', 'arm'])  # the next film's region
     assert wrong.loc[('auroc', 'map'), 'value'] < at.loc[('auroc', 'map'), 'value'] - 0.1
     pair = Target(20 * bright.vector, ('bright',), ('dark',))
-    curves = perturbation_curves(clip, films[:8], maps[:8], pair, about[:8], steps=6, n_random=2)
+    curves = perturbation_curves(
+        clip, films[:8], maps[:8], text=pair, about=about[:8], steps=6, n_random=2
+    )
     gain = faithfulness_metrics(curve_areas(curves), n_boot=300).set_index('metric')
     assert (
         gain.loc['deletion_gain_over_random', 'ci_low'] > 0
@@ -531,7 +534,12 @@ def test_an_order_that_ignores_the_film_gains_nothing(follower):
     gain = faithfulness_metrics(
         curve_areas(
             perturbation_curves(
-                clip, films, noise, Target(20 * bright.vector, ('b',), ('d',)), about, steps=5
+                clip,
+                films,
+                noise,
+                text=Target(20 * bright.vector, ('b',), ('d',)),
+                about=about,
+                steps=5,
             )
         ),
         n_boot=500,
@@ -573,8 +581,10 @@ def test_maps_forget_with_the_weights(learnt):
     about = pd.DataFrame(
         dict(film_id=range(len(films)), patient_id=range(len(films)), finding='square')
     ).astype(str)
-    maps = explain_many(clip, films, 'bright', 'chefer', against='dark', empty='keep')
-    like = cascade_metrics(cascade(clip, films, maps, 'bright', about, 'dark'), n_boot=100)
+    maps = explain_many(clip, films, 'bright', method='chefer', against='dark', empty='keep')
+    like = cascade_metrics(
+        cascade(clip, films, maps, text='bright', about=about, against='dark'), n_boot=100
+    )
     rho = like[like.metric == 'spearman'].set_index('arm').value
     assert (
         rho['trained'] > 0.999
@@ -786,7 +796,7 @@ def test_gradcam_of_a_model_trained_on_phantom_films_beats_the_centre(tmp_path):
     from smsbench.data.phantom_image import phantom_masks
 
     films, clip, how = phantom_recipe(tmp_path / 'start', n=300, epochs=8)
-    clip = train(films, clip, how, tmp_path / 'run').clip('cpu')
+    clip = train(films, clip, how, out=tmp_path / 'run').clip('cpu')
     test = films.select('test', 'val')
     test = test.take(test.targets.effusion.to_numpy() == 1)
     prompts = prompts_for(test)['effusion']

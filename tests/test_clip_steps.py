@@ -168,7 +168,9 @@ def test_losses_on_random_batches_are_those_of_open_clip():
             info_nce(image, text, scale), ClipLoss()(image, text, scale), rtol=1e-5
         )
         assert torch.allclose(
-            siglip_loss(image, text, scale, bias), SigLipLoss()(image, text, scale, bias), rtol=1e-5
+            siglip_loss(image, text, scale, bias=bias),
+            SigLipLoss()(image, text, scale, bias),
+            rtol=1e-5,
         )
         labels, asked, answer = (
             (torch.rand(17 + seed, 3) < 0.5).float(),

@@ -56,7 +56,9 @@ def work(model, out, settings):
     "What a process of its own does."
     torch.set_num_threads(1)
     films = images_of(phantom_cohort(50, size=64, seed=5, findings=('opacity', 'effusion')))
-    train(films, load_clip(str(model), device='cpu'), TrainSettings.from_values(**settings), out)
+    train(
+        films, load_clip(str(model), device='cpu'), TrainSettings.from_values(**settings), out=out
+    )
 
 
 @pytest.fixture(scope='module')
@@ -197,7 +199,7 @@ def test_broken_films_are_left_out_before_the_first_epoch(tmp_path, model):
     )
     (tmp_path / 'data' / bad.image.iloc[1]).unlink()
     settings = TrainSettings(texts='prompts', epochs=1, batch_size=8, lr=1e-3, max_broken=0.1)
-    done = train(films, load_clip(str(model), device='cpu'), settings, tmp_path / 'run')
+    done = train(films, load_clip(str(model), device='cpu'), settings, out=tmp_path / 'run')
     left = read_table(tmp_path / 'run' / 'excluded.parquet')
     assert (
         set(left.film_id) == set(bad.film_id)
@@ -210,7 +212,7 @@ def test_broken_films_are_left_out_before_the_first_epoch(tmp_path, model):
             films,
             load_clip(str(model), device='cpu'),
             TrainSettings(texts='prompts', epochs=1, batch_size=8, lr=1e-3, max_broken=0.01),
-            tmp_path / 'strict',
+            out=tmp_path / 'strict',
         )
 
 
@@ -256,7 +258,7 @@ def test_published_learning_rate_is_refused(tmp_path, model):
             films,
             load_clip(str(model), device='cpu'),
             TrainSettings(texts='prompts', epochs=100, batch_size=8, lr=1e-8),
-            tmp_path / 'run',
+            out=tmp_path / 'run',
         )
 
 
@@ -282,7 +284,7 @@ def test_class_folders_of_credentialed_photographs(tmp_path, model):
             balance='balanced',
             speak='sensitivity',
         ),
-        tmp_path / 'run',
+        out=tmp_path / 'run',
     )
     names = (
         {p.stem for p in (tmp_path / 'data').rglob('*.*')}
@@ -305,7 +307,7 @@ def test_a_tiny_model_learns_three_findings(tmp_path):
     torch.set_num_threads(1)
     films, clip, settings = phantom_recipe(tmp_path)
     begin = time.process_time()
-    done = train(films, clip, settings, tmp_path / 'run')
+    done = train(films, clip, settings, out=tmp_path / 'run')
     test = films.select('test')
     before = macro_auroc(
         zero_shot(load_clip(str(tmp_path / 'resnet'), device='cpu'), test), test.targets
@@ -339,7 +341,7 @@ def test_real_films(real_data, tmp_path, model):
         films,
         load_clip(str(model), device='cpu'),
         TrainSettings(texts='prompts', epochs=1, batch_size=16, lr=1e-3),
-        tmp_path / 'nih',
+        out=tmp_path / 'nih',
     )
     assert np.isfinite(done.history.val_loss).all()
     organs, _ = build_cohort('vqa_rad', real_data / 'vqa_rad', check_images=True)

@@ -27,7 +27,7 @@ def home(tmp_path_factory):
         phantom_cohort(6, findings=('effusion', 'opacity'), seed=5),
         ['reference-image-reader', 'reference-blind-follower'],
         home / 'run',
-        AttendSettings(n_boot=100, minimum=3, methods=('raw', 'rollout', 'gradient')),
+        settings=AttendSettings(n_boot=100, minimum=3, methods=('raw', 'rollout', 'gradient')),
         device='cpu',
     )
 

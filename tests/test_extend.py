@@ -53,7 +53,7 @@ def test_an_arm_and_a_data_set_of_ones_own_reach_the_page(mirror, card, tmp_path
     cohort, left_out = smsbench.build_cohort(path, folder)
     assert len(cohort) == 60 and len(left_out) == 0
     settings = smsbench.AuditSettings(arms=('image_swap', mirror), donors=1, check=0)
-    run = smsbench.run_audit(tmp_path / 'run', cohort, ['planted:image-only'], settings)
+    run = smsbench.run_audit(tmp_path / 'run', cohort, ['planted:image-only'], settings=settings)
     results = smsbench.load_results(run.path)
     assert results.delivery['planted:image-only'][mirror]['verdict'] == 'ok'
     rows = results.metrics.query('arm == @mirror and metric == "flips"')

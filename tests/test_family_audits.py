@@ -28,7 +28,9 @@ def folders(tmp_path_factory):
 def audited(out, cohort, folder):
     with contextlib.redirect_stderr(io.StringIO()):
         return load_results(
-            run_audit(out, cohort, [str(folder)], AuditSettings(n_boot=100), batch_size=8).path
+            run_audit(
+                out, cohort, [str(folder)], settings=AuditSettings(n_boot=100), batch_size=8
+            ).path
         )
 
 

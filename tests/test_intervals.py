@@ -265,8 +265,8 @@ def test_bounds_lie_in_the_range_and_hold_the_value(patients, films, truth, seed
             np.array([value]),
             influence,
             np.atleast_1d(effective_number(per[1])),
-            np.array([[0, 1]]),
-            t,
+            bounds=np.array([[0, 1]]),
+            tail=t,
         )[:, 0]
         for t in (0.025, 0.05, 0.2)
     ]

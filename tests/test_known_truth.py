@@ -59,7 +59,7 @@ def results(cohort, tmp_path_factory):
             tmp_path_factory.mktemp('truth') / 'run',
             cohort,
             models,
-            AuditSettings(arms=arms, n_boot=400, family='model'),
+            settings=AuditSettings(arms=arms, n_boot=400, family='model'),
             batch_size=64,
         ).path
     )
@@ -125,7 +125,7 @@ def test_a_harness_that_forgets_to_swap_is_void(cohort, tmp_path):
 
     plan, _ = make_plan(cohort, ['image_swap', 'text_swap'])
     found = prove_delivery(
-        plan, score_model('planted:image-only', plan, Forgets(cohort), Run(tmp_path))
+        plan, score_model('planted:image-only', plan, Forgets(cohort), run=Run(tmp_path))
     )
     assert {a: v['verdict'] for a, v in found['planted:image-only'].items()} == {
         'original': 'ok',
@@ -252,7 +252,7 @@ def through_a_file(plan, predictions, cohort, folder):
     ]
     (folder / 'answers.jsonl').write_text('\n'.join(lines) + '\n')
     name = predictions.model.iloc[0]
-    return import_predictions(folder / 'answers.jsonl', plan, Run(folder / 'run'), name)
+    return import_predictions(folder / 'answers.jsonl', plan, Run(folder / 'run'), name=name)
 
 
 @pytest.mark.parametrize('way', ['tie', 'refused'])
@@ -307,7 +307,7 @@ def test_caveats_stand_at_the_verdict(marked, tmp_path):
     "The marker is a serious finding of the files; refusals after an answer are named."
     names = ['planted:marker-reader', 'planted:refuser:0.6']
     settings = AuditSettings(arms=('image_swap', 'text_swap'), n_boot=200)
-    run = run_audit(tmp_path / 'run', marked, names, settings)
+    run = run_audit(tmp_path / 'run', marked, names, settings=settings)
     models = json.loads((run.path / 'verdicts.json').read_text())['models']
     reader, refuser = (
         {
@@ -343,7 +343,7 @@ def test_the_sighted_follower_sees_and_prefers_the_report(tmp_path):
     cohort = phantom_cohort(60, size=64, seed=12, findings=('effusion',))
     arms = ('image_swap', 'text_swap', 'image_only', 'image_only_swap')
     settings = AuditSettings(arms=arms, n_boot=200)
-    run = run_audit(tmp_path / 'run', cohort, names, settings, device='cpu', batch_size=32)
+    run = run_audit(tmp_path / 'run', cohort, names, settings=settings, device='cpu', batch_size=32)
     results = load_results(run.path)
     blind, sighted = names
     for name in names:

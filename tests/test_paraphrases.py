@@ -121,7 +121,7 @@ def audited(out, cohort, models, **settings):
     with contextlib.redirect_stderr(io.StringIO()):
         return load_results(
             run_audit(
-                out, cohort, models, AuditSettings(n_boot=200, **settings), batch_size=64
+                out, cohort, models, settings=AuditSettings(n_boot=200, **settings), batch_size=64
             ).path
         )
 

@@ -170,7 +170,7 @@ def test_an_audit_writes_nothing_of_anybody(tmp_path):
     cohort = WAYS['merged'](lend(phantom_cohort(24, findings=['effusion'], seed=4)))
     cohort.attrs = dict(tasks=phantom_cohort(2, findings=['effusion']).attrs['tasks'])
     asked = AuditSettings(arms=('image_swap', 'image_swap_same'), n_boot=50)
-    run = run_audit(tmp_path / 'run', cohort, ['planted:text-only'], asked)
+    run = run_audit(tmp_path / 'run', cohort, ['planted:text-only'], settings=asked)
     written = [p for p in run.path.rglob('*') if p.is_file()]
     tables = [read_table(p) for p in written if p.suffix == '.parquet']
     files = [p.read_bytes().decode('utf-8', 'replace') for p in written]

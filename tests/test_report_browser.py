@@ -208,7 +208,7 @@ def hostile(tmp_path_factory):
             out,
             cohort,
             list(models),
-            sms_run.AuditSettings(
+            settings=sms_run.AuditSettings(
                 arms=(
                     'image_swap',
                     'text_swap',
@@ -268,7 +268,7 @@ def test_credentialed_data_stay_home(tmp_path):
         tmp_path,
         cohort,
         ['planted:text-only'],
-        sms_run.AuditSettings(arms=('image_swap', 'text_swap'), n_boot=100),
+        settings=sms_run.AuditSettings(arms=('image_swap', 'text_swap'), n_boot=100),
     )
     page = write_report(tmp_path).read_text(encoding='utf-8')
     assert (

@@ -29,7 +29,7 @@ def work(folder, ready, pause=0.004):
     cohort, model = phantom_cohort(30, size=64, seed=3), Slow(pause)
     plan = read_table(f'{folder}/plan.parquet', 'plan')
     ready.set()  # from here on a kill hits the work itself
-    score_plan(plan, Source(cohort), model, Run(folder), batch_size=4, part_size=8)
+    score_plan(plan, Source(cohort), model, run=Run(folder), batch_size=4, part_size=8)
 
 
 @pytest.fixture(scope='module')

@@ -152,7 +152,7 @@ _SILENT = re.compile(r'\W*(?:(?:answer|response|output)\W*)?', re.I)
 @lru_cache(maxsize=65536)
 def _read(text, choices, finding, question, prompt, inverted, options):
     "Read one answer, with hashable arguments for the cache."
-    answer = strip_answer(text, prompt, question, choices)
+    answer = strip_answer(text, prompt, question, choices=choices)
     if _SILENT.fullmatch(answer):
         listed = not _SILENT.fullmatch(strip_answer(text, prompt, question).replace(question, ''))
         return Reading('', 'ambiguous' if listed else 'empty', '')

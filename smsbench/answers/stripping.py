@@ -214,6 +214,7 @@ def strip_answer(
     value,  # output of a tool: text, list, message, truth value
     prompt: str = '',  # the prompt, or its end; its last line alone is removed too
     question: str = '',  # the question in it
+    *,
     choices: tuple = (),  # allowed answers
 ) -> str:
     "Reduce an answer to the model's own words: one line per line, without repetitions."

@@ -44,6 +44,7 @@ def mean_rows(
     table: pd.DataFrame,  # one row per map, with patient_id
     columns,  # column names
     bounds=None,  # column -> (lowest, highest); None: `COLUMNS`
+    *,
     n_boot: int = 2000,  # resamples
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
@@ -55,7 +56,7 @@ def mean_rows(
     if not columns:
         return []
     x = {c: table[c].to_numpy(float) for c in columns}
-    means = [mean(x[c], ~np.isnan(x[c]), bounds.get(c, (-np.inf, np.inf)), c) for c in columns]
+    means = [mean(x[c], ~np.isnan(x[c]), bounds.get(c, (-np.inf, np.inf)), name=c) for c in columns]
     intervals = together(*means).bootstrap(table.patient_id.to_numpy(), n_boot, level, seed=seed)
     out = []
     for k, c in enumerate(columns):
@@ -85,6 +86,7 @@ def sign_flip(
     differences,  # (n,) paired differences; NaN is ignored
     patients,  # (n,) patient of each
     n: int = 9999,  # flips
+    *,
     seed: int = 0,  # of the flips
 ) -> float:  # two-sided p; 1 where nothing differs; NaN without a pair
     """Test the differences, summed by patient, with a sign-flip permutation test.
@@ -461,6 +463,7 @@ def attention_metrics(
     full,
     pairs,
     changes,  # tables of `with_baselines`, `pair_table`, `change_table`
+    *,
     plan,
     predictions,  # answers, without those of baselines
     measured,  # metrics table of `smsbench.audit.metrics.measure`

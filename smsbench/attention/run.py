@@ -117,7 +117,7 @@ def attend_plan(
         shown,
         arms,
         settings.seed,
-        settings.match,
+        match=settings.match,
         read_image=source.image,
         paraphrases=settings.rewordings,
         opened=source.rows,
@@ -214,6 +214,7 @@ def attend_model(
     model,  # an `HFModel`, or a function that loads it when it is needed
     name: str,  # its name
     plan: pd.DataFrame,  # trials
+    *,
     source,  # a `Source`
     run: Run,  # run directory
     settings: AttendSettings,  # settings of the run
@@ -234,13 +235,13 @@ def attend_model(
                 k,
                 some,
                 run,
-                source,
-                loaded,
-                settings.queries,
-                settings.keep,
-                settings.methods,
-                plan.attrs['plan_hash'],
-                bar.update,
+                source=source,
+                model=loaded,
+                queries=settings.queries,
+                keep=settings.keep,
+                methods=settings.methods,
+                plan_hash=plan.attrs['plan_hash'],
+                tick=bar.update,
             )
         else:
             bar.update(len(some))
@@ -276,6 +277,7 @@ def attend(
     cohort,  # cohort table with its metadata; or `Built`
     models,  # one or two (or more) model specs: 'reference-…', folders, Hugging Face ids
     out,  # run directory; an interrupted run resumes
+    *,
     settings: AttendSettings = AttendSettings(),  # settings of the run
     regions=None,  # see `smsbench.attention.tables.Regions`; None: masks or boxes of the cohort
     root='',  # folder of the images; '' takes the cohort's own
@@ -283,8 +285,8 @@ def attend(
     **how,  # options of `open_model`: device, dtype, revision, quantization, ...
 ) -> Run:  # the run directory, with everything but the report in it
     """Run the comparison: plan, answers and attention rows, tables, metrics.
-
-    >>> run = attend(cohort, ["reference-image-reader"], "attention", how, device="cpu")
+    settings=
+        >>> run = attend(cohort, ["reference-image-reader"], "attention", how, device="cpu")
     """
     names = _checked_names(models, settings, out, how)
     exclusions = cohort.exclusions if isinstance(cohort, Built) else None
@@ -377,7 +379,7 @@ def _one_model(spec, plan, source, run, settings, marked, how, opened=None):
         once['model'] = once['model'] or open_attending(spec, settings, **how)
         return once['model']
 
-    p = attend_model(loaded, name, plan, source, run, settings)
+    p = attend_model(loaded, name, plan, source=source, run=run, settings=settings)
     store = MapStore(run)
     run.log(
         f"{name}: {len(p)} trials, {(p.parse_status == 'error').sum()} failed,"
@@ -406,7 +408,9 @@ def _one_model(spec, plan, source, run, settings, marked, how, opened=None):
             return baseline
 
         if len(some):
-            attend_model(randomised_model, name + RANDOM, some, source, run, settings)
+            attend_model(
+                randomised_model, name + RANDOM, some, source=source, run=run, settings=settings
+            )
 
 # %% ../../nbs/45_attention/40_run.ipynb #2505472c
 def conclude_attention(
@@ -431,16 +435,18 @@ def conclude_attention(
         plan,
         store,
         marked,
-        [*models, *(m for m in dict.fromkeys(predictions.model) if m.endswith(RANDOM))],
+        models=[*models, *(m for m in dict.fromkeys(predictions.model) if m.endswith(RANDOM))],
         **shown_as,
         methods=settings.methods,
     )
     pairs = _all_pairs(plan, store, models, shown_as)
-    changes = change_table(plan, store, answer_table(plan, answers), models, **shown_as)
+    changes = change_table(plan, store, answer_table(plan, answers), models=models, **shown_as)
     full = with_baselines(looks, profile, settings.seed)
     for name, t in dict(looks=full, profile=profile, pairs=pairs, changes=changes).items():
         write_table(t, run / f'{name}.parquet')
-    metrics = attention_metrics(full, pairs, changes, plan, answers, measured, **boot)
+    metrics = attention_metrics(
+        full, pairs, changes, plan=plan, predictions=answers, measured=measured, **boot
+    )
     write_table(mark_void(metrics, delivery), run / 'metrics.parquet', 'metrics')
     for line in void_lines(delivery):
         run.log(line)

@@ -56,6 +56,7 @@ def look(
     model: HFModel,  # a loaded model
     x: Inputs,  # image and question
     queries: tuple[str, ...] = ('answer',),  # 'answer', or words of the prompt
+    *,
     report: str = '',  # the part of the prompt that is the report
 ) -> tuple[Answer, Rows]:
     "Compute the answer to a trial and its attention rows in one forward pass."
@@ -68,7 +69,7 @@ def look(
     )
     try:
         with _input_hook(model.model, model.start is not None) as delivered:
-            rows = attention_rows(once, x, queries, report)
+            rows = attention_rows(once, x, queries, report=report)
     finally:
         handle.remove()
     row, sha = encoded
@@ -210,6 +211,7 @@ def look_at(
     trial,  # a row of the plan
     source,  # a `Source`
     model: HFModel,  # a loaded model
+    *,
     queries=('answer',),  # see `spelled_query`
     keep: str = 'rows',  # 'rows' or 'pooled'
     methods=('raw',),  # keys of `smsbench.vlm.attribution.METHODS`
@@ -226,9 +228,9 @@ def look_at(
         if x.image is None:
             raise InputError(f'the arm {trial.arm} shows no image, so there is nothing to map')
         report = source.text(trial).strip()
-        answer, rows = look(model, x, words, report)
+        answer, rows = look(model, x, words, report=report)
         by_method = dict(raw=rows) | {
-            m: rows_of(model, x, m, words, report) for m in methods if m != 'raw'
+            m: rows_of(model, x, m, queries=words, report=report) for m in methods if m != 'raw'
         }
         packed = {
             m: pack(dataclasses.replace(r, queries=tuple(queries)), keep)
@@ -243,6 +245,7 @@ def attend_part(
     number: int,  # of the part
     trials: list,  # its trials (rows of a plan)
     run: Run,  # run directory
+    *,
     source,  # a `Source`
     model: HFModel,  # a loaded model
     queries=('answer',),  # see `spelled_query`
@@ -263,7 +266,7 @@ def attend_part(
         kept = {t: part(t) for t in old}
     for t in trials:
         if t.trial_id not in old:
-            row, packed = look_at(t, source, model, queries, keep, methods)
+            row, packed = look_at(t, source, model, queries=queries, keep=keep, methods=methods)
             old[t.trial_id] = dict(model=model.name, **row)
             if packed:
                 kept[t.trial_id] = packed
@@ -339,6 +342,7 @@ def kept_map(
     rows: Rows,  # from a `MapStore`
     query: str = 'answer',  # one of its queries
     layers='all',  # see `smsbench.vlm.attention.chosen_layers`
+    *,
     heads='mean',  # see `smsbench.vlm.attention.pooled`
 ) -> AttentionMap:
     """Make the map of a query.
@@ -363,6 +367,7 @@ def kept_shares(
     rows: Rows,  # from a `MapStore`
     query: str = 'answer',  # one of its queries
     layers='all',  # see `smsbench.vlm.attention.chosen_layers`
+    *,
     heads='mean',  # see `smsbench.vlm.attention.pooled`
 ) -> dict:  # group of tokens -> share, 0..1; empty for a query without weight (gradients)
     "Split the attention of a query among groups of tokens, also where the image got none."

@@ -325,6 +325,7 @@ def head_lines(
     rows,  # `Rows`
     mask,  # (H,W) bool on the image, or None
     query: int = 0,  # index of the query
+    *,
     most: int = 48,  # pixels along the longer side
 ) -> list[dict]:  # one per layer and head
     """Measure share and localisation of every layer and head, and of the mean over heads.
@@ -388,11 +389,11 @@ def _region_of(trial, regions, shape):
 def _line(rows, query, layers, heads, mask):
     "Measure one map; where the image got no attention, the shares only."
     try:
-        return dict(empty=False) | map_line(kept_map(rows, query, layers, heads), mask)
+        return dict(empty=False) | map_line(kept_map(rows, query, layers, heads=heads), mask)
     except RunError:
         return dict(empty=True) | {
             f'share_{g}': float(v)
-            for g, v in kept_shares(rows, query, layers, heads).items()
+            for g, v in kept_shares(rows, query, layers, heads=heads).items()
             if g != 'said'
         }
 
@@ -400,7 +401,7 @@ def _line(rows, query, layers, heads, mask):
 def _image(rows, query, layers, heads, most):
     "Return a map on the image, or None where the image got no attention."
     try:
-        return image_map(kept_map(rows, query, layers, heads), most)
+        return image_map(kept_map(rows, query, layers, heads=heads), most)
     except RunError:
         return None
 
@@ -409,6 +410,7 @@ def look_table(
     plan,  # the plan
     store,  # `MapStore`
     regions,  # `Regions`
+    *,
     models,  # names of models
     layers='all',  # see `smsbench.vlm.attention.chosen_layers`
     heads='mean',  # see `smsbench.vlm.attention.pooled`
@@ -457,6 +459,7 @@ def pair_table(
     plan,  # the plan
     store,  # `MapStore`
     models,  # two names
+    *,
     layers='all',  # see `chosen_layers`
     heads='mean',  # see `pooled`
     most: int = 64,  # pixels along the longer side of the common raster
@@ -496,6 +499,7 @@ def change_table(
     plan,  # the plan
     store,  # `MapStore`
     answers,  # `answer_table` rows
+    *,
     models,  # names of models
     layers='all',  # see `chosen_layers`
     heads='mean',  # see `pooled`

@@ -126,7 +126,7 @@ def _areas(cells):
         return []
     w, codes = cells.weight('original') * ~np.isnan(p), pd.factorize(cells.samples.finding)[0]
     areas = [
-        area_of(cells.dyads, p, label == first, w * (codes == c), 'original')
+        area_of(cells.dyads, p, label == first, weight=w * (codes == c), arm='original')
         for c in np.unique(codes)
     ]
     return [a for a in areas if not np.isnan(a.value)]

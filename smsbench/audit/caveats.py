@@ -207,6 +207,7 @@ def file_caveats(
     files,  # `FileAudit`; None where the files were not audited
     asked: dict,  # as `matched_command` takes it
     imported: bool = False,  # were the answers made elsewhere?
+    *,
     columns=(),  # columns of the cohort
 ) -> list:  # caveats; the one with a command first
     """List the serious findings of the file audit.
@@ -387,6 +388,7 @@ def gather_caveats(
     model: str,  # its name
     verdict: dict,  # its verdicts, still without caveats
     delivery: dict,  # its arms, as `prove_delivery` found them
+    *,
     files,  # `FileAudit`; None where the files were not audited
     info: dict,  # what the predictions' metadata say about the model
     cohort: dict,  # what the run says about its data: manifest, title, access, label_source
@@ -399,7 +401,7 @@ def gather_caveats(
     """
     out = answer_caveats(verdict) + delivery_caveats(verdict, delivery)
     out += _incomplete_caveats(verdict)
-    out += file_caveats(files, command, 'imported' in info, command.get('columns', ()))
+    out += file_caveats(files, command, 'imported' in info, columns=command.get('columns', ()))
     notes = dict(
         training=training_note(info, cohort),
         labels=label_note(verdict, cohort),
@@ -445,6 +447,7 @@ def caveat_lines(
     models: dict,  # model -> its verdicts with their caveats
     run='RUN',  # run directory, for commands
     root='DATA',  # folder of the data, for commands
+    *,
     specs: dict = None,  # name of a model -> what was given as --model
 ) -> list:  # lines, those of a model in the order of its caveats
     "Write caveats for a terminal: whole, except that findings in the files are cut short."

@@ -95,6 +95,7 @@ def measure_wordings(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of one or more models
     n_boot: int = 2000,  # resamples of patients
+    *,
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
     minimum: int = 10,  # samples below which a number is suppressed
@@ -138,6 +139,7 @@ def map_change_predicts_flip(
     divergences,  # (n,) change of the map of each rewording, bits
     flips,  # (n,) bool: did the answer change as well?
     patients,  # (n,) clusters
+    *,
     n_boot: int = 2000,  # resamples of patients
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling

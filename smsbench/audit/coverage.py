@@ -199,6 +199,7 @@ def audit_once(
     setting: Setting,  # the study, nothing left to solve
     seed: int,  # which draw
     asks=('intervals', 'verdicts'),  # what is wanted
+    *,
     engine=ENGINE,  # functions with the arguments of `measure` and `give_verdicts`
 ) -> list[tuple]:  # rows, see `FIELDS`
     "Simulate one study and audit it."
@@ -216,11 +217,12 @@ def run_chunk(
     setting: Setting,  # the study
     seeds,  # draws
     asks,  # see `audit_once`
+    *,
     engine=ENGINE,  # the two functions under test
 ) -> tuple[list[tuple], float]:  # rows with the seed in front, seconds
     "Several audits of a setting."
     start = time.perf_counter()
-    rows = [(s, *r) for s in seeds for r in audit_once(setting, s, asks, engine)]
+    rows = [(s, *r) for s in seeds for r in audit_once(setting, s, asks, engine=engine)]
     return rows, time.perf_counter() - start
 
 # %% ../../nbs/35_audit/220_coverage.ipynb #2317fde1
@@ -228,6 +230,7 @@ def judge(
     count: int,  # studies counted
     n: int,  # studies looked at
     limit: float,  # the rate that is accepted, 0..1
+    *,
     least: bool,  # is the limit a least rate (coverage), or a most (errors)?
     rates: int = 1,  # rates of the whole suite
 ) -> str:  # 'holds', 'within error', 'broken', or '' without studies
@@ -423,7 +426,7 @@ def judge_all(
     rates = all_rates(settings, limits or Limits())
     for r in rates:
         r['rate'] = r['count'] / r['n'] if r['n'] else float('nan')
-        r['outcome'] = judge(r['count'], r['n'], r['limit'], r['least'], len(rates))
+        r['outcome'] = judge(r['count'], r['n'], r['limit'], least=r['least'], rates=len(rates))
     outcomes = [r['outcome'] for r in rates]
     return dict(
         audits=sum(s['audits'] for s in settings.values()),
@@ -454,7 +457,7 @@ def _prepare(entry):
 
 def _chunk(entry, solved, seeds, engine):
     "Name of an entry and what `run_chunk` makes of some of its audits."
-    return entry.name, len(seeds), run_chunk(solved, seeds, entry.asks, engine)
+    return entry.name, len(seeds), run_chunk(solved, seeds, entry.asks, engine=engine)
 
 # %% ../../nbs/35_audit/220_coverage.ipynb #3b9af206
 def parallel(
@@ -503,7 +506,7 @@ def _audit_all(ready, todo, workers, engine, size):
     left = {e.name: e.audits for e in todo}
     rows, spent, of = {n: [] for n in left}, dict.fromkeys(left, 0.0), {e.name: e for e in todo}
     calls = [delayed(_chunk)(e, ready[e.name][0], s, engine) for e, s in jobs]
-    with progress(None, 'audits', sum(left.values()), 'audit') as bar:
+    with progress(None, 'audits', sum(left.values()), unit='audit') as bar:
         for name, n, (got, seconds) in parallel(workers, calls) if calls else ():
             rows[name] += got
             spent[name] += seconds
@@ -517,6 +520,7 @@ def run_grid(
     grid: Grid,  # what to simulate
     out=None,  # JSON file to write and to resume from; None keeps nothing
     workers: int | None = None,  # processes; default: one per core
+    *,
     engine=ENGINE,  # the two functions under test
     size: int = 10,  # audits that a process does at a time
 ) -> dict:  # complete, summary, limits, engine, settings: JSON-ready
@@ -527,7 +531,7 @@ def run_grid(
     done = _kept(out, grid, code)
     todo = [e for e in grid.entries if e.name not in done]
     drawn = parallel(workers, [delayed(_prepare)(e) for e in todo]) if todo else ()
-    ready = dict(progress(drawn, 'truth', len(todo), 'setting'))
+    ready = dict(progress(drawn, 'truth', len(todo), unit='setting'))
     for entry, rows, seconds in _audit_all(ready, todo, workers, engine, size):
         done[entry.name] = summarise(entry, *ready[entry.name], rows, seconds, grid.limits.patients)
         if out is not None:

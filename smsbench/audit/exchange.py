@@ -157,7 +157,7 @@ def _imported_row(
 # %% ../../nbs/35_audit/100_exchange.ipynb #ce1e0536
 def _still_asks(text, told):
     "Whether the question stands in an answer after everything that is known of its prompt is gone."
-    bare = strip_answer(text, told['prompt'], told['question'], told['choices'])
+    bare = strip_answer(text, told['prompt'], told['question'], choices=told['choices'])
     question = words(told['question'].lower())
     long = len(question) > 3  # a word or two may stand in any answer
     return long and ' '.join(question) in ' '.join(words(bare.lower()))
@@ -263,6 +263,7 @@ def import_predictions(
     path,  # JSON-lines file of answers
     plan: pd.DataFrame,  # the plan they answer
     run: Run,  # run directory
+    *,
     name: str = '',  # what to call the model; '' takes the file's name
     max_missing: float = 0.05,  # share of the plan that may lack an answer
     source=None,  # a `Source` of the cohort, where its samples have questions of their own
@@ -276,7 +277,7 @@ def import_predictions(
     ...     for row in predictions.itertuples():
     ...         line = json.dumps(dict(trial_id=row.trial_id, raw_text=row.answer))
     ...         print(line, file=f)
-    >>> len(import_predictions("answers.jsonl", plan, run, "elsewhere"))
+    >>> len(import_predictions("answers.jsonl", plan, run, name="elsewhere"))
     1080
     """
     path = Path(path)

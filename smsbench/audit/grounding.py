@@ -81,7 +81,7 @@ def kept_if_read(
         kept, slope = _kept(on * first, on * ~first, right)
         kept = np.nan if cells.samples.label[on > 0].nunique() > 2 else kept
         value, influence = value + on.sum() / w.sum() * kept, influence + on.sum() / w.sum() * slope
-    return mean_of(cells.dyads, influence, value, [w * first, w * ~first], share=False)
+    return mean_of(cells.dyads, influence, value, weights=[w * first, w * ~first], share=False)
 
 
 def _kept(pos, neg, right):
@@ -211,6 +211,7 @@ def mean_row(
     metric: str,  # its name
     arm: str,  # whose donors take part
     mean: Mean,  # the number
+    *,
     level: float = 0.95,  # confidence level
     minimum: int = 10,  # samples below which a number is suppressed
 ) -> dict:  # metrics row without model and subgroup
@@ -230,6 +231,7 @@ def confidence_rows(
     cells: Cells,  # one model's answers to variant 0, with confidence
     kind: str,  # key of `LOSSES`
     level: float = 0.95,  # confidence level
+    *,
     minimum: int = 10,  # samples below which a number is suppressed
 ) -> list[dict]:  # metrics rows without model and subgroup
     "Does low confidence warn of wrong, or of ungrounded, answers?"
@@ -237,12 +239,14 @@ def confidence_rows(
     if not w.any():
         return []
     sure = np.where(w > 0, cells('original', 'confidence'), 0.0)
-    area = aurc_of(cells.dyads, sure, loss, w, arm)
-    flags = area_of(cells.dyads, -sure, loss == 1, w, arm)
+    area = aurc_of(cells.dyads, sure, loss, weight=w, arm=arm)
+    flags = area_of(cells.dyads, -sure, loss == 1, weight=w, arm=arm)
     means = {f'aurc_{kind}': area, f'flags_{kind}': flags}
     for c in COVERAGES:
-        means[f'{name}_at_{c}'] = risk_at_of(cells.dyads, sure, 1 - loss, c / 100, w, arm)
-    rows = [mean_row(m, arm, mean, level, minimum) for m, mean in means.items()]
+        means[f'{name}_at_{c}'] = risk_at_of(
+            cells.dyads, sure, 1 - loss, coverage=c / 100, weight=w, arm=arm
+        )
+    rows = [mean_row(m, arm, mean, level=level, minimum=minimum) for m, mean in means.items()]
     ends = dict(best=aurc(-loss, loss, w), random=aurc(np.ones(cells.n), loss, w))
     bare = rows[0] | dict(ci_low=np.nan, ci_high=np.nan)
     if np.isnan(rows[0]['value']):
@@ -287,6 +291,7 @@ def probability_rows(
     cells: Cells,  # one model's answers to variant 0, with confidence
     recalibrate=METHODS,  # maps to try; () for none
     n_boot: int = 2000,  # resamples of patients
+    *,
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the simulation and of the resampling
     minimum: int = 10,  # samples below which a number is suppressed
@@ -312,7 +317,7 @@ def _recalibrated(prob, happened, who, methods, how, sizes):
     if not methods:
         return []
     try:
-        mapped = cross_fit_all(prob, happened, who, methods)
+        mapped = cross_fit_all(prob, happened, who, methods=methods)
     except InputError as e:
         empty = dict(value=np.nan, note=f'undefined: {e}', **sizes)
         return [dict(metric=f'ece[{m}]', **empty) for m in methods]
@@ -344,6 +349,7 @@ def state_rows(
     cells: Cells,  # one model's answers to variant 0
     consistent: pd.Series,  # from `consistent_samples`
     level: float = 0.95,  # confidence level
+    *,
     minimum: int = 10,  # samples below which a number is suppressed
 ) -> list[dict]:  # metrics rows without model and subgroup
     "Shares of the four states, of consistent and of kept answers."
@@ -364,6 +370,7 @@ def measure_grounding(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of one or more models
     n_boot: int = 2000,  # resamples of patients
+    *,
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling and of the simulation
     minimum: int = 10,  # samples below which a number is suppressed

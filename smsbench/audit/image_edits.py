@@ -74,6 +74,7 @@ def permute(
     image: np.ndarray,  # (H,W) or (H,W,3) uint8
     region=(),  # not used
     key: str = '',  # decides the permutation
+    *,
     grid: int = 8,  # patches per side
 ) -> np.ndarray:  # a copy
     "Permute grid x grid patches."
@@ -123,6 +124,7 @@ def shift_image(
     op: str,  # key of `IMAGE_OPERATIONS`
     image: np.ndarray,  # the donor's image, (H,W) or (H,W,3) uint8
     region=(),  # boxes to grey, for occlude and elsewhere
+    *,
     key: str = '',  # decides the permutation of shuffle
 ) -> np.ndarray | None:  # the image to deliver; None where the arm shows none
     "Apply an image operation; `InputError` for one that is not known."

@@ -434,6 +434,7 @@ def excess(
     cells: Cells,  # one model's answers
     arm: str,  # an arm with a control
     metric: str,  # key of `_MOVED`
+    *,
     keep=None,  # function arm -> (n,) bool, rows that count; None takes all
     stay=False,  # count missing answers as no movement? 'untried': those that were never given
 ) -> Term:
@@ -597,6 +598,7 @@ def term_rows(
     terms: list[Term],  # metrics as ratios of sums
     who,  # `Dyads` of the rows, or (n,) patients where nobody lends
     level: float = 0.95,  # confidence level
+    *,
     minimum: int = 10,  # samples below which a number is suppressed
     **_,  # n_boot, seed: what callers that resample pass along
 ) -> list[dict]:  # metrics rows without model and subgroup
@@ -622,7 +624,9 @@ def term_row(term, dyads, level=0.95):
 
 def _mean_of_term(term, dyads):
     parts = [
-        ratio_of(dyads, t.num, t.den, t.lends or t.arm or term.lends, t.bounds, t.share)
+        ratio_of(
+            dyads, t.num, t.den, arm=t.lends or t.arm or term.lends, bounds=t.bounds, share=t.share
+        )
         for t in (term, *term.also)
     ]
     if len(parts) == 1:
@@ -638,7 +642,8 @@ def _two_parts(term, dyads):
         return _mean_of_term(term, dyads), _mean_of_term(term.minus, dyads)
     arm, num = term.lends or term.arm, np.asarray(term.num, float)
     return tuple(
-        ratio_of(dyads, np.maximum(sign * num, 0), term.den, arm, share=True) for sign in (1, -1)
+        ratio_of(dyads, np.maximum(sign * num, 0), term.den, arm=arm, share=True)
+        for sign in (1, -1)
     )
 
 
@@ -667,6 +672,7 @@ def curve_rows(
     cells: Cells,  # one model's answers
     level: float = 0.95,  # confidence level
     minimum: int = 10,  # samples below which a number is suppressed
+    *,
     pooled: bool = False,  # also the AUROC over all findings pooled
     seed: int = 0,  # of the interval of the ECE
     **_,  # n_boot: what callers that resample pass along
@@ -691,7 +697,7 @@ def _area_row(cells, arm, w, level):
     "AUROC, averaged over the findings that have both classes."
     y, p = (cells.samples.label == cells.samples['first']).to_numpy(), cells(arm, 'p')
     codes = pd.factorize(cells.samples.finding)[0]
-    areas = [area_of(cells.dyads, p, y, w * (codes == c), arm) for c in np.unique(codes)]
+    areas = [area_of(cells.dyads, p, y, weight=w * (codes == c), arm=arm) for c in np.unique(codes)]
     areas = [a for a in areas if not np.isnan(a.value)]
     if not areas:
         return _row(
@@ -719,7 +725,7 @@ def _area_row(cells, arm, w, level):
 
 def _pooled_row(cells, arm, w, level):
     y = (cells.samples.label == cells.samples['first']).to_numpy()
-    mean = area_of(cells.dyads, cells(arm, 'p'), y, w, arm)
+    mean = area_of(cells.dyads, cells(arm, 'p'), y, weight=w, arm=arm)
     return _row(
         'auroc_pooled',
         arm,
@@ -747,10 +753,10 @@ def _ece_row(cells, arm, w, level, seed):
     at = gaps.sum(0) / w.sum()
     influence = (gaps - w[:, None] * at) / w.sum()
     value, dyads = float(np.abs(at).sum()), cells.dyads
-    base = mean_of(dyads, influence[:, 0], value, [w], arm)
+    base = mean_of(dyads, influence[:, 0], value, weights=[w], arm=arm)
     noise = _correlated(dyads, influence, arm, base, seed)
     tail = (1 - level) / 2
-    low, high = gap_ends(at + noise, at, np.abs, np.sign, tail).ravel()
+    low, high = gap_ends(at + noise, at, np.abs, slope=np.sign, tail=tail).ravel()
     least, most = exact_bounds(value, base.n_floor, level)
     return _row(
         'ece',
@@ -834,8 +840,8 @@ def _told_apart(cells, arm, now, before, both):
         dyads,
         np.r_[now, before],
         np.r_[np.ones(n, bool), np.zeros(n, bool)],
-        np.tile(both, 2).astype(float),
-        arm,
+        weight=np.tile(both, 2).astype(float),
+        arm=arm,
     )
 
 # %% ../../nbs/35_audit/110_metrics.ipynb #9a8e780c
@@ -903,7 +909,7 @@ def _difference_p(term, cells, arm):
     if arm not in dyads.lends:
         keep = on & np.r_[True, np.diff(cells.sample) > 0]  # one row a sample, however many draws
         return mcnemar_clustered(term.num[keep] > 0, term.minus.num[keep] > 0, cells.patients[keep])
-    change = ratio_of(dyads, term.num - term.minus.num, term.den, arm, ANY)
+    change = ratio_of(dyads, term.num - term.minus.num, term.den, arm=arm, bounds=ANY)
     if change.variance == 0 or change.n_effective <= 1:
         return 1.0
     return float(
@@ -950,6 +956,7 @@ def measure(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of one or more models
     n_boot: int = 2000,  # recorded with the table; the intervals here need no resampling
+    *,
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the interval of the ECE
     minimum: int = 10,  # samples below which a number is suppressed

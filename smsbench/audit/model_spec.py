@@ -83,6 +83,7 @@ def open_model(
     spec,  # 'planted:…', 'reference-…', a folder or a Hugging Face id; or a `ModelSpec`
     device: str = 'auto',  # 'cpu', 'cuda', 'cuda:1', 'auto'
     dtype: str = 'auto',  # 'float32', 'bfloat16', 'float16' or 'auto' (as the checkpoint says)
+    *,
     batch_size: int = 16,  # rows of a forward pass at most
     level='auto',  # how much work trials may share, see `smsbench.vlm.scoring.fast`
     budget_gib: float | None = None,  # memory for what they share, GiB; None: as `fast` chooses

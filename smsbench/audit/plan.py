@@ -64,6 +64,7 @@ def draw_several(
     cohort: pd.DataFrame,  # cohort table
     same_class: bool,  # draw from the sample's own class (control arms) or from the others?
     k: int,  # donors per sample, at most
+    *,
     seed: int = 0,  # which draw
     match=(),  # columns in which donor and sample must agree
 ) -> list[dict[str, str]]:  # k times sample_id -> donor's sample_id, '' where no further one fits
@@ -118,16 +119,18 @@ def draw_donors(
     cohort: pd.DataFrame,  # cohort table
     same_class: bool,  # draw from the sample's own class (control arms) or from the others?
     seed: int = 0,  # which draw
+    *,
     match=(),  # columns in which donor and sample must agree
 ) -> dict[str, str]:  # sample_id -> donor's sample_id, '' where none fits
     "Draw one donor per sample, balanced over donors, independent of row order."
-    return draw_several(cohort, same_class, 1, seed, match)[0]
+    return draw_several(cohort, same_class, 1, seed=seed, match=match)[0]
 
 # %% ../../nbs/35_audit/060_plan.ipynb #b1c9b5b4
 def nearest_donors(
     cohort: pd.DataFrame,  # cohort table
     thumbs: np.ndarray,  # (n, d) float, one row per cohort row
     match=(),  # columns in which donor and sample must agree
+    *,
     same_class: bool = False,  # nearest of the sample's own class instead?
 ) -> dict[str, str]:  # sample_id -> sample_id of the nearest fitting image, '' where none fits
     """Find each sample's nearest picture of another class (or the same) and another patient.
@@ -222,7 +225,7 @@ def _shown(arm, r, donors, rows, shapes, asking, draw=0):
             arm.text,
             asking.rows[r.sample_id],
             asking.question(r.sample_id),
-            asking.rows[text_id].text,
+            lender=asking.rows[text_id].text,
         )
         why, change = done.why, done.change
 
@@ -310,6 +313,7 @@ def enough_donors(
     cohort: pd.DataFrame,  # cohort table with `image_sha`
     arms: list,  # `Arm`s of the plan
     seed: int = 0,  # which draw
+    *,
     match=(),  # columns in which donor and sample must agree
     margin: float = 0.05,  # smallest movement that matters
 ) -> int:  # donors per sample
@@ -320,7 +324,7 @@ def enough_donors(
         return 1
     patient, reached = cohort.set_index('sample_id').patient_id, np.full(most, np.inf)
     for same in (False, True):
-        draws = draw_several(cohort, same, most, seed, match)
+        draws = draw_several(cohort, same, most, seed=seed, match=match)
         reached = np.minimum(reached, [lending(draws[: k + 1], patient) for k in range(most)])
     strict = 0.05 / _modalities(a.name for a in arms)
     wanted = min(patients_for_absence(margin, strict), 0.98 * reached.max())
@@ -356,6 +360,7 @@ def make_plan(
     cohort: pd.DataFrame,  # cohort table with its metadata in `.attrs`
     arms=(),  # arm names; empty means all that the cohort allows, but no probes
     seed: int = 0,  # which draw of donors
+    *,
     match=(),  # columns in which donor and sample must agree
     variants=('plain',),  # prompt variants, see `smsbench.audit.prompts.VARIANTS`
     read_image=None,  # sample_id -> (H,W) or (H,W,3) uint8; for hard_swap and the region arms
@@ -391,7 +396,7 @@ def make_plan(
         .assign(image_sha=lambda d: image_names(d))
     )
     k = (
-        enough_donors(cohort, chosen, seed, match, margin)
+        enough_donors(cohort, chosen, seed, match=match, margin=margin)
         if donors == 'auto'
         else _checked_donors(donors)
     )
@@ -439,7 +444,7 @@ def _asking(rows, opened, tasks, access, sealed, paraphrases, probes):
         {i: opened[i] for i in rows} if opened else rows,
         tasks,
         paraphrases,
-        access,
+        access=access,
     )
 
 
@@ -509,7 +514,7 @@ def _prepare(cohort, chosen, seed, match, read_image, explicit, k=1):
     "Donors per role and draw, and picture sizes of the samples with a marked region."
     ops = {a.image for a in chosen} | {_DRAWN.get(a.text, a.text) for a in chosen}
     donors = {
-        role: draw_several(cohort, role == 'same', k, seed, match)
+        role: draw_several(cohort, role == 'same', k, seed=seed, match=match)
         for role in ('other', 'same')
         if role in ops
     }

@@ -85,6 +85,7 @@ def probability(
     setting: Setting,  # the study
     question: Question,  # what is planned for
     wanted: float = 0.8,  # probability that decides when to stop, 0..1
+    *,
     studies: int = 100,  # studies at most
     workers: int = 1,  # processes
     bar=None,  # progress bar to move
@@ -185,6 +186,7 @@ def plan_verdict(
     question: Question,  # what is planned for
     wanted: float = 0.8,  # wanted probability of the verdict, 0..1
     studies: int = 100,  # studies per size at most
+    *,
     most: int = 1920,  # largest number of patients tried
     workers: int = 1,  # processes
     bar=None,  # progress bar to move

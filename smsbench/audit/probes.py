@@ -286,6 +286,7 @@ def shift_text(
     op: str,  # text operation of an arm
     row,  # the sample: sample_id, text, finding
     question: str,  # what it is asked
+    *,
     lender='',  # the text of the lender: shown instead (other, same), or as history
     noun: str = 'report',  # what the text is called
 ) -> Altered:

@@ -80,6 +80,7 @@ def render(
     task: Task,  # what is asked
     kind: str,  # a key of `LEADS`
     text: str = '',  # the report or note; used by the kinds that show text
+    *,
     variant: str = 'plain',  # a key of `VARIANTS`, or a rewording: its words are in `task`
 ) -> str:  # the prompt, without chat template and image token
     "Build the prompt of a trial."

@@ -169,6 +169,7 @@ def check_registration(
     record: Registration,  # what was registered
     settings: AuditSettings,  # what is asked for
     cohort_hash: str,  # of the cohort at hand
+    *,
     plan_hash: str = '',  # of the plan at hand; '' where there is none yet
 ):
     "`InputError` of one line that names what deviates from the registration."
@@ -231,6 +232,7 @@ def keep_registration(
     run: Run,  # run directory
     source,  # file of a registration; True registers now; '' or None keeps none
     plan: pd.DataFrame,  # the frozen plan
+    *,
     settings: AuditSettings,  # what the audit computes
 ):
     """Check the registration and put it into the run directory.
@@ -241,7 +243,9 @@ def keep_registration(
     if not source or (source is True and kept.exists()):
         return
     record = register(plan, settings) if source is True else read_registration(source)
-    check_registration(record, settings, plan.attrs['cohort_hash'], plan.attrs['plan_hash'])
+    check_registration(
+        record, settings, plan.attrs['cohort_hash'], plan_hash=plan.attrs['plan_hash']
+    )
     if kept.exists() and read_registration(kept).hash != record.hash:
         raise InputError(f'{run.path} was run under another registration; choose another --out')
     if kept.exists():
@@ -327,7 +331,10 @@ def registration_note(
     try:
         record = read_registration(run / 'registration.yaml')
         check_registration(
-            record, AuditSettings(**fields), plan.attrs['cohort_hash'], plan.attrs['plan_hash']
+            record,
+            AuditSettings(**fields),
+            plan.attrs['cohort_hash'],
+            plan_hash=plan.attrs['plan_hash'],
         )
     except InputError as e:
         return none | dict(

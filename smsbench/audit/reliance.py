@@ -52,8 +52,8 @@ def bounds_of(
     "The bounds that decide a verdict."
     wide, narrow = 1 - 0.05 / strict, 1 - 0.10 / strict
     ends = [[interval_of(m, level) for m in (other, same)] for level in (wide, narrow)]
-    e, low, high = joined(other, same, r, wide, ends[0])
-    _, low_90, high_90 = joined(other, same, r, narrow, ends[1])
+    e, low, high = joined(other, same, r, level=wide, ends=ends[0])
+    _, low_90, high_90 = joined(other, same, r, level=narrow, ends=ends[1])
     (_, (same_low, _)), (o, (_, same_high)) = ends
     return Bounds(other.value, same.value, e, low, high, low_90, high_90, *o, same_low, same_high)
 
@@ -112,6 +112,7 @@ def patients_needed(
     other,  # `Mean` of the movement under another class
     same,  # `Mean` of the movement under the same class
     r: float,  # correlation of the two
+    *,
     margin: float,  # smallest movement that matters
     strict: float = 1.0,  # as in `bounds_of`
 ) -> int | None:  # None where a million would not decide
@@ -173,7 +174,7 @@ def decide(
     }
     dyads = Dyads(np.asarray(patients)[keep], donors)
     one = np.ones(keep.sum())
-    means = [ratio_of(dyads, x[keep], one, a) for a, x in (('other', other), ('same', same))]
+    means = [ratio_of(dyads, x[keep], one, arm=a) for a, x in (('other', other), ('same', same))]
     return record(*means, correlation(dyads, *means), margin, strict)
 
 # %% ../../nbs/35_audit/130_reliance.ipynb #5e373f50
@@ -181,6 +182,7 @@ def nothing(
     state: str,  # void, does not answer, not asked, incomplete or too few
     margin: float,  # smallest movement that matters
     note: str = '',  # the reason in words
+    *,
     verdict=None,  # None; 'undecided' where there are too few patients
 ) -> dict:  # a verdict record
     "The record of a question without an answer."
@@ -224,14 +226,18 @@ def record(
     margins for which the verdict stands.
     """
     if other.n_patients < FEWEST:
-        return nothing('too few', margin, f'fewer than {FEWEST} patients', 'undecided') | dict(
-            n=other.n, n_patients=other.n_patients
-        )
+        return nothing(
+            'too few', margin, f'fewer than {FEWEST} patients', verdict='undecided'
+        ) | dict(n=other.n, n_patients=other.n_patients)
     b, plain = bounds_of(other, same, r, strict), bounds_of(other, same, r)
     verdict, name = word_for(b, margin)
     low, high = stands(b, margin)
     ends = [interval_of(m) for m in (other, same)]  # 95 %, two-sided
-    needed = patients_needed(other, same, r, margin, strict) if verdict == 'undecided' else None
+    needed = (
+        patients_needed(other, same, r, margin=margin, strict=strict)
+        if verdict == 'undecided'
+        else None
+    )
     return dict(
         verdict=verdict,
         state='ok',

@@ -67,6 +67,7 @@ def freeze_plan(
     run: Run,  # run directory
     cohort: pd.DataFrame,  # cohort table
     source,  # its `Source`
+    *,
     settings: AuditSettings,
 ) -> pd.DataFrame:  # the plan
     "Write plan.parquet and plan_exclusions.parquet, or read the plan that this run already has."
@@ -76,14 +77,14 @@ def freeze_plan(
         cohort,
         settings.arms,
         settings.seed,
-        settings.match,
-        settings.variants,
-        source.image,
-        settings.rewordings,
-        settings.probes,
-        source.rows,
-        settings.donors,
-        settings.margin,
+        match=settings.match,
+        variants=settings.variants,
+        read_image=source.image,
+        paraphrases=settings.rewordings,
+        probes=settings.probes,
+        opened=source.rows,
+        donors=settings.donors,
+        margin=settings.margin,
     )
     write_table(excluded, run / 'plan_exclusions.parquet')
     write_table(plan, run / 'plan.parquet', 'plan')
@@ -136,7 +137,7 @@ def conclude(
         family=settings.family,
         margin_reason=settings.margin_reason,
     )
-    add_caveats(run, verdicts, delivery, plan, predictions)
+    add_caveats(run, verdicts, delivery, plan=plan, predictions=predictions)
     write_json(verdicts, run / 'verdicts.json')
     for line in void_lines(delivery):
         run.log(line)
@@ -156,6 +157,7 @@ def add_caveats(
     run: Run,  # run directory
     verdicts: dict,  # from `give_verdicts`; each model gains `caveats`
     delivery: dict,  # what `prove_delivery` found
+    *,
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers, with what is known of the models in the metadata
 ):
@@ -173,10 +175,10 @@ def add_caveats(
             model,
             verdict,
             delivery.get(model, {}),
-            files,
-            known.get(model, {}),
-            about,
-            dict(asked, plan=plan.attrs, columns=columns),
+            files=files,
+            info=known.get(model, {}),
+            cohort=about,
+            command=dict(asked, plan=plan.attrs, columns=columns),
         )
 
 # %% ../../nbs/35_audit/200_run.ipynb #b70dd473
@@ -200,6 +202,7 @@ def audit_the_files(
     run: Run,  # run directory
     held: SealedCohort,  # the cohort
     files: pd.DataFrame,  # measures of the files, or None
+    *,
     exclusions: pd.DataFrame,  # what the manifest left out, or None
     root='',  # folder of the images
     seed: int = 0,  # folds and resamples
@@ -210,7 +213,7 @@ def audit_the_files(
         return
     if files is None:
         files = scan_sealed(held, root, run / 'files' / 'scan', remote=remote)
-    found = audit_sealed(held, files, exclusions, root, seed)
+    found = audit_sealed(held, files, exclusions, root=root, seed=seed)
     write_audit(found, run / 'files')
     counts = found.findings.severity.value_counts()
     run.log(f"files: {', '.join(f'{counts.get(s, 0)} {s}' for s in SEVERITIES)}")
@@ -237,6 +240,7 @@ def run_audit(
     out,  # run directory; a run that stopped goes on here
     cohort,  # cohort table with its metadata; or `Built`, which brings its exclusions and files
     models,  # model specs, see `open_model`
+    *,
     settings: AuditSettings = DEFAULTS,
     plan: pd.DataFrame = None,  # a plan made before; None makes one
     root='',  # folder of the images; '' takes the cohort's own
@@ -247,8 +251,8 @@ def run_audit(
     **how,  # options of `open_model`: device, dtype, batch_size, level, ...
 ) -> Run:  # the run directory, with everything but the report in it
     """cohort → audit of its files → plan → predictions → delivery proof → metrics → verdicts.
-
-    >>> run = run_audit("audit", cohort, ["planted:image-only"], settings)
+    settings=
+        >>> run = run_audit("audit", cohort, ["planted:image-only"], settings)
     """
     names = _checked_names(models, settings)
     if isinstance(cohort, Built):
@@ -276,17 +280,19 @@ def run_audit(
         **how,
     )
     _keep_cohort(run, cohort, exclusions)
-    audit_the_files(run, held, files, exclusions, source.root, settings.seed, remote)
+    audit_the_files(
+        run, held, files, exclusions=exclusions, root=source.root, seed=settings.seed, remote=remote
+    )
     if plan is not None and not (run / 'plan.parquet').exists():
         write_table(plan, run / 'plan.parquet', 'plan')
-    plan = freeze_plan(run, cohort, source, settings)
+    plan = freeze_plan(run, cohort, source, settings=settings)
     run.log(_plan_line(plan, about['access']))
     for line in attainable_lines(plan, settings.margin):
         run.log(line)
-    keep_registration(run, registration, plan, settings)
+    keep_registration(run, registration, plan, settings=settings)
     mark_first_answer(run)
     for spec in models:
-        p = score_model(spec, plan, source, run, settings, **how)
+        p = score_model(spec, plan, source, run=run, settings=settings, **how)
         failed = format_count(int((p.parse_status == 'error').sum()), about['access'])
         run.log(f'{model_name(spec)}: {len(p)} trials, {failed} failed')
     _write_environment(run, plan, about, how.get('device', ''))
@@ -318,7 +324,7 @@ def _check_kept(registration, settings, cohort, plan):
             read_registration(registration),
             settings,
             cohort_hash(cohort),
-            plan.attrs['plan_hash'] if plan is not None else '',
+            plan_hash=plan.attrs['plan_hash'] if plan is not None else '',
         )
 
 
@@ -442,6 +448,7 @@ def run_import(
     out,  # run directory
     file,  # JSON-lines file of answers
     plan: pd.DataFrame,  # the plan they answer
+    *,
     cohort: pd.DataFrame,  # the cohort the plan was made from, for the examples of the report
     name: str = '',  # what to call the model; '' takes the file's name
     settings: AuditSettings = DEFAULTS,
@@ -452,7 +459,10 @@ def run_import(
     "imported answers → delivery proof → metrics → verdicts."
     if registration:
         check_registration(
-            read_registration(registration), settings, cohort_hash(cohort), plan.attrs['plan_hash']
+            read_registration(registration),
+            settings,
+            cohort_hash(cohort),
+            plan_hash=plan.attrs['plan_hash'],
         )
     run, name = Run(out), name or Path(file).stem
     about = _about(cohort)
@@ -472,9 +482,9 @@ def run_import(
     write_table(plan, run / 'plan.parquet', 'plan')
     if files is not None:
         write_audit(files, run / 'files')
-    keep_registration(run, registration, plan, settings)
+    keep_registration(run, registration, plan, settings=settings)
     mark_first_answer(run, known=False)
-    p = import_predictions(file, plan, run, name, settings.max_failures)
+    p = import_predictions(file, plan, run, name=name, max_missing=settings.max_failures)
     missing = format_count(int((p.parse_status == 'error').sum()), about['access'])
     run.log(f'{name}: {len(p)} trials imported, {missing} missing')
     conclude(run, settings)

@@ -44,6 +44,7 @@ class Source:
         cohort,  # cohort table with `tasks` in its metadata, sealed or not; or its `SealedCohort`
         root='',  # folder below which the images lie; '' takes the cohort's own
         cache: int = 256,  # decoded images to keep
+        *,
         remote: bool = False,  # whether images may be fetched from other machines
     ):
         held = open_cohort(cohort, root)
@@ -120,8 +121,8 @@ class Source:
             ARMS[trial.arm].text,
             self.rows[trial.sample_id],
             self.question(trial),
-            self.rows[trial.text_id].text,
-            self.tasks[trial.finding].text_noun,
+            lender=self.rows[trial.text_id].text,
+            noun=self.tasks[trial.finding].text_noun,
         )
         if done.why:
             raise InputError(
@@ -141,11 +142,11 @@ class Source:
                 arm.image,
                 self.image(trial.image_id),
                 json.loads(trial.region or '[]'),
-                trial.trial_id,
+                key=trial.trial_id,
             )
         return Inputs(
             image,
-            render(task, arm.prompt, self.text(trial), trial.variant),
+            render(task, arm.prompt, self.text(trial), variant=trial.variant),
             variant_choices(task, trial.variant),
         )
 
@@ -196,6 +197,7 @@ def score_trials(
     trials,  # rows of a plan (named tuples)
     source,  # a `Source`
     model,  # a `smsbench.vlm.model.Model`
+    *,
     batch_size: int = 16,  # trials per call of the model
 ) -> list[dict]:  # predictions rows, in order
     """Ask the model; failures are asked again in halves, so that one bad trial is one error row.
@@ -291,7 +293,7 @@ def _score_part(path, trials, plan_hash, source, model, batch_size):
         return done
     new = {
         r['trial_id']: dict(model=model.name, **r)
-        for r in score_trials(todo, source, model, batch_size)
+        for r in score_trials(todo, source, model, batch_size=batch_size)
     }
     part = pd.DataFrame([{**old, **new}[t.trial_id] for t in trials])
     write_table(part, path, 'predictions', plan_hash=plan_hash, model=model.info)
@@ -314,6 +316,7 @@ def score_plan(
     plan: pd.DataFrame,  # the plan, with its hash in the metadata
     source,  # a `Source`
     model,  # a `Model`
+    *,
     run: Run,  # run directory
     batch_size: int = 16,  # trials per call of the model
     part_size: int = PART_SIZE,  # trials per part; fixed, or a resumed run would batch differently

@@ -98,6 +98,7 @@ def check_answers(
     run: Run,  # run directory
     model,  # a `FastModel`
     trials: list,  # some trials that it answered (rows of a plan)
+    *,
     source,  # a `Source`
     recorded: pd.DataFrame,  # predictions, these trials among them
 ):
@@ -117,7 +118,7 @@ def check_answers(
     ]
     if model.info.get('level') is None:
         model.score(inputs)  # resumed: the model has not yet settled on a level
-    found = check(model, inputs, len(inputs), answers)
+    found = check(model, inputs, len(inputs), answers=answers)
     alike = [x for x in inputs if x.choices == inputs[0].choices]
     spellings = model.model.variant_mass(alike).drop(columns='ids').to_dict('records')
     result = dict(
@@ -161,6 +162,7 @@ def score_model(
     spec: str,  # model, see `open_model`
     plan: pd.DataFrame,  # the plan
     source,  # a `Source`
+    *,
     run: Run,  # run directory
     settings: AuditSettings = DEFAULTS,
     batch_size: int = 16,  # trials per call, or rows of a forward pass
@@ -181,7 +183,9 @@ def score_model(
         spec, batch_size=batch_size, **dict(system=settings.system, extra=settings.extra), **how
     )
     p = (
-        score_plan(plan, source, model, run, batch_size, max_failures=settings.max_failures)
+        score_plan(
+            plan, source, model, run=run, batch_size=batch_size, max_failures=settings.max_failures
+        )
         if done is None
         else done
     )
@@ -191,8 +195,8 @@ def score_model(
             run,
             model,
             list(good.iloc[_spread(len(good), settings.check)].itertuples(index=False)),
-            source,
-            p,
+            source=source,
+            recorded=p,
         )
     return p
 

@@ -138,6 +138,7 @@ def evidence(
     strength: np.ndarray,  # standard normal
     shown: np.ndarray,  # standard normal: where it is low, the finding shows
     label: np.ndarray,  # bool: what is shown
+    *,
     share,  # share that shows it, or (of no, of yes)
     spread: float,  # standard deviation of the evidence
 ) -> np.ndarray:  # of the shape of `label`
@@ -158,8 +159,8 @@ def draw_images(
     severity, *draws = [latent(s, patient, setting.findings, *how) for s in streams[1:6]]
     truth = severity < _thresholds(severity, setting)
     recorded = truth ^ (streams[6].random(truth.shape) < setting.label_noise)
-    image = evidence(draws[0], draws[1], truth, setting.visible, setting.spread)
-    text = evidence(draws[2], draws[3], recorded, setting.stated, setting.spread)
+    image = evidence(draws[0], draws[1], truth, share=setting.visible, spread=setting.spread)
+    text = evidence(draws[2], draws[3], recorded, share=setting.stated, spread=setting.spread)
     return dict(patient=patient, label=recorded, image=image, text=text)
 
 
@@ -205,6 +206,7 @@ def weigh(
     image: np.ndarray,  # (n,) evidence of the image shown, NaN where none is
     text: np.ndarray,  # (n,) evidence of the report shown, NaN where none is
     rng: np.random.Generator,  # random stream of the answers
+    *,
     image_weight: float = 2.0,  # weight of a unit of evidence
     text_weight: float = 1.0,  # the same for the report
     intercept: float = 0.0,  # leaning to yes without evidence
@@ -268,6 +270,7 @@ def simulate_answers(
     plan: pd.DataFrame,  # the plan
     cohort: pd.DataFrame,  # simulated cohort
     setting: Setting,  # the study
+    *,
     seed: int = 0,  # which draw
 ) -> pd.DataFrame:  # predictions table
     "Answers of the simulated model to every trial of a plan."
@@ -305,7 +308,7 @@ def simulate(
     how = dict(seed=seed, donors=setting.donors, margin=setting.margin)
     plan, _ = make_plan(cohort, setting.arms, **how)
     delivery = {a: dict(verdict='ok', trials=int(n)) for a, n in plan.arm.value_counts().items()}
-    return plan, simulate_answers(plan, cohort, setting, seed), dict(simulated=delivery)
+    return plan, simulate_answers(plan, cohort, setting, seed=seed), dict(simulated=delivery)
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #4668a896
 def _even_normal(rng, n):
@@ -316,8 +319,10 @@ def _even_normal(rng, n):
 def _class_evidence(setting, recorded, share, m, rng):
     "Evidence (m,) of image and text in a recorded class of which `share` is truly yes."
     truth, draws = rng.permutation(m) < round(share * m), [_even_normal(rng, m) for _ in range(4)]
-    image = evidence(draws[0], draws[1], truth, setting.visible, setting.spread)
-    return image, evidence(draws[2], draws[3], np.full(m, recorded), setting.stated, setting.spread)
+    image = evidence(draws[0], draws[1], truth, share=setting.visible, spread=setting.spread)
+    return image, evidence(
+        draws[2], draws[3], np.full(m, recorded), share=setting.stated, spread=setting.spread
+    )
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #502a5aed
 class Population:
@@ -328,6 +333,7 @@ class Population:
         setting: Setting,  # the study
         prevalence: float,  # true share of yes of this finding, 0..1
         arms,  # arm names
+        *,
         n: int,  # samples
         seed: int,  # which draw
     ):
@@ -517,12 +523,13 @@ def truth(
     setting: Setting,  # the study, nothing left to solve
     n: int = 400_000,  # samples drawn per finding
     seed: int = 2024,  # which draw
+    *,
     curves: bool = True,  # AUROC and ECE as well?
 ) -> dict[tuple[str, str], float]:  # (metric, arm) -> true value; ('excess_image', '') of verdicts
     "True values of a simulated study, by a large sample of the same generator."
     arms = [a.name for a in select_arms(setting.arms)]
     kinds, counts = np.unique(setting.prevalences, return_counts=True)
-    parts = [_sums(Population(setting, float(p), arms, n, seed), curves) for p in kinds]
+    parts = [_sums(Population(setting, float(p), arms, n=n, seed=seed), curves) for p in kinds]
     out = {}
     for k in parts[0]:
         num, den = (sum(c * p[k][i] for c, p in zip(counts, parts)) for i in (0, 1))

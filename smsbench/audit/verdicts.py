@@ -99,6 +99,7 @@ def firmness(
     cells: Cells,  # one model's answers
     modality: str,  # key of `NEEDS`
     margin: float,  # smallest movement that matters
+    *,
     strata=(),  # recorded strata
     matched=(),  # strata in which the plan matched already
 ) -> dict:  # draws and matched: lists of verdicts with their excess
@@ -249,7 +250,7 @@ def _without_few(found, margin):
     worth = [found[c] for c in ('n_donors', 'n_effective') if found[c]]
     if found['state'] == 'ok' and min(worth, default=0) < FEWEST:
         why = f'fewer than {FEWEST} effective patients or donors'
-        return nothing('too few', margin, why, 'undecided') | _nothing_more()
+        return nothing('too few', margin, why, verdict='undecided') | _nothing_more()
     return without_small_verdict(found, FEWEST)
 
 
@@ -258,7 +259,9 @@ def _with_firmness(found, cells, modality, about, strict):
     if found['state'] != 'ok':
         return found | _nothing_more()
     margin = found['margin']
-    firm = firmness(cells, modality, margin, about.get('strata', []), about.get('match', []))
+    firm = firmness(
+        cells, modality, margin, strata=about.get('strata', []), matched=about.get('match', [])
+    )
     noisy = about.get('label_source') == 'report' and modality == 'image'
     errors = label_error(*evidence(cells, modality), margin, strict) if noisy else []
     return found | missing_answers(cells, modality) | dict(firmness=firm, label_error=errors)

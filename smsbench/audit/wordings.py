@@ -102,6 +102,7 @@ class Asking:
         rows: dict,  # sample_id -> opened row of the cohort
         tasks: dict,  # finding -> {question, choices, ...}
         paraphrases,  # a number by rule, a table question -> wordings, or 'cohort'; 0 for none
+        *,
         access: str,  # of the cohort: words of credentialed rows are not written down
     ):
         self.rows, self.tasks, self.closed = rows, tasks, access != 'open'

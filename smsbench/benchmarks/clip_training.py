@@ -177,6 +177,7 @@ def step_benchmark(
     model: str = 'tiny',  # as for `bench_clip`
     batch: int = 16,  # pairs
     chunks: tuple = (1, 4),  # numbers of chunks to compare
+    *,
     rounds: int = 5,  # number of rounds for the medians
     steps: int = 2,  # per round and procedure
     device: str = 'cpu',  # 'cpu', 'cuda', 'cuda:0' ...

@@ -312,6 +312,7 @@ def model_flops(
     model: HFModel,  # a model of `bench_model`
     tokens: int,  # positions that went through the language model
     pairs: int,  # pairs of positions in causal attention
+    *,
     images: int,  # images encoded
     rows: int,  # positions whose logits were read
 ) -> float:  # floating-point operations
@@ -373,6 +374,7 @@ def measure(
     model: HFModel,  # the model
     way: str,  # one of `WAYS`
     trials: list[Inputs],  # trials to score
+    *,
     quick: dict,  # `FastModel` per level; filled here, its features cleared before each run
 ) -> dict:  # seconds, cpu_seconds, foreign, logprobs, work, where
     """Score all trials with one procedure, and time it.
@@ -426,12 +428,12 @@ def _bench_one(model, samples, rounds, smoke):
         )
         for way in ways:
             measure(
-                model, way if way != 'generate(128)' else 'generate(3)', trials[:1], quick
+                model, way if way != 'generate(128)' else 'generate(3)', trials[:1], quick=quick
             )  # warm up
         runs = {way: [] for way in ways}
         for _ in range(rounds):
             for way in ways:
-                runs[way].append(measure(model, way, trials, quick))
+                runs[way].append(measure(model, way, trials, quick=quick))
         out[name] = dict(
             trials=len(trials),
             ways={
@@ -481,6 +483,7 @@ def run_bench(
     device: str = 'cpu',  # 'cpu', or 'cuda': models of published shapes
     out=None,  # JSON file to write; None writes nothing
     rounds: int = 3,  # number of rounds for the medians
+    *,
     smoke: bool = False,  # tiny models of all kinds and one sample, for a quick test
     samples: int | None = None,  # per workload; None: 4, GPU 8; from 4 on, donors are samples
 ) -> dict:  # measurements, with the machine and the date

@@ -69,7 +69,9 @@ DeviceOption = Annotated[str, typer.Option(help='cpu, cuda, cuda:1, mps or auto.
 def _images(cohort, root, findings, by, splits, conflicts='error'):
     from smsbench.clip.benchmark import open_images
 
-    return open_images(cohort, root or '', split_list(findings), by, splits, conflicts)
+    return open_images(
+        cohort, root or '', split_list(findings), by=by, splits=splits, conflicts=conflicts
+    )
 
 
 def _prompts(path, films):
@@ -164,7 +166,12 @@ def train(
     words = _prompts(prompts, films)
     with processes(device) as place:
         result = train_clip(
-            films, load_clip(model, pretrained, place.device), settings, out, words, tracker
+            films,
+            load_clip(model, pretrained, place.device),
+            settings,
+            out=out,
+            prompts=words,
+            tracker=tracker,
         )
     if place.rank:
         return  # only the first process prints
@@ -172,7 +179,7 @@ def train(
         result.best,
         films.take(~films.table.film_id.isin(result.excluded.film_id).to_numpy()),
         words,
-        settings.val_split,
+        val=settings.val_split,
         device=place.device,
     )
     summary = dict(
@@ -312,7 +319,7 @@ def evaluate(
         model,
         films,
         out,
-        pretrained,
+        pretrained=pretrained,
         prompts=words,
         seen=seen,
         few_shots=() if test else (1, 2, 4, 8, 16),
@@ -368,7 +375,7 @@ def compare_models(
     tested = readable(films.select('test') if has_test else films, run)[0]
     for name, tag in (first, second):
         words, clip = own_prompts(name, tested, prompts)[0], load_clip(name, tag, device)
-        thresholds = own_thresholds(name, tested, None, words)[0]
+        thresholds = own_thresholds(name, tested, None, prompts=words)[0]
         results.append((zero_shot(clip, tested, words), thresholds))
         names.append(model_name(name, clip))
     scores, limits = zip(*results)

@@ -63,7 +63,7 @@ def verdict_lines(
     for name, v in models.items():
         word = {m: v[f'relies_on_{m}']['verdict'] or 'no verdict' for m in ('image', 'text')}
         deciding = [deciding_line(m, v[f'relies_on_{m}']) for m in word]
-        limits = caveat_lines({name: v}, out, loose.get('root', ''), loose.get('specs'))
+        limits = caveat_lines({name: v}, out, loose.get('root', ''), specs=loose.get('specs'))
         lines += [
             f"{name}: image {word['image']}, text {word['text']}",
             *(f'  {line}' for line in (*deciding, *limits) if line),
@@ -269,13 +269,13 @@ def audit(
         out,
         table,
         model,
-        settings,
-        frozen,
-        root or '',
-        excluded,
-        files,
-        allow_remote,
-        registration or '',
+        settings=settings,
+        plan=frozen,
+        root=root or '',
+        exclusions=excluded,
+        files=files,
+        remote=allow_remote,
+        registration=registration or '',
         **loading,
         **sharing,
     )
@@ -338,7 +338,7 @@ def demo(
         out,
         build_all('phantom', data),
         list(DEMO_MODELS),
-        settings,
+        settings=settings,
         registration=True,
         device='cpu',
         dtype='float32',
@@ -437,12 +437,12 @@ def predictions(
         out,
         file,
         frozen,
-        table,
-        name,
-        _as_registered(settings, registration, ctx, plan_file),
-        excluded,
-        registration or '',
-        _audit_beside(cohort_file),
+        cohort=table,
+        name=name,
+        settings=_as_registered(settings, registration, ctx, plan_file),
+        exclusions=excluded,
+        registration=registration or '',
+        files=_audit_beside(cohort_file),
     )
     finish(out, as_json)
 

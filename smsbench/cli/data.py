@@ -185,7 +185,7 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
     (folder / 'files.parquet').unlink(missing_ok=True)
     if files is not None:
         write_table(files.rename_axis('image').reset_index(), folder / 'files.parquet')
-    file_audit = audit_sealed(opened, files, built.exclusions, root)
+    file_audit = audit_sealed(opened, files, built.exclusions, root=root)
     write_audit(file_audit, folder)
     counts, page = cohort_summary(table, built.exclusions), None
     if report is not None:
@@ -297,9 +297,9 @@ def split(
 
     table, columns = read_table(cohort_file, 'cohort'), split_list(by)
     if folds is not None:
-        parts = make_folds(table, folds, columns, seed)
+        parts = make_folds(table, folds, columns, seed=seed)
     else:
-        parts = make_splits(table, _shares(sizes), columns, seed)
+        parts = make_splits(table, _shares(sizes), columns, seed=seed)
     write_splits(parts, out)
     counts = split_table(apply_splits(table, parts), columns)
     say(
@@ -500,12 +500,12 @@ def _frozen(table, settings, source):
         table,
         settings.arms,
         settings.seed,
-        settings.match,
-        settings.variants,
-        source.image,
-        settings.rewordings,
-        settings.probes,
-        source.rows,
-        settings.donors,
-        settings.margin,
+        match=settings.match,
+        variants=settings.variants,
+        read_image=source.image,
+        paraphrases=settings.rewordings,
+        probes=settings.probes,
+        opened=source.rows,
+        donors=settings.donors,
+        margin=settings.margin,
     )

@@ -111,9 +111,17 @@ def explain(
     )
     _same_run(run, config)
     readings = None if marks is None else read_marks(marks)
-    marked = marked_images(films, readings, called, limit, seed)
+    marked = marked_images(films, readings, called, limit=limit, seed=seed)
     result = explain_images(
-        clip, marked, method, words, n_cascade=8, n_boot=n_boot, seed=seed, layer=layer, show=True
+        clip,
+        marked,
+        method,
+        prompts=words,
+        n_cascade=8,
+        n_boot=n_boot,
+        seed=seed,
+        layer=layer,
+        show=True,
     )
     run.freeze(config)
     metrics = save_explained(result, run)
@@ -371,7 +379,14 @@ def ssa(
     )
     _same_run(run, config)
     result = analyse(
-        ask, asked, split_list(steps), wording, most_orders, seed=seed, show=True, n_boot=n_boot
+        ask,
+        asked,
+        split_list(steps),
+        wording=wording,
+        most_orders=most_orders,
+        seed=seed,
+        show=True,
+        n_boot=n_boot,
     )
     run.freeze(config)
     result, table = _save_ssa(run, result, access, left)
@@ -413,8 +428,8 @@ def _clip_predictor(model, pretrained, device, films, test, val, prompts, wordin
             clip,
             tested,
             words,
-            usable.select(val) if several else None,
-            in_order if wording == 'added' else described,
+            val=usable.select(val) if several else None,
+            say=in_order if wording == 'added' else described,
         ),
         tested,
         about,

@@ -94,7 +94,7 @@ def convert(
     """
     from smsbench.vlm.convert import convert_llava
 
-    convert_llava(source, out, tower, base)
+    convert_llava(source, out, tower, base=base)
     print(f'smsbench audit --model {out} ...')
 
 # %% ../../nbs/80_cli/40_models.ipynb #57406703
@@ -144,7 +144,7 @@ def bench(
     from smsbench.benchmarks.scoring import bench_table, run_bench
     from smsbench.core import read_json
 
-    result = read_json(show) if show else run_bench(device, out, rounds, smoke)
+    result = read_json(show) if show else run_bench(device, out, rounds, smoke=smoke)
     say(result, as_json, f'{_columns(_ratios(bench_table(result)))}\n\n{_machine(result)}')
 
 

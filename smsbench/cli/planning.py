@@ -57,6 +57,7 @@ def plan_power(
     questions: list,  # from `make_questions`
     wanted: float,  # probability of the verdict, 0..1
     studies: int,  # simulated studies per size, at most
+    *,
     most: int,  # largest number of patients
     workers: int | None,  # processes; None: one per core
     figure: Path | None,  # PNG file
@@ -105,6 +106,7 @@ def accuracy_power(
     baseline_acc: float | None,  # accuracy before the change, 0..1
     effect: float | None,  # drop in accuracy, 0..1
     n: int | None,  # samples
+    *,
     wanted: float,  # probability of finding the effect, 0..1
     as_json: bool,  # print JSON
     **how,  # discordant, alpha, design_effect
@@ -197,13 +199,15 @@ def power(
     if accuracy:
         drop = _numbers('effect', effect) or [None]
         how = dict(discordant=discordant, alpha=alpha, design_effect=design_effect)
-        return accuracy_power(baseline_acc, drop[0], n, wanted, as_json, **how)
+        return accuracy_power(baseline_acc, drop[0], n, wanted=wanted, as_json=as_json, **how)
     if baseline_acc is not None or n is not None:
         raise InputError('--baseline-acc and --n plan a difference in accuracy: add --accuracy')
     effect = effect or dict(relies='0.2', ignores='0')[verdict]
     study = dict(effect=effect, margin=margin, prevalence=prevalence, films=films, icc=icc)
     questions = make_questions(verdict, modality, **study, findings=findings, donors=donors)
-    plan_power(questions, wanted, studies, most, workers, figure, as_json)
+    plan_power(
+        questions, wanted, studies, most=most, workers=workers, figure=figure, as_json=as_json
+    )
 
 # %% ../../nbs/80_cli/30_planning.ipynb #ba9df2db
 @app.command()

@@ -49,6 +49,7 @@ def open_images(
     path,  # cohort file from `smsbench cohort`
     root='',  # folder of the images; '' takes the cohort's own
     findings=(),  # tasks to use; (): all
+    *,
     by: str = '',  # column whose values are the classes, instead of the tasks
     splits=None,  # split file from `smsbench split`; None: the cohort's own splits
     conflicts: str = 'error',  # or 'drop', see `images_of`
@@ -105,6 +106,7 @@ def study_config(
     kind: str,  # kind of run
     clip: Clip,  # the original model
     images: Images,  # all splits
+    *,
     settings: TrainSettings | None = None,  # settings of the training; None: no training
     **more,  # JSON-ready, other settings that affect the results
 ) -> dict:  # for `Run.freeze`
@@ -132,6 +134,7 @@ def probe_metrics(
     clip: Clip,  # a loaded model
     images: Images,  # with the splits named below
     train: str = 'train',  # split for fitting
+    *,
     val: str = 'val',  # split for choosing
     test: str = 'test',  # split for testing
     **how,  # model, minimum, n_boot, level, seed of `classification_metrics`
@@ -180,6 +183,7 @@ def benchmark(
     clip: Clip,  # the original model, in fp32; training changes it
     images: Images,  # with splits train, val and test
     out,  # run directory; an interrupted training resumes
+    *,
     settings: TrainSettings | None = None,  # settings of the training; None: no training
     prompts: dict | None = None,  # None: the default ones
     test: str = 'test',  # split for testing
@@ -194,20 +198,21 @@ def benchmark(
         (settings.val_split if settings else 'val'),
         (settings.train_split if settings else 'train'),
     )
-    before = evaluate(clip, images, run / 'before', prompts, val=val, test=test, **how)
+    before = evaluate(clip, images, run / 'before', prompts=prompts, val=val, test=test, **how)
     tables, spaces = (
-        [before.metrics, probe_metrics(clip, images, first, val, test, **how)],
+        [before.metrics, probe_metrics(clip, images, first, val=val, test=test, **how)],
         {clip.name: embed(clip, images.select(test))},
     )
     fitted = after = None
     if settings is not None:
-        fitted = train(images, clip, settings, run / 'training', prompts)
+        fitted = train(images, clip, settings, out=run / 'training', prompts=prompts)
         best = best_of(fitted, clip)
-        after = evaluate(best, images, run / 'after', prompts, val=val, test=test, **how)
+        after = evaluate(best, images, run / 'after', prompts=prompts, val=val, test=test, **how)
         tables.append(after.metrics.assign(arm='trained'))
         spaces[best.name] = embed(best, images.select(test))
     tables += [
-        space_metrics(e, name, minimum, min(n_boot, 200), seed=seed) for name, e in spaces.items()
+        space_metrics(e, name, minimum, n_boot=min(n_boot, 200), seed=seed)
+        for name, e in spaces.items()
     ]
     metrics = validate(pd.concat(tables, ignore_index=True), 'metrics')
     allowed = shareable(metrics, access_of(images, 'the films'))
@@ -244,6 +249,7 @@ def marked_images(
     images: Images,  # of one split
     marks=None,  # from `read_marks`; None: the boxes of the cohort
     names=None,  # a reader's name -> finding; case, blanks and underscores are ignored
+    *,
     limit: int = 0,  # largest number of images; 0: all
     seed: int = 0,  # of the selection under a limit
 ) -> Marked:
@@ -262,7 +268,7 @@ def marked_images(
     lost = _marks_of(held, images.take(at).table, set(broken.film_id))
     try:
         usable, shapes = held[~held.film.isin(lost.film)], [x.shape for x in pixels]
-        read = place_marks(usable, some.table, shapes, names, images.classes)
+        read = place_marks(usable, some.table, shapes, names=names, classes=images.classes)
     except InputError as e:
         raise e if open_data else InputError(_UNTOLD) from None
     place = {f: k for k, f in enumerate(some.table.film_id)}
@@ -351,6 +357,7 @@ def explain_images(
     clip: Clip,  # a loaded model
     marked: Marked,  # from `marked_images`
     method: str = 'gradcam',  # key of `smsbench.clip.explain.METHODS`
+    *,
     prompts: dict | None = None,  # None: the default ones
     n_curves: int = 20,  # number of maps for deletion and insertion curves
     n_cascade: int = 0,  # number of maps for the shuffling of weights from the top down
@@ -380,8 +387,8 @@ def explain_images(
 
     curves = perturbation_curves(clip, **of(full[:n_curves]))
     metrics = [
-        agreement_metrics(rows, between_readers(marked.readings), clip.name, n_boot),
-        faithfulness_metrics(curve_areas(curves), clip.name, ('finding',), n_boot),
+        agreement_metrics(rows, between_readers(marked.readings), clip.name, n_boot=n_boot),
+        faithfulness_metrics(curve_areas(curves), clip.name, ('finding',), n_boot=n_boot),
     ]
     fading = pd.DataFrame()
     if n_cascade:
@@ -422,9 +429,9 @@ def _over_thresholds(readings, held, blind, n_boot):
         [held[k] for k in keys],
         readings.masks,
         readings.table,
-        dict(shuffled=[blind[k] for k in keys]),
-        True,
-        n_boot,
+        others=dict(shuffled=[blind[k] for k in keys]),
+        smooth=True,
+        n_boot=n_boot,
     )
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #95805e22

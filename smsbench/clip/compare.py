@@ -32,13 +32,15 @@ def difference_floors(
     )
     number = np.minimum(one.n_effective, other.n_effective)
     for m in range(M):
-        ends = bounded_ends(value[m], slope[:, m], number[m], np.tile([-1, 1], (C, 1)), tail)
+        ends = bounded_ends(
+            value[m], slope[:, m], number[m], bounds=np.tile([-1, 1], (C, 1)), tail=tail
+        )
         if m == NAMES.index('auroc'):
             ends = widest(ends, _apart(one, other, m))
         out[:, m, :C] = ends
         known = np.isfinite(value[m])
         if known.any():
-            out[:, m, C] = combined_ends(value[m], ends, known / known.sum(), slope[:, m])
+            out[:, m, C] = combined_ends(value[m], ends, known / known.sum(), influence=slope[:, m])
     return out
 
 
@@ -50,7 +52,7 @@ def _apart(one, other, m):
     )
     pairs = zip(one.values[m], other.values[m], ends.T.swapaxes(1, 2), slope.transpose(2, 0, 1))
     each = [
-        combined_ends([a, b], e, [1, -1], s) if np.isfinite(a + b) else (np.nan, np.nan)
+        combined_ends([a, b], e, [1, -1], influence=s) if np.isfinite(a + b) else (np.nan, np.nan)
         for a, b, e, s in pairs
     ]
     return np.array(each).T
@@ -79,7 +81,7 @@ def compare(
         raise InputError('compare: the two models were scored on other films, or in another order')
     if (thresholds[0] is None) != (thresholds[1] is None):
         raise InputError('compare: give thresholds of both models or of none')
-    both = [cells(s, targets, clusters, kind) for s in (first, second)]
+    both = [cells(s, targets, clusters, kind=kind) for s in (first, second)]
     for t, s in zip(thresholds, (first, second)):
         if t is not None:
             t.check(both[0].patients, getattr(s, 'attrs', None))

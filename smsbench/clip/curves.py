@@ -88,7 +88,7 @@ def decision_counts(
     thresholds,  # `Thresholds`
 ) -> pd.DataFrame:  # row per class: threshold, tp, fp, fn, tn, not_asked
     "Count decisions per finding; counts are missing where there is no threshold."
-    c = cells(scores, targets, np.arange(len(scores)), 'multilabel')
+    c = cells(scores, targets, np.arange(len(scores)), kind='multilabel')
     said, limits = c.predict(thresholds), thresholds.select(c.classes)
     counts = {
         k: ((said == p) & (c.truth == t)).sum(0).astype(float)
@@ -116,7 +116,7 @@ def score_curves(
 
     Classes with a single label are left out.
     """
-    c = cells(scores, targets, np.arange(len(scores)), kind)
+    c = cells(scores, targets, np.arange(len(scores)), kind=kind)
     parts = []
     for i, (name, k) in enumerate(zip(c.classes, c.known.T)):
         x, y = c.scores[k, i], c.truth[k, i]
@@ -144,7 +144,7 @@ def reliability_curves(
     **how,  # n_bins, scheme, minimum, n_boot, level, seed of `reliability_curve`
 ) -> pd.DataFrame:  # class, then the columns of `reliability_curve`
     "Compute the reliability curve of every class."
-    c = cells(scores, targets, patients, kind)
+    c = cells(scores, targets, patients, kind=kind)
     parts = [
         reliability_curve(c.scores[k, i], c.truth[k, i], c.patients[k], **how).assign(
             **{'class': name}

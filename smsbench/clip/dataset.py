@@ -85,6 +85,7 @@ def class_answers(
     rows: pd.DataFrame,  # a cohort, open
     findings=None,  # tasks to use, in this order; None: all
     by: str = '',  # column whose values are the classes, instead of the tasks
+    *,
     also=(),  # 0/1 or yes/no columns that are classes too; '' is unknown
 ) -> tuple:  # long table (row: position in `rows`, class, value 1/0), classes, kind, tasks
     """List the class and the label that each row states.
@@ -212,6 +213,7 @@ def images_of(
     cohort,  # cohort table, sealed or not, or its `SealedCohort`
     findings=None,  # tasks to use, in the order of the classes; None: all
     by: str = '',  # column whose values are the classes, instead of the tasks ('organ')
+    *,
     also=(),  # 0/1 columns of the cohort that are classes too
     conflicts: str = 'error',  # 'error', or 'drop' images whose rows contradict each other
     root='',  # data root; '' takes the cohort's own
@@ -232,7 +234,7 @@ def images_of(
     rows.attrs = opened.plaintext.attrs
     if not len(rows):
         raise InputError('the cohort has no images')
-    answers, classes, kind, tasks = class_answers(rows, findings, by, also)
+    answers, classes, kind, tasks = class_answers(rows, findings, by, also=also)
     image_index = pd.factorize(image_keys(rows))[0]
     targets, contradictions = _matrix(answers, image_index, classes)
     table = _one_each(rows, image_index, tasks)
@@ -393,6 +395,7 @@ def check_readable(
     images: Images,  # images of a cohort
     out=None,  # parquet file that lists the broken images; None: not written
     max_broken: float = 0.05,  # largest share of broken images; one is allowed unless it is 0
+    *,
     store=None,  # folder in which the scan is saved and resumed
 ) -> tuple[Images, pd.DataFrame]:  # readable images; film_id, split, reason of the others
     """Decode every image once; `InputError` where too many are broken.
@@ -434,6 +437,7 @@ def pick_prompt(
     row,  # (C,) targets of the image: 1, 0, NaN
     prompts: list,  # per class dict(positive=(...), negative=(...)); negative is optional
     rng,  # numpy Generator
+    *,
     weights=None,  # (C, 2) weights of the classes where absent, present; None: equal
     most=None,  # (C,) or a number: use only the first sentences of a class; None: all
 ) -> tuple:  # sentence; index of its class; 1 present, 0 absent
@@ -470,6 +474,7 @@ class Pairs:
         images: Images,  # images to draw from
         clip,  # a `smsbench.clip.model.Clip`: its preprocess and tokenizer are used
         texts: str = 'report',  # 'report', 'prompts', or 'both': one of them at random
+        *,
         prompts: dict | None = None,  # class -> dict(positive=(...), negative=(...))
         augment=None,  # (PIL image, numpy Generator) -> PIL image; None changes nothing
         seed: int = 0,  # of prompts and augmentation
@@ -533,7 +538,7 @@ class Pairs:
         "Draw the text of image `i`."
         if self.texts == 'report' or self.texts == 'both' and rng.random() < 0.5:
             return self.images.table.text.iat[i], -1, -1
-        return pick_prompt(self.targets[i], self.prompts, rng, self.weights, self.most)
+        return pick_prompt(self.targets[i], self.prompts, rng, weights=self.weights, most=self.most)
 
     def __getitem__(self, i):
         i = int(i)

@@ -90,6 +90,7 @@ def space_metrics(
     data: Embedded,  # held-out images, from `clip.linear_probe`
     model: str = 'clip',  # name in the table
     minimum: int = 10,  # fewest images per side or class
+    *,
     n_boot: int = 200,  # resamples of patients
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
@@ -105,8 +106,8 @@ def space_metrics(
                 lambda x, y, w: space_values(x, y.astype(int), w),
                 [x[at], label],
                 data.patients[at],
-                n_boot,
-                level,
+                n_boot=n_boot,
+                level=level,
                 seed=seed,
                 bounds=_BOUNDS,
                 batched=True,

@@ -77,6 +77,7 @@ def class_values(
     score,  # (n,) scores of the rows with a known target
     y,  # (n,) 1/0
     predicted,  # (n,) 1/0 predictions, or None
+    *,
     weights,  # (B, n) row weights
 ) -> dict:  # metric -> (B,)
     """Compute the metrics of one class.
@@ -261,7 +262,7 @@ def class_grid(
             continue
         own = None if predicted is None or np.isnan(predicted[:, i]).any() else predicted[k, i]
         for name, v in class_values(
-            scores[k, i], truth[k, i], own, weights[:, k].astype(float)
+            scores[k, i], truth[k, i], own, weights=weights[:, k].astype(float)
         ).items():
             out[:, names.index(name), i] = v
     there = np.isfinite(out[..., :-1])
@@ -311,9 +312,14 @@ def class_floors(
         np.add.at(per, owner[k], slope)
         sides = by_owner(class_sides(truth[k, i], own).reshape(k.sum(), -1), owner[k])
         number = np.reshape(effective_number(sides), (m, 2)).min(1)
-        ends = bounded_ends(one, per, number, np.tile([0, 1], (m, 1)), tail)
+        ends = bounded_ends(one, per, number, bounds=np.tile([0, 1], (m, 1)), tail=tail)
         ends[:, 1] = auroc_ends(
-            one[1], slope[:, 1], truth[k, i], owner[k], tail, tied_share(scores[k, i], truth[k, i])
+            one[1],
+            slope[:, 1],
+            truth[k, i],
+            owner=owner[k],
+            tail=tail,
+            tied=tied_share(scores[k, i], truth[k, i]),
         )
         for held, new in zip(out, (one, ends, per, number)):
             held[..., :m, i] = new
@@ -330,7 +336,10 @@ def mean_floors(
         if not known.any():
             return np.full(2, np.nan)
         return combined_ends(
-            floors.values[m], floors.ends[:, m], known / known.sum(), floors.influence[:, m]
+            floors.values[m],
+            floors.ends[:, m],
+            known / known.sum(),
+            influence=floors.influence[:, m],
         )
 
     return np.stack([of(m) for m in range(len(floors.values))], 1)
@@ -355,7 +364,7 @@ def classification_metrics(
     a known label; n_effective: patients that bound the interval. `InputError` where a patient was
     used to choose the thresholds.
     """
-    c = cells(scores, targets, clusters, kind)
+    c = cells(scores, targets, clusters, kind=kind)
     if thresholds is not None:
         thresholds.check(c.patients, getattr(scores, 'attrs', None))
     predicted = c.predict(thresholds) if thresholds is not None or c.kind == 'multiclass' else None
@@ -457,7 +466,7 @@ def _image_intervals(c, predicted, how):
     values = image_values(c, predicted)
     ci = together(
         *(
-            mean(v, rows, (0, len(c.classes)) if m == 'coverage_error' else (0, 1), m)
+            mean(v, rows, (0, len(c.classes)) if m == 'coverage_error' else (0, 1), name=m)
             for m, (v, rows, _) in values.items()
         )
     ).bootstrap(c.patients, **how)
@@ -504,6 +513,7 @@ def evaluate(
     clip,  # a loaded model
     images,  # `Images` of a cohort, with the splits named below
     out=None,  # folder for scores, thresholds, prompts and metrics; None writes nothing
+    *,
     prompts=None,  # None: the default ones
     thresholds=None,  # existing `Thresholds`; None: chosen on the validation images
     val: str = 'val',  # split for choosing thresholds
@@ -554,6 +564,7 @@ def keep_thresholds(
     folder,  # of the checkpoint, from `save_clip`
     images,  # `Images` with the validation split of its training
     prompts=None,  # None: the default ones
+    *,
     val: str = 'val',  # split for choosing thresholds
     rule: str = 'f1',  # or 'youden'
     device: str = 'auto',  # device of the model

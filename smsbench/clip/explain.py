@@ -298,6 +298,7 @@ def check_method(
     clip: Clip,  # a loaded model
     method: str,  # key of `METHODS`
     layer: str = '',  # Grad-CAM: module of the image tower; '': the default of the tower
+    *,
     blocks: int | None = None,  # rollout, chefer, legrad: number of last blocks; None: default
 ) -> int:  # number of blocks used
     """Check that a method fits a tower, before any image is read; `InputError` otherwise.
@@ -341,6 +342,7 @@ def explain_many(
     clip: Clip,  # a loaded model
     images,  # any iterable of (H,W) or (H,W,3) uint8 arrays
     text,  # sentence, tuple of sentences or `Target`; or a list with one of these per image
+    *,
     method: str = 'gradcam',  # key of `METHODS`
     against=(),  # the opposite, for all images
     layer: str = '',  # Grad-CAM: module of the image tower; '': the default of the tower
@@ -354,7 +356,7 @@ def explain_many(
     `InputError` for a method that does not fit the tower or a layer without a gradient,
     `RunError` for a map that is all zero.
     """
-    tower, blocks = tower_of(clip), check_method(clip, method, layer, blocks)
+    tower, blocks = tower_of(clip), check_method(clip, method, layer, blocks=blocks)
     if empty not in ('raise', 'keep'):
         raise InputError(f"empty {empty!r}; choose 'raise' or 'keep'")
     texts, known, out = iter(text) if isinstance(text, list) else itertools.repeat(text), {}, []
@@ -436,6 +438,7 @@ def explain(
     clip: Clip,  # a loaded model
     image: np.ndarray,  # (H,W) or (H,W,3) uint8
     text,  # sentence, tuple of sentences or `Target`
+    *,
     method: str = 'gradcam',  # key of `METHODS`
     against=(),  # the opposite of the text
     **how,  # layer, blocks, empty of `explain_many`
@@ -447,7 +450,7 @@ def explain(
     """
     if isinstance(text, list):
         text = tuple(text)
-    return explain_many(clip, [image], text, method, against, **how)[0]
+    return explain_many(clip, [image], text, method=method, against=against, **how)[0]
 
 # %% ../../nbs/50_clip/250_explain.ipynb #b5f935c7
 def bright_follower(

@@ -47,6 +47,7 @@ def localise(
     maps,  # per image: `Explanation`, or (H,W) weights with NaN where nothing was shown
     masks,  # per image: (H,W) bool, the region of the finding
     about: pd.DataFrame,  # per image: film_id, patient_id, finding, any other columns
+    *,
     others: dict | None = None,  # name -> further maps of the images, e.g. dict(shuffled=...)
     smooth: bool = False,  # interpolate between the centres of cells
 ) -> pd.DataFrame:  # about + map, `NUMBERS`, size, shown
@@ -146,6 +147,7 @@ def iou_curves(
     maps,  # as in `localise`
     masks,  # "
     about: pd.DataFrame,  # "
+    *,
     others: dict | None = None,  # "
     smooth: bool = False,  # "
     n_boot: int = 500,  # resamples of patients
@@ -180,6 +182,7 @@ def localisation_metrics(
     rows: pd.DataFrame,  # from `localise`
     model: str = 'clip',  # name in the table
     by=('finding',),  # columns to group by
+    *,
     n_boot: int = 2000,  # resamples of patients
 ) -> pd.DataFrame:  # metrics table, arm: map
     """Compute localisation metrics with intervals over patients.
@@ -211,12 +214,12 @@ def _lines(part, model, subgroup, n_boot, note):
                 model,
                 k,
                 n,
-                subgroup,
-                g[k],
-                base.patient_id,
-                (0, 1),
-                n_boot,
-                note,
+                subgroup=subgroup,
+                values=g[k],
+                patients=base.patient_id,
+                bounds=(0, 1),
+                n_boot=n_boot,
+                note=note,
                 exact=(k, n) == ('auroc', 'uniform'),
             )
             if n != 'map':
@@ -224,12 +227,12 @@ def _lines(part, model, subgroup, n_boot, note):
                     model,
                     f'{k}_over_{n}',
                     'map',
-                    subgroup,
-                    base[k] - g[k],
-                    base.patient_id,
-                    (-1, 1),
-                    n_boot,
-                    note,
+                    subgroup=subgroup,
+                    values=base[k] - g[k],
+                    patients=base.patient_id,
+                    bounds=(-1, 1),
+                    n_boot=n_boot,
+                    note=note,
                 )
 
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #7e684b67
@@ -237,6 +240,7 @@ def metric_line(
     model: str,  # "
     metric: str,  # "
     arm: str,  # "
+    *,
     subgroup: str,  # "
     values,  # (n,) numbers; NaN is ignored
     patients,  # (n,) clusters
@@ -249,7 +253,7 @@ def metric_line(
     values = np.asarray(values, float)
     known = ~np.isnan(values)
     i = (
-        mean(values, known, bounds, metric).bootstrap(np.asarray(patients), n_boot)
+        mean(values, known, bounds, name=metric).bootstrap(np.asarray(patients), n_boot)
         if known.any()
         else None
     )
@@ -345,6 +349,7 @@ def perturbation_curves(
     clip: Clip,  # a loaded model
     images,  # (H,W) or (H,W,3) uint8 arrays
     maps,  # `Explanation` per image
+    *,
     text,  # sentence, tuple of sentences or `Target`; or a list with one of these per image
     about: pd.DataFrame,  # per image: film_id, patient_id, finding
     against=(),  # the opposite, for all images: scores are then probabilities
@@ -434,6 +439,7 @@ def faithfulness_metrics(
     areas: pd.DataFrame,  # from `curve_areas`
     model: str = 'clip',  # name in the table
     by=(),  # columns to group by
+    *,
     n_boot: int = 2000,  # resamples of patients
 ) -> pd.DataFrame:  # metrics table
     """Compute areas and gains with intervals over patients.
@@ -453,7 +459,15 @@ def faithfulness_metrics(
             for o, h in wide.items():
                 lines.append(
                     metric_line(
-                        model, f'{kind}_area', o, name, h.area, h.patient_id, bounds, n_boot, note
+                        model,
+                        f'{kind}_area',
+                        o,
+                        subgroup=name,
+                        values=h.area,
+                        patients=h.patient_id,
+                        bounds=bounds,
+                        n_boot=n_boot,
+                        note=note,
                     )
                 )
                 gain = (wide['map'].area - h.area) * (1 if kind == 'insertion' else -1)
@@ -463,12 +477,12 @@ def faithfulness_metrics(
                             model,
                             f'{kind}_gain_over_{o}',
                             'map',
-                            name,
-                            gain,
-                            h.patient_id,
-                            (bounds[0] - bounds[1], bounds[1] - bounds[0]),
-                            n_boot,
-                            note,
+                            subgroup=name,
+                            values=gain,
+                            patients=h.patient_id,
+                            bounds=(bounds[0] - bounds[1], bounds[1] - bounds[0]),
+                            n_boot=n_boot,
+                            note=note,
                         )
                     )
     return table_of(lines)
@@ -511,6 +525,7 @@ def cascade(
     clip: Clip,  # a loaded model
     images,  # (H,W) or (H,W,3) uint8 arrays
     maps,  # `Explanation` per image, made with this model
+    *,
     text,  # as in `explain_many`
     about: pd.DataFrame,  # per image: film_id, patient_id, finding
     against=(),  # as in `explain_many`
@@ -539,7 +554,7 @@ def cascade(
             shuffled(clip, stage, seed) if depth else clip,
             images,
             asked,
-            maps[0].method,
+            method=maps[0].method,
             empty='keep',
             **how,
         )
@@ -569,12 +584,12 @@ def cascade_metrics(
                 model,
                 k,
                 stage,
-                'all',
-                g[k],
-                g.patient_id,
-                (-1, 1),
-                n_boot,
-                note,
+                subgroup='all',
+                values=g[k],
+                patients=g.patient_id,
+                bounds=(-1, 1),
+                n_boot=n_boot,
+                note=note,
                 exact=bool((g.depth == 0).all()),
             )
             for k in ('spearman', 'ssim')

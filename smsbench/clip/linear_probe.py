@@ -33,6 +33,7 @@ def embedded(
     x,  # (N, D) image embeddings
     targets,  # (N, C) DataFrame or array of 1, 0, NaN
     patients,  # (N,) patient of each image
+    *,
     kind: str = 'multilabel',  # or 'multiclass'
 ) -> Embedded:
     "Check embeddings and labels; `InputError` where they do not fit."
@@ -40,7 +41,7 @@ def embedded(
     if x.ndim != 2 or not np.isfinite(x).all():
         raise InputError(f'probe: embeddings of shape {x.shape} must be a table of finite numbers')
     t = targets if isinstance(targets, pd.DataFrame) else pd.DataFrame(np.asarray(targets))
-    c = cells(np.zeros(t.shape), t, patients, kind)
+    c = cells(np.zeros(t.shape), t, patients, kind=kind)
     if len(c.patients) != len(x):
         raise InputError(f'probe: {len(x)} embeddings for {len(c.patients)} films')
     return Embedded(x, c.truth, c.patients, c.classes, c.kind)
@@ -59,7 +60,7 @@ def embed(
         image_embeddings(clip, read_images(images), batch_size),
         images.targets,
         images.table.patient_id,
-        images.kind,
+        kind=images.kind,
     )
 
 # %% ../../nbs/50_clip/200_linear_probe.ipynb #7b9ff1bb
@@ -186,6 +187,7 @@ def knn_shares(
     x,  # (N, D) embeddings to score
     train: Embedded,  # neighbours
     ks=NEIGHBOURS,  # numbers of neighbours
+    *,
     chunk: int = 512,  # images at once
 ) -> dict:  # k -> (N, C) shares in 0..1
     """Compute the share of positives among the nearest neighbours.
@@ -283,8 +285,8 @@ def _measured(probes, test, n_boot, level, seed):
         lambda s, y, w: np.nanmean(_macro_auroc(s.reshape(len(y), seeds, -1), y, w), 1),
         [scores.reshape(len(test.x), -1), test.y],
         test.patients,
-        n_boot,
-        level,
+        n_boot=n_boot,
+        level=level,
         seed=seed,
         bounds=(0, 1),
         batched=True,
@@ -351,11 +353,11 @@ def _macro_auroc_ends(scores, y, owner, tail):
         np.add.at(slope[:, c], owner[k], row)
         sides = [effective_number(by_owner(y[k, c] == s, owner[k])) for s in (0, 1)]
         ends[:, c] = bounded_ends(
-            values[[c]], slope[:, [c]], np.array([min(sides)]), np.array([[0, 1]]), tail
+            values[[c]], slope[:, [c]], np.array([min(sides)]), bounds=np.array([[0, 1]]), tail=tail
         )[:, 0]
     known = np.isfinite(values)
     return (
-        combined_ends(values, ends, known / max(known.sum(), 1), slope)
+        combined_ends(values, ends, known / max(known.sum(), 1), influence=slope)
         if known.any()
         else np.full(2, np.nan)
     )

@@ -108,6 +108,7 @@ def info_nce(
     image,  # (B,D) unit vectors of images
     text,  # (B,D) unit vectors of texts
     scale,  # the exponentiated scale: `clamped_scale(model.logit_scale)`, or a number
+    *,
     targets=None,  # (B,B) bool or weights >= 0, row image, column text; None: diagonal
     rows=None,  # slice: these images against all texts and vice versa; None: all
 ):  # 0-d tensor
@@ -168,6 +169,7 @@ def siglip_loss(
     image,  # (B,D) unit vectors of images
     text,  # (B,D) unit vectors of texts
     scale,  # the exponentiated scale: `clamped_scale(model.logit_scale)`, or a number
+    *,
     bias,  # the model's logit bias, or a number
     positives=None,  # (B,B) bool, or weights that count where > 0; None: diagonal
     rows=None,  # slice of the batch: these images against all texts; None: all
@@ -200,7 +202,7 @@ def siglip_loss(
 # %% ../../nbs/50_clip/090_losses.ipynb #c252ba4a
 LOSSES = {  # name -> f(image, text, scale, bias, positives, rows)
     'info_nce': lambda image, text, scale, bias=None, positives=None, rows=None: info_nce(
-        image, text, scale, positives, rows
+        image, text, scale, targets=positives, rows=rows
     ),
     'siglip': siglip_loss,
 }

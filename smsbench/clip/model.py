@@ -193,6 +193,7 @@ def load_clip(
     name: str,  # folder, 'hf-hub:' and an id, or a name of open_clip
     pretrained: str = '',  # tag of open_clip, weights file, or 'random'
     device: str = 'auto',  # 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', 'mps'
+    *,
     precision: str = 'fp32',  # one of `PRECISIONS`
     revision: str | None = None,  # branch, tag or commit of a hub id; 'files:HASH' of a folder
 ) -> Clip:
@@ -363,11 +364,12 @@ def image_embeddings(
     clip: Clip,  # a loaded model
     images,  # any iterable of (H,W) or (H,W,3) uint8 arrays, read batch by batch
     batch_size: int = 64,  # images per batch
+    *,
     show: bool = False,  # show a progress bar
 ) -> np.ndarray:  # (N,D) float32, rows of length 1
     "Compute image embeddings."
     images = iter(
-        progress(images, 'films', len(images) if hasattr(images, '__len__') else None, 'film')
+        progress(images, 'films', len(images) if hasattr(images, '__len__') else None, unit='film')
         if show
         else images
     )
@@ -467,9 +469,9 @@ def _middle(f, step):
         -((w - f.width) // 2) if w > f.width else 0,
         -((h - f.height) // 2) if h > f.height else 0,
         max(w, f.width),
-        max(h, f.height),
+        height=max(h, f.height),
     )
-    return f.cut(int(round((f.width - w) / 2)), int(round((f.height - h) / 2)), w, h)
+    return f.cut(int(round((f.width - w) / 2)), int(round((f.height - h) / 2)), w, height=h)
 
 
 def _same(f, step):
@@ -527,5 +529,5 @@ def view_of(
         'full',
         'full',
         before + np.arange(rows * columns).reshape(rows, columns),
-        frame_of(clip, height, width).cut(0, 0, columns * pw, rows * ph).box,
+        frame_of(clip, height, width).cut(0, 0, columns * pw, height=rows * ph).box,
     )

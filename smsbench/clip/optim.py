@@ -166,6 +166,7 @@ def param_groups(
     model,  # an open_clip model, after `freeze`
     lr: float = 1e-4,  # learning rate of the heads and of the logits' scale
     weight_decay: float = 0.1,  # of the parameters that decay
+    *,
     layer_decay: float = 1.0,  # 0..1: factor of the rate per layer away from the head; 1: equal
 ) -> list:  # dicts for torch.optim.AdamW: params, lr, base_lr, weight_decay, name, names
     """Group the trained parameters for the optimizer.
@@ -243,6 +244,7 @@ def mobility(
     groups: list,  # from `param_groups`
     steps: int,  # planned
     warmup: int = 0,  # as for `lr_factor`
+    *,
     floor: float = 0.0,  # "
 ) -> pd.DataFrame:  # one row per group: name, weights, lr, size, reach, stuck
     """Compute how far the weights of each group can move.
@@ -272,6 +274,7 @@ def require_mobility(
     groups: list,  # from `param_groups`
     steps: int,  # planned
     warmup: int = 0,  # as for `lr_factor`
+    *,
     floor: float = 0.0,  # "
 ) -> pd.DataFrame:  # from `mobility`
     "Compute `mobility`; `InputError` with the reason where the steps cannot move the weights."
@@ -281,7 +284,7 @@ def require_mobility(
             f"weights of {', '.join(sorted(kinds))[:60]} lose small steps; load the model with"
             " precision='fp32' and train under autocast"
         )
-    table = mobility(groups, steps, warmup, floor)
+    table = mobility(groups, steps, warmup, floor=floor)
     matrices = table[~table.name.str.endswith('undecayed')]
     rows = matrices if len(matrices) else table
     w = rows.weights / rows.weights.sum()

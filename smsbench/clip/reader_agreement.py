@@ -59,6 +59,7 @@ def csv_marks(
     table: pd.DataFrame,  # table of the file
     reader: str = 'reader',  # name of the reader, if not in the table
     where: str = 'table',  # for messages
+    *,
     size=(0, 0),  # width and height of the marked images, if not in the table; 0: the same
 ) -> pd.DataFrame:  # `MARKS`; attrs: blank, the rows that mark nothing
     "Read marks from a table; `InputError` for a missing column."
@@ -222,6 +223,7 @@ def read_marks(
     path,  # .csv, .tsv, .parquet or .json
     layout: str = 'auto',  # 'csv', 'mscxr', 'coco'; 'auto' detects it
     reader: str = '',  # name of the reader, if not in the file; '': the name of the file
+    *,
     size=(0, 0),  # width and height of the marked images, if not in a table; 0: the same
 ) -> pd.DataFrame:  # `MARKS`; attrs: folder of the file, to which masks are relative
     "Read marks from a file; `InputError` where it is missing, broken or lacks a column."
@@ -253,7 +255,7 @@ def read_marks(
         out = (
             mscxr_marks(t, who, path.name)
             if layout == 'mscxr' or layout == 'auto' and 'dicom_id' in t and 'category_name' in t
-            else csv_marks(t, who, path.name, size)
+            else csv_marks(t, who, path.name, size=size)
         )
     out.attrs['folder'] = str(path.parent)
     return out
@@ -432,6 +434,7 @@ def place_marks(
     marks: pd.DataFrame,  # from `read_marks`
     about: pd.DataFrame,  # per image: film_id, patient_id, and optionally image (its file)
     shapes,  # per image: (height, width) in pixels
+    *,
     names: dict | None = None,  # a reader's name of a finding -> the cohort's; others stay
     classes=(),  # the cohort's findings, matched ignoring case and separators
     folder='',  # root of mask files; '': the folder of the marks
@@ -557,6 +560,7 @@ def agreement(
     readings: Readings,  # from `place_marks`
     maps: dict,  # (film_id, finding) -> `Explanation` or (H,W) weights
     others: dict | None = None,  # name -> further maps, of the same form
+    *,
     smooth: bool = False,  # interpolate between the centres of cells
 ) -> pd.DataFrame:  # rows of `localise`, per image, finding and reader; attrs: excluded
     "Compare maps with readers' marks; `InputError` where there is no map for any mark."
@@ -575,8 +579,8 @@ def agreement(
         pick(maps),
         [m for m, h in zip(readings.masks, have) if h],
         readings.table[have].reset_index(drop=True),
-        {n: pick(o) for n, o in others.items()},
-        smooth,
+        others={n: pick(o) for n, o in others.items()},
+        smooth=smooth,
     )
     absent = readings.table[~have].assign(reason='no map of this film and finding')
     rows.attrs['excluded'] = pd.concat([rows.attrs['excluded'], absent], ignore_index=True)
@@ -622,10 +626,13 @@ def agreement_metrics(
     rows: pd.DataFrame,  # from `agreement`
     pairs: pd.DataFrame,  # from `between_readers`; may be empty
     model: str = 'clip',  # what the lines are called
+    *,
     n_boot: int = 2000,  # resamples of patients
 ) -> pd.DataFrame:  # metrics table as of `localisation_metrics`, and between readers
     "Compute agreement metrics with intervals over patients."
-    lines = localisation_metrics(rows, model, ('finding', 'reader'), n_boot).to_dict('records')
+    lines = localisation_metrics(rows, model, ('finding', 'reader'), n_boot=n_boot).to_dict(
+        'records'
+    )
     own = rows[rows['map'] == 'map'].groupby(['film_id', 'finding']).iou_area.mean()
     for subgroup, part in (
         [('all', pairs), *((f'finding={f}', g) for f, g in pairs.groupby('finding', sort=True))]
@@ -635,7 +642,14 @@ def agreement_metrics(
         for pair, g in [('all pairs', part), *part.groupby('pair', sort=True)]:
             lines += [
                 metric_line(
-                    model, f'reader_{k}', pair, subgroup, g[k], g.patient_id, (0, 1), n_boot
+                    model,
+                    f'reader_{k}',
+                    pair,
+                    subgroup=subgroup,
+                    values=g[k],
+                    patients=g.patient_id,
+                    bounds=(0, 1),
+                    n_boot=n_boot,
                 )
                 for k in ('iou', 'dice', 'pointing')
             ]
@@ -646,7 +660,14 @@ def agreement_metrics(
         )
         lines.append(
             metric_line(
-                model, 'iou_under_readers', 'map', subgroup, gap, among.patient_id, (-1, 1), n_boot
+                model,
+                'iou_under_readers',
+                'map',
+                subgroup=subgroup,
+                values=gap,
+                patients=among.patient_id,
+                bounds=(-1, 1),
+                n_boot=n_boot,
             )
         )
     return table_of(lines)

@@ -30,6 +30,7 @@ def pairs(
     images,  # (N, D) image embeddings
     texts,  # (M, D) text embeddings
     image_of=None,  # (M,) index of the image of each text; None: text i belongs to image i
+    *,
     groups=(),  # arrays (M,) of names, one per kind of duplicate (text, study, image)
 ) -> Pairs:
     """Check image and text embeddings and combine them.
@@ -214,6 +215,7 @@ def retrieval_metrics(
     p: Pairs,  # image and text embeddings
     patients=None,  # (N,) patient of each image; None: one per image
     ks=(1, 5, 10),  # ranks at which recall is computed
+    *,
     model: str = 'clip',  # name in the table
     chunk: int = 256,  # queries at once
     n_boot: int = 1000,  # resamples of patients
@@ -305,6 +307,7 @@ def retrieve(
     clip,  # a loaded model
     images,  # `Images` of a cohort
     batch_size: int = 64,  # images at once
+    *,
     embeddings=None,  # (N, D) precomputed image embeddings
     **how,  # ks, model, chunk, n_boot, level, seed of `retrieval_metrics`
 ) -> pd.DataFrame:  # metrics table

@@ -28,6 +28,7 @@ def image_weights(
     images,  # `Images`
     how: str = 'even',  # one of `BALANCE`
     cap: float = 10.0,  # largest weight, as a multiple of the smallest
+    *,
     patients: bool = False,  # give patients equal weight, not images
     threshold: float = 0.1,  # 'rare': share of images below which a class is drawn more often
     classes=None,  # (C,) factors per class, e.g. from `sensitivity_weights`
@@ -124,6 +125,7 @@ def count_found(
     scores,  # (N, C) score of each class, higher is more likely
     targets,  # (N, C) 1, 0, NaN
     kind: str,  # 'multilabel' or 'multiclass'
+    *,
     specificity: float = 0.8,  # multilabel: share of images without the class below its threshold
 ) -> tuple[np.ndarray, np.ndarray]:  # (C,) correct predictions, (C,) images of the class
     "Count correct predictions per class; ties do not count as correct."
@@ -245,6 +247,7 @@ def augmentation(
     images,  # `Images` to augment
     prompts=None,  # prompts used in training
     strength: float = 1.0,  # multiplies all ranges; 0 changes nothing
+    *,
     flip: bool = False,  # exchange left and right in half of the cases
 ):  # an `Augment`; None where nothing is changed
     """Make the augmentation for some images.

@@ -116,6 +116,7 @@ def encode_cached(
     encode,  # f(chunk) -> (b,D) tensor
     items,  # (B,...) tensor of inputs
     chunks: int,  # number of parts
+    *,
     device='cpu',  # on which the random state is restored, besides the CPU
 ):  # ((B,D) embeddings that collect a gradient, function to call once they have it)
     """Encode without a graph; the returned function encodes again with gradients.
@@ -163,6 +164,7 @@ def adamw(
     params,  # parameters, or groups of them with their own lr and weight_decay
     lr: float = 1e-4,  # learning rate of groups without their own
     weight_decay: float = 0.0,  # of groups without their own
+    *,
     betas: tuple = (0.9, 0.98),  # decay of the running means of the gradient and of its square
     eps: float = 1e-6,  # added to the denominator
 ):  # torch optimizer
@@ -189,6 +191,7 @@ def train_step(
     model,  # open_clip model in training mode, plain or wrapped; changed in place
     batch: dict,  # 'pixels', 'text' and what `match` reads; on any device
     optimizer,  # torch optimizer over the trainable weights
+    *,
     loss='info_nce',  # a key of `LOSSES`, or a function as below
     chunks: int = 1,  # number of parts to encode: less memory, one more forward pass
     precision: str = 'fp32',  # a key of `PRECISIONS`
@@ -276,7 +279,7 @@ def _embed(net, batch, learns, chunks, precision, device):
     for tower, key in (('image', 'pixels'), ('text', 'text')):
         encode = encoder(net, tower, precision)
         if learns[tower] and chunks > 1:
-            value, replay = encode_cached(encode, batch[key], chunks, device)
+            value, replay = encode_cached(encode, batch[key], chunks, device=device)
             again.append(replay)
         else:
             with torch.set_grad_enabled(learns[tower]):

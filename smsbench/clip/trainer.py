@@ -67,10 +67,10 @@ def _look(job):
         job.clip,
         job.val,
         job.prompts,
-        job.val_groups,
-        s.loss,
-        s.batch_size,
-        bool(s.positives) or s.texts != 'report',
+        groups=job.val_groups,
+        loss=s.loss,
+        batch_size=s.batch_size,
+        many=bool(s.positives) or s.texts != 'report',
     )
     value = seen[s.stop_on]
     if not math.isfinite(value):
@@ -149,11 +149,11 @@ def train_epoch(
             model,
             batch,
             job.optimizer,
-            s.loss,
-            math.ceil(n / s.chunk) if s.chunk else 1,
-            s.precision,
-            job.scaler,
-            s.clip_norm or None,
+            loss=s.loss,
+            chunks=math.ceil(n / s.chunk) if s.chunk else 1,
+            precision=s.precision,
+            scaler=job.scaler,
+            clip_norm=s.clip_norm or None,
             match=batch_match if s.positives or s.texts != 'report' else lambda b: None,
         )
         if job.ema is not None and not found.skipped:
@@ -205,15 +205,16 @@ def train(
     images: Images,  # with training and validation splits
     clip: Clip,  # model to train, loaded in fp32; it ends with the last weights
     settings: TrainSettings,  # settings of the run
+    *,
     out,  # run directory; an existing one is resumed
     prompts: dict | None = None,  # class -> dict(positive, negative); None: default ones
     tracker=None,  # callable(dict) per epoch; 'tensorboard' or 'wandb' if installed
 ) -> Trained:
     """Train a model; `InputError` where that is impossible.
 
-    `InputError` names the settings in which an existing run of the directory differs.
-
-    >>> trained = train(images, clip, recipe, "trained")
+        `InputError` names the settings in which an existing run of the directory differs.
+    out=
+        >>> trained = train(images, clip, recipe, "trained")
     """
     run = Run(out)
     tell = find_tracker(tracker, run)
@@ -224,7 +225,7 @@ def train(
     good, val, left = usable_images(images, settings, run)
 
     def fix():
-        config = run_config(settings, started, good, val, prompts)
+        config = run_config(settings, started, good, val=val, prompts=prompts)
         _fix(run, config, settings, clip.info, str(clip.device), started, left)
 
     begun = (run / 'config.json').exists()
@@ -274,7 +275,7 @@ def _fix(run, config, settings, info, device, started, left):
 
 def _loop(job, tell):
     s = job.settings
-    bar = progress(None, 'training', job.total * s.batch_size, 'film')
+    bar = progress(None, 'training', job.total * s.batch_size, unit='film')
     bar.initial = bar.n = job.done * s.batch_size
     try:
         while not job.stopped:
@@ -317,6 +318,7 @@ def phantom_recipe(
     folder,  # for the random checkpoint
     n: int = 600,  # number of images
     kind: str = 'resnet',  # of `TINY_CLIP`
+    *,
     seed: int = 0,  # of images, weights and training
     **changes,  # settings that differ
 ) -> tuple[Images, Clip, TrainSettings]:  # arguments of `train`

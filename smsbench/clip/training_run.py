@@ -113,6 +113,7 @@ def run_config(
     settings: TrainSettings,  # settings of the run
     model: str,  # name of the weights at the start, from `weights_sha`
     train: Images,  # training images
+    *,
     val: Images,  # validation images
     prompts: dict,  # prompts of the classes
 ) -> dict:  # entries that must agree when a run is resumed
@@ -152,17 +153,21 @@ def prepare(
     import torch
 
     s, device, size = settings, clip.device, world()[1]
-    changes = augmentation(train, prompts if s.texts != 'report' else None, s.augment, s.flip)
-    pairs = Pairs(train, clip, s.texts, prompts, changes, s.seed, s.cache_mb)
-    quiet = Pairs(val, clip, s.texts, prompts, None, s.seed, s.cache_mb)
+    changes = augmentation(train, prompts if s.texts != 'report' else None, s.augment, flip=s.flip)
+    pairs = Pairs(
+        train, clip, s.texts, prompts=prompts, augment=changes, seed=s.seed, cache_mb=s.cache_mb
+    )
+    quiet = Pairs(
+        val, clip, s.texts, prompts=prompts, augment=None, seed=s.seed, cache_mb=s.cache_mb
+    )
     if s.batch_size % size:
         raise InputError(f'batch_size {s.batch_size} does not divide into {size} processes')
     names, per_epoch = freeze(clip.model, s.train), len(train) // s.batch_size
     training_mode(clip.model, s.batch_norm == 'hold')
     require_whole_batches(clip.model, math.ceil(s.batch_size / size / s.chunk) if s.chunk else 1)
-    groups = param_groups(clip.model, s.lr, s.weight_decay, s.layer_decay)
+    groups = param_groups(clip.model, s.lr, s.weight_decay, layer_decay=s.layer_decay)
     steps = per_epoch * s.epochs
-    table = require_mobility(groups, steps, round(s.warmup * steps), s.floor)
+    table = require_mobility(groups, steps, round(s.warmup * steps), floor=s.floor)
     _say_plan(run, len(train), len(val), len(names), table, steps)
     if s.texts != 'prompts':
         _say_cut(run, clip, train.table.text)
@@ -230,7 +235,7 @@ def epoch_batches(
     )
     single = images.kind == 'multiclass'
     weights = image_weights(
-        images, s.balance, s.cap, s.patients, classes=classes if single else None
+        images, s.balance, s.cap, patients=s.patients, classes=classes if single else None
     )
     spoken = None
     if not single and s.balance != 'even':

@@ -52,6 +52,7 @@ def recall_at(
     image: np.ndarray,  # (N, D) unit vectors
     text: np.ndarray,  # (N, D) unit vectors
     groups: np.ndarray,  # (N, G) codes; images that share one share their texts
+    *,
     k: int = 5,  # number of nearest neighbours
 ) -> float:  # 0..1, mean of image to text and text to image
     "Compute the share of images and texts with a match among the `k` nearest."
@@ -79,6 +80,7 @@ def watch(
     clip,  # a `Clip`
     pairs,  # `Pairs` of validation images, without augmentation
     prompts: dict,  # from `clip.prompts`, for all classes
+    *,
     groups: np.ndarray,  # from `batch_groups`
     loss: str = 'info_nce',  # a key of `LOSSES`
     batch_size: int = 64,  # of the loss; an incomplete batch counts only if it is the only one

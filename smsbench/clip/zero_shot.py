@@ -58,6 +58,7 @@ def zero_shot(
     clip,  # a loaded model
     images,  # `Images` of a cohort
     prompts=None,  # from `prompts_for` or `read_prompts`; None: the default ones
+    *,
     batch_size: int = 64,  # images at once
     embeddings=None,  # (N, D) precomputed image embeddings
 ) -> pd.DataFrame:  # (N, C) probabilities, index film_id
@@ -134,6 +135,7 @@ def cells(
     scores,  # (N, C) numbers or DataFrame; its `attrs['kind']` may give the kind
     targets,  # (N, C) 1, 0, NaN (not asked); rows as in `scores`
     patients,  # (N,) patient of each image
+    *,
     kind: str = '',  # 'multilabel' or 'multiclass'; '' takes that of the scores, else multilabel
     classes=None,  # names; None takes the columns
 ) -> Cells:
@@ -302,7 +304,7 @@ def choose_thresholds(
     "Choose thresholds per class that maximise the rule on validation images."
     if rule not in RULES:
         raise InputError(f"threshold rule {rule!r}; choose from {', '.join(RULES)}")
-    c = cells(scores, targets, patients, 'multilabel')
+    c = cells(scores, targets, patients, kind='multilabel')
     values = {
         name: _best(c.scores[k, i], c.truth[k, i], rule)
         for i, (name, k) in enumerate(zip(c.classes, c.known.T))

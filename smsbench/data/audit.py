@@ -292,6 +292,7 @@ def size_table(
     cohort: pd.DataFrame,  # a cohort
     files: pd.DataFrame,  # from `scan_files`
     tell: CountFormatter,  # formatter of counts
+    *,
     most: int = 12,  # number of sizes to list
 ) -> pd.DataFrame:  # width, height, channels, images
     "Count the most common image sizes."
@@ -391,6 +392,7 @@ def audit(
     cohort: pd.DataFrame,  # a cohort; its access decides what is shown
     files: pd.DataFrame | None,  # from `scan_files`; None or empty: images were not read
     exclusions: pd.DataFrame | None = None,  # from `build_cohort`
+    *,
     seed: int = 0,  # folds and resamples
     source: pd.DataFrame | None = None,  # from `source_rows`; None calls it
 ) -> FileAudit:
@@ -425,8 +427,8 @@ def _image_entries(cohort, files, tell, source, t):
         none = 'No image was read: copies, blank films, sizes and shortcuts are unchecked.'
         return [entry('images', 'note', 'all', np.nan, len(cohort), none)]
     return (
-        check_copies(cohort, files, tell, source)
-        + check_near_copies(cohort, files, tell, t['duplicates'])
+        check_copies(cohort, files, tell, source=source)
+        + check_near_copies(cohort, files, tell, pairs=t['duplicates'])
         + check_conflicts(cohort, files, tell)
         + check_images(cohort, files, tell)
         + shortcut_entries(t['shortcuts'], tell, cohort.attrs.get('strata', []))
@@ -466,7 +468,7 @@ def audit_files(
     >>> audit_files(cohort, None).severity.iloc[0]
     'serious'
     """
-    return audit(cohort, files, exclusions, seed, source).findings
+    return audit(cohort, files, exclusions, seed=seed, source=source).findings
 
 # %% ../../nbs/10_data/210_audit.ipynb #ae7516b2
 def audit_tables(
@@ -475,4 +477,4 @@ def audit_tables(
     seed: int = 0,  # folds and resamples
 ) -> dict:  # name -> DataFrame
     "Return the counts and measurements behind `audit_files`."
-    return audit(cohort, files, None, seed).tables
+    return audit(cohort, files, None, seed=seed).tables

@@ -82,6 +82,7 @@ def sample_boxes(
     m: Manifest,  # the card
     rows: pd.DataFrame,  # table rows
     every: pd.DataFrame,  # samples: row (position), finding, height, width of the file (0: unknown)
+    *,
     root,  # data root
 ) -> pd.Series:  # list of boxes per sample; None if one is invalid
     "List the boxes of each sample's finding, in pixels of the file."

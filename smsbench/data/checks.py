@@ -253,6 +253,7 @@ def check_copies(
     cohort: pd.DataFrame,  # a cohort
     files: pd.DataFrame,  # from `scan_files`
     tell: CountFormatter,  # formatter of counts
+    *,
     source: pd.DataFrame | None = None,  # image, split, patient_id of filtered rows too
 ) -> list:  # entries, three at most
     "Check for images with the same pixels in two splits."
@@ -282,6 +283,7 @@ def check_near_copies(
     cohort: pd.DataFrame,  # a cohort
     files: pd.DataFrame,  # from `scan_files`
     tell: CountFormatter,  # formatter of counts
+    *,
     pairs: pd.DataFrame | None = None,  # from `near_duplicates`, if computed before
 ) -> list:  # entries, three at most
     "Check for similar images in two splits, beyond exact copies and chance."

@@ -73,6 +73,7 @@ def mark(
     rows: pd.DataFrame,  # with `reason` ('' if nothing is wrong yet) and `detail`
     wrong: pd.Series,  # bool per row
     reason,  # one of `REASONS`, or a column of them
+    *,
     detail='',  # more about it, one or per row
 ) -> pd.DataFrame:  # a copy
     "Record a fault; of several faults of a row the first in `REASONS` counts."
@@ -104,12 +105,17 @@ def base_rows(
         base,
         base.image.str.contains('*', regex=False) & ('*' in m.columns.image),
         'missing image',
-        'no file fits ' + base.image if m.access == 'open' else '',
+        detail='no file fits ' + base.image if m.access == 'open' else '',
     )
-    base = mark(base, texts.reason != '', texts.reason, texts.ref if m.access == 'open' else '')
+    base = mark(
+        base, texts.reason != '', texts.reason, detail=texts.ref if m.access == 'open' else ''
+    )
     base = mark(base, blanks(base.patient_id), 'empty patient id')
     base = mark(
-        base, base.sample_id.duplicated(), 'duplicate id', 'first in line ' + first.astype(str)
+        base,
+        base.sample_id.duplicated(),
+        'duplicate id',
+        detail='first in line ' + first.astype(str),
     )
     return mark(base, blanks(base.sample_id), 'empty id')
 
@@ -144,6 +150,7 @@ def ask(
     m: Manifest,  # the card
     rows: pd.DataFrame,  # table rows
     base: pd.DataFrame,  # the same rows as `base_rows` gives them
+    *,
     finding: str,  # the task
 ) -> pd.DataFrame:  # base columns, finding, label, row (position), reason, detail
     "Make the samples of one task, faults included."
@@ -156,7 +163,7 @@ def ask(
         out.assign(label=labels.label),
         labels.reason != '',
         labels.reason,
-        pd.Series(quoted, index=rows.index).where(labels.reason == 'unknown label', ''),
+        detail=pd.Series(quoted, index=rows.index).where(labels.reason == 'unknown label', ''),
     )
     if any(t.question_column for t in m.tasks.values()):
         out['question'] = (
@@ -192,7 +199,10 @@ def with_files(
         width=known['width'].astype(int),
     )
     return mark(
-        out, known['reason'] != '', known['reason'], known['detail'] if m.access == 'open' else ''
+        out,
+        known['reason'] != '',
+        known['reason'],
+        detail=known['detail'] if m.access == 'open' else '',
     )
 
 # %% ../../nbs/10_data/130_cohort.ipynb #a6b06a8c
@@ -214,6 +224,7 @@ def build_all(
     manifest,  # Manifest, path of a card, or name of one that ships with the package
     root,  # data root: the folder in which the card's tables and images lie
     check_images: bool = True,  # decode every image; else image_sha is ''
+    *,
     limit: int | None = None,  # rows to use, spread evenly over the table
     store=None,  # folder to store image measurements, for resuming
     workers: int | None = None,  # processes that decode images
@@ -227,7 +238,7 @@ def build_all(
     """
     m = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     cohort, exclusions, files, about, key = gather_card(
-        m, root, check_images, limit, store, workers, remote
+        m, root, check_images, limit=limit, store=store, workers=workers, remote=remote
     )
     if limit is None and check_expected:
         _expect(m, cohort)
@@ -238,6 +249,7 @@ def gather_card(
     m: Manifest,  # the card
     root,  # data root
     check_images: bool = True,  # decode every image
+    *,
     limit: int | None = None,  # rows at most
     store=None,  # folder of the scan
     workers: int | None = None,  # processes that decode images
@@ -248,7 +260,9 @@ def gather_card(
     filtered = _filtered(m, funnel)
     base = base_rows(m, rows, root)
     # row by row, tasks in the card's order
-    every = pd.concat([ask(m, rows, base, f) for f in m.tasks]).sort_values('row', kind='stable')
+    every = pd.concat([ask(m, rows, base, finding=f) for f in m.tasks]).sort_values(
+        'row', kind='stable'
+    )
     key = '' if m.access == 'open' else seal_key(base[['sample_id', 'patient_id', 'image']])
     files = scan_files(
         root,
@@ -260,12 +274,12 @@ def gather_card(
     )
     every = with_files(m, every, files)
     if m.boxes or m.columns.boxes:
-        boxes = sample_boxes(m, rows, every, root)
+        boxes = sample_boxes(m, rows, every, root=root)
         every = mark(
             every.assign(boxes=boxes.map(json.dumps)),
             boxes.isna(),
             'bad box',
-            'a box is broken or leaves its image',
+            detail='a box is broken or leaves its image',
         )
     exclusions = _exclusions(m, rows, base, every, broken)
     cohort = _cohort(m, rows, every).assign(access='open' if m.access == 'open' else IN_CLEAR)
@@ -308,6 +322,7 @@ def build_cohort(
     manifest,  # Manifest, path of a card, or name of one that ships with the package
     root,  # data root: the folder in which the card's tables and images lie
     check_images: bool = True,  # decode every image; else image_sha is ''
+    *,
     limit: int | None = None,  # rows to use, spread evenly over the table
     store=None,  # folder to store image measurements, for resuming
     workers: int | None = None,  # processes that decode images
@@ -320,7 +335,16 @@ def build_cohort(
     >>> len(cohort), len(exclusions)
     (120, 0)
     """
-    b = build_all(manifest, root, check_images, limit, store, workers, remote, check_expected)
+    b = build_all(
+        manifest,
+        root,
+        check_images,
+        limit=limit,
+        store=store,
+        workers=workers,
+        remote=remote,
+        check_expected=check_expected,
+    )
     return b.cohort, b.exclusions
 
 # %% ../../nbs/10_data/130_cohort.ipynb #33b4864d

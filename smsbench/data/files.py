@@ -236,6 +236,7 @@ def scan_files(
     root,  # data root
     refs,  # image references; repeats are read once
     store=None,  # folder to store measurements; None stores nothing
+    *,
     workers: int | None = None,  # files read at a time; default: one per core
     remote: bool = False,  # follow addresses
     key: str = '',  # secret key of the hashed names in the store

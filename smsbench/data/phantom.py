@@ -111,6 +111,7 @@ def write_report(
     findings,  # findings that the report states as present, from `FINDINGS`
     asked=FINDINGS,  # findings that it must mention, present or not
     sides: dict | None = None,  # finding -> 'left' or 'right'
+    *,
     hedged=(),  # present findings that are only suspected
     key: str = '0',  # determines words and order: the same key gives the same report
     distractors: int = 2,  # number of unrelated sentences
@@ -250,7 +251,11 @@ def _samples(f, asked, size, splits, shortcut, uncertain, label_from, film, text
         image=phantom_ref(*drawing),
         image_sha=array_hash(image),
         text=write_report(
-            [g for g in FINDINGS if text[g]], asked, side, hedged, f'{f.patient}/{f.film}'
+            [g for g in FINDINGS if text[g]],
+            asked,
+            side,
+            hedged=hedged,
+            key=f'{f.patient}/{f.film}',
         ),
         age=f.age,
         age_band=f.age_band,
@@ -276,6 +281,7 @@ def phantom_cohort(
     n: int = 300,  # films; rows are n x asked findings
     size: int = 64,  # pixels per side, 64 to 1024
     seed: int = 0,  # another seed, other patients
+    *,
     findings=('effusion',),  # asked: one row per film and asked finding
     agreement: float = 1.0,  # P(report agrees with the film) for an asked finding
     shortcut: float = 0.0,  # 0: the marker is random, 1: it equals the label

@@ -30,7 +30,9 @@ def source(
         for key in (*j.on, *j.on.values(), *j.columns):
             named += needs(key)
     try:
-        return read_source(root, table, m.separator, m.encoding, dict.fromkeys(named))
+        return read_source(
+            root, table, m.separator, encoding=m.encoding, needed=dict.fromkeys(named)
+        )
     except FileError as e:
         raise InputError(f'{m.name}: table {e}') from None
 
@@ -78,6 +80,7 @@ def derive(
     rows: pd.DataFrame,  # table of text cells
     name: str,  # of the new column
     d: Derive,  # its definition
+    *,
     lists: dict[str, pd.DataFrame] | None = None,  # word -> table with the values of its list
 ) -> pd.DataFrame:  # rows with the new column
     "Add a derived column, computed once per distinct cell."
@@ -129,6 +132,7 @@ def step(
     funnel: list[dict],  # the steps so far; one is added
     name: str,  # name of the step
     left: int,  # rows (from 'questions' on: samples) after it
+    *,
     why: str = '',  # reason
 ) -> list[dict]:  # `funnel`
     "Add a step; `removed` is the difference to the step before."
@@ -159,7 +163,7 @@ def read_rows(
             funnel,
             'broken row',
             len(rows),
-            'another number of fields than the header, or no object',
+            why='another number of fields than the header, or no object',
         )
     pending = dict(m.derive)
     for j in m.joins:
@@ -168,11 +172,11 @@ def read_rows(
     require(rows, m.needed(), m.table.name if not m.joins else 'the joined tables')
     for f in m.filters:
         rows = rows[f.keeps(rows)]
-        step(funnel, f.says, len(rows), f.why)
+        step(funnel, f.says, len(rows), why=f.why)
     if limit is not None and limit < len(rows):
         places = np.linspace(0, len(rows) - 1, max(limit, 0)).round().astype(int)
         rows, broken = rows.iloc[places], []
-        step(funnel, 'limit', len(rows), 'a sample of the rows, spread evenly')
+        step(funnel, 'limit', len(rows), why='a sample of the rows, spread evenly')
     return rows, broken, funnel
 
 
@@ -187,7 +191,7 @@ def _derived(m, root, rows, pending, last=False):
                 rows,
                 name,
                 pending.pop(name),
-                {w: source(m, root, t)[0] for w, t in d.lists.items()},
+                lists={w: source(m, root, t)[0] for w, t in d.lists.items()},
             )
     return rows
 
@@ -199,7 +203,7 @@ def _joined(m, root, rows, j, funnel):
         return rows
     note = f'{len(broken)} of its rows are broken' if broken else ''
     why = '; '.join(w for w in (j.why, note) if w)
-    step(funnel, f'row in {_read(root, j.table)}', int(matched.sum()), why)
+    step(funnel, f'row in {_read(root, j.table)}', int(matched.sum()), why=why)
     return rows[matched]
 
 # %% ../../nbs/10_data/100_rows.ipynb #c701f1c1
@@ -236,6 +240,7 @@ def read_texts(
     root,  # data root
     refs,  # text files, also 'archive.zip!member'; repeats are read once
     encoding: str = 'utf-8',
+    *,
     keep=str,  # function(text) -> part to keep
 ) -> pd.DataFrame:  # columns text and reason, index: reference
     """Read many small files and reduce them one by one; an archive is opened once.
@@ -294,7 +299,7 @@ def _raw_texts(m, rows, root):
     if t and t.file:
         refs = fill(first_there(root, t.file), rows)
         texts = read_texts(
-            root, refs.unique(), m.encoding, lambda text: _of_sections(text, t.sections)
+            root, refs.unique(), m.encoding, keep=lambda text: _of_sections(text, t.sections)
         )
         out = texts.iloc[texts.index.get_indexer(refs)].set_axis(rows.index).assign(ref=refs)
     elif t and t.columns:

@@ -81,6 +81,7 @@ def scan_sealed(
     held: SealedCohort,  # the cohort
     root='',  # data root; '' takes the cohort's own
     store=None,  # folder to store measurements, for resuming
+    *,
     workers: int | None = None,  # processes that decode images
     remote: bool = False,  # allow URLs
 ) -> pd.DataFrame:  # as from `scan_files`, indexed by `held.cohort.image`
@@ -103,6 +104,7 @@ def audit_sealed(
     held: SealedCohort,  # the cohort
     files: pd.DataFrame | None,  # from `scan_sealed` or `Built`; None: images were not read
     exclusions: pd.DataFrame | None = None,  # samples excluded by the card
+    *,
     root='',  # data root; '' takes the cohort's own
     seed: int = 0,  # folds and resamples
 ) -> FileAudit:
@@ -110,7 +112,7 @@ def audit_sealed(
     about = {**held.plaintext.attrs, **(dict(root=str(root)) if root else {})}
     readable = held.plaintext.assign(image=held.cohort.image)
     readable.attrs = about
-    return audit(readable, files, exclusions, seed, _sealed_source(readable, held.key))
+    return audit(readable, files, exclusions, seed=seed, source=_sealed_source(readable, held.key))
 
 
 def _sealed_source(readable, key):

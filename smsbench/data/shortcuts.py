@@ -80,6 +80,7 @@ def fold_rows(
     patients,  # (n,) patient of each row
     y,  # (n,) class of each row
     seed: int = 0,  # another seed, other folds
+    *,
     most: int = ROWS,  # rows at most
     ids=None,  # (n,) id of a row among those of its patient
 ) -> tuple[np.ndarray, np.ndarray]:  # positions of the rows used, and the fold of each
@@ -141,6 +142,7 @@ def within_folds(
     score,  # (n,) higher means more of the class
     y,  # (n,) true/false
     fold,  # (n,) fold of each row
+    *,
     weights,  # (B, n) row weights
 ) -> np.ndarray:  # (B,) share of correctly ordered pairs within folds
     "Compute the AUROC over pairs scored by the same classifier."
@@ -160,6 +162,7 @@ def told_apart(
     scores: np.ndarray,  # (n, classes) a score per class; (n,) for class 1 of two
     y,  # (n,) class numbers from 0
     patients,  # (n,) patient of each row
+    *,
     seed: int = 0,  # same seed, same interval
     fold=None,  # (n,) fold in which a row was scored; None: one scale for all
 ) -> Interval:
@@ -175,7 +178,9 @@ def told_apart(
     classes = range(1, 2) if scores.shape[1] == 2 else range(scores.shape[1])
 
     def mean(*a):
-        return np.mean([within_folds(a[c], a[-3] == c, a[-2], a[-1]) for c in classes], axis=0)
+        return np.mean(
+            [within_folds(a[c], a[-3] == c, a[-2], weights=a[-1]) for c in classes], axis=0
+        )
 
     def floor(*a):
         parts = [_within_ends(a[c], a[-4] == c, a[-3], *a[-2:]) for c in classes]
@@ -184,7 +189,7 @@ def told_apart(
             np.array(values),
             np.stack(ends, 1),
             np.full(len(parts), 1 / len(parts)),
-            np.stack(slopes, 1),
+            influence=np.stack(slopes, 1),
         )
 
     # films of every class are needed
@@ -193,7 +198,7 @@ def told_apart(
         mean,
         [*scores.T, np.asarray(y), fold],
         patients,
-        N_BOOT,
+        n_boot=N_BOOT,
         seed=seed,
         bounds=(0, 1),
         batched=True,
@@ -214,10 +219,10 @@ def _within_ends(score, y, fold, owner, tail):
         tied += np.nan_to_num(tied_share(score[at], y[at])) * pairs[at][0]
     total = sum(pairs[fold == k][0] for k in np.unique(fold))
     slope = slope * pairs / max(total, 1)
-    value = within_folds(score, y, fold, np.ones((1, len(y)), int))[0]
+    value = within_folds(score, y, fold, weights=np.ones((1, len(y)), int))[0]
     return (
         value,
-        auroc_ends(value, slope, y, owner, tail, tied / max(total, 1)),
+        auroc_ends(value, slope, y, owner=owner, tail=tail, tied=tied / max(total, 1)),
         by_owner(slope, owner),
     )
 
@@ -241,7 +246,9 @@ def shortcut_table(
             continue
         y, patients = np.unique(y[used], return_inverse=True)[1], g.patient_id.to_numpy()[used]
         for name, codes in every.items():
-            i = told_apart(out_of_fold(codes[where[used]], y, fold), y, patients, seed, fold)
+            i = told_apart(
+                out_of_fold(codes[where[used]], y, fold), y, patients, seed=seed, fold=fold
+            )
             rows.append(
                 (
                     finding,

@@ -177,6 +177,7 @@ def make_splits(
     cohort: pd.DataFrame,  # a cohort; its own `split` is ignored
     sizes: dict = SIZES,  # part -> share; they sum to 1 and count in steps of 0.001
     by=('label',),  # columns that, with the finding, make a class
+    *,
     seed: int = 0,  # another seed, another split of the same quality
 ) -> pd.Series:  # index patient_id, values the part; .attrs: hash, seed, sizes, by, patients
     """Split a cohort into stratified, patient-disjoint parts.
@@ -352,12 +353,13 @@ def make_folds(
     cohort: pd.DataFrame,  # a cohort
     k: int = 5,  # folds, at least 2
     by=('label',),  # as in `make_splits`
+    *,
     seed: int = 0,  # as in `make_splits`
 ) -> pd.Series:  # index patient_id, values 'fold1'.. ; otherwise as from `make_splits`
     "Make patient-disjoint stratified folds."
     if not isinstance(k, (int, np.integer)) or not 2 <= k <= 500:
         raise InputError(f'k = {k!r}: the number of folds must be a whole number from 2 to 500')
-    return make_splits(cohort, {f'fold{i + 1}': 1 / k for i in range(k)}, by, seed)
+    return make_splits(cohort, {f'fold{i + 1}': 1 / k for i in range(k)}, by, seed=seed)
 
 # %% ../../nbs/10_data/160_splits.ipynb #ff1e1b51
 _HEADER = ['patient_id', 'split', 'made', 'hash']

@@ -137,6 +137,7 @@ def read_member(
     root,  # data root
     archive: str,  # path of a zip relative to `root`
     inner: str,  # name of a member
+    *,
     limit: int = MAX_BYTES,  # largest unpacked size in bytes
 ) -> bytes:
     """Read one member of a zip.
@@ -255,6 +256,7 @@ def open_ref(
     root,  # data root; every file must lie below it
     ref: str,  # path, 'archive.zip!inner/name' or address; text after '#' is ignored
     remote: bool = False,  # follow addresses
+    *,
     limit: int = MAX_BYTES,  # largest size of a zip member or download, in bytes
 ):  # an open binary file that can seek
     "Open a file, zip member or URL; `FileError` if there is none."
@@ -268,7 +270,7 @@ def open_ref(
         return io.BytesIO(fetch(split_ref(ref)[0], limit))
     place, member, _ = split_ref(ref)
     if member:
-        return io.BytesIO(read_member(root, place, member, limit))
+        return io.BytesIO(read_member(root, place, member, limit=limit))
     path = locate(root, place)
     try:
         return open(path, 'rb')

@@ -153,6 +153,7 @@ def read_csv(
     file,  # binary stream, or a path
     name: str = '',  # name in messages; default: the file's name
     separator: str = ',',  # one character between fields
+    *,
     encoding: str = 'utf-8',  # 'utf-8' also takes a byte-order mark
 ) -> tuple[pd.DataFrame, list[int]]:  # cells as text, index = line number; broken lines
     """Read a CSV file as text.
@@ -162,7 +163,7 @@ def read_csv(
     """
     if not hasattr(file, 'read'):
         with one_line(name or os.path.basename(file)), open(file, 'rb') as f:
-            return read_csv(f, name or os.path.basename(file), separator, encoding)
+            return read_csv(f, name or os.path.basename(file), separator, encoding=encoding)
     broken = []
     csv.field_size_limit(2**31 - 1)
     with one_line(name, encoding):
@@ -242,6 +243,7 @@ def read_json(
     file,  # binary stream
     name: str,  # name in messages
     under: str = '',  # key of the list in an object
+    *,
     encoding: str = 'utf-8',
 ) -> tuple[pd.DataFrame, list[int]]:  # text, index = position from 1; positions without object
     "Read a JSON list of objects as a table."
@@ -423,6 +425,7 @@ def read_source(
     root,  # data root
     table: TableCard,  # table of a card
     separator: str = ',',  # the manifest's
+    *,
     encoding: str = 'utf-8',  # the manifest's
     needed=(),  # columns that all tables must have if one has them
 ) -> tuple[pd.DataFrame, list]:  # text, index = line number; the lines that are broken
@@ -461,9 +464,9 @@ def _read_one(root, table, ref, separator, encoding):
     separator = table.separator or separator
     with open_bytes(root, ref) as f:
         if kind == 'csv':
-            return read_csv(f, ref, separator, encoding)
+            return read_csv(f, ref, separator, encoding=encoding)
         if kind == 'json':
-            return read_json(f, ref, table.under, encoding)
+            return read_json(f, ref, table.under, encoding=encoding)
         return (read_jsonl if kind == 'jsonl' else read_list)(f, ref, encoding)
 
 # %% ../../nbs/10_data/070_tables.ipynb #45a06db7

@@ -129,7 +129,7 @@ def naming_table(
         g = g.iloc[used]
         y, labels = pd.factorize(g.label, sort=True)
         s = naming_scores(g.text, finding, labels)
-        i = told_apart(s, y, g.patient_id.to_numpy(), seed)
+        i = told_apart(s, y, g.patient_id.to_numpy(), seed=seed)
         for k, c in enumerate(labels):
             scores = s[y == k] if s.ndim == 1 else s[y == k, k]
             about = finding, c, len(scores), (scores > 0).mean(), (scores < 0).mean()
@@ -143,6 +143,7 @@ def bag_of_words(
     cohort: pd.DataFrame,  # a cohort
     column: str = 'text',  # which text: 'text' or 'question'
     seed: int = 0,  # folds and resamples
+    *,
     top: int = 8,  # words per class
 ) -> pd.DataFrame:  # finding, auroc, low, high, n, patients, smallest, words
     """Measure how well the words of a text predict the label, across patients.
@@ -166,7 +167,7 @@ def bag_of_words(
             scores[fold == k] = (
                 _classifier().fit(X[fold != k], y[fold != k]).predict_proba(X[fold == k])
             )
-        i = told_apart(scores, y, g.patient_id.to_numpy(), seed, fold)
+        i = told_apart(scores, y, g.patient_id.to_numpy(), seed=seed, fold=fold)
         out.append(
             (
                 finding,

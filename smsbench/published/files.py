@@ -451,6 +451,7 @@ def example_results(
     folder,  # where to write
     dataset: str = 'example',  # dataset name
     n: int = 200,  # samples per model
+    *,
     seed: int = 0,  # any integer
 ) -> Path:  # the folder
     "Write one result file per kind of `EXAMPLES` in the official layout."

@@ -283,6 +283,7 @@ def recomputed(
     rows: pd.DataFrame,  # rows of one file, from `read_results`
     found: list = (),  # its faults, from `published.faults.faults`; void arms get no figure
     n_boot: int = 2000,  # resamples
+    *,
     seed: int = 0,  # any integer
 ) -> pd.DataFrame:  # a row per arm, metric and tokens; missing arms included
     """Recompute the published figures of a file.
@@ -519,6 +520,7 @@ def reanalyse(
     results_dir,  # folder in the official layout
     dataset: str,  # dataset name, several separated by commas, or '' for all
     out,  # run directory
+    *,
     n_boot: int = 2000,  # resamples
     seed: int = 0,  # any integer
     echo: bool = False,  # also print the log
@@ -549,7 +551,9 @@ def reanalyse(
     )
     found = faults(rows)
     groups = rows.groupby(['model', 'dataset'], sort=False)
-    table = pd.concat([recomputed(g, found, n_boot, seed) for _, g in groups], ignore_index=True)
+    table = pd.concat(
+        [recomputed(g, found, n_boot, seed=seed) for _, g in groups], ignore_index=True
+    )
     table.attrs = dict(
         dataset=dataset, n_boot=n_boot, seed=seed, arms=ARMS, config_hash=name, files=inputs
     )

@@ -80,6 +80,7 @@ def share_bar(
     ax,  # axes
     shares,  # group -> share, 0..1
     y: float = 0.0,  # where
+    *,
     height: float = 0.7,  # of the bar, in axis units
     text: bool = True,  # write the larger shares into the bar
 ):
@@ -199,6 +200,7 @@ def draw_image(
     ax,  # axes
     image,  # (H,W) or (H,W,3) uint8
     values=None,  # (h,w) map to lay over it, None for none
+    *,
     boxes=(),  # boxes in pixels of the film
     mask=None,  # (H,W) bool, outlined where there is no box
     top: float = 4.0,  # value at which the colour is full
@@ -266,6 +268,7 @@ def map_figure(
     results,  # `AttendResults` of open data
     sample_id: str,  # which sample
     arm: str = 'original',  # which arm
+    *,
     query: str = '',  # '' the first query of the run
     methods=(),  # rows of the figure; empty: all that were kept
     layers=None,  # None: as the run measured
@@ -292,7 +295,7 @@ def map_figure(
         2.45 * wide + 0.5,
         0.35 + 3.0 * len(methods),
         2 * len(methods),
-        wide,
+        cols=wide,
         height_ratios=[1, 0.085] * len(methods),
     )
     said = []
@@ -333,10 +336,10 @@ def map_figure(
 def _looked(rows, query, layers, heads):
     "The map in units of evenly spread attention (None if no attention is on the film), the shares."
     try:
-        values = lift(kept_map(rows, query, layers, heads))
+        values = lift(kept_map(rows, query, layers, heads=heads))
     except RunError:
         values = None
-    return values, kept_shares(rows, query, layers, heads)
+    return values, kept_shares(rows, query, layers, heads=heads)
 
 
 def _map_row(fig, axes, method, shown, looked):
@@ -354,7 +357,7 @@ def _map_row(fig, axes, method, shown, looked):
     _method_name(above[0], method)
     for ax, bar, look in zip(above[1:], below[1:], looked):
         values, shares = look or (None, {})
-        scale = draw_image(ax, image, values, boxes, mask, top)
+        scale = draw_image(ax, image, values, boxes=boxes, mask=mask, top=top)
         share_bar(bar, shares, height=1.0)
         bar.set_xlim(0, 1)
         if look and values is None:
@@ -372,7 +375,15 @@ def _map_row(fig, axes, method, shown, looked):
     if len(above) > 1 + len(looked) and len(both) == 2:
         _times(
             fig.colorbar(
-                draw_image(above[-1], image, both[0] - both[1], boxes, mask, top, signed=True),
+                draw_image(
+                    above[-1],
+                    image,
+                    both[0] - both[1],
+                    boxes=boxes,
+                    mask=mask,
+                    top=top,
+                    signed=True,
+                ),
                 ax=above[-1],
                 shrink=0.7,
                 aspect=18,
@@ -500,7 +511,7 @@ def localisation_figure(
         ],
     )
     fig, axes = canvas(
-        10.4, 1.1 + len(kept) * max(0.36, 0.2 * len(styles)), 1, len(panels), sharey=True
+        10.4, 1.1 + len(kept) * max(0.36, 0.2 * len(styles)), 1, cols=len(panels), sharey=True
     )
     said = []
     for ax, panel in zip(axes[0], panels):
@@ -597,6 +608,7 @@ def profile_figure(
     profile: pd.DataFrame,  # table `profile` of a run
     query: str = 'answer',  # which query
     method: str = 'raw',  # which method
+    *,
     value: str = 'pixel_auroc',  # 'pixel_auroc' or 'share'
     fewest: int = 0,  # patients below which a model is left out
 ):  # Figure with `.alt`, or None where there is nothing
@@ -617,7 +629,7 @@ def profile_figure(
         min(10, 1.4 + sum(max(1.9, 0.3 * g.shape[1]) for g in grids.values())),
         1.2 + min(8, max(1.1, 0.34 * tall)),
         1,
-        len(models),
+        cols=len(models),
         width_ratios=[max(3, g.shape[1]) for g in grids.values()],
     )
     for ax, m in zip(axes[0], models):
@@ -725,7 +737,7 @@ def change_figure(
     if not len(rows):
         return None
     models, said = list(dict.fromkeys(rows.model)), []
-    fig, axes = canvas(3.9 * len(models) + 0.4, 3.3, 1, len(models), sharey=True, sharex=True)
+    fig, axes = canvas(3.9 * len(models) + 0.4, 3.3, 1, cols=len(models), sharey=True, sharex=True)
     for ax, m in zip(axes[0], models):
         g = rows[rows.model == m]
         for flipped, colour, name in (

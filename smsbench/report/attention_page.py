@@ -33,6 +33,7 @@ def localises(
     metrics: pd.DataFrame,  # metrics table
     model: str,  # which model
     arm: str = 'original',  # which arm
+    *,
     subgroup: str = 'all',  # 'all', 'method=…', 'finding=…'
     measure: str = 'mass',  # mass, pointing, iou, pixel_auroc, or one of them with _chosen
 ) -> str:  # 'yes', 'no', 'middle', 'random' or ''
@@ -141,7 +142,7 @@ def map_sentences(
     lies = []
     for k in results.config['methods']:
         sub = 'all' if k == 'raw' else f'method={k}'
-        if word := localises(m, model, arm, sub):
+        if word := localises(m, model, arm, subgroup=sub):
             lies.append(
                 _where(
                     k,
@@ -277,6 +278,7 @@ def attention_table(
     metrics: pd.DataFrame,  # metrics table
     wanted: dict,  # metric -> (what it is called, '%' or '')
     models=None,  # names; None takes all that have one of the metrics
+    *,
     arms=None,  # names; None takes all
     subgroups=('all',),  # which; empty: all
     caption: str = '',  # what it shows

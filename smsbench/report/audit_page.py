@@ -86,6 +86,7 @@ def chip(
     word,  # a verdict, None where there is none
     modality: str = '',  # 'image', 'text' or ''
     state: str = 'void',  # where there is none: why
+    *,
     short: bool = False,  # in a table, where there is little room?
 ) -> Html:
     "A verdict as a label; colour only repeats what the word says."
@@ -98,7 +99,7 @@ def chip(
 # %% ../../nbs/70_report/210_audit_page.ipynb #73623670
 def _chip(v, modality='', short=False):
     "The label of one verdict."
-    return chip(v['verdict'] if v['state'] == 'ok' else None, modality, v['state'], short)
+    return chip(v['verdict'] if v['state'] == 'ok' else None, modality, v['state'], short=short)
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #821c47d4
 def caveat_html(
@@ -147,13 +148,14 @@ def verdict_card(
     results,  # `Results` of a run
     record: dict,  # what verdicts.json holds
     model: str,  # model name
+    *,
     elsewhere=(),  # texts of caveats that are shown elsewhere, once for all models
 ) -> Html:
     "What one model does with image and text, and what weakens that."
     m, words = record['models'][model], wording(results.plan.attrs['tasks'])
     stop = instead(model, m)
     said = [
-        sentence(subject, k, m[f'relies_on_{k}'], words, results.open)
+        sentence(subject, k, m[f'relies_on_{k}'], words=words, is_open=results.open)
         for subject, k in ((model, 'image'), ('It', 'text'))
     ]
     body = [markup('<p>{}</p>', s) for s in (*said, accuracy_sentence(results, model)) if s]
@@ -196,6 +198,7 @@ def opening(
     results,  # `Results` of a run
     record: dict,  # what verdicts.json holds
     registration: str = '',  # was the analysis registered before the first answer? in a few words
+    *,
     before: bool | None = False,  # the same: True, False, or None where it is not known
 ) -> Html:
     "What was audited in one line, how to read the numbers, then the verdicts of each model."
@@ -225,7 +228,7 @@ def opening(
         '' if results.open else closed,
         reading_note(record, wording(plan.attrs['tasks']), before),
         told,
-        join(verdict_card(results, record, m, shared) for m in model_names(results)),
+        join(verdict_card(results, record, m, elsewhere=shared) for m in model_names(results)),
         _shared_html(shared),
     )
 
@@ -616,13 +619,14 @@ def metric_table(
     results,  # `Results` of a run
     metrics: dict,  # metric -> (heading, '%' or '')
     subgroup: str = 'all',  # which subgroup; '' takes all
+    *,
     arms=None,  # arm names, None takes all
     caption: str = '',  # what the table shows
 ) -> Html:
     "Metrics per model, subgroup and arm, each with its interval, and the donors behind them."
     void, cells = void_arms(results.delivery), {}
     for metric, (heading, kind) in metrics.items():
-        for r in pick(results.metrics, metric, subgroup, arms).itertuples():
+        for r in pick(results.metrics, metric, subgroup, arms=arms).itertuples():
             row = cells.setdefault((r.model, r.subgroup, r.arm), _behind(r, results.open))
             row[heading] = written(r, kind, is_void(r, void))
     if not cells:
@@ -789,6 +793,7 @@ def example_html(
     results,  # `Results` of a run
     number: int,  # of the example
     example,  # a row of `choose_examples`
+    *,
     keep=True,  # keep the figure in the run directory
 ) -> Html:
     "One example."
@@ -829,7 +834,7 @@ def example_html(
         example.after,
     )
     answers = example_answers(
-        results, example.sample_id, example.arm, (example.image_id, example.text_id)
+        results, example.sample_id, example.arm, donors=(example.image_id, example.text_id)
     ).rename(
         columns=dict(
             before='answer, original',
@@ -910,7 +915,7 @@ def wording_section(
     how, plan, p = dict(run=results.path if keep else None), results.plan, results.predictions
     arm = next(a for a in ARMS if a in set(plan.arm))
     head = _wording_head(plan)
-    moves = margin_moves(plan, p, arm, results.config['minimum'])
+    moves = margin_moves(plan, p, arm, minimum=results.config['minimum'])
     return join(
         [
             head,

@@ -76,7 +76,7 @@ def _grid(n, width=2.05, height=2.1, most=5):
     cols = min(n, most) if n <= most else min(most, int(np.ceil(n / np.ceil(n / most))))
     rows = int(np.ceil(n / cols))
     fig, axes = canvas(
-        max(width * cols, 3.6), 0.55 + height * rows, rows, cols, sharex=True, sharey=True
+        max(width * cols, 3.6), 0.55 + height * rows, rows, cols=cols, sharex=True, sharey=True
     )
     flat = list(axes.ravel())
     for ax in flat[n:]:
@@ -255,11 +255,11 @@ def classes_figure(
         1.8 + 2.5 * len(shown),
         1 + len(order) * max(0.24, 0.15 * len(styles)),
         1,
-        len(shown),
+        cols=len(shown),
         sharey=True,
     )
     for ax, m in zip(axes[0], shown):
-        draw_dots(ax, rows[rows.metric == m], order, styles)
+        draw_dots(ax, rows[rows.metric == m], order, styles=styles)
         for i, c in enumerate(order):
             chance = (
                 0.5 if m == 'auroc' else prevalence.get(c) if m in ('auprc', 'precision') else None
@@ -314,7 +314,7 @@ def retrieval_figure(
         sorted(set(rows.metric), key=lambda m: int(m.split('@')[1])),
         [a for a in ('image_to_text', 'text_to_image') if (rows.arm == a).any()],
     )
-    fig, axes = canvas(1.2 + 2.9 * len(arms), 2.9, 1, len(arms), sharey=True)
+    fig, axes = canvas(1.2 + 2.9 * len(arms), 2.9, 1, cols=len(arms), sharey=True)
     for ax, arm in zip(axes[0], arms):
         _recall_bars(ax, at, arm, names)
         ax.set(

@@ -94,7 +94,7 @@ def history_figure(
 
     best = history[history.best == 1].iloc[-1]
     shown = [c for c in ('auroc', 'sensitivity', 'recall') if history[f'val_{c}'].notna().any()]
-    fig, axes = canvas(3.4 * (1 + bool(shown)), 2.8, 1, 1 + bool(shown))
+    fig, axes = canvas(3.4 * (1 + bool(shown)), 2.8, 1, cols=1 + bool(shown))
     for name, c in (('train_loss', COLOURS[0]), ('val_loss', COLOURS[1])):
         axes[0, 0].plot(
             history.epoch,

@@ -101,7 +101,7 @@ def coverage_figure(
     if not parts:
         return None
     tall = max(p.family.nunique() for p in parts)
-    fig, axes = canvas(5.6 * len(parts), 1.0 + 0.3 * tall, 1, len(parts))
+    fig, axes = canvas(5.6 * len(parts), 1.0 + 0.3 * tall, 1, cols=len(parts))
     for ax, p in zip(axes[0], parts):
         if 'verdict' in p:
             _draw_errors(ax, p, found['limits'])

@@ -23,6 +23,7 @@ def reliability_curves(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of one or more models
     arms=CURVE_ARMS,  # arms wanted; those the plan lacks are left out
+    *,
     minimum: int = 10,  # smallest bin that is shown
     n_boot: int = 500,  # resamples of patients
     seed: int = 0,  # of the resampling
@@ -79,7 +80,7 @@ def reliability_figure(
         max(1.85 * len(arms), 3.4),
         0.6 + 2 * len(models),
         len(models),
-        len(arms),
+        cols=len(arms),
         sharex=True,
         sharey=True,
     )

@@ -262,7 +262,7 @@ def counts_figure(
     cols = min(len(asked), 3, most)
     lines = -(-min(len(asked), most) // cols)
     fig, axes = canvas(
-        8.6, 0.55 + lines * (0.45 + 0.24 * len(groups)), lines, cols, sharex=True, sharey=True
+        8.6, 0.55 + lines * (0.45 + 0.24 * len(groups)), lines, cols=cols, sharex=True, sharey=True
     )
     colours = {c: (COLOURS * 9)[i] for i, c in enumerate(labels)}
     for ax, f in zip(axes.ravel(), asked[:most]):
@@ -377,6 +377,7 @@ def pairs_figure(
     audited,  # `FileAudit` of open data
     cohort: pd.DataFrame,  # its cohort
     root='',  # data root; the cohort's own where it is empty
+    *,
     most: int = 4,  # pairs at most
 ):  # Figure with `.alt`, or None where no image occurs twice
     "Films that occur twice, side by side. `InputError` for credentialed data."
@@ -384,7 +385,7 @@ def pairs_figure(
     root = root or cohort.attrs.get('root') or '.'
     if chosen.empty:
         return None
-    fig, axes = canvas(2.1 * len(chosen), 4.3, 2, len(chosen))
+    fig, axes = canvas(2.1 * len(chosen), 4.3, 2, cols=len(chosen))
     for ax in axes.ravel():
         ax.set_axis_off()
     for r, column in zip(chosen.itertuples(), axes.T):

@@ -87,6 +87,7 @@ def example_answers(
     results,  # `Results` of a run
     sample_id: str,  # the sample
     arm: str,  # the arm shown beside `original`
+    *,
     donors=None,  # (image_id, text_id) that were shown; None takes the first draw of donors
 ) -> (
     pd.DataFrame
@@ -137,7 +138,7 @@ def example_figure(
     "Pictures side by side."
     from matplotlib.patches import Rectangle
 
-    fig, axes = canvas(2.7 * len(pictures), 2.95, 1, len(pictures))
+    fig, axes = canvas(2.7 * len(pictures), 2.95, 1, cols=len(pictures))
     for ax, (title, image, boxes) in zip(axes[0], pictures):
         ax.imshow(
             image,

@@ -31,6 +31,7 @@ def tile(
     image,  # (H,W) or (H,W,3) uint8
     values=None,  # (h,w) map; NaN: not shown to the model; None: the film alone
     boxes=(),  # boxes in pixels of the film
+    *,
     mask=None,  # (H,W) bool, outlined where there is no box
     top: float = 4.0,  # value at which the colour is full
     signed: bool = False,  # colours from −top to top
@@ -162,6 +163,7 @@ class Explorer:
         sample: str,  # sample id
         arm: str = '',  # '' the first
         query: str = '',  # '' the first
+        *,
         method: str = 'raw',  # a kept method
         layer='all',  # of `layers`
         head='mean',  # of `heads`
@@ -199,7 +201,7 @@ class Explorer:
             self.store.rows(model, trial_id, method),
             query,
             (layer,) if isinstance(layer, int) else layer,
-            head,
+            heads=head,
         )
 
     def _images(self, image_id, lifts, top):
@@ -209,12 +211,12 @@ class Explorer:
             self._marked(image_id),
             (self.height, self.results.models),
         )
-        out = [tile(image, None, boxes, mask, height=h)] + [
-            tile(image, lifts.get(m), boxes, mask, top, height=h) for m in models
+        out = [tile(image, None, boxes, mask=mask, height=h)] + [
+            tile(image, lifts.get(m), boxes, mask=mask, top=top, height=h) for m in models
         ]
         if len(models) == len(lifts) == 2:
             a, b = lifts.values()
-            out.append(tile(image, a - b, boxes, mask, top, True, h))
+            out.append(tile(image, a - b, boxes, mask=mask, top=top, signed=True, height=h))
         return out
 
     def _captions(self, trial, query, top, below, width, two):

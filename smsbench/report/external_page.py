@@ -64,6 +64,7 @@ def external_validation(
     checkpoint,  # folder of `save_clip`, a path, or any name that `load_clip` knows
     cohort,  # cohort table, its `SealedCohort`, or `Images`
     out,  # run directory for tables, figures and numbers
+    *,
     pretrained: str = '',  # beside a name of open_clip: its tag, a file, or 'random'
     thresholds=None,  # `Thresholds`; None takes thresholds.json of the checkpoint
     prompts=None,  # None takes prompts.json of the checkpoint if it has all classes, else defaults
@@ -93,7 +94,7 @@ def external_validation(
     clip = replace(clip, name=model_name(checkpoint, clip))
     prompts, said = own_prompts(folder, films, prompts)
     notes += said
-    thresholds, said = own_thresholds(folder, films, thresholds, prompts)
+    thresholds, said = own_thresholds(folder, films, thresholds, prompts=prompts)
     notes += said
     if thresholds is not None:  # refuse other weights before hours of work, not after
         thresholds.check([], dict(weights=clip.info.get('weights_sha', '')))
@@ -120,17 +121,17 @@ def external_validation(
         clip,
         films,
         x,
-        prompts,
-        thresholds,
-        splits,
-        few_shots,
-        picture,
-        dict(n_boot=n_boot, seed=seed),
-        notes,
+        prompts=prompts,
+        thresholds=thresholds,
+        splits=splits,
+        few_shots=few_shots,
+        picture=picture,
+        how=dict(n_boot=n_boot, seed=seed),
+        notes=notes,
     )
     run.freeze(config, device=device, batch_size=batch_size)
     found = found._replace(tables=found.tables | left)
-    save_external(found, run, clip, films)
+    save_external(found, run, clip, films=films)
     return found
 
 # %% ../../nbs/70_report/130_external_page.ipynb #d0524737
@@ -268,6 +269,7 @@ def own_thresholds(
     folder,  # of the checkpoint
     films,  # `Images` to be tested on
     thresholds=None,  # given thresholds
+    *,
     prompts=None,  # class -> dict(positive=(...), negative=(...)) to be asked; None: not compared
 ) -> tuple:  # `Thresholds` of the films' classes or None, notes
     """Choose the thresholds to decide with: given ones, or the checkpoint's own.
@@ -322,6 +324,7 @@ def measure(
     clip,  # `Clip`
     films,  # `Images` that were not seen
     x,  # (N, D) their image embeddings
+    *,
     prompts,  # from `own_prompts`
     thresholds,  # from `own_thresholds`
     splits=(),  # splits to measure
@@ -397,7 +400,7 @@ def _probes(clip, films, x, few_shots, how):
     Returns the parts of the metrics table, the curve, and notes.
     """
     train, val, test = (
-        (lambda k: embedded(x[k], films.targets[k], films.table.patient_id[k], films.kind))(
+        (lambda k: embedded(x[k], films.targets[k], films.table.patient_id[k], kind=films.kind))(
             films.table.split.to_numpy() == s
         )
         for s in ('train', 'val', 'test')
@@ -547,7 +550,7 @@ def _own_parts(clip, tested, x, scores, thresholds, how):
                 else ''
             )
         )
-    held = embedded(x, tested.targets, tested.table.patient_id, tested.kind)
+    held = embedded(x, tested.targets, tested.table.patient_id, kind=tested.kind)
     parts.append(
         space_metrics(
             held, clip.name, n_boot=min(how.get('n_boot', 200), 200), seed=how.get('seed', 0)
@@ -593,6 +596,7 @@ def save_external(
     found: External,  # what was found
     run: Run,  # directory to write to
     clip,  # `Clip`
+    *,
     films,  # `Images` that were tested
 ):
     """Write the results of an external validation to a run directory.

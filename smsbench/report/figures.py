@@ -20,6 +20,7 @@ def pick(
     metrics: pd.DataFrame,  # metrics table
     metric: str,  # which metric
     subgroup: str = 'all',  # which subgroup; '' takes all of them
+    *,
     arms=None,  # arm names; None takes all
 ) -> pd.DataFrame:  # rows in the order of the arms
     "Pick rows of one metric, without comparisons of two models."
@@ -101,6 +102,7 @@ def draw_dots(
     ax,  # axes
     rows: pd.DataFrame,  # metrics rows, with a column `row` naming the line each belongs to
     order,  # names of the lines, from top to bottom
+    *,
     styles: dict,  # `looks` of the models
     void=frozenset(),  # (model, arm) that never arrived
 ):
@@ -206,6 +208,7 @@ def dots_figure(
     metrics: pd.DataFrame,  # metrics table
     metric: str,  # which metric, a share
     label: str,  # what the horizontal axis is called
+    *,
     arms=None,  # arm names, None takes all
     delivery=None,  # what `prove_delivery` found
     reference=None,  # a share to mark with a line, e.g. chance
@@ -221,7 +224,7 @@ def dots_figure(
     )
     fig, ax = canvas(8.6, 0.9 + len(order) * max(0.26, 0.16 * len(styles)))
     ax = ax[0, 0]
-    draw_dots(ax, rows, order, styles, void)
+    draw_dots(ax, rows, order, styles=styles, void=void)
     legend(fig, styles)
     if reference is not None:
         ax.axvline(reference, color='#555555', lw=0.9, ls=(0, (4, 3)))
@@ -428,7 +431,10 @@ def subgroup_figure(
 ):  # Figure with `.alt`, or None where there are no subgroups
     "Accuracy and negative flip rate per subgroup, with intervals."
     rows = pd.concat(
-        [pick(metrics, m, '', [a]).assign(panel=t, row=lambda d: d.subgroup) for m, a, t in panels]
+        [
+            pick(metrics, m, '', arms=[a]).assign(panel=t, row=lambda d: d.subgroup)
+            for m, a, t in panels
+        ]
     )
     rows = rows[~rows.row.str.startswith('variant=')]
     order = sorted(
@@ -442,10 +448,10 @@ def subgroup_figure(
         [t for _, _, t in panels if t in set(rows.panel)],
     )
     fig, axes = canvas(
-        9.2, 0.95 + len(order) * max(0.24, 0.15 * len(styles)), 1, len(titles), sharey=True
+        9.2, 0.95 + len(order) * max(0.24, 0.15 * len(styles)), 1, cols=len(titles), sharey=True
     )
     for ax, title in zip(axes[0], titles):
-        draw_dots(ax, rows[rows.panel == title], order, styles, void)
+        draw_dots(ax, rows[rows.panel == title], order, styles=styles, void=void)
         ax.set(title=title, xlim=(-0.03, 1.03), xticks=[0, 0.5, 1])
         ax.set_xticklabels([percent(v) for v in (0, 0.5, 1)])
     legend(fig, styles)

@@ -122,7 +122,7 @@ def blind_figure(
     delivery=None,  # what `prove_delivery` found
 ):  # Figure with `.alt`, or None where fewer than two findings were reworded
     "Share of consistent answers that do not depend on the image, over all and per finding."
-    rows = pick(metrics, 'state_blind', '', ['image_swap'])
+    rows = pick(metrics, 'state_blind', '', arms=['image_swap'])
     rows = rows[rows.subgroup.eq('all') | (rows.group == 'finding')]
     rows = rows.assign(row=rows.level.where(rows.group != '', 'all'))
     order = ['all', *sorted(set(rows.row) - {'all'})]
@@ -130,7 +130,7 @@ def blind_figure(
         return None
     styles, void = looks(sorted(set(rows.model))), void_or_baseline(delivery)
     fig, ax = canvas(8.6, 0.9 + len(order) * max(0.26, 0.16 * len(styles)))
-    draw_dots(ax[0, 0], rows, order, styles, void)
+    draw_dots(ax[0, 0], rows, order, styles=styles, void=void)
     legend(fig, styles)
     label = 'consistent under rewording, and unmoved by an image of another class'
     ax[0, 0].set(xlim=(-0.02, 1.02), xticks=np.arange(0, 1.01, 0.25), xlabel=label)
@@ -153,7 +153,7 @@ def coverage_figure(
         return None
     void, kinds = void_or_baseline(delivery), [k for k in LOSS_WORDS if k in set(curves.loss)]
     styles = looks(sorted(set(curves.model)))
-    fig, axes = canvas(9.2, 3.3, 1, len(kinds), sharey=True)
+    fig, axes = canvas(9.2, 3.3, 1, cols=len(kinds), sharey=True)
     for ax, kind in zip(axes[0], kinds):
         for model, curve in curves[curves.loss == kind].groupby('model', sort=True):
             if (model, 'image_swap' if kind == 'ungrounded' else 'original') not in void:
@@ -224,10 +224,12 @@ def recalibration_figure(
     styles, void = looks(sorted(set(rows['ece'].model))), void_arms(delivery)
     lines = ('chance alone', 'as stated', *MAP_WORDS.values())
     order = [r for r in lines if r in set(rows['ece'].row)]
-    fig, axes = canvas(9.2, 1.0 + len(order) * max(0.28, 0.17 * len(styles)), 1, 2, sharey=True)
+    fig, axes = canvas(
+        9.2, 1.0 + len(order) * max(0.28, 0.17 * len(styles)), 1, cols=2, sharey=True
+    )
     words = dict(ece='expected calibration error', brier='Brier score')
     for ax, (k, label) in zip(axes[0], words.items()):
-        draw_dots(ax, rows[k], order, styles, void)
+        draw_dots(ax, rows[k], order, styles=styles, void=void)
         ax.set(xlabel=label, xlim=(0, None))
     legend(fig, styles)
 

@@ -50,6 +50,7 @@ def number_of(
     metrics: pd.DataFrame,  # metrics table
     model: str,  # which model
     metric: str,  # which metric
+    *,
     arm: str,  # which arm
 ):  # the row, or None where the number is missing or suppressed
     "One number over all samples."
@@ -69,8 +70,8 @@ def state_sentences(
 ) -> list[str]:
     "Blind and robust answers, and how many kept answers reading errors could explain."
     names = ('state_blind', 'state_robust', 'kept_share', 'kept_if_read')
-    blind, robust, kept, read = (number_of(metrics, model, n, 'image_swap') for n in names)
-    same = number_of(metrics, model, 'state_robust', 'image_swap_same')
+    blind, robust, kept, read = (number_of(metrics, model, n, arm='image_swap') for n in names)
+    same = number_of(metrics, model, 'state_robust', arm='image_swap_same')
     image, other, out = words['image'], words['other'], []
     if blind:
         out.append(
@@ -99,9 +100,9 @@ def confidence_sentences(
     stay, out = f"stay under a {words['image']} of {words['other']}", []
     kinds = (('wrong', 'original', 'are wrong'), ('ungrounded', 'image_swap', stay))
     for kind, arm, what in kinds:
-        flags = number_of(metrics, model, f'flags_{kind}', arm)
+        flags = number_of(metrics, model, f'flags_{kind}', arm=arm)
         if flags is None:
-            out += _all_or_none(number_of(metrics, model, f'aurc_{kind}_random', arm), what)
+            out += _all_or_none(number_of(metrics, model, f'aurc_{kind}_random', arm=arm), what)
             continue
         how = f'Its confidence does not tell which answers {what}'
         if flags.ci_low > 0.5:
@@ -127,7 +128,7 @@ def calibration_sentences(
 ) -> list[str]:
     "Is the calibration error more than chance, and what does recalibration leave?"
     names = ('ece', 'ece_expected', 'ece_expected_high')
-    own, mean, high = (number_of(metrics, model, k, 'original') for k in names)
+    own, mean, high = (number_of(metrics, model, k, arm='original') for k in names)
     if not (own and mean and high):
         return []
     more = 'more than' if own.value > high.value else 'no more than'
@@ -136,7 +137,7 @@ def calibration_sentences(
         f'show: in studies of this size calibrated models have {rounded(mean.value, 3)} '
         f'on average, and 95 % of them less than {rounded(high.value, 3)}.'
     ]
-    left = {w: number_of(metrics, model, f'ece[{m}]', 'original') for m, w in MAP_WORDS.items()}
+    left = {w: number_of(metrics, model, f'ece[{m}]', arm='original') for m, w in MAP_WORDS.items()}
     each = ', '.join(f'{w} {rounded(r.value, 3)}' for w, r in left.items() if r)
     if each:
         out.append(f'After recalibration fitted on other patients: {each}.')
@@ -162,6 +163,7 @@ def example_table(
     results,  # `Results` of a run
     states,  # from `sample_states`
     void=(),  # models left out
+    *,
     most: int = 3,  # examples per model and state
 ) -> Html:
     "Samples of each state by id; of credentialed data nothing is listed."

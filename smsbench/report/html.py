@@ -82,6 +82,7 @@ def html_table(
     df: pd.DataFrame,  # the table; cells that are `Html` stay as they are
     caption: str = '',  # what it shows
     digits: int = 3,  # decimal places of floats
+    *,
     formats=None,  # column -> function value -> text, instead of the default
     numbers=(),  # further columns to align right, e.g. numbers written as text
 ) -> Html:
@@ -127,6 +128,7 @@ def figure_html(
     fig,  # matplotlib Figure; None says that there is nothing to show
     alt: str = '',  # description; '' takes the figure's own `.alt`
     name: str = '',  # file name without ending
+    *,
     run=None,  # run directory (path), in which figures/NAME.png is kept; None keeps none
     caption='',  # what stands below
     absent: str = 'Not measured in this run.',  # what is said where there is no figure
@@ -155,13 +157,14 @@ def show(
     fig,  # matplotlib Figure, or None
     alt: str = '',  # description; '' takes the figure's own `.alt`
     name: str = '',  # file name without ending
+    *,
     run=None,  # run directory (path)
     **how,  # caption, absent: see `figure_html`
 ):
     "Display a figure in a notebook, with a description that survives in the report."
     from IPython.display import HTML, display
 
-    display(HTML(figure_html(fig, alt, name, run, **how).text))
+    display(HTML(figure_html(fig, alt, name, run=run, **how).text))
 
 # %% ../../nbs/70_report/200_html.ipynb #15d91870
 def declared(
@@ -380,6 +383,7 @@ def render(
     notebook,  # run notebook: path, or name of one that comes with the package
     out_dir,  # where the page goes; made where missing
     parameters: dict,  # parameter -> value, for those that differ from the notebook's defaults
+    *,
     name: str = 'report.html',  # file name of the page
     images: int = 1,  # figures that are expected at least
     title: str = '',  # of the page; '' takes the first heading

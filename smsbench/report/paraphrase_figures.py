@@ -61,9 +61,11 @@ def wording_figure(
         looks(sorted(set(rows['wording_flips'].model))),
         void_arms(delivery),
     )
-    fig, axes = canvas(9.2, 1.1 + len(order) * max(0.28, 0.16 * len(styles)), 1, 2, sharey=True)
+    fig, axes = canvas(
+        9.2, 1.1 + len(order) * max(0.28, 0.16 * len(styles)), 1, cols=2, sharey=True
+    )
     for ax, (metric, label, limits) in zip(axes[0], panels):
-        draw_dots(ax, rows[metric], order, styles, void)
+        draw_dots(ax, rows[metric], order, styles=styles, void=void)
         ax.set(xlabel=label)
         if limits:
             ax.set(xlim=limits, xticks=np.arange(0, 1.01, 0.25))
@@ -86,6 +88,7 @@ def answer_grid(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of one or more models
     model: str,  # which one
+    *,
     arm: str = 'original',  # which arm
     most: int = 150,  # samples at most, those with the smallest trial ids
 ) -> pd.DataFrame:  # wording x sample: what the answer stands for, '' where it was not read
@@ -131,6 +134,7 @@ def answer_grid_figure(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of one or more models
     models=None,  # which, None takes all
+    *,
     arm: str = 'original',  # which arm
 ):  # Figure with `.alt`, or None where nothing was reworded or the data are credentialed
     "Wordings in rows, samples in columns, one panel per model."
@@ -139,7 +143,7 @@ def answer_grid_figure(
     if access_of(plan, 'the plan') != 'open' or 'inverted' not in plan:
         return None
     models = models or sorted(set(predictions.model))
-    grids = {m: answer_grid(plan, predictions, m, arm) for m in models}
+    grids = {m: answer_grid(plan, predictions, m, arm=arm) for m in models}
     if all(len(g) < 2 for g in grids.values()):
         return None
     said = sorted(
@@ -151,7 +155,7 @@ def answer_grid_figure(
         9.2,
         0.7 + sum(0.42 + 0.155 * len(g) for g in grids.values()),
         len(models),
-        1,
+        cols=1,
         height_ratios=[max(len(g), 2) for g in grids.values()],
     )
     for ax, (m, g) in zip(axes[:, 0], grids.items()):
@@ -210,6 +214,7 @@ def margin_moves(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of one or more models
     arm: str = 'original',  # which arm
+    *,
     minimum: int = 10,  # samples below which a wording is left out
 ) -> pd.DataFrame:  # model, variant, strategy, low, q25, median, q75, high (log-odds), n
     """Quantiles (5, 25, 50, 75, 95 %) of the change in margin per wording.
@@ -321,10 +326,13 @@ def probe_figure(
     panels, styles = list(dict.fromkeys(rows.panel)), looks(sorted(set(rows.model)))
     orders = {p: list(dict.fromkeys(rows[rows.panel == p].row)) for p in panels}
     fig, axes = canvas(
-        9.2, 1.1 + max(map(len, orders.values())) * max(0.28, 0.16 * len(styles)), 1, len(panels)
+        9.2,
+        1.1 + max(map(len, orders.values())) * max(0.28, 0.16 * len(styles)),
+        1,
+        cols=len(panels),
     )
     for ax, p in zip(axes[0], panels):
-        draw_dots(ax, rows[rows.panel == p], orders[p], styles, void)
+        draw_dots(ax, rows[rows.panel == p], orders[p], styles=styles, void=void)
         ax.set(title=p, xlim=(-0.03, 1.03), xticks=[0, 0.5, 1])
         ax.set_xticklabels([percent(v) for v in (0, 0.5, 1)])
     legend(fig, styles)

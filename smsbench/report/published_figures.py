@@ -28,6 +28,7 @@ def cells(
     table: pd.DataFrame,  # a table with the schema 'published'
     metric: str,  # metric, as in the table
     tokens: str = '',  # '', 'lower' or 'upper'
+    *,
     dataset: str = '',  # dataset; '' takes the first of the table
 ) -> pd.DataFrame:  # rows of that metric, with the columns `state` and `basis`
     """Select the rows that a figure draws; `InputError` when there are none.
@@ -61,7 +62,7 @@ def published_heatmap(
     tokens: str = '',  # '' for the written answer, 'lower' or 'upper' for the first token
 ):  # Figure with `.alt`
     "Recomputed negative flip rate per model and shifted arm; void arms crossed."
-    t = cells(table, 'first_token_nfr' if tokens else 'nfr', tokens, dataset)
+    t = cells(table, 'first_token_nfr' if tokens else 'nfr', tokens, dataset=dataset)
     models, arms = list(dict.fromkeys(t.model)), [a for a in ARMS if a != 'No']
     value = t.pivot(index='model', columns='arm', values='recomputed').reindex(
         index=models, columns=arms
@@ -164,13 +165,14 @@ def published_dots(
     table: pd.DataFrame,  # a table with the schema 'published'
     metric: str = 'accuracy',  # metric, as in the table
     dataset: str = '',  # dataset; '' takes the first
+    *,
     tokens: str = '',  # '' for the written answer, 'lower' or 'upper' for the first token
 ):  # Figure with `.alt`
     "Published and recomputed figures per model and arm, with intervals."
-    t = cells(table, metric, tokens, dataset)
+    t = cells(table, metric, tokens, dataset=dataset)
     models, arms = list(dict.fromkeys(t.model)), [a for a in ARMS if a in set(t.arm)]
     fig, axes = canvas(
-        1.7 + 1.6 * len(arms), 1.5 + 0.34 * len(models), 1, len(arms), sharex=True, sharey=True
+        1.7 + 1.6 * len(arms), 1.5 + 0.34 * len(models), 1, cols=len(arms), sharex=True, sharey=True
     )
     for ax, a in zip(axes[0], arms):
         _published_panel(ax, t[t.arm == a], a, models)
@@ -263,6 +265,7 @@ def side_by_side(
     table: pd.DataFrame,  # a table with the schema 'published'
     metric: str = 'accuracy',  # metric, as in the table
     dataset: str = '',  # dataset; '' takes the first
+    *,
     tokens: str = '',  # '', 'lower' or 'upper'
     digits: int = 4,  # decimals
 ) -> pd.DataFrame:  # model, then one text column per arm
@@ -271,7 +274,7 @@ def side_by_side(
     A cell reads 'published | recomputed [low, high] on n of N'; the number of answers is given
     only where a figure rests on fewer than all.
     """
-    t = cells(table, metric, tokens, dataset)
+    t = cells(table, metric, tokens, dataset=dataset)
 
     def num(v):
         return rounded(v, digits)

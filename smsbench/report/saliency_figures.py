@@ -53,7 +53,7 @@ def cam_panels(
         raise InputError(f"panels hold different maps; the first has {', '.join(names)}")
     colour = {r: _LINES[i % len(_LINES)] for i, r in enumerate(readers)}
     fig, axes = canvas(
-        2.25 * (2 + len(names)) + 0.5, 0.45 + 2.5 * len(panels), len(panels), 2 + len(names)
+        2.25 * (2 + len(names)) + 0.5, 0.45 + 2.5 * len(panels), len(panels), cols=2 + len(names)
     )
     for i, (row, p) in enumerate(zip(axes, panels)):
         scale = _panel_row(row, p, colour, smooth, i == 0)
@@ -163,7 +163,7 @@ def baseline_figure(
         2.35 * len(numbers) + 1.9,
         1.15 + len(arms) * max(0.34, 0.19 * len(styles)),
         1,
-        len(numbers),
+        cols=len(numbers),
         sharey=True,
     )
     for ax, k in zip(axes[0], numbers):
@@ -235,7 +235,7 @@ def iou_figure(
     "IoU of the brightest part with the region, at every threshold."
     if not curves:
         return None
-    fig, axes = canvas(max(3.3 * len(curves) + 0.6, 5.6), 3.4, 1, len(curves), sharey=True)
+    fig, axes = canvas(max(3.3 * len(curves) + 0.6, 5.6), 3.4, 1, cols=len(curves), sharey=True)
     said = []
     for ax, (name, t) in zip(axes[0], curves.items()):
         for n, g in t.groupby('map', sort=False):
@@ -289,7 +289,7 @@ def perturbation_figure(
     "Mean score as cells disappear and come back, with intervals over patients."
     if curves.empty:
         return None
-    fig, axes = canvas(8.0, 3.5, 1, 2, sharey=True)
+    fig, axes = canvas(8.0, 3.5, 1, cols=2, sharey=True)
     said = []
     score = curves.attrs.get('score', 'score')
     for ax, kind in zip(axes[0], ('deletion', 'insertion')):

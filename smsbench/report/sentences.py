@@ -302,12 +302,13 @@ def sentence(
     subject: str,  # the model, or 'It'
     modality: str,  # 'image' or 'text'
     v: dict,  # one verdict, as verdicts.json holds it
+    *,
     words: dict,  # from `wording`
     is_open: bool = True,  # may counts below 10 be shown?
 ) -> str:  # plain text, not yet escaped
     "A verdict in a sentence, with the number that decides it and the patients behind it."
     if v['state'] != 'ok':
-        return no_verdict(subject, modality, v, is_open)
+        return no_verdict(subject, modality, v, is_open=is_open)
     word = v['verdict']
     who = 'it' if subject == 'It' and word == 'undecided' else subject
     sure = '95 % confidence' if by_interval(v) else confidence(v['bound']['level'])
@@ -322,6 +323,7 @@ def no_verdict(
     subject: str,  # the model, or 'It'
     modality: str,  # 'image' or 'text'
     v: dict,  # a verdict whose state is not 'ok'
+    *,
     is_open: bool = True,  # may counts below 10 be shown?
 ) -> str:
     "Why there is no verdict on a modality, and what would bring one."

@@ -71,7 +71,7 @@ def ssa_figure(
     cols = min(len(groups), 4)
     rows = -(-len(groups) // cols)
     fig, axes = canvas(
-        max(1 + 2.1 * cols, 4.2), 0.9 + 2.1 * rows, rows, cols, sharex=True, sharey=True
+        max(1 + 2.1 * cols, 4.2), 0.9 + 2.1 * rows, rows, cols=cols, sharex=True, sharey=True
     )
     for ax in axes.ravel()[len(groups) :]:
         ax.set_axis_off()
@@ -150,7 +150,7 @@ def ssa_order_figure(
     lines = [(s, g) for s in steps for g in groups]
     y = {line: -(i + i // len(groups) * 0.9) for i, line in enumerate(lines)}
     fig, axes = canvas(
-        7.4, 0.9 + 0.19 * len(lines) + 0.17 * len(steps), 1, 2, sharex=True, sharey=True
+        7.4, 0.9 + 0.19 * len(lines) + 0.17 * len(steps), 1, cols=2, sharex=True, sharey=True
     )
     for ax, m, colour in zip(axes[0], RATES, COLOURS):
         _order_points(ax, table, m, colour, y)

@@ -130,6 +130,7 @@ def canvas(
     width: float,  # inches
     height: float,  # inches
     rows: int = 1,  # panels
+    *,
     cols: int = 1,
     **how,  # of `Figure.subplots`
 ):  # (figure, array of axes)

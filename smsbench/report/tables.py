@@ -60,6 +60,7 @@ def latex_table(
     table: pd.DataFrame,  # any table
     caption: str = '',  # escaped like everything else
     label: str = '',  # for \ref; letters, digits, : and -
+    *,
     digits: int = 2,  # decimal places of numbers
 ) -> str:  # a table environment that needs booktabs
     "A table in LaTeX, every name escaped."

@@ -78,6 +78,7 @@ def root_scale(
     ax,  # axes
     margin: float,  # 0..1, marked with lines
     axis: str = 'x',  # 'x' or 'y'
+    *,
     low: float = 0.0,  # where the axis begins, -1..1
 ):
     "A square-root scale of movements, marked at the margin and at round numbers."
@@ -101,6 +102,7 @@ def draw_deciding(
     ax,  # axes, on the scale of `root_scale`
     rows: pd.DataFrame,  # of `verdict_rows`, one modality
     order,  # names of the lines, from top to bottom
+    *,
     styles: dict,  # `looks` of the models
 ):
     "Draw estimates and the bounds that decide; hollow where the whole change is meant."
@@ -136,13 +138,13 @@ def verdict_figure(
     styles = looks(sorted(record['models']))
     order = sorted(set(rows.row), key=lambda r: (r != 'all', r))
     panel = 0.42 + len(order) * max(0.27, 0.17 * len(styles))
-    fig, axes = canvas(4.4, 0.8 + 2 * panel, 2, 1, sharex=True)
+    fig, axes = canvas(4.4, 0.8 + 2 * panel, 2, cols=1, sharex=True)
     low = min(-1.5 * margin, rows.low.min() - 0.02)
     for ax, modality in zip(axes[:, 0], ('image', 'text')):
         root_scale(ax, margin, low=low)
         ax.axvspan(-margin, margin, color='#dfe7ec', lw=0, zorder=0.5)
         ax.axvline(0, color='#777777', lw=0.8)
-        draw_deciding(ax, rows[rows.modality == modality], order, styles)
+        draw_deciding(ax, rows[rows.modality == modality], order, styles=styles)
         ax.set(title=f'{modality} swapped')
     axes[1, 0].set(
         xlabel='points, square-root scale (band: the margin)\nfilled: excess, hollow: whole change'

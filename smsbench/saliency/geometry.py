@@ -27,6 +27,7 @@ class Frame:
         x,  # left edge of the part, in pixels of the raster; negative: padding on the left
         y,  # upper edge
         width,  # of the part; beyond the raster: padding on the right
+        *,
         height,  # the same
     ):
         "Cut out a part of the raster, or add a margin."
@@ -41,7 +42,7 @@ class Frame:
         Half a pixel is rounded as in torchvision.
         """
         x, y = int((self.width - width) / 2), int((self.height - height) / 2)
-        return self.cut(x, y, width, height)
+        return self.cut(x, y, width, height=height)
 
 # %% ../../nbs/05_saliency/10_geometry.ipynb #0e0a4868
 @dataclass(frozen=True, eq=False)

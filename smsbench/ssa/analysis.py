@@ -71,6 +71,7 @@ def design(
     steps,  # names of the inputs
     orders,  # from `addition_orders`
     wording: str = 'fixed',  # one of `WORDINGS`
+    *,
     base: str = 'image',  # name of the input that is always given
 ) -> Design:
     "Compute the input sets of some orders, and the weights of the table rows."
@@ -257,6 +258,7 @@ def ssa_metrics(
     answers: np.ndarray,  # (S, n, C) predictions from each input set: 1, 0, NaN
     samples: Samples,  # of the n rows
     plan: Design,  # of the S input sets
+    *,
     model: str = 'model',  # name in the table
     minimum: int = 10,  # fewest rows for a number to be reported
     **how,  # n_boot, level, seed of the resampling
@@ -368,6 +370,7 @@ def ssa(
     predictor,  # (table, given columns) -> predictions; see `clip_predictor`, `vlm_predictor`
     samples,  # `Images`, a cohort table, or its `SealedCohort`
     steps,  # columns to add one after another, in the order of main interest
+    *,
     wording: str = 'fixed',  # attributes in the order of `steps` ('fixed') or of adding ('added')
     most_orders: int = 24,  # all orders up to this many, else about this many
     base: str = 'image',  # name of the input that is always given
@@ -386,10 +389,10 @@ def ssa(
     facts = facts_of(samples.table, orders[0])
     if empty := [s for s in orders[0] if not any(s in f for f in facts)]:
         raise InputError(_nothing_in(empty[0], samples.table))
-    plan = design(orders[0], orders, wording, base)
+    plan = design(orders[0], orders, wording, base=base)
     answers = _predict_all(predictor, samples, plan.known, show)
     name = model or getattr(predictor, 'name', '') or 'model'
-    out = ssa_metrics(answers, samples, plan, name, minimum, seed=seed, **how)
+    out = ssa_metrics(answers, samples, plan, model=name, minimum=minimum, seed=seed, **how)
     if wording == 'added' and len(orders) > 1:
         out = pd.concat(
             [out, _wording_row(predictor, answers, samples, plan, name, minimum, seed, how)],

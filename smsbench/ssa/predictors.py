@@ -136,7 +136,7 @@ class ClipPredictor:
                 'the predictor was made for other films; make one with clip_predictor for these'
             )
         scores = pd.DataFrame(self.scores(images, known), columns=images.classes)
-        counts = cells(scores, images.targets, images.table.patient_id, images.kind)
+        counts = cells(scores, images.targets, images.table.patient_id, kind=images.kind)
         if images.kind == 'multiclass':
             return counts.predict()
         chosen = choose_thresholds(
@@ -153,6 +153,7 @@ def clip_predictor(
     clip,  # a loaded model
     images,  # `Images` that are asked
     prompts=None,  # class prompts; attributes replace `{patient}`; None: the default ones
+    *,
     val=None,  # `Images` of other patients, to choose thresholds on (multilabel only)
     say=described,  # attributes of a patient (dict) -> words; `in_order` keeps their order
     rule: str = 'f1',  # what thresholds maximise: 'f1' or 'youden'
@@ -242,6 +243,7 @@ def vlm_predictor(
     model,  # a model of the audit (`load_model`, `fast`, `planted`)
     cohort,  # cohort table, sealed or not, or its `SealedCohort`
     say=listed,  # attributes of a patient (dict) -> words
+    *,
     batch_size: int = 16,  # questions per batch
     root: str = '',  # data root; '' takes the cohort's own
 ) -> VlmPredictor:  # for `ssa`

@@ -28,6 +28,7 @@ def save_class_folders(
     folder,  # created if missing
     n_patients: int = 60,  # each with one film
     size: int = 64,  # pixels per side, 64 to 1024
+    *,
     telling: float = 0.7,  # share of complaints that fit the class; others are drawn from all
     seed: int = 0,  # another seed gives other patients
 ) -> Path:  # the folder: PART/CLASS/PATIENT_film.png, and facts.csv (path, age, sex, complaint)

@@ -20,6 +20,7 @@ def draw(
     name: str,  # determines the image
     shape=(48, 48),  # height and width in pixels
     bits: int = 8,  # 8 or 16
+    *,
     colour: bool = False,  # three channels
 ) -> np.ndarray:  # (H,W) or (H,W,3), uint8 or uint16
     """Draw a bright disc on a gradient with some noise.
@@ -56,6 +57,7 @@ def put_csv(
     folder,  # data root of the file
     name: str,  # its name; .gz compresses
     head,  # names of the columns, in one text separated by commas or as a list
+    *,
     rows,  # iterable of rows
 ) -> None:
     "Write a table."
@@ -116,7 +118,7 @@ def _fairvlmed(folder):
         folder,
         'data_summary.csv',
         'filename,age,gender,race,ethnicity,language,maritalstatus,note,gpt4_summary,glaucoma,use',
-        rows,
+        rows=rows,
     )
 
 
@@ -148,7 +150,10 @@ def _ham10000(folder):
         )
         put_image(folder, f'HAM10000_images_part_{1 + i % 2}/{rows[-1][1]}.jpg', colour=True)
     put_csv(
-        folder, 'HAM10000_metadata.csv', 'lesion_id,image_id,dx,dx_type,age,sex,localization', rows
+        folder,
+        'HAM10000_metadata.csv',
+        'lesion_id,image_id,dx,dx_type,age,sex,localization',
+        rows=rows,
     )
 
 
@@ -184,7 +189,9 @@ def _mbrset(folder):
         )
         if i != 19:
             put_image(folder, f"images/{rows[-1]['file']}", colour=True)
-    put_csv(folder, 'labels_mbrset.csv', _MBRSET, ([r.get(c, '') for c in _MBRSET] for r in rows))
+    put_csv(
+        folder, 'labels_mbrset.csv', _MBRSET, rows=([r.get(c, '') for c in _MBRSET] for r in rows)
+    )
 
 
 _BRSET = (
@@ -202,7 +209,7 @@ def _brset(folder):
     for i in range(14):
         rows.append(_brset_row(i))
         put_image(folder, f'fundus_photos/img{i + 1:05d}.jpg', colour=True)
-    put_csv(folder, 'labels_brset.csv', _BRSET, ([r.get(c, 0) for c in _BRSET] for r in rows))
+    put_csv(folder, 'labels_brset.csv', _BRSET, rows=([r.get(c, 0) for c in _BRSET] for r in rows))
 
 
 def _brset_row(i):
@@ -280,7 +287,7 @@ def _padchest(folder):
         folder,
         'PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv',
         ['', *_PADCHEST],
-        ([i, *(r.get(c, '') for c in _PADCHEST)] for i, r in enumerate(rows)),
+        rows=([i, *(r.get(c, '') for c in _PADCHEST)] for i, r in enumerate(rows)),
     )
 
 
@@ -293,7 +300,7 @@ def _nih_chestxray14(folder):
         'Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View'
         ' Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],'
     )
-    put_csv(folder, 'Data_Entry_2017.csv', head, rows)
+    put_csv(folder, 'Data_Entry_2017.csv', head, rows=rows)
     for name, part in (('train_val_list.txt', rows[:12]), ('test_list.txt', rows[12:])):
         Path(folder, name).write_text(''.join(f'{r[0]}\n' for r in part))
     boxes = [
@@ -305,7 +312,7 @@ def _nih_chestxray14(folder):
         folder,
         'BBox_List_2017.csv',
         'Image Index,Finding Label,Bbox [x,y,w,h],,,',
-        ((*b, '', '', '') for b in boxes),
+        rows=((*b, '', '', '') for b in boxes),
     )
 
 
@@ -366,7 +373,7 @@ def _chexpert(folder):
             folder,
             f'{part}.csv',
             ['Path', 'Sex', 'Age', 'Frontal/Lateral', 'AP/PA', *_CHEXPERT],
-            rows,
+            rows=rows,
         )
 
 # %% ../../nbs/25_testing/20_layouts.ipynb #b71470bf
@@ -452,7 +459,10 @@ def _vqa_variants(folder):
         for v, w in enumerate(wordings)
     ]
     put_csv(
-        folder, 'questions.csv', 'study_id,image_path,finding,variant_id,question,answer_gt', rows
+        folder,
+        'questions.csv',
+        'study_id,image_path,finding,variant_id,question,answer_gt',
+        rows=rows,
     )
     for s in range(4):
         put_image(folder, f'images/s{s}.png')
@@ -489,7 +499,7 @@ def _vqa_paraphrases(folder):
         'dicom_id,subject_id,study_id,question,question_type,answer,split,image_path,'
         'baseline_question,question_variant,variant_index,strategy'
     )
-    put_csv(folder, 'questions.csv', head, rows)
+    put_csv(folder, 'questions.csv', head, rows=rows)
     for k in range(5):
         put_image(folder, f'files/d{k}.jpg')
 
@@ -511,7 +521,7 @@ def _valse_foils(folder):
         folder,
         'foils.csv',
         'dicom_id,subject_id,filepath,report,modified_report,question,answer',
-        rows,
+        rows=rows,
     )
 
 
@@ -530,7 +540,10 @@ def _fake_history(folder):
         for k in range(8)
     ]
     put_csv(
-        folder, 'history.csv', 'dicom_id,subject_id,filepath,prior_report,report,class_label', rows
+        folder,
+        'history.csv',
+        'dicom_id,subject_id,filepath,prior_report,report,class_label',
+        rows=rows,
     )
     for k in range(8):
         put_image(folder, f'files/d{k}.jpg')
@@ -566,7 +579,7 @@ def _csv_images(folder):
         folder,
         'samples.csv',
         'id,patient,image,text,label',
-        zip(cohort.sample_id, cohort.patient_id, images, cohort.text, cohort.label),
+        rows=zip(cohort.sample_id, cohort.patient_id, images, cohort.text, cohort.label),
     )
 
 # %% ../../nbs/25_testing/20_layouts.ipynb #f7b6a72f

@@ -190,16 +190,17 @@ def put_tables(
     folder,  # data root
     images: pd.DataFrame,  # from `mimic_images`
     labels: str = 'chexpert',  # 'chexpert' or 'negbio'
+    *,
     ending: str = '.csv.gz',  # '.csv' writes the tables unpacked
 ):
     "Write metadata, split and labels with the official names and columns."
     images, start = images.sort_values('dicom_id'), 'mimic-cxr-2.0.0-'
-    put_csv(folder, f'{start}metadata{ending}', _METADATA, _metadata_rows(images))
+    put_csv(folder, f'{start}metadata{ending}', _METADATA, rows=_metadata_rows(images))
     put_csv(
         folder,
         f'{start}split{ending}',
         'dicom_id,study_id,subject_id,split',
-        images[images.matter != 'not in the split'][
+        rows=images[images.matter != 'not in the split'][
             ['dicom_id', 'study_id', 'subject_id', 'split']
         ].itertuples(index=False, name=None),
     )
@@ -215,7 +216,7 @@ def put_tables(
         folder,
         f'{start}{labels}{ending}',
         ['subject_id', 'study_id', *CHEXPERT],
-        [
+        rows=[
             (r.subject_id, r.study_id, *(value(r.labels, f) for f in CHEXPERT))
             for r in studies.itertuples()
         ],
@@ -235,12 +236,13 @@ def mimic(
     folder,  # an empty folder
     labels: str = 'chexpert',  # 'chexpert' or 'negbio'
     reports: str = 'zip',  # 'zip' or 'folder'
+    *,
     ending: str = '.csv.gz',  # of the tables
     times: int = 1,  # copies of each study of the plan
 ):
     "Write MIMIC-CXR-JPG with the reports of MIMIC-CXR."
     images = mimic_images(times)
-    put_tables(folder, images, labels, ending)
+    put_tables(folder, images, labels, ending=ending)
     put_reports(folder, mimic_reports(images), reports)
     for r in images[images.matter != 'missing image'].itertuples():
         put_image(folder, mimic_path(r), shape=(48, 64))
@@ -310,7 +312,7 @@ def ms_cxr(
         folder,
         'MS_CXR_Local_Alignment_v1.1.0.csv',
         'dicom_id,category_name,label_text,path,x,y,w,h,image_width,image_height,split',
-        rows,
+        rows=rows,
     )
     for ref in {r[3]: 0 for r in rows}:
         put_image(folder, ref, shape=(48, 64))
@@ -358,7 +360,7 @@ def iu_xray(
             archive.addfile(info, io.BytesIO(xml))
             for i in ids:
                 put_image(folder, f'NLMCXR_png/{i}.png')
-    put_csv(folder, 'indiana_projections.csv', 'uid,filename,projection', views[:-1])
+    put_csv(folder, 'indiana_projections.csv', 'uid,filename,projection', rows=views[:-1])
 
 
 def _openi_xml(n, ids, mesh, findings, impression):

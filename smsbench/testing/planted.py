@@ -34,6 +34,7 @@ class Planted:
         name: str,  # name in tables
         rule: Callable,  # (film, report) in {-1, 0, 1} -> log-odds of yes; None declines
         uses=('film', 'report'),  # evidence that it measures; the rest is 0
+        *,
         mass: float = 0.9,  # answer mass
         see: Callable = image_evidence,  # (image, finding, 1.) -> evidence of the film, in units
         read: Callable = text_evidence,  # (prompt, finding, 1.) -> evidence of the words, in units

@@ -105,6 +105,7 @@ def phantom_lessons(
     n: int,  # films
     agreement: float = 1.0,  # P(report says what the film shows), per finding
     seed: int = 0,  # other seed, other patients
+    *,
     sizes=(64, 64, 128, 64, 64, 128, 64, 256),  # pixels per side, in turn
     wordings: int = 3,  # reports per film
 ) -> list[Lesson]:
@@ -129,7 +130,9 @@ def phantom_lessons(
         stated = [f for f in text if text[f]]
         hedged = [f for j, f in enumerate(QUESTIONS) if text[f] and u[15 + j] < 0.2]
         reports = tuple(
-            write_report(stated, LEARNED, image_side(patient, 0), hedged, f'{patient}/{k}')
+            write_report(
+                stated, LEARNED, image_side(patient, 0), hedged=hedged, key=f'{patient}/{k}'
+            )
             for k in range(wordings)
         )
         out.append(
@@ -332,6 +335,7 @@ def learn_to_see(
     model,  # from `build_vlm`; its vision tower is trained in place
     pixels,  # (n,3,64,64)
     patches,  # (n,64,findings) 0 or 1
+    *,
     steps: int,  # of 64 films each
     seed: int = 0,
 ) -> list[float]:  # loss per step
@@ -434,6 +438,7 @@ def answer_loss(
     model,
     processor,  # from `build_vlm`
     lessons: list[Lesson],  # B films
+    *,
     prompts,  # B lists with one prompt per finding
     truth,  # 'film' or 'text': source of the answer; or a list of B of them
     features=None,  # (B,64,96) from the vision tower; None: no film is shown
@@ -499,7 +504,12 @@ def learn_to_answer(
             ]
             sources = ['film' if shown[j] == 'image' else truth for j in rows]
             loss = loss + answer_loss(
-                model, processor, chosen, prompts, sources, features[index[rows]] if image else None
+                model,
+                processor,
+                chosen,
+                prompts=prompts,
+                truth=sources,
+                features=features[index[rows]] if image else None,
             )
         losses.append(step(loss / batch / len(LEARNED)))
     model.eval()
@@ -513,6 +523,7 @@ def pretrain(
     ask,  # (finding, kind, text) -> prompt
     seed: int = 0,
     films: int = 2000,  # lessons
+    *,
     steps: dict = STEPS,  # 'read'
 ):  # (model, processor)
     "Train a model that reads reports, without any film."
@@ -536,6 +547,7 @@ def train_reference(
     name: str,  # a key of `REFERENCE`
     ask,  # (finding, kind, text) -> prompt
     seed: int = 0,
+    *,
     start=None,  # result of `pretrain`, not changed; None: computed here
     films: int = 2000,  # lessons
     steps: dict = STEPS,  # 'see' and 'tune', and 'read' without a `start`
@@ -546,12 +558,12 @@ def train_reference(
     behaviour is the same.
     """
     reference_path(name)
-    model, processor = start or pretrain(ask, seed, films, steps)
+    model, processor = start or pretrain(ask, seed, films, steps=steps)
     model, of = copy.deepcopy(model), REFERENCE[name]
     lessons = phantom_lessons(films, of['agreement'], seed + 1)
     pixels, patches = image_tensors(processor, lessons)
     if of['sees']:
-        learn_to_see(model, pixels, patches, steps['see'], seed)
+        learn_to_see(model, pixels, patches, steps=steps['see'], seed=seed)
     learn_to_answer(
         model,
         processor,
@@ -570,6 +582,7 @@ def reference_card(
     name: str,  # a key of `REFERENCE`
     ask,  # the prompts it was trained on: (finding, kind, text) -> prompt
     seed: int = 0,  # of the training
+    *,
     films: int = 2000,  # lessons
     steps: dict = STEPS,  # optimiser steps
 ) -> dict:  # content of `smsbench.json`

@@ -27,6 +27,7 @@ def tiny_tokenizer(
     specials: list[str],  # special tokens of the family
     named: dict | None = None,  # attribute -> special token, e.g. {'image_token': '<image>'}
     start: str = '<s>',  # start-of-text token
+    *,
     end: str = '</s>',  # end-of-text token
 ):  # a fast tokenizer of about 400 tokens
     "Train a byte-level BPE on a few sentences; pad 0, start 1, end 2, then `specials`."
@@ -270,7 +271,7 @@ def _qwen3_vl(tok=None, template=None):
 def _paligemma(tok=None, template=None, text='GemmaConfig'):
     import transformers as tf
 
-    tok = tok or tiny_tokenizer(['<image>'], {'image_token': '<image>'}, '<bos>', '<eos>')
+    tok = tok or tiny_tokenizer(['<image>'], {'image_token': '<image>'}, '<bos>', end='<eos>')
     images = tf.SiglipImageProcessor(size=dict(height=56, width=56))
     images.image_seq_length = 16  # needed by the processor
     processor = tf.PaliGemmaProcessor(
@@ -299,7 +300,7 @@ def _gemma3(tok=None, template=None):
         'eoi_token': '<end_of_image>',
     }
     tok = tok or tiny_tokenizer(
-        ['<start_of_turn>', '<end_of_turn>', *named.values()], named, '<bos>', '<eos>'
+        ['<start_of_turn>', '<end_of_turn>', *named.values()], named, '<bos>', end='<eos>'
     )
     text = _text(
         'Gemma3TextConfig', tok, layers=6, head_dim=8, query_pre_attn_scalar=8, sliding_window=12
@@ -333,7 +334,10 @@ def _mllama(tok=None, template=None):
 
     heads = ['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>', '<|python_tag|>']
     tok = tok or tiny_tokenizer(
-        ['<|image|>', *heads], {'image_token': '<|image|>'}, '<|begin_of_text|>', '<|end_of_text|>'
+        ['<|image|>', *heads],
+        {'image_token': '<|image|>'},
+        '<|begin_of_text|>',
+        end='<|end_of_text|>',
     )
     vision = _mllama_vision()
     text = _text(
@@ -373,7 +377,7 @@ def _janus(tok=None, template=None):
         'eoi_token': '<end_of_image>',
     }
     tok = tok or tiny_tokenizer(
-        list(named.values()), named, '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'
+        list(named.values()), named, '<｜begin▁of▁sentence｜>', end='<｜end▁of▁sentence｜>'
     )
     vision = tf.JanusVisionConfig(
         hidden_size=32,
@@ -584,6 +588,7 @@ def tiny_checkpoint(
     family: str,  # a key of `TINY`
     folder,  # where to save; created if missing
     seed: int = 0,  # seed of the weights
+    *,
     tokenizer=None,  # a real tokenizer with this family's special tokens; None: a tiny one
     chat_template: str
     | None = None,  # a real template; None: in the family's style (PaliGemma: none)

@@ -89,6 +89,7 @@ def tiny_clip(
     folder,  # where to save; created if missing
     kind: str = 'timm-hf',  # a key of `TINY_CLIP`
     seed: int = 0,  # seed of the weights
+    *,
     size: int = 64,  # height and width of the model's input, pixels; a multiple of 32
 ) -> Path:  # the folder
     """Save a random CLIP checkpoint of `kind` in open_clip's local-dir layout.

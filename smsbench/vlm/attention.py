@@ -62,6 +62,7 @@ def token_groups(
     model: HFModel,  # a loaded model
     x: Inputs,  # what it was asked
     row: dict,  # from `model.encode`
+    *,
     report: str = '',  # the part of the prompt that is the report
 ) -> dict:  # 'image', 'report', 'question', 'special', 'template' -> positions in the prompt
     """Sort the tokens of a prompt into groups; every position is in one of them.
@@ -90,6 +91,7 @@ def query_positions(
     model: HFModel,  # a loaded model
     row: dict,  # from `model.encode`, with the answer appended, if any
     asked: tuple[str, ...],  # 'answer', 'said', or words of the prompt
+    *,
     prompt: int,  # tokens before the appended answer
 ) -> list[int]:  # positions
     "Find the queries; `InputError` for a word that is not in the prompt."
@@ -142,6 +144,7 @@ def prompt_of(
     model: HFModel,  # a loaded model
     x: Inputs,  # a trial with an image
     queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
+    *,
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice appended to the prompt, to read its own row
 ) -> Prompt:
@@ -153,7 +156,7 @@ def prompt_of(
     row = model.encode(x)[0]
     lay, groups, n = (
         token_layout(model, x, row),
-        token_groups(model, x, row, report),
+        token_groups(model, x, row, report=report),
         row['input_ids'].shape[1],
     )
     if said:
@@ -165,7 +168,7 @@ def prompt_of(
         row,
         n,
         tuple(queries),
-        tuple(query_positions(model, row, queries, n)),
+        tuple(query_positions(model, row, queries, prompt=n)),
         groups | dict(said=np.arange(n, row['input_ids'].shape[1])),
         lay,
         about,
@@ -290,6 +293,7 @@ def attention_rows(
     model: HFModel,  # a loaded model
     x: Inputs,  # a trial with an image
     queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
+    *,
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice appended to the prompt, to read its own row
 ) -> Rows:
@@ -299,7 +303,7 @@ def attention_rows(
     """
     import torch
 
-    p, kinds, taken = prompt_of(model, x, queries, report, said), layer_kinds(model), {}
+    p, kinds, taken = prompt_of(model, x, queries, report=report, said=said), layer_kinds(model), {}
 
     def take(i, w):
         taken[i] = w[0][:, list(p.positions)].float().cpu().numpy()

@@ -33,6 +33,7 @@ def answer_margin(
     model: HFModel,  # a loaded model
     logits,  # (vocabulary,) tensor at the answer position
     x: Inputs,  # the trial
+    *,
     choice: str = '',  # choice of the margin; '': the model's own answer
 ):  # (scalar tensor in nats, the choice)
     """Compute the log-probability of a choice minus that of the best other one.
@@ -121,7 +122,7 @@ def _backward(model, p, x, choice, pair):
     ):
         after = p.row['input_ids'].shape[1] - p.tokens
         logits = run_through(model, p.row, 1 + after).logits[0, -1 - after]
-        margin, choice = answer_margin(model, logits, x, choice)
+        margin, choice = answer_margin(model, logits, x, choice=choice)
         if lacking := [i for i in modules if i not in done]:
             raise RunError(
                 f'{model.name}: layer {lacking[0]} gave no attention weights with a gradient; load'
@@ -135,6 +136,7 @@ def gradient_rows(
     model: HFModel,  # a loaded model
     x: Inputs,  # a trial with an image
     queries: tuple[str, ...] = ('answer',),  # 'answer' or words of the prompt before it
+    *,
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice appended to the prompt
     choice: str = '',  # choice of the margin; '': the model's own answer
@@ -143,7 +145,11 @@ def gradient_rows(
 
     `RunError` if a query's gradient is zero everywhere, else errors as in `attention_rows`.
     """
-    p, kinds, products = prompt_of(model, x, queries, report, said), layer_kinds(model), {}
+    p, kinds, products = (
+        prompt_of(model, x, queries, report=report, said=said),
+        layer_kinds(model),
+        {},
+    )
     at = list(p.positions)
 
     def pair(i, a, g):
@@ -186,6 +192,7 @@ def relevance_rows(
     model: HFModel,  # a loaded model
     x: Inputs,  # a trial with an image
     queries: tuple[str, ...] = ('answer',),  # 'answer' or words of the prompt
+    *,
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice appended to the prompt
     choice: str = '',  # choice of the margin; '': the model's own answer
@@ -193,7 +200,7 @@ def relevance_rows(
     "Compute the relevance of every token for some queries; errors as in `gradient_rows`."
     import torch
 
-    p, kinds = prompt_of(model, x, queries, report, said), layer_kinds(model)
+    p, kinds = prompt_of(model, x, queries, report=report, said=said), layer_kinds(model)
     n, at = p.row['input_ids'].shape[1], list(p.positions)
     k = p.layout.keys if p.layout.cross else 0
     identity = torch.eye(n)[at].to(model.model.device)
@@ -205,7 +212,9 @@ def relevance_rows(
 
     choice = _backward(model, p, x, choice, pair)
     w = _nonzero(model, p.queries, torch.cat([image, text - identity], 1).cpu().numpy())
-    out = one_layer(p, w, tuple(attention_modules(model)), 'mean', 'relevance', k)
+    out = one_layer(
+        p, w, tuple(attention_modules(model)), heads='mean', method='relevance', image=k
+    )
     return replace(out, about=out.about | dict(choice=choice))
 
 # %% ../../nbs/20_vlm/160_attribution.ipynb #68a8c9dd
@@ -259,6 +268,7 @@ def rows_of(
     model: HFModel,  # a loaded model
     x: Inputs,  # a trial with an image
     method: str = 'raw',  # a key of `METHODS`
+    *,
     queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice appended to the prompt

@@ -212,6 +212,7 @@ def composed_rows(
     model: HFModel,  # a loaded model
     x: Inputs,  # a trial with an image
     queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
+    *,
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice appended to the prompt
     vision='all',  # layers of the tower to average: 'all', 'last_half', 'last_quarter'; 'rollout'
@@ -222,7 +223,7 @@ def composed_rows(
     """
     tower = Tower(vision_modules(model), vision)
     with eager(model, 'vision_config'), on_weights(tower.modules, tower):
-        rows = attention_rows(model, x, queries, report, said)
+        rows = attention_rows(model, x, queries, report=report, said=said)
     laid, patches = vision_tokens(model, rows.layout, *tower.size(model.name))
     out = composed(rows, tower.rows(model.name, patches), laid)
     return replace(

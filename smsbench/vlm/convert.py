@@ -265,6 +265,7 @@ def convert_llava(
     source,  # folder of a checkpoint in the original layout
     out,  # folder to write; made if missing
     tower=None,  # folder of the vision tower (LLaVA-Rad: its open_clip file), see below
+    *,
     base=None,  # folder of the base language model, for a checkpoint of LoRA weights
 ) -> Path:  # `out`, a checkpoint for `load_model`
     """Rewrite a LLaVA or LLaVA-Med checkpoint for transformers.

@@ -290,6 +290,7 @@ class Engine:
         model,  # an `HFModel`
         level: str = 'prefix',  # 'batch', 'features' or 'prefix'
         budget: int = 2**30,  # bytes for features, prefixes and forks; an eighth is for features
+        *,
         max_rows: int = 64,  # most rows of a forward pass
         max_tokens: int = 2048,  # most tokens of a forward pass, padding included
         least: int = 32,  # shortest span of tokens worth a prefix
@@ -359,7 +360,9 @@ class Engine:
             fit = max(1, int((self.budget - self.live) / 2 / size))
             for i in range(0, len(part), fit):
                 before, group = self.live, part[i : i + fit]
-                for c in chunks(group, lambda n: n.hi - n.lo, self.max_rows, self.max_tokens):
+                for c in chunks(
+                    group, lambda n: n.hi - n.lo, self.max_rows, max_tokens=self.max_tokens
+                ):
                     self._in_halves(c, self._prefix)
                 self._descend(group, below, leaves)
                 for n in group:
@@ -383,7 +386,7 @@ class Engine:
                 size = self.token_bytes * max(len(r.ids) for r in part) + self.row_bytes
                 free = min(self.budget - self.live, self.forks or self.budget)
                 fit = min(fit, max(1, int(free / size)))
-            for c in chunks(part, lambda r: len(r.ids) - start(r), fit, self.max_tokens):
+            for c in chunks(part, lambda r: len(r.ids) - start(r), fit, max_tokens=self.max_tokens):
                 self._in_halves(c, self._answer)
 
     def _in_halves(self, items, do):

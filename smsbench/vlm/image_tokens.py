@@ -139,7 +139,7 @@ def _ip(model):
 def _patched(model, frame):
     "Cut off the margin that is too narrow for a patch."
     p = model.model.config.vision_config.patch_size
-    return frame.cut(0, 0, frame.width // p * p, frame.height // p * p)
+    return frame.cut(0, 0, frame.width // p * p, height=frame.height // p * p)
 
 
 def _one(model, row, pos, h, w):
@@ -160,9 +160,9 @@ def _pan_and_scan(model, row, pos, h, w):
     whole, size = _image(h, w), ceil(max(h, w) / max(crops, 1))
     starts = [i * size for i in range(crops)]
     if w >= h:
-        parts = [whole.cut(x, 0, min(size, w - x), h) for x in starts]
+        parts = [whole.cut(x, 0, min(size, w - x), height=h) for x in starts]
     else:
-        parts = [whole.cut(0, y, w, min(size, h - y)) for y in starts]
+        parts = [whole.cut(0, y, w, height=min(size, h - y)) for y in starts]
     views = [_cells('full', 'full', pos[:n], _resize(whole, ip))]
     for i, part in enumerate(parts, 1):
         views.append(_cells(f'crop {i}', 'crop', pos[i * n : (i + 1) * n], _resize(part, ip)))
@@ -183,9 +183,9 @@ def _anyres(model, row, pos, h, w):
     canvas = _image(h, w).resized(nh, nw).centred(W, H)
     kept = canvas.resized(R := H // side * g, C := W // side * g)  # its pixels are now cells
     if w / h > C / R:
-        kept = kept.cut(0, (d := (R - int(round(h * (C / w), 7))) // 2), C, R - 2 * d)
+        kept = kept.cut(0, (d := (R - int(round(h * (C / w), 7))) // 2), C, height=R - 2 * d)
     else:
-        kept = kept.cut((d := (C - int(round(w * (R / h), 7))) // 2), 0, C - 2 * d, R)
+        kept = kept.cut((d := (C - int(round(w * (R / h), 7))) // 2), 0, C - 2 * d, height=R)
     kept = _shrunk(config, kept, g)
     lines = np.asarray(pos[g * g :]).reshape(int(kept.height), int(kept.width) + 1)
     return [
@@ -247,7 +247,7 @@ def _canvas(model, row, pos, h, w):
     nh, nw = sys.modules[type(ip).__module__].get_image_size_fit_to_canvas(
         h, w, rows * side, columns * side, side
     )
-    canvas = _image(h, w).resized(nh, nw).cut(0, 0, columns * side, rows * side)
+    canvas = _image(h, w).resized(nh, nw).cut(0, 0, columns * side, height=rows * side)
     grid = _joined(np.arange(rows * columns) * n + 1, (rows, columns), g)
     return [View('tiles', 'tile', grid, canvas.box)], np.setdiff1d(pos, grid)
 

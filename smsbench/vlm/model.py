@@ -129,6 +129,7 @@ class HFModel:
         model,  # the transformers model, on its device
         processor,  # its processor
         name: str,  # name in tables and reports
+        *,
         caps: Capabilities | None = None,  # the family's record; None: by the configuration
         system: str = '',  # system prompt; '' is the family's default
         extra: str = '',  # sentence after the question; '' is the family's default
@@ -158,7 +159,7 @@ class HFModel:
         `InputError` if the prompt is longer than the model accepts, or lacks an image that the
         model needs.
         """
-        row, sha = encode(self.processor, x, self.caps, self.system, self.extra)
+        row, sha = encode(self.processor, x, self.caps, system=self.system, extra=self.extra)
         if (n := row['input_ids'].shape[1]) > self.longest:
             raise InputError(f'a prompt of {n} tokens; {self.name} takes at most {self.longest}')
         if lacking := self.needs - set(row):
@@ -192,7 +193,7 @@ class HFModel:
         "Return the `answer_tokens` of the choices after this model's template."
         if choices not in self._spelled:
             x = Inputs(None, '?', choices)
-            context = chat_text(self.processor, x, self.caps, self.system, self.extra)
+            context = chat_text(self.processor, x, self.caps, system=self.system, extra=self.extra)
             self._spelled[choices] = answer_tokens(self.processor.tokenizer, context, choices)
         return self._spelled[choices]
 
@@ -295,6 +296,7 @@ def load_model(
     id_or_path: str,  # folder of a checkpoint, or hub id 'owner/name'
     dtype: str = 'auto',  # 'float32', 'float16', 'bfloat16', or 'auto': as saved
     device: str = 'auto',  # 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', 'mps'
+    *,
     revision: str | None = None,  # branch, tag, commit; remote code: commit, or 'files:' and hash
     quantization: str | None = None,  # '4bit', '8bit' (bitsandbytes, GPU); None: as `dtype` says
     attn_implementation: str | None = None,  # 'eager', 'sdpa', 'flash_attention_2'; None: default
@@ -335,7 +337,7 @@ def load_model(
     if not settings:
         model = model.to(device)
     name = name or Path(id_or_path).name
-    out = HFModel(model, processor, name, caps_of(config), system, extra)
+    out = HFModel(model, processor, name, caps=caps_of(config), system=system, extra=extra)
     out.info.update(_about(out, where, revision, quantization))
     return out
 

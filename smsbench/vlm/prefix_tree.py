@@ -54,6 +54,7 @@ def build_prefix_tree(
     rows: list[Row],  # rows that may share: of one image, or without an image
     least: int = 32,  # shortest span worth a pass of its own, in tokens
     parent: Node | None = None,  # node that all rows already continue
+    *,
     first: int | None = None,  # the same for the first span, which saves more; None: `least`
 ) -> list[Node]:  # parents before children; `node` of each row is set
     "Build the tree of shared prefixes."
@@ -68,7 +69,7 @@ def build_prefix_tree(
         groups.setdefault(tuple(r.ids[lo : lo + least].tolist()), []).append(r)
     for group in groups.values():
         if 1 < len(group) < len(rows):
-            nodes += build_prefix_tree(group, least, parent, None if parent else first)
+            nodes += build_prefix_tree(group, least, parent, first=None if parent else first)
         else:
             for r in group:
                 r.node = parent
@@ -188,6 +189,7 @@ def chunks(
     items: list,  # best sorted by size
     size,  # item -> its length in tokens
     max_rows: int,  # items per chunk
+    *,
     max_tokens: int,  # most tokens per chunk, padding included; one item may be longer
     waste: float = 0.25,  # share of a chunk that may be padding
 ):  # yields lists

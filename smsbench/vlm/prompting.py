@@ -74,6 +74,7 @@ def chat_text(
     processor,  # a Hugging Face processor
     x: Inputs,  # what to ask
     caps: Capabilities = PLAIN,  # the family's record
+    *,
     system: str = '',  # system prompt; '': the template's own
     extra: str = '',  # sentence after the question
 ) -> str:  # text up to the start of the answer, image placeholder included
@@ -203,6 +204,7 @@ def encode(
     processor,  # a Hugging Face processor
     x: Inputs,  # what to ask
     caps: Capabilities = PLAIN,  # the family's record
+    *,
     system: str = '',  # system prompt
     extra: str = '',  # sentence after the question
 ) -> tuple[dict, str]:  # processor's tensors, batch of 1; hash of the pixels ('': no image)
@@ -211,7 +213,7 @@ def encode(
     Image tensors are left out if the template has no place for them. `InputError` for images and
     texts that cannot be used.
     """
-    text, tok = chat_text(processor, x, caps, system, extra), processor.tokenizer
+    text, tok = chat_text(processor, x, caps, system=system, extra=extra), processor.tokenizer
     images = {} if x.image is None else dict(images=[_rgb(x.image)])
     places = placeholders(processor)
     placed = images if not places or any(p in text for p in places) else {}

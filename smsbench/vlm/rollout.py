@@ -52,6 +52,7 @@ def one_layer(
     p: Prompt,  # the prompt
     weights,  # (queries, keys): `image` keys of cross-attention, if any, then the prompt
     layers: tuple,  # the joined layers
+    *,
     heads: str,  # how their heads were joined
     method: str,  # name of the method
     image: int = 0,  # keys of cross-attention before the prompt
@@ -93,6 +94,7 @@ def rollout_rows(
     model: HFModel,  # a loaded model
     x: Inputs,  # a trial with an image
     queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
+    *,
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice appended to the prompt
     heads='mean',  # 'mean' or 'max': how the heads of a layer are joined
@@ -100,7 +102,7 @@ def rollout_rows(
     "Compute the rollout of some queries over all layers; errors as in `attention_rows`."
     import torch
 
-    p = prompt_of(model, x, queries, report, said)
+    p = prompt_of(model, x, queries, report=report, said=said)
     modules, kinds = attention_modules(model), layer_kinds(model)
     n, k = p.row['input_ids'].shape[1], p.layout.keys if p.layout.cross else 0
     running = torch.cat([torch.zeros(n, k), torch.eye(n)], 1).to(model.model.device)
@@ -117,5 +119,10 @@ def rollout_rows(
         run_through(model, p.row)
     _complete(model, called, modules, running)
     return one_layer(
-        p, running[list(p.positions)].cpu().numpy(), tuple(modules), heads, 'rollout', k
+        p,
+        running[list(p.positions)].cpu().numpy(),
+        tuple(modules),
+        heads=heads,
+        method='rollout',
+        image=k,
     )

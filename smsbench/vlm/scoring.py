@@ -88,6 +88,7 @@ class FastModel:
         model: HFModel,  # what to wrap; it stays usable as level 0
         level: str,  # a name in `LEVELS`, or 'auto': calibrate on the first inputs
         engine: dict,  # options of `Engine`
+        *,
         tolerance: float,  # largest difference that counts as equal
         workers: int,  # threads that prepare trials
         wave: int,  # images whose trials are scored together
@@ -291,6 +292,7 @@ def fast(
     model: HFModel,  # from `load_model`
     level='auto',  # 0, 1, 2, a name in `LEVELS`, or 'auto': calibrate on the first inputs
     budget_gib: float | None = None,  # GiB shared; None: 1 on a CPU, 40 % of the free GPU memory
+    *,
     tolerance: float | None = None,  # largest |difference| taken as level 0; None: `TOLERANCE`
     workers: int | None = None,  # threads that prepare trials; None: 1 on a CPU, up to 4 with a GPU
     wave: int | None = None,  # images scored together; None: 2 on a CPU, 16 on a GPU
@@ -314,7 +316,7 @@ def fast(
         options = dict(max_tokens=2048, even=0.0, forks=2**27)
         workers, wave = workers or 1, wave or 2
     options = dict(budget=int(budget_gib * 2**30)) | options | engine
-    return FastModel(model, names[level], options, tolerance, workers, wave)
+    return FastModel(model, names[level], options, tolerance=tolerance, workers=workers, wave=wave)
 
 
 def _free(device):
@@ -357,6 +359,7 @@ def check(
     model,  # a `FastModel`
     inputs: list[Inputs],  # the inputs
     n: int = 16,  # how many to score again, spread evenly over `inputs`
+    *,
     answers: list | None = None,  # answers in the order of `inputs`; None: score them now
 ) -> Check:
     "Score some trials again at level 0."
