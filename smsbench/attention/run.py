@@ -37,7 +37,7 @@ from ..audit.settings import Wordings, _same_model
 from ..audit.arms import ARMS
 from ..audit.plan import cohort_hash, make_plan
 from ..vlm.attribution_baselines import randomised
-from ..privacy import format_count, read_table, write_table
+from ..privacy import access_of, format_count, read_table, write_table
 
 # %% ../../nbs/45_attention/40_run.ipynb #e5c0d205
 # default arms of a cohort with reports, and of one without
@@ -381,8 +381,9 @@ def _one_model(spec, plan, source, run, settings, marked, how, opened=None):
 
     p = attend_model(loaded, name, plan, source=source, run=run, settings=settings)
     store = MapStore(run)
+    failed = format_count(int((p.parse_status == 'error').sum()), access_of(plan, 'the plan'))
     run.log(
-        f"{name}: {len(p)} trials, {(p.parse_status == 'error').sum()} failed,"
+        f"{name}: {len(p)} trials, {failed} failed,"
         f" {store.nbytes / max(len(store.where), 1) / 1024:.0f} KiB kept per trial"
     )
     first = plan[(plan.arm == first_arm(plan)) & (plan.variant == 'plain')]

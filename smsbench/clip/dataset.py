@@ -137,10 +137,11 @@ def check_labels(
         wrong = rows[(rows.finding == finding) & ~rows.label.astype(str).isin(choices)]
         if not len(wrong):
             continue
-        is_open = access_of(rows, 'the cohort') == 'open'
-        example = f', e.g. {wrong.sample_id.iat[0]},' if is_open else ''
+        access = access_of(rows, 'the cohort')
+        example = f', e.g. {wrong.sample_id.iat[0]},' if access == 'open' else ''
         raise InputError(
-            f"finding {finding!r}: the label {wrong.label.iat[0]!r} of {len(wrong)} row(s){example}"
+            f"finding {finding!r}: the label {wrong.label.iat[0]!r} of"
+            f" {format_count(len(wrong), access)} row(s){example}"
             f" is none of its choices ({', '.join(choices)}); correct the labels, or make the"
             " cohort without these rows"
         )

@@ -34,7 +34,7 @@ from .config import RUNTIME_ONLY, TrainSettings, find_tracker
 from .train_step import train_step
 from ..testing.tiny_clip import tiny_clip
 from .validation import WATCHED, batch_match, watch
-from ..privacy import write_table
+from ..privacy import access_of, format_count, write_table
 
 _all_ = ['TrainSettings']  # importable from here
 
@@ -226,7 +226,8 @@ def train(
 
     def fix():
         config = run_config(settings, started, good, val=val, prompts=prompts)
-        _fix(run, config, settings, clip.info, str(clip.device), started, left)
+        n_left = format_count(len(left), access_of(good, 'the images'))
+        _fix(run, config, settings, clip.info, str(clip.device), started, left, n_left)
 
     begun = (run / 'config.json').exists()
     if begun:
@@ -262,7 +263,7 @@ def _finished(job, left):
     )
 
 
-def _fix(run, config, settings, info, device, started, left):
+def _fix(run, config, settings, info, device, started, left, n_left):
     "Fix the settings of the directory and list unreadable films; first process only."
     if world()[0]:
         return
@@ -270,7 +271,7 @@ def _fix(run, config, settings, info, device, started, left):
     write_table(left, run / 'excluded.parquet')
     write_json(environment(device, model=started), run / 'environment.json')
     if len(left):
-        say(run, f'{len(left)} films cannot be read and are left out; excluded.parquet lists them')
+        say(run, f'{n_left} images cannot be read and are left out; excluded.parquet lists them')
 
 
 def _loop(job, tell):

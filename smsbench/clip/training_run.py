@@ -8,6 +8,7 @@ __all__ = ['Job', 'say', 'usable_images', 'run_config', 'prepare', 'epoch_batche
 # %% ../../nbs/50_clip/160_training_run.ipynb #328be337
 import math
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import numpy as np, pandas as pd
 
@@ -168,9 +169,10 @@ def prepare(
     groups = param_groups(clip.model, s.lr, s.weight_decay, layer_decay=s.layer_decay)
     steps = per_epoch * s.epochs
     table = require_mobility(groups, steps, round(s.warmup * steps), floor=s.floor)
-    _say_plan(run, len(train), len(val), len(names), table, steps)
+    shown = partial(format_count, access=access_of(train, 'the images'))
+    _say_plan(run, shown(len(train)), shown(len(val)), len(names), table, steps)
     if s.texts != 'prompts':
-        _say_cut(run, clip, train.table.text)
+        _say_cut(run, clip, train.table.text, shown)
     set_seed(s.seed + world()[0])  # dropout differs between processes
     optimizer = adamw([{k: v for k, v in g.items() if k != 'names'} for g in groups], betas=s.betas)
     return Job(
@@ -202,13 +204,13 @@ def _say_plan(run, n_train, n_val, n_tensors, table, steps):
     )
 
 
-def _say_cut(run, clip, texts):
+def _say_cut(run, clip, texts, shown):
     "Report how many texts are longer than the model's context."
     if cut := int(np.sum(cut_texts(clip, texts))):
         say(
             run,
-            f'{cut} of {len(texts)} reports are longer than the {clip.info["context"]} tokens that'
-            ' the model reads; their ends are not seen',
+            f'{shown(cut)} of {shown(len(texts))} reports are longer than the'
+            f' {clip.info["context"]} tokens that the model reads; their ends are not seen',
         )
 
 
