@@ -206,7 +206,7 @@ def test_broken_films_are_left_out_before_the_first_epoch(tmp_path, model):
         and set(left.reason) == {'truncated image', 'missing image'}
         and done.excluded.equals(left)
     )
-    assert '2 films cannot be read' in (tmp_path / 'run' / 'log.txt').read_text()
+    assert '2 images cannot be read' in (tmp_path / 'run' / 'log.txt').read_text()
     with pytest.raises(InputError, match='films cannot be read'):
         train(
             films,
