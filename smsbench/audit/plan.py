@@ -6,7 +6,7 @@
 __all__ = ['UNKNOWN', 'LIKE', 'FEWEST', 'FEWEST_DRAWS', 'MOST_DRAWS', 'BUDGET', 'NEED_PICTURES', 'image_names', 'question_keys',
            'draw_several', 'draw_donors', 'like_columns', 'draw_any', 'has_texts', 'nearest_donors',
            'patients_for_absence', 'lending', 'enough_donors', 'cohort_hash', 'make_plan', 'attainable',
-           'attainable_lines', 'question_lines']
+           'attainable_lines', 'question_counts', 'question_lines', 'any_image_words']
 
 # %% ../../nbs/35_audit/060_plan.ipynb #36dbcbec
 import heapq, json, re
@@ -571,7 +571,8 @@ def _trials(samples, arms, variants, donors, rows, shapes, asking, k=1):
                 if why:
                     lost.append(dict(sample_id=r.sample_id, stage='plan', arm=a.name, reason=why))
                     continue
-                hows = asked if draw == 0 else [h for h in asked if h['variant'] == 'plain']
+                once = draw == 0 and a.reads_class
+                hows = asked if once else [h for h in asked if h['variant'] == 'plain']
                 if k > 1:
                     hows = [dict(h, draw=draw) for h in hows]
                 found += [_trial(a, r, shown, how) for how in hows]
@@ -676,37 +677,49 @@ def attainable_lines(
     return asked + lines
 
 
-def question_lines(
+def question_counts(
     plan: pd.DataFrame,  # a plan
-) -> list[str]:  # nothing where all samples of a finding are asked the same
-    "Say how many samples have a donor who answers the same question."
+) -> dict:  # samples, both, patients, no_other, no_same, written; {} where all are asked the same
+    "Count how many samples have a donor who answers the same question."
     pairs = [(a.name, a.control) for a in _swaps() if a.name in plan.attrs.get('arms', ())]
     if not plan.attrs.get('same_question') or not pairs:
-        return []
-    access = access_of(plan, 'the plan')
+        return {}
     of = {a: set(plan.sample_id[plan.arm == a]) for a in ('original', *pairs[0])}
     every, other, same = of.values()
     both = plan[plan.sample_id.isin(other & same)]
-
-    def count(n):
-        return format_count(n, access)
-
-    line = (
-        f'donors answer the same question: {count(both.sample_id.nunique())} of'
-        f' {count(len(every))} samples ({count(both.patient_id.nunique())} patients) have one with'
-        f' another answer and one with the same answer, and verdicts rest on these;'
-        f' {count(len(every - other))} have none with another answer,'
-        f' {count(len(every - same))} none with the same'
+    counts = dict(
+        samples=len(every),
+        both=both.sample_id.nunique(),
+        patients=both.patient_id.nunique(),
+        no_other=len(every - other),
+        no_same=len(every - same),
     )
-    return [line + _instead(plan)]
+    return {k: format_count(n, access_of(plan, 'the plan')) for k, n in counts.items()}
 
 
-def _instead(plan):
-    "What is shown to all samples, whatever their question."
-    if 'image_any' not in set(plan.arm):
-        return ''
-    named = ' and '.join(plan.attrs.get('any_agrees', ())) or 'finding'
-    return f'; image_any shows any other patient’s image of the same {named}, and reads no class'
+def question_lines(
+    plan: pd.DataFrame,  # a plan
+) -> list[str]:  # nothing where all samples of a finding are asked the same
+    "Say in words how many samples have a donor who answers the same question."
+    n = question_counts(plan)
+    if not n:
+        return []
+    shown = any_image_words(plan) if 'image_any' in set(plan.arm) else ''
+    instead = f'; image_any shows {shown}, and reads no class' if shown else ''
+    return [
+        f"donors answer the same question: {n['both']} of {n['samples']} samples"
+        f" ({n['patients']} patients) have one with another answer and one with the same answer,"
+        f" and verdicts rest on these; {n['no_other']} have none with another answer,"
+        f" {n['no_same']} none with the same{instead}"
+    ]
+
+
+def any_image_words(
+    plan: pd.DataFrame,  # a plan
+) -> str:
+    "What `image_any` shows."
+    agrees = ' and '.join(plan.attrs.get('any_agrees', ()))
+    return 'any other patient’s image' + (f' of the same {agrees}' if agrees else '')
 
 
 def _weighs(table):
