@@ -14,7 +14,7 @@ import pandas as pd
 from .style import DASH
 from .html import Html, html_table, join, markup
 from .audit_page import column, model_names
-from ..audit.arms import ARMS
+from ..audit.arms import ARMS, without_text
 from ..audit.image_edits import IMAGE_OPERATIONS
 from ..audit.probes import TEXT_WORDS
 from ..privacy import access_of, format_count
@@ -137,7 +137,7 @@ def arm_table(
         {
             'arm': a.name,
             'image': IMAGE_OPERATIONS[a.image].words,
-            'text': _text_words(a),
+            'text': _text_words(a if plan.attrs.get('texts', True) else without_text(a)),
             'compared with': a.versus or DASH,
             'controlled by': a.control or DASH,
         }
