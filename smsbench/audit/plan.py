@@ -704,6 +704,11 @@ def question_lines(
     n = question_counts(plan)
     if not n:
         return []
+    if n['both'] == n['samples']:
+        return [
+            f"donors answer the same question: all {n['samples']} samples have one with another"
+            ' answer and one with the same answer'
+        ]
     shown = any_image_words(plan) if 'image_any' in set(plan.arm) else ''
     instead = f'; image_any shows {shown}, and reads no class' if shown else ''
     return [

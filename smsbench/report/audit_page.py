@@ -575,7 +575,7 @@ def donor_section(
         {
             'arm': use.arm,
             'finding': use.finding,
-            'donor’s class': use.donor_class,
+            'donor’s class': use.donor_class.replace('', DASH),
             'samples': [least(n, h) for n, h in zip(use.samples, hide)],
             'donors': [least(n, h) for n, h in zip(use.donors, hide)],
             'effective donors': [least(n, h) for n, h in zip(use.effective, hide)],
