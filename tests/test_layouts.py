@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import smsbench.testing.class_folders  # adds its miniature to LAYOUTS
-import smsbench.testing.mimic_layouts  # noqa: F401  adds its miniatures to LAYOUTS
+import smsbench.testing.mimic_layouts
+import smsbench.testing.plain_questions  # noqa: F401  adds its miniature to LAYOUTS
 from smsbench.core import InputError
 from smsbench.data.cards import read_manifest
 from smsbench.testing.layouts import LAYOUTS, make_layout

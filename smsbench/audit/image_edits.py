@@ -109,6 +109,7 @@ IMAGE_OPERATIONS = {
         ImageOperation('own', 'its own'),
         ImageOperation('other', 'of another patient and class'),
         ImageOperation('same', 'of another patient, same class'),
+        ImageOperation('any', 'of another patient, whatever it shows'),
         ImageOperation('near', 'the most similar one of another class'),
         ImageOperation('near_same', 'the most similar one of the same class'),
         ImageOperation('grey', 'uniform grey', grey),

@@ -48,7 +48,7 @@ from smsbench.audit.settings import (
     score_model,
 )
 from .arms import ARMS, select_arms
-from .plan import attainable_lines, cohort_hash, make_plan
+from .plan import attainable_lines, cohort_hash, make_plan, question_counts
 from .verdicts import give_verdicts
 from ..privacy import access_of, format_count, is_sealed, read_table, write_table
 
@@ -178,7 +178,7 @@ def add_caveats(
             files=files,
             info=known.get(model, {}),
             cohort=about,
-            command=dict(asked, plan=plan.attrs, columns=columns),
+            command=dict(asked, plan=plan.attrs, columns=columns, questions=question_counts(plan)),
         )
 
 # %% ../../nbs/35_audit/200_run.ipynb #b70dd473

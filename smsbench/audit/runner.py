@@ -21,7 +21,7 @@ from .wordings import asked_question, check_rules
 from .image_edits import shift_image
 from .probes import shift_text
 from .prompts import Task, render, variant_choices
-from .arms import ARMS
+from .arms import ARMS, prompt_kind
 from ..vlm.model import Inputs
 from ..privacy import read_table, write_table
 
@@ -146,7 +146,7 @@ class Source:
             )
         return Inputs(
             image,
-            render(task, arm.prompt, self.text(trial), variant=trial.variant),
+            render(task, prompt_kind(arm, trial.text_id), self.text(trial), variant=trial.variant),
             variant_choices(task, trial.variant),
         )
 

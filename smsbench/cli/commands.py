@@ -57,18 +57,22 @@ def verdict_lines(
 ) -> list[str]:
     "List per model the verdicts, the numbers that decide them, and their caveats."
     from smsbench.core import read_json
-    from smsbench.audit.caveats import caveat_lines, deciding_line
+    from smsbench.audit.caveats import any_image_line, caveat_lines, deciding_line
 
     loose, lines = read_json(out / 'config.json')['loose'], []
     for name, v in models.items():
-        word = {m: v[f'relies_on_{m}']['verdict'] or 'no verdict' for m in ('image', 'text')}
-        deciding = [deciding_line(m, v[f'relies_on_{m}']) for m in word]
+        word = {m: _verdict_word(v[f'relies_on_{m}']) for m in ('image', 'text')}
+        deciding = [deciding_line(m, v[f'relies_on_{m}']) for m in word] + [any_image_line(v)]
         limits = caveat_lines({name: v}, out, loose.get('root', ''), specs=loose.get('specs'))
         lines += [
             f"{name}: image {word['image']}, text {word['text']}",
             *(f'  {line}' for line in (*deciding, *limits) if line),
         ]
     return lines
+
+
+def _verdict_word(v):
+    return v['verdict'] or ('not asked' if v['state'] == 'not asked' else 'no verdict')
 
 
 def finish(
@@ -166,6 +170,10 @@ def audit(
         ),
     ],
     out: OutOption,
+    card: Annotated[
+        str | None,
+        typer.Argument(metavar='[MANIFEST]', help='The same as --manifest.', show_default=False),
+    ] = None,
     manifest: Annotated[
         str | None, typer.Option(help='Name or path of a dataset card; needs --root.')
     ] = None,
@@ -243,6 +251,9 @@ def audit(
     The deciding number and the caveats are printed below each verdict, the worst first. If the
     files alone could explain a verdict, the command that tests this is printed too.
 
+    Example, questions about images, without reports:  smsbench audit vqa_rad --root data/vqa_rad
+    --model MODEL --out reports/vqa
+
     Example, with a registration:  smsbench audit --plan plan.parquet --registration
     plan_registration.yaml --model MODEL --out reports/registered
 
@@ -258,8 +269,10 @@ def audit(
     more = dict(system=system, extra=extra, check=check, probes=parse_probes(probes))
     settings = audit_settings(*asked, **more, **parse_rewordings(paraphrases))
     settings = _as_registered(settings, registration, ctx, plan_file)
+    if card is not None and manifest is not None:
+        raise InputError(f'name the data once: {card}, or --manifest {manifest}')
     table, excluded, frozen, files = _cohort_for(
-        manifest, root, cohort_file, plan_file, allow_remote
+        manifest or card, root, cohort_file, plan_file, allow_remote
     )
     loading = dict(device=device, dtype=dtype, revision=revision, quantization=quantization)
     loading |= dict(attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)

@@ -147,11 +147,11 @@ def cohort(
 
 
 def _example(manifest, folder, as_json):
-    from smsbench.testing import class_folders, mimic_layouts
+    from smsbench.testing import class_folders, mimic_layouts, plain_questions
     from smsbench.testing.layouts import make_layout
 
     # importing them has added their own layouts
-    LAYOUTS = {**mimic_layouts.LAYOUTS, **class_folders.LAYOUTS}
+    LAYOUTS = mimic_layouts.LAYOUTS | class_folders.LAYOUTS | plain_questions.LAYOUTS
     if manifest not in LAYOUTS:
         raise InputError(
             f"there is no example of {manifest}; there is one of {', '.join(sorted(LAYOUTS))}"

@@ -24,7 +24,8 @@ from smsbench.report.grounding_figures import (
 from .html import Html, details, figure_html, html_table, join, markup
 from .audit_page import metric_table
 from .style import percent, rounded, span
-from .sentences import wording
+from .sentences import plan_words
+from ..audit.prompts import with_article
 from smsbench.audit.grounding import (
     COVERAGES,
     STATES,
@@ -76,10 +77,11 @@ def state_sentences(
     if blind:
         out.append(
             f'{_with_ends(blind)} of its answers are consistent but blind: the same in all '
-            f'wordings, and the same with a {image} of {other}.'
+            f'wordings, and the same with {with_article(image)} of {other}.'
         )
     if robust:
-        control = f' (with a {image} of the same class: {percent(same.value)})' if same else ''
+        like = f'with {with_article(image)} of the same class'
+        control = f' ({like}: {percent(same.value)})' if same else ''
         out.append(f'{_with_ends(robust)} are consistent and change with it{control}.')
     if kept and read:
         more = 'more' if kept.ci_low > read.ci_high else 'no more'
@@ -97,7 +99,7 @@ def confidence_sentences(
     words: dict,  # from `wording`
 ) -> list[str]:
     "Does low confidence warn of wrong, and of ungrounded, answers?"
-    stay, out = f"stay under a {words['image']} of {words['other']}", []
+    stay, out = f"stay under {with_article(words['image'])} of {words['other']}", []
     kinds = (('wrong', 'original', 'are wrong'), ('ungrounded', 'image_swap', stay))
     for kind, arm, what in kinds:
         flags = number_of(metrics, model, f'flags_{kind}', arm=arm)
@@ -211,7 +213,7 @@ HEAD_STATES = (
     'every sample has one of four states: is its answer the same in all wordings, and does it '
     'change when the {} is replaced by one of {}? Consistent answers that do not depend on the '
     '{} are the dangerous ones (after Sadanandan and Behzadan 2026). The thin bar is the '
-    'control, with a {} of the same class: changes that it shows as well are not owed to what '
+    'control, with {} of the same class: changes that it shows as well are not owed to what '
     'is shown. A single answer that stays is no proof: a reader who errs on one of the two '
     'keeps it too.</p>'
 )
@@ -222,8 +224,9 @@ NOT_REWORDED = (
 
 
 def _states_part(results, shown, states, models, void, run):
-    words = wording(results.plan.attrs['tasks'])
-    head = markup(HEAD_STATES, words['image'], words['other'], words['image'], words['image'])
+    words = plan_words(results.plan)
+    image = words['image']
+    head = markup(HEAD_STATES, image, words['other'], image, with_article(image))
     figure = states_figure(shown.metrics, shown.delivery)
     each = blind_figure(shown.metrics, shown.delivery)
     told = paragraphs(models, lambda m: state_sentences(shown.metrics, m, words), void)
@@ -251,7 +254,7 @@ def _state_tables(shown, asked):
 # %% ../../nbs/70_report/220_grounding_sections.ipynb #3eb3df26
 HEAD_CONFIDENCE = (
     '<h2 id="confidence">Does doubt warn of it?</h2><p>If only the answers were used that the '
-    'model is surest of: how many of them would still be wrong, and how many would stay under a'
+    'model is surest of: how many of them would still be wrong, and how many would stay under'
     ' {} of {}, where they should change? Confidence is the probability of the answer given. A '
     'curve that falls towards the left can be used to sort answers out; on the dashed line, the'
     ' overall share, confidence says nothing; a curve that rises towards the left belongs to a '
@@ -261,7 +264,7 @@ NO_CURVE = 'No probability was recorded, or too few patients to draw.'
 
 
 def _confidence_part(results, shown, states, models, void, run):
-    words = wording(results.plan.attrs['tasks'])
+    words = plan_words(results.plan)
     curves = coverage_curves(states, results.config['minimum'])
     figure = coverage_figure(curves, shown.metrics, shown.delivery)
     told = paragraphs(models, lambda m: confidence_sentences(shown.metrics, m, words), void)
@@ -272,7 +275,7 @@ def _confidence_part(results, shown, states, models, void, run):
     tables = [metric_table(shown, _area_columns(k), caption=c) for k, c in captions.items()]
     return join(
         [
-            markup(HEAD_CONFIDENCE, words['image'], words['other']),
+            markup(HEAD_CONFIDENCE, with_article(words['image']), words['other']),
             figure_html(figure, name='grounding_confidence', run=run, absent=NO_CURVE),
             told,
             details('Numbers: risk and coverage', *tables),

@@ -14,7 +14,7 @@ import pandas as pd
 from .style import DASH
 from .html import Html, html_table, join, markup
 from .audit_page import column, model_names
-from ..audit.arms import ARMS
+from ..audit.arms import ARMS, without_text
 from ..audit.image_edits import IMAGE_OPERATIONS
 from ..audit.model_spec import ModelSpec
 from ..audit.probes import TEXT_WORDS
@@ -138,7 +138,7 @@ def arm_table(
         {
             'arm': a.name,
             'image': IMAGE_OPERATIONS[a.image].words,
-            'text': _text_words(a),
+            'text': _text_words(a if plan.attrs.get('texts', True) else without_text(a)),
             'compared with': a.versus or DASH,
             'controlled by': a.control or DASH,
         }

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'example_verdict', 'example_model', 'example_record', 'check_record', 'verdict_record', 'wording',
-           'points', 'limit', 'margin_points', 'confidence', 'people', 'by_interval', 'decided', 'needed', 'sentence',
-           'no_verdict', 'instead', 'reading_note', 'family_note']
+           'plan_words', 'modalities', 'points', 'limit', 'margin_points', 'confidence', 'people', 'by_interval',
+           'decided', 'needed', 'sentence', 'no_verdict', 'instead', 'any_image_sentence', 'reading_note',
+           'family_note']
 
 # %% ../../nbs/70_report/050_sentences.ipynb #c66ebe7d
 from pathlib import Path
 
 from ..audit.reliance import bound_points
+from ..audit.verdicts import NO_TEXTS
 from ..core import InputError, read_json
 from .style import percent, rounded, span
 from ..privacy import format_count
@@ -179,6 +181,28 @@ def wording(
         same='the same finding',
     )
 
+# %% ../../nbs/70_report/050_sentences.ipynb #18250a10
+def plan_words(
+    plan,  # the plan
+) -> dict:  # as from `wording`; text is '' where the cohort has none
+    "The words for image, text and donor that fit a plan."
+    words = wording(plan.attrs['tasks'])
+    if not plan.attrs.get('texts', True):
+        words |= dict(text='')
+    if plan.attrs.get('same_question'):
+        opposite = words['other'].startswith('the opposite')
+        other = 'the opposite answer' if opposite else 'another answer'
+        words |= dict(other=f'{other} to the same question', same='the same answer to it')
+    return words
+
+
+def modalities(
+    record: dict,  # what verdicts.json holds
+) -> tuple:  # 'image', and 'text' unless the cohort has none
+    "What verdicts are about."
+    told = [m['relies_on_text'].get('note') for m in record['models'].values()]
+    return ('image',) if told and set(told) == {NO_TEXTS} else ('image', 'text')
+
 # %% ../../nbs/70_report/050_sentences.ipynb #7aad0583
 def points(
     share,  # a movement, -1..1; None or NaN where there is none
@@ -332,7 +356,9 @@ def no_verdict(
     why = {
         'void': 'the change did not reach the model',
         'does not answer': 'the model does not answer the question',
-        'not asked': f'it was not swapped in this run; ask for it with --arms {modality}_swap',
+        'not asked': v.get('note')
+        if v.get('note') == NO_TEXTS
+        else f'it was not swapped in this run; ask for it with --arms {modality}_swap',
         'too few': withheld or f'only {few} patients could be compared; more patients are needed',
         'incomplete': f"too many answers are missing: {v.get('note', '')}",
     }
@@ -357,7 +383,26 @@ def instead(
         'which arms failed, and how.'
     )
 
+# %% ../../nbs/70_report/050_sentences.ipynb #7a961894
+def any_image_sentence(
+    record: dict,  # a model, as verdicts.json holds it
+) -> str:  # '' where no other image was shown
+    "How far answers move under any other image, and what that does not say."
+    v = record.get('any_image')
+    if not v:
+        return ''
+    ends = f"95 % CI {span(v['moved_low'], v['moved_high'])}; {v['n']:,} samples"
+    return (
+        f"{v['shows'][:1].upper()}{v['shows'][1:]} changes its answer by {points(v['moved'])} "
+        f'points ({ends}). What that image would answer is not known, so this says whether the '
+        'answer depends on the image, not whether it follows what the image shows.'
+    )
+
 # %% ../../nbs/70_report/050_sentences.ipynb #242e9652
+def _swapped(words):
+    return ' or '.join(f'the {words[k]}' for k in ('image', 'text') if words[k])
+
+
 def reading_note(
     record: dict,  # what verdicts.json holds
     words: dict,  # from `wording`
@@ -372,7 +417,7 @@ def reading_note(
     }[before]
     d = margin_points(record['margin'])
     return (
-        f"How to read it: the {words['image']} or the {words['text']} was swapped for one of "
+        f"How to read it: {_swapped(words)} was swapped for one of "
         'another patient, the donor. 0 points: no answer changed; 100 points: every answer '
         f'flipped. Less than {d} points, the margin, counts as no change that matters ({reason}; '
         f'{when}). Where several verdicts share one error rate, each bound is held to more than '

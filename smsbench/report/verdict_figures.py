@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from ..core import InputError
 from .figures import legend
 from .style import canvas, literal, looks, rounded, span, styled
-from .sentences import by_interval, limit, margin_points, points
+from .sentences import by_interval, limit, margin_points, modalities, points
 from ..audit.arms import ARMS
 from ..stats import effective_number
 
@@ -133,20 +133,21 @@ def verdict_figure(
 ):  # Figure with `.alt`, or None where no verdict was given
     "Per model, modality and finding: the number that decides the verdict, beside the margin."
     rows, margin = verdict_rows(record['models']), record['margin']
+    asked = modalities(record)
     if rows.empty or (rows.what == '').all():
         return None
-    styles = looks(sorted(record['models']))
+    rows, styles = rows[rows.modality.isin(asked)], looks(sorted(record['models']))
     order = sorted(set(rows.row), key=lambda r: (r != 'all', r))
     panel = 0.42 + len(order) * max(0.27, 0.17 * len(styles))
-    fig, axes = canvas(4.4, 0.8 + 2 * panel, 2, cols=1, sharex=True)
+    fig, axes = canvas(4.4, 0.8 + len(asked) * panel, len(asked), cols=1, sharex=True)
     low = min(-1.5 * margin, rows.low.min() - 0.02)
-    for ax, modality in zip(axes[:, 0], ('image', 'text')):
+    for ax, modality in zip(axes[:, 0], asked):
         root_scale(ax, margin, low=low)
         ax.axvspan(-margin, margin, color='#dfe7ec', lw=0, zorder=0.5)
         ax.axvline(0, color='#777777', lw=0.8)
         draw_deciding(ax, rows[rows.modality == modality], order, styles=styles)
         ax.set(title=f'{modality} swapped')
-    axes[1, 0].set(
+    axes[-1, 0].set(
         xlabel='points, square-root scale (band: the margin)\nfilled: excess, hollow: whole change'
     )
     legend(fig, styles, 52)
@@ -284,7 +285,8 @@ def region_figure(
         xlabel='change under another finding, points',
         ylabel='change under the same finding, points',
     )
-    ax.set_title('filled: image swapped, hollow: text swapped', fontsize=8)
+    hollow = ', hollow: text swapped' if 'text' in modalities(record) else ''
+    ax.set_title(f'filled: image swapped{hollow}', fontsize=8)
     legend(fig, {m: styles[m] for m in styles if m in set(rows.model)}, 52)
     fig.alt = _placed(rows, margin)
     return fig
@@ -304,7 +306,15 @@ def _placed(rows, margin):
     )
 
 # %% ../../nbs/70_report/060_verdict_figures.ipynb #2901ff2d
-_LENT = {'other', 'same', 'near', 'near_same', 'history', 'history_same'}  # what needs a donor
+_LENT = {
+    'other',
+    'same',
+    'any',
+    'near',
+    'near_same',
+    'history',
+    'history_same',
+}  # what needs a donor
 
 
 def lent(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRIOR', 'DECLINED', 'LITTLE', 'PLANTED', 'Planted', 'own_number', 'mixture', 'contradiction', 'constant',
            'image_dropper', 'miscalibrated', 'looks', 'refuser', 'template_parrot', 'marker_reader', 'noisy',
-           'LosesImage', 'ConstantInput', 'planted', 'STRENGTH', 'asked_finding', 'image_evidence', 'text_evidence']
+           'QuestionOnly', 'LosesImage', 'ConstantInput', 'planted', 'STRENGTH', 'asked_finding', 'image_evidence',
+           'text_evidence']
 
 # %% ../../nbs/25_testing/50_planted.ipynb #cd291c66
 import math
@@ -285,6 +286,33 @@ def noisy(
         f'{name}:{error:g}', rule, (part,), chance=(part,), error=error, strength=strength
     )
 
+# %% ../../nbs/25_testing/50_planted.ipynb #72e965f3
+class QuestionOnly(Planted):
+    "Model that gives every question an answer of its own, whatever image and text are."
+
+    def __init__(
+        self,
+        strength: float = STRENGTH,  # logits
+    ):
+        super().__init__('planted:question-only', None, (), strength=strength)
+        self.strength = strength
+
+    def says_yes(
+        self,
+        question: str,  # its words
+    ) -> bool:
+        "Is yes the answer that it gives to a question?"
+        return own_number('', 'question', question.strip()) < 0.5
+
+    def log_odds(
+        self,
+        x: Inputs,  # the delivered input
+        sha: str,  # of its pixels; not used
+    ) -> float:
+        "Return +strength or -strength by the words of the question alone."
+        question = x.prompt.rpartition('Question:')[2].strip().split('\n')[0]
+        return self.strength if self.says_yes(question) else -self.strength
+
 # %% ../../nbs/25_testing/50_planted.ipynb #e956ce79
 class LosesImage:
     "Wrapper that drops every image before it reaches the inner model."
@@ -351,6 +379,7 @@ PLANTED = {  # name -> factory taking numbers
     'noisy-image': lambda error=0.2, strength=STRENGTH: noisy('film', error, strength),
     'noisy-text': lambda error=0.2, strength=STRENGTH: noisy('report', error, strength),
     'miscalibrated': miscalibrated,
+    'question-only': lambda strength=STRENGTH: QuestionOnly(strength),
     'loses-image': lambda: LosesImage(),
     'constant-input': lambda: ConstantInput(),
 }

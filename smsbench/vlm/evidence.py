@@ -72,7 +72,7 @@ def template_evidence(
 ) -> float:  # +strength where an image and its text are announced, else -strength
     "Measure in logits whether the template announces an image and a text."
     opening = _halves(prompt)[0].strip().split('\n')[0].lower()
-    return strength if re.match(r'here are an? .+ and its ', opening) else -strength
+    return strength if re.match(r'here are .+ and (its|their) ', opening) else -strength
 
 # %% ../../nbs/20_vlm/050_evidence.ipynb #f640b09d
 _N = 64
