@@ -547,10 +547,13 @@ def suppress_few(
     if _is_open(access):
         return metrics
     few, out = _rests_on_few(metrics, minimum), metrics.copy()
-    out.loc[few, ['value', 'ci_low', 'ci_high']] = np.nan
+    small = metrics.n_clusters < minimum
+    beside = _reveals_few(metrics, small) | _rest_of_few(metrics, few, minimum)
+    withheld = few | beside
+    out.loc[beside, 'note'] = f'suppressed: fewer than {minimum} patients would follow from it'
     out.loc[few, 'note'] = f'suppressed: fewer than {minimum} effective patients or donors'
-    out.loc[metrics.n_clusters < minimum, 'note'] = f'suppressed: fewer than {minimum} patients'
-    withheld = few | _reveals_few(metrics, few) | _rest_of_few(metrics, few, minimum)
+    out.loc[small, 'note'] = f'suppressed: fewer than {minimum} patients'
+    out.loc[withheld, ['value', 'ci_low', 'ci_high']] = np.nan
     out.loc[withheld, ['n', 'n_clusters', 'n_donors', 'n_effective']] = 0
     return without_small(out, ['n_donors', 'n_effective'], access, minimum=minimum)
 
@@ -562,19 +565,31 @@ def _rests_on_few(table, minimum):
     return (table.n_clusters < minimum) | donors | worth
 
 
-def _reveals_few(table, few):
+def _reveals_few(table, small):
     "Mark rows whose count, subtracted from the total, gives a suppressed count."
-    beside = table.groupby(['model', 'arm', 'subgroup']).n_clusters
-    return few.groupby([table.model, table.arm, table.subgroup]).transform('any') & (
-        table.n_clusters < beside.transform('max')
-    )
+    beside = [table.model, table.arm, table.subgroup]
+    total = table.n_clusters.groupby(beside).transform('max')
+    return small.groupby(beside).transform('any') & (table.n_clusters < total)
 
 
 def _rest_of_few(table, few, minimum):
     "Levels of a stratum from which, with the total, a suppressed level would follow."
     group = complete_metrics(table).group
-    keys = [table.model, table.metric, table.arm, group]
-    return beside_hidden(table.n_clusters, few & (group != ''), keys, minimum=minimum)
+    keys = [table.model, table.metric, table.arm]
+    smallest = table.n_clusters == table.n_clusters.groupby([*keys, group]).transform('min')
+    hidden = few & (group != '')
+    beside = beside_hidden(table.n_clusters, hidden, [*keys, group], minimum=minimum)
+    return beside | (_few_unlisted(table, keys, group, minimum) & smallest)
+
+
+def _few_unlisted(table, keys, group, minimum):
+    "Mark levels beside which a few patients or samples of the whole are in no level."
+    out = pd.Series(False, table.index)
+    for count in (table.n, table.n_clusters):
+        whole = count.where(table.subgroup == 'all').groupby(keys).transform('max')
+        listed = count.groupby([*keys, group]).transform('sum')
+        out |= (whole - listed).between(1, minimum - 1)
+    return out & (group != '')
 
 # %% ../nbs/00_base/30_privacy.ipynb #34cd14d3
 def without_small(
