@@ -108,7 +108,6 @@ def info_nce(
     image,  # (B,D) unit vectors of images
     text,  # (B,D) unit vectors of texts
     scale,  # the exponentiated scale: `clamped_scale(model.logit_scale)`, or a number
-    *,
     targets=None,  # (B,B) bool or weights >= 0, row image, column text; None: diagonal
     rows=None,  # slice: these images against all texts and vice versa; None: all
 ):  # 0-d tensor
@@ -169,7 +168,6 @@ def siglip_loss(
     image,  # (B,D) unit vectors of images
     text,  # (B,D) unit vectors of texts
     scale,  # the exponentiated scale: `clamped_scale(model.logit_scale)`, or a number
-    *,
     bias,  # the model's logit bias, or a number
     positives=None,  # (B,B) bool, or weights that count where > 0; None: diagonal
     rows=None,  # slice of the batch: these images against all texts; None: all

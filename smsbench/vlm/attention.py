@@ -293,7 +293,6 @@ def attention_rows(
     model: HFModel,  # a loaded model
     x: Inputs,  # a trial with an image
     queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
-    *,
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice appended to the prompt, to read its own row
 ) -> Rows:

@@ -136,7 +136,6 @@ def gradient_rows(
     model: HFModel,  # a loaded model
     x: Inputs,  # a trial with an image
     queries: tuple[str, ...] = ('answer',),  # 'answer' or words of the prompt before it
-    *,
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice appended to the prompt
     choice: str = '',  # choice of the margin; '': the model's own answer
@@ -192,7 +191,6 @@ def relevance_rows(
     model: HFModel,  # a loaded model
     x: Inputs,  # a trial with an image
     queries: tuple[str, ...] = ('answer',),  # 'answer' or words of the prompt
-    *,
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice appended to the prompt
     choice: str = '',  # choice of the margin; '': the model's own answer

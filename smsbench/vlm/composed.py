@@ -212,7 +212,6 @@ def composed_rows(
     model: HFModel,  # a loaded model
     x: Inputs,  # a trial with an image
     queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
-    *,
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice appended to the prompt
     vision='all',  # layers of the tower to average: 'all', 'last_half', 'last_quarter'; 'rollout'

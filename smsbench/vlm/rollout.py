@@ -94,7 +94,6 @@ def rollout_rows(
     model: HFModel,  # a loaded model
     x: Inputs,  # a trial with an image
     queries: tuple[str, ...] = ('answer',),  # 'answer', 'said', or words of the prompt
-    *,
     report: str = '',  # the part of the prompt that is the report
     said: str = '',  # a choice appended to the prompt
     heads='mean',  # 'mean' or 'max': how the heads of a layer are joined
