@@ -251,7 +251,8 @@ def coverage(
     if figure is not None:
         save_figure('coverage', result, figure)
     say(result['summary'], as_json, '\n'.join([*grid_lines(result, every), f'-> {out}']))
-    broken = [r for r in result['summary']['beyond'] if r['outcome'] == 'broken']
+    judged = result['summary']['beyond'] + result['summary']['pooled_coverage']
+    broken = [r for r in judged if r['outcome'] == 'broken']
     if not broken:
         return
     worst = '{setting}, {what}: {rate:.3f} (limit {limit})'.format(**broken[0])
