@@ -17,6 +17,7 @@ from .runner import PART_SIZE, part_path, score_plan
 from .paraphrases import read_wordings
 from ..vlm.model import Answer
 from ..privacy import read_table
+from ..resampling import Bootstrap
 
 # %% ../../nbs/35_audit/170_settings.ipynb #b2af65c7
 def model_name(
@@ -85,7 +86,7 @@ def open_model(
 # %% ../../nbs/35_audit/170_settings.ipynb #79e22dd4
 @dataclass(frozen=True, kw_only=True)
 class Wordings:
-    "Where rewordings of the questions come from."
+    "What every kind of settings has: where rewordings of the questions come from, and `boot`."
 
     paraphrases: int | str = 0  # rewordings per question by rule; 'cohort': those in its rows
     wordings: str = ''  # CSV file with rewordings of one's own, see `smsbench.audit.paraphrases`
@@ -95,6 +96,12 @@ class Wordings:
             raise InputError(
                 'rewordings come by rule, from the cohort, or from a file: name one of them'
             )
+        _ = self.boot  # refused now, not when the models have answered
+
+    @property
+    def boot(self):
+        "The resampling, from n_boot, seed and minimum of the settings."
+        return Bootstrap.of(vars(self))
 
     @property
     def worded(self):
