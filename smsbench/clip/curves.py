@@ -141,7 +141,7 @@ def reliability_curves(
     targets,  # (N, C) 1, 0, NaN: unknown
     patients,  # (N,) patient of each image
     kind: str = '',  # '' takes that of the scores
-    **how,  # n_bins, scheme, minimum, n_boot, level, seed of `reliability_curve`
+    **how,  # n_bins, scheme, boot of `reliability_curve`
 ) -> pd.DataFrame:  # class, then the columns of `reliability_curve`
     "Compute the reliability curve of every class."
     c = cells(scores, targets, patients, kind)

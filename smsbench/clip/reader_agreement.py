@@ -17,6 +17,7 @@ from ..core import InputError, read_json
 from .faithfulness import localisation_metrics, localise, metric_line, table_of
 from ..data.boxes import as_box
 from ..data.images import is_missing, read_image
+from ..resampling import Bootstrap, takes_bootstrap
 from ..saliency.metrics import region
 
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #63de7f2e
@@ -618,14 +619,15 @@ def _centre_in(a, b):
     return float(b[y, x])
 
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #51da875d
+@takes_bootstrap
 def agreement_metrics(
     rows: pd.DataFrame,  # from `agreement`
     pairs: pd.DataFrame,  # from `between_readers`; may be empty
     model: str = 'clip',  # what the lines are called
-    n_boot: int = 2000,  # resamples of patients
+    boot: Bootstrap = Bootstrap(),  # resampling of patients; nothing is suppressed here
 ) -> pd.DataFrame:  # metrics table as of `localisation_metrics`, and between readers
     "Compute agreement metrics with intervals over patients."
-    lines = localisation_metrics(rows, model, ('finding', 'reader'), n_boot).to_dict('records')
+    lines = localisation_metrics(rows, model, ('finding', 'reader'), boot).to_dict('records')
     own = rows[rows['map'] == 'map'].groupby(['film_id', 'finding']).iou_area.mean()
     for subgroup, part in (
         [('all', pairs), *((f'finding={f}', g) for f, g in pairs.groupby('finding', sort=True))]
@@ -634,9 +636,7 @@ def agreement_metrics(
     ):
         for pair, g in [('all pairs', part), *part.groupby('pair', sort=True)]:
             lines += [
-                metric_line(
-                    model, f'reader_{k}', pair, subgroup, g[k], g.patient_id, (0, 1), n_boot
-                )
+                metric_line(model, f'reader_{k}', pair, subgroup, g[k], g.patient_id, (0, 1), boot)
                 for k in ('iou', 'dice', 'pointing')
             ]
         among = part.groupby(['film_id', 'finding', 'patient_id'], as_index=False).iou.mean()
@@ -646,7 +646,7 @@ def agreement_metrics(
         )
         lines.append(
             metric_line(
-                model, 'iou_under_readers', 'map', subgroup, gap, among.patient_id, (-1, 1), n_boot
+                model, 'iou_under_readers', 'map', subgroup, gap, among.patient_id, (-1, 1), boot
             )
         )
     return table_of(lines)
