@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ..core import InputError
+from ..resampling import Bootstrap
 from .app import BootOption, JsonOption, OutOption, RootOption, say, split_list
 from smsbench.cli.clip import (
     ByOption,
@@ -112,8 +113,9 @@ def explain(
     _same_run(run, config)
     readings = None if marks is None else read_marks(marks)
     marked = marked_images(films, readings, called, limit, seed)
+    boot = Bootstrap(n_boot)
     result = explain_images(
-        clip, marked, method, words, n_cascade=8, n_boot=n_boot, seed=seed, layer=layer, show=True
+        clip, marked, method, words, n_cascade=8, boot=boot, seed=seed, layer=layer, show=True
     )
     run.freeze(config)
     metrics = save_explained(result, run)
@@ -370,9 +372,8 @@ def ssa(
         **about,
     )
     _same_run(run, config)
-    result = analyse(
-        ask, asked, split_list(steps), wording, most_orders, seed=seed, show=True, n_boot=n_boot
-    )
+    boot = Bootstrap(n_boot, seed=seed)
+    result = analyse(ask, asked, split_list(steps), wording, most_orders, show=True, boot=boot)
     run.freeze(config)
     result, table = _save_ssa(run, result, access, left)
     if len(left):
