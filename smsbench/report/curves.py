@@ -9,7 +9,7 @@ __all__ = ['CURVE_ARMS', 'reliability_curves', 'reliability_figure']
 import numpy as np, pandas as pd
 
 from ..calibration import reliability_curve
-from ..resampling import Bootstrap
+from ..resampling import Bootstrap, takes_bootstrap
 from .figures import pick, void_arms
 from .style import canvas, literal, looks, rounded, span, styled
 from ..audit.metrics import answer_table, subgroups
@@ -20,6 +20,7 @@ CURVE_ARMS = ('original', 'image_swap', 'text_swap', 'text_only', 'image_only')
 _COLUMNS = 'model arm from to prob frequency ci_low ci_high n n_clusters note'.split()
 
 
+@takes_bootstrap
 def reliability_curves(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of one or more models
