@@ -177,7 +177,7 @@ def _decisions(both, predicted, boot):
         yield (
             'accuracy',
             'all',
-            paired_difference(*right, c.patients[k], boot),
+            paired_difference(*right, c.patients[k], boot=boot),
             f'p (McNemar) = {mcnemar_clustered(*right, c.patients[k]):.3g}',
         )
         return
@@ -189,7 +189,7 @@ def _decisions(both, predicted, boot):
         out.append(
             (
                 name,
-                paired_difference(*right, c.patients[k], boot),
+                paired_difference(*right, c.patients[k], boot=boot),
                 mcnemar_clustered(*right, c.patients[k]),
             )
         )
