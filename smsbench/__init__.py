@@ -29,6 +29,7 @@ _DOOR = {  # name -> module below smsbench that holds it, in the order of a stud
     'Source': 'audit.runner',
     'score_trials': 'audit.runner',
     'prove_delivery': 'audit.delivery',
+    'Bootstrap': 'resampling',
     'measure': 'audit.metrics',
     'give_verdicts': 'audit.verdicts',
     'export_trials': 'audit.exchange',

@@ -10,7 +10,7 @@ __all__ = ['bin_edges', 'bin_index', 'bin_sums', 'gap_ends', 'ece', 'max_calibra
 import numpy as np, pandas as pd
 
 from .core import InputError
-from .resampling import Statistic, percentile_ends, together
+from .resampling import Bootstrap, Statistic, percentile_ends, together
 from .stats import mean, proportion, suppress
 
 # %% ../nbs/00_base/70_calibration.ipynb #114d4f61
@@ -217,8 +217,7 @@ def reliability_curve(
     *,
     n_bins: int = 10,  # bins
     scheme: str = 'equal_width',  # or 'equal_mass'
-    minimum: int = 10,  # smallest bin that is reported
-    **how,  # n_boot, level, seed of `Statistic.bootstrap`
+    boot: Bootstrap = Bootstrap(),  # resampling; minimum: rows of the smallest bin reported
 ) -> pd.DataFrame:  # one row per bin
     """Compute mean probability and frequency per bin, with intervals of the frequency.
 
@@ -227,12 +226,12 @@ def reliability_curve(
     sums, unfold, edges = bin_sums(prob, y, n_bins, scheme=scheme)
     where = unfold(sums)[..., 0] == 1  # (n, m)
     ci = together(*(proportion(y, w, f'bin {k}') for k, w in enumerate(where.T))).bootstrap(
-        clusters, **how
+        clusters, boot
     )
     n, total, _ = unfold(sums.sum(0)).T
     rows = [
         dict(
-            prob=suppress(t / max(k, 1), k, minimum),
+            prob=suppress(t / max(k, 1), k, boot.minimum),
             frequency=i.value,
             ci_low=i.low,
             ci_high=i.high,
@@ -240,7 +239,7 @@ def reliability_curve(
             n_clusters=i.n_clusters,
             note=i.note,
         )
-        for i, t, k in zip((suppress(i, minimum=minimum) for i in ci), total, n)
+        for i, t, k in zip((suppress(i, minimum=boot.minimum) for i in ci), total, n)
     ]
     return pd.DataFrame(rows).assign(bin_low=edges[:-1], bin_high=edges[1:])[
         ['bin_low', 'bin_high', *rows[0]]

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 
 from .calibration import bin_sums, brier, ece
 from .core import InputError
-from .resampling import together
+from .resampling import Bootstrap, together
 
 # %% ../nbs/00_base/80_recalibration.ipynb #d4de85e5
 def correlated_outcomes(
@@ -200,7 +200,8 @@ def recalibration_table(
     mapped: dict,  # from `cross_fit_all`
     y,  # (n,) true/false or 1/0
     clusters,  # (n,) patient of each row
-    **how,  # n_boot, level, seed of `Statistic.bootstrap`
+    *,
+    boot: Bootstrap = Bootstrap(),  # resampling
 ) -> pd.DataFrame:  # method ('' as stated), metric, value, ci_low, ci_high, n, n_clusters
     "Compute ECE and Brier score before and after recalibration, and their paired change."
     scores = {}
@@ -209,7 +210,7 @@ def recalibration_table(
     for m in mapped:
         more = {(m, f'{k}_change'): scores[m, k] - scores['', k] for k in ('ece', 'brier')}
         scores |= more if m else {}
-    intervals = together(*scores.values()).bootstrap(clusters, **how)
+    intervals = together(*scores.values()).bootstrap(clusters, boot)
     columns = ['value', 'ci_low', 'ci_high', 'n', 'n_clusters']
     rows = [
         (*name, i.value, i.low, i.high, i.n, i.n_clusters) for name, i in zip(scores, intervals)

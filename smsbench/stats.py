@@ -6,8 +6,8 @@
 __all__ = ['ratio', 'mean', 'proportion', 'nfr', 'classification', 'design_effect', 'auroc', 'auroc_influence', 'newcombe_auroc',
            'tied_share', 'auroc_ends', 'auroc_interval', 'combined_ends', 'mcnemar', 'mcnemar_clustered',
            'paired_difference', 'holm', 'Equivalence', 'equivalence', 'power_paired', 'samples_needed',
-           'minimum_effect', 'suppress', 'Interval', 'Statistic', 'bootstrap_rows', 'bootstrap_sums', 'cluster_totals',
-           'effective_number', 'exact_bounds', 'resample_totals', 'together']
+           'minimum_effect', 'suppress', 'Bootstrap', 'Interval', 'Statistic', 'bootstrap_rows', 'bootstrap_sums',
+           'cluster_totals', 'effective_number', 'exact_bounds', 'resample_totals', 'together']
 
 # %% ../nbs/00_base/50_stats.ipynb #fed47b67
 from dataclasses import replace
@@ -17,6 +17,7 @@ import numpy as np
 
 from .core import InputError
 from smsbench.resampling import (
+    Bootstrap,
     Interval,
     Statistic,
     bootstrap_rows,
@@ -28,11 +29,13 @@ from smsbench.resampling import (
     exact_bounds,
     plain,
     resample_totals,
+    takes_bootstrap,
     together,
     widest,
 )
 
 _all_ = [
+    'Bootstrap',
     'Interval',
     'Statistic',
     'bootstrap_rows',
@@ -301,11 +304,13 @@ def auroc_ends(
     return widest(ends[:, None], height[:, None])[:, 0]
 
 # %% ../nbs/00_base/50_stats.ipynb #e44bb5be
+@takes_bootstrap
 def auroc_interval(
     score,  # (n,) higher means more positive
     y,  # (n,) true/false or 1/0
     clusters,  # (n,) patient of each row
-    **how,  # n_boot, level, method, seed of `bootstrap_rows`
+    *,
+    boot: Bootstrap = Bootstrap(),  # resampling
 ) -> Interval:  # n_effective: of positive or of negative patients, whichever are fewer
     "Compute the AUROC with an interval over patients."
     y = np.asarray(y)
@@ -317,7 +322,7 @@ def auroc_interval(
 
     sides = np.stack([y == 1, y == 0], -1)[:, None]
     return bootstrap_rows(
-        auroc, (score, y), clusters, bounds=(0, 1), batched=True, used=sides, floor=floor, **how
+        auroc, (score, y), clusters, boot=boot, bounds=(0, 1), batched=True, used=sides, floor=floor
     )
 
 # %% ../nbs/00_base/50_stats.ipynb #687c88b8
@@ -395,12 +400,13 @@ def mcnemar_clustered(
     return float(min(1, pmf[reached].sum()))
 
 # %% ../nbs/00_base/50_stats.ipynb #bad97898
+@takes_bootstrap
 def paired_difference(
     first,  # (n,) numbers or bool of the first condition
     second,  # (n,) of the second, same rows
     clusters,  # (n,) patient of each row
     where=None,  # (n,) bool, rows that count
-    **how,  # n_boot, level, method, seed of `Statistic.bootstrap`
+    boot: Bootstrap = Bootstrap(),  # resampling
 ) -> Interval:  # of mean(first) - mean(second)
     "Compute the mean paired difference; its range is -1..1 if both are true/false."
     first, second = np.asarray(first), np.asarray(second)
@@ -409,7 +415,7 @@ def paired_difference(
     binary = np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()
     bounds = (-1, 1) if binary else (-np.inf, np.inf)
     change = first.astype(float) - second.astype(float)
-    return mean(change, where, bounds, name='paired difference').bootstrap(clusters, **how)
+    return mean(change, where, bounds, name='paired difference').bootstrap(clusters, boot)
 
 # %% ../nbs/00_base/50_stats.ipynb #c0ab6042
 def holm(

@@ -8,6 +8,7 @@ import importlib.util, os, subprocess, sys, textwrap, time
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 
+from smsbench import Bootstrap
 from smsbench.clip.compare import compare
 from smsbench.clip.curves import classification_report, confusion_matrix
 from smsbench.clip.evaluate import classification_metrics, evaluate, image_values
@@ -77,7 +78,7 @@ def ours_zero_shot(x, y, said, prompts):
     scores = pd.DataFrame(zero_shot_scores(x, vectors, 100.0), columns=list(prompts))
     m = (
         classification_metrics(
-            scores, np.eye(len(prompts))[y], np.arange(len(y)), kind='multiclass', n_boot=1
+            scores, np.eye(len(prompts))[y], np.arange(len(y)), kind='multiclass', boot=Bootstrap(1)
         )
         .set_index(['metric', 'subgroup'])
         .value
@@ -146,7 +147,7 @@ def test_average_precision_agrees_with_clip_benchmark():
         float
     )  # no ties: theirs breaks them by the order of rows
     m = (
-        classification_metrics(pd.DataFrame(s), y, np.arange(600), n_boot=1)
+        classification_metrics(pd.DataFrame(s), y, np.arange(600), boot=Bootstrap(1))
         .set_index(['metric', 'subgroup'])
         .value
     )
@@ -272,7 +273,7 @@ def test_metrics_follow_from_the_rows_alone(seed):
     t = Thresholds(dict.fromkeys('abc', 0.5), 'given', frozenset(), {}, 0)
 
     def table(*a):
-        return classification_metrics(*a, t, n_boot=40).set_index(['metric', 'subgroup'])[
+        return classification_metrics(*a, t, boot=Bootstrap(40)).set_index(['metric', 'subgroup'])[
             ['value', 'ci_low', 'ci_high']
         ]
 
@@ -299,8 +300,7 @@ def test_random_scores_are_at_chance_and_the_interval_covers():
                 pd.DataFrame(rng.random((120, 1)), columns=['a']),
                 y,
                 np.arange(120) // 2,
-                n_boot=200,
-                seed=seed,
+                boot=Bootstrap(200, seed=seed),
             )
             .set_index(['metric', 'subgroup'])
             .loc[('auroc', 'class=a')]
@@ -326,7 +326,7 @@ def test_clustered_intervals_are_wider_than_naive_ones():
 
     def width(who):
         return (lambda r: r.ci_high - r.ci_low)(
-            classification_metrics(s, y, who, n_boot=400)
+            classification_metrics(s, y, who, boot=Bootstrap(400))
             .set_index(['metric', 'subgroup'])
             .loc[('auroc', 'class=a')]
         )
@@ -372,7 +372,7 @@ def test_what_is_withheld_is_no_difference_of_what_is_shown(seed, kind):
             else None
         ),
         kind=kind,
-        n_boot=5,
+        boot=Bootstrap(5),
     )
     out = shareable(raw, 'credentialed').set_index(['metric', 'subgroup']).value
     raw = raw.set_index(['metric', 'subgroup']).value
@@ -397,7 +397,7 @@ def test_thresholds_chosen_on_noise_do_not_look_good_elsewhere():
 
     def f1(s, y, t):
         return (
-            classification_metrics(s, y, np.arange(len(s)) + 1000, t, n_boot=1, minimum=1)
+            classification_metrics(s, y, np.arange(len(s)) + 1000, t, boot=Bootstrap(1, minimum=1))
             .set_index(['metric', 'subgroup'])
             .value['macro_f1', 'all']
         )
@@ -516,7 +516,7 @@ def test_real_films_and_a_random_model_are_at_chance(real_data, tmp_path):
         tmp_path / 'run',
         val=val,
         test='test',
-        n_boot=100,
+        boot=Bootstrap(100),
     )
     auc = found.metrics.set_index(['metric', 'subgroup']).loc[('macro_auroc', 'all')]
     assert (
@@ -562,7 +562,7 @@ def test_external_validation_of_a_trained_checkpoint(trained, tmp_path):
         )
     )
     found = external_validation(
-        done.best, away, tmp_path / 'away', few_shots=(2, 8), device='cpu', n_boot=100
+        done.best, away, tmp_path / 'away', few_shots=(2, 8), device='cpu', boot=Bootstrap(100)
     )
     at = found.metrics.set_index(['arm', 'metric', 'subgroup'])
     assert (
@@ -581,7 +581,13 @@ def test_external_validation_of_a_trained_checkpoint(trained, tmp_path):
     with pytest.raises(InputError, match='no external cohort'):
         external_validation(done.best, films, tmp_path / 'home', device='cpu')
     left = external_validation(
-        done.best, films, tmp_path / 'left', seen='drop', few_shots=(), device='cpu', n_boot=50
+        done.best,
+        films,
+        tmp_path / 'left',
+        seen='drop',
+        few_shots=(),
+        device='cpu',
+        boot=Bootstrap(50),
     )
     assert (
         len(films.select('test'))
@@ -651,12 +657,12 @@ def test_two_models_on_the_same_films(trained, tmp_path):
         )
     ]
     d = (
-        compare(*scores, test.targets, test.table.patient_id, n_boot=200)
+        compare(*scores, test.targets, test.table.patient_id, boot=Bootstrap(200))
         .set_index(['metric', 'subgroup'])
         .loc[('macro_auroc_difference', 'all')]
     )
     single = [
-        classification_metrics(s, test.targets, test.table.patient_id, n_boot=1)
+        classification_metrics(s, test.targets, test.table.patient_id, boot=Bootstrap(1))
         .set_index(['metric', 'subgroup'])
         .value['macro_auroc', 'all']
         for s in scores

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from smsbench import Bootstrap
 from smsbench.clip.explain import (
     METHODS,
     Explanation,
@@ -506,19 +507,21 @@ def test_true_maps_beat_their_baselines_and_false_ones_do_not(random_clips, meth
     maps = explain_many(clip, films, bright, method=method)
     blind = explain_many(shuffled(clip), films, bright, method=method, empty='keep')
     at = localisation_metrics(
-        localise(maps, masks, about, others=dict(shuffled=blind)), by=(), n_boot=300
+        localise(maps, masks, about, others=dict(shuffled=blind)), by=(), boot=Bootstrap(300)
     ).set_index(['metric', 'arm'])
     for rival in ('uniform', 'centre', 'shuffled'):
         assert at.loc[(f'mass_over_{rival}', 'map'), 'ci_low'] > 0, (rival, method)
     wrong = localisation_metrics(
-        localise([m.weights for m in maps], masks[1:] + masks[:1], about), by=(), n_boot=300
+        localise([m.weights for m in maps], masks[1:] + masks[:1], about),
+        by=(),
+        boot=Bootstrap(300),
     ).set_index(['metric', 'arm'])  # the next film's region
     assert wrong.loc[('auroc', 'map'), 'value'] < at.loc[('auroc', 'map'), 'value'] - 0.1
     pair = Target(20 * bright.vector, ('bright',), ('dark',))
     curves = perturbation_curves(
         clip, films[:8], maps[:8], text=pair, about=about[:8], steps=6, n_random=2
     )
-    gain = faithfulness_metrics(curve_areas(curves), n_boot=300).set_index('metric')
+    gain = faithfulness_metrics(curve_areas(curves), boot=Bootstrap(300)).set_index('metric')
     assert (
         gain.loc['deletion_gain_over_random', 'ci_low'] > 0
         and gain.loc['insertion_gain_over_random', 'ci_low'] > 0
@@ -542,7 +545,7 @@ def test_an_order_that_ignores_the_film_gains_nothing(follower):
                 steps=5,
             )
         ),
-        n_boot=500,
+        boot=Bootstrap(500),
     ).set_index('metric')
     for kind in ('deletion', 'insertion'):
         assert (
@@ -550,7 +553,7 @@ def test_an_order_that_ignores_the_film_gains_nothing(follower):
             < 0
             < gain.loc[f'{kind}_gain_over_random', 'ci_high']
         )
-    at = localisation_metrics(localise(noise, masks, about), by=(), n_boot=500).set_index(
+    at = localisation_metrics(localise(noise, masks, about), by=(), boot=Bootstrap(500)).set_index(
         ['metric', 'arm']
     )
     assert at.loc[('auroc', 'map'), 'ci_low'] < 0.5 < at.loc[('auroc', 'map'), 'ci_high']
@@ -583,7 +586,7 @@ def test_maps_forget_with_the_weights(learnt):
     ).astype(str)
     maps = explain_many(clip, films, 'bright', method='chefer', against='dark', empty='keep')
     like = cascade_metrics(
-        cascade(clip, films, maps, text='bright', about=about, against='dark'), n_boot=100
+        cascade(clip, films, maps, text='bright', about=about, against='dark'), boot=Bootstrap(100)
     )
     rho = like[like.metric == 'spearman'].set_index('arm').value
     assert (
@@ -780,7 +783,7 @@ def test_a_map_that_is_a_readers_mark_agrees_with_that_reader():
         for i, r in enumerate(got.table.itertuples())
         if r.reader == 'R1'
     }
-    table = agreement_metrics(agreement(got, maps), between_readers(got), n_boot=200)
+    table = agreement_metrics(agreement(got, maps), between_readers(got), boot=Bootstrap(200))
     at = table.set_index(['subgroup', 'metric', 'arm']).value
     assert at['reader=R1', 'iou_area', 'map'] == 1 and at['reader=R1', 'pointing', 'map'] == 1
     assert np.isclose(
@@ -812,7 +815,7 @@ def test_gradcam_of_a_model_trained_on_phantom_films_beats_the_centre(tmp_path):
         [phantom_masks(r)['effusion'] for r in test.table.image],
         test.table[['film_id', 'patient_id']].assign(finding='effusion'),
     )
-    at = localisation_metrics(rows, by=(), n_boot=500).set_index(['metric', 'arm'])
+    at = localisation_metrics(rows, by=(), boot=Bootstrap(500)).set_index(['metric', 'arm'])
     for k in ('mass', 'iou_area', 'auroc'):
         assert at.loc[(f'{k}_over_centre', 'map'), 'ci_low'] > 0, k
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
+from smsbench import Bootstrap
 from smsbench.clip import model as module
 from smsbench.clip.checkpoints import weights_sha
 from smsbench.clip.model import (
@@ -269,7 +270,7 @@ def test_ssa_of_a_saved_cohort(folders, tmp_path):
         ),
         test,
         ['age', 'sex', 'view', 'marker', 'age_band'],
-        n_boot=20,
+        boot=Bootstrap(20),
     )
     assert table.attrs['n_orders'] == 25 and table.attrs['of_orders'] == 120
     one = table[(table.metric == 'sensitivity') & (table.subgroup == 'class=effusion')]

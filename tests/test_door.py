@@ -3,6 +3,7 @@
 import doctest, importlib, json, subprocess, sys
 from importlib.resources import files
 
+import pandas as pd
 import pytest
 
 import smsbench
@@ -69,3 +70,45 @@ def test_names_that_changed_in_their_module_work_with_a_warning(name):
     module, _, old = name.rpartition('.')
     with pytest.warns(DeprecationWarning, match=old):
         assert callable(getattr(importlib.import_module(f'smsbench.{module}'), old))
+
+
+def test_the_keywords_of_the_version_before_give_the_same_numbers(tmp_path):
+    from pandas.testing import assert_frame_equal as same
+    from smsbench import Bootstrap, evaluate, give_verdicts, measure, reanalyse, retrieve
+    from smsbench.published.files import example_results
+    from smsbench.testing.tiny_clip import tiny_clip
+
+    def both(function, *args, **how):
+        boot = dict(draws=how['n_boot']) | {k: v for k, v in how.items() if k != 'n_boot'}
+        with pytest.warns(DeprecationWarning, match=f'{function.__name__}: old keywords n_boot'):
+            before = function(*args, **how)
+        return before, function(*args, boot=Bootstrap(**boot))
+
+    cohort = smsbench.phantom_cohort(24)
+    plan, _ = smsbench.make_plan(cohort, ('image_swap',))
+    model = smsbench.planted('image-only')
+    answers = smsbench.score_trials(list(plan.itertuples()), smsbench.Source(cohort), model)
+    answers = pd.DataFrame([dict(model='a', **r) for r in answers])
+    before, now = both(measure, plan, answers, n_boot=40, level=0.9, seed=2, minimum=3)
+    same(before, now)
+    assert before.attrs == now.attrs and before.attrs['n_boot'] == 40
+    told = plan, answers, smsbench.prove_delivery(plan, answers)
+    with pytest.warns(DeprecationWarning, match='leave them out'):
+        assert give_verdicts(*told, n_boot=9, seed=1) == give_verdicts(*told)
+
+    files = example_results(tmp_path / 'results', n=80)
+    with pytest.warns(DeprecationWarning, match='reanalyse'):
+        before, _ = reanalyse(files, 'example', tmp_path / 'run', n_boot=30, seed=1)
+    # the same configuration, so the run is read again and not refused
+    now, _ = reanalyse(files, 'example', tmp_path / 'run', boot=Bootstrap(30, seed=1))
+    same(before, now)
+    refused(
+        lambda: reanalyse(files, 'example', tmp_path / 'run', boot=Bootstrap(30, 0.9, 1)), 'level'
+    )
+
+    clip = smsbench.load_clip(str(tiny_clip(tmp_path / 'clip', 'native')), device='cpu')
+    images = smsbench.images_of(smsbench.phantom_cohort(60, splits=dict(val=0.5, test=0.5)))
+    before, now = both(evaluate, clip, images, n_boot=30, level=0.9, seed=2, minimum=3)
+    same(before.metrics, now.metrics)
+    same(*both(retrieve, clip, images.select('test'), n_boot=30, seed=2))
+    refused(lambda: measure(plan, answers, 300), '300', 'Bootstrap(draws=500)')

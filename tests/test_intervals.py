@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats as sps
 from statsmodels.stats.proportion import proportion_confint
 
+from smsbench import Bootstrap
 from smsbench.calibration import ece, max_calibration_error
 from smsbench.resampling import (
     Statistic,
@@ -62,7 +63,7 @@ def test_independent_rows_have_the_bounds_of_clopper_and_pearson(n, share, level
     hit = np.arange(n) < k
     low, high = proportion_confint(k, n, 1 - level, 'beta')
     assert np.allclose(exact_bounds(k / n, n, level), (low, high), atol=1e-9)
-    got = proportion(hit).bootstrap(np.arange(n), n_boot=200, level=level)
+    got = proportion(hit).bootstrap(np.arange(n), Bootstrap(200, level=level))
     assert got.low <= low + 1e-6 and got.high >= high - 1e-6
     assert (got.n, got.n_clusters, got.n_effective) == (n, n, n)
     if k in (0, n):
@@ -75,7 +76,7 @@ def test_patients_who_do_not_count_hold_nothing_up(positives, others, seed):
     rng = np.random.default_rng(seed)
     sick = np.r_[np.ones(positives, bool), np.zeros(others, bool)]
     said = np.where(sick, rng.random(len(sick)) < 0.9, False)
-    got = classification(said, sick)['sensitivity'].bootstrap(np.arange(len(sick)), n_boot=200)
+    got = classification(said, sick)['sensitivity'].bootstrap(np.arange(len(sick)), Bootstrap(200))
     low, high = proportion_confint(said[sick].sum(), positives, method='beta')
     assert got.low <= low + 1e-6 and got.high >= high - 1e-6 and got.n_effective == positives
 
@@ -97,10 +98,10 @@ def test_sensitivity_of_fifteen_positives_among_three_hundred(truth):
     for seed in range(studies):
         said = sick & (np.random.default_rng(seed).random(300) < truth)
         stat = classification(said, sick)['sensitivity']
-        held += holds(stat.bootstrap(np.arange(300), n_boot=200, seed=seed), truth)
+        held += holds(stat.bootstrap(np.arange(300), Bootstrap(200, seed=seed)), truth)
         percentile += holds(
             Statistic(stat.sums, stat.compute, used=sick).bootstrap(
-                np.arange(300), n_boot=200, seed=seed
+                np.arange(300), Bootstrap(200, seed=seed)
             ),
             truth,
         )
@@ -125,7 +126,7 @@ def test_proportions_cover(patients, films, truth, rho):
         hit, owner = clustered(
             np.random.default_rng([seed, patients, films]), patients, films, truth, rho
         )
-        held += holds(proportion(hit).bootstrap(owner, n_boot=200, seed=seed), truth)
+        held += holds(proportion(hit).bootstrap(owner, Bootstrap(200, seed=seed)), truth)
     assert enough(held, studies), held / studies
 
 
@@ -134,7 +135,7 @@ def test_clusters_of_very_unequal_size_cover_and_count_as_few():
     owner = np.repeat(np.arange(30), sizes)
     for seed in range(studies):
         rng = np.random.default_rng(seed)
-        got = proportion((rng.random(30) < 0.8)[owner]).bootstrap(owner, n_boot=200, seed=seed)
+        got = proportion((rng.random(30) < 0.8)[owner]).bootstrap(owner, Bootstrap(200, seed=seed))
         held += holds(got, 0.8)
     assert (
         got.n_effective == pytest.approx(effective_number(sizes))
@@ -148,9 +149,11 @@ def test_means_of_few_patients_cover(n):
     held, plain, studies = 0, 0, 400
     for seed in range(studies):
         x = np.random.default_rng(seed).normal(size=n)
-        got = mean(x).bootstrap(np.arange(n), n_boot=500, seed=seed)
+        got = mean(x).bootstrap(np.arange(n), Bootstrap(500, seed=seed))
         held += holds(got, 0)
-        low, high = percentile_ends(resample_totals(x[:, None], 500, seed) / n, 0.025)[:, 0]
+        low, high = percentile_ends(
+            resample_totals(x[:, None], Bootstrap(500, seed=seed)) / n, 0.025
+        )[:, 0]
         plain += low <= 0 <= high
     assert enough(held, studies), held / studies
     assert plain < held and (n > 6 or not enough(plain, studies))
@@ -171,7 +174,7 @@ def test_auroc_covers_when_few_are_positive(positives, patients, distance):
     sick = np.arange(patients) < positives
     for seed in range(studies):
         score = np.random.default_rng(seed).normal(size=patients) + distance * sick
-        got = auroc_interval(score, sick, np.arange(patients), n_boot=200, seed=seed)
+        got = auroc_interval(score, sick, np.arange(patients), boot=Bootstrap(200, seed=seed))
         held += holds(got, truth)
     assert got.n_effective == min(positives, patients - positives)
     assert enough(held, studies), held / studies
@@ -200,7 +203,7 @@ def test_a_calibration_error_of_nothing_has_a_width():
     for seed in range(studies):
         y = np.random.default_rng(seed).random(50) < 0.42
         held += holds(
-            ece(np.full(50, 0.5), y).bootstrap(np.arange(50), n_boot=200, seed=seed), 0.08
+            ece(np.full(50, 0.5), y).bootstrap(np.arange(50), Bootstrap(200, seed=seed)), 0.08
         )
     assert enough(held, studies), held / studies
 
@@ -221,8 +224,8 @@ def test_order_of_rows_and_names_of_patients_do_not_matter(n, patients, seed):
         return [
             *together(
                 classification(said[k], sick[k]), proportion(said[k]), ece(score[k], sick[k])
-            ).bootstrap(w, n_boot=60),
-            auroc_interval(score[k], sick[k], w, n_boot=60),
+            ).bootstrap(w, Bootstrap(60)),
+            auroc_interval(score[k], sick[k], w, boot=Bootstrap(60)),
         ]
 
     for a, b in zip(every(slice(None), who), every(order, names[who[order]])):
@@ -238,14 +241,14 @@ def test_copies_of_films_are_no_patients(patients, copies, seed):
     hit, score = rng.random(patients) < 0.8, rng.random(patients)
     owner = np.repeat(np.arange(patients), copies)
     one, many = (
-        proportion(hit).bootstrap(np.arange(patients), n_boot=100),
-        proportion(hit[owner]).bootstrap(owner, n_boot=100),
+        proportion(hit).bootstrap(np.arange(patients), Bootstrap(100)),
+        proportion(hit[owner]).bootstrap(owner, Bootstrap(100)),
     )
     assert (one.n_effective, one.low, one.high) == pytest.approx(
         (many.n_effective, many.low, many.high), abs=1e-6
     )
-    a = auroc_interval(score, hit, np.arange(patients), n_boot=100)
-    b = auroc_interval(score[owner], hit[owner], owner, n_boot=100)
+    a = auroc_interval(score, hit, np.arange(patients), boot=Bootstrap(100))
+    b = auroc_interval(score[owner], hit[owner], owner, boot=Bootstrap(100))
     assert (a.value, a.low, a.high) == pytest.approx(
         (b.value, b.low, b.high), abs=1e-6, nan_ok=True
     )
@@ -281,9 +284,9 @@ def test_a_difference_needs_both_sides():
     rng = np.random.default_rng(0)
     few, many = np.arange(500) < 9, np.arange(500) >= 9
     x = rng.random(500) < 0.9
-    gap = (proportion(x, few) - proportion(x, many)).bootstrap(np.arange(500), n_boot=200)
+    gap = (proportion(x, few) - proportion(x, many)).bootstrap(np.arange(500), Bootstrap(200))
     assert gap.n_effective == 9 and gap.n == 500 and gap.n_clusters == 500
-    sure = (proportion(few, few) - proportion(many, many)).bootstrap(np.arange(500), n_boot=200)
+    sure = (proportion(few, few) - proportion(many, many)).bootstrap(np.arange(500), Bootstrap(200))
     assert sure.value == 0 and (-sure.low, sure.high) == pytest.approx((1 - 0.025 ** (1 / 9),) * 2)
 
 
@@ -293,13 +296,13 @@ def test_a_floor_is_only_ever_wider():
     def centre(x, w):
         return (w * x).sum(-1) / w.sum(-1)
 
-    bare = bootstrap_rows(centre, (x,), owner, n_boot=100, batched=True)
+    bare = bootstrap_rows(centre, (x,), owner, boot=Bootstrap(100), batched=True)
     for low, high in ((-9, 9), (0, 0), (np.nan, 5)):
         got = bootstrap_rows(
             centre,
             (x,),
             owner,
-            n_boot=100,
+            boot=Bootstrap(100),
             batched=True,
             floor=lambda x, owner, tail, e=(low, high): np.array(e),
         )
@@ -313,7 +316,9 @@ def test_clip_tables_count_the_patients_behind_a_number():
     y = pd.DataFrame(dict(rare=np.arange(1000) < 12, common=np.arange(1000) % 2 == 0)).astype(float)
     half = Thresholds(dict(rare=0.5, common=0.5), 'given', frozenset(), {}, 0)
     scores, who = y * 0.8 + 0.1, np.arange(1000)
-    m = classification_metrics(scores, y, who, half, n_boot=50).set_index(['metric', 'subgroup'])
+    m = classification_metrics(scores, y, who, half, boot=Bootstrap(50)).set_index(
+        ['metric', 'subgroup']
+    )
     exact = 0.025 ** (1 / 12)
     for metric in ('recall', 'precision', 'f1', 'auroc', 'auprc'):
         row = m.loc[(metric, 'class=rare')]
@@ -331,7 +336,7 @@ def test_clip_tables_count_the_patients_behind_a_number():
     assert macro.ci_low == pytest.approx(
         1 - np.hypot(1 - exact, 1 - 0.025 ** (1 / 500)) / 2, abs=1e-6
     )
-    same = compare(scores, scores, y, who, (half, half), n_boot=50).set_index(
+    same = compare(scores, scores, y, who, (half, half), boot=Bootstrap(50)).set_index(
         ['metric', 'subgroup']
     )
     row = same.loc[('recall_difference', 'class=rare')]
@@ -349,6 +354,6 @@ def test_many_statistics_stay_fast():
     n, who = 50_000, np.arange(50_000) % 10_000
     stats = [proportion(rng.random(n) < 0.3, rng.random(n) < 0.5, str(k)) for k in range(40)]
     start = time.process_time()
-    got = together(*stats).bootstrap(who, n_boot=2000)
+    got = together(*stats).bootstrap(who, Bootstrap(2000))
     assert len(got) == 40 and time.process_time() - start < 30
     assert auroc([1, 2], [0, 1]) == 1

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from smsbench import Bootstrap
 from smsbench.core import Run
 from smsbench.data.phantom import phantom_cohort
 from smsbench.audit.runner import Source, score_trials
@@ -196,7 +197,7 @@ DOSES = (0, 0.02, 0.1, 0.25, 0.4, 0.6, 1)
 @pytest.fixture(scope='module')
 def doses(cohort):
     names = [f'planted:{kind}:{w:g}' for kind in ('mixture', 'looks') for w in DOSES]
-    return verdicts(*asked(names, cohort), n_boot=200)
+    return verdicts(*asked(names, cohort))
 
 
 @pytest.mark.parametrize('kind', ['mixture', 'looks'])
@@ -269,13 +270,13 @@ def test_a_refuser_is_not_said_to_ignore_the_image(cohort, tmp_path, name, way):
     swapped = rows[rows.arm == 'image_swap']
     declined = (swapped.parse_status == way).groupby(swapped.sample_id).mean().mean()
     assert near(declined, float(name.rsplit(':', 1)[1]), len(cohort))
-    image = verdicts(plan, predictions, n_boot=200)[name]['relies_on_image']
+    image = verdicts(plan, predictions)[name]['relies_on_image']
     assert image['verdict'] != 'ignores' and image['missing_share'] > 0
     assert np.isclose(image['value'], declined) and np.isclose(image['value_if_missing_stay'], 0)
 
 
 def test_without_refusals_the_same_model_ignores_the_image(cohort):
-    found = verdicts(*asked(['planted:refuser:0'], cohort), n_boot=200)['planted:refuser:0']
+    found = verdicts(*asked(['planted:refuser:0'], cohort))['planted:refuser:0']
     assert found['relies_on_image']['verdict'] == 'ignores'
     assert found['relies_on_image']['missing_share'] == 0
 
@@ -287,12 +288,12 @@ def marked():
 
 def test_the_reader_of_a_marker_relies_on_the_image_until_markers_are_matched(marked):
     name = 'planted:marker-reader'
-    found = verdicts(*asked([name, 'planted:image-only'], marked), n_boot=200)
+    found = verdicts(*asked([name, 'planted:image-only'], marked))
     agrees = float((marked.marker == marked.label).mean())
     image = found[name]['relies_on_image']
     assert image['verdict'] == 'relies' and near(image['value'], (2 * agrees - 1) ** 2, len(marked))
     matched = verdicts(
-        *asked([name, 'planted:image-only'], marked, match=['marker'], donors='auto'), n_boot=200
+        *asked([name, 'planted:image-only'], marked, match=['marker'], donors='auto')
     )
     found_again = matched[name]['relies_on_image']
     assert found_again['value'] == found_again['moved_other'] == 0
@@ -325,9 +326,9 @@ def test_noise_shrinks_accuracy_and_movement_as_it_must(part):
     cohort, errors = phantom_cohort(160, size=64, seed=9), (0, 0.1, 0.3)
     names = [f'planted:noisy-{part}:{e:g}' for e in errors]
     plan, predictions = asked(names, cohort)
-    found, excess = verdicts(plan, predictions, n_boot=200), []
+    found, excess = verdicts(plan, predictions), []
     for name, e in zip(names, errors):
-        table = measure(plan, predictions[predictions.model == name], n_boot=20)
+        table = measure(plan, predictions[predictions.model == name], boot=Bootstrap(20))
         table = table[table.subgroup == 'all'].set_index(['metric', 'arm']).value
         assert near(table['accuracy', 'original'], 1 - e, len(cohort))
         assert near(table['flips', f'{part}_swap'], (1 - e) ** 2 + e**2, len(cohort))

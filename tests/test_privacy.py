@@ -4,6 +4,7 @@ import pickle, re
 
 import pandas as pd, pytest
 
+from smsbench import Bootstrap
 from smsbench.clip.dataset import images_of
 from smsbench.clip.evaluate import classification_metrics
 from smsbench.core import InputError
@@ -185,7 +186,7 @@ def test_notes_hide_counts_whatever_is_counted():
     truth = films.targets.copy()
     truth.iloc[:3, 0] = float('nan')  # three films were not asked about one class
     scores = truth.fillna(0) * 0.5 + 0.2
-    raw = classification_metrics(scores, truth, films.table.patient_id, n_boot=20)
+    raw = classification_metrics(scores, truth, films.table.patient_id, boot=Bootstrap(20))
     assert raw.note.str.contains(r'\b3 films').any()
     shown = shareable(raw, access_of(films))
     assert shown.note.str.contains('<10 films').any()

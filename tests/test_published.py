@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 
+from smsbench import Bootstrap
 from smsbench.core import read_json
 from smsbench.report.published_figures import published_dots, published_heatmap, side_by_side
 from smsbench.published.faults import void_arms
@@ -31,7 +32,7 @@ VOID_CODES = {
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp('published')
-    table, faults = reanalyse(DATA / 'results', 'medeval', out, n_boot=500)
+    table, faults = reanalyse(DATA / 'results', 'medeval', out, boot=Bootstrap(500))
     return table, faults, out
 
 

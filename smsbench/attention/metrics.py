@@ -16,7 +16,7 @@ from ..privacy import access_of, suppress_few
 from ..audit.consistency import map_change_predicts_flip
 from .tables import HEAD_MEASURES, MEASURES
 from ..audit.metrics import Cells, answer_table, term_rows, Term, subgroups
-from ..stats import holm, mean, together
+from ..stats import Bootstrap, holm, mean, together
 
 # %% ../../nbs/45_attention/30_metrics.ipynb #6d9a7f0e
 COLUMNS = {
@@ -45,10 +45,7 @@ def mean_rows(
     columns,  # column names
     bounds=None,  # column -> (lowest, highest); None: `COLUMNS`
     *,
-    n_boot: int = 2000,  # resamples
-    level: float = 0.95,  # confidence level
-    seed: int = 0,  # of the resampling
-    minimum: int = 10,  # rows below which a number is suppressed
+    boot: Bootstrap = Bootstrap(),  # resampling of patients
 ) -> list[dict]:  # metric, value, ci_low, ci_high, n, n_clusters, n_effective, note
     "Average each column over the rows that have it."
     bounds = COLUMNS if bounds is None else bounds
@@ -57,7 +54,7 @@ def mean_rows(
         return []
     x = {c: table[c].to_numpy(float) for c in columns}
     means = [mean(x[c], ~np.isnan(x[c]), bounds.get(c, (-np.inf, np.inf)), name=c) for c in columns]
-    intervals = together(*means).bootstrap(table.patient_id.to_numpy(), n_boot, level, seed=seed)
+    intervals = together(*means).bootstrap(table.patient_id.to_numpy(), boot)
     out = []
     for k, c in enumerate(columns):
         one = intervals[k] if len(columns) > 1 else intervals
@@ -71,12 +68,12 @@ def mean_rows(
             n_effective=float(one.n_effective),
             note=str(one.note),
         )
-        if row['n'] < minimum:
+        if row['n'] < boot.minimum:
             row |= dict(
                 value=np.nan,
                 ci_low=np.nan,
                 ci_high=np.nan,
-                note=f'suppressed: fewer than {minimum} maps',
+                note=f'suppressed: fewer than {boot.minimum} maps',
             )
         out.append(row)
     return out
@@ -253,7 +250,7 @@ def _cross(t):
 
 def map_rows(
     full: pd.DataFrame,  # from `with_baselines`
-    **boot,  # n_boot, level, seed, minimum
+    boot: Bootstrap = Bootstrap(),  # resampling of patients
 ) -> list[dict]:  # metrics rows
     """Average per model, arm and subgroup.
 
@@ -262,9 +259,9 @@ def map_rows(
     out = []
     for (model, arm), t in full[full.variant == 'plain'].groupby(['model', 'arm']):
         for name, g in _groups(t):
-            for r in mean_rows(g, COLUMNS, **boot):
+            for r in mean_rows(g, COLUMNS, boot=boot):
                 if '_over_' in r['metric'] and np.isfinite(r['value']):
-                    p = sign_flip(g[r['metric']], g.patient_id, seed=boot.get('seed', 0))
+                    p = sign_flip(g[r['metric']], g.patient_id, seed=boot.seed)
                     r['note'] = '; '.join(x for x in (f'p = {p:.2g}', r['note']) if x)
                 if r['metric'] == 'share_image' and np.isfinite(r['value']) and _cross(g):
                     r['note'] = CROSS
@@ -290,7 +287,7 @@ COMPARED = (
 def between_rows(
     full: pd.DataFrame,  # from `with_baselines`
     pairs: pd.DataFrame,  # from `pair_table`
-    **boot,  # n_boot, level, seed, minimum
+    boot: Bootstrap = Bootstrap(),  # resampling of patients
 ) -> list[dict]:  # metrics rows of models 'A − B' and 'A × B'
     """Compare two models on the same images: differences, and similarity of their maps.
 
@@ -326,14 +323,14 @@ def _paired(full, a, b):
 
 def _difference_rows(g, about, boot):
     "Make metrics rows of the mean differences between two models."
-    rows = mean_rows(g, COMPARED, dict.fromkeys(COMPARED, (-1, 1)), **boot)
+    rows = mean_rows(g, COMPARED, dict.fromkeys(COMPARED, (-1, 1)), boot=boot)
     return [dict(r, metric=r['metric'] + '_difference', **about) for r in rows]
 
 
 def _flip_p(g, r, boot):
     "Compute the p-value of a difference by sign flips."
     c = r['metric'].removesuffix('_difference')
-    return sign_flip(g[c], g.patient_id, seed=boot.get('seed', 0))
+    return sign_flip(g[c], g.patient_id, seed=boot.seed)
 
 
 def _likeness_rows(pairs, boot):
@@ -342,7 +339,7 @@ def _likeness_rows(pairs, boot):
     pairs = pairs[pairs.variant == 'plain'] if len(pairs) else pairs
     for (a, b, arm), t in pairs.groupby(['model_a', 'model_b', 'arm']) if len(pairs) else ():
         for name, g in _groups(t):
-            found = mean_rows(g, [*bounds], bounds, **boot)
+            found = mean_rows(g, [*bounds], bounds, boot=boot)
             out += [
                 dict(r, model=f'{a} × {b}', first=a, second=b, arm=arm, subgroup=name)
                 for r in found
@@ -353,7 +350,7 @@ def _likeness_rows(pairs, boot):
 def agreement_rows(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of two or more models
-    **boot,  # n_boot, level, seed, minimum
+    boot: Bootstrap = Bootstrap(),  # resampling of patients
 ) -> list[dict]:  # metrics rows of models 'A × B'
     "Compute the share of trials answered alike, per arm."
     out, (_, rows) = [], next(subgroups(answer_table(plan, predictions)))
@@ -374,7 +371,8 @@ def agreement_rows(
                             )
                         ],
                         cells[a].patients,
-                        **boot,
+                        boot.level,
+                        minimum=boot.minimum,
                     )
                 ]
                 if both.any()
@@ -402,7 +400,7 @@ def _change_groups(changes):
         )
 
 
-def _flip_auroc(g, minimum, how):
+def _flip_auroc(g, boot):
     "Measure how well the change of the map predicts a flip; part of a metrics row."
     row = dict(
         metric='map_change_auroc',
@@ -412,7 +410,7 @@ def _flip_auroc(g, minimum, how):
         ci_low=np.nan,
         ci_high=np.nan,
     )
-    if len(g) < minimum:
+    if len(g) < boot.minimum:
         return row | dict(note='suppressed: fewer maps than are reported')
     if g.flipped.nunique() < 2:
         return row | dict(
@@ -422,7 +420,7 @@ def _flip_auroc(g, minimum, how):
                 else 'undefined: no answer flipped'
             )
         )
-    got = map_change_predicts_flip(g.js, g.flipped, g.patient_id, **how)
+    got = map_change_predicts_flip(g.js, g.flipped, g.patient_id, boot=boot)
     return row | dict(
         value=float(got.value),
         ci_low=float(got.low),
@@ -434,7 +432,7 @@ def _flip_auroc(g, minimum, how):
 
 def change_rows(
     changes: pd.DataFrame,  # from `change_table`
-    **boot,  # n_boot, level, seed, minimum
+    boot: Bootstrap = Bootstrap(),  # resampling of patients
 ) -> list[dict]:  # metrics rows
     """Measure the changes of maps and answers for unchanged images, and their relation.
 
@@ -443,18 +441,18 @@ def change_rows(
     """
     if not len(changes):
         return []
-    out, how = [], {k: v for k, v in boot.items() if k != 'minimum'}
+    out = []
     named = dict(js='map_change', moved='answer_change', flipped='flips_same_film')
     for model, arm, subgroup, g in _change_groups(
         changes.assign(flipped=changes.flipped.astype(float))
     ):
         found = [
             dict(r, metric=named[r['metric']])
-            for r in mean_rows(g, list(named), dict.fromkeys(named, (0, 1)), **boot)
+            for r in mean_rows(g, list(named), dict.fromkeys(named, (0, 1)), boot=boot)
         ]
         out += [
             dict(model=model, arm=arm, subgroup=subgroup, **r)
-            for r in (*found, _flip_auroc(g, boot.get('minimum', 10), how))
+            for r in (*found, _flip_auroc(g, boot))
         ]
     return out
 
@@ -467,21 +465,21 @@ def attention_metrics(
     plan,
     predictions,  # answers, without those of baselines
     measured,  # metrics table of `smsbench.audit.metrics.measure`
-    **boot,  # n_boot, level, seed, minimum
+    boot: Bootstrap = Bootstrap(),  # resampling of patients
 ) -> pd.DataFrame:  # metrics table
     """Combine the metrics of answers and maps in one table.
 
     Counts below ten are hidden where data are credentialed.
     """
     rows = (
-        map_rows(full, **boot)
-        + between_rows(full, pairs, **boot)
-        + agreement_rows(plan, predictions, **boot)
-        + change_rows(changes, **boot)
+        map_rows(full, boot)
+        + between_rows(full, pairs, boot)
+        + agreement_rows(plan, predictions, boot)
+        + change_rows(changes, boot)
     )
     table = pd.DataFrame(rows).reindex(columns=list(measured.columns))
     table = table.fillna(dict(n_donors=0, n_effective=table.n_clusters)).astype(dict(n_donors=int))
-    table = suppress_few(table, access_of(plan, 'the plan'), boot.get('minimum', 10))
+    table = suppress_few(table, access_of(plan, 'the plan'), boot.minimum)
     out = pd.concat([measured, table], ignore_index=True)
     out.attrs = measured.attrs
     return validate(out, 'metrics')

@@ -429,8 +429,7 @@ def conclude_attention(
     models = list(dict.fromkeys(answers.model))
     delivery = prove_delivery(plan, answers)
     write_json(delivery, run / 'delivery.json')
-    boot = dict(n_boot=settings.n_boot, seed=settings.seed, minimum=settings.minimum)
-    measured = _measured(plan, answers, boot)
+    measured = _measured(plan, answers, settings.boot)
     shown_as = dict(layers=settings.layers, heads=settings.heads)
     looks, profile = look_table(
         plan,
@@ -446,7 +445,7 @@ def conclude_attention(
     for name, t in dict(looks=full, profile=profile, pairs=pairs, changes=changes).items():
         write_table(t, run / f'{name}.parquet')
     metrics = attention_metrics(
-        full, pairs, changes, plan=plan, predictions=answers, measured=measured, **boot
+        full, pairs, changes, plan=plan, predictions=answers, measured=measured, boot=settings.boot
     )
     write_table(mark_void(metrics, delivery), run / 'metrics.parquet', 'metrics')
     for line in void_lines(delivery):
@@ -455,7 +454,7 @@ def conclude_attention(
 
 def _measured(plan, answers, boot):
     "Compute the metrics of the answers, rewordings included."
-    measured, worded = measure(plan, answers, **boot), measure_wordings(plan, answers, **boot)
+    measured, worded = measure(plan, answers, boot), measure_wordings(plan, answers, boot)
     if not len(worded):
         return measured
     about = measured.attrs

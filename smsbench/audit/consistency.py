@@ -12,7 +12,8 @@ from scipy.special import entr
 from ..core import InputError
 from .metrics import Term, answer_table, metrics_table, term_rows
 from .prompts import opposite
-from ..stats import Interval, auroc_interval
+from ..resampling import Bootstrap, Interval, takes_bootstrap
+from ..stats import auroc_interval
 
 # %% ../../nbs/35_audit/120_consistency.ipynb #9bdf00eb
 def beside_original(
@@ -91,17 +92,14 @@ def answer_entropy(
     return entr(share).sum(axis=1) / np.log(2)
 
 # %% ../../nbs/35_audit/120_consistency.ipynb #a422c002
+@takes_bootstrap
 def measure_wordings(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of one or more models
-    n_boot: int = 2000,  # resamples of patients
-    *,
-    level: float = 0.95,  # confidence level
-    seed: int = 0,  # of the resampling
-    minimum: int = 10,  # samples below which a number is suppressed
+    boot: Bootstrap = Bootstrap(),  # its level and minimum; nothing is resampled
 ) -> pd.DataFrame:  # metrics table; empty where the plan has no rewordings
     "Consistency per model, arm and strategy, each with its patient-clustered interval."
-    how, out = dict(n_boot=n_boot, level=level, seed=seed, minimum=minimum), []
+    how, out = dict(level=boot.level, minimum=boot.minimum), []
     rows = answer_table(plan, predictions)
     if 'draw' in rows:
         rows = rows[rows['draw'] == 0]  # rewordings are asked with the first donor
@@ -114,7 +112,7 @@ def measure_wordings(
                 terms, who = sample_terms(every)
                 found += term_rows(terms, who, **how)
             out += [dict(model=model, subgroup=name, **r) for r in found]
-    return metrics_table(out, plan, **how)
+    return metrics_table(out, plan, boot)
 
 
 def _variant_0(rows, model, arm):
@@ -140,9 +138,7 @@ def map_change_predicts_flip(
     flips,  # (n,) bool: did the answer change as well?
     patients,  # (n,) clusters
     *,
-    n_boot: int = 2000,  # resamples of patients
-    level: float = 0.95,  # confidence level
-    seed: int = 0,  # of the resampling
+    boot: Bootstrap = Bootstrap(),  # resampling of patients
 ) -> Interval:  # AUROC: 1 where every flip goes with a greater change than every answer that stayed
     """AUROC of the map change for a flipped answer, with its patient-clustered interval.
 
@@ -159,5 +155,5 @@ def map_change_predicts_flip(
             ' map or an answer'
         )
     if not len(d):
-        return Interval(np.nan, np.nan, np.nan, 0, 0, level, 'no rewording')
-    return auroc_interval(d, f.astype(int), who, n_boot=n_boot, level=level, seed=seed)
+        return Interval(np.nan, np.nan, np.nan, 0, 0, boot.level, 'no rewording')
+    return auroc_interval(d, f.astype(int), who, boot=boot)

@@ -14,6 +14,7 @@ from ..core import InputError
 from ..inference import Mean, area_of, interval_of, mean_of
 from ..privacy import access_of, with_access
 from ..recalibration import METHODS, cross_fit_all, ece_floor, recalibration_table
+from ..resampling import Bootstrap, takes_bootstrap
 from ..risk_coverage import aurc, aurc_of, risk_at_of, risk_coverage
 from smsbench.audit.metrics import (
     Cells,
@@ -290,17 +291,13 @@ def stated_events(
 def probability_rows(
     cells: Cells,  # one model's answers to variant 0, with confidence
     recalibrate=METHODS,  # maps to try; () for none
-    n_boot: int = 2000,  # resamples of patients
-    *,
-    level: float = 0.95,  # confidence level
-    seed: int = 0,  # of the simulation and of the resampling
-    minimum: int = 10,  # samples below which a number is suppressed
+    boot: Bootstrap = Bootstrap(),  # resampling; its seed also of the simulation
 ) -> list[dict]:  # metrics rows without model and subgroup
     "Calibration error that chance alone would show, and what recalibration leaves of it."
     prob, happened, who = stated_events(cells)
-    if len(prob) < minimum:
+    if len(prob) < boot.minimum:
         return []
-    floor = ece_floor(prob, happened, who, seed=seed)
+    floor = ece_floor(prob, happened, who, seed=boot.seed)
     note = f'of a perfectly calibrated model; correlation within patients {floor.icc:.2f}'
     sizes = dict(arm='original', n=len(prob), n_clusters=len(set(who)))
     sizes |= dict(ci_low=np.nan, ci_high=np.nan)
@@ -308,11 +305,10 @@ def probability_rows(
         dict(metric='ece_expected', value=floor.mean, note=note, **sizes),
         dict(metric='ece_expected_high', value=floor.high, note=note, **sizes),
     ]
-    how = dict(n_boot=n_boot, level=level, seed=seed, minimum=minimum)
-    return rows + _recalibrated(prob, happened, who, recalibrate, how, sizes)
+    return rows + _recalibrated(prob, happened, who, recalibrate, boot, sizes)
 
 
-def _recalibrated(prob, happened, who, methods, how, sizes):
+def _recalibrated(prob, happened, who, methods, boot, sizes):
     "Metrics rows of all maps, or those that say why there are none."
     if not methods:
         return []
@@ -321,16 +317,15 @@ def _recalibrated(prob, happened, who, methods, how, sizes):
     except InputError as e:
         empty = dict(value=np.nan, note=f'undefined: {e}', **sizes)
         return [dict(metric=f'ece[{m}]', **empty) for m in methods]
-    out = [r for m in methods for r in _score_rows(mapped[m], happened, who, m, how)]
-    how.pop('minimum')
-    changes = recalibration_table(mapped, happened, who, **how)
+    out = [r for m in methods for r in _score_rows(mapped[m], happened, who, m, boot)]
+    changes = recalibration_table(mapped, happened, who, boot=boot)
     changes = changes[changes.metric.str.endswith('_change')]
     names = changes.metric + '[' + changes.method + ']'
     changes = changes.assign(metric=names, arm='original', note='').drop(columns='method')
     return out + changes.to_dict('records')
 
 
-def _score_rows(prob, happened, who, method, how):
+def _score_rows(prob, happened, who, method, boot):
     "ECE and Brier score of probabilities, with the intervals that those of the model itself have."
     ids = np.arange(len(prob)).astype(str)
     rows = pd.DataFrame(dict(sample_id=ids, patient_id=who, p=prob, first='event', finding=''))
@@ -338,9 +333,9 @@ def _score_rows(prob, happened, who, method, how):
     rest = dict(arm='original', variant='plain', tried=True, parsed=True, correct=True)
     rest |= dict(said='', donor='', answer_mass=np.nan, margin=np.nan)
     cells = Cells(rows.assign(**rest))
-    limits = {k: how[k] for k in ('level', 'minimum')}
+    limits = dict(level=boot.level, minimum=boot.minimum)
     off = [t for t in arm_terms(cells, 'original') if t.metric == 'brier']
-    found = term_rows(off, cells.dyads, **limits) + curve_rows(cells, seed=how['seed'], **limits)
+    found = term_rows(off, cells.dyads, **limits) + curve_rows(cells, seed=boot.seed, **limits)
     wanted = [r for r in found if r['metric'] in ('ece', 'brier')]
     return [dict(r, metric=f"{r['metric']}[{method}]") for r in wanted]
 
@@ -366,22 +361,19 @@ def state_rows(
     return term_rows(terms, cells.dyads, level=level, minimum=minimum)
 
 # %% ../../nbs/35_audit/160_grounding.ipynb #c6022a96
+@takes_bootstrap
 def measure_grounding(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of one or more models
-    n_boot: int = 2000,  # resamples of patients
-    *,
-    level: float = 0.95,  # confidence level
-    seed: int = 0,  # of the resampling and of the simulation
-    minimum: int = 10,  # samples below which a number is suppressed
+    boot: Bootstrap = Bootstrap(),  # resampling; its seed also of the simulation
 ) -> pd.DataFrame:  # metrics table
     "Measure the four states, confidence and probabilities per model, over all and per finding."
-    how, out = dict(n_boot=n_boot, level=level, seed=seed, minimum=minimum), []
-    rows = with_confidence(answer_table(plan, predictions), plan.attrs['tasks'])
+    rows, out = with_confidence(answer_table(plan, predictions), plan.attrs['tasks']), []
     for model, mine in rows.groupby('model', sort=True):
         for name, part in _grounding_parts(mine):
-            out += [dict(model=model, subgroup=name, **r) for r in _grounding_rows(part, name, how)]
-    return metrics_table(out, plan, **how)
+            found = _grounding_rows(part, name, boot)
+            out += [dict(model=model, subgroup=name, **r) for r in found]
+    return metrics_table(out, plan, boot)
 
 
 def _grounding_parts(rows):
@@ -394,12 +386,12 @@ def _grounding_parts(rows):
             yield f'finding={finding}', part
 
 
-def _grounding_rows(rows, name, how):
+def _grounding_rows(rows, name, boot):
     "Metrics rows of one model and subgroup."
     cells = Cells(rows[rows.variant == 'plain'])
     if 'original' not in cells.arms:
         return []
-    limits = {k: how[k] for k in ('level', 'minimum')}
+    limits = dict(level=boot.level, minimum=boot.minimum)
     out = state_rows(cells, consistent_samples(rows), **limits)
     if name.startswith('wordings='):
         return [r for r in out if r['metric'] != 'kept_share']
@@ -407,4 +399,4 @@ def _grounding_rows(rows, name, how):
         out.append(mean_row('kept_if_read', 'image_swap', kept_if_read(cells), **limits))
     for kind, (arm, _) in LOSSES.items():
         out += confidence_rows(cells, kind, **limits) if arm in cells.arms else []
-    return out + probability_rows(cells, METHODS if name == 'all' else (), **how)
+    return out + probability_rows(cells, METHODS if name == 'all' else (), boot)

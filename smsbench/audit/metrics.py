@@ -32,6 +32,7 @@ from ..privacy import access_of, suppress_few
 from .prompts import Task, variant_choices
 from .arms import ARMS
 from .plan import UNKNOWN
+from ..resampling import Bootstrap, takes_bootstrap
 from ..stats import holm, mcnemar_clustered
 
 # %% ../../nbs/35_audit/110_metrics.ipynb #d7e3dd4a
@@ -612,7 +613,6 @@ def term_rows(
     level: float = 0.95,  # confidence level
     *,
     minimum: int = 10,  # samples below which a number is suppressed
-    **_,  # n_boot, seed: what callers that resample pass along
 ) -> list[dict]:  # metrics rows without model and subgroup
     "Value and interval of each term."
     dyads = who if isinstance(who, Dyads) else Dyads(who)
@@ -687,7 +687,6 @@ def curve_rows(
     *,
     pooled: bool = False,  # also the AUROC over all findings pooled
     seed: int = 0,  # of the interval of the ECE
-    **_,  # n_boot: what callers that resample pass along
 ) -> list[dict]:  # metrics rows without model and subgroup
     "AUROC (mean over findings) and ECE (10 equal-width bins) of each arm."
     rows = []
@@ -811,7 +810,6 @@ def detection_rows(
     cells: Cells,  # one model's answers under the variant 'unmatched'
     level: float = 0.95,  # confidence level
     minimum: int = 10,  # samples below which a number is suppressed
-    **_,  # n_boot, seed: what callers that resample pass along
 ) -> list[dict]:  # metrics rows without model and subgroup
     "How well the probability of 'unmatched' tells each arm from the one it is compared with."
     rows = []
@@ -876,7 +874,6 @@ def compare_models(
     rows: pd.DataFrame,  # `answer_table` rows of all models
     level: float = 0.95,  # confidence level
     minimum: int = 10,  # samples below which a number is suppressed
-    **_,  # n_boot, seed: what callers that resample pass along
 ) -> list[dict]:  # metrics rows: accuracy_difference per pair and arm, Holm's p in the note
     """Paired differences in accuracy between models, arm by arm.
 
@@ -932,8 +929,7 @@ def _difference_p(term, cells, arm):
 def metrics_table(
     rows: list[dict],  # metrics rows
     plan,  # the plan, or its metadata: access, plan_hash
-    minimum: int = 10,  # patients below which a number of credentialed data is suppressed
-    **boot,  # n_boot, level, seed: go into the metadata
+    boot: Bootstrap = Bootstrap(),  # goes into the metadata; its minimum also counts patients
 ) -> pd.DataFrame:  # metrics table
     "Rows as a metrics table; of credentialed data, cells of few patients are suppressed."
     table = pd.DataFrame(
@@ -958,20 +954,19 @@ def metrics_table(
     table = table.fillna(dict(n_donors=0, n_effective=table.n_clusters)).astype(
         dict(n_donors=int, n_effective=float)
     )
-    table = suppress_few(table, access_of(plan, 'the plan'), minimum)
+    table = suppress_few(table, access_of(plan, 'the plan'), boot.minimum)
     said = getattr(plan, 'attrs', plan)
-    table.attrs = dict(plan_hash=said.get('plan_hash', ''), minimum=minimum, **boot)
+    made = dict(minimum=boot.minimum, n_boot=boot.draws, seed=boot.seed, level=boot.level)
+    table.attrs = dict(plan_hash=said.get('plan_hash', ''), **made)
     return validate(table, 'metrics') if len(table) else table
 
 # %% ../../nbs/35_audit/110_metrics.ipynb #184c5253
+@takes_bootstrap
 def measure(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of one or more models
-    n_boot: int = 2000,  # recorded with the table; the intervals here need no resampling
+    boot: Bootstrap = Bootstrap(),  # its seed: of the ECE; other intervals need no resampling
     *,
-    level: float = 0.95,  # confidence level
-    seed: int = 0,  # of the interval of the ECE
-    minimum: int = 10,  # samples below which a number is suppressed
     pooled: bool = False,  # also the AUROC over all findings pooled
 ) -> pd.DataFrame:  # metrics table
     """Compute every metric per model, arm and subgroup.
@@ -984,20 +979,20 @@ def measure(
     1.0
     """
     rows, out = answer_table(plan, predictions), []
-    how = dict(level=level, minimum=minimum)
+    how = dict(level=boot.level, minimum=boot.minimum)
     for model, mine in rows.groupby('model', sort=True):
         for name, part in subgroups(mine, plan.attrs.get('strata', [])):
             cells = Cells(part)
             got = term_rows(all_terms(cells), cells.dyads, **how) + _with_minimum(
-                chance_rows(cells), minimum
+                chance_rows(cells), boot.minimum
             )
             if name == 'all' or name.startswith(('finding=', 'variant=')):
-                got += curve_rows(cells, **how, seed=seed, pooled=pooled)
+                got += curve_rows(cells, **how, seed=boot.seed, pooled=pooled)
             if name == 'variant=unmatched':
                 got += detection_rows(cells, **how)
             out += [dict(model=model, subgroup=name, **r) for r in _with_untried(got, cells)]
     out += compare_models(next(subgroups(rows))[1], **how)
-    return metrics_table(out, plan, n_boot=n_boot, seed=seed, **how)
+    return metrics_table(out, plan, boot)
 
 
 MOST_UNTRIED = 0.05  # share of an arm's trials without any answer up to which there are verdicts

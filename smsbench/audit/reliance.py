@@ -161,7 +161,6 @@ def decide(
     lends_other=None,  # (n,) patient who lent for `other`; None: nobody to be counted
     lends_same=None,  # (n,) patient who lent for `same`
     strict: float = 1.0,  # by how much the stated error rates are divided
-    **_,  # n_boot, seed: what callers that resample pass along
 ) -> dict:  # a verdict record, see `record`
     "One verdict from two paired movements."
     other, same = np.asarray(other, float), np.asarray(same, float)

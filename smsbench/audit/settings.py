@@ -18,13 +18,14 @@ from .runner import PART_SIZE, part_path, score_plan
 from .paraphrases import read_wordings
 from ..vlm.model import Answer
 from ..privacy import read_table
+from ..resampling import Bootstrap
 
 _all_ = ['check_model', 'model_name', 'open_model']  # their place in the version before
 
 # %% ../../nbs/35_audit/170_settings.ipynb #79e22dd4
 @dataclass(frozen=True, kw_only=True)
 class Wordings:
-    "Where rewordings of the questions come from."
+    "What every kind of settings has: where rewordings of the questions come from, and `boot`."
 
     paraphrases: int | str = 0  # rewordings per question by rule; 'cohort': those in its rows
     wordings: str = ''  # CSV file with rewordings of one's own, see `smsbench.audit.paraphrases`
@@ -34,6 +35,12 @@ class Wordings:
             raise InputError(
                 'rewordings come by rule, from the cohort, or from a file: name one of them'
             )
+        _ = self.boot  # refused now, not when the models have answered
+
+    @property
+    def boot(self):
+        "The resampling, from n_boot, seed and minimum of the settings."
+        return Bootstrap.of(vars(self))
 
     @property
     def worded(self):

@@ -28,6 +28,7 @@ from smsbench.audit.metrics import (
 )
 from .reliance import bounds_of, decide, nothing, record, word_for
 from .plan import any_image_words, FEWEST, UNKNOWN
+from ..resampling import takes_bootstrap
 
 _all_ = ['decide']  # what a user of verdicts needs in one place
 
@@ -318,13 +319,13 @@ def _families(keys, family):
     return [[k for k in keys if group(k) == g] for g in dict.fromkeys(map(group, keys))]
 
 # %% ../../nbs/35_audit/150_verdicts.ipynb #ee2c9fb3
+@takes_bootstrap
 def give_verdicts(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of one or more models
     delivery: dict,  # what `prove_delivery` found
     margin: float = 0.05,  # the smallest movement that matters
-    n_boot: int = 2000,  # not used any more: the bounds need no resampling
-    seed: int = 0,  # not used any more
+    *,
     family: str = 'run',  # over which verdicts the error rates hold, see `FAMILIES`
     margin_reason: str = '',  # why the margin is what it is
 ) -> dict:  # 'models' (name -> record), 'margin', 'margin_reason', 'family'

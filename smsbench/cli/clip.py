@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from ..core import InputError
+from ..resampling import Bootstrap
 from smsbench.cli.app import (
     BootOption,
     JsonOption,
@@ -325,12 +326,12 @@ def evaluate(
         few_shots=() if test else (1, 2, 4, 8, 16),
         picture=picture,
         device=device,
-        n_boot=n_boot,
+        boot=Bootstrap(n_boot),
     )
     pair = None
     if against:
         both_unseen, both = unseen(model, films, seen)[0], ((model, pretrained), (against, ''))
-        pair = compare_models(*both, both_unseen, out, words, device, n_boot)
+        pair = compare_models(*both, both_unseen, out, words, device, Bootstrap(n_boot))
     text = [
         _rows(result.metrics, _WHOLE),
         *result.notes,
@@ -357,7 +358,7 @@ def compare_models(
     out: Path,  # run directory; comparison.parquet and tables/comparison.csv are written
     prompts=None,  # for both; None uses each model's own
     device: str = 'auto',  # device of the models
-    n_boot: int = 1000,  # resamples of patients
+    boot: Bootstrap = Bootstrap(1000),  # resampling of patients
 ):  # metrics table of `smsbench.clip.compare.compare`; attrs: weights of both
     """Compare two models on the same films, with paired intervals.
 
@@ -389,7 +390,7 @@ def compare_models(
             limits,
             names,
             kind=films.kind,
-            n_boot=n_boot,
+            boot=boot,
         ),
         tested,
     )

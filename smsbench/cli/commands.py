@@ -15,6 +15,7 @@ import typer
 
 from .. import __version__
 from ..core import InputError, RunError
+from ..resampling import Bootstrap
 from smsbench.cli import (
     attend as attend_verbs,
     clip as clip_verbs,
@@ -494,7 +495,7 @@ def published(
     from smsbench.report.html import render
     from smsbench.published.reanalysis import findings, reanalyse
 
-    table, faults = reanalyse(results, dataset, out, n_boot=n_boot, seed=seed)
+    table, faults = reanalyse(results, dataset, out, boot=Bootstrap(n_boot, seed=seed))
     page, found = (
         render(
             'sms_published',

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ..core import InputError
+from ..resampling import Bootstrap
 from .app import BootOption, JsonOption, OutOption, RootOption, say, split_list
 from smsbench.cli.clip import (
     ByOption,
@@ -112,13 +113,14 @@ def explain(
     _same_run(run, config)
     readings = None if marks is None else read_marks(marks)
     marked = marked_images(films, readings, called, limit=limit, seed=seed)
+    boot = Bootstrap(n_boot)
     result = explain_images(
         clip,
         marked,
         method,
         prompts=words,
         n_cascade=8,
-        n_boot=n_boot,
+        boot=boot,
         seed=seed,
         layer=layer,
         show=True,
@@ -378,15 +380,15 @@ def ssa(
         **about,
     )
     _same_run(run, config)
+    boot = Bootstrap(n_boot, seed=seed)
     result = analyse(
         ask,
         asked,
         split_list(steps),
         wording=wording,
         most_orders=most_orders,
-        seed=seed,
         show=True,
-        n_boot=n_boot,
+        boot=boot,
     )
     run.freeze(config)
     result, table = _save_ssa(run, result, access, left)

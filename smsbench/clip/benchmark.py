@@ -43,6 +43,7 @@ from .towers import shuffled, stages
 from .config import RUNTIME_ONLY, TrainSettings
 from .trainer import Trained, train
 from ..privacy import access_of, read_table, shareable, write_table
+from ..resampling import Bootstrap, takes_bootstrap
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #2d95d1e8
 def open_images(
@@ -137,7 +138,7 @@ def probe_metrics(
     *,
     val: str = 'val',  # split for choosing
     test: str = 'test',  # split for testing
-    **how,  # model, minimum, n_boot, level, seed of `classification_metrics`
+    boot: Bootstrap = Bootstrap(1000),  # resampling, see `classification_metrics`
 ) -> pd.DataFrame:  # metrics table, arms linear_probe and knn
     "Measure probes on frozen embeddings; `InputError` where splits share patients."
     parts = [embed(clip, images.select(s)) for s in (train, val, test)]
@@ -154,9 +155,10 @@ def probe_metrics(
             tested.targets,
             tested.table.patient_id,
             limits,
-            arm=arm,
-            kind=images.kind,
-            **{'model': clip.name, **how},
+            clip.name,
+            arm,
+            images.kind,
+            boot,
         )
 
     found = [
@@ -179,6 +181,7 @@ class Benchmark(NamedTuple):
     spaces: dict  # model -> `Embedded` test images
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #da154cda
+@takes_bootstrap
 def benchmark(
     clip: Clip,  # the original model, in fp32; training changes it
     images: Images,  # with splits train, val and test
@@ -187,33 +190,30 @@ def benchmark(
     settings: TrainSettings | None = None,  # settings of the training; None: no training
     prompts: dict | None = None,  # None: the default ones
     test: str = 'test',  # split for testing
-    n_boot: int = 1000,  # resamples of patients
-    minimum: int = 10,  # fewest images for a number to be reported
-    seed: int = 0,  # of the resampling
+    boot: Bootstrap = Bootstrap(1000),  # resampling of patients; minimum: images of a number
 ) -> Benchmark:
     "Run zero-shot, probes, training and zero-shot again, and write metrics.parquet."
     prompts = prompts_for(images) if prompts is None else prompts
-    run, how = Run(out), dict(n_boot=n_boot, minimum=minimum, seed=seed)
+    run = Run(out)
     val, first = (
         (settings.val_split if settings else 'val'),
         (settings.train_split if settings else 'train'),
     )
-    before = evaluate(clip, images, run / 'before', prompts=prompts, val=val, test=test, **how)
+    before = evaluate(clip, images, run / 'before', prompts=prompts, val=val, test=test, boot=boot)
     tables, spaces = (
-        [before.metrics, probe_metrics(clip, images, first, val=val, test=test, **how)],
+        [before.metrics, probe_metrics(clip, images, first, val=val, test=test, boot=boot)],
         {clip.name: embed(clip, images.select(test))},
     )
     fitted = after = None
     if settings is not None:
         fitted = train(images, clip, settings, out=run / 'training', prompts=prompts)
         best = best_of(fitted, clip)
-        after = evaluate(best, images, run / 'after', prompts=prompts, val=val, test=test, **how)
+        after = evaluate(
+            best, images, run / 'after', prompts=prompts, val=val, test=test, boot=boot
+        )
         tables.append(after.metrics.assign(arm='trained'))
         spaces[best.name] = embed(best, images.select(test))
-    tables += [
-        space_metrics(e, name, minimum, n_boot=min(n_boot, 200), seed=seed)
-        for name, e in spaces.items()
-    ]
+    tables += [space_metrics(e, name, boot.at_most(200)) for name, e in spaces.items()]
     metrics = validate(pd.concat(tables, ignore_index=True), 'metrics')
     allowed = shareable(metrics, access_of(images, 'the films'))
     write_table(allowed, run / 'metrics.parquet', 'metrics')
@@ -353,6 +353,7 @@ class Explained(NamedTuple):
     cascade: pd.DataFrame  # metrics table; empty if not requested
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #5ea0fabd
+@takes_bootstrap
 def explain_images(
     clip: Clip,  # a loaded model
     marked: Marked,  # from `marked_images`
@@ -361,7 +362,7 @@ def explain_images(
     prompts: dict | None = None,  # None: the default ones
     n_curves: int = 20,  # number of maps for deletion and insertion curves
     n_cascade: int = 0,  # number of maps for the shuffling of weights from the top down
-    n_boot: int = 1000,  # resamples of patients
+    boot: Bootstrap = Bootstrap(1000),  # resampling of patients; nothing is suppressed here
     seed: int = 0,  # of shuffled weights, random orders, and the selection of maps
     layer: str = '',  # Grad-CAM: another module of the image tower
     show: bool = False,  # progress bar
@@ -387,18 +388,18 @@ def explain_images(
 
     curves = perturbation_curves(clip, **of(full[:n_curves]))
     metrics = [
-        agreement_metrics(rows, between_readers(marked.readings), clip.name, n_boot=n_boot),
-        faithfulness_metrics(curve_areas(curves), clip.name, ('finding',), n_boot=n_boot),
+        agreement_metrics(rows, between_readers(marked.readings), clip.name, boot=boot),
+        faithfulness_metrics(curve_areas(curves), clip.name, ('finding',), boot=boot),
     ]
     fading = pd.DataFrame()
     if n_cascade:
         steps = cascade(clip, **of(full[:n_cascade]), layer=layer)
-        fading = cascade_metrics(steps, clip.name, n_boot)
+        fading = cascade_metrics(steps, clip.name, boot)
     return Explained(
         validate(pd.concat(metrics, ignore_index=True), 'metrics'),
         rows,
         curves,
-        _over_thresholds(marked.readings, held, blind, n_boot),
+        _over_thresholds(marked.readings, held, blind, boot),
         marked,
         held,
         fading,
@@ -423,7 +424,7 @@ def _cases(clip, marked, prompts):
     )
 
 
-def _over_thresholds(readings, held, blind, n_boot):
+def _over_thresholds(readings, held, blind, boot):
     keys = list(zip(readings.table.film_id, readings.table.finding))
     return iou_curves(
         [held[k] for k in keys],
@@ -431,7 +432,7 @@ def _over_thresholds(readings, held, blind, n_boot):
         readings.table,
         others=dict(shuffled=[blind[k] for k in keys]),
         smooth=True,
-        n_boot=n_boot,
+        boot=boot,
     )
 
 # %% ../../nbs/50_clip/280_benchmark.ipynb #95805e22

@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 
 from ..core import InputError, validate
 from ..privacy import note_cells
-from ..resampling import bootstrap_rows, bounded_ends, widest
+from ..resampling import Bootstrap, bootstrap_rows, bounded_ends, takes_bootstrap, widest
 from ..stats import combined_ends, holm, mcnemar_clustered, paired_difference, suppress
 from .evaluate import NAMES, class_floors, class_grid, grid_sides, macro_number
 from .zero_shot import cells
@@ -58,6 +58,7 @@ def _apart(one, other, m):
     return np.array(each).T
 
 # %% ../../nbs/50_clip/220_compare.ipynb #dcad8e81
+@takes_bootstrap
 def compare(
     first,  # (N, C) DataFrame of probabilities of one model
     second,  # (N, C) of the other, for the same images in the same order
@@ -67,10 +68,7 @@ def compare(
     names=('first', 'second'),  # of the models
     arm: str = 'zero_shot',  # how the scores were made
     kind: str = '',  # 'multilabel' or 'multiclass'; '' takes that of the scores
-    minimum: int = 10,  # fewest images for a number to be reported
-    n_boot: int = 1000,  # resamples of patients
-    level: float = 0.95,  # confidence level
-    seed: int = 0,  # of the resampling
+    boot: Bootstrap = Bootstrap(1000),  # resampling of patients; minimum: images of a number
 ) -> pd.DataFrame:  # metrics table of model 'first − second'
     """Compute paired differences of two models.
 
@@ -89,8 +87,7 @@ def compare(
         c.predict(t) if t is not None or c.kind == 'multiclass' else None
         for c, t in zip(both, thresholds)
     ]
-    how = dict(n_boot=n_boot, level=level, seed=seed)
-    found = [*_per_class(both, predicted, how), *_decisions(both, predicted, how)]
+    found = [*_per_class(both, predicted, boot), *_decisions(both, predicted, boot)]
     pair = dict(model=' − '.join(names), first=names[0], second=names[1])
     rows = [
         dict(
@@ -106,16 +103,17 @@ def compare(
             n_effective=i.n_effective,
             **note_cells(i.note, note),
         )
-        for m, g, i, note in ((m, g, suppress(i, minimum=minimum), note) for m, g, i, note in found)
+        for m, g, whole, note in found
+        for i in [suppress(whole, minimum=boot.minimum)]
     ]
     return validate(pd.DataFrame(rows), 'metrics')
 
 
-def _per_class(both, predicted, how):
+def _per_class(both, predicted, boot):
     "Yield (metric, subgroup, interval, note) per class and macro."
     c = both[0]
     names, K = (NAMES if predicted[0] is not None else NAMES[:3])[1:], len(c.classes) + 1
-    ci = _class_differences(both, predicted, how)
+    ci = _class_differences(both, predicted, boot)
     for j, m in enumerate(names):
         per = [ci[j * K + i] for i in range(K - 1)]
         for i, name in enumerate(c.classes):
@@ -137,7 +135,7 @@ def _per_class(both, predicted, how):
         )
 
 
-def _class_differences(both, predicted, how):
+def _class_differences(both, predicted, boot):
     "Compute intervals of the differences of all metrics, per class and as mean over classes."
     c, decided = both[0], predicted[0] is not None
 
@@ -159,15 +157,15 @@ def _class_differences(both, predicted, how):
         of,
         [both[0].scores, both[1].scores, c.truth, *(predicted if decided else [])],
         c.patients,
+        boot=boot,
         bounds=(-1, 1),
         batched=True,
         used=used.reshape(len(used), -1, 4),
         floor=floor,
-        **how,
     )
 
 
-def _decisions(both, predicted, how):
+def _decisions(both, predicted, boot):
     """Compute differences in accuracy, with McNemar's test.
 
     They are per class, or over all where classes exclude each other.
@@ -181,7 +179,7 @@ def _decisions(both, predicted, how):
         yield (
             'accuracy',
             'all',
-            paired_difference(*right, c.patients[k], **how),
+            paired_difference(*right, c.patients[k], boot=boot),
             f'p (McNemar) = {mcnemar_clustered(*right, c.patients[k]):.3g}',
         )
         return
@@ -193,7 +191,7 @@ def _decisions(both, predicted, how):
         out.append(
             (
                 name,
-                paired_difference(*right, c.patients[k], **how),
+                paired_difference(*right, c.patients[k], boot=boot),
                 mcnemar_clustered(*right, c.patients[k]),
             )
         )

@@ -10,6 +10,7 @@ import numpy as np, pandas as pd
 
 from ..calibration import reliability_curve
 from ..core import InputError
+from ..resampling import Bootstrap
 from .zero_shot import cells
 
 # %% ../../nbs/50_clip/230_curves.ipynb #8b4d960e
@@ -141,12 +142,13 @@ def reliability_curves(
     targets,  # (N, C) 1, 0, NaN: unknown
     patients,  # (N,) patient of each image
     kind: str = '',  # '' takes that of the scores
-    **how,  # n_bins, scheme, minimum, n_boot, level, seed of `reliability_curve`
+    boot: Bootstrap = Bootstrap(),  # resampling; minimum: rows of the smallest bin reported
+    **how,  # n_bins, scheme of `reliability_curve`
 ) -> pd.DataFrame:  # class, then the columns of `reliability_curve`
     "Compute the reliability curve of every class."
     c = cells(scores, targets, patients, kind=kind)
     parts = [
-        reliability_curve(c.scores[k, i], c.truth[k, i], c.patients[k], **how).assign(
+        reliability_curve(c.scores[k, i], c.truth[k, i], c.patients[k], boot=boot, **how).assign(
             **{'class': name}
         )
         for i, (name, k) in enumerate(zip(c.classes, c.known.T))

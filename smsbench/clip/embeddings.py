@@ -10,7 +10,7 @@ import numpy as np, pandas as pd
 
 from ..core import InputError, validate
 from ..privacy import note_cells
-from ..resampling import bootstrap_rows
+from ..resampling import Bootstrap, bootstrap_rows
 from .linear_probe import Embedded
 
 # %% ../../nbs/50_clip/210_embeddings.ipynb #984ff109
@@ -89,15 +89,11 @@ def _fisher(w, size, means):
 def space_metrics(
     data: Embedded,  # held-out images, from `clip.linear_probe`
     model: str = 'clip',  # name in the table
-    minimum: int = 10,  # fewest images per side or class
-    *,
-    n_boot: int = 200,  # resamples of patients
-    level: float = 0.95,  # confidence level
-    seed: int = 0,  # of the resampling
+    boot: Bootstrap = Bootstrap(200),  # resampling; minimum: images per side or class
 ) -> pd.DataFrame:  # metrics table: `MEASURES`; subgroup class=NAME or subset=exclusive
     "Measure the separation of classes, with intervals over patients."
     x, rows = unit_rows(data.x), []
-    for group, at, label, note in labellings(data, minimum):
+    for group, at, label, note in labellings(data, boot.minimum):
         ci = [None] * len(MEASURES)
         if len(set(label)) > 1:
             # it needs images of every class
@@ -106,9 +102,7 @@ def space_metrics(
                 lambda x, y, w: space_values(x, y.astype(int), w),
                 [x[at], label],
                 data.patients[at],
-                n_boot=n_boot,
-                level=level,
-                seed=seed,
+                boot=boot,
                 bounds=_BOUNDS,
                 batched=True,
                 used=sides[..., sides.any((0, 1))],

@@ -16,7 +16,15 @@ import numpy as np, pandas as pd
 
 from ..core import Run, moved, validate, write_json
 from ..calibration import brier, ece
-from ..resampling import bootstrap_rows, bounded_ends, by_owner, effective_number, together
+from smsbench.resampling import (
+    Bootstrap,
+    bootstrap_rows,
+    bounded_ends,
+    by_owner,
+    effective_number,
+    takes_bootstrap,
+    together,
+)
 from smsbench.stats import (
     auroc,
     auroc_ends,
@@ -345,6 +353,7 @@ def mean_floors(
     return np.stack([of(m) for m in range(len(floors.values))], 1)
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #62364274
+@takes_bootstrap
 def classification_metrics(
     scores,  # (N, C) DataFrame of probabilities
     targets,  # (N, C) 1, 0, NaN: unknown
@@ -353,10 +362,7 @@ def classification_metrics(
     model: str = 'clip',  # name in the table
     arm: str = 'zero_shot',  # how the scores were made
     kind: str = '',  # 'multilabel' or 'multiclass'; '' takes that of the scores
-    minimum: int = 10,  # fewest images for a number to be reported
-    n_boot: int = 1000,  # resamples of patients
-    level: float = 0.95,  # confidence level
-    seed: int = 0,  # of the resampling
+    boot: Bootstrap = Bootstrap(1000),  # resampling of patients; minimum: images of a number
 ) -> pd.DataFrame:  # metrics table
     """Compute classification metrics with intervals over patients.
 
@@ -368,11 +374,10 @@ def classification_metrics(
     if thresholds is not None:
         thresholds.check(c.patients, getattr(scores, 'attrs', None))
     predicted = c.predict(thresholds) if thresholds is not None or c.kind == 'multiclass' else None
-    how = dict(n_boot=n_boot, level=level, seed=seed)
     found = [
-        *_class_intervals(c, predicted, how),
-        *_image_intervals(c, predicted, how),
-        *_calibration_intervals(c, how),
+        *_class_intervals(c, predicted, boot),
+        *_image_intervals(c, predicted, boot),
+        *_calibration_intervals(c, boot),
     ]
     rows = [
         dict(
@@ -388,15 +393,16 @@ def classification_metrics(
             n_effective=i.n_effective,
             **note_cells(i.note, *(note if isinstance(note, tuple) else (note,))),
         )
-        for m, g, i, note in ((m, g, suppress(i, minimum=minimum), note) for m, g, i, note in found)
+        for m, g, whole, note in found
+        for i in [suppress(whole, minimum=boot.minimum)]
     ]
     return validate(pd.DataFrame(rows), 'metrics')
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #8d2467aa
-def _class_intervals(c, predicted, how):
+def _class_intervals(c, predicted, boot):
     "Yield (metric, subgroup, interval, note) per class and macro, from one resampling."
     names, K = NAMES[:3] if predicted is None else NAMES, len(c.classes) + 1
-    ci = _class_bootstrap(c, predicted, how)
+    ci = _class_bootstrap(c, predicted, boot)
     n, left = c.known.sum(0), (~c.known).sum(0)
     patients = [len(set(c.patients[k])) for k in c.known.T]
     for j, m in enumerate(names):
@@ -417,7 +423,7 @@ def _class_intervals(c, predicted, how):
         )
 
 
-def _class_bootstrap(c, predicted, how):
+def _class_bootstrap(c, predicted, boot):
     "Compute intervals of every metric of every class and of the mean over classes."
     held = [c.scores, c.truth, *([] if predicted is None else [predicted])]
 
@@ -436,11 +442,11 @@ def _class_bootstrap(c, predicted, how):
         of,
         held,
         c.patients,
+        boot=boot,
         bounds=(0, 1),
         batched=True,
         used=used.reshape(len(used), -1, 2),
         floor=floor,
-        **how,
     )
 
 
@@ -461,7 +467,7 @@ def macro_number(per):
     return float(len(number) / (1 / number).sum()) if len(number) and number.all() else 0.0
 
 
-def _image_intervals(c, predicted, how):
+def _image_intervals(c, predicted, boot):
     "Yield (metric, subgroup, interval, note) of the metrics per image."
     values = image_values(c, predicted)
     ci = together(
@@ -469,18 +475,18 @@ def _image_intervals(c, predicted, how):
             mean(v, rows, (0, len(c.classes)) if m == 'coverage_error' else (0, 1), name=m)
             for m, (v, rows, _) in values.items()
         )
-    ).bootstrap(c.patients, **how)
+    ).bootstrap(c.patients, boot)
     for (m, (_, _, note)), i in zip(values.items(), ci):
         yield m, 'all', i, note
 
 
-def _calibration_intervals(c, how):
+def _calibration_intervals(c, boot):
     "Yield calibration error and Brier score, per class and over all, of probabilities."
     if c.scores.min() < 0 or c.scores.max() > 1:
         return
 
     def both(p, y, patients):
-        return together(ece(p, y), brier(p, y)).bootstrap(patients, **how)
+        return together(ece(p, y), brier(p, y)).bootstrap(patients, boot)
 
     for i, (name, k) in enumerate(zip(c.classes, c.known.T)):
         if k.any():
@@ -509,6 +515,7 @@ class Evaluated(NamedTuple):
     thresholds: Thresholds | None  # None for exclusive classes
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #f2db89fb
+@takes_bootstrap
 def evaluate(
     clip,  # a loaded model
     images,  # `Images` of a cohort, with the splits named below
@@ -518,11 +525,12 @@ def evaluate(
     thresholds=None,  # existing `Thresholds`; None: chosen on the validation images
     val: str = 'val',  # split for choosing thresholds
     test: str = 'test',  # split for testing
-    **how,  # model, minimum, n_boot, level, seed of `classification_metrics`
+    model: str = '',  # name in the table; '' takes the model's
+    boot: Bootstrap = Bootstrap(1000),  # resampling, see `classification_metrics`
 ) -> Evaluated:
     """Evaluate a model zero-shot on images.
 
-    >>> evaluated = evaluate(clip, images, n_boot=200)
+    >>> evaluated = evaluate(clip, images, boot=Bootstrap(200))
     """
     prompts = prompts_for(images) if prompts is None else prompts
     if thresholds is None and images.kind == 'multilabel':
@@ -538,7 +546,8 @@ def evaluate(
             tested.targets,
             tested.table.patient_id,
             thresholds,
-            **{'model': clip.name, **how},
+            model or clip.name,
+            boot=boot,
         ),
         scores,
         tested.targets,

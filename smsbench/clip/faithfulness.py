@@ -15,6 +15,7 @@ from .explain import Explanation, explain_many, target
 from .model import Clip, asking, grid_of, to_pixels
 from .towers import shuffled, stages
 from ..privacy import Note, note_cells
+from ..resampling import Bootstrap, takes_bootstrap
 from ..stats import mean
 from ..saliency.metrics import centre_prior, iou_curve, mass_inside, pixel_auroc, pointing
 
@@ -150,7 +151,7 @@ def iou_curves(
     *,
     others: dict | None = None,  # "
     smooth: bool = False,  # "
-    n_boot: int = 500,  # resamples of patients
+    boot: Bootstrap = Bootstrap(500),  # resampling of patients
 ) -> pd.DataFrame:  # map, threshold (of the map's maximum), value (IoU), ci_low, ci_high, n
     "Compute the IoU over all thresholds, with intervals over patients."
     cases = [
@@ -164,7 +165,7 @@ def iou_curves(
     for n in cases[0][1]:
         held = [(p, iou_curve(r[n], m, steps)) for p, r, m in cases if np.nansum(r[n]) > 0]
         for t, column in zip(steps, np.transpose([c for _, c in held]) if held else ()):
-            i = mean(column, bounds=(0, 1)).bootstrap(np.array([p for p, _ in held]), n_boot)
+            i = mean(column, bounds=(0, 1)).bootstrap(np.array([p for p, _ in held]), boot)
             rows.append(
                 dict(
                     map=n,
@@ -178,12 +179,13 @@ def iou_curves(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #4994beda
+@takes_bootstrap
 def localisation_metrics(
     rows: pd.DataFrame,  # from `localise`
     model: str = 'clip',  # name in the table
     by=('finding',),  # columns to group by
     *,
-    n_boot: int = 2000,  # resamples of patients
+    boot: Bootstrap = Bootstrap(),  # resampling of patients; nothing is suppressed here
 ) -> pd.DataFrame:  # metrics table, arm: map
     """Compute localisation metrics with intervals over patients.
 
@@ -195,11 +197,11 @@ def localisation_metrics(
         raise InputError(f'the rows have no column {gone[0]!r}')
     parts = [('all', rows)] + [(f'{c}={v}', g) for c in by for v, g in rows.groupby(c, sort=True)]
     return table_of(
-        [line for name, part in parts for line in _lines(part, model, name, n_boot, note)]
+        [line for name, part in parts for line in _lines(part, model, name, boot, note)]
     )
 
 
-def _lines(part, model, subgroup, n_boot, note):
+def _lines(part, model, subgroup, boot, note):
     own = [c for c in part if c not in ('map', 'size', 'shown', *NUMBERS)]
     wide = {n: g.reset_index(drop=True) for n, g in part.groupby('map', sort=False)}
     base = wide['map']
@@ -218,7 +220,7 @@ def _lines(part, model, subgroup, n_boot, note):
                 values=g[k],
                 patients=base.patient_id,
                 bounds=(0, 1),
-                n_boot=n_boot,
+                boot=boot,
                 note=note,
                 exact=(k, n) == ('auroc', 'uniform'),
             )
@@ -231,7 +233,7 @@ def _lines(part, model, subgroup, n_boot, note):
                     values=base[k] - g[k],
                     patients=base.patient_id,
                     bounds=(-1, 1),
-                    n_boot=n_boot,
+                    boot=boot,
                     note=note,
                 )
 
@@ -245,7 +247,7 @@ def metric_line(
     values,  # (n,) numbers; NaN is ignored
     patients,  # (n,) clusters
     bounds=(-np.inf, np.inf),  # range of the numbers
-    n_boot: int = 2000,  # resamples
+    boot: Bootstrap = Bootstrap(),  # resampling of patients; nothing is suppressed here
     note='',  # text, or `Note` where it states counts
     exact: bool = False,  # the number is fixed by definition and has no interval
 ) -> dict:  # a line of the metrics table
@@ -253,7 +255,7 @@ def metric_line(
     values = np.asarray(values, float)
     known = ~np.isnan(values)
     i = (
-        mean(values, known, bounds, name=metric).bootstrap(np.asarray(patients), n_boot)
+        mean(values, known, bounds, name=metric).bootstrap(np.asarray(patients), boot)
         if known.any()
         else None
     )
@@ -435,12 +437,13 @@ def curve_areas(
     return out
 
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #a2b17e1f
+@takes_bootstrap
 def faithfulness_metrics(
     areas: pd.DataFrame,  # from `curve_areas`
     model: str = 'clip',  # name in the table
     by=(),  # columns to group by
     *,
-    n_boot: int = 2000,  # resamples of patients
+    boot: Bootstrap = Bootstrap(),  # resampling of patients; nothing is suppressed here
 ) -> pd.DataFrame:  # metrics table
     """Compute areas and gains with intervals over patients.
 
@@ -466,7 +469,7 @@ def faithfulness_metrics(
                         values=h.area,
                         patients=h.patient_id,
                         bounds=bounds,
-                        n_boot=n_boot,
+                        boot=boot,
                         note=note,
                     )
                 )
@@ -481,7 +484,7 @@ def faithfulness_metrics(
                             values=gain,
                             patients=h.patient_id,
                             bounds=(bounds[0] - bounds[1], bounds[1] - bounds[0]),
-                            n_boot=n_boot,
+                            boot=boot,
                             note=note,
                         )
                     )
@@ -565,10 +568,11 @@ def cascade(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #78f1ea3b
+@takes_bootstrap
 def cascade_metrics(
     rows: pd.DataFrame,  # from `cascade`
     model: str = 'clip',  # name in the table
-    n_boot: int = 2000,  # resamples of patients
+    boot: Bootstrap = Bootstrap(),  # resampling of patients; nothing is suppressed here
 ) -> pd.DataFrame:  # metrics table: spearman and ssim per stage (arm)
     """Average the similarity per stage, with intervals over patients.
 
@@ -588,7 +592,7 @@ def cascade_metrics(
                 values=g[k],
                 patients=g.patient_id,
                 bounds=(-1, 1),
-                n_boot=n_boot,
+                boot=boot,
                 note=note,
                 exact=bool((g.depth == 0).all()),
             )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 
 from ..core import InputError
-from ..resampling import bootstrap_rows, bounded_ends, by_owner, effective_number
+from ..resampling import Bootstrap, bootstrap_rows, bounded_ends, by_owner, effective_number
 from ..stats import auroc, auroc_influence, combined_ends
 from .zero_shot import cells
 
@@ -247,9 +247,7 @@ def few_shot(
     shots=(1, 2, 4, 8, 16),  # images per side (class present / absent) or per class
     seeds: int = 5,  # draws per number of shots
     strengths=(0.01, 0.1, 1.0, 10.0, 100.0),  # values of C to try
-    n_boot: int = 500,  # resamples of test patients
-    level: float = 0.95,  # confidence level
-    seed: int = 0,  # of the draws and of the resampling
+    boot: Bootstrap = Bootstrap(500),  # resampling of test patients; its seed also of the draws
 ) -> pd.DataFrame:  # one row per number of shots
     """Compute a few-shot curve; `InputError` where the three sets share patients.
 
@@ -259,12 +257,12 @@ def few_shot(
     apart(train, val, test)
     rows = []
     for k in shots:
-        drawn = [_draw(train, k, np.random.default_rng([seed, k, s])) for s in range(seeds)]
+        drawn = [_draw(train, k, np.random.default_rng([boot.seed, k, s])) for s in range(seeds)]
         if any(d is None for d in drawn):
             rows.append(dict(shots=k, note='too few training films'))
             continue
         C, fitted = _best_fits(drawn, val, strengths)
-        rows.append(dict(shots=k, C=C, **_measured(fitted, test, n_boot, level, seed)))
+        rows.append(dict(shots=k, C=C, **_measured(fitted, test, boot)))
     columns = 'shots value ci_low ci_high seed_low seed_high C n n_clusters note'
     return pd.DataFrame(rows, columns=columns.split())
 
@@ -276,7 +274,7 @@ def _best_fits(drawn, val, strengths):
     return C, tried[C]
 
 
-def _measured(probes, test, n_boot, level, seed):
+def _measured(probes, test, boot):
     "Compute the macro AUROC on the test images: mean, interval, range over the draws."
     seeds = len(probes)
     scores = np.stack([p.scores(test.x).to_numpy() for p in probes], 1)  # (N, seeds, C)
@@ -285,9 +283,7 @@ def _measured(probes, test, n_boot, level, seed):
         lambda s, y, w: np.nanmean(_macro_auroc(s.reshape(len(y), seeds, -1), y, w), 1),
         [scores.reshape(len(test.x), -1), test.y],
         test.patients,
-        n_boot=n_boot,
-        level=level,
-        seed=seed,
+        boot=boot,
         bounds=(0, 1),
         batched=True,
         floor=lambda s, y, owner, tail: _macro_auroc_ends(

@@ -17,6 +17,7 @@ from ..core import InputError, read_json
 from .faithfulness import localisation_metrics, localise, metric_line, table_of
 from ..data.boxes import as_box
 from ..data.images import is_missing, read_image
+from ..resampling import Bootstrap, takes_bootstrap
 from ..saliency.metrics import region
 
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #63de7f2e
@@ -622,17 +623,16 @@ def _centre_in(a, b):
     return float(b[y, x])
 
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #51da875d
+@takes_bootstrap
 def agreement_metrics(
     rows: pd.DataFrame,  # from `agreement`
     pairs: pd.DataFrame,  # from `between_readers`; may be empty
     model: str = 'clip',  # what the lines are called
     *,
-    n_boot: int = 2000,  # resamples of patients
+    boot: Bootstrap = Bootstrap(),  # resampling of patients; nothing is suppressed here
 ) -> pd.DataFrame:  # metrics table as of `localisation_metrics`, and between readers
     "Compute agreement metrics with intervals over patients."
-    lines = localisation_metrics(rows, model, ('finding', 'reader'), n_boot=n_boot).to_dict(
-        'records'
-    )
+    lines = localisation_metrics(rows, model, ('finding', 'reader'), boot=boot).to_dict('records')
     own = rows[rows['map'] == 'map'].groupby(['film_id', 'finding']).iou_area.mean()
     for subgroup, part in (
         [('all', pairs), *((f'finding={f}', g) for f, g in pairs.groupby('finding', sort=True))]
@@ -649,7 +649,7 @@ def agreement_metrics(
                     values=g[k],
                     patients=g.patient_id,
                     bounds=(0, 1),
-                    n_boot=n_boot,
+                    boot=boot,
                 )
                 for k in ('iou', 'dice', 'pointing')
             ]
@@ -667,7 +667,7 @@ def agreement_metrics(
                 values=gap,
                 patients=among.patient_id,
                 bounds=(-1, 1),
-                n_boot=n_boot,
+                boot=boot,
             )
         )
     return table_of(lines)

@@ -12,7 +12,15 @@ import numpy as np, pandas as pd
 
 from ..core import InputError, validate
 from ..privacy import Note, note_cells
-from ..resampling import bootstrap_rows, by_owner, effective_number, exact_bounds, together
+from smsbench.resampling import (
+    Bootstrap,
+    bootstrap_rows,
+    by_owner,
+    effective_number,
+    exact_bounds,
+    takes_bootstrap,
+    together,
+)
 from ..stats import mean
 
 # %% ../../nbs/50_clip/190_retrieval.ipynb #ee50b08b
@@ -211,6 +219,7 @@ def median_ends(
     return np.quantile(x, exact_bounds(0.5, number, 1 - 2 * tail), method='inverted_cdf')
 
 # %% ../../nbs/50_clip/190_retrieval.ipynb #42488917
+@takes_bootstrap
 def retrieval_metrics(
     p: Pairs,  # image and text embeddings
     patients=None,  # (N,) patient of each image; None: one per image
@@ -218,9 +227,7 @@ def retrieval_metrics(
     *,
     model: str = 'clip',  # name in the table
     chunk: int = 256,  # queries at once
-    n_boot: int = 1000,  # resamples of patients
-    level: float = 0.95,  # confidence level
-    seed: int = 0,  # of the resampling
+    boot: Bootstrap = Bootstrap(1000),  # resampling of patients; nothing is suppressed here
 ) -> pd.DataFrame:  # metrics table
     """Compute retrieval metrics with intervals, next to chance.
 
@@ -234,7 +241,7 @@ def retrieval_metrics(
     )
     if len(who) != len(p.images):
         raise InputError(f'retrieval: {len(who)} patients for {len(p.images)} films')
-    how, rows = dict(n_boot=n_boot, level=level, seed=seed), []
+    rows = []
     for arm in ('image_to_text', 'text_to_image'):
         to_text = arm == 'image_to_text'
         ranks = retrieval_ranks(p, arm, chunk)
@@ -245,18 +252,18 @@ def retrieval_metrics(
             ('strict', ranks.strict_rank, ranks.strict_ap, own),
         ):
             about = dict(arm=arm, subgroup=f'relevance={kind}')
-            rows += _measured_rows(model, rank.to_numpy(), ap, ks, owner, about, how)
+            rows += _measured_rows(model, rank.to_numpy(), ap, ks, owner, about, boot)
             rows += _chance_rows(right, items, ks, owner, about)
     return validate(pd.DataFrame(rows), 'metrics')
 
 
-def _measured_rows(model, rank, ap, ks, owner, about, how):
+def _measured_rows(model, rank, ap, ks, owner, about, boot):
     "Return the rows of a model: recall at every k, mean average precision and median rank."
     shares = together(
         *(mean(rank <= k, bounds=(0, 1)) for k in ks), mean(ap, bounds=(0, 1))
-    ).bootstrap(owner, **how)
+    ).bootstrap(owner, boot)
     middle = bootstrap_rows(
-        _weighted_median, [rank.astype(float)], owner, batched=True, floor=median_ends, **how
+        _weighted_median, [rank.astype(float)], owner, boot=boot, batched=True, floor=median_ends
     )
     found = [*zip((*(f'recall@{k}' for k in ks), 'map'), shares), ('median_rank', middle)]
     return [
@@ -303,19 +310,21 @@ def _weighted_median(x, weights):
     return (x[order][low] + x[order][high]) / 2
 
 # %% ../../nbs/50_clip/190_retrieval.ipynb #395a8ccf
+@takes_bootstrap
 def retrieve(
     clip,  # a loaded model
     images,  # `Images` of a cohort
     batch_size: int = 64,  # images at once
     *,
     embeddings=None,  # (N, D) precomputed image embeddings
-    **how,  # ks, model, chunk, n_boot, level, seed of `retrieval_metrics`
+    boot: Bootstrap = Bootstrap(1000),  # resampling of patients; nothing is suppressed here
+    **how,  # ks, model, chunk of `retrieval_metrics`
 ) -> pd.DataFrame:  # metrics table
     """Measure retrieval between images and their reports.
 
     `InputError` where fewer than two images have a report.
 
-    >>> ranks = retrieve(clip, images.select("test"), n_boot=200)
+    >>> ranks = retrieve(clip, images.select("test"), boot=Bootstrap(200))
     """
     from smsbench.clip.dataset import read_images
     from smsbench.clip.model import image_embeddings, text_embeddings
@@ -338,4 +347,5 @@ def retrieve(
         pairs(vectors, text_embeddings(clip, table.text.tolist()), groups=groups),
         table.patient_id,
         **{'model': clip.name, **how},
+        boot=boot,
     )

@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 
 from .duplicates import chance_rate, duplicate_groups, near_duplicates
 from ..privacy import SMALL, CountFormatter
-from ..stats import bootstrap_sums
+from ..stats import Bootstrap, bootstrap_sums
 
 # %% ../../nbs/10_data/200_checks.ipynb #8d0f70b9
 SEVERITIES = ('serious', 'warning', 'note', 'ok')
@@ -478,7 +478,7 @@ def class_gap(
             sums,
             patients,
             lambda t: (t[..., 0] / t[..., 1] - t[..., 2] / t[..., 3])[..., None],
-            500,
+            Bootstrap(500),
             bounds=(-1, 1),
             used=np.stack([label == top, label == low], -1)[:, None],
         )

@@ -10,7 +10,7 @@ __all__ = ['BINS', 'RARE', 'FILM', 'ROWS', 'FOLDS', 'PATIENTS', 'N_BOOT', 'level
 import numpy as np, pandas as pd
 
 from ..core import InputError, content_hash
-from ..resampling import Interval, bootstrap_rows, by_owner
+from ..resampling import Bootstrap, Interval, bootstrap_rows, by_owner
 from ..stats import auroc, auroc_ends, auroc_influence, combined_ends, tied_share
 
 # %% ../../nbs/10_data/180_shortcuts.ipynb #3d69428e
@@ -198,8 +198,7 @@ def told_apart(
         mean,
         [*scores.T, np.asarray(y), fold],
         patients,
-        n_boot=N_BOOT,
-        seed=seed,
+        boot=Bootstrap(N_BOOT, seed=seed),
         bounds=(0, 1),
         batched=True,
         used=sides,

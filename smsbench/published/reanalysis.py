@@ -15,7 +15,7 @@ import numpy as np, pandas as pd
 
 from ..calibration import ece
 from ..core import Run, environment, read_json, write_json
-from ..resampling import Statistic, together
+from ..resampling import Bootstrap, Statistic, takes_bootstrap, together
 from .faults import faults, pair_shares, probabilities, void_arms
 from .files import ARMS, TOKENS, by_arm, find_results, read_results
 from ..stats import ratio
@@ -282,9 +282,7 @@ def _notes(sheet, arm, metric, tokens, value, n, n_published):
 def recomputed(
     rows: pd.DataFrame,  # rows of one file, from `read_results`
     found: list = (),  # its faults, from `published.faults.faults`; void arms get no figure
-    n_boot: int = 2000,  # resamples
-    *,
-    seed: int = 0,  # any integer
+    boot: Bootstrap = Bootstrap(),  # resampling; nothing is suppressed here
 ) -> pd.DataFrame:  # a row per arm, metric and tokens; missing arms included
     """Recompute the published figures of a file.
 
@@ -294,7 +292,7 @@ def recomputed(
     void = {k[2]: v for k, v in void_arms(found).items() if k[:2] == where}
     part = _partly_faulty(found, where, void)
     figures = recomputed_figures(sheet)
-    ci = together(*[f[3] for f in figures]).bootstrap(sheet.clusters, n_boot=n_boot, seed=seed)
+    ci = together(*[f[3] for f in figures]).bootstrap(sheet.clusters, boot)
     of = {
         f[:3]: (ci.value[i], ci.low[i], ci.high[i], '' if np.isnan(ci.value[i]) else ci.note[i])
         for i, f in enumerate(figures)
@@ -516,27 +514,27 @@ def _counted(found):
     return out
 
 # %% ../../nbs/40_published/30_reanalysis.ipynb #62d12f68
+@takes_bootstrap
 def reanalyse(
     results_dir,  # folder in the official layout
     dataset: str,  # dataset name, several separated by commas, or '' for all
     out,  # run directory
     *,
-    n_boot: int = 2000,  # resamples
-    seed: int = 0,  # any integer
+    boot: Bootstrap = Bootstrap(),  # resampling; nothing is suppressed here
     echo: bool = False,  # also print the log
 ) -> tuple:  # (table with the schema 'published', list of faults)
     """Reproduce, audit and recompute published result files; `InputError` if none can be used.
 
     >>> from smsbench.published.files import example_results
     >>> folder = example_results("published", n=80)
-    >>> table, faults = reanalyse(folder, "example", "reanalysed", n_boot=200)
+    >>> table, faults = reanalyse(folder, "example", "reanalysed", boot=Bootstrap(200))
     """
     files = find_results(results_dir, dataset)
     inputs = {
         f'{m}/{d}': hashlib.blake2b(Path(p).read_bytes(), digest_size=8).hexdigest()
         for m, d, p in files
     }
-    config = dict(verb='published', dataset=dataset, n_boot=n_boot, seed=seed, files=inputs)
+    config = dict(verb='published', dataset=dataset, **boot.asked, files=inputs)
     done = Path(out) / 'published.parquet'
     # read before the directory is made, so that unusable input leaves none
     rows = None if done.exists() else read_results(results_dir, dataset)
@@ -551,12 +549,8 @@ def reanalyse(
     )
     found = faults(rows)
     groups = rows.groupby(['model', 'dataset'], sort=False)
-    table = pd.concat(
-        [recomputed(g, found, n_boot, seed=seed) for _, g in groups], ignore_index=True
-    )
-    table.attrs = dict(
-        dataset=dataset, n_boot=n_boot, seed=seed, arms=ARMS, config_hash=name, files=inputs
-    )
+    table = pd.concat([recomputed(g, found, boot) for _, g in groups], ignore_index=True)
+    table.attrs = dict(dataset=dataset, **boot.asked, arms=ARMS, config_hash=name, files=inputs)
     write_json(found, run / 'faults.json')
     write_table(table, done, 'published')  # last: its presence marks a complete run
     for s in findings(table, found):

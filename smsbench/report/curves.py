@@ -9,6 +9,7 @@ __all__ = ['CURVE_ARMS', 'reliability_curves', 'reliability_figure']
 import numpy as np, pandas as pd
 
 from ..calibration import reliability_curve
+from ..resampling import Bootstrap, takes_bootstrap
 from .figures import pick, void_arms
 from .style import canvas, literal, looks, rounded, span, styled
 from ..audit.metrics import answer_table, subgroups
@@ -19,14 +20,13 @@ CURVE_ARMS = ('original', 'image_swap', 'text_swap', 'text_only', 'image_only')
 _COLUMNS = 'model arm from to prob frequency ci_low ci_high n n_clusters note'.split()
 
 
+@takes_bootstrap
 def reliability_curves(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # answers of one or more models
     arms=CURVE_ARMS,  # arms wanted; those the plan lacks are left out
     *,
-    minimum: int = 10,  # smallest bin that is shown
-    n_boot: int = 500,  # resamples of patients
-    seed: int = 0,  # of the resampling
+    boot: Bootstrap = Bootstrap(500),  # resampling of patients; minimum: rows of the smallest bin
 ) -> pd.DataFrame:  # model, arm, then the columns of `reliability_curve`
     """Compute reliability curves per model and arm.
 
@@ -41,9 +41,7 @@ def reliability_curves(
                 g.p.to_numpy(),
                 (g.label == g['first']).to_numpy(),
                 g.patient_id.to_numpy(),
-                minimum=minimum,
-                n_boot=n_boot,
-                seed=seed,
+                boot=boot,
             ).assign(model=m, arm=a)
             for (m, a), g in rows.groupby(['model', 'arm'])
         ]

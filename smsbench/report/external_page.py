@@ -38,6 +38,7 @@ from smsbench.report.clip_figures import (
     reliability_panels,
     retrieval_figure,
 )
+from ..resampling import Bootstrap, takes_bootstrap
 from .style import rounded, span
 from .tables import class_table, latex_table
 from smsbench.privacy import (
@@ -60,6 +61,7 @@ class External(NamedTuple):
     tested: int  # films that the numbers of the whole table rest on
 
 # %% ../../nbs/70_report/130_external_page.ipynb #1e9284ea
+@takes_bootstrap
 def external_validation(
     checkpoint,  # folder of `save_clip`, a path, or any name that `load_clip` knows
     cohort,  # cohort table, its `SealedCohort`, or `Images`
@@ -74,8 +76,7 @@ def external_validation(
     picture: str = 'pca',  # of the embedding space; or 'umap'
     device: str = 'auto',  # where the model runs
     batch_size: int = 64,  # images at once
-    n_boot: int = 1000,  # resamples of patients
-    seed: int = 0,  # of resampling and draws
+    boot: Bootstrap = Bootstrap(1000),  # resampling of patients; its seed also of the draws
 ) -> External:
     """Measure a checkpoint on a cohort it has not seen; `InputError` where it has.
 
@@ -111,8 +112,7 @@ def external_validation(
         splits=list(splits),
         few_shots=list(few_shots),
         picture=picture,
-        n_boot=n_boot,
-        seed=seed,
+        **boot.asked,
     )
     if (run / 'config.json').exists():
         run.freeze(config, device=device, batch_size=batch_size)
@@ -126,7 +126,7 @@ def external_validation(
         splits=splits,
         few_shots=few_shots,
         picture=picture,
-        how=dict(n_boot=n_boot, seed=seed),
+        boot=boot,
         notes=notes,
     )
     run.freeze(config, device=device, batch_size=batch_size)
@@ -330,11 +330,11 @@ def measure(
     splits=(),  # splits to measure
     few_shots=(1, 2, 4, 8, 16),  # () leaves probes out
     picture: str = 'pca',  # or 'umap'
-    how=None,  # n_boot and seed
+    boot: Bootstrap = Bootstrap(1000),  # resampling of patients; its seed also of the draws
     notes=(),  # so far
 ) -> External:
     "All parts of an external validation."
-    how, notes, table = dict(how or {}), list(notes), films.table
+    notes, table = list(notes), films.table
     local = {'train', 'val', 'test'} <= set(table.split) and bool(few_shots)
     at = np.flatnonzero(
         table.split.isin(list(splits) or (['test'] if local else list(set(table.split))))
@@ -357,11 +357,11 @@ def measure(
         )
     if thresholds is not None and (said := thresholds.check(tested.table.patient_id, scores.attrs)):
         notes.append(said)
-    parts, said = _own_parts(clip, tested, x[at], scores, thresholds, how)
+    parts, said = _own_parts(clip, tested, x[at], scores, thresholds, boot)
     notes += said
     shots = None
     if local:
-        part, shots, said = _probes(clip, films, x, few_shots, how)
+        part, shots, said = _probes(clip, films, x, few_shots, boot)
         parts += part
         notes += said
     elif few_shots:
@@ -385,16 +385,16 @@ def measure(
             tested,
             thresholds,
             shots,
-            None if access == 'credentialed' else coordinates(x[at], picture, how.get('seed', 0)),
+            None if access == 'credentialed' else coordinates(x[at], picture, boot.seed),
             access,
-            how,
+            boot,
         ),
         notes,
         len(at),
     )
 
 
-def _probes(clip, films, x, few_shots, how):
+def _probes(clip, films, x, few_shots, boot):
     """Linear probe, nearest neighbours and few-shot curve on the cohort's own splits.
 
     Returns the parts of the metrics table, the curve, and notes.
@@ -416,7 +416,7 @@ def _probes(clip, films, x, few_shots, how):
             else None
         )
         return classification_metrics(
-            scores(test.x), truth(test), test.patients, limits, clip.name, arm, **how
+            scores(test.x), truth(test), test.patients, limits, clip.name, arm, boot=boot
         )
 
     probe = linear_probe(train, val)
@@ -430,14 +430,7 @@ def _probes(clip, films, x, few_shots, how):
         notes.append('no nearest neighbours: no training film was asked about some class')
     return (
         metrics,
-        few_shot(
-            train,
-            val,
-            test,
-            few_shots,
-            n_boot=min(how.get('n_boot', 500), 500),
-            seed=how.get('seed', 0),
-        ),
+        few_shot(train, val, test, few_shots, boot=boot.at_most(500)),
         notes,
     )
 
@@ -461,7 +454,7 @@ def _full_bins(reliable, minimum):
     )
 
 
-def _shown(metrics, scores, tested, thresholds, shots, at, access, how):
+def _shown(metrics, scores, tested, thresholds, shots, at, access, boot):
     "(tables, figures) by name."
     credentialed, zero = access == 'credentialed', metrics[metrics.arm == 'zero_shot']
     hide = 10 if credentialed else 0
@@ -470,7 +463,7 @@ def _shown(metrics, scores, tested, thresholds, shots, at, access, how):
         t[t['class'].isin(held)]
         for t in (
             score_curves(scores, tested.targets),
-            reliability_curves(scores, tested.targets, tested.table.patient_id, **how),
+            reliability_curves(scores, tested.targets, tested.table.patient_id, boot=boot),
         )
     )
     if credentialed:
@@ -530,17 +523,17 @@ def _overall(metrics):
     )
 
 
-def _own_parts(clip, tested, x, scores, thresholds, how):
+def _own_parts(clip, tested, x, scores, thresholds, boot):
     "Metrics parts that need no training: zero-shot, retrieval, embedding space; and notes."
     notes = []
     parts = [
         classification_metrics(
-            scores, tested.targets, tested.table.patient_id, thresholds, clip.name, **how
+            scores, tested.targets, tested.table.patient_id, thresholds, clip.name, boot=boot
         )
     ]
     told = int((tested.table.text.str.strip() != '').sum())
     if told >= 2:
-        parts.append(retrieve(clip, tested, embeddings=x, **how))
+        parts.append(retrieve(clip, tested, embeddings=x, boot=boot))
     else:
         notes.append(
             'no retrieval: too few films have a report'
@@ -551,11 +544,7 @@ def _own_parts(clip, tested, x, scores, thresholds, how):
             )
         )
     held = embedded(x, tested.targets, tested.table.patient_id, kind=tested.kind)
-    parts.append(
-        space_metrics(
-            held, clip.name, n_boot=min(how.get('n_boot', 200), 200), seed=how.get('seed', 0)
-        )
-    )
+    parts.append(space_metrics(held, clip.name, boot.at_most(200)))
     return parts, notes
 
 

@@ -23,6 +23,7 @@ from smsbench.report.grounding_figures import (
 )
 from .html import Html, details, figure_html, html_table, join, markup
 from .audit_page import metric_table
+from ..resampling import Bootstrap
 from .style import percent, rounded, span
 from .sentences import plan_words
 from ..audit.prompts import with_article
@@ -42,8 +43,8 @@ def grounding_metrics(
     "The metrics of a run, with those of this section added where they are missing."
     if results.metrics.metric.str.startswith(('kept_share', 'ece_expected')).any():
         return results.metrics
-    how = {k: results.config[k] for k in ('n_boot', 'seed', 'minimum') if k in results.config}
-    found = measure_grounding(results.plan, results.predictions, **how)
+    boot = Bootstrap.of(results.config)
+    found = measure_grounding(results.plan, results.predictions, boot)
     return pd.concat([results.metrics, found], ignore_index=True) if len(found) else results.metrics
 
 # %% ../../nbs/70_report/220_grounding_sections.ipynb #8f97e1e6

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np, pandas as pd
 
 from ..core import InputError
-from ..stats import mean
+from ..stats import Bootstrap, mean
 from ..clip.faithfulness import NUMBERS
 from .attention_figures import draw_image
 from .figures import legend
@@ -284,7 +284,7 @@ def _band(ax, x, y, low, high, colour, label, strong):
 @styled
 def perturbation_figure(
     curves: pd.DataFrame,  # from `perturbation_curves`
-    n_boot: int = 500,  # resamples of patients
+    boot: Bootstrap = Bootstrap(500),  # resampling of patients
 ):  # Figure with `.alt`, or None where there is nothing
     "Mean score as cells disappear and come back, with intervals over patients."
     if curves.empty:
@@ -294,7 +294,7 @@ def perturbation_figure(
     score = curves.attrs.get('score', 'score')
     for ax, kind in zip(axes[0], ('deletion', 'insertion')):
         for order, g in curves[curves.kind == kind].groupby('order', sort=False):
-            x, i = _mean_scores(g, score, n_boot)
+            x, i = _mean_scores(g, score, boot)
             _band(
                 ax,
                 x,
@@ -329,13 +329,13 @@ def perturbation_figure(
     return fig
 
 
-def _mean_scores(g, score, n_boot):
+def _mean_scores(g, score, boot):
     "Fractions of the cells, and the mean score at each with its interval over patients."
     bounds = (0, 1) if score == 'probability' else (-1, 1)
     points = [
         (
             f,
-            mean(h.score, bounds=bounds).bootstrap(h.patient_id.to_numpy(), n_boot),
+            mean(h.score, bounds=bounds).bootstrap(h.patient_id.to_numpy(), boot),
         )
         for f, h in g.groupby('fraction')
     ]

@@ -18,6 +18,7 @@ from ..clip.dataset import WITHHELD, check_labels
 from ..clip.attributes import described, facts_of, in_order, listed
 from ..core import InputError, progress, validate
 from ..data.sealed_cohort import open_cohort
+from ..resampling import Bootstrap, takes_bootstrap
 from ..stats import Statistic, proportion, suppress
 from ..privacy import access_of, format_count
 
@@ -260,23 +261,22 @@ def ssa_metrics(
     plan: Design,  # of the S input sets
     *,
     model: str = 'model',  # name in the table
-    minimum: int = 10,  # fewest rows for a number to be reported
-    **how,  # n_boot, level, seed of the resampling
+    boot: Bootstrap = Bootstrap(),  # resampling of patients; minimum: rows of a number
 ) -> pd.DataFrame:  # metrics table with order, step, added
     "Compute metrics from predictions, with intervals over patients."
     unique, back = np.unique(plan.weights, axis=0, return_inverse=True)
     patients, C = samples.table.patient_id.to_numpy(), len(samples.classes)
 
     def measured(i):
-        return _rates(answers[:, :, i], samples.truth[:, i], unique).bootstrap(patients, **how)
+        return _rates(answers[:, :, i], samples.truth[:, i], unique).bootstrap(patients, boot)
 
     intervals = {f'class={c}': measured([i]) for i, c in enumerate(samples.classes)}
     if C > 1:
         together = measured(list(range(C)))
-        intervals['all'] = _mean_of(intervals.values(), together, minimum, samples.closed)
+        intervals['all'] = _mean_of(intervals.values(), together, boot.minimum, samples.closed)
     parts = []
     for group, ci in intervals.items():
-        ci = suppress(ci, minimum=minimum)
+        ci = suppress(ci, minimum=boot.minimum)
         for m, metric in enumerate(('sensitivity', 'specificity')):
             at = m * len(unique) + back.ravel()
             names = dict(model=model, metric=metric, subgroup=group)
@@ -366,6 +366,7 @@ def _wider_bounds(classes, mean):
     return low, high
 
 # %% ../../nbs/60_ssa/20_analysis.ipynb #6de6672c
+@takes_bootstrap
 def ssa(
     predictor,  # (table, given columns) -> predictions; see `clip_predictor`, `vlm_predictor`
     samples,  # `Images`, a cohort table, or its `SealedCohort`
@@ -375,27 +376,25 @@ def ssa(
     most_orders: int = 24,  # all orders up to this many, else about this many
     base: str = 'image',  # name of the input that is always given
     model: str = '',  # name in the table; '' takes the predictor's
-    minimum: int = 10,  # fewest rows for a number to be reported
-    seed: int = 0,  # of the random orders and of the resampling
     show: bool = False,  # show a progress bar
-    **how,  # n_boot, level of the resampling
+    boot: Bootstrap = Bootstrap(),  # resampling; its seed also of the random orders
 ) -> pd.DataFrame:  # metrics table with order, step, added
     """Run a sequential sensitivity analysis.
 
     Metrics: sensitivity and specificity, each also with _change, _effect, _first, _last and
     _order. `InputError` where a column is missing, or empty or withheld in every row.
     """
-    samples, orders = samples_of(samples), addition_orders(steps, most_orders, seed)
+    samples, orders = samples_of(samples), addition_orders(steps, most_orders, boot.seed)
     facts = facts_of(samples.table, orders[0])
     if empty := [s for s in orders[0] if not any(s in f for f in facts)]:
         raise InputError(_nothing_in(empty[0], samples.table))
     plan = design(orders[0], orders, wording, base=base)
     answers = _predict_all(predictor, samples, plan.known, show)
     name = model or getattr(predictor, 'name', '') or 'model'
-    out = ssa_metrics(answers, samples, plan, model=name, minimum=minimum, seed=seed, **how)
+    out = ssa_metrics(answers, samples, plan, model=name, boot=boot)
     if wording == 'added' and len(orders) > 1:
         out = pd.concat(
-            [out, _wording_row(predictor, answers, samples, plan, name, minimum, seed, how)],
+            [out, _wording_row(predictor, answers, samples, plan, name, boot)],
             ignore_index=True,
         )
     known = {
@@ -413,7 +412,7 @@ def ssa(
         of_orders=math.factorial(len(orders[0])),
         known=known,
         n=len(samples.table),
-        seed=seed,
+        seed=boot.seed,
     )
     return out
 
@@ -439,7 +438,7 @@ def _predict_all(predictor, samples, known, show):
             bar.close()  # an error message then starts on a new line
 
 
-def _wording_row(predictor, answers, samples, plan, model, minimum, seed, how):
+def _wording_row(predictor, answers, samples, plan, model, boot):
     """Measure how often the prediction from all inputs depends on their order.
 
     The number is missing where the wording does not follow the order.
@@ -448,9 +447,9 @@ def _wording_row(predictor, answers, samples, plan, model, minimum, seed, how):
     answers = np.nan_to_num(answers[[plan.known.index(k) for k in full]], nan=-1)
     ci = suppress(
         proportion((answers != answers[0]).any((0, 2)), name='order_flips').bootstrap(
-            samples.table.patient_id.to_numpy(), seed=seed, **how
+            samples.table.patient_id.to_numpy(), boot
         ),
-        minimum=minimum,
+        minimum=boot.minimum,
     )
     note = ci.note or 'rows whose answer with all inputs is not the same in all orders'
     say = getattr(predictor, 'say', None)
