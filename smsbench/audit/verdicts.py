@@ -305,50 +305,21 @@ def give_verdicts(
     >>> found["relies_on_image"]["verdict"]
     'relies'
     """
-    if not 0 < margin < 1:
-        raise InputError(f'margin {margin}: must lie between 0 and 1')
-    if family not in FAMILIES:
-        raise InputError(f"family {family!r}: choose from {', '.join(FAMILIES)}")
-    strata = plan.attrs.get('strata', [])
-    parts = {
-        m: _parts(rows, strata)
-        for m, rows in answer_table(plan, predictions).groupby('model', sort=True)
-    }
-
-    def state(m, s):
-        return [a for a, v in delivery.get(m, {}).items() if v['verdict'] == s]
-
+    _check_rules(margin, family)
+    parts = _parts_by_model(plan, predictions)
     keys = [(m, *part, modality) for m, p in parts.items() for part in p for modality in NEEDS]
     cells = {k: parts[k[0]][k[1:3]] for k in keys}
     members = [k for k in keys if _is_member(cells[k], k[3], set(plan.arm))]
-    first = {k: float(len(f)) for f in _families(members, family) for k in f}
-    silent = {m: _silences(p, margin, m, first) for m, p in parts.items()}
-
-    def about(k):
-        return (state(k[0], 'void'), silent[k[0]].get(k[1:3], silent[k[0]]['all', 'all']))
-
-    none = {k: _no_record(cells[k], k[3], *about(k), margin, set(plan.arm)) for k in keys}
-    seen = {k: evidence(cells[k], k[3]) for k in keys if none[k] is None}
-
-    factor = _strictness(seen, members, family, margin)
-    found = {
-        k: none[k]
-        or _despite_failures(record(*seen[k], margin, factor.get(k, 1.0)), cells[k], k[3])
-        for k in keys
-    }
-    found = {
-        k: _with_firmness(v, cells[k], k[3], plan.attrs, factor.get(k, 1.0))
-        for k, v in found.items()
-    }
-    if access_of(plan, 'the plan') != 'open':
-        found = {k: _without_few(v, margin) for k, v in found.items()}
-    models = {
-        m: (
-            _model_record(m, parts[m], found, silent[m]['all', 'all'], access_of(plan, 'the plan'))
-            | {f'{s}_arms': state(m, s) for s in ('void', 'unproven')}
-        )
-        for m in parts
-    }
+    strictest = {k: float(len(f)) for f in _families(members, family) for k in f}
+    silent = {m: _silences(p, margin, m, strictest) for m, p in parts.items()}
+    found = _records(
+        cells, members, plan, delivery=delivery, silent=silent, margin=margin, family=family
+    )
+    access = access_of(plan, 'the plan')
+    models = {}
+    for m in parts:
+        models[m] = _model_record(m, parts[m], found, silent[m]['all', 'all'], access)
+        models[m] |= {f'{s}_arms': _arms_in_state(delivery, m, s) for s in ('void', 'unproven')}
     sizes = {kind: sum(k[1] == kind for k in members) for kind in dict.fromkeys(k[1] for k in keys)}
     return dict(
         models=models,
@@ -362,6 +333,50 @@ DEFAULT_MARGIN = (  # where the user gives no reason
     'the default of this tool: a twentieth of all answers, or of the probability, may move without'
     ' being called reliance'
 )
+
+
+def _check_rules(margin, family):
+    "Refuse a margin or a family of verdicts that means nothing."
+    if not 0 < margin < 1:
+        raise InputError(f'margin {margin}: must lie between 0 and 1')
+    if family not in FAMILIES:
+        raise InputError(f"family {family!r}: choose from {', '.join(FAMILIES)}")
+
+
+def _parts_by_model(plan, predictions):
+    "Split the answers of each model into those of all samples, of findings and of subgroups."
+    strata = plan.attrs.get('strata', [])
+    answers = answer_table(plan, predictions)
+    return {m: _parts(rows, strata) for m, rows in answers.groupby('model', sort=True)}
+
+
+def _arms_in_state(delivery, model, state):
+    "List the arms of a model whose delivery is in a state, such as 'void'."
+    return [a for a, v in delivery.get(model, {}).items() if v['verdict'] == state]
+
+
+def _records(cells, members, plan, *, delivery, silent, margin, family):
+    "Make the record of every verdict: why there is none, or the bounds at the family's error rate."
+    none, seen = {}, {}
+    for k, answers in cells.items():
+        model, part, modality = k[0], k[1:3], k[3]
+        void = _arms_in_state(delivery, model, 'void')
+        silence = silent[model].get(part, silent[model]['all', 'all'])
+        none[k] = _no_record(answers, modality, void, silence, margin, set(plan.arm))
+        if none[k] is None:
+            seen[k] = evidence(answers, modality)
+    factors = _strictness(seen, members, family, margin)
+    found = {}
+    for k, answers in cells.items():
+        modality, factor = k[3], factors.get(k, 1.0)
+        verdict = none[k]
+        if verdict is None:
+            verdict = record(*seen[k], margin, factor)
+            verdict = _despite_failures(verdict, answers, modality)
+        found[k] = _with_firmness(verdict, answers, modality, plan.attrs, factor)
+    if access_of(plan, 'the plan') != 'open':
+        found = {k: _without_few(v, margin) for k, v in found.items()}
+    return found
 
 
 def _despite_failures(found, cells, modality):
