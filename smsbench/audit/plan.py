@@ -377,34 +377,24 @@ def make_plan(
     cohort = _sorted_cohort(cohort, match)
     chosen, attrs, whole = select_arms(arms, probes), cohort.attrs, cohort_hash(cohort)
     access, sealed = access_of(cohort, 'the cohort'), is_sealed(cohort)
-    variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
-    for t in attrs['tasks'].values():
-        [variant_choices(Task(**t), v) for v in variants]
+    variants = _checked_variants(variants, probes, attrs['tasks'])
     cohort = _without_attrs(cohort)
-    rows = {
-        r.sample_id: r for r in cohort.assign(image_sha=image_names(cohort)).itertuples(index=False)
-    }
+    cohort = cohort.assign(image_sha=image_names(cohort))
+    rows = {r.sample_id: r for r in cohort.itertuples(index=False)}
     asking = _asking(rows, opened, attrs['tasks'], access, sealed, paraphrases, probes)
-    cohort = (
-        cohort[cohort.sample_id.isin(asking.samples)]
-        .reset_index(drop=True)
-        .assign(image_sha=lambda d: image_names(d))
-    )
-    k = (
-        enough_donors(cohort, chosen, seed, match, margin)
-        if donors == 'auto'
-        else _checked_donors(donors)
-    )
+    cohort = cohort[cohort.sample_id.isin(asking.samples)].reset_index(drop=True)
+    if donors == 'auto':
+        k = enough_donors(cohort, chosen, seed, match, margin)
+    else:
+        k = _checked_donors(donors)
     lent, shapes = _prepare(cohort, chosen, seed, match, read_image, explicit=set(arms), k=k)
     chosen = [a for a in chosen if a.image not in NEED_PICTURES or a.name in arms or read_image]
     plan, out = _trials(
         [rows[i] for i in cohort.sample_id], chosen, variants, lent, rows, shapes, asking, k
     )
     if plan.empty or not _has_baseline(plan, arms):
-        raise InputError(
-            "no sample can be shown as original"
-            f" ({'; '.join(sorted(set(out.reason))) or 'the cohort is empty'})"
-        )
+        why = '; '.join(sorted(set(out.reason))) or 'the cohort is empty'
+        raise InputError(f'no sample can be shown as original ({why})')
     if not any(a.probe for a in chosen):
         plan = plan.drop(columns='change')
     about = dict(
@@ -427,6 +417,15 @@ def _sorted_cohort(cohort, match):
     if missing := [m for m in match if m not in cohort]:
         raise InputError(f"cannot match on {', '.join(missing)}: the cohort has no such column")
     return cohort
+
+
+def _checked_variants(variants, probes, tasks):
+    "Prompt variants, with that of a probe; `InputError` for one that a task does not have."
+    variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
+    for task in tasks.values():
+        for variant in variants:
+            variant_choices(Task(**task), variant)
+    return variants
 
 
 def _asking(rows, opened, tasks, access, sealed, paraphrases, probes):
