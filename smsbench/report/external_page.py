@@ -84,9 +84,7 @@ def external_validation(
     from smsbench.clip.dataset import Images, images_of, read_images
     from smsbench.clip.model import image_embeddings, load_clip
 
-    coordinates(np.eye(4), picture)  # one that is not known or not installed is refused now
-    if seen not in ('refuse', 'drop'):
-        raise InputError(f"films that were seen: {seen!r}; choose 'refuse' or 'drop'")
+    _check_choices(picture, seen)
     films = cohort if isinstance(cohort, Images) else images_of(cohort)
     films, notes = unseen(checkpoint, films, seen)
     clip, folder = load_clip(str(checkpoint), pretrained, device), Path(str(checkpoint))
@@ -100,13 +98,7 @@ def external_validation(
     run = Run(out)
     films, left, said = readable(films, run)
     notes += said
-    config = dict(
-        checkpoint=clip.info.get('weights_sha', clip.name),
-        cohort=films.attrs.get('manifest', ''),
-        films=content_hash(*films.table.film_id),
-        classes=films.classes,
-        prompts=content_hash(str(prompts)),
-        thresholds=None if thresholds is None else thresholds.values,
+    config = _identity(clip, films, prompts, thresholds) | dict(
         splits=list(splits),
         few_shots=list(few_shots),
         picture=picture,
@@ -132,6 +124,25 @@ def external_validation(
     found = found._replace(tables=found.tables | left)
     save_external(found, run, clip, films)
     return found
+
+
+def _check_choices(picture, seen):
+    "Refuse a projection that is not known or not installed, and an unknown rule for `seen`."
+    coordinates(np.eye(4), picture)
+    if seen not in ('refuse', 'drop'):
+        raise InputError(f"films that were seen: {seen!r}; choose 'refuse' or 'drop'")
+
+
+def _identity(clip, films, prompts, thresholds):
+    "What the numbers of a run depend on besides its settings."
+    return dict(
+        checkpoint=clip.info.get('weights_sha', clip.name),
+        cohort=films.attrs.get('manifest', ''),
+        films=content_hash(*films.table.film_id),
+        classes=films.classes,
+        prompts=content_hash(str(prompts)),
+        thresholds=None if thresholds is None else thresholds.values,
+    )
 
 # %% ../../nbs/70_report/130_external_page.ipynb #d0524737
 def model_name(
@@ -331,64 +342,68 @@ def measure(
     notes=(),  # so far
 ) -> External:
     "All parts of an external validation."
-    how, notes, table = dict(how or {}), list(notes), films.table
-    local = {'train', 'val', 'test'} <= set(table.split) and bool(few_shots)
-    at = np.flatnonzero(
-        table.split.isin(list(splits) or (['test'] if local else list(set(table.split))))
-    )
-    if not len(at):
-        raise InputError(
-            f"no film is in {', '.join(splits)}; the splits are"
-            f" {', '.join(sorted(set(table.split)))}"
-        )
-    tested, access = films.take(at), access_of(films, 'the films')
+    how, notes, access = dict(how or {}), list(notes), access_of(films, 'the films')
+    local = {'train', 'val', 'test'} <= set(films.table.split) and bool(few_shots)
+    at = _tested_rows(films, splits, local)
+    tested = films.take(at)
     scores = zero_shot(clip, tested, prompts, embeddings=x[at])
-
-    def count(n):
-        return format_count(int(n), access)
-
-    if len(at) < len(films):
-        notes.append(
-            f"measured on split {', '.join(sorted(set(tested.table.split)))}: {count(len(at))} of"
-            f" {count(len(films))} films"
-        )
-    if thresholds is not None and (said := thresholds.check(tested.table.patient_id, scores.attrs)):
-        notes.append(said)
-    parts, said = _own_parts(clip, tested, x[at], scores, thresholds, how)
-    notes += said
+    notes += _notes_on_films(films, tested, thresholds, scores)
+    parts, more = _own_parts(clip, tested, x[at], scores, thresholds, how)
+    notes += more
     shots = None
     if local:
-        part, shots, said = _probes(clip, films, x, few_shots, how)
-        parts += part
-        notes += said
+        probes, shots, more = _probes(clip, films, x, few_shots, how)
+        parts += probes
+        notes += more
+        shots = shareable_curve(shots, access)
     elif few_shots:
         notes.append('no probe and no few-shot curve: the cohort has no train, val and test splits')
-    if shots is not None:
-        shots = shareable_curve(shots, access)
     metrics = shareable(pd.concat(parts, ignore_index=True), access)
     metrics.attrs = dict(prompts=scores.attrs['prompts'], weights=scores.attrs['weights'])
-    if access == 'credentialed' and (
-        lost := [c for c in films.classes if c not in _open_classes(metrics)]
-    ):
-        notes.append(
-            f"too few patients or films with or without {', '.join(lost)}: no numbers of them, no"
-            " averages over classes and no confusion matrix"
+    plane = None
+    if access == 'credentialed':
+        notes += _note_on_hidden(films.classes, metrics)
+    else:
+        plane = coordinates(x[at], picture, how.get('seed', 0))
+    tables, figures = _shown(metrics, scores, tested, thresholds, shots, plane, access, how)
+    return External(metrics, tables, figures, notes, len(at))
+
+
+def _tested_rows(films, splits, local):
+    "Positions of the films to measure; `InputError` if there are none."
+    present = set(films.table.split)
+    wanted = list(splits)
+    if not wanted:
+        wanted = ['test'] if local else list(present)
+    at = np.flatnonzero(films.table.split.isin(wanted))
+    if not len(at):
+        raise InputError(
+            f"no film is in {', '.join(splits)}; the splits are {', '.join(sorted(present))}"
         )
-    return External(
-        metrics,
-        *_shown(
-            metrics,
-            scores,
-            tested,
-            thresholds,
-            shots,
-            None if access == 'credentialed' else coordinates(x[at], picture, how.get('seed', 0)),
-            access,
-            how,
-        ),
-        notes,
-        len(at),
-    )
+    return at
+
+
+def _notes_on_films(films, tested, thresholds, scores):
+    "Notes on which films were measured, and on thresholds chosen on some of them."
+    access, notes = access_of(films, 'the films'), []
+    if len(tested) < len(films):
+        splits = ', '.join(sorted(set(tested.table.split)))
+        some, all_films = (format_count(len(part), access) for part in (tested, films))
+        notes.append(f'measured on split {splits}: {some} of {all_films} films')
+    if thresholds is not None:
+        notes.append(thresholds.check(tested.table.patient_id, scores.attrs))
+    return [n for n in notes if n]
+
+
+def _note_on_hidden(classes, metrics):
+    "A note on classes whose numbers may not be shown, if there are any."
+    hidden = [c for c in classes if c not in _open_classes(metrics)]
+    if not hidden:
+        return []
+    return [
+        f"too few patients or films with or without {', '.join(hidden)}: no numbers of them, no"
+        ' averages over classes and no confusion matrix'
+    ]
 
 
 def _probes(clip, films, x, few_shots, how):
