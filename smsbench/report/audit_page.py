@@ -784,6 +784,66 @@ def answer_table_html(
         ]
     )
 
+# %% ../../nbs/70_report/210_audit_page.ipynb #92dc44b0
+def _example_alt(number, example, image_word):
+    "Describe the images of an example."
+    own = f'Example {number}: own {image_word}, {example.finding} {example.label}'
+    if example.image_id == example.sample_id:
+        return f'{own}.'
+    return (
+        f'{own}, beside the {image_word} that was shown instead, {example.finding}'
+        f' {example.donor_label}.'
+    )
+
+
+def _example_picture(results, number, example, keep):
+    "Draw the images of an example, or say why they cannot be shown."
+    word = wording(results.plan.attrs['tasks'])['image']
+    try:
+        figure = example_figure(
+            example_images(results, example, word), _example_alt(number, example, word)
+        )
+        return figure_html(figure, name=f'example_{number}', run=results.path if keep else None)
+    except InputError as e:
+        return markup('<p class="absent">The picture cannot be shown: {}</p>', e)
+
+# %% ../../nbs/70_report/210_audit_page.ipynb #c7bfd46f
+def _shortened(text, most=1500):
+    "Cut a long text and say how much is missing."
+    if len(text) <= most:
+        return text
+    return f'{text[:most]} … ({len(text) - most:,} characters more)'
+
+
+def _example_quotes(results, example):
+    "Quote the texts of an example."
+    word = wording(results.plan.attrs['tasks'])['text']
+    texts = results.cohort.set_index('sample_id').text
+    quotes = {f'Its own {word}': texts[example.sample_id]}
+    if example.text_id not in ('', example.sample_id):
+        donor = f'Shown instead ({example.finding}: {example.donor_label})'
+        quotes[donor] = texts[example.text_id]
+    return join(
+        markup('<div><strong>{}</strong><blockquote>{}</blockquote></div>', k, _shortened(v))
+        for k, v in quotes.items()
+    )
+
+
+def _example_table(results, example):
+    "Table of every model's answer, with the original and with the changed inputs."
+    answers = example_answers(
+        results, example.sample_id, example.arm, (example.image_id, example.text_id)
+    )
+    headings = dict(
+        before='answer, original',
+        p_before='P(label), original',
+        after=f'answer, {example.arm}',
+        p_after=f'P(label), {example.arm}',
+    )
+    return html_table(
+        answers.rename(columns=headings), f'Answers about sample {example.sample_id}', digits=2
+    )
+
 # %% ../../nbs/70_report/210_audit_page.ipynb #1d1a3c59
 def example_html(
     results,  # `Results` of a run
@@ -791,34 +851,7 @@ def example_html(
     example,  # a row of `choose_examples`
     keep=True,  # keep the figure in the run directory
 ) -> Html:
-    "One example."
-    words, texts = wording(results.plan.attrs['tasks']), results.cohort.set_index('sample_id').text
-    alt = f"Example {number}: own {words['image']}, {example.finding} {example.label}" + (
-        f", beside the {words['image']} that was shown instead, {example.finding}"
-        f" {example.donor_label}."
-        if example.image_id != example.sample_id
-        else '.'
-    )
-    try:
-        picture = figure_html(
-            example_figure(example_images(results, example, words['image']), alt),
-            name=f'example_{number}',
-            run=results.path if keep else None,
-        )
-    except InputError as e:
-        picture = markup('<p class="absent">The picture cannot be shown: {}</p>', e)
-    quotes = {
-        f"Its own {words['text']}": texts[example.sample_id],
-        **(
-            {f"Shown instead ({example.finding}: {example.donor_label})": texts[example.text_id]}
-            if example.text_id not in ('', example.sample_id)
-            else {}
-        ),
-    }
-
-    def cut(t, most=1500):
-        return t if len(t) <= most else f'{t[:most]} … ({len(t) - most:,} characters more)'
-
+    "Show one example: its images, its texts, and what every model answered."
     head = markup(
         '<h3>{}. {}, {}: {} changes its answer from {} to {}</h3>',
         number,
@@ -828,25 +861,12 @@ def example_html(
         example.before,
         example.after,
     )
-    answers = example_answers(
-        results, example.sample_id, example.arm, (example.image_id, example.text_id)
-    ).rename(
-        columns=dict(
-            before='answer, original',
-            p_before='P(label), original',
-            after=f'answer, {example.arm}',
-            p_after=f'P(label), {example.arm}',
-        )
-    )
     return markup(
         '<section class="example">{}{}<div class="quotes">{}</div>{}</section>',
         head,
-        picture,
-        join(
-            markup('<div><strong>{}</strong><blockquote>{}</blockquote></div>', k, cut(v))
-            for k, v in quotes.items()
-        ),
-        html_table(answers, f'Answers about sample {example.sample_id}', digits=2),
+        _example_picture(results, number, example, keep),
+        _example_quotes(results, example),
+        _example_table(results, example),
     )
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #7e852cbd
