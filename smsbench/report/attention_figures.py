@@ -276,16 +276,12 @@ def map_figure(
 
     `InputError` where pixels may not be shown, or nothing was kept.
     """
-    trial, store, models = (
-        _trial(results, sample_id, arm),
-        store or results.store,
-        list(results.models),
-    )
-    methods, query = methods or results.config['methods'], query or results.config['queries'][0]
-    layers, heads = (
-        results.config['layers'] if layers is None else layers,
-        results.config['heads'] if heads is None else heads,
-    )
+    trial, models = _trial(results, sample_id, arm), list(results.models)
+    store, config = store or results.store, results.config
+    methods, query = methods or config['methods'], query or config['queries'][0]
+    layers = config['layers'] if layers is None else layers
+    heads = config['heads'] if heads is None else heads
+    layers = tuple(layers) if isinstance(layers, list) else layers
     shown = film(results, trial.image_id), *marked(results, trial.image_id)
     wide = 1 + len(models) + (len(models) == 2)
     fig, axes = canvas(
@@ -295,39 +291,35 @@ def map_figure(
         wide,
         height_ratios=[1, 0.085] * len(methods),
     )
-    said = []
-    for i, k in enumerate(methods):
-        looked = {
-            m: (
-                _looked(
-                    store.rows(m, trial.trial_id, k),
-                    query,
-                    tuple(layers) if isinstance(layers, list) else layers,
-                    heads,
-                )
-                if image_arrived(results.delivery, m) != 'no'
-                else None
-            )
-            for m in models
-        }
-        _map_row(fig, axes[2 * i : 2 * i + 2], k, shown, list(looked.values()))
-        said += [
-            (
-                f"{m} says {_said(results, m, trial)}, {k}: {percent(look[1].get('image', 0))} on"
-                " the film"
-                if look
-                else f'{m}: void, its film did not arrive'
-            )
-            for m, look in looked.items()
-        ]
+    sentences = []
+    for i, method in enumerate(methods):
+        looked = {m: None for m in models}
+        for m in models:
+            if image_arrived(results.delivery, m) != 'no':
+                rows = store.rows(m, trial.trial_id, method)
+                looked[m] = _looked(rows, query, layers, heads)
+        _map_row(fig, axes[2 * i : 2 * i + 2], method, shown, list(looked.values()))
+        sentences += _map_sentences(results, trial, method, looked)
     _map_titles(axes[0], results, trial)
     _group_legend(fig)
     fig.alt = (
         f"Maps of {len(models)} model{'s' * (len(models) != 1)} over one film (finding"
         f" {trial.finding}, arm {arm}, query {query}), in units of evenly spread attention, the"
-        f" finding outlined. {'; '.join(said)}."
+        f" finding outlined. {'; '.join(sentences)}."
     )
     return fig
+
+
+def _map_sentences(results, trial, method, looked):
+    "Tell each model's answer and its share on the image; `looked`: model -> (map, shares)."
+    out = []
+    for model, look in looked.items():
+        if look is None:
+            out.append(f'{model}: void, its film did not arrive')
+            continue
+        answer, share = _said(results, model, trial), percent(look[1].get('image', 0))
+        out.append(f'{model} says {answer}, {method}: {share} on the film')
+    return out
 
 
 def _looked(rows, query, layers, heads):
