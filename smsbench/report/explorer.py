@@ -275,33 +275,18 @@ class Explorer:
 
     def widget(self):
         "The knobs over the pictures (ipywidgets)."
-        import ipywidgets as w
+        import ipywidgets
 
-        wide = dict(
-            layout=w.Layout(width='auto', min_width='260px'), style=dict(description_width='60px')
-        )
-        names = {f'{i}. {self._finding(s)} · {s}': s for i, s in enumerate(self.samples, 1)}
-        knobs = dict(
-            sample=w.Dropdown(options=names, description='sample', **wide),
-            arm=w.Dropdown(options=self.arms, description='arm', **wide),
-            query=w.Dropdown(options=self.queries, description='query', **wide),
-            method=w.Dropdown(options=self.methods, description='method', **wide),
-            layer=w.SelectionSlider(options=self.layers, description='layer', **wide),
-            head=w.SelectionSlider(options=self.heads, description='head', **wide),
-        )
-        picture, text, clock = w.Image(format='png'), w.HTML(), w.HTML()
-        for a, name in (
-            (picture, 'smsbench-picture'),
-            (text, 'smsbench-text'),
-            (clock, 'smsbench-clock'),
-        ):
-            a.add_class(name)
+        knobs = self._knobs()
+        picture, text, clock = ipywidgets.Image(format='png'), ipywidgets.HTML(), ipywidgets.HTML()
+        picture.add_class('smsbench-picture')
+        text.add_class('smsbench-text')
+        clock.add_class('smsbench-clock')
 
         def redraw(_=None):
             try:
-                picture.value, text.value = (lambda p, h: (p, h.text))(
-                    *self.view(**{k: v.value for k, v in knobs.items()})
-                )
+                png, html = self.view(**{name: knob.value for name, knob in knobs.items()})
+                picture.value, text.value = png, html.text
             except (InputError, RunError) as e:
                 # no old picture beside a new message
                 picture.value, text.value = b'', markup('<p>{}</p>', e).text
@@ -310,20 +295,32 @@ class Explorer:
                 ' ms</span>'
             )
 
-        for k in knobs.values():
-            k.observe(redraw, names='value')
+        for knob in knobs.values():
+            knob.observe(redraw, names='value')
         redraw()
-        picture.layout = w.Layout(width='max-content', max_width='none')
-        return w.VBox(
-            [
-                w.HBox([knobs[k] for k in ('sample', 'arm')]),
-                w.HBox([knobs[k] for k in ('query', 'method')]),
-                w.HBox([knobs[k] for k in ('layer', 'head')]),
-                picture,
-                text,
-                clock,
-            ]
+        picture.layout = ipywidgets.Layout(width='max-content', max_width='none')
+        pairs = (('sample', 'arm'), ('query', 'method'), ('layer', 'head'))
+        rows = [ipywidgets.HBox([knobs[name] for name in pair]) for pair in pairs]
+        return ipywidgets.VBox([*rows, picture, text, clock])
+
+    def _knobs(self):
+        "Make the controls, by the argument of `view` that each sets."
+        import ipywidgets
+
+        wide = dict(
+            layout=ipywidgets.Layout(width='auto', min_width='260px'),
+            style=dict(description_width='60px'),
         )
+        names = {f'{i}. {self._finding(s)} · {s}': s for i, s in enumerate(self.samples, 1)}
+        lists = dict(sample=names, arm=self.arms, query=self.queries, method=self.methods)
+        scales = dict(layer=self.layers, head=self.heads)
+        knobs = {
+            name: ipywidgets.Dropdown(options=options, description=name, **wide)
+            for name, options in lists.items()
+        }
+        for name, options in scales.items():
+            knobs[name] = ipywidgets.SelectionSlider(options=options, description=name, **wide)
+        return knobs
 
     def _finding(self, sample):
         return next(t.finding for (s, _), t in self.trials.items() if s == sample)
