@@ -512,10 +512,11 @@ def note_cells(
     *notes,  # `Note`, or text that states no count; '' is left out
 ) -> dict:  # note: text; note_counts: JSON of words and counts, '' where no count is stated
     "Return the cells of a metrics row for its notes."
-    texts = [n if isinstance(n, Note) else Note(_literal(str(n))) for n in notes if n]
-    whole = Note('; '.join(n.words for n in texts), tuple(int(k) for n in texts for k in n.counts))
-    about = json.dumps([whole.words, whole.counts], ensure_ascii=False) if whole.counts else ''
-    return dict(note=str(whole), note_counts=about)
+    notes = [n if isinstance(n, Note) else Note(_literal(str(n))) for n in notes if n]
+    words = '; '.join(n.words for n in notes)
+    counts = tuple(int(count) for n in notes for count in n.counts)
+    about = json.dumps([words, counts], ensure_ascii=False) if counts else ''
+    return dict(note=str(Note(words, counts)), note_counts=about)
 
 
 def _literal(text):
