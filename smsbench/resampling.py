@@ -518,47 +518,51 @@ def together(
     *stats,  # `Statistic`s of the same rows
 ) -> Statistic:  # all their numbers, in order
     "Combine several statistics, to be resampled at once."
-    if len({len(s.sums) for s in stats}) != 1:
-        raise InputError(
-            'statistics of different rows cannot be resampled together:'
-            f' {[len(s.sums) for s in stats]}'
-        )
-    cuts = np.cumsum([s.sums.shape[1] for s in stats])[:-1]
+    _check_same_rows(stats)
+    columns = np.cumsum([s.sums.shape[1] for s in stats])[:-1]
+    numbers = np.cumsum([len(s.names) for s in stats])[:-1]
+    names = sum((s.names for s in stats), ())
 
-    def parts(t):
-        return zip(stats, np.split(t, cuts, -1))
-
-    places = np.cumsum([len(s.names) for s in stats])[:-1]
+    def compute(sums):
+        parts = np.split(sums, columns, -1)
+        return np.concatenate([s.compute(part) for s, part in zip(stats, parts)], -1)
 
     def ends(boot, at, tail):
-        each = zip(
-            parts(boot),
-            np.split(at, cuts),
-            np.split(np.broadcast_to(tail, sum(len(s.names) for s in stats)), places),
-        )
-        return np.hstack(
-            [
-                s.ends(b, a, k) if s.ends else percentile_ends(s.compute(b), k)
-                for (s, b), a, k in each
-            ]
-        )
+        tails = np.split(np.broadcast_to(tail, len(names)), numbers)
+        parts = zip(stats, np.split(boot, columns, -1), np.split(at, columns), tails)
+        return np.hstack([_ends_of(*part) for part in parts])
 
-    sides = max(s._used.shape[2] for s in stats)
-    used = np.concatenate(
-        [s._used[..., np.minimum(np.arange(sides), s._used.shape[2] - 1)] for s in stats], 1
-    )
+    own_ends = ()
+    if any(s.ends for s in stats):
+        own_ends = ends, tuple(np.concatenate([s._own for s in stats]).tolist())
     return Statistic(
         np.hstack([s.sums for s in stats]),
-        lambda t: np.concatenate([s.compute(u) for s, u in parts(t)], -1),
-        sum((s.names for s in stats), ()),
+        compute,
+        names,
         np.concatenate([s._bounds for s in stats]),
-        used,
-        *(
-            (ends, tuple(np.concatenate([s._own for s in stats]).tolist()))
-            if any(s.ends for s in stats)
-            else ()
-        ),
+        _used_by_all(stats),
+        *own_ends,
     )
+
+
+def _check_same_rows(stats):
+    lengths = [len(s.sums) for s in stats]
+    if len(set(lengths)) != 1:
+        raise InputError(f'statistics of different rows cannot be resampled together: {lengths}')
+
+
+def _ends_of(stat, boot, at, tail):
+    "Compute the ends of a statistic's intervals by its own rule, or as percentiles."
+    if stat.ends:
+        return stat.ends(boot, at, tail)
+    return percentile_ends(stat.compute(boot), tail)
+
+
+def _used_by_all(stats):
+    "Join the rows that the numbers use; the last side stands for sides that a statistic lacks."
+    sides = np.arange(max(s._used.shape[2] for s in stats))
+    used = [s._used[..., np.minimum(sides, s._used.shape[2] - 1)] for s in stats]
+    return np.concatenate(used, 1)
 
 # %% ../nbs/00_base/40_resampling.ipynb #fe1aaa74
 def rows_used(
