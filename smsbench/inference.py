@@ -250,9 +250,11 @@ def _most_size(mean):
 def _binomial_size(mean, level):
     "Compute the size of a binomial sample of this variance, reduced if donors are few."
     low, high = mean.bounds
-    p, tail = (mean.value - low) / (high - low), (1 - level) / 2
-    few = stdtrit(max(mean.n_patients - 1, 1), tail) / stdtrit(max(mean.n_effective - 1, 0.1), tail)
-    return few**2 * p * (1 - p) * (high - low) ** 2 / mean.variance
+    share, tail = (mean.value - low) / (high - low), (1 - level) / 2
+    by_patients = stdtrit(max(mean.n_patients - 1, 1), tail)
+    by_donors = stdtrit(max(mean.n_effective - 1, 0.1), tail)
+    few = by_patients / by_donors
+    return few**2 * share * (1 - share) * (high - low) ** 2 / mean.variance
 
 # %% ../nbs/00_base/60_inference.ipynb #3baeeecf
 def interval_of(
@@ -321,11 +323,12 @@ def difference_of(
 def joined(a, b, r, level=0.95, ends=None):
     "Compute `difference_of` for a known correlation and, if given, known bounds of both."
     (a_low, a_high), (b_low, b_high) = ends or (interval_of(a, level), interval_of(b, level))
-    e, z = a.value - b.value, -ndtri((1 - level) / 2)
+    difference = a.value - b.value
+    z = -ndtri((1 - level) / 2)
     sampling = z * np.sqrt(a.variance), z * np.sqrt(b.variance)
     below = _length(a.value - a_low, b_high - b.value, r, sampling)
     above = _length(a_high - a.value, b.value - b_low, r, sampling)
-    return e, e - below, e + above
+    return difference, difference - below, difference + above
 
 
 def _length(x, y, r, sampling):
