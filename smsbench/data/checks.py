@@ -231,8 +231,9 @@ def check_patients(
 # %% ../../nbs/10_data/200_checks.ipynb #979600d4
 def _showing(rows, files):
     "Select rows with an image that is not blank, and add its hash (or reference)."
-    rows = rows[rows.image.ne('') & ~rows.image.isin(files.index[files.blank.astype(bool)])]
-    return rows.assign(sha=rows.image.map(files.image_sha).fillna(rows.image))
+    blank = files.index[files.blank.astype(bool)]
+    shown = rows[rows.image.ne('') & ~rows.image.isin(blank)]
+    return shown.assign(sha=shown.image.map(files.image_sha).fillna(shown.image))
 
 
 def _split_pairs(rows):
@@ -244,8 +245,9 @@ def _split_pairs(rows):
 
 def _overlap(rows, column, b, a):
     "Count the cohort's images of split b, and those that also occur in a."
-    here, there = {*rows[column][rows.own & (rows.split == b)]}, {*rows[column][rows.split == a]}
-    return len(here), len(here & there)
+    in_b = {*rows[column][rows.own & (rows.split == b)]}
+    in_a = {*rows[column][rows.split == a]}
+    return len(in_b), len(in_b & in_a)
 
 
 def _worst(entries):
