@@ -111,8 +111,12 @@ def synonyms(
     name: str,  # a noun phrase, with or without article
 ) -> list[str]:  # the other names, as they follow 'Is there'; empty where none is listed
     "Other names of the same thing."
-    group = next((g for g in SYNONYMS if bare(name).lower() in (bare(s).lower() for s in g)), ())
-    return [s for s in group if bare(s).lower() != bare(name).lower()]
+    own = bare(name).lower()
+    for group in SYNONYMS:
+        names = {s: bare(s).lower() for s in group}
+        if own in names.values():
+            return [s for s in group if names[s] != own]
+    return []
 
 # %% ../../nbs/35_audit/010_paraphrases.ipynb #5c853012
 @dataclass(frozen=True)
