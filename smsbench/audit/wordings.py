@@ -89,9 +89,11 @@ def common_ids(
     n: int,  # how many names
 ) -> list[str]:
     "The first `n` names, in rounds of strategies, that at least half of the questions have."
-    have = Counter(v.id for vs in offered for v in vs)
-    places = {v.id: (v.number, list(STRATEGIES).index(v.strategy)) for vs in offered for v in vs}
-    return sorted((i for i, k in have.items() if 2 * k >= len(offered)), key=places.get)[:n]
+    variants = [v for of_question in offered for v in of_question]
+    questions = Counter(v.id for v in variants)
+    places = {v.id: (v.number, list(STRATEGIES).index(v.strategy)) for v in variants}
+    common = [i for i, count in questions.items() if 2 * count >= len(offered)]
+    return sorted(common, key=places.get)[:n]
 
 # %% ../../nbs/35_audit/030_wordings.ipynb #4e72c074
 class Asking:
