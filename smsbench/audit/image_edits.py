@@ -77,10 +77,12 @@ def permute(
     grid: int = 8,  # patches per side
 ) -> np.ndarray:  # a copy
     "Permute grid x grid patches."
-    out, (h, w) = image.copy(), (side // grid for side in image.shape[:2])
-    places = [(r * h, c * w) for r in range(grid) for c in range(grid)]
-    for (y, x), (v, u) in zip(places, sorted(places, key=lambda p: content_hash(key, *p))):
-        out[y : y + h, x : x + w] = image[v : v + h, u : u + w]
+    out = image.copy()
+    h, w = (side // grid for side in image.shape[:2])
+    places = [(row * h, column * w) for row in range(grid) for column in range(grid)]
+    shuffled = sorted(places, key=lambda place: content_hash(key, *place))
+    for (y, x), (from_y, from_x) in zip(places, shuffled):
+        out[y : y + h, x : x + w] = image[from_y : from_y + h, from_x : from_x + w]
     return out
 
 
