@@ -409,10 +409,16 @@ def total_variation(
 ) -> np.ndarray:  # (n,) in 0..1, NaN where probabilities are unknown or an answer is missing
     "Total variation distance between the probabilities of the choices in two arms."
     a, b = cells.probabilities(arm), cells.probabilities(versus)
-    wide = max(a.shape[1], b.shape[1])
-    a, b = (np.pad(x, ((0, 0), (0, wide - x.shape[1])), constant_values=np.nan) for x in (a, b))
+    widest = max(a.shape[1], b.shape[1])
+    a, b = _with_columns(a, widest), _with_columns(b, widest)
+    distance = 0.5 * np.abs(a - b).sum(1)
     both = cells(arm, 'parsed') & cells(versus, 'parsed')
-    return np.where(both, 0.5 * np.abs(a - b).sum(1), np.nan)
+    return np.where(both, distance, np.nan)
+
+
+def _with_columns(table, number):
+    "Fill up with columns of NaN."
+    return np.pad(table, ((0, 0), (0, number - table.shape[1])), constant_values=np.nan)
 
 # %% ../../nbs/35_audit/110_metrics.ipynb #b3b0bbce
 def movement(
