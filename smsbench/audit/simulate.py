@@ -142,8 +142,10 @@ def evidence(
     spread: float,  # standard deviation of the evidence
 ) -> np.ndarray:  # of the shape of `label`
     "Signed evidence of images or reports."
-    share = np.broadcast_to(np.atleast_1d(share), 2)[label.astype(int)]
-    return np.where(ndtr(shown) < share, 2.0 * label - 1, 0.0) * (1 + spread * strength)
+    share_of_class = np.broadcast_to(np.atleast_1d(share), 2)
+    visible = ndtr(shown) < share_of_class[label.astype(int)]
+    direction = np.where(visible, 2.0 * label - 1, 0.0)
+    return direction * (1 + spread * strength)
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #7756c8ba
 def draw_images(
@@ -315,9 +317,12 @@ def _even_normal(rng, n):
 
 def _class_evidence(setting, recorded, share, m, rng):
     "Evidence (m,) of image and text in a recorded class of which `share` is truly yes."
-    truth, draws = rng.permutation(m) < round(share * m), [_even_normal(rng, m) for _ in range(4)]
+    truth = rng.permutation(m) < round(share * m)
+    draws = [_even_normal(rng, m) for _ in range(4)]
+    reported = np.full(m, recorded)
     image = evidence(draws[0], draws[1], truth, setting.visible, setting.spread)
-    return image, evidence(draws[2], draws[3], np.full(m, recorded), setting.stated, setting.spread)
+    text = evidence(draws[2], draws[3], reported, setting.stated, setting.spread)
+    return image, text
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #502a5aed
 class Population:
@@ -349,8 +354,10 @@ class Population:
 
     def _donors(self):
         "Place of each sample's own evidence, and of its donors'."
-        m, order = self.m, [self.rng.permutation(self.m) for _ in range(4)]
-        other, same = np.r_[m + order[0], order[1]], np.r_[order[2], m + order[3]]
+        m, orders = self.m, [self.rng.permutation(self.m) for _ in range(4)]
+        # the first m places are of one class, the last m of the other
+        other = np.r_[m + orders[0], orders[1]]
+        same = np.r_[orders[2], m + orders[3]]
         return dict(own=np.arange(2 * m), other=other, same=same)
 
     def _ask(self, arm, rng):
