@@ -339,9 +339,13 @@ def verdict_rows(
 
 def _any_finding(rows, modality, wrong):
     "How often any finding of an audit has a false verdict, where several share one truth."
-    g = rows[(rows.kind == 'finding') & (rows.name == modality)]
-    hits = {k: g.verdict.eq(k).groupby(g.seed).any() for k in wrong}
-    return {k: counted(int(h.sum()), len(h)) for k, h in hits.items() if len(h)}
+    findings = rows[(rows.kind == 'finding') & (rows.name == modality)]
+    rates = {}
+    for verdict in wrong:
+        audits = findings.verdict.eq(verdict).groupby(findings.seed).any()
+        if len(audits):
+            rates[verdict] = counted(int(audits.sum()), len(audits))
+    return rates
 
 # %% ../../nbs/35_audit/220_coverage.ipynb #eeae2777
 def summarise(
