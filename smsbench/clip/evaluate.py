@@ -84,29 +84,30 @@ def class_values(
     They are prevalence, auroc, auprc and, with predictions, precision, recall, specificity and
     f1.
     """
-    # positives, negatives
-    p = np.stack([weights @ m for m in ((y == 1).astype(float), (y == 0).astype(float))])
 
-    def div(a, b):
+    def total(rows):
+        return weights @ rows.astype(float)
+
+    def ratio(a, b):
         return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0)
 
+    positives, negatives = total(y == 1), total(y == 0)
     out = dict(
-        prevalence=div(p[0], p.sum(0)),
+        prevalence=ratio(positives, positives + negatives),
         auroc=np.atleast_1d(auroc(score, y, weights)),
         auprc=average_precision(score, y, weights),
     )
     if predicted is None:
         return out
-    tp, fp = (
-        weights @ ((predicted == 1) & (y == 1)).astype(float),
-        weights @ ((predicted == 1) & (y == 0)).astype(float),
-    )
-    there = p[0] > 0
+    tp, fp = total((predicted == 1) & (y == 1)), total((predicted == 1) & (y == 0))
+    called = tp + fp
+    precision = np.where(called > 0, ratio(tp, called), 0)
+    f1 = ratio(2 * tp, called + positives)
     return out | dict(
-        precision=np.where(there, np.where(tp + fp > 0, div(tp, tp + fp), 0), np.nan),
-        recall=div(tp, p[0]),
-        specificity=div(p[1] - fp, p[1]),
-        f1=np.where(there, div(2 * tp, tp + fp + p[0]), np.nan),
+        precision=np.where(positives > 0, precision, np.nan),
+        recall=ratio(tp, positives),
+        specificity=ratio(negatives - fp, negatives),
+        f1=np.where(positives > 0, f1, np.nan),
     )
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #c6ec0eb6
@@ -221,10 +222,13 @@ def _ranking_values(c):
 
 def _exact_match(c, predicted):
     "Mark images with correct predictions in all classes that have a threshold."
-    y, used = np.nan_to_num(c.truth) == 1, ~np.isnan(predicted).any(0)
-    rows, missing = c.known[:, used].all(1), int((~used).sum())
+    used = ~np.isnan(predicted).any(0)
+    true = np.nan_to_num(c.truth) == 1
+    correct = (predicted[:, used] == true[:, used]).all(1)
+    known = c.known[:, used].all(1)
+    missing = int((~used).sum())
     note = f'{missing} classes without a threshold are left out' if missing else ''
-    return (predicted[:, used] == y[:, used]).all(1), rows, (_left_out(rows), note)
+    return correct, known, (_left_out(known), note)
 
 
 def _left_out(rows):
@@ -448,8 +452,10 @@ def grid_sides(truth, predicted):
 
 def macro_number(per):
     "Compute the effective patients of a mean over classes, as a harmonic mean."
-    number = np.array([i.n_effective for i in per if np.isfinite(i.value)])
-    return float(len(number) / (1 / number).sum()) if len(number) and number.all() else 0.0
+    numbers = np.array([i.n_effective for i in per if np.isfinite(i.value)])
+    if not len(numbers) or not numbers.all():
+        return 0.0
+    return float(len(numbers) / (1 / numbers).sum())
 
 
 def _image_intervals(c, predicted, how):
