@@ -82,9 +82,11 @@ def cam_panels(
 
 
 def _lift(m, smooth):
-    "1 where a map is as if evenly spread."
-    w = m.on_image(smooth) if hasattr(m, 'on_image') else np.asarray(m, float)
-    return w / np.nanmean(w) if np.nansum(w) > 0 else np.where(np.isnan(w), np.nan, 0.0)
+    "Scale a map so that 1 is an even spread."
+    weights = m.on_image(smooth) if hasattr(m, 'on_image') else np.asarray(m, float)
+    if np.nansum(weights) > 0:
+        return weights / np.nanmean(weights)
+    return np.where(np.isnan(weights), np.nan, 0.0)
 
 
 def _marked(ax, p, colour, values=None):
