@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPEN', 'CREDENTIALED', 'IN_CLEAR', 'ACCESS', 'HOW_TO_SAY', 'SMALL', 'SEALED', 'access_of', 'with_access',
            'format_count', 'safe_count', 'CountFormatter', 'seal_key', 'pseudonym', 'suppress_rare', 'seal',
-           'hide_counts', 'seal_exclusions', 'seal_files', 'unseal', 'is_sealed', 'was_opened', 'is_in_clear',
+           'hide_counts', 'seal_exclusions', 'seal_files', 'unseal', 'is_sealed', 'is_in_clear', 'was_opened',
            'write_table', 'read_table', 'cohort_summary', 'Note', 'note_cells', 'beside_hidden', 'suppress_few',
            'without_small', 'without_small_verdict', 'shareable', 'shareable_curve']
 
@@ -296,14 +296,11 @@ def is_sealed(
         return False
     return bool(_references(cohort).ne('').any())
 
-# %% ../nbs/00_base/30_privacy.ipynb #66e5cea3
-def was_opened(
-    table: pd.DataFrame,  # any table
-) -> bool:
-    "Return whether all or part of a sealed cohort was opened to make this table."
-    cells = _references(table)
-    mixed = cells.str.startswith(SEALED).any() and not is_sealed(table)
-    return IN_CLEAR in _access_words(table) or bool(mixed)
+# %% ../nbs/00_base/30_privacy.ipynb #c5a82a05
+def _references(table):
+    "List all images and texts of the table, '' if there is none."
+    cells = [table.iloc[:, i] for i, c in enumerate(table.columns) if c in ('image', 'text')]
+    return pd.concat([pd.Series(dtype=object), *cells]).fillna('').astype(str)
 
 
 def is_in_clear(
@@ -314,11 +311,14 @@ def is_in_clear(
     shows = (cells.ne('') & ~cells.str.startswith(SEALED)).any()
     return access_of(table) != OPEN and (IN_CLEAR in _access_words(table) or bool(shows))
 
-
-def _references(table):
-    "List all images and texts of the table, '' if there is none."
-    cells = [table.iloc[:, i] for i, c in enumerate(table.columns) if c in ('image', 'text')]
-    return pd.concat([pd.Series(dtype=object), *cells]).fillna('').astype(str)
+# %% ../nbs/00_base/30_privacy.ipynb #66e5cea3
+def was_opened(
+    table: pd.DataFrame,  # any table
+) -> bool:
+    "Return whether all or part of a sealed cohort was opened to make this table."
+    cells = _references(table)
+    mixed = cells.str.startswith(SEALED).any() and not is_sealed(table)
+    return IN_CLEAR in _access_words(table) or bool(mixed)
 
 # %% ../nbs/00_base/30_privacy.ipynb #9564464b
 def write_table(
