@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Interval', 'plain', 'exact_bounds', 'effective_number', 'unseen_number', 'cluster_totals', 'resample_counts',
-           'resample_totals', 'percentile_ends', 'expanded_tail', 'bounded_ends', 'Counts', 'counts_of', 'sided',
+           'resample_totals', 'percentile_ends', 'expanded_tail', 'bounded_ends', 'Counts', 'sided', 'counts_of',
            'by_owner', 'widest', 'influences', 'Statistic', 'together', 'rows_used', 'bootstrap_sums', 'bootstrap_rows']
 
 # %% ../nbs/00_base/40_resampling.ipynb #12bf9d0d
@@ -285,6 +285,17 @@ class Counts(NamedTuple):
     n_clusters: np.ndarray  # (K,) clusters
     n_effective: np.ndarray  # (K,) clusters of equal weight, in the smallest group needed
 
+# %% ../nbs/00_base/40_resampling.ipynb #a67606ce
+def sided(used, n, K):
+    "Broadcast the rows that count to (n, K, S); None: all."
+    used = np.ones((n, 1, 1), bool) if used is None else np.asarray(used, bool)
+    used = used.reshape(*used.shape, *(1,) * (3 - used.ndim))
+    if len(used) != n or used.shape[1] not in (1, K):
+        raise InputError(
+            f'rows that count have shape {used.shape[:2]}; there are {n} rows and {K} statistics'
+        )
+    return np.broadcast_to(used, (n, K, used.shape[2]))
+
 # %% ../nbs/00_base/40_resampling.ipynb #8d0a2833
 def counts_of(
     used,  # (n,), (n, K) or (n, K, S) bool: rows that count, in each of S groups needed
@@ -298,17 +309,6 @@ def counts_of(
     anywhere = by_owner(used.any(2), owner) if S > 1 else sides
     smallest = np.reshape(effective_number(sides), (K, S)).min(1)
     return Counts(anywhere.sum(0).astype(int), (anywhere > 0).sum(0), smallest)
-
-
-def sided(used, n, K):
-    "Broadcast the rows that count to (n, K, S); None: all."
-    used = np.ones((n, 1, 1), bool) if used is None else np.asarray(used, bool)
-    used = used.reshape(*used.shape, *(1,) * (3 - used.ndim))
-    if len(used) != n or used.shape[1] not in (1, K):
-        raise InputError(
-            f'rows that count have shape {used.shape[:2]}; there are {n} rows and {K} statistics'
-        )
-    return np.broadcast_to(used, (n, K, used.shape[2]))
 
 # %% ../nbs/00_base/40_resampling.ipynb #4e2553a8
 def by_owner(
