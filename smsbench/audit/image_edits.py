@@ -57,7 +57,7 @@ def region_elsewhere(
         out.append([x, y, x + bw, y + bh])
     return out
 
-# %% ../../nbs/35_audit/040_image_edits.ipynb #607276bb
+# %% ../../nbs/35_audit/040_image_edits.ipynb #bb40b4f1
 def hide(
     image: np.ndarray,  # (H,W) or (H,W,3) uint8
     region,  # boxes [x0, y0, x1, y1] in pixels
@@ -69,7 +69,7 @@ def hide(
         out[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = 128
     return out
 
-
+# %% ../../nbs/35_audit/040_image_edits.ipynb #6c266066
 def permute(
     image: np.ndarray,  # (H,W) or (H,W,3) uint8
     region=(),  # not used
@@ -85,7 +85,7 @@ def permute(
         out[y : y + h, x : x + w] = image[from_y : from_y + h, from_x : from_x + w]
     return out
 
-
+# %% ../../nbs/35_audit/040_image_edits.ipynb #607276bb
 def grey(
     image: np.ndarray,  # (H,W) or (H,W,3) uint8
     region=(),  # not used
