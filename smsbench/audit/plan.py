@@ -59,23 +59,7 @@ def _differs(a, b):
         and (not a.text or a.text != b.text)
     )
 
-# %% ../../nbs/35_audit/060_plan.ipynb #eb89d220
-def draw_several(
-    cohort: pd.DataFrame,  # cohort table
-    same_class: bool,  # draw from the sample's own class (control arms) or from the others?
-    k: int,  # donors per sample, at most
-    seed: int = 0,  # which draw
-    match=(),  # columns in which donor and sample must agree
-) -> list[dict[str, str]]:  # k times sample_id -> donor's sample_id, '' where no further one fits
-    "Draw k donors per sample, balanced over donors; the first are those of `draw_donors`."
-    named = cohort.assign(image_sha=image_names(cohort))
-    rows = {r.sample_id: r for r in named.itertuples(index=False)}
-    role = 'same' if same_class else 'other'
-    heaps = _donor_heaps(rows, role, seed, match)
-    taken = {i: set() for i in rows}
-    return [_one_draw(rows, heaps, taken, role, same_class, seed, match, d) for d in range(k)]
-
-
+# %% ../../nbs/35_audit/060_plan.ipynb #e8761f92
 UNKNOWN = ('', 'withheld')  # values of a stratum that say nothing: two of them do not agree
 
 
@@ -100,7 +84,7 @@ def _donor_heaps(rows, role, seed, match):
         by_label.setdefault(rows[i].label, []).append((0, content_hash(seed, role, 'donor', i), i))
     return heaps
 
-
+# %% ../../nbs/35_audit/060_plan.ipynb #88b12370
 def _one_draw(rows, heaps, taken, role, same_class, seed, match, draw):
     "A further donor for every sample, in an order of its own."
     out, who = {}, 'sample' if draw == 0 else f'sample {draw}'
@@ -112,6 +96,22 @@ def _one_draw(rows, heaps, taken, role, same_class, seed, match, draw):
         out[i] = _pop_fitting(pool, lambda d, r=r, i=i: d not in taken[i] and _differs(r, rows[d]))
         taken[i].add(out[i])
     return out
+
+# %% ../../nbs/35_audit/060_plan.ipynb #eb89d220
+def draw_several(
+    cohort: pd.DataFrame,  # cohort table
+    same_class: bool,  # draw from the sample's own class (control arms) or from the others?
+    k: int,  # donors per sample, at most
+    seed: int = 0,  # which draw
+    match=(),  # columns in which donor and sample must agree
+) -> list[dict[str, str]]:  # k times sample_id -> donor's sample_id, '' where no further one fits
+    "Draw k donors per sample, balanced over donors; the first are those of `draw_donors`."
+    named = cohort.assign(image_sha=image_names(cohort))
+    rows = {r.sample_id: r for r in named.itertuples(index=False)}
+    role = 'same' if same_class else 'other'
+    heaps = _donor_heaps(rows, role, seed, match)
+    taken = {i: set() for i in rows}
+    return [_one_draw(rows, heaps, taken, role, same_class, seed, match, d) for d in range(k)]
 
 # %% ../../nbs/35_audit/060_plan.ipynb #5b1297bb
 def draw_donors(
@@ -351,6 +351,71 @@ def cohort_hash(
         ]
     )
 
+# %% ../../nbs/35_audit/060_plan.ipynb #f3c96e97
+def _sorted_cohort(cohort, match):
+    "The cohort in the order of its samples; `InputError` without the columns to match on."
+    cohort = (
+        validate(cohort, 'cohort').sort_values('sample_id', kind='stable').reset_index(drop=True)
+    )
+    if missing := [m for m in match if m not in cohort]:
+        raise InputError(f"cannot match on {', '.join(missing)}: the cohort has no such column")
+    return cohort
+
+
+def _checked_variants(variants, probes, tasks):
+    "Prompt variants, with that of a probe; `InputError` for one that a task does not have."
+    variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
+    for task in tasks.values():
+        for variant in variants:
+            variant_choices(Task(**task), variant)
+    return variants
+
+
+def _asking(rows, opened, tasks, access, sealed, paraphrases, probes):
+    "The `Asking` of a plan; `InputError` for a sealed cohort whose texts are needed."
+    if sealed and opened is None and (paraphrases or probes):
+        raise InputError(
+            'this cohort is sealed: rewordings and probes need its texts; give the data root'
+        )
+    return Asking(
+        {i: opened[i] for i in rows} if opened else rows,
+        tasks,
+        paraphrases,
+        access,
+    )
+
+
+def _without_attrs(cohort):
+    "Plain text columns and no metadata, which pandas would copy at every step."
+    bare = cohort.astype({c: object for c in cohort.columns[cohort.dtypes == 'str']})
+    bare.attrs = {}
+    return bare
+
+# %% ../../nbs/35_audit/060_plan.ipynb #3e709b67
+def _described(plan, cohort, attrs, access, about):
+    "A plan with the strata of its cohort and its metadata."
+    # a stratum 'variant' of a cohort of wordings is the plan's own column
+    strata = [c for c in attrs.get('strata', []) if c not in plan]
+    plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
+    kept = ('manifest', 'version', 'access', 'tasks', 'label_source')
+    plan.attrs = {
+        **{a: v for a, v in {**attrs, 'access': access}.items() if a in kept},
+        'strata': strata,
+        **about,
+        'plan_hash': table_hash(plan),
+    }
+    return validate(with_access(plan, access), 'plan')
+
+
+def _has_baseline(plan, asked):
+    """Is there a baseline: `original`, or `image_only`?
+
+    `image_only` is one where none of the arms that were asked for shows a text.
+    """
+    return 'original' in set(plan.arm) or (
+        'image_only' in set(plan.arm) and all(ARMS[a].text == 'none' for a in asked) and bool(asked)
+    )
+
 # %% ../../nbs/35_audit/060_plan.ipynb #3beb33c6
 def make_plan(
     cohort: pd.DataFrame,  # cohort table with its metadata in `.attrs`
@@ -407,71 +472,6 @@ def make_plan(
         cohort_hash=whole,
     )
     return _described(plan, cohort, attrs, access, about), out.reset_index(drop=True)
-
-
-def _sorted_cohort(cohort, match):
-    "The cohort in the order of its samples; `InputError` without the columns to match on."
-    cohort = (
-        validate(cohort, 'cohort').sort_values('sample_id', kind='stable').reset_index(drop=True)
-    )
-    if missing := [m for m in match if m not in cohort]:
-        raise InputError(f"cannot match on {', '.join(missing)}: the cohort has no such column")
-    return cohort
-
-
-def _checked_variants(variants, probes, tasks):
-    "Prompt variants, with that of a probe; `InputError` for one that a task does not have."
-    variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
-    for task in tasks.values():
-        for variant in variants:
-            variant_choices(Task(**task), variant)
-    return variants
-
-
-def _asking(rows, opened, tasks, access, sealed, paraphrases, probes):
-    "The `Asking` of a plan; `InputError` for a sealed cohort whose texts are needed."
-    if sealed and opened is None and (paraphrases or probes):
-        raise InputError(
-            'this cohort is sealed: rewordings and probes need its texts; give the data root'
-        )
-    return Asking(
-        {i: opened[i] for i in rows} if opened else rows,
-        tasks,
-        paraphrases,
-        access,
-    )
-
-
-def _described(plan, cohort, attrs, access, about):
-    "A plan with the strata of its cohort and its metadata."
-    # a stratum 'variant' of a cohort of wordings is the plan's own column
-    strata = [c for c in attrs.get('strata', []) if c not in plan]
-    plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
-    kept = ('manifest', 'version', 'access', 'tasks', 'label_source')
-    plan.attrs = {
-        **{a: v for a, v in {**attrs, 'access': access}.items() if a in kept},
-        'strata': strata,
-        **about,
-        'plan_hash': table_hash(plan),
-    }
-    return validate(with_access(plan, access), 'plan')
-
-
-def _has_baseline(plan, asked):
-    """Is there a baseline: `original`, or `image_only`?
-
-    `image_only` is one where none of the arms that were asked for shows a text.
-    """
-    return 'original' in set(plan.arm) or (
-        'image_only' in set(plan.arm) and all(ARMS[a].text == 'none' for a in asked) and bool(asked)
-    )
-
-
-def _without_attrs(cohort):
-    "Plain text columns and no metadata, which pandas would copy at every step."
-    bare = cohort.astype({c: object for c in cohort.columns[cohort.dtypes == 'str']})
-    bare.attrs = {}
-    return bare
 
 # %% ../../nbs/35_audit/060_plan.ipynb #1ceb5121
 def _trials(samples, arms, variants, donors, rows, shapes, asking, k=1):
@@ -530,6 +530,57 @@ def _prepare(cohort, chosen, seed, match, read_image, explicit, k=1):
     )
     return donors, {i: read_image(i).shape[:2] for i in marked}
 
+# %% ../../nbs/35_audit/060_plan.ipynb #86372bfd
+def _numbers(trials):
+    "(effective number, number that bounds an unseen event) of recipients or donors of an arm."
+    weight = 1 / trials.groupby('sample_id').donor.transform('size')
+    roles = [weight.groupby(who).sum() for who in (trials.patient_id, trials.donor)]
+    return min(map(effective_number, roles)), min(map(unseen_number, roles))
+
+
+def _swaps():
+    "The arms that verdicts rest on."
+    return [a for a in ARMS.values() if a.several and a.control]
+
+
+def _needed(margin, members):
+    "Patients that an 'ignores' needs: alone, and as the first of a family."
+    alone, first = (patients_for_absence(margin, 0.05 / m) for m in (1, members))
+    return f'{alone} to {first}' if first > alone else str(alone)
+
+
+def _most_excess(other, same):
+    "Lower bound of the excess if every answer moved under another class and none under the same."
+    unseen = [1 - 0.025 ** (1 / least) for _, least in (other, same)]
+    return 1 - np.hypot(*unseen)
+
+
+def _donor_row(finding, label, swaps, margin, members):
+    """Make one row of `attainable`.
+
+    The arm with the fewest effective patients is the one that is counted.
+    """
+    arms = {a: _numbers(g) for a, g in swaps.groupby('arm')}
+    effective, alike = np.min(list(arms.values()) or [(0.0, 0.0)], axis=0)
+    patients = swaps.patient_id.nunique()
+    pairs = [(arms[a.name], arms[a.control]) for a in _swaps() if {a.name, a.control} <= set(arms)]
+    least = patients_for_absence(margin)
+    sure = {
+        'relies': patients >= FEWEST and any(_most_excess(*p) > margin for p in pairs),
+        'ignores': any(other[1] >= least for other, _ in pairs),
+    }
+    return dict(
+        finding=finding,
+        label=label,
+        samples=swaps.sample_id.nunique(),
+        patients=patients,
+        donors=swaps.donor.nunique(),
+        effective_donors=round(effective, 1),
+        alike=round(alike, 1),
+        patients_for_ignores=_needed(margin, members),
+        verdicts=', '.join(v for v, can in sure.items() if can),
+    )
+
 # %% ../../nbs/35_audit/060_plan.ipynb #64c1a5f5
 def attainable(
     plan: pd.DataFrame,  # a plan
@@ -567,6 +618,15 @@ def attainable(
     counts = ['samples', 'patients', 'donors', 'effective_donors', 'alike']
     return without_small(pd.DataFrame(rows), counts, access)
 
+# %% ../../nbs/35_audit/060_plan.ipynb #beaa4b4f
+def _weighs(table):
+    "Name the finding whose few donors weigh on the verdict over all questions; '' where none does."
+    whole, each = table.iloc[0], table[(table.label == 'all') & (table.finding != 'all')]
+    if len(each) < 2 or whole.alike > 0.6 * each.alike.max():
+        return ''
+    rare = each.finding[each.alike.idxmin()]
+    return f'; {rare} has the fewest donors and weighs on all questions: consider leaving it out'
+
 
 def attainable_lines(
     plan: pd.DataFrame,  # a plan
@@ -589,63 +649,3 @@ def attainable_lines(
         lines.append(f'{what}: {r.effective_donors:.0f} effective patients and donors{out}')
     lines[0] += _weighs(table)
     return lines
-
-
-def _weighs(table):
-    "Name the finding whose few donors weigh on the verdict over all questions; '' where none does."
-    whole, each = table.iloc[0], table[(table.label == 'all') & (table.finding != 'all')]
-    if len(each) < 2 or whole.alike > 0.6 * each.alike.max():
-        return ''
-    rare = each.finding[each.alike.idxmin()]
-    return f'; {rare} has the fewest donors and weighs on all questions: consider leaving it out'
-
-
-def _donor_row(finding, label, swaps, margin, members):
-    """Make one row of `attainable`.
-
-    The arm with the fewest effective patients is the one that is counted.
-    """
-    arms = {a: _numbers(g) for a, g in swaps.groupby('arm')}
-    effective, alike = np.min(list(arms.values()) or [(0.0, 0.0)], axis=0)
-    patients = swaps.patient_id.nunique()
-    pairs = [(arms[a.name], arms[a.control]) for a in _swaps() if {a.name, a.control} <= set(arms)]
-    least = patients_for_absence(margin)
-    sure = {
-        'relies': patients >= FEWEST and any(_most_excess(*p) > margin for p in pairs),
-        'ignores': any(other[1] >= least for other, _ in pairs),
-    }
-    return dict(
-        finding=finding,
-        label=label,
-        samples=swaps.sample_id.nunique(),
-        patients=patients,
-        donors=swaps.donor.nunique(),
-        effective_donors=round(effective, 1),
-        alike=round(alike, 1),
-        patients_for_ignores=_needed(margin, members),
-        verdicts=', '.join(v for v, can in sure.items() if can),
-    )
-
-
-def _swaps():
-    "The arms that verdicts rest on."
-    return [a for a in ARMS.values() if a.several and a.control]
-
-
-def _needed(margin, members):
-    "Patients that an 'ignores' needs: alone, and as the first of a family."
-    alone, first = (patients_for_absence(margin, 0.05 / m) for m in (1, members))
-    return f'{alone} to {first}' if first > alone else str(alone)
-
-
-def _most_excess(other, same):
-    "Lower bound of the excess if every answer moved under another class and none under the same."
-    unseen = [1 - 0.025 ** (1 / least) for _, least in (other, same)]
-    return 1 - np.hypot(*unseen)
-
-
-def _numbers(trials):
-    "(effective number, number that bounds an unseen event) of recipients or donors of an arm."
-    weight = 1 / trials.groupby('sample_id').donor.transform('size')
-    roles = [weight.groupby(who).sum() for who in (trials.patient_id, trials.donor)]
-    return min(map(effective_number, roles)), min(map(unseen_number, roles))
