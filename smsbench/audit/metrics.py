@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MOST_LOG_ODDS', 'ANY', 'DRAWS', 'MOST_UNTRIED', 'answer_table', 'donor_samples', 'Term', 'Cells', 'arm_terms',
            'pair_terms', 'flipped', 'total_variation', 'movement', 'excess', 'following_terms', 'chance_rows',
-           'across_terms', 'all_terms', 'term_rows', 'term_row', 'curve_rows', 'detection_rows', 'subgroups',
-           'compare_models', 'metrics_table', 'measure', 'untried_share']
+           'across_terms', 'all_terms', 'term_row', 'term_rows', 'curve_rows', 'detection_rows', 'subgroups',
+           'compare_models', 'metrics_table', 'untried_share', 'measure']
 
 # %% ../../nbs/35_audit/110_metrics.ipynb #437b1748
 from dataclasses import dataclass, replace
@@ -598,34 +598,7 @@ def all_terms(
     pairs = [t for a in cells.arms if ARMS[a].versus in cells.arms for t in pair_terms(cells, a)]
     return within + pairs + following_terms(cells) + across_terms(cells)
 
-# %% ../../nbs/35_audit/110_metrics.ipynb #1816e2f3
-def term_rows(
-    terms: list[Term],  # metrics as ratios of sums
-    who,  # `Dyads` of the rows, or (n,) patients where nobody lends
-    level: float = 0.95,  # confidence level
-    minimum: int = 10,  # samples below which a number is suppressed
-    **_,  # n_boot, seed: what callers that resample pass along
-) -> list[dict]:  # metrics rows without model and subgroup
-    "Value and interval of each term."
-    dyads = who if isinstance(who, Dyads) else Dyads(who)
-    return [_suppressed(term_row(t, dyads, level), minimum) for t in terms]
-
-
-def term_row(term, dyads, level=0.95):
-    "One metrics row, not yet suppressed."
-    first = _mean_of_term(term, dyads)
-    if term.minus is None and tuple(term.bounds) != (-1, 1):
-        return _mean_row(term, first, interval_of(first, level))
-    first, second = _two_parts(term, dyads)
-    value, low, high = difference_of(dyads, first, second, level)
-    row = _mean_row(term, first, (low, high))
-    return row | dict(
-        value=value,
-        n_donors=max(first.n_donors, second.n_donors),
-        n_effective=min(first.n_effective, second.n_effective),
-    )
-
-
+# %% ../../nbs/35_audit/110_metrics.ipynb #46a67207
 def _mean_of_term(term, dyads):
     parts = [
         ratio_of(dyads, t.num, t.den, t.lends or t.arm or term.lends, t.bounds, t.share)
@@ -647,7 +620,7 @@ def _two_parts(term, dyads):
         ratio_of(dyads, np.maximum(sign * num, 0), term.den, arm, share=True) for sign in (1, -1)
     )
 
-
+# %% ../../nbs/35_audit/110_metrics.ipynb #b32581e0
 def _mean_row(term, mean, ends):
     return _row(
         term.metric,
@@ -661,12 +634,39 @@ def _mean_row(term, mean, ends):
     )
 
 
+def term_row(term, dyads, level=0.95):
+    "One metrics row, not yet suppressed."
+    first = _mean_of_term(term, dyads)
+    if term.minus is None and tuple(term.bounds) != (-1, 1):
+        return _mean_row(term, first, interval_of(first, level))
+    first, second = _two_parts(term, dyads)
+    value, low, high = difference_of(dyads, first, second, level)
+    row = _mean_row(term, first, (low, high))
+    return row | dict(
+        value=value,
+        n_donors=max(first.n_donors, second.n_donors),
+        n_effective=min(first.n_effective, second.n_effective),
+    )
+
+
 def _suppressed(row, minimum):
     "A row without its numbers where it rests on too few samples."
     if row['n'] >= minimum:
         return row
     why = f'suppressed: fewer than {minimum} samples' if row['n'] else 'undefined: no sample counts'
     return row | dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, note=why)
+
+# %% ../../nbs/35_audit/110_metrics.ipynb #1816e2f3
+def term_rows(
+    terms: list[Term],  # metrics as ratios of sums
+    who,  # `Dyads` of the rows, or (n,) patients where nobody lends
+    level: float = 0.95,  # confidence level
+    minimum: int = 10,  # samples below which a number is suppressed
+    **_,  # n_boot, seed: what callers that resample pass along
+) -> list[dict]:  # metrics rows without model and subgroup
+    "Value and interval of each term."
+    dyads = who if isinstance(who, Dyads) else Dyads(who)
+    return [_suppressed(term_row(t, dyads, level), minimum) for t in terms]
 
 # %% ../../nbs/35_audit/110_metrics.ipynb #81ae191a
 def curve_rows(
@@ -951,6 +951,32 @@ def metrics_table(
     table.attrs = dict(plan_hash=said.get('plan_hash', ''), minimum=minimum, **boot)
     return validate(table, 'metrics') if len(table) else table
 
+# %% ../../nbs/35_audit/110_metrics.ipynb #51be2f14
+MOST_UNTRIED = 0.05  # share of an arm's trials without any answer up to which there are verdicts
+
+
+def untried_share(
+    cells: Cells,  # one model's answers
+    arm: str,  # arm name
+) -> float:  # 0..1
+    "Share of the trials of an arm that failed or were never answered."
+    w = cells.weight(arm)
+    return float((w * ~cells(arm, 'tried')).sum() / max(w.sum(), 1e-300))
+
+
+def _with_untried(rows, cells):
+    "Rows of an arm that lacks many answers say so."
+    lost = {a for a in cells.arms if untried_share(cells, a) > MOST_UNTRIED}
+    said = 'many of its trials failed or were never answered'
+    for r in rows:
+        if lost & {r['arm'], ARMS[r['arm']].versus if r['arm'] in ARMS else ''}:
+            r['note'] = '; '.join(x for x in (r['note'], said) if x)
+    return rows
+
+# %% ../../nbs/35_audit/110_metrics.ipynb #0b0b3da3
+def _with_minimum(rows, minimum):
+    return [_suppressed(r, minimum) for r in rows]
+
 # %% ../../nbs/35_audit/110_metrics.ipynb #184c5253
 def measure(
     plan: pd.DataFrame,  # the plan
@@ -985,29 +1011,3 @@ def measure(
             out += [dict(model=model, subgroup=name, **r) for r in _with_untried(got, cells)]
     out += compare_models(next(subgroups(rows))[1], **how)
     return metrics_table(out, plan, n_boot=n_boot, seed=seed, **how)
-
-
-MOST_UNTRIED = 0.05  # share of an arm's trials without any answer up to which there are verdicts
-
-
-def untried_share(
-    cells: Cells,  # one model's answers
-    arm: str,  # arm name
-) -> float:  # 0..1
-    "Share of the trials of an arm that failed or were never answered."
-    w = cells.weight(arm)
-    return float((w * ~cells(arm, 'tried')).sum() / max(w.sum(), 1e-300))
-
-
-def _with_untried(rows, cells):
-    "Rows of an arm that lacks many answers say so."
-    lost = {a for a in cells.arms if untried_share(cells, a) > MOST_UNTRIED}
-    said = 'many of its trials failed or were never answered'
-    for r in rows:
-        if lost & {r['arm'], ARMS[r['arm']].versus if r['arm'] in ARMS else ''}:
-            r['note'] = '; '.join(x for x in (r['note'], said) if x)
-    return rows
-
-
-def _with_minimum(rows, minimum):
-    return [_suppressed(r, minimum) for r in rows]
