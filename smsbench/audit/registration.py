@@ -107,12 +107,14 @@ def register(
         strata=list(about.get('strata', [])),
     )
 
-# %% ../../nbs/35_audit/180_registration.ipynb #f9ab14f2
+# %% ../../nbs/35_audit/180_registration.ipynb #afb0c238
 _HEAD = """\
 # Registration of an audit. The audit is held to it:
 #   smsbench audit --registration THIS_FILE ...
 # Nothing below may be edited: the last line is a hash of the rest.
 """
+
+
 _NOTES = {'primary': PRIMARIES, 'family': FAMILIES}
 
 
@@ -128,7 +130,7 @@ def registration_text(
         lines.append(f'{line}   # {_NOTES[key][value]}' if key in _NOTES else line)
     return _HEAD + '\n'.join([*lines, f"hash: '{record.hash}'"]) + '\n'
 
-
+# %% ../../nbs/35_audit/180_registration.ipynb #f9ab14f2
 def write_registration(
     record: Registration,
     path,  # file to write, .yaml
