@@ -433,14 +433,14 @@ def deciding_line(
     points = bound_points(bound['value'], verdict['margin'], upper)
     return f"{modality}: {what} {points} points, margin {100 * verdict['margin']:g}{needed}"
 
-# %% ../../nbs/35_audit/190_caveats.ipynb #83b07a7a
+# %% ../../nbs/35_audit/190_caveats.ipynb #8cec1931
 def first_sentence(
     text: str,  # some sentences
 ) -> str:
     "The first sentence of a text: up to a full stop before a capital letter."
     return re.split(r'(?<=[.!?])\s+(?=[A-Z“])', text, maxsplit=1)[0]
 
-
+# %% ../../nbs/35_audit/190_caveats.ipynb #83b07a7a
 def caveat_lines(
     models: dict,  # model -> its verdicts with their caveats
     run='RUN',  # run directory, for commands
