@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from .style import COLOURS, canvas, literal, percent, styled
 from ..audit.coverage import TOLERANCE
 
-# %% ../../nbs/70_report/190_coverage_figures.ipynb #b2fc02d1
+# %% ../../nbs/70_report/190_coverage_figures.ipynb #a78fd729
 def coverage_points(
     found: dict,  # what `run_grid` returned or wrote
 ) -> pd.DataFrame:  # family, rate, low, high, studies
@@ -24,7 +24,7 @@ def coverage_points(
     ]
     return pd.DataFrame(rows, columns=['family', 'rate', 'low', 'high', 'studies'])
 
-
+# %% ../../nbs/70_report/190_coverage_figures.ipynb #b2fc02d1
 def error_points(
     found: dict,  # what `run_grid` returned or wrote
 ) -> pd.DataFrame:  # family, verdict, rate, low, high, studies, undecided
