@@ -328,47 +328,7 @@ def own_thresholds(
         notes,
     )
 
-# %% ../../nbs/70_report/130_external_page.ipynb #9f77d9e6
-def measure(
-    clip,  # `Clip`
-    films,  # `Images` that were not seen
-    x,  # (N, D) their image embeddings
-    prompts,  # from `own_prompts`
-    thresholds,  # from `own_thresholds`
-    splits=(),  # splits to measure
-    few_shots=(1, 2, 4, 8, 16),  # () leaves probes out
-    picture: str = 'pca',  # or 'umap'
-    how=None,  # n_boot and seed
-    notes=(),  # so far
-) -> External:
-    "All parts of an external validation."
-    how, notes, access = dict(how or {}), list(notes), access_of(films, 'the films')
-    local = {'train', 'val', 'test'} <= set(films.table.split) and bool(few_shots)
-    at = _tested_rows(films, splits, local)
-    tested = films.take(at)
-    scores = zero_shot(clip, tested, prompts, embeddings=x[at])
-    notes += _notes_on_films(films, tested, thresholds, scores)
-    parts, more = _own_parts(clip, tested, x[at], scores, thresholds, how)
-    notes += more
-    shots = None
-    if local:
-        probes, shots, more = _probes(clip, films, x, few_shots, how)
-        parts += probes
-        notes += more
-        shots = shareable_curve(shots, access)
-    elif few_shots:
-        notes.append('no probe and no few-shot curve: the cohort has no train, val and test splits')
-    metrics = shareable(pd.concat(parts, ignore_index=True), access)
-    metrics.attrs = dict(prompts=scores.attrs['prompts'], weights=scores.attrs['weights'])
-    plane = None
-    if access == 'credentialed':
-        notes += _note_on_hidden(films.classes, metrics)
-    else:
-        plane = coordinates(x[at], picture, how.get('seed', 0))
-    tables, figures = _shown(metrics, scores, tested, thresholds, shots, plane, access, how)
-    return External(metrics, tables, figures, notes, len(at))
-
-
+# %% ../../nbs/70_report/130_external_page.ipynb #346394ed
 def _tested_rows(films, splits, local):
     "Positions of the films to measure; `InputError` if there are none."
     present = set(films.table.split)
@@ -394,18 +354,36 @@ def _notes_on_films(films, tested, thresholds, scores):
         notes.append(thresholds.check(tested.table.patient_id, scores.attrs))
     return [n for n in notes if n]
 
-
-def _note_on_hidden(classes, metrics):
-    "A note on classes whose numbers may not be shown, if there are any."
-    hidden = [c for c in classes if c not in _open_classes(metrics)]
-    if not hidden:
-        return []
-    return [
-        f"too few patients or films with or without {', '.join(hidden)}: no numbers of them, no"
-        ' averages over classes and no confusion matrix'
+# %% ../../nbs/70_report/130_external_page.ipynb #aec90194
+def _own_parts(clip, tested, x, scores, thresholds, how):
+    "Metrics parts that need no training: zero-shot, retrieval, embedding space; and notes."
+    notes = []
+    parts = [
+        classification_metrics(
+            scores, tested.targets, tested.table.patient_id, thresholds, clip.name, **how
+        )
     ]
+    told = int((tested.table.text.str.strip() != '').sum())
+    if told >= 2:
+        parts.append(retrieve(clip, tested, embeddings=x, **how))
+    else:
+        notes.append(
+            'no retrieval: too few films have a report'
+            + (
+                f' ({told} of {len(tested)}; two are needed)'
+                if access_of(tested, 'the films') == 'open'
+                else ''
+            )
+        )
+    held = embedded(x, tested.targets, tested.table.patient_id, tested.kind)
+    parts.append(
+        space_metrics(
+            held, clip.name, n_boot=min(how.get('n_boot', 200), 200), seed=how.get('seed', 0)
+        )
+    )
+    return parts, notes
 
-
+# %% ../../nbs/70_report/130_external_page.ipynb #68ffe63b
 def _probes(clip, films, x, few_shots, how):
     """Linear probe, nearest neighbours and few-shot curve on the cohort's own splits.
 
@@ -453,7 +431,7 @@ def _probes(clip, films, x, few_shots, how):
         notes,
     )
 
-
+# %% ../../nbs/70_report/130_external_page.ipynb #6478e1e6
 def _open_classes(metrics):
     "Classes whose zero-shot numbers may be shown."
     return set(
@@ -463,6 +441,17 @@ def _open_classes(metrics):
     )
 
 
+def _note_on_hidden(classes, metrics):
+    "A note on classes whose numbers may not be shown, if there are any."
+    hidden = [c for c in classes if c not in _open_classes(metrics)]
+    if not hidden:
+        return []
+    return [
+        f"too few patients or films with or without {', '.join(hidden)}: no numbers of them, no"
+        ' averages over classes and no confusion matrix'
+    ]
+
+
 def _full_bins(reliable, minimum):
     "Reliability curves without bins of few films on a side or few patients."
     side = np.minimum(reliable.frequency, 1 - reliable.frequency) * reliable.n
@@ -470,6 +459,63 @@ def _full_bins(reliable, minimum):
         frequency=reliable.frequency.where(
             (side >= minimum - 1e-9) & (reliable.n_clusters >= minimum)
         )
+    )
+
+# %% ../../nbs/70_report/130_external_page.ipynb #52978845
+def _overall(metrics):
+    "Numbers that are not per class, as a paper prints them."
+    rows = metrics[~(metrics.group == 'class') & (metrics.model != 'chance')]
+    text = [
+        (
+            f'{rounded(r.value, 3)} ({span(r.ci_low, r.ci_high, 3, 1)})'
+            if np.isfinite(r.ci_low)
+            else rounded(r.value, 3)
+        )
+        for r in rows.itertuples()
+    ]
+    held = dict(
+        part=rows.arm,
+        of=rows.subgroup,
+        value=text,
+        films=rows.n,
+        patients=rows.n_clusters,
+        note=rows.note,
+    )
+    return pd.DataFrame(
+        {k: list(v) for k, v in held.items()}, index=pd.Index(rows.metric, name='metric')
+    )
+
+
+def _confused(tested, scores, hide):
+    "Tables by name and the figure of exclusive classes; counts from 1 to below `hide` are hidden."
+    known = tested.targets.notna().all(axis=1).to_numpy()
+    truth, said = (
+        np.array(tested.classes, object)[np.nan_to_num(np.asarray(v, float)).argmax(1)][known]
+        for v in (tested.targets, scores)
+    )
+    matrix = confusion_matrix(truth, said, tested.classes)
+    if hide:
+        few = matrix.astype(object).where(lambda m: (m == 0) | (m >= hide), f'<{hide}')
+        return dict(confusion=few), confusion_figure(matrix, hide)
+    tables = dict(confusion=matrix, report=classification_report(matrix))
+    return tables, confusion_figure(matrix, hide)
+
+
+def _decided(tested, scores, thresholds, held, hide):
+    "Counts of decisions per class in `held`; counts from 1 to below `hide` are hidden."
+    counts = decision_counts(scores, tested.targets, thresholds).loc[
+        [c for c in tested.classes if c in held]
+    ]
+    if not hide:
+        return counts
+    return counts.astype(object).where(
+        lambda t: (
+            ~t.columns.isin(['tp', 'fp', 'fn', 'tn', 'not_asked'])
+            | (t == 0)
+            | (t >= hide)
+            | t.isna()
+        ),
+        f'<{hide}',
     )
 
 
@@ -517,91 +563,45 @@ def _shown(metrics, scores, tested, thresholds, shots, at, access, how):
         )
     return tables, {n: f for n, f in figures.items() if f is not None}
 
-
-def _overall(metrics):
-    "Numbers that are not per class, as a paper prints them."
-    rows = metrics[~(metrics.group == 'class') & (metrics.model != 'chance')]
-    text = [
-        (
-            f'{rounded(r.value, 3)} ({span(r.ci_low, r.ci_high, 3, 1)})'
-            if np.isfinite(r.ci_low)
-            else rounded(r.value, 3)
-        )
-        for r in rows.itertuples()
-    ]
-    held = dict(
-        part=rows.arm,
-        of=rows.subgroup,
-        value=text,
-        films=rows.n,
-        patients=rows.n_clusters,
-        note=rows.note,
-    )
-    return pd.DataFrame(
-        {k: list(v) for k, v in held.items()}, index=pd.Index(rows.metric, name='metric')
-    )
-
-
-def _own_parts(clip, tested, x, scores, thresholds, how):
-    "Metrics parts that need no training: zero-shot, retrieval, embedding space; and notes."
-    notes = []
-    parts = [
-        classification_metrics(
-            scores, tested.targets, tested.table.patient_id, thresholds, clip.name, **how
-        )
-    ]
-    told = int((tested.table.text.str.strip() != '').sum())
-    if told >= 2:
-        parts.append(retrieve(clip, tested, embeddings=x, **how))
+# %% ../../nbs/70_report/130_external_page.ipynb #9f77d9e6
+def measure(
+    clip,  # `Clip`
+    films,  # `Images` that were not seen
+    x,  # (N, D) their image embeddings
+    prompts,  # from `own_prompts`
+    thresholds,  # from `own_thresholds`
+    splits=(),  # splits to measure
+    few_shots=(1, 2, 4, 8, 16),  # () leaves probes out
+    picture: str = 'pca',  # or 'umap'
+    how=None,  # n_boot and seed
+    notes=(),  # so far
+) -> External:
+    "All parts of an external validation."
+    how, notes, access = dict(how or {}), list(notes), access_of(films, 'the films')
+    local = {'train', 'val', 'test'} <= set(films.table.split) and bool(few_shots)
+    at = _tested_rows(films, splits, local)
+    tested = films.take(at)
+    scores = zero_shot(clip, tested, prompts, embeddings=x[at])
+    notes += _notes_on_films(films, tested, thresholds, scores)
+    parts, more = _own_parts(clip, tested, x[at], scores, thresholds, how)
+    notes += more
+    shots = None
+    if local:
+        probes, shots, more = _probes(clip, films, x, few_shots, how)
+        parts += probes
+        notes += more
+        shots = shareable_curve(shots, access)
+    elif few_shots:
+        notes.append('no probe and no few-shot curve: the cohort has no train, val and test splits')
+    metrics = shareable(pd.concat(parts, ignore_index=True), access)
+    metrics.attrs = dict(prompts=scores.attrs['prompts'], weights=scores.attrs['weights'])
+    plane = None
+    if access == 'credentialed':
+        notes += _note_on_hidden(films.classes, metrics)
     else:
-        notes.append(
-            'no retrieval: too few films have a report'
-            + (
-                f' ({told} of {len(tested)}; two are needed)'
-                if access_of(tested, 'the films') == 'open'
-                else ''
-            )
-        )
-    held = embedded(x, tested.targets, tested.table.patient_id, tested.kind)
-    parts.append(
-        space_metrics(
-            held, clip.name, n_boot=min(how.get('n_boot', 200), 200), seed=how.get('seed', 0)
-        )
-    )
-    return parts, notes
-
-
-def _confused(tested, scores, hide):
-    "Tables by name and the figure of exclusive classes; counts from 1 to below `hide` are hidden."
-    known = tested.targets.notna().all(axis=1).to_numpy()
-    truth, said = (
-        np.array(tested.classes, object)[np.nan_to_num(np.asarray(v, float)).argmax(1)][known]
-        for v in (tested.targets, scores)
-    )
-    matrix = confusion_matrix(truth, said, tested.classes)
-    if hide:
-        few = matrix.astype(object).where(lambda m: (m == 0) | (m >= hide), f'<{hide}')
-        return dict(confusion=few), confusion_figure(matrix, hide)
-    tables = dict(confusion=matrix, report=classification_report(matrix))
-    return tables, confusion_figure(matrix, hide)
-
-
-def _decided(tested, scores, thresholds, held, hide):
-    "Counts of decisions per class in `held`; counts from 1 to below `hide` are hidden."
-    counts = decision_counts(scores, tested.targets, thresholds).loc[
-        [c for c in tested.classes if c in held]
-    ]
-    if not hide:
-        return counts
-    return counts.astype(object).where(
-        lambda t: (
-            ~t.columns.isin(['tp', 'fp', 'fn', 'tn', 'not_asked'])
-            | (t == 0)
-            | (t >= hide)
-            | t.isna()
-        ),
-        f'<{hide}',
-    )
+        plane = coordinates(x[at], picture, how.get('seed', 0))
+    tables, figures = _shown(metrics, scores, tested, thresholds, shots, plane, access, how)
+    return External(metrics, tables, figures, notes, len(at))
 
 # %% ../../nbs/70_report/130_external_page.ipynb #6fa84e37
 def save_external(
