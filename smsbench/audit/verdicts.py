@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'LABEL_ERRORS', 'FAMILIES', 'DEFAULT_MARGIN', 'evidence', 'label_error', 'firmness', 'missing_answers',
-           'holm_factors', 'pool_partially', 'give_verdicts', 'unread', 'decide']
+           'holm_factors', 'pool_partially', 'unread', 'give_verdicts', 'decide']
 
 # %% ../../nbs/35_audit/150_verdicts.ipynb #c4a2829f
 from dataclasses import replace
@@ -286,6 +286,163 @@ def _families(keys, family):
 
     return [[k for k in keys if group(k) == g] for g in dict.fromkeys(map(group, keys))]
 
+# %% ../../nbs/35_audit/150_verdicts.ipynb #3507c0bd
+def _parts_by_model(plan, predictions):
+    "Split the answers of each model into those of all samples, of findings and of subgroups."
+    strata = plan.attrs.get('strata', [])
+    answers = answer_table(plan, predictions)
+    return {m: _parts(rows, strata) for m, rows in answers.groupby('model', sort=True)}
+
+
+def _is_member(cells, modality, planned):
+    "Does the plan ask about a modality, of enough patients? Answers change no family."
+    arms = ('original', *NEEDS[modality])
+    if not set(arms) <= planned:
+        return False
+    shown = np.all([cells.has(a) for a in arms if a in cells.arms], axis=0)
+    return len(set(cells.patients[shown])) >= FEWEST
+
+# %% ../../nbs/35_audit/150_verdicts.ipynb #1e429c34
+def _silence(cells, margin, first):
+    """Decide whether a model answers; one whose answers follow image or text does.
+
+    To follow is shown at the strictest rate of the family, to stand still at the mildest.
+    """
+    words = []
+    asked = [m for m, arms in NEEDS.items() if set(arms) <= set(cells.arms)]
+    for m in [m for m in asked if not _untried(cells, m)]:
+        strict = word_for(bounds_of(*evidence(cells, m, stay=True), first[m]), margin)[0]
+        mild = word_for(bounds_of(*evidence(cells, m)), margin)[0]
+        words += [strict, *([mild] if mild not in ('relies', 'reversed') else [])]
+    return answering(cells, words)
+
+
+def _silences(parts, margin, model, first):
+    """Decide whether a model answers, over all and per finding.
+
+    Where it answers nothing, it answers no finding.
+    """
+    every = {
+        k: _silence(p, margin, {m: first.get((model, *k, m), 1.0) for m in NEEDS})
+        for k, p in parts.items()
+        if k[0] in ('all', 'finding')
+    }
+    whole = every.pop(('all', 'all'))
+    each = every
+    return {k: whole if whole['reasons'] else v for k, v in each.items()} | {('all', 'all'): whole}
+
+# %% ../../nbs/35_audit/150_verdicts.ipynb #44b0171b
+def unread(
+    cells: Cells,  # one model's answers
+    access: str = 'open',  # 'open' or 'credentialed'
+) -> dict:  # unread_share of the answers under `original`, 0..1; None: fewer than 10, withheld
+    "Measure how many questions with their own image and text got an answer that cannot be read."
+    if 'original' not in cells.arms:
+        return dict(unread_share=0.0)
+    w = cells.weight('original') * cells('original', 'tried')
+    count, asked = (w * ~cells('original', 'parsed')).sum(), w.sum()
+    hidden = CountFormatter(access).hides(round(count), round(asked))
+    return dict(unread_share=None if hidden else float(count / max(asked, 1e-300)))
+
+# %% ../../nbs/35_audit/150_verdicts.ipynb #fc6754ba
+def _arms_in_state(delivery, model, state):
+    "List the arms of a model whose delivery is in a state, such as 'void'."
+    return [a for a, v in delivery.get(model, {}).items() if v['verdict'] == state]
+
+
+def _strictness(seen, members, family, margin):
+    "By how much the error rates of each verdict are divided, within its family."
+
+    def decided(k, factor):
+        return k in seen and word_for(bounds_of(*seen[k], factor), margin)[0] != 'undecided'
+
+    factor = {}
+    for some in _families(members, family):
+        factor |= holm_factors(decided, some)
+    return factor
+
+
+def _despite_failures(found, cells, modality):
+    "A verdict of movement must stand without the trials that failed: nobody knows why they did."
+    if found['verdict'] not in ('relies', 'reversed'):
+        return found
+    if not any(untried_share(cells, a) for a in NEEDS[modality]):
+        return found
+    b = bounds_of(*evidence(cells, modality, stay='untried'))
+    if word_for(b, found['margin'])[0] == found['verdict']:
+        return found
+    return found | dict(verdict='undecided', note='failed trials could decide: run them again')
+
+
+def _records(cells, members, plan, *, delivery, silent, margin, family):
+    "Make the record of every verdict: why there is none, or the bounds at the family's error rate."
+    none, seen = {}, {}
+    for k, answers in cells.items():
+        model, part, modality = k[0], k[1:3], k[3]
+        void = _arms_in_state(delivery, model, 'void')
+        silence = silent[model].get(part, silent[model]['all', 'all'])
+        none[k] = _no_record(answers, modality, void, silence, margin, set(plan.arm))
+        if none[k] is None:
+            seen[k] = evidence(answers, modality)
+    factors = _strictness(seen, members, family, margin)
+    found = {}
+    for k, answers in cells.items():
+        modality, factor = k[3], factors.get(k, 1.0)
+        verdict = none[k]
+        if verdict is None:
+            verdict = record(*seen[k], margin, factor)
+            verdict = _despite_failures(verdict, answers, modality)
+        found[k] = _with_firmness(verdict, answers, modality, plan.attrs, factor)
+    if access_of(plan, 'the plan') != 'open':
+        found = {k: _without_few(v, margin) for k, v in found.items()}
+    return found
+
+# %% ../../nbs/35_audit/150_verdicts.ipynb #59b9f53c
+def _add_pooled(findings):
+    "Partially pooled estimates beside the raw ones, where at least three findings have a value."
+    for m in NEEDS:
+        known = [f for f, v in findings.items() if v[f'relies_on_{m}']['state'] == 'ok']
+        if len(known) < 3:
+            continue
+        rows = [findings[f][f'relies_on_{m}'] for f in known]
+        errors = [(r['ci_high'] - r['ci_low']) / 3.92 for r in rows]
+        pooled = pool_partially([r['value'] for r in rows], errors)
+        for r, *ends in zip(rows, *pooled):
+            r.update(zip(('pooled', 'pooled_low', 'pooled_high'), map(float, ends)))
+
+
+def _model_record(model, parts, found, silent, access):
+    "The verdicts of one model, nested as verdicts.json holds them."
+
+    def of(kind, name):
+        return {f'relies_on_{m}': found[model, kind, name, m] for m in NEEDS}
+
+    findings = {name: of(kind, name) for kind, name in parts if kind == 'finding'}
+    subgroup = {name: of(kind, name) for kind, name in parts if kind == 'subgroup'}
+    _add_pooled(findings)
+    whole = parts['all', 'all']
+    return dict(
+        **of('all', 'all'),
+        answers=silent | unread(whole, access),
+        findings=findings,
+        subgroups=subgroup,
+        caveats=[],
+    )
+
+# %% ../../nbs/35_audit/150_verdicts.ipynb #bcd35883
+DEFAULT_MARGIN = (  # where the user gives no reason
+    'the default of this tool: a twentieth of all answers, or of the probability, may move without'
+    ' being called reliance'
+)
+
+
+def _check_rules(margin, family):
+    "Refuse a margin or a family of verdicts that means nothing."
+    if not 0 < margin < 1:
+        raise InputError(f'margin {margin}: must lie between 0 and 1')
+    if family not in FAMILIES:
+        raise InputError(f"family {family!r}: choose from {', '.join(FAMILIES)}")
+
 # %% ../../nbs/35_audit/150_verdicts.ipynb #ee2c9fb3
 def give_verdicts(
     plan: pd.DataFrame,  # the plan
@@ -327,160 +484,3 @@ def give_verdicts(
         margin_reason=margin_reason or (DEFAULT_MARGIN if margin == 0.05 else ''),
         family=dict(name=family, sizes=sizes, method='Holm 1979', relies=0.025, ignores=0.05),
     )
-
-
-DEFAULT_MARGIN = (  # where the user gives no reason
-    'the default of this tool: a twentieth of all answers, or of the probability, may move without'
-    ' being called reliance'
-)
-
-
-def _check_rules(margin, family):
-    "Refuse a margin or a family of verdicts that means nothing."
-    if not 0 < margin < 1:
-        raise InputError(f'margin {margin}: must lie between 0 and 1')
-    if family not in FAMILIES:
-        raise InputError(f"family {family!r}: choose from {', '.join(FAMILIES)}")
-
-
-def _parts_by_model(plan, predictions):
-    "Split the answers of each model into those of all samples, of findings and of subgroups."
-    strata = plan.attrs.get('strata', [])
-    answers = answer_table(plan, predictions)
-    return {m: _parts(rows, strata) for m, rows in answers.groupby('model', sort=True)}
-
-
-def _arms_in_state(delivery, model, state):
-    "List the arms of a model whose delivery is in a state, such as 'void'."
-    return [a for a, v in delivery.get(model, {}).items() if v['verdict'] == state]
-
-
-def _records(cells, members, plan, *, delivery, silent, margin, family):
-    "Make the record of every verdict: why there is none, or the bounds at the family's error rate."
-    none, seen = {}, {}
-    for k, answers in cells.items():
-        model, part, modality = k[0], k[1:3], k[3]
-        void = _arms_in_state(delivery, model, 'void')
-        silence = silent[model].get(part, silent[model]['all', 'all'])
-        none[k] = _no_record(answers, modality, void, silence, margin, set(plan.arm))
-        if none[k] is None:
-            seen[k] = evidence(answers, modality)
-    factors = _strictness(seen, members, family, margin)
-    found = {}
-    for k, answers in cells.items():
-        modality, factor = k[3], factors.get(k, 1.0)
-        verdict = none[k]
-        if verdict is None:
-            verdict = record(*seen[k], margin, factor)
-            verdict = _despite_failures(verdict, answers, modality)
-        found[k] = _with_firmness(verdict, answers, modality, plan.attrs, factor)
-    if access_of(plan, 'the plan') != 'open':
-        found = {k: _without_few(v, margin) for k, v in found.items()}
-    return found
-
-
-def _despite_failures(found, cells, modality):
-    "A verdict of movement must stand without the trials that failed: nobody knows why they did."
-    if found['verdict'] not in ('relies', 'reversed'):
-        return found
-    if not any(untried_share(cells, a) for a in NEEDS[modality]):
-        return found
-    b = bounds_of(*evidence(cells, modality, stay='untried'))
-    if word_for(b, found['margin'])[0] == found['verdict']:
-        return found
-    return found | dict(verdict='undecided', note='failed trials could decide: run them again')
-
-
-def _is_member(cells, modality, planned):
-    "Does the plan ask about a modality, of enough patients? Answers change no family."
-    arms = ('original', *NEEDS[modality])
-    if not set(arms) <= planned:
-        return False
-    shown = np.all([cells.has(a) for a in arms if a in cells.arms], axis=0)
-    return len(set(cells.patients[shown])) >= FEWEST
-
-
-def _strictness(seen, members, family, margin):
-    "By how much the error rates of each verdict are divided, within its family."
-
-    def decided(k, factor):
-        return k in seen and word_for(bounds_of(*seen[k], factor), margin)[0] != 'undecided'
-
-    factor = {}
-    for some in _families(members, family):
-        factor |= holm_factors(decided, some)
-    return factor
-
-
-def _silences(parts, margin, model, first):
-    """Decide whether a model answers, over all and per finding.
-
-    Where it answers nothing, it answers no finding.
-    """
-    every = {
-        k: _silence(p, margin, {m: first.get((model, *k, m), 1.0) for m in NEEDS})
-        for k, p in parts.items()
-        if k[0] in ('all', 'finding')
-    }
-    whole = every.pop(('all', 'all'))
-    each = every
-    return {k: whole if whole['reasons'] else v for k, v in each.items()} | {('all', 'all'): whole}
-
-
-def _silence(cells, margin, first):
-    """Decide whether a model answers; one whose answers follow image or text does.
-
-    To follow is shown at the strictest rate of the family, to stand still at the mildest.
-    """
-    words = []
-    asked = [m for m, arms in NEEDS.items() if set(arms) <= set(cells.arms)]
-    for m in [m for m in asked if not _untried(cells, m)]:
-        strict = word_for(bounds_of(*evidence(cells, m, stay=True), first[m]), margin)[0]
-        mild = word_for(bounds_of(*evidence(cells, m)), margin)[0]
-        words += [strict, *([mild] if mild not in ('relies', 'reversed') else [])]
-    return answering(cells, words)
-
-
-def _model_record(model, parts, found, silent, access):
-    "The verdicts of one model, nested as verdicts.json holds them."
-
-    def of(kind, name):
-        return {f'relies_on_{m}': found[model, kind, name, m] for m in NEEDS}
-
-    findings = {name: of(kind, name) for kind, name in parts if kind == 'finding'}
-    subgroup = {name: of(kind, name) for kind, name in parts if kind == 'subgroup'}
-    _add_pooled(findings)
-    whole = parts['all', 'all']
-    return dict(
-        **of('all', 'all'),
-        answers=silent | unread(whole, access),
-        findings=findings,
-        subgroups=subgroup,
-        caveats=[],
-    )
-
-
-def unread(
-    cells: Cells,  # one model's answers
-    access: str = 'open',  # 'open' or 'credentialed'
-) -> dict:  # unread_share of the answers under `original`, 0..1; None: fewer than 10, withheld
-    "Measure how many questions with their own image and text got an answer that cannot be read."
-    if 'original' not in cells.arms:
-        return dict(unread_share=0.0)
-    w = cells.weight('original') * cells('original', 'tried')
-    count, asked = (w * ~cells('original', 'parsed')).sum(), w.sum()
-    hidden = CountFormatter(access).hides(round(count), round(asked))
-    return dict(unread_share=None if hidden else float(count / max(asked, 1e-300)))
-
-
-def _add_pooled(findings):
-    "Partially pooled estimates beside the raw ones, where at least three findings have a value."
-    for m in NEEDS:
-        known = [f for f, v in findings.items() if v[f'relies_on_{m}']['state'] == 'ok']
-        if len(known) < 3:
-            continue
-        rows = [findings[f][f'relies_on_{m}'] for f in known]
-        errors = [(r['ci_high'] - r['ci_low']) / 3.92 for r in rows]
-        pooled = pool_partially([r['value'] for r in rows], errors)
-        for r, *ends in zip(rows, *pooled):
-            r.update(zip(('pooled', 'pooled_low', 'pooled_high'), map(float, ends)))
