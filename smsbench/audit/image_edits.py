@@ -18,7 +18,7 @@ def thumbnail(
     image: np.ndarray,  # (H,W) or (H,W,3) uint8
     side: int = 24,  # pixels of the thumbnail's side
 ) -> np.ndarray:  # (side*side,) float32, mean 0 and norm 1; zeros for a uniform picture
-    "A picture as a short vector, for a plain image distance."
+    "Shrink an image to a short vector, for a plain image distance."
     from PIL import Image
 
     small = np.asarray(
@@ -33,7 +33,7 @@ def region_elsewhere(
     shape,  # (H, W) of the picture
     key: str = '',  # decides the place
 ) -> list:  # boxes of the same sizes, overlapping none of `boxes`; [] where there is no room
-    "Another region of equal area."
+    "Choose another region of equal area."
     (h, w), out = shape[:2], []
     for n, (x0, y0, x1, y1) in enumerate(boxes):
         bw, bh = x1 - x0, y1 - y0
