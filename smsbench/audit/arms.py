@@ -88,7 +88,7 @@ def select_arms(
     names=(),  # arm names in any order; empty means all but the probes
     probes=(),  # keys of `PROBES`, beside them
 ) -> list[Arm]:  # in the order of `ARMS`, with the arms they are compared with and controlled by
-    "The arms asked for and those without which they mean nothing."
+    "List the arms asked for and those that they need."
     if strange := [p for p in probes if p not in PROBES]:
         raise InputError(f"unknown probe {', '.join(strange)}; choose from {', '.join(PROBES)}")
     unknown = [n for n in names if n not in ARMS]
