@@ -43,7 +43,7 @@ def _pop_fitting(heaps, fits):
 def image_names(
     cohort: pd.DataFrame,  # cohort table
 ) -> pd.Series:  # `image_sha`, and the image reference where that is ''
-    "What tells one picture from another."
+    "Name each image so that equal images have equal names."
     return (
         cohort.image_sha.mask(cohort.image_sha == '', cohort.image)
         if 'image_sha' in cohort
@@ -52,7 +52,7 @@ def image_names(
 
 # %% ../../nbs/35_audit/060_plan.ipynb #16edb011
 def _differs(a, b):
-    "May `b` be a donor for `a`: another patient, another picture, another text?"
+    "Check whether `b` may be a donor for `a`: another patient, another image, another text."
     return (
         a.patient_id != b.patient_id
         and a.image_sha != b.image_sha
@@ -64,7 +64,7 @@ UNKNOWN = ('', 'withheld')  # values of a stratum that say nothing: two of them 
 
 
 def _is_known(r, match):
-    "Does a row have a value in every column in which donors must agree?"
+    "Check whether a row has a value in every column in which donors must agree."
     return not any(str(getattr(r, m)) in UNKNOWN or pd.isna(getattr(r, m)) for m in match)
 
 
@@ -86,7 +86,7 @@ def _donor_heaps(rows, role, seed, match):
 
 # %% ../../nbs/35_audit/060_plan.ipynb #88b12370
 def _one_draw(rows, heaps, taken, role, same_class, seed, match, draw):
-    "A further donor for every sample, in an order of its own."
+    "Draw a further donor for every sample, in an order of its own."
     out, who = {}, 'sample' if draw == 0 else f'sample {draw}'
     for i in _ordered(seed, role, who, rows):
         r = rows[i]
@@ -130,7 +130,7 @@ def nearest_donors(
     match=(),  # columns in which donor and sample must agree
     same_class: bool = False,  # nearest of the sample's own class instead?
 ) -> dict[str, str]:  # sample_id -> sample_id of the nearest fitting image, '' where none fits
-    """Find each sample's nearest picture of another class (or the same) and another patient.
+    """Find each sample's nearest image of another class (or the same) and another patient.
 
     Ties go to the smaller id.
     """
@@ -151,7 +151,7 @@ def nearest_donors(
 
 
 def _nearest(some, other, thumbs):
-    "For each row of `some` the id of the nearest row of `other`."
+    "Find for each row of `some` the id of the nearest row of `other`."
     a, b = thumbs[some.index], thumbs[other.index]
     distance = np.round(
         (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 5
@@ -174,7 +174,7 @@ _DRAWN = {
 
 
 def _lenders(arm, r, donors, draw=0):
-    "(image_id, text_id, why not) of sample `r` under `arm`."
+    "Return (image_id, text_id, why not) of sample `r` under `arm`."
     lend = {
         'own': r.sample_id,
         'none': '',
@@ -196,7 +196,7 @@ def _lenders(arm, r, donors, draw=0):
 
 # %% ../../nbs/35_audit/060_plan.ipynb #f104b8ee
 def _region(arm, boxes, shape, sample_id):
-    "(boxes to grey, why not) for the region arms."
+    "Return (boxes to grey, why not) for the region arms."
     if arm.image not in ('occlude', 'elsewhere'):
         return [], ''
     if not boxes:
@@ -208,7 +208,7 @@ def _region(arm, boxes, shape, sample_id):
 
 # %% ../../nbs/35_audit/060_plan.ipynb #03a06e4f
 def _shown(arm, r, donors, rows, shapes, asking, draw=0):
-    "(what a sample is shown under an arm, why not)."
+    "Return (what a sample is shown under an arm, why not)."
     image_id, text_id, why = _lenders(arm, r, donors, draw)
     if not why and (
         not all(rows[i].text for i in {text_id, r.sample_id if arm.text in TEXT_OPS else ''} - {''})
@@ -246,7 +246,7 @@ def _shown(arm, r, donors, rows, shapes, asking, draw=0):
 
 
 def _trial(arm, r, shown, how):
-    "One row of the plan: a sample, what it is shown, and what it is asked."
+    "Make one row of the plan: a sample, what it is shown, and what it is asked."
     named = [
         how[k]
         for k in ('question', 'question_id')
@@ -284,7 +284,7 @@ def patients_for_absence(
     margin: float,  # smallest movement that matters, 0..1
     rate: float = 0.05,  # one-sided error rate
 ) -> int:
-    "Independent patients without any movement that put the exact upper bound below the margin."
+    "Count the patients without any movement that put the exact upper bound below the margin."
     return int(np.ceil(np.log(rate) / np.log1p(-margin) - 1e-9))
 
 # %% ../../nbs/35_audit/060_plan.ipynb #d0892869
@@ -292,7 +292,7 @@ def lending(
     draws: list,  # sample_id -> donor's sample_id per draw, see `draw_several`
     patient: pd.Series,  # patient of each sample_id
 ) -> float:
-    "Effective number of donor patients over some draws, averaged within the sample (Kish 1965)."
+    "Compute the effective number of donor patients over some draws (Kish 1965)."
     pairs = pd.DataFrame(
         [(i, d) for draw in draws for i, d in draw.items() if d], columns=['sample', 'donor']
     )
@@ -313,7 +313,7 @@ def enough_donors(
     match=(),  # columns in which donor and sample must agree
     margin: float = 0.05,  # smallest movement that matters
 ) -> int:  # donors per sample
-    "The number of donors per sample that 'auto' stands for."
+    "Choose the number of donors per sample that 'auto' stands for."
     several = sum(a.several for a in arms)
     most = min(MOST_DRAWS, 1 + BUDGET // max(several * len(cohort), 1)) if several else 1
     if most == 1:
@@ -353,7 +353,7 @@ def cohort_hash(
 
 # %% ../../nbs/35_audit/060_plan.ipynb #f3c96e97
 def _sorted_cohort(cohort, match):
-    "The cohort in the order of its samples; `InputError` without the columns to match on."
+    "Sort a cohort by its samples; `InputError` without the columns to match on."
     cohort = (
         validate(cohort, 'cohort').sort_values('sample_id', kind='stable').reset_index(drop=True)
     )
@@ -363,7 +363,7 @@ def _sorted_cohort(cohort, match):
 
 
 def _checked_variants(variants, probes, tasks):
-    "Prompt variants, with that of a probe; `InputError` for one that a task does not have."
+    "Add the prompt variant of a probe; `InputError` for one that a task does not have."
     variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
     for task in tasks.values():
         for variant in variants:
@@ -372,7 +372,7 @@ def _checked_variants(variants, probes, tasks):
 
 
 def _asking(rows, opened, tasks, access, sealed, paraphrases, probes):
-    "The `Asking` of a plan; `InputError` for a sealed cohort whose texts are needed."
+    "Make the `Asking` of a plan; `InputError` for a sealed cohort whose texts are needed."
     if sealed and opened is None and (paraphrases or probes):
         raise InputError(
             'this cohort is sealed: rewordings and probes need its texts; give the data root'
@@ -386,14 +386,14 @@ def _asking(rows, opened, tasks, access, sealed, paraphrases, probes):
 
 
 def _without_attrs(cohort):
-    "Plain text columns and no metadata, which pandas would copy at every step."
+    "Return plain text columns and no metadata, which pandas would copy at every step."
     bare = cohort.astype({c: object for c in cohort.columns[cohort.dtypes == 'str']})
     bare.attrs = {}
     return bare
 
 # %% ../../nbs/35_audit/060_plan.ipynb #3e709b67
 def _described(plan, cohort, attrs, access, about):
-    "A plan with the strata of its cohort and its metadata."
+    "Add the strata of its cohort and the metadata to a plan."
     # a stratum 'variant' of a cohort of wordings is the plan's own column
     strata = [c for c in attrs.get('strata', []) if c not in plan]
     plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
@@ -408,7 +408,7 @@ def _described(plan, cohort, attrs, access, about):
 
 
 def _has_baseline(plan, asked):
-    """Is there a baseline: `original`, or `image_only`?
+    """Check whether there is a baseline: `original`, or `image_only`.
 
     `image_only` is one where none of the arms that were asked for shows a text.
     """
@@ -475,7 +475,7 @@ def make_plan(
 
 # %% ../../nbs/35_audit/060_plan.ipynb #1ceb5121
 def _trials(samples, arms, variants, donors, rows, shapes, asking, k=1):
-    "(plan without strata, exclusions)."
+    "Make (plan without strata, exclusions)."
     found, lost = [], list(asking.excluded)
     for r in samples:
         asked = [dict(variant=v, **asking.plain(r.sample_id, v)) for v in variants]
@@ -505,7 +505,7 @@ NEED_PICTURES = (
 
 
 def _prepare(cohort, chosen, seed, match, read_image, explicit, k=1):
-    "Donors per role and draw, and picture sizes of the samples with a marked region."
+    "Draw donors per role and draw, and measure the images of the samples with a marked region."
     ops = {a.image for a in chosen} | {_DRAWN.get(a.text, a.text) for a in chosen}
     donors = {
         role: draw_several(cohort, role == 'same', k, seed, match)
@@ -532,25 +532,25 @@ def _prepare(cohort, chosen, seed, match, read_image, explicit, k=1):
 
 # %% ../../nbs/35_audit/060_plan.ipynb #86372bfd
 def _numbers(trials):
-    "(effective number, number that bounds an unseen event) of recipients or donors of an arm."
+    "Return (effective number, number that bounds an unseen event) of recipients or donors."
     weight = 1 / trials.groupby('sample_id').donor.transform('size')
     roles = [weight.groupby(who).sum() for who in (trials.patient_id, trials.donor)]
     return min(map(effective_number, roles)), min(map(unseen_number, roles))
 
 
 def _swaps():
-    "The arms that verdicts rest on."
+    "List the arms that verdicts rest on."
     return [a for a in ARMS.values() if a.several and a.control]
 
 
 def _needed(margin, members):
-    "Patients that an 'ignores' needs: alone, and as the first of a family."
+    "Count the patients that an 'ignores' needs: alone, and as the first of a family."
     alone, first = (patients_for_absence(margin, 0.05 / m) for m in (1, members))
     return f'{alone} to {first}' if first > alone else str(alone)
 
 
 def _most_excess(other, same):
-    "Lower bound of the excess if every answer moved under another class and none under the same."
+    "Bound the excess from below if every answer moved under another class and none under the same."
     unseen = [1 - 0.025 ** (1 / least) for _, least in (other, same)]
     return 1 - np.hypot(*unseen)
 
