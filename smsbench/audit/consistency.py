@@ -43,7 +43,7 @@ def beside_original(
 def rewording_terms(
     beside: pd.DataFrame,  # rows of `beside_original`, of one model and arm
 ) -> list[Term]:
-    "Metrics per rewording."
+    "Compute the metrics per rewording."
     arm = beside.arm.iloc[0] if len(beside) else ''
     pair, flip, ok, right, was = (
         beside[c].to_numpy(bool) for c in ('pair', 'flip', 'parsed', 'correct', 'base_correct')
@@ -86,7 +86,7 @@ def sample_terms(
 def answer_entropy(
     counts: pd.DataFrame,  # how often each answer (columns) was given, one row per sample
 ) -> pd.Series:  # bits, per sample
-    "Shannon entropy of the answers given."
+    "Return Shannon entropy of the answers given."
     share = counts.div(counts.sum(axis=1), axis=0)
     return entr(share).sum(axis=1) / np.log(2)
 
@@ -99,7 +99,7 @@ def measure_wordings(
     seed: int = 0,  # of the resampling
     minimum: int = 10,  # samples below which a number is suppressed
 ) -> pd.DataFrame:  # metrics table; empty where the plan has no rewordings
-    "Consistency per model, arm and strategy, each with its patient-clustered interval."
+    "Return consistency per model, arm and strategy, each with its patient-clustered interval."
     how, out = dict(n_boot=n_boot, level=level, seed=seed, minimum=minimum), []
     rows = answer_table(plan, predictions)
     if 'draw' in rows:
@@ -122,7 +122,7 @@ def _variant_0(rows, model, arm):
 
 
 def _parts(mine, whole):
-    "(subgroup, rewordings, all wordings or None) of one model and arm."
+    "Return (subgroup, rewordings, all wordings or None) of one model and arm."
     yield 'all', mine, whole
     if mine.inverted.any() and not mine.inverted.all():
         yield (
@@ -142,7 +142,7 @@ def map_change_predicts_flip(
     level: float = 0.95,  # confidence level
     seed: int = 0,  # of the resampling
 ) -> Interval:  # AUROC: 1 where every flip goes with a greater change than every answer that stayed
-    """AUROC of the map change for a flipped answer, with its patient-clustered interval.
+    """Return AUROC of the map change for a flipped answer, with its patient-clustered interval.
 
     NaN where all answers or none flipped. `InputError` on NaN or unequal lengths.
     """
