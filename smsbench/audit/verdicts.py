@@ -42,7 +42,7 @@ def evidence(
     modality: str,  # key of `NEEDS`
     **how,  # keep, stay: see `smsbench.audit.metrics.excess`
 ) -> tuple:  # (mean under another class, mean under the same class, their correlation)
-    "The two movements that a verdict compares."
+    "Measure the two movements that a verdict compares."
     term = excess(cells, NEEDS[modality][0], 'excess_movement', **how)
     other, same = _mean_of_term(term, cells.dyads), _mean_of_term(term.minus, cells.dyads)
     return other, same, correlation(cells.dyads, other, same)
@@ -86,7 +86,7 @@ _EXCESS = ('excess', 'excess_low', 'excess_high', 'excess_low_90', 'excess_high_
 
 
 def _without_error(b, growth):
-    "Bounds with the excess grown, and the movement under another class by what the excess grew."
+    "Shift the bounds: the excess grows, and the movement under another class by as much."
     grown = {k: float(np.clip(getattr(b, k) * growth, -1, 1)) for k in _EXCESS}
     more = {
         k: (growth - 1) * max(getattr(b, e), 0)
@@ -122,7 +122,7 @@ def firmness(
 
 
 def _alone(cells, modality, margin, keep):
-    "The verdict from some of the trials."
+    "Give the verdict from some of the trials."
     other, same, r = evidence(cells, modality, keep=keep)
     counts = dict(n=other.n, n_patients=other.n_patients)
     if other.n_patients < FEWEST:
@@ -141,7 +141,7 @@ def missing_answers(
     cells: Cells,  # one model's answers
     modality: str,  # key of `NEEDS`
 ) -> dict:  # missing_share, and the excess with missing answers counted as no movement
-    "The share of movements that are missing answers, and what would be left without them."
+    "Measure the share of movements that are missing answers, and what would be left without them."
     arms = NEEDS[modality]
     planned = [cells.weight(a) * cells('original', 'parsed') for a in arms]
     share = max(
@@ -172,7 +172,7 @@ def holm_factors(
     decided,  # function (member, factor) -> is there a verdict at the rates divided by the factor?
     members,  # what the family is made of
 ) -> dict:  # member -> the factor its rates are divided by
-    "Holm's (1979) step-down over the verdicts of a family."
+    "Apply Holm's (1979) step-down over the verdicts of a family."
     left, out = list(members), {}
     while left:
         factor = float(len(left))
@@ -206,7 +206,7 @@ def pool_partially(
 
 # %% ../../nbs/35_audit/150_verdicts.ipynb #ad8666d4
 def _no_record(cells, modality, void, silent, margin, planned):
-    "Why there is no verdict on a modality; None where there may be one."
+    "Say why there is no verdict on a modality; None where there may be one."
     if silent['state'] != 'answers':
         return nothing('does not answer', margin, '; '.join(silent['reasons']))
     if void:
@@ -223,7 +223,7 @@ def _no_record(cells, modality, void, silent, margin, planned):
 
 
 def _untried(cells, modality):
-    "Which arm lacks too many answers that were never given; '' where none does."
+    "Name the arm that lacks too many answers that were never given; '' where none does."
     for arm in ('original', *NEEDS[modality]):
         share = untried_share(cells, arm)
         if share > MOST_UNTRIED:
@@ -232,7 +232,7 @@ def _untried(cells, modality):
 
 
 def _nothing_more():
-    "What stands beside a verdict that is not given."
+    "Make the empty details of a verdict that is not given."
     return dict(
         missing_share=0.0,
         untried_share=0.0,
@@ -245,7 +245,7 @@ def _nothing_more():
 
 
 def _without_few(found, margin):
-    "A verdict of credentialed data; none on few donors, whose number would follow from the bounds."
+    "Withhold a verdict of credentialed data on few donors: the bounds would give it away."
     worth = [found[c] for c in ('n_donors', 'n_effective') if found[c]]
     if found['state'] == 'ok' and min(worth, default=0) < FEWEST:
         why = f'fewer than {FEWEST} effective patients or donors'
@@ -254,7 +254,7 @@ def _without_few(found, margin):
 
 
 def _with_firmness(found, cells, modality, about, strict):
-    "The record of a verdict with missing answers, firmness and label error."
+    "Add missing answers, firmness and label error to the record of a verdict."
     if found['state'] != 'ok':
         return found | _nothing_more()
     margin = found['margin']
@@ -265,7 +265,7 @@ def _with_firmness(found, cells, modality, about, strict):
 
 # %% ../../nbs/35_audit/150_verdicts.ipynb #71b4694f
 def _parts(rows, strata):
-    "(kind, name) -> `Cells`: ('all', ''), ('finding', name), ('subgroup', 'column=value')."
+    "Make `Cells` by (kind, name): ('all', ''), ('finding', name), ('subgroup', 'column=value')."
     out = {}
     split = [c for c in strata if len(set(rows[c]) - set(UNKNOWN)) > 1]  # one level is all of them
     for name, part in subgroups(rows, split):
@@ -277,7 +277,7 @@ def _parts(rows, strata):
 
 
 def _families(keys, family):
-    "Lists of (model, kind, name, modality) whose error rates are kept together."
+    "Group (model, kind, name, modality) by the verdicts whose error rates are kept together."
     if family == 'none':
         return [[k] for k in keys]
 
@@ -295,7 +295,7 @@ def _parts_by_model(plan, predictions):
 
 
 def _is_member(cells, modality, planned):
-    "Does the plan ask about a modality, of enough patients? Answers change no family."
+    "Check whether the plan asks about a modality, of enough patients; answers change no family."
     arms = ('original', *NEEDS[modality])
     if not set(arms) <= planned:
         return False
@@ -351,7 +351,7 @@ def _arms_in_state(delivery, model, state):
 
 
 def _strictness(seen, members, family, margin):
-    "By how much the error rates of each verdict are divided, within its family."
+    "Compute by how much the error rates of each verdict are divided, within its family."
 
     def decided(k, factor):
         return k in seen and word_for(bounds_of(*seen[k], factor), margin)[0] != 'undecided'
@@ -363,7 +363,7 @@ def _strictness(seen, members, family, margin):
 
 
 def _despite_failures(found, cells, modality):
-    "A verdict of movement must stand without the trials that failed: nobody knows why they did."
+    "Withdraw a verdict of movement that does not stand without the trials that failed."
     if found['verdict'] not in ('relies', 'reversed'):
         return found
     if not any(untried_share(cells, a) for a in NEEDS[modality]):
@@ -399,7 +399,7 @@ def _records(cells, members, plan, *, delivery, silent, margin, family):
 
 # %% ../../nbs/35_audit/150_verdicts.ipynb #59b9f53c
 def _add_pooled(findings):
-    "Partially pooled estimates beside the raw ones, where at least three findings have a value."
+    "Add partially pooled estimates to the raw ones, where at least three findings have a value."
     for m in NEEDS:
         known = [f for f, v in findings.items() if v[f'relies_on_{m}']['state'] == 'ok']
         if len(known) < 3:
@@ -412,7 +412,7 @@ def _add_pooled(findings):
 
 
 def _model_record(model, parts, found, silent, access):
-    "The verdicts of one model, nested as verdicts.json holds them."
+    "Nest the verdicts of one model as verdicts.json holds them."
 
     def of(kind, name):
         return {f'relies_on_{m}': found[model, kind, name, m] for m in NEEDS}
