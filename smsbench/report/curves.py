@@ -66,7 +66,7 @@ def reliability_figure(
     metrics: pd.DataFrame,  # metrics table, for the calibration errors
     delivery=None,  # what `prove_delivery` found
 ):  # Figure with `.alt`, or None where there are no curves
-    "One row of panels per model, one panel per arm; the diagonal is perfect calibration."
+    "Draw one row of panels per model, one panel per arm; the diagonal is perfect calibration."
     if curves.empty:
         return None
     models, arms, void = (
