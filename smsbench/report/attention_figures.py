@@ -32,7 +32,7 @@ def image_arrived(
     delivery: dict,  # what `prove_delivery` found
     model: str,  # which model
 ) -> str:  # 'yes', 'no' or 'untested'
-    """Did the model get the film?
+    """Check whether the model got the image.
 
     'untested' where no arm shows another film, or where its delivery could not be proven.
     """
@@ -83,7 +83,7 @@ def share_bar(
     height: float = 0.7,  # of the bar, in axis units
     text: bool = True,  # write the larger shares into the bar
 ):
-    "One stacked bar of shares."
+    "Draw a stacked bar of shares."
     left = 0.0
     for g, colour in GROUPS.items():
         v = float(shares.get(g, 0.0) or 0.0)
@@ -186,7 +186,7 @@ def _shares_row(ax, i, own):
 def lift(
     found,  # `AttentionMap`
 ) -> np.ndarray:  # (h, w); NaN where the film is not shown
-    """A map on the film in units of evenly spread attention.
+    """Scale a map on the image to units of evenly spread attention.
 
     A cell is 1 where its attention is that of an evenly spread map. The total on the film is not
     in the map; see the shares.
@@ -204,7 +204,7 @@ def draw_image(
     top: float = 4.0,  # value at which the colour is full
     signed: bool = False,  # colours for differences, from −top to top
 ):  # what a colour bar needs, or None
-    "A film, a map over it that is clear where the map is low, and the finding's outline."
+    "Draw an image, a map over it that is clear where the map is low, and the finding's outline."
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
     from matplotlib.cm import ScalarMappable
@@ -245,7 +245,7 @@ def marked(
     results,  # `AttendResults`
     image_id: str,  # whose film
 ) -> tuple[list, np.ndarray | None]:  # boxes to draw, and the region as a mask
-    "The finding on a film that may be shown."
+    "Return the finding on a film that may be shown."
     source = Source(results.cohort, results.root)
     shape = source.image(image_id).shape[:2]
     mask = Regions(source, results.regions)(image_id, shape)
@@ -257,7 +257,7 @@ def marked(
 def shared_top(
     lifts,  # maps in units of evenly spread attention, NaN where not shown
 ) -> float:  # at least 2
-    "Value at which the colours of several maps are full."
+    "Find the value at which the colours of several maps are full."
     return max([2.0, *(float(np.nanquantile(v, 0.995)) for v in lifts)])
 
 # %% ../../nbs/70_report/100_attention_figures.ipynb #5c1fdb02
@@ -323,7 +323,7 @@ def _map_sentences(results, trial, method, looked):
 
 
 def _looked(rows, query, layers, heads):
-    "The map in units of evenly spread attention (None if no attention is on the film), the shares."
+    "Read the map (1 is an even spread; None if no attention is on the image) and the shares."
     try:
         values = lift(kept_map(rows, query, layers, heads))
     except RunError:
@@ -430,7 +430,7 @@ def choose_maps(
     results,  # `AttendResults`
     most: int = 4,  # samples at most
 ) -> list[str]:  # sample ids
-    "Samples to show, as many findings as possible; `InputError` for credentialed data."
+    "Return samples to show, as many findings as possible; `InputError` for credentialed data."
     if not results.open:
         raise InputError('pictures of credentialed data are not shown in a report')
     arm = first_arm(results.plan)
@@ -472,7 +472,7 @@ def localisation_figure(
     arm: str = 'original',  # which arm
     subgroup: str = 'all',  # or 'method=gradient', 'finding=…', 'query=…'
 ):  # Figure with `.alt`, or None where no film has a region
-    "How well maps lie on the marked region, beside what looks at nothing gives there."
+    "Draw how well maps lie on the marked region, and how well baselines that do not look do."
     rows = metrics[
         (metrics.arm == arm) & (metrics.subgroup == subgroup) & metrics.value.notna()
     ].set_index(['model', 'metric'])
@@ -592,7 +592,7 @@ def profile_figure(
     value: str = 'pixel_auroc',  # 'pixel_auroc' or 'share'
     fewest: int = 0,  # patients below which a model is left out
 ):  # Figure with `.alt`, or None where there is nothing
-    """Which layer and head looks at the finding, or at the film at all?
+    """Draw which layer and head looks at the finding, or at the image at all.
 
     Each cell is the mean over films of one layer and head.
     """
