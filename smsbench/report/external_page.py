@@ -134,7 +134,7 @@ def _check_choices(picture, seen):
 
 
 def _identity(clip, films, prompts, thresholds):
-    "What the numbers of a run depend on besides its settings."
+    "List what the numbers of a run depend on besides its settings."
     return dict(
         checkpoint=clip.info.get('weights_sha', clip.name),
         cohort=films.attrs.get('manifest', ''),
@@ -149,7 +149,7 @@ def model_name(
     checkpoint,  # folder, path or name that `load_clip` was given
     clip,  # `Clip`
 ) -> str:
-    "What tables call a model."
+    "Name a model for tables."
     folder = Path(str(checkpoint))
     return folder.resolve().parent.name if folder.name == 'best' and folder.is_dir() else clip.name
 
@@ -186,7 +186,7 @@ def unseen(
 
 
 def _seen_notes(o):
-    "What must be known about the overlap of a cohort with training."
+    "Note what must be known about the overlap of a cohort with training."
     notes = (
         [
             f'{o.count(o.seen.sum())} films that were seen in training, or whose patient was, are'
@@ -221,7 +221,7 @@ def readable(
 ) -> (
     tuple
 ):  # films that can be read; tables to be written: `excluded`, where there are others; notes
-    "Films that can be decoded; `InputError` where too many cannot."
+    "Select films that can be decoded; `InputError` where too many cannot."
     from smsbench.clip.dataset import check_readable
 
     access = access_of(films, 'the films')
@@ -330,7 +330,7 @@ def own_thresholds(
 
 # %% ../../nbs/70_report/130_external_page.ipynb #346394ed
 def _tested_rows(films, splits, local):
-    "Positions of the films to measure; `InputError` if there are none."
+    "Find the films to measure; `InputError` if there are none."
     present = set(films.table.split)
     wanted = list(splits)
     if not wanted:
@@ -344,7 +344,7 @@ def _tested_rows(films, splits, local):
 
 
 def _notes_on_films(films, tested, thresholds, scores):
-    "Notes on which films were measured, and on thresholds chosen on some of them."
+    "Note which films were measured, and whether thresholds were chosen on some of them."
     access, notes = access_of(films, 'the films'), []
     if len(tested) < len(films):
         splits = ', '.join(sorted(set(tested.table.split)))
@@ -356,7 +356,7 @@ def _notes_on_films(films, tested, thresholds, scores):
 
 # %% ../../nbs/70_report/130_external_page.ipynb #aec90194
 def _own_parts(clip, tested, x, scores, thresholds, how):
-    "Metrics parts that need no training: zero-shot, retrieval, embedding space; and notes."
+    "Measure what needs no training: zero-shot, retrieval, embedding space; and notes."
     notes = []
     parts = [
         classification_metrics(
@@ -385,7 +385,7 @@ def _own_parts(clip, tested, x, scores, thresholds, how):
 
 # %% ../../nbs/70_report/130_external_page.ipynb #68ffe63b
 def _probes(clip, films, x, few_shots, how):
-    """Linear probe, nearest neighbours and few-shot curve on the cohort's own splits.
+    """Fit linear probe, nearest neighbours and few-shot curve on the cohort's own splits.
 
     Returns the parts of the metrics table, the curve, and notes.
     """
@@ -433,7 +433,7 @@ def _probes(clip, films, x, few_shots, how):
 
 # %% ../../nbs/70_report/130_external_page.ipynb #6478e1e6
 def _open_classes(metrics):
-    "Classes whose zero-shot numbers may be shown."
+    "Return the classes whose zero-shot numbers may be shown."
     return set(
         metrics[
             (metrics.arm == 'zero_shot') & (metrics.metric == 'auroc') & metrics.value.notna()
@@ -442,7 +442,7 @@ def _open_classes(metrics):
 
 
 def _note_on_hidden(classes, metrics):
-    "A note on classes whose numbers may not be shown, if there are any."
+    "Note which classes have numbers that may not be shown, if there are any."
     hidden = [c for c in classes if c not in _open_classes(metrics)]
     if not hidden:
         return []
@@ -453,7 +453,7 @@ def _note_on_hidden(classes, metrics):
 
 
 def _full_bins(reliable, minimum):
-    "Reliability curves without bins of few films on a side or few patients."
+    "Blank the bins of reliability curves with few films on a side or few patients."
     side = np.minimum(reliable.frequency, 1 - reliable.frequency) * reliable.n
     return reliable.assign(
         frequency=reliable.frequency.where(
@@ -463,7 +463,7 @@ def _full_bins(reliable, minimum):
 
 # %% ../../nbs/70_report/130_external_page.ipynb #52978845
 def _overall(metrics):
-    "Numbers that are not per class, as a paper prints them."
+    "Return numbers that are not per class, as a paper prints them."
     rows = metrics[~(metrics.group == 'class') & (metrics.model != 'chance')]
     text = [
         (
@@ -487,7 +487,7 @@ def _overall(metrics):
 
 
 def _confused(tested, scores, hide):
-    "Tables by name and the figure of exclusive classes; counts from 1 to below `hide` are hidden."
+    "Make tables and figure of exclusive classes; counts from 1 to below `hide` are hidden."
     known = tested.targets.notna().all(axis=1).to_numpy()
     truth, said = (
         np.array(tested.classes, object)[np.nan_to_num(np.asarray(v, float)).argmax(1)][known]
@@ -502,7 +502,7 @@ def _confused(tested, scores, hide):
 
 
 def _decided(tested, scores, thresholds, held, hide):
-    "Counts of decisions per class in `held`; counts from 1 to below `hide` are hidden."
+    "Count decisions per class in `held`; counts from 1 to below `hide` are hidden."
     counts = decision_counts(scores, tested.targets, thresholds).loc[
         [c for c in tested.classes if c in held]
     ]
@@ -520,7 +520,7 @@ def _decided(tested, scores, thresholds, held, hide):
 
 
 def _shown(metrics, scores, tested, thresholds, shots, at, access, how):
-    "(tables, figures) by name."
+    "Return (tables, figures) by name."
     credentialed, zero = access == 'credentialed', metrics[metrics.arm == 'zero_shot']
     hide = 10 if credentialed else 0
     held = _open_classes(metrics) if credentialed else set(tested.classes)
@@ -576,7 +576,7 @@ def measure(
     how=None,  # n_boot and seed
     notes=(),  # so far
 ) -> External:
-    "All parts of an external validation."
+    "Measure all parts of an external validation."
     how, notes, access = dict(how or {}), list(notes), access_of(films, 'the films')
     local = {'train', 'val', 'test'} <= set(films.table.split) and bool(few_shots)
     at = _tested_rows(films, splits, local)
