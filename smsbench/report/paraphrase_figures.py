@@ -26,7 +26,7 @@ def strategy_rows(
 ) -> (
     pd.DataFrame
 ):  # metrics rows with a column `row`: all rewordings, not negated, then the strategies
-    "Rows of one metric in the order in which a reader wants them."
+    "Order the rows of one metric as a reader wants them."
     rows = metrics[(metrics.metric == metric) & (metrics.arm == arm)]
     rows = rows[rows.subgroup.eq('all') | rows.group.isin(('wordings', 'strategy'))]
     named = rows.subgroup.map(
@@ -48,7 +48,7 @@ def wording_figure(
     delivery=None,  # what `prove_delivery` found
     arm: str = 'original',  # which arm
 ):  # Figure with `.alt`, or None where nothing was reworded
-    "Flips against variant 0, and what rewording does to accuracy, per strategy and model."
+    "Draw flips against variant 0, and what rewording does to accuracy, per strategy and model."
     panels = [
         ('wording_flips', 'answers that change with the wording', (-0.02, 1.02)),
         ('wording_accuracy_change', 'change in accuracy (points)', None),
@@ -89,7 +89,7 @@ def answer_grid(
     arm: str = 'original',  # which arm
     most: int = 150,  # samples at most, those with the smallest trial ids
 ) -> pd.DataFrame:  # wording x sample: what the answer stands for, '' where it was not read
-    """Answers of one model, turned back where the question was negated.
+    """List answers of one model, turned back where the question was negated.
 
     Empty where nothing was reworded.
     """
@@ -114,7 +114,7 @@ def answer_grid(
 def kept_share(
     grid: pd.DataFrame,  # from `answer_grid`
 ) -> float:  # 0 to 1; NaN where there are none
-    """Share of answers to rewordings that equal the answer to the original question.
+    """Return the share of answers to rewordings that equal the answer to the original question.
 
     Only answers that could be read count.
     """
@@ -133,7 +133,7 @@ def answer_grid_figure(
     models=None,  # which, None takes all
     arm: str = 'original',  # which arm
 ):  # Figure with `.alt`, or None where nothing was reworded or the data are credentialed
-    "Wordings in rows, samples in columns, one panel per model."
+    "Draw wordings in rows, samples in columns, one panel per model."
     from matplotlib.patches import Patch
 
     if access_of(plan, 'the plan') != 'open' or 'inverted' not in plan:
@@ -212,7 +212,7 @@ def margin_moves(
     arm: str = 'original',  # which arm
     minimum: int = 10,  # samples below which a wording is left out
 ) -> pd.DataFrame:  # model, variant, strategy, low, q25, median, q75, high (log-odds), n
-    """Quantiles (5, 25, 50, 75, 95 %) of the change in margin per wording.
+    """Return the quantiles (5, 25, 50, 75, 95 %) of the change in margin per wording.
 
     Empty where nothing was reworded or no probability was recorded.
     """
@@ -247,7 +247,7 @@ def margin_figure(
     moves: pd.DataFrame,  # from `margin_moves`
     arm: str = 'original',  # which arm, for the description
 ):  # Figure with `.alt`, or None where there are none
-    "Movement of the margin per wording and model."
+    "Draw the movement of the margin per wording and model."
     if moves.empty:
         return None
     place = {s: i for i, s in enumerate(STRATEGIES)}
@@ -289,7 +289,7 @@ def margin_figure(
 def probe_rows(
     metrics: pd.DataFrame,  # metrics table
 ) -> pd.DataFrame:  # metrics rows of probes with columns `panel` and `row`
-    "What the probes of a plan found, as rows of two panels."
+    "Compute what the probes of a plan found, as rows of two panels."
     flips = pick(metrics, 'flips', arms=[a.name for a in ARMS.values() if a.probe])
     flips = flips.assign(panel='answers that change', row=flips.arm)
     said = pick(metrics, 'unmatched_share', 'variant=unmatched')
@@ -314,7 +314,7 @@ def probe_figure(
     metrics: pd.DataFrame,  # metrics table
     delivery=None,  # what `prove_delivery` found
 ):  # Figure with `.alt`, or None where the plan has no probes
-    "Flips under altered reports, and how often a contradiction was noticed."
+    "Draw flips under altered reports, and how often a contradiction was noticed."
     rows, void = probe_rows(metrics), void_arms(delivery)
     if rows.empty:
         return None
