@@ -142,7 +142,7 @@ def baseline_figure(
     subgroup: str = 'all',  # or 'finding=…'
     numbers=('mass', 'pointing', 'iou_area', 'auroc'),  # which of `NUMBERS`
 ):  # Figure with `.alt`, or None where there is nothing
-    "How well maps lie on the marked regions, beside what looks at nothing."
+    "Draw how well maps lie on the marked regions, and how well baselines that do not look do."
     if odd := set(numbers) - set(NUMBERS):
         raise InputError(f"no number {min(odd)!r}; choose from {', '.join(NUMBERS)}")
     rows = metrics[
@@ -234,7 +234,7 @@ _COLOUR = dict(
 def iou_figure(
     curves,  # name (a model or method) -> table from `iou_curves`
 ):  # Figure with `.alt`, or None where there is nothing
-    "IoU of the brightest part with the region, at every threshold."
+    "Draw the IoU of the brightest part with the region, at every threshold."
     if not curves:
         return None
     fig, axes = canvas(max(3.3 * len(curves) + 0.6, 5.6), 3.4, 1, len(curves), sharey=True)
@@ -288,7 +288,7 @@ def perturbation_figure(
     curves: pd.DataFrame,  # from `perturbation_curves`
     n_boot: int = 500,  # resamples of patients
 ):  # Figure with `.alt`, or None where there is nothing
-    "Mean score as cells disappear and come back, with intervals over patients."
+    "Draw the mean score as cells disappear and come back, with intervals over patients."
     if curves.empty:
         return None
     fig, axes = canvas(8.0, 3.5, 1, 2, sharey=True)
@@ -332,7 +332,7 @@ def perturbation_figure(
 
 
 def _mean_scores(g, score, n_boot):
-    "Fractions of the cells, and the mean score at each with its interval over patients."
+    "Return fractions of the cells, and the mean score at each with its interval over patients."
     bounds = (0, 1) if score == 'probability' else (-1, 1)
     points = [
         (
@@ -349,7 +349,7 @@ def cascade_figure(
     metrics: pd.DataFrame,  # from `cascade_metrics`, of one or more models or methods
     number: str = 'spearman',  # or 'ssim'
 ):  # Figure with `.alt`, or None where there is nothing
-    "How alike maps stay while the tower forgets, from the top down."
+    "Draw how similar maps stay while layers are randomised, from the top down."
     rows = metrics[metrics.metric == number]
     if rows.value.isna().all():
         return None
@@ -403,7 +403,7 @@ def _say_missing(ax, x, g, colour):
 def agreement_figure(
     metrics: pd.DataFrame,  # from `agreement_metrics`
 ):  # Figure with `.alt`, or None where there is nothing
-    "Maps and readers against readers, per finding."
+    "Draw the agreement of maps with readers, and of readers with each other, per finding."
     rows = _agreement_rows(metrics)
     if rows.empty:
         return None
@@ -460,7 +460,7 @@ def _agreement_rows(metrics):
 
 
 def _pair_look(kind):
-    "Colour, marker and name of a kind of pair."
+    "Return the colour, marker and name of a kind of pair."
     if kind == 'all pairs':
         return '#000000', 'D', 'reader and reader'
     if kind == 'map':
