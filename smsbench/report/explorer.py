@@ -36,7 +36,7 @@ def tile(
     signed: bool = False,  # colours from −top to top
     height: int = 300,  # pixels of the picture
 ):  # a PIL image
-    "One film with one map over it."
+    "Draw one image with one map over it."
     from matplotlib import colormaps
     from PIL import Image, ImageDraw
 
@@ -86,7 +86,7 @@ def _strip(tiles, gap=8):
 def shares_html(
     shares: dict,  # group -> share, 0..1
 ) -> Html:
-    "A stacked bar of shares."
+    "Render a stacked bar of shares."
     parts = [(g, float(shares.get(g) or 0), c) for g, c in GROUPS.items()]
     bar = join(
         markup(
@@ -203,7 +203,7 @@ class Explorer:
         )
 
     def _images(self, image_id, lifts, top):
-        "Film, each model's map over it (or the film alone), and the difference of two."
+        "Draw the image, each model's map over it (or the image alone), and the difference of two."
         image, (boxes, mask), (h, models) = (
             self._image(image_id),
             self._marked(image_id),
@@ -218,7 +218,7 @@ class Explorer:
         return out
 
     def _captions(self, trial, query, top, below, width, two):
-        "What stands below each picture."
+        "Write what stands below each image."
 
         def column(inner):
             return markup(
@@ -274,7 +274,7 @@ class Explorer:
         )
 
     def widget(self):
-        "The knobs over the pictures (ipywidgets)."
+        "Put the controls above the images (ipywidgets)."
         import ipywidgets
 
         knobs = self._knobs()
@@ -329,7 +329,7 @@ class Explorer:
         self,
         most: int = 2,  # samples
     ) -> Html:
-        "Pictures for where widgets cannot run: the first samples, layer by layer."
+        "Render images for where widgets cannot run: the first samples, layer by layer."
         parts = []
         for s in self.samples[:most]:
             for layer in ['all', *[l for l in self.layers if isinstance(l, int)][-3:]]:
@@ -353,7 +353,7 @@ class Explorer:
         return join(parts)
 
     def _ipython_display_(self):
-        "Widgets for whoever can run them, and folded below them pictures, which a page keeps."
+        "Show widgets where they can run, and folded below them images, which a page keeps."
         from IPython.display import HTML, display
 
         try:
