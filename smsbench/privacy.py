@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPEN', 'CREDENTIALED', 'IN_CLEAR', 'ACCESS', 'HOW_TO_SAY', 'SMALL', 'SEALED', 'access_of', 'with_access',
            'format_count', 'safe_count', 'CountFormatter', 'seal_key', 'pseudonym', 'suppress_rare', 'seal',
-           'hide_counts', 'seal_exclusions', 'seal_files', 'unseal', 'is_sealed', 'was_opened', 'is_in_clear',
+           'hide_counts', 'seal_exclusions', 'seal_files', 'unseal', 'is_sealed', 'is_in_clear', 'was_opened',
            'write_table', 'read_table', 'cohort_summary', 'Note', 'note_cells', 'beside_hidden', 'suppress_few',
            'without_small', 'without_small_verdict', 'shareable', 'shareable_curve']
 
@@ -13,9 +13,7 @@ __all__ = ['OPEN', 'CREDENTIALED', 'IN_CLEAR', 'ACCESS', 'HOW_TO_SAY', 'SMALL', 
 import hashlib, json, re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
 import numpy as np, pandas as pd
-
 from .core import InputError, _jsonable, atomic, complete_metrics, moved, validate
 
 __getattr__ = moved(
@@ -296,14 +294,11 @@ def is_sealed(
         return False
     return bool(_references(cohort).ne('').any())
 
-# %% ../nbs/00_base/30_privacy.ipynb #66e5cea3
-def was_opened(
-    table: pd.DataFrame,  # any table
-) -> bool:
-    "Return whether all or part of a sealed cohort was opened to make this table."
-    cells = _references(table)
-    mixed = cells.str.startswith(SEALED).any() and not is_sealed(table)
-    return IN_CLEAR in _access_words(table) or bool(mixed)
+# %% ../nbs/00_base/30_privacy.ipynb #c5a82a05
+def _references(table):
+    "List all images and texts of the table, '' if there is none."
+    cells = [table.iloc[:, i] for i, c in enumerate(table.columns) if c in ('image', 'text')]
+    return pd.concat([pd.Series(dtype=object), *cells]).fillna('').astype(str)
 
 
 def is_in_clear(
@@ -314,11 +309,14 @@ def is_in_clear(
     shows = (cells.ne('') & ~cells.str.startswith(SEALED)).any()
     return access_of(table) != OPEN and (IN_CLEAR in _access_words(table) or bool(shows))
 
-
-def _references(table):
-    "List all images and texts of the table, '' if there is none."
-    cells = [table.iloc[:, i] for i, c in enumerate(table.columns) if c in ('image', 'text')]
-    return pd.concat([pd.Series(dtype=object), *cells]).fillna('').astype(str)
+# %% ../nbs/00_base/30_privacy.ipynb #66e5cea3
+def was_opened(
+    table: pd.DataFrame,  # any table
+) -> bool:
+    "Return whether all or part of a sealed cohort was opened to make this table."
+    cells = _references(table)
+    mixed = cells.str.startswith(SEALED).any() and not is_sealed(table)
+    return IN_CLEAR in _access_words(table) or bool(mixed)
 
 # %% ../nbs/00_base/30_privacy.ipynb #9564464b
 def write_table(
@@ -512,10 +510,11 @@ def note_cells(
     *notes,  # `Note`, or text that states no count; '' is left out
 ) -> dict:  # note: text; note_counts: JSON of words and counts, '' where no count is stated
     "Return the cells of a metrics row for its notes."
-    texts = [n if isinstance(n, Note) else Note(_literal(str(n))) for n in notes if n]
-    whole = Note('; '.join(n.words for n in texts), tuple(int(k) for n in texts for k in n.counts))
-    about = json.dumps([whole.words, whole.counts], ensure_ascii=False) if whole.counts else ''
-    return dict(note=str(whole), note_counts=about)
+    notes = [n if isinstance(n, Note) else Note(_literal(str(n))) for n in notes if n]
+    words = '; '.join(n.words for n in notes)
+    counts = tuple(int(count) for n in notes for count in n.counts)
+    about = json.dumps([words, counts], ensure_ascii=False) if counts else ''
+    return dict(note=str(Note(words, counts)), note_counts=about)
 
 
 def _literal(text):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Interval', 'plain', 'exact_bounds', 'effective_number', 'unseen_number', 'cluster_totals', 'Bootstrap',
            'takes_bootstrap', 'resample_counts', 'resample_totals', 'percentile_ends', 'expanded_tail', 'bounded_ends',
-           'Counts', 'counts_of', 'sided', 'by_owner', 'widest', 'influences', 'Statistic', 'together', 'rows_used',
+           'Counts', 'sided', 'counts_of', 'by_owner', 'widest', 'influences', 'Statistic', 'together', 'rows_used',
            'bootstrap_sums', 'bootstrap_rows']
 
 # %% ../nbs/00_base/40_resampling.ipynb #12bf9d0d
@@ -15,9 +15,7 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import signature
 from typing import NamedTuple
-
 import numpy as np, pandas as pd
-
 from .core import InputError
 
 # %% ../nbs/00_base/40_resampling.ipynb #f3672386
@@ -364,6 +362,17 @@ class Counts(NamedTuple):
     n_clusters: np.ndarray  # (K,) clusters
     n_effective: np.ndarray  # (K,) clusters of equal weight, in the smallest group needed
 
+# %% ../nbs/00_base/40_resampling.ipynb #a67606ce
+def sided(used, n, K):
+    "Broadcast the rows that count to (n, K, S); None: all."
+    used = np.ones((n, 1, 1), bool) if used is None else np.asarray(used, bool)
+    used = used.reshape(*used.shape, *(1,) * (3 - used.ndim))
+    if len(used) != n or used.shape[1] not in (1, K):
+        raise InputError(
+            f'rows that count have shape {used.shape[:2]}; there are {n} rows and {K} statistics'
+        )
+    return np.broadcast_to(used, (n, K, used.shape[2]))
+
 # %% ../nbs/00_base/40_resampling.ipynb #8d0a2833
 def counts_of(
     used,  # (n,), (n, K) or (n, K, S) bool: rows that count, in each of S groups needed
@@ -377,17 +386,6 @@ def counts_of(
     anywhere = by_owner(used.any(2), owner) if S > 1 else sides
     smallest = np.reshape(effective_number(sides), (K, S)).min(1)
     return Counts(anywhere.sum(0).astype(int), (anywhere > 0).sum(0), smallest)
-
-
-def sided(used, n, K):
-    "Broadcast the rows that count to (n, K, S); None: all."
-    used = np.ones((n, 1, 1), bool) if used is None else np.asarray(used, bool)
-    used = used.reshape(*used.shape, *(1,) * (3 - used.ndim))
-    if len(used) != n or used.shape[1] not in (1, K):
-        raise InputError(
-            f'rows that count have shape {used.shape[:2]}; there are {n} rows and {K} statistics'
-        )
-    return np.broadcast_to(used, (n, K, used.shape[2]))
 
 # %% ../nbs/00_base/40_resampling.ipynb #4e2553a8
 def by_owner(
@@ -593,47 +591,51 @@ def together(
     *stats,  # `Statistic`s of the same rows
 ) -> Statistic:  # all their numbers, in order
     "Combine several statistics, to be resampled at once."
-    if len({len(s.sums) for s in stats}) != 1:
-        raise InputError(
-            'statistics of different rows cannot be resampled together:'
-            f' {[len(s.sums) for s in stats]}'
-        )
-    cuts = np.cumsum([s.sums.shape[1] for s in stats])[:-1]
+    _check_same_rows(stats)
+    columns = np.cumsum([s.sums.shape[1] for s in stats])[:-1]
+    numbers = np.cumsum([len(s.names) for s in stats])[:-1]
+    names = sum((s.names for s in stats), ())
 
-    def parts(t):
-        return zip(stats, np.split(t, cuts, -1))
-
-    places = np.cumsum([len(s.names) for s in stats])[:-1]
+    def compute(sums):
+        parts = np.split(sums, columns, -1)
+        return np.concatenate([s.compute(part) for s, part in zip(stats, parts)], -1)
 
     def ends(boot, at, tail):
-        each = zip(
-            parts(boot),
-            np.split(at, cuts),
-            np.split(np.broadcast_to(tail, sum(len(s.names) for s in stats)), places),
-        )
-        return np.hstack(
-            [
-                s.ends(b, a, k) if s.ends else percentile_ends(s.compute(b), k)
-                for (s, b), a, k in each
-            ]
-        )
+        tails = np.split(np.broadcast_to(tail, len(names)), numbers)
+        parts = zip(stats, np.split(boot, columns, -1), np.split(at, columns), tails)
+        return np.hstack([_ends_of(*part) for part in parts])
 
-    sides = max(s._used.shape[2] for s in stats)
-    used = np.concatenate(
-        [s._used[..., np.minimum(np.arange(sides), s._used.shape[2] - 1)] for s in stats], 1
-    )
+    own_ends = ()
+    if any(s.ends for s in stats):
+        own_ends = ends, tuple(np.concatenate([s._own for s in stats]).tolist())
     return Statistic(
         np.hstack([s.sums for s in stats]),
-        lambda t: np.concatenate([s.compute(u) for s, u in parts(t)], -1),
-        sum((s.names for s in stats), ()),
+        compute,
+        names,
         np.concatenate([s._bounds for s in stats]),
-        used,
-        *(
-            (ends, tuple(np.concatenate([s._own for s in stats]).tolist()))
-            if any(s.ends for s in stats)
-            else ()
-        ),
+        _used_by_all(stats),
+        *own_ends,
     )
+
+
+def _check_same_rows(stats):
+    lengths = [len(s.sums) for s in stats]
+    if len(set(lengths)) != 1:
+        raise InputError(f'statistics of different rows cannot be resampled together: {lengths}')
+
+
+def _ends_of(stat, boot, at, tail):
+    "Compute the ends of a statistic's intervals by its own rule, or as percentiles."
+    if stat.ends:
+        return stat.ends(boot, at, tail)
+    return percentile_ends(stat.compute(boot), tail)
+
+
+def _used_by_all(stats):
+    "Join the rows that the numbers use; the last side stands for sides that a statistic lacks."
+    sides = np.arange(max(s._used.shape[2] for s in stats))
+    used = [s._used[..., np.minimum(sides, s._used.shape[2] - 1)] for s in stats]
+    return np.concatenate(used, 1)
 
 # %% ../nbs/00_base/40_resampling.ipynb #fe1aaa74
 def rows_used(

@@ -143,8 +143,11 @@ def language_of(
 # %% ../../nbs/30_answers/10_languages.ipynb #c2b55cae
 def _compiled(language):
     "Compile the (pattern, English word) pairs of a language; no word edges without spaces."
-    edges = ('(?:', ')') if language in ('zh', 'ja') else (r'(?<![\w-])(?:', r')(?!\w)')
-    return [(re.compile(edges[0] + w + edges[1]), f' {e} ') for e, w in WORDS[language].items()]
+    before, after = r'(?<![\w-])(?:', r')(?!\w)'
+    if language in ('zh', 'ja'):
+        before, after = '(?:', ')'
+    words = WORDS[language].items()
+    return [(re.compile(before + word + after), f' {english} ') for english, word in words]
 
 
 _COMPILED = {language: _compiled(language) for language in WORDS}

@@ -124,9 +124,13 @@ def same_word(
     b: str,  # another
 ) -> bool:
     "Check whether two words are forms of one: a common beginning and short endings."
-    k = max(4, min(len(a), len(b)) - 2)
-    short, far = min(len(a), len(b)) < 4, abs(len(a) - len(b)) > 4
-    return a == b or not short and not far and a[:k] == b[:k]
+    if a == b:
+        return True
+    shorter, longer = sorted((len(a), len(b)))
+    if shorter < 4 or longer - shorter > 4:
+        return False
+    stem = max(4, shorter - 2)
+    return a[:stem] == b[:stem]
 
 # %% ../../nbs/30_answers/30_statements.ipynb #9f4f17f0
 @dataclass(frozen=True)

@@ -310,15 +310,14 @@ def _located(p, inside):
     "Compute the `HEAD_MEASURES` (first axis) of maps (…, pixels)."
     from scipy.stats import rankdata
 
-    k, n = int(inside.sum()), p.shape[-1]
-    top = p >= p.max(-1, keepdims=True) * (1 - 1e-6)
-    return np.stack(
-        [
-            (rankdata(p, axis=-1)[..., inside].sum(-1) - k * (k + 1) / 2) / (k * (n - k)),
-            p[..., inside].sum(-1) / np.maximum(p.sum(-1), 1e-30),
-            (top & inside).sum(-1) / top.sum(-1),
-        ]
-    )
+    n_inside = int(inside.sum())
+    n_outside = p.shape[-1] - n_inside
+    ranks = rankdata(p, axis=-1)[..., inside].sum(-1)
+    auroc = (ranks - n_inside * (n_inside + 1) / 2) / (n_inside * n_outside)
+    share = p[..., inside].sum(-1) / np.maximum(p.sum(-1), 1e-30)
+    highest = p >= p.max(-1, keepdims=True) * (1 - 1e-6)
+    pointing = (highest & inside).sum(-1) / highest.sum(-1)
+    return np.stack([auroc, share, pointing])
 
 
 def head_lines(
@@ -450,9 +449,11 @@ def likeness(
     b,  # another on the same raster
 ) -> dict:  # js (bits, 0 equal to 1 disjoint), cosine (0 to 1), ssim (−1 to 1)
     "Measure the similarity of two maps of an image; ssim on the part shown to both."
-    # too small a common part for a window
-    small = min((~(np.isnan(a) | np.isnan(b))).any(k).sum() for k in (0, 1)) < 5
-    return dict(js=jensen_shannon(a, b), cosine=cosine(a, b), ssim=np.nan if small else ssim(a, b))
+    both = ~(np.isnan(a) | np.isnan(b))
+    height, width = both.any(1).sum(), both.any(0).sum()
+    large = min(height, width) >= 5  # room for a window
+    similar = ssim(a, b) if large else np.nan
+    return dict(js=jensen_shannon(a, b), cosine=cosine(a, b), ssim=similar)
 
 # %% ../../nbs/45_attention/20_tables.ipynb #a582adff
 def pair_table(

@@ -25,7 +25,7 @@ def answering(
     cells: Cells,  # one model's answers
     words=(),  # the verdicts that its movements would have, see `smsbench.audit.reliance.word_for`
 ) -> dict:  # state ('answers' or 'does not answer'), reasons, check
-    "Whether a model answers the question, and why not."
+    "Decide whether a model answers the question, and why not."
     if 'original' not in cells.arms:
         return dict(state='answers', reasons=[], check='')
     reasons = [r for r in (_unread(cells), _little_mass(cells)) if r]
@@ -56,7 +56,7 @@ def _little_mass(cells):
 
 
 def _one_answer(cells):
-    "One answer to every question of a finding, for all findings."
+    "Check whether all questions of a finding have one answer, for all findings."
     read = cells('original', 'parsed')
     if read.sum() < 10:
         return ''
@@ -83,7 +83,7 @@ def _one_answer(cells):
 
 # %% ../../nbs/35_audit/140_answering.ipynb #3c881be2
 def _no_better(cells, still):
-    "Shown to be near chance; where nothing moves (`still`), not shown to be above it."
+    "Check whether a model is near chance; where nothing moves (`still`), not shown to be better."
     means, chance, near, name = _success(cells)
     if not means:
         return ''
@@ -106,7 +106,7 @@ def _no_better(cells, still):
 
 
 def _success(cells):
-    "(AUROC of each finding or mean recall, chance level, upper end of near chance, name)."
+    "Return (AUROC of each finding or mean recall, chance level, upper end of near chance, name)."
     means = _areas(cells)
     if means:
         return means, 0.5, 0.5 + NEAR_CHANCE, 'AUROC'
@@ -114,12 +114,12 @@ def _success(cells):
 
 
 def _lowest(means):
-    "The highest lower bound, each at Bonferroni's level."
+    "Return the highest lower bound, each at Bonferroni's level."
     return max(interval_of(m, 1 - 0.05 / len(means))[0] for m in means)
 
 
 def _areas(cells):
-    "AUROC of each finding that has both classes and probabilities."
+    "Compute AUROC of each finding that has both classes and probabilities."
     p, first = cells('original', 'p'), cells.samples['first'].to_numpy()
     label = cells.samples.label.to_numpy()
     if len(set(label)) > 2 or np.isnan(p).all():
@@ -133,7 +133,7 @@ def _areas(cells):
 
 
 def _recall(cells, near):
-    "(the mean recall over the classes as a list, its chance level, what is near chance, its name)."
+    "Return ([mean recall over the classes], its chance level, what is near chance, its name)."
     w, said = cells.weight('original') * cells('original', 'parsed'), cells('original', 'said')
     label = cells.samples.label.to_numpy()
     known = [c for c in sorted(set(label)) if w[label == c].any()]

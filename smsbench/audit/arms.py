@@ -7,7 +7,6 @@ __all__ = ['ARMS', 'PROBES', 'Arm', 'select_arms', 'without_text', 'prompt_kind'
 
 # %% ../../nbs/35_audit/050_arms.ipynb #c3c3193d
 from dataclasses import dataclass, replace
-
 from ..core import InputError
 
 # %% ../../nbs/35_audit/050_arms.ipynb #13cf9476
@@ -102,7 +101,7 @@ def select_arms(
     *,
     texts: bool = True,  # does the cohort have texts?
 ) -> list[Arm]:  # in the order of `ARMS`, with the arms they are compared with and controlled by
-    "The arms asked for and those without which they mean nothing."
+    "List the arms asked for and those that they need."
     if strange := [p for p in probes if p not in PROBES]:
         raise InputError(f"unknown probe {', '.join(strange)}; choose from {', '.join(PROBES)}")
     unknown = [n for n in names if n not in ARMS]

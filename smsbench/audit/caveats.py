@@ -9,7 +9,6 @@ __all__ = ['KINDS', 'MEASURED', 'answer_caveats', 'delivery_caveats', 'question_
 
 # %% ../../nbs/35_audit/190_caveats.ipynb #d45bbe9a
 import dataclasses, re, shlex
-
 from ..privacy import access_of, SMALL
 from .reliance import bound_points
 from .settings import AuditSettings
@@ -29,17 +28,17 @@ KINDS = (
 
 
 def _caveat(kind, text, command=''):
-    "One caveat."
+    "Make one caveat."
     return dict(kind=kind, text=' '.join(text.split()), command=command)
 
 
 def _points(x):
-    "A share as points: -0.0 is 0.0."
+    "Convert a share to points: -0.0 is 0.0."
     return f'{round(100 * x, 1) + 0:.1f}'
 
 
 def _interval(low, high):
-    "The 95 % interval of a number of points."
+    "Return the 95 % interval of a number of points."
     return f'95 % CI {_points(low)} to {_points(high)}'
 
 # %% ../../nbs/35_audit/190_caveats.ipynb #5194e102
@@ -50,7 +49,7 @@ def _sentence(text):
 def answer_caveats(
     verdict: dict,  # a model's verdicts
 ) -> list:  # one caveat, or none
-    "That a model does not answer, why that is thought, and what to check."
+    "Warn that a model does not answer, with the reason, and what to check."
     answers = verdict.get('answers') or {}
     if answers.get('state', 'answers') == 'answers':
         return []
@@ -66,7 +65,7 @@ def delivery_caveats(
     verdict: dict,  # a model's verdicts
     delivery: dict,  # its arms, as `prove_delivery` found them
 ) -> list:  # caveats, two at most
-    "Arms that did not arrive, and arms of which nobody knows."
+    "Warn of arms that did not arrive, and of arms whose delivery is unproven."
     reasons, out = {}, []
     for arm in verdict.get('void_arms', []):
         why = delivery.get(arm, {}).get('why') or 'not delivered'
@@ -112,7 +111,7 @@ def can_match(
     files,  # `FileAudit`
     column: str,  # an attribute
 ) -> bool:
-    """Can donors be matched on the attribute?
+    """Check whether donors can be matched on the attribute.
 
     They can where one of its levels has samples of two classes.
     """
@@ -144,7 +143,7 @@ def _flag(name, value):
 
 
 def _options(asked, names, lists):
-    "Options of those settings that are not the default."
+    "Return options of those settings that are not the default."
     usual = {f.name: f.default for f in dataclasses.fields(AuditSettings)}
     config = {**usual, **asked.get('config', {})}
     if config.get('plan_hash'):
@@ -166,7 +165,7 @@ def matched_command(
     columns,  # in which donor and sample shall agree as well
     imported: bool = False,  # were the answers made elsewhere? Then only the plan can be made here
 ) -> str:  # shell line; RUN is the run's directory, DATA the folder of the data
-    "The same audit with donors matched on these columns."
+    "Write the command for the same audit with donors matched on these columns."
     config, loose = asked.get('config', {}), asked.get('loose', {})
     before = asked.get('plan', {}).get('match') or config.get('match') or ()
     match = _flag('match', ','.join(dict.fromkeys([*before, *columns])))
@@ -196,7 +195,7 @@ def fill_command(
     root='DATA',  # folder of the data; '' leaves the option out
     specs: dict = None,  # name of a model -> what was given as --model
 ) -> str:
-    "A command that can be pasted."
+    "Fill in a command so that it can be pasted."
     words, out = shlex.split(command), []
     for before, word in zip(['', *words], words):
         if before == '--model':
@@ -259,7 +258,7 @@ def file_caveats(
 
 
 def _remedy(r, files, before, columns):
-    "(column to match donors on, or None; sentence) of a serious finding."
+    "Return (column to match donors on, or None; sentence) of a serious finding."
     by_attribute = r.check in _ATTRIBUTES
     recorded = (
         by_attribute
@@ -290,7 +289,7 @@ def training_note(
     info: dict,  # what the predictions' metadata say about the model
     cohort: dict,  # name and title of the manifest
 ) -> str:  # '' where the model was trained for this data, or nobody says
-    "A sentence where a model's own card says that it was trained on something else."
+    "Warn where a model's own card says that it was trained on something else."
     trained, name = str(info.get('trained_on') or ''), str(cohort.get('manifest') or '')
     if not trained or (name and re.search(rf'(?<!\w){re.escape(name)}(?!\w)', trained, re.I)):
         return ''
@@ -305,7 +304,7 @@ def label_note(
     verdict: dict,  # a model's verdicts; `label_error` of the image: effect of wrong labels
     cohort: dict,  # label_source, as a card states it
 ) -> str:  # '' where the labels do not come from the report
-    "A sentence where labels come from the report, or nobody says from where."
+    "Warn where labels come from the report, or their source is not stated."
     source = cohort.get('label_source') or ''
     image, text = (verdict.get(f'relies_on_{m}') or {} for m in ('image', 'text'))
     if not source:
@@ -331,7 +330,7 @@ def label_note(
 
 
 def _if_wrong(row):
-    "The verdict on the image for one share of wrong labels, in words."
+    "Say the verdict on the image for one share of wrong labels."
     start = f"ε = {100 * row['error']:g} %"
     if row['value'] is None:
         most = 100 * (1 - 2 * row['error']) ** 2
@@ -341,7 +340,7 @@ def _if_wrong(row):
 
 # %% ../../nbs/35_audit/190_caveats.ipynb #ac62e8d4
 def _incomplete_caveats(verdict):
-    "A caveat per modality without a verdict because answers were never given."
+    "Make a caveat per modality without a verdict because answers were never given."
     out = []
     for modality in ('image', 'text'):
         v = verdict.get(f'relies_on_{modality}') or {}
@@ -355,7 +354,7 @@ def missing_note(
     verdict: dict,  # a model's verdicts
     cohort: dict,  # access
 ) -> str:  # '' where nothing is missing
-    "How many answers are missing, and the excess if they had stayed."
+    "Say how many answers are missing, and the excess if they had stayed."
     out = _unread_original(verdict)
     for modality in ('image', 'text'):
         v = verdict.get(f'relies_on_{modality}') or {}
@@ -385,7 +384,7 @@ def missing_note(
 
 
 def _unread_original(verdict):
-    "That questions without a readable answer with their own image and text are left out."
+    "Say that questions without a readable answer with their own image and text are left out."
     answers = verdict.get('answers') or {}
     share = answers.get('unread_share', 0.0)
     if share == 0:
@@ -441,7 +440,7 @@ def deciding_line(
     modality: str,  # 'image' or 'text'
     verdict: dict,  # one verdict
 ) -> str:  # '' where nothing was decided
-    "The number that decides a verdict."
+    "Write the number that decides a verdict."
     bound = verdict.get('bound') or {}
     if verdict.get('state', 'ok') != 'ok' or bound.get('value') is None:
         return ''
@@ -463,14 +462,14 @@ def any_image_line(
     ends = _interval(v['moved_low'], v['moved_high'])
     return f"{v['shows']}: moves {_points(v['moved'])} points ({ends}; no class is read)"
 
-# %% ../../nbs/35_audit/190_caveats.ipynb #83b07a7a
+# %% ../../nbs/35_audit/190_caveats.ipynb #8cec1931
 def first_sentence(
     text: str,  # some sentences
 ) -> str:
-    "The first sentence of a text: up to a full stop before a capital letter."
+    "Return the first sentence of a text: up to a full stop before a capital letter."
     return re.split(r'(?<=[.!?])\s+(?=[A-Z“])', text, maxsplit=1)[0]
 
-
+# %% ../../nbs/35_audit/190_caveats.ipynb #83b07a7a
 def caveat_lines(
     models: dict,  # model -> its verdicts with their caveats
     run='RUN',  # run directory, for commands

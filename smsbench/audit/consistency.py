@@ -8,7 +8,6 @@ __all__ = ['beside_original', 'rewording_terms', 'sample_terms', 'answer_entropy
 # %% ../../nbs/35_audit/120_consistency.ipynb #255d9a44
 import numpy as np, pandas as pd
 from scipy.special import entr
-
 from ..core import InputError
 from .metrics import Term, answer_table, metrics_table, term_rows
 from .prompts import opposite
@@ -44,7 +43,7 @@ def beside_original(
 def rewording_terms(
     beside: pd.DataFrame,  # rows of `beside_original`, of one model and arm
 ) -> list[Term]:
-    "Metrics per rewording."
+    "Compute the metrics per rewording."
     arm = beside.arm.iloc[0] if len(beside) else ''
     pair, flip, ok, right, was = (
         beside[c].to_numpy(bool) for c in ('pair', 'flip', 'parsed', 'correct', 'base_correct')
@@ -87,7 +86,7 @@ def sample_terms(
 def answer_entropy(
     counts: pd.DataFrame,  # how often each answer (columns) was given, one row per sample
 ) -> pd.Series:  # bits, per sample
-    "Shannon entropy of the answers given."
+    "Return Shannon entropy of the answers given."
     share = counts.div(counts.sum(axis=1), axis=0)
     return entr(share).sum(axis=1) / np.log(2)
 
@@ -98,7 +97,7 @@ def measure_wordings(
     predictions: pd.DataFrame,  # answers of one or more models
     boot: Bootstrap = Bootstrap(),  # its level and minimum; nothing is resampled
 ) -> pd.DataFrame:  # metrics table; empty where the plan has no rewordings
-    "Consistency per model, arm and strategy, each with its patient-clustered interval."
+    "Return consistency per model, arm and strategy, each with its patient-clustered interval."
     how, out = dict(level=boot.level, minimum=boot.minimum), []
     rows = answer_table(plan, predictions)
     if 'draw' in rows:
@@ -121,7 +120,7 @@ def _variant_0(rows, model, arm):
 
 
 def _parts(mine, whole):
-    "(subgroup, rewordings, all wordings or None) of one model and arm."
+    "Return (subgroup, rewordings, all wordings or None) of one model and arm."
     yield 'all', mine, whole
     if mine.inverted.any() and not mine.inverted.all():
         yield (
@@ -140,7 +139,7 @@ def map_change_predicts_flip(
     *,
     boot: Bootstrap = Bootstrap(),  # resampling of patients
 ) -> Interval:  # AUROC: 1 where every flip goes with a greater change than every answer that stayed
-    """AUROC of the map change for a flipped answer, with its patient-clustered interval.
+    """Return AUROC of the map change for a flipped answer, with its patient-clustered interval.
 
     NaN where all answers or none flipped. `InputError` on NaN or unequal lengths.
     """

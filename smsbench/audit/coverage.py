@@ -14,10 +14,8 @@ from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
-
 import numpy as np, pandas as pd
 from pydantic import Field, ValidationError
-
 from ..core import InputError, content_hash, progress, read_json, write_json
 from ..data.labels import Card
 from .metrics import measure
@@ -64,7 +62,7 @@ _OF_ENTRY = ('says', 'asks', 'shows', 'audits', 'small', 'least_patients')
 
 
 def _crossed(each):
-    "Every combination of values; 'a, b' names settings whose values go together."
+    "Cross values in every combination; 'a, b' names settings whose values go together."
     lists = []
     for names, values in each.items():
         keys = [n.strip() for n in names.split(',')]
@@ -77,7 +75,7 @@ def _crossed(each):
 
 
 def _with(given, changes):
-    "Settings with some changed; 'model.noise' is a key within `model`."
+    "Change some settings; 'model.noise' is a key within `model`."
     out = dict(given)
     for name, value in changes.items():
         head, _, tail = name.partition('.')
@@ -86,7 +84,7 @@ def _with(given, changes):
 
 
 def _short(name, value):
-    "A changed setting as it stands in a name."
+    "Shorten a changed setting for a name."
     text = '-'.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return f"{name.split('.')[-1]} {text}"
 
@@ -95,7 +93,7 @@ def make_entries(
     line: dict,  # one line of the grid, as the file holds it
     defaults: dict,  # what every line has unless it says otherwise
 ) -> list[Entry]:
-    "The entries that a line stands for; `InputError` naming the one that is wrong."
+    "List the entries that a line stands for; `InputError` naming the one that is wrong."
     line = {**defaults, **line}
     each, name = line.pop('each', None) or {}, line.pop('name', '')
     if not name:
@@ -116,7 +114,7 @@ def make_entries(
 
 # %% ../../nbs/35_audit/220_coverage.ipynb #55a6e8bc
 def _read_yaml(path):
-    "What a grid file holds; `InputError` in one line where it is no grid."
+    "Read a grid file; `InputError` in one line where it is no grid."
     import yaml
 
     try:
@@ -133,7 +131,7 @@ def _read_yaml(path):
 
 # %% ../../nbs/35_audit/220_coverage.ipynb #a66ebe9b
 def grid_file() -> Path:
-    "Where the grid that comes with the package lies."
+    "Return where the grid that comes with the package lies."
     return Path(str(files('smsbench.audit') / 'coverage.yaml'))
 
 # %% ../../nbs/35_audit/220_coverage.ipynb #169fb20e
@@ -175,7 +173,7 @@ def _word(v):
 
 
 def _verdict_rows(found):
-    "Rows of the verdicts of one model."
+    "Compute the rows of the verdicts of one model."
     for modality in ('image', 'text'):
         v = found[f'relies_on_{modality}']
         n = v.get('n_patients') or 0
@@ -188,7 +186,7 @@ def _verdict_rows(found):
 
 
 def _metric_rows(table):
-    "Rows of the metrics of all samples together."
+    "Compute the rows of the metrics of all samples together."
     for r in table[table.subgroup == 'all'].itertuples():
         yield 'metric', r.metric, r.arm, r.value, r.ci_low, r.ci_high, r.n_clusters, ''
 
@@ -221,7 +219,7 @@ def run_chunk(
     *,
     engine=ENGINE,  # the two functions under test
 ) -> tuple[list[tuple], float]:  # rows with the seed in front, seconds
-    "Several audits of a setting."
+    "Run several audits of a setting."
     start = time.perf_counter()
     rows = [(s, *r) for s in seeds for r in audit_once(setting, s, asks, engine=engine)]
     return rows, time.perf_counter() - start
@@ -235,7 +233,7 @@ def judge(
     least: bool,  # is the limit a least rate (coverage), or a most (errors)?
     p: float | None = None,  # from `luck`, adjusted for further rates; None: this rate alone
 ) -> str:  # 'holds', 'within error', 'broken', or '' without studies
-    "Does a counted rate keep its limit?"
+    "Decide whether a counted rate keeps its limit."
     if not n:
         return ''
     if (count / n >= limit) if least else (count / n <= limit):
@@ -266,7 +264,7 @@ def counted(
     count: int,  # studies counted
     n: int,  # studies looked at
 ) -> dict:  # rate, error (standard error), low and high (exact 95 %), n, count
-    "A rate with its Monte Carlo error."
+    "Compute a rate with its Monte Carlo error."
     if not n:
         return dict(rate=float('nan'), error=float('nan'), low=0.0, high=1.0, n=0, count=0)
     p, (low, high) = count / n, exact_bounds(count / n, n)
@@ -279,7 +277,7 @@ def coverage_rows(
     true: dict,  # (metric, arm) -> true value
     patients: int = 30,  # patients from which coverage is judged
 ) -> list[dict]:  # per interval: coverage, misses on either side, mean ends, width, ideal
-    "How often each interval covers its true value, and how wide it is."
+    "Measure how often each interval covers its true value, and how wide it is."
     out, near = [], 1e-9
     whole = rows[['value', 'low', 'high']].notna().all(axis=1) & rows.kind.isin(['metric', 'part'])
     for key, g in rows[whole].groupby(['name', 'arm'], sort=False):
@@ -314,7 +312,7 @@ def regions(
     same: float,  # true movement under the same class S, 0..1
     margin: float,  # smallest movement that matters
 ) -> dict[str, bool]:  # verdict -> is it true?
-    "Which verdicts would be true."
+    "Say which verdicts would be true."
     d, near = margin, TOLERANCE
     within, moved = abs(excess) <= d + near, other > d - near
     return dict(
@@ -331,7 +329,7 @@ def verdict_rows(
     true: dict,  # (quantity, '') -> true value
     margin: float,  # smallest movement that matters
 ) -> list[dict]:  # one per modality: shares of the verdicts, and of the false ones
-    "How often each verdict is given, and how often it is false."
+    "Measure how often each verdict is given, and how often it is false."
     out = []
     for modality, g in rows[rows.kind == 'verdict'].groupby('name', sort=False):
         e, o, s = (true.get((f'{k}_{modality}', '')) for k in PARTS)
@@ -358,10 +356,14 @@ def verdict_rows(
 
 
 def _any_finding(rows, modality, wrong):
-    "How often any finding of an audit has a false verdict, where several share one truth."
-    g = rows[(rows.kind == 'finding') & (rows.name == modality)]
-    hits = {k: g.verdict.eq(k).groupby(g.seed).any() for k in wrong}
-    return {k: counted(int(h.sum()), len(h)) for k, h in hits.items() if len(h)}
+    "Measure how often any finding of an audit has a false verdict, where several share one truth."
+    findings = rows[(rows.kind == 'finding') & (rows.name == modality)]
+    rates = {}
+    for verdict in wrong:
+        audits = findings.verdict.eq(verdict).groupby(findings.seed).any()
+        if len(audits):
+            rates[verdict] = counted(int(audits.sum()), len(audits))
+    return rates
 
 # %% ../../nbs/35_audit/220_coverage.ipynb #eeae2777
 def summarise(
@@ -372,7 +374,7 @@ def summarise(
     seconds: float,  # time that the audits took together
     patients: int = 30,  # patients from which coverage is judged
 ) -> dict:  # JSON-ready
-    "Coverage and verdict errors of one setting."
+    "Summarise coverage and verdict errors of one setting."
     table = pd.DataFrame(rows, columns=['seed', *FIELDS])
     table = table.astype(dict.fromkeys(['value', 'low', 'high', 'patients'], float))
     least = patients if entry.least_patients is None else entry.least_patients
@@ -395,7 +397,7 @@ def all_rates(
     settings: dict,  # name -> what `summarise` made
     limits: Limits,  # accepted rates
 ) -> list[dict]:  # setting, what, count, n, limit, least
-    "Every rate of a suite that has a limit."
+    "Return every rate of a suite that has a limit."
     out = []
     for name, s in settings.items():
 
@@ -420,7 +422,7 @@ def pooled_errors(
     settings: dict,  # name -> what `summarise` made
     verdict: str,  # 'relies' or 'ignores'
 ) -> dict:  # rate with its error, settings, worst setting, share undecided
-    "False verdicts over all settings whose truth lies on the margin."
+    "Return false verdicts over all settings whose truth lies on the margin."
     at = dict(relies='excess', ignores='moved')[verdict]
     given = [v for s in settings.values() for v in s['verdicts']]
     null = [v for v in given if abs(v[at] - v['margin']) <= TOLERANCE]
@@ -469,7 +471,7 @@ def judge_all(
     settings: dict,  # name -> what `summarise` made
     limits: Limits | None = None,  # accepted rates; None takes the usual ones
 ) -> dict:  # audits, outcomes, lowest coverage, pooled errors, rates beyond a limit
-    "The suite in a few numbers."
+    "Summarise a suite in a few numbers."
     limits = limits or Limits()
     rates = _judged(all_rates(settings, limits))
     outcomes = [r['outcome'] for r in rates]
@@ -518,7 +520,7 @@ def parallel(
 
 # %% ../../nbs/35_audit/220_coverage.ipynb #283b1dc0
 def _kept(out, grid, code):
-    "Settings that a former start of the same suite finished."
+    "Read settings that an earlier start of the same suite finished."
     if out is None or not Path(out).exists():
         return {}
     old = read_json(out)
@@ -533,7 +535,7 @@ def _kept(out, grid, code):
 
 
 def _file(grid, done, code):
-    "What the file holds."
+    "Return what the file holds."
     ordered = {e.name: done[e.name] for e in grid.entries if e.name in done}
     return dict(
         complete=len(ordered) == len(grid.entries),
@@ -589,7 +591,7 @@ def coverage_table(
     found: dict,  # what `run_grid` returned or wrote
     every: bool = False,  # all intervals, not only those that an entry shows?
 ) -> pd.DataFrame:  # setting, interval, true, coverage, error, ends, width, ideal, studies
-    "Coverage of the intervals."
+    "Return the coverage of the intervals."
     rows = []
     for name, s in found['settings'].items():
         wanted = s['coverage'] if 'intervals' in s['asks'] else []
@@ -618,7 +620,7 @@ def coverage_table(
 def verdict_table(
     found: dict,  # what `run_grid` returned or wrote
 ) -> pd.DataFrame:  # setting, modality, truth, shares of the verdicts and of the false ones
-    "Shares of the verdicts."
+    "Return the shares of the verdicts."
     rows = []
     for name, s in found['settings'].items():
         for v in s['verdicts']:
@@ -640,7 +642,7 @@ def grid_lines(
     found: dict,  # what `run_grid` returned or wrote
     every: bool = False,  # all intervals?
 ) -> list[str]:
-    "What a person reads about a suite."
+    "Summarise a suite for a reader."
     s, lines = judge_all(found['settings'], Limits(**found['limits'])), []
     for table in (coverage_table(found, every), verdict_table(found)):
         how = dict(index=False, na_rep='-', justify='left')

@@ -30,7 +30,7 @@ def export_trials(
     source,  # a `Source`
     path,  # JSON-lines file; pictures go into the folder '<name>_images' beside it
 ) -> int:  # trials written
-    """Write the trials for a program elsewhere; each distinct picture once.
+    """Write the trials for a program elsewhere; each distinct image once.
 
     >>> export_trials(plan, source, "trials.jsonl")
     1080
@@ -64,7 +64,7 @@ def export_trials(
 
 # %% ../../nbs/35_audit/100_exchange.ipynb #d87341e1
 def _finite(v):
-    "Whether `v` is a number that fits into a float."
+    "Check whether `v` is a number that fits into a float."
     try:
         return (
             isinstance(v, (int, float)) and not isinstance(v, bool) and bool(np.isfinite(float(v)))
@@ -78,7 +78,7 @@ def _asked_in(
     tasks: dict,  # finding -> `Task`
     source=None,  # a `Source`, where the questions are those of the samples
 ) -> dict:  # choices, finding, question, prompt, inverted, as `reading` takes them
-    "The context of a trial that a reader of answers needs."
+    "Return the context of a trial that a reader of answers needs."
     task = source.task(trial) if source else tasks[trial.finding]
     own = '' if source else getattr(trial, 'question', '')
     if own:
@@ -93,7 +93,7 @@ def _asked_in(
 
 # %% ../../nbs/35_audit/100_exchange.ipynb #b8924904
 def _line(text, number, trials):
-    "One line of an import as an object whose trial is in the plan."
+    "Parse one line of an import into an object whose trial is in the plan."
     where = f'line {number}'
     try:
         r = json.loads(text)
@@ -111,7 +111,7 @@ def _line(text, number, trials):
 
 # %% ../../nbs/35_audit/100_exchange.ipynb #6834c456
 def _logprobs(given, choices, number):
-    "Log-probabilities in the order of the choices; `InputError` where they cannot be such."
+    "Return log-probabilities in the order of the choices; `InputError` where they cannot be such."
     lp = [given.get(c) for c in choices] if isinstance(given, dict) else given
     fits = isinstance(lp, list) and len(lp) == len(choices)
     if not fits or not all(_finite(v) and v <= 1e-6 for v in lp):
@@ -134,7 +134,7 @@ def _imported_row(
     told: dict,  # from `_asked_in`
     number: int,  # of the line
 ) -> tuple:  # (row of the predictions, what its text says: choice or '')
-    "The predictions row of one imported line."
+    "Compute the predictions row of one imported line."
     hashes = {k: str(r.get(k) or '') for k in ('pixel_sha', 'token_sha', 'delivered_sha')}
     seconds, text = r.get('seconds', np.nan), flat(r.get('raw_text', ''))
     read = reading(r.get('raw_text', ''), **told)
@@ -156,7 +156,7 @@ def _imported_row(
 
 # %% ../../nbs/35_audit/100_exchange.ipynb #ce1e0536
 def _still_asks(text, told):
-    "Whether the question stands in an answer after everything that is known of its prompt is gone."
+    "Check whether an answer still holds the question once the known prompt is removed."
     bare = strip_answer(text, told['prompt'], told['question'], choices=told['choices'])
     question = words(told['question'].lower())
     long = len(question) > 3  # a word or two may stand in any answer
@@ -168,7 +168,7 @@ def _check_texts(
     told: dict,  # trial_id -> what the reader was told
     quote: bool,  # whether the message may show an answer
 ):
-    "`InputError` where the texts are no answers."
+    "Raise `InputError` where the texts are no answers."
     if not rows:
         return
     shown = [' '.join(r['raw_text'].split())[:60] for r in rows]
@@ -194,7 +194,7 @@ def _read_from(
     texts: list,  # what each text says: choice or ''
     choices: tuple,  # allowed answers
 ) -> dict:  # counts: from_text, unread, unread_by_side, both, disagree
-    "How the answers of an import were read."
+    "Count how the answers of an import were read."
     by_text = [r for r in rows if not r['logprobs']]
     both = [(r, t) for r, t in zip(rows, texts) if r['logprobs'] and t and r['answer']]
     sides = unread_by_side(pd.DataFrame(by_text, columns=['raw_text', 'answer']), choices)
@@ -208,7 +208,7 @@ def _read_from(
 
 
 def _read_sentences(counts):
-    "The counts of `_read_from` in words."
+    "Say the counts of `_read_from` in words."
     out = []
     if counts['from_text']:
         looks = ', '.join(f'{n} look like {s}' for s, n in counts['unread_by_side'].items())
@@ -225,7 +225,7 @@ def _read_sentences(counts):
 
 # %% ../../nbs/35_audit/100_exchange.ipynb #022b0954
 def _lines(path):
-    "The lines of a file that say something, with their numbers."
+    "List the lines of a file that say something, with their numbers."
     if not path.is_file():
         raise InputError(f'{path}: no such file')
     try:
@@ -237,7 +237,7 @@ def _lines(path):
 
 
 def _read_file(path, plan, source, max_missing):
-    "Predictions rows, what their texts say, and what the reader was told, of every line."
+    "Read the predictions rows, what their texts say, and what the reader was told, of every line."
     trials = {t.trial_id: t for t in plan.itertuples(index=False)}
     tasks = {f: Task(**t) for f, t in plan.attrs['tasks'].items()}
     rows, texts, told = [], [], {}

@@ -9,7 +9,6 @@ __all__ = ['STATES', 'SWAPS', 'COLUMNS', 'COVERAGES', 'LOSSES', 'consistent_samp
 
 # %% ../../nbs/35_audit/160_grounding.ipynb #cdb78be2
 import numpy as np, pandas as pd
-
 from ..core import InputError
 from ..inference import Mean, area_of, interval_of, mean_of
 from ..privacy import access_of, with_access
@@ -38,7 +37,7 @@ SWAPS = ('image_swap', 'image_swap_same')  # donor of another class, and its con
 def consistent_samples(
     rows: pd.DataFrame,  # `answer_table` rows of one model
 ) -> pd.Series:  # sample_id -> bool; samples without rewordings are absent
-    "Was every rewording of `original` answered, and as variant 0 was?"
+    "Mark samples of which every rewording of `original` was answered as variant 0 was."
     rows = rows[rows.arm == 'original']
     if 'inverted' not in rows:
         return pd.Series(dtype=bool)
@@ -56,7 +55,7 @@ def state_terms(
     consistent: pd.Series,  # from `consistent_samples`
     arm: str = 'image_swap',  # whose donors are shown: `image_swap`, or its control
 ) -> list[Term]:  # one per state; they share a denominator
-    "The share of samples in each state."
+    "Compute the share of samples in each state."
     known = cells.samples.sample_id.map(consistent)
     alike, asked = known.eq(True).to_numpy(), known.notna().to_numpy()
     base = cells.weight(arm) * cells('original', 'parsed') * asked
@@ -69,7 +68,7 @@ def kept_if_read(
     cells: Cells,  # one model's answers to variant 0
     arm: str = 'image_swap',  # the swap
 ) -> Mean:  # 0..1; NaN where a question has more than two choices or lacks a class
-    "How often a reader of the image alone, with this model's hit rates, would keep its answer."
+    "Compute how often a reader of the image alone, with these hit rates, would keep its answer."
     w = cells.weight(arm) * cells('original', 'parsed')
     right = cells('original', 'correct').astype(float)
     first = (cells.samples.label == cells.samples['first']).to_numpy()
@@ -86,7 +85,7 @@ def kept_if_read(
 
 
 def _kept(pos, neg, right):
-    "a(1 - b) + (1 - a)b and its influence values; NaN and zeros where a class is absent."
+    "Compute a(1 - b) + (1 - a)b and its influence values; NaN and zeros where a class is absent."
     if not (pos.any() and neg.any()):
         return np.nan, np.zeros(len(right))
     a, b = pos @ right / pos.sum(), neg @ right / neg.sum()
@@ -157,7 +156,7 @@ def _states_of(rows):
 
 
 def _moved_share(cells, arm):
-    "sample_id -> share of its donors under whom the answer moved."
+    "Map each sample_id to the share of its donors under whom the answer moved."
     w = cells.weight(arm)
     moved = np.bincount(cells.sample, w * flipped(cells, arm, 'original'))
     names = cells.samples.sample_id.to_numpy()[:: cells.k]
@@ -165,7 +164,7 @@ def _moved_share(cells, arm):
 
 
 def _state(consistent, moved):
-    "A word for a sample; donors may disagree where several were drawn."
+    "Name the state of a sample; donors may disagree where several were drawn."
     if pd.isna(consistent) or pd.isna(moved):
         return 'not asked'
     if 0 < moved < 1:
@@ -177,7 +176,7 @@ def state_examples(
     states: pd.DataFrame,  # from `sample_states`
     most: int = 3,  # examples per model and state
 ) -> pd.DataFrame:  # rows of `states`
-    "Samples of each state; `InputError` unless the data are open."
+    "Return samples of each state; `InputError` unless the data are open."
     if access_of(states, 'the table of states') != 'open':
         raise InputError('samples of credentialed data are not listed')
     chosen = states[states.state.isin(STATES)].sort_values('trial_id')
@@ -200,7 +199,7 @@ def losses(
     cells: Cells,  # one model's answers to variant 0, with confidence
     kind: str,  # key of `LOSSES`
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) loss 0 or 1, (n,) weight
-    "What confidence should warn of, and which rows count."
+    "Return what confidence should warn of, and which rows count."
     arm = LOSSES[kind][0]
     known = ~np.isnan(cells('original', 'confidence'))
     w = cells.weight(arm) * cells('original', 'parsed') * known
@@ -216,7 +215,7 @@ def mean_row(
     level: float = 0.95,  # confidence level
     minimum: int = 10,  # samples below which a number is suppressed
 ) -> dict:  # metrics row without model and subgroup
-    "A `Mean` as a metrics row."
+    "Make a metrics row of a `Mean`."
     low, high = interval_of(mean, level)
     row = dict(metric=metric, arm=arm, value=mean.value, ci_low=low, ci_high=high, n=mean.n)
     row |= dict(n_clusters=mean.n_patients, n_donors=mean.n_donors)
@@ -235,7 +234,7 @@ def confidence_rows(
     *,
     minimum: int = 10,  # samples below which a number is suppressed
 ) -> list[dict]:  # metrics rows without model and subgroup
-    "Does low confidence warn of wrong, or of ungrounded, answers?"
+    "Measure whether low confidence warns of wrong, or of ungrounded, answers."
     (arm, name), (loss, w) = LOSSES[kind], losses(cells, kind)
     if not w.any():
         return []
@@ -259,7 +258,7 @@ def coverage_curves(
     states: pd.DataFrame,  # from `sample_states`
     minimum: int = 10,  # patients that each step adds at least
 ) -> pd.DataFrame:  # model, loss, coverage, risk, confidence, n_clusters
-    "Risk-coverage curves of wrong and of ungrounded answers."
+    "Return risk-coverage curves of wrong and of ungrounded answers."
     parts = []
     for model, mine in states[states.confidence.notna()].groupby('model', sort=True):
         for kind, loss in dict(wrong=1.0 - mine.correct, ungrounded=1 - mine.moved_other).items():
@@ -276,7 +275,7 @@ def coverage_curves(
 def stated_events(
     cells: Cells,  # one model's answers to variant 0, with confidence
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (m,) probability, (m,) bool outcome, (m,) patient
-    "One probability and what came of it per sample, under `original`."
+    "Return one probability and what came of it per sample, under `original`."
     once = np.r_[True, np.diff(cells.sample) > 0] & (cells.weight('original') > 0)
     many = {0 if p is None else len(p) for p in cells('original', 'probs')[once]}
     label, first = (cells.samples[c].to_numpy() for c in ('label', 'first'))
@@ -293,7 +292,7 @@ def probability_rows(
     recalibrate=METHODS,  # maps to try; () for none
     boot: Bootstrap = Bootstrap(),  # resampling; its seed also of the simulation
 ) -> list[dict]:  # metrics rows without model and subgroup
-    "Calibration error that chance alone would show, and what recalibration leaves of it."
+    "Compute calibration error that chance alone would show, and what recalibration leaves of it."
     prob, happened, who = stated_events(cells)
     if len(prob) < boot.minimum:
         return []
@@ -309,7 +308,7 @@ def probability_rows(
 
 
 def _recalibrated(prob, happened, who, methods, boot, sizes):
-    "Metrics rows of all maps, or those that say why there are none."
+    "Return the metrics rows of all maps, or those that say why there are none."
     if not methods:
         return []
     try:
@@ -326,7 +325,7 @@ def _recalibrated(prob, happened, who, methods, boot, sizes):
 
 
 def _score_rows(prob, happened, who, method, boot):
-    "ECE and Brier score of probabilities, with the intervals that those of the model itself have."
+    "Compute ECE and Brier score of probabilities, with intervals as for the model itself."
     ids = np.arange(len(prob)).astype(str)
     rows = pd.DataFrame(dict(sample_id=ids, patient_id=who, p=prob, first='event', finding=''))
     rows['label'] = np.where(happened, 'event', 'none')
@@ -347,7 +346,7 @@ def state_rows(
     *,
     minimum: int = 10,  # samples below which a number is suppressed
 ) -> list[dict]:  # metrics rows without model and subgroup
-    "Shares of the four states, of consistent and of kept answers."
+    "Compute the shares of the four states, of consistent and of kept answers."
     arms = [a for a in SWAPS if a in cells.arms]
     answered, terms = cells('original', 'parsed'), []
     if len(consistent):
@@ -377,7 +376,7 @@ def measure_grounding(
 
 
 def _grounding_parts(rows):
-    "(subgroup, rows) of one model."
+    "Return (subgroup, rows) of one model."
     yield 'all', rows
     if 'inverted' in rows and set(rows.inverted) == {True, False}:
         yield 'wordings=not negated', rows[~rows.inverted.astype(bool)]
@@ -387,7 +386,7 @@ def _grounding_parts(rows):
 
 
 def _grounding_rows(rows, name, boot):
-    "Metrics rows of one model and subgroup."
+    "Compute the metrics rows of one model and subgroup."
     cells = Cells(rows[rows.variant == 'plain'])
     if 'original' not in cells.arms:
         return []

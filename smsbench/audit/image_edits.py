@@ -8,9 +8,7 @@ __all__ = ['IMAGE_OPERATIONS', 'thumbnail', 'region_elsewhere', 'hide', 'permute
 # %% ../../nbs/35_audit/040_image_edits.ipynb #f706f8c8
 from collections.abc import Callable
 from dataclasses import dataclass
-
 import numpy as np
-
 from ..core import InputError, content_hash
 
 # %% ../../nbs/35_audit/040_image_edits.ipynb #cfabb2e2
@@ -18,7 +16,7 @@ def thumbnail(
     image: np.ndarray,  # (H,W) or (H,W,3) uint8
     side: int = 24,  # pixels of the thumbnail's side
 ) -> np.ndarray:  # (side*side,) float32, mean 0 and norm 1; zeros for a uniform picture
-    "A picture as a short vector, for a plain image distance."
+    "Shrink an image to a short vector, for a plain image distance."
     from PIL import Image
 
     small = np.asarray(
@@ -33,7 +31,7 @@ def region_elsewhere(
     shape,  # (H, W) of the picture
     key: str = '',  # decides the place
 ) -> list:  # boxes of the same sizes, overlapping none of `boxes`; [] where there is no room
-    "Another region of equal area."
+    "Choose another region of equal area."
     (h, w), out = shape[:2], []
     for n, (x0, y0, x1, y1) in enumerate(boxes):
         bw, bh = x1 - x0, y1 - y0
@@ -57,7 +55,7 @@ def region_elsewhere(
         out.append([x, y, x + bw, y + bh])
     return out
 
-# %% ../../nbs/35_audit/040_image_edits.ipynb #607276bb
+# %% ../../nbs/35_audit/040_image_edits.ipynb #bb40b4f1
 def hide(
     image: np.ndarray,  # (H,W) or (H,W,3) uint8
     region,  # boxes [x0, y0, x1, y1] in pixels
@@ -69,7 +67,7 @@ def hide(
         out[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = 128
     return out
 
-
+# %% ../../nbs/35_audit/040_image_edits.ipynb #6c266066
 def permute(
     image: np.ndarray,  # (H,W) or (H,W,3) uint8
     region=(),  # not used
@@ -78,13 +76,15 @@ def permute(
     grid: int = 8,  # patches per side
 ) -> np.ndarray:  # a copy
     "Permute grid x grid patches."
-    out, (h, w) = image.copy(), (side // grid for side in image.shape[:2])
-    places = [(r * h, c * w) for r in range(grid) for c in range(grid)]
-    for (y, x), (v, u) in zip(places, sorted(places, key=lambda p: content_hash(key, *p))):
-        out[y : y + h, x : x + w] = image[v : v + h, u : u + w]
+    out = image.copy()
+    h, w = (side // grid for side in image.shape[:2])
+    places = [(row * h, column * w) for row in range(grid) for column in range(grid)]
+    shuffled = sorted(places, key=lambda place: content_hash(key, *place))
+    for (y, x), (from_y, from_x) in zip(places, shuffled):
+        out[y : y + h, x : x + w] = image[from_y : from_y + h, from_x : from_x + w]
     return out
 
-
+# %% ../../nbs/35_audit/040_image_edits.ipynb #607276bb
 def grey(
     image: np.ndarray,  # (H,W) or (H,W,3) uint8
     region=(),  # not used

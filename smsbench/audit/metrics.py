@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['MOST_LOG_ODDS', 'ANY', 'WITHOUT_CLASS', 'DRAWS', 'MOST_UNTRIED', 'answer_table', 'donor_samples', 'Term', 'Cells',
            'arm_terms', 'pair_terms', 'flipped', 'total_variation', 'movement', 'excess', 'following_terms',
-           'chance_rows', 'across_terms', 'all_terms', 'term_rows', 'term_row', 'curve_rows', 'detection_rows',
-           'subgroups', 'compare_models', 'metrics_table', 'measure', 'untried_share']
+           'chance_rows', 'across_terms', 'all_terms', 'term_row', 'term_rows', 'curve_rows', 'detection_rows',
+           'subgroups', 'compare_models', 'metrics_table', 'untried_share', 'measure']
 
 # %% ../../nbs/35_audit/110_metrics.ipynb #437b1748
 from dataclasses import dataclass, replace
 from itertools import combinations
-
 import numpy as np, pandas as pd
 from scipy.stats import t as student
-
 from ..calibration import bin_sums, gap_ends
 from ..core import InputError, validate
 from smsbench.inference import (
@@ -70,12 +68,12 @@ def answer_table(
 
 
 def _plain_strings(table):
-    "Text columns as Python strings, which are many times faster to go through."
+    "Convert text columns to Python strings, which are many times faster to go through."
     return table.astype({c: object for c in table.columns[table.dtypes == 'str']})
 
 
 def _every_trial(plan, predictions):
-    "Each model's row for every trial of the arms and variants that it answered."
+    "Make each model's row for every trial of the arms and variants that it answered."
     asked = _plain_strings(pd.DataFrame(plan))
     lends = donor_samples(asked)
     asked['donor'] = _of_donor(asked, lends, 'patient_id').fillna(lends)
@@ -95,7 +93,7 @@ def _every_trial(plan, predictions):
 
 
 def _scores(logprobs, choices, labels):
-    "(margin of the label (n,), probabilities (n, choices)); NaN without log-probabilities."
+    "Return (margin of the label (n,), probabilities (n, choices)); NaN without log-probabilities."
     k, n = len(choices), len(labels)
     known = np.array([x is not None and np.ndim(x) == 1 and len(x) == k for x in logprobs])
     margin, probs = np.full(n, np.nan), np.full((n, k), np.nan)
@@ -116,14 +114,14 @@ def _scores(logprobs, choices, labels):
 def donor_samples(
     plan: pd.DataFrame,  # rows of a plan
 ) -> pd.Series:  # sample that lends; '' where nobody does
-    "The sample whose image or text each trial borrows."
+    "Return the sample whose image or text each trial borrows."
     own = plan.image_id.isin(['']) | (plan.image_id == plan.sample_id)
     lends = plan.image_id.where(~own, plan.text_id)
     return lends.where(lends != plan.sample_id, '')
 
 
 def _of_donor(plan, lends, column):
-    "A column of the plan, for the donor."
+    "Return a column of the plan, for the donor."
     known = plan.drop_duplicates('sample_id').set_index('sample_id')[column]
     return lends.map(known)
 
@@ -147,7 +145,7 @@ class Term:
 
     @property
     def value(self) -> float:
-        "The metric itself; NaN where no sample counts."
+        "Return the metric itself; NaN where no sample counts."
         parts = [self, *self.also]
         with np.errstate(invalid='ignore', divide='ignore'):
             mean = float(np.mean([np.sum(p.num) / np.sum(p.den) for p in parts]))
@@ -195,7 +193,7 @@ class Cells:
         arm: str,  # arm name
         column: str,  # column of `answer_table`
     ) -> np.ndarray:  # (n,)
-        """A column of an arm, over samples and draws.
+        """Return a column of an arm, over samples and draws.
 
         An arm that is not drawn several times is repeated in every draw.
         """
@@ -218,7 +216,7 @@ class Cells:
         self,
         arm: str,  # arm name
     ) -> np.ndarray:  # (n,) share of its sample that a row represents; 0 without a trial
-        "The trials of an arm in the plan, answered or not, averaged within the sample."
+        "Weigh the trials of an arm in the plan, answered or not, averaged within the sample."
         planned = np.zeros(self.n)
         if arm not in self._at:
             return planned
@@ -232,14 +230,14 @@ class Cells:
         self,
         arm: str,  # arm name
     ) -> np.ndarray:  # (n,) bool
-        "Samples that the plan shows under an arm at all."
+        "Mark the samples that the plan shows under an arm at all."
         return np.bincount(self.sample, self.weight(arm))[self.sample] > 0
 
     def probabilities(
         self,
         arm: str,  # arm name
     ) -> np.ndarray:  # (n, choices), NaN where unknown
-        "Probabilities of the choices; rows with fewer choices are filled up with 0."
+        "Return probabilities of the choices; rows with fewer choices are filled up with 0."
         if ('p', arm) not in self._kept:
             self._kept['p', arm] = self._stacked(self(arm, 'probs'))
         return self._kept['p', arm]
@@ -254,7 +252,7 @@ class Cells:
 
     @property
     def dyads(self) -> Dyads:
-        "Patients who are asked, and their donors, per arm."
+        "Return patients who are asked, and their donors, per arm."
         if 'dyads' not in self._kept:
             donors = {a: self(a, 'donor') for a in self.arms}
             self._kept['dyads'] = Dyads(self.patients, donors, self.sample)
@@ -265,7 +263,7 @@ def arm_terms(
     cells: Cells,  # one model's answers
     arm: str,  # arm name
 ) -> list[Term]:  # accuracy, parsed share, answer mass, margin, Brier score, confusion metrics
-    "Metrics within one arm."
+    "Compute the metrics within one arm."
     w = cells.weight(arm)
     ok, right, said = w * cells(arm, 'parsed'), cells(arm, 'correct'), cells(arm, 'said')
     terms = [
@@ -284,7 +282,7 @@ def arm_terms(
 
 
 def _known_mean(cells, name, arm, x, bounds=ANY):
-    "Mean of x where it is known."
+    "Compute the mean of x where it is known."
     known = cells.weight(arm or 'original') * ~np.isnan(x)
     return Term(name, arm, known * np.nan_to_num(x), known, bounds)
 
@@ -294,7 +292,7 @@ def _binary(cells):
 
 
 def _confusion_terms(cells, arm):
-    "Sensitivity and its relatives; per class where there are more than two."
+    "Compute the sensitivity and its relatives; per class where there are more than two."
     ok, said = cells.weight(arm) * cells(arm, 'parsed'), cells(arm, 'said')
     label, first = cells.samples.label.to_numpy(), cells.samples['first'].to_numpy()
     if _binary(cells):
@@ -317,7 +315,7 @@ def pair_terms(
     cells: Cells,  # one model's answers
     arm: str,  # an arm with `versus`
 ) -> list[Term]:  # nfr, flips, movement and their relatives, with their excess over the control
-    "Changes against the arm it is compared with."
+    "Measure the changes against the arm it is compared with."
     a = ARMS[arm]
     base = cells.weight(arm) * cells(a.versus, 'parsed')
     was, now = cells(a.versus, 'correct'), cells(arm, 'parsed') & cells(arm, 'correct')
@@ -337,7 +335,7 @@ def pair_terms(
 
 
 def _if_missing_stay(cells, arm):
-    "The same with missing answers counted as no movement; nothing where none is missing."
+    "Compute the same with missing answers counted as no movement; nothing where none is missing."
     versus = ARMS[arm].versus
     base = cells.weight(arm) * cells(versus, 'parsed')
     came = cells(arm, 'parsed')
@@ -351,7 +349,7 @@ def _if_missing_stay(cells, arm):
 
 
 def _accuracy_change(cells, arm):
-    """Accuracy less that of the arm compared with, on the same samples.
+    """Compute accuracy less that of the arm compared with, on the same samples.
 
     An answer that cannot be read is not right.
     """
@@ -397,7 +395,7 @@ def flipped(
     arm: str,  # one arm
     versus: str,  # another
 ) -> np.ndarray:  # (n,) bool; False where `versus` has no answer
-    "Where an answer to `versus` became another answer, or none, under `arm`."
+    "Mark where an answer to `versus` became another answer, or none, under `arm`."
     return cells(versus, 'parsed') & (
         ~cells(arm, 'parsed') | (cells(arm, 'said') != cells(versus, 'said'))
     )
@@ -408,12 +406,18 @@ def total_variation(
     arm: str,  # one arm
     versus: str,  # another
 ) -> np.ndarray:  # (n,) in 0..1, NaN where probabilities are unknown or an answer is missing
-    "Total variation distance between the probabilities of the choices in two arms."
+    "Compute the total variation distance between the probabilities of the choices in two arms."
     a, b = cells.probabilities(arm), cells.probabilities(versus)
-    wide = max(a.shape[1], b.shape[1])
-    a, b = (np.pad(x, ((0, 0), (0, wide - x.shape[1])), constant_values=np.nan) for x in (a, b))
+    widest = max(a.shape[1], b.shape[1])
+    a, b = _with_columns(a, widest), _with_columns(b, widest)
+    distance = 0.5 * np.abs(a - b).sum(1)
     both = cells(arm, 'parsed') & cells(versus, 'parsed')
-    return np.where(both, 0.5 * np.abs(a - b).sum(1), np.nan)
+    return np.where(both, distance, np.nan)
+
+
+def _with_columns(table, number):
+    "Fill up with columns of NaN."
+    return np.pad(table, ((0, 0), (0, number - table.shape[1])), constant_values=np.nan)
 
 # %% ../../nbs/35_audit/110_metrics.ipynb #b3b0bbce
 def movement(
@@ -439,7 +443,7 @@ def excess(
     keep=None,  # function arm -> (n,) bool, rows that count; None takes all
     stay=False,  # count missing answers as no movement? 'untried': those that were never given
 ) -> Term:
-    "Movement under an arm less that under its control, on the samples shown under both."
+    "Compute movement under an arm less that under its control, on the samples shown under both."
     a, measure_of = ARMS[arm], _MOVED[metric]
 
     def weight(one):
@@ -462,7 +466,7 @@ def excess(
 
 
 def _again_whole(cells, weight):
-    "Weights of some draws, with as much of every sample as of the others."
+    "Weigh some draws, with as much of every sample as of the others."
     of_sample = np.bincount(cells.sample, weight)[cells.sample]
     return np.divide(weight, of_sample, out=np.zeros(cells.n), where=of_sample > 0)
 
@@ -470,7 +474,7 @@ def _again_whole(cells, weight):
 def following_terms(
     cells: Cells,  # one model's answers
 ) -> list[Term]:  # text_following per arm and over both, its chance level, donor_following
-    "With whom does the answer side?"
+    "Measure whether the answer sides with the image's or the text's class."
     found = {arm: _sides_with_text(cells, arm) for arm in cells.arms}
     found = {arm: t for arm, t in found.items() if t.den.any()}
     terms = list(found.values())
@@ -501,7 +505,7 @@ def _sides_with_text(cells, arm):
 
 
 def _apart(cells, arm):
-    "Weight of the answered trials in which image and text stand for different classes."
+    "Return weight of the answered trials in which image and text stand for different classes."
     image, text = cells(arm, 'image_label'), cells(arm, 'text_label')
     return cells.weight(arm) * (
         cells(arm, 'parsed') & (image != '') & (text != '') & (image != text)
@@ -511,7 +515,7 @@ def _apart(cells, arm):
 def chance_rows(
     cells: Cells,  # one model's answers
 ) -> list[dict]:  # metrics rows: text_following_chance per arm and over both modalities
-    """Chance that an answer sides with the text if it sides with neither.
+    """Compute the chance that an answer sides with the text if it sides with neither.
 
     Each answer is taken as often as it is given.
     """
@@ -556,7 +560,7 @@ def _row(metric, arm, value, low, high, n, n_patients=0, n_donors=0, n_effective
 def across_terms(
     cells: Cells,  # one model's answers
 ) -> list[Term]:  # phi_image, phi_text, interaction, silencing, region_dependence, noise_floor
-    "Metrics that need several arms at once."
+    "Compute the metrics that need several arms at once."
     names = ('original', 'image_only', 'text_only', 'text_only_told', 'neither', 'identity')
     it, i, t, told, o, again = (cells(a, 'margin') for a in names)
     means = dict(
@@ -574,7 +578,7 @@ def across_terms(
 
 
 def _contrast(cells, name, one, two):
-    "Flips under one arm less flips under another, each from its baseline, on the same samples."
+    "Compute flips under one arm less flips under another, on the same samples."
     answered = cells(ARMS[one].versus, 'parsed') & cells(ARMS[two].versus, 'parsed')
 
     def part(arm, other):
@@ -589,7 +593,7 @@ def _contrast(cells, name, one, two):
 def all_terms(
     cells: Cells,  # one model's answers
 ) -> list[Term]:
-    "Every ratio metric of a model."
+    "Compute every ratio metric of a model."
     within = [t for a in cells.arms for t in arm_terms(cells, a)]
     pairs = [t for a in cells.arms if ARMS[a].versus in cells.arms for t in pair_terms(cells, a)]
     every = within + pairs + following_terms(cells) + across_terms(cells)
@@ -606,34 +610,7 @@ def _is_known(term):
     name = term.metric.removesuffix('_if_missing_stay')
     return arm is None or arm.reads_class or name in WITHOUT_CLASS
 
-# %% ../../nbs/35_audit/110_metrics.ipynb #1816e2f3
-def term_rows(
-    terms: list[Term],  # metrics as ratios of sums
-    who,  # `Dyads` of the rows, or (n,) patients where nobody lends
-    level: float = 0.95,  # confidence level
-    *,
-    minimum: int = 10,  # samples below which a number is suppressed
-) -> list[dict]:  # metrics rows without model and subgroup
-    "Value and interval of each term."
-    dyads = who if isinstance(who, Dyads) else Dyads(who)
-    return [_suppressed(term_row(t, dyads, level), minimum) for t in terms]
-
-
-def term_row(term, dyads, level=0.95):
-    "One metrics row, not yet suppressed."
-    first = _mean_of_term(term, dyads)
-    if term.minus is None and tuple(term.bounds) != (-1, 1):
-        return _mean_row(term, first, interval_of(first, level))
-    first, second = _two_parts(term, dyads)
-    value, low, high = difference_of(dyads, first, second, level)
-    row = _mean_row(term, first, (low, high))
-    return row | dict(
-        value=value,
-        n_donors=max(first.n_donors, second.n_donors),
-        n_effective=min(first.n_effective, second.n_effective),
-    )
-
-
+# %% ../../nbs/35_audit/110_metrics.ipynb #46a67207
 def _mean_of_term(term, dyads):
     parts = [
         ratio_of(
@@ -649,7 +626,7 @@ def _mean_of_term(term, dyads):
 
 
 def _two_parts(term, dyads):
-    "A difference as the two shares it is made of."
+    "Split a difference into the two shares it is made of."
     if term.minus is not None:
         return _mean_of_term(term, dyads), _mean_of_term(term.minus, dyads)
     arm, num = term.lends or term.arm, np.asarray(term.num, float)
@@ -658,7 +635,7 @@ def _two_parts(term, dyads):
         for sign in (1, -1)
     )
 
-
+# %% ../../nbs/35_audit/110_metrics.ipynb #b32581e0
 def _mean_row(term, mean, ends):
     return _row(
         term.metric,
@@ -672,12 +649,39 @@ def _mean_row(term, mean, ends):
     )
 
 
+def term_row(term, dyads, level=0.95):
+    "Make one metrics row, not yet suppressed."
+    first = _mean_of_term(term, dyads)
+    if term.minus is None and tuple(term.bounds) != (-1, 1):
+        return _mean_row(term, first, interval_of(first, level))
+    first, second = _two_parts(term, dyads)
+    value, low, high = difference_of(dyads, first, second, level)
+    row = _mean_row(term, first, (low, high))
+    return row | dict(
+        value=value,
+        n_donors=max(first.n_donors, second.n_donors),
+        n_effective=min(first.n_effective, second.n_effective),
+    )
+
+
 def _suppressed(row, minimum):
-    "A row without its numbers where it rests on too few samples."
+    "Blank the numbers of a row that rests on too few samples."
     if row['n'] >= minimum:
         return row
     why = f'suppressed: fewer than {minimum} samples' if row['n'] else 'undefined: no sample counts'
     return row | dict(value=np.nan, ci_low=np.nan, ci_high=np.nan, note=why)
+
+# %% ../../nbs/35_audit/110_metrics.ipynb #1816e2f3
+def term_rows(
+    terms: list[Term],  # metrics as ratios of sums
+    who,  # `Dyads` of the rows, or (n,) patients where nobody lends
+    level: float = 0.95,  # confidence level
+    *,
+    minimum: int = 10,  # samples below which a number is suppressed
+) -> list[dict]:  # metrics rows without model and subgroup
+    "Compute the value and interval of each term."
+    dyads = who if isinstance(who, Dyads) else Dyads(who)
+    return [_suppressed(term_row(t, dyads, level), minimum) for t in terms]
 
 # %% ../../nbs/35_audit/110_metrics.ipynb #81ae191a
 def curve_rows(
@@ -688,7 +692,7 @@ def curve_rows(
     pooled: bool = False,  # also the AUROC over all findings pooled
     seed: int = 0,  # of the interval of the ECE
 ) -> list[dict]:  # metrics rows without model and subgroup
-    "AUROC (mean over findings) and ECE (10 equal-width bins) of each arm."
+    "Compute AUROC (mean over findings) and ECE (10 equal-width bins) of each arm."
     rows = []
     for arm in [a for a in cells.arms if ARMS[a].reads_class]:
         w = cells.weight(arm) * ~np.isnan(cells(arm, 'p'))
@@ -705,7 +709,7 @@ def curve_rows(
 
 
 def _area_row(cells, arm, w, level):
-    "AUROC, averaged over the findings that have both classes."
+    "Compute AUROC, averaged over the findings that have both classes."
     y, p = (cells.samples.label == cells.samples['first']).to_numpy(), cells(arm, 'p')
     codes = pd.factorize(cells.samples.finding)[0]
     areas = [area_of(cells.dyads, p, y, weight=w * (codes == c), arm=arm) for c in np.unique(codes)]
@@ -754,7 +758,7 @@ DRAWS = 2000  # of the gaps of the calibration bins
 
 
 def _ece_row(cells, arm, w, level, seed):
-    "Expected calibration error (Naeini et al. 2015) with its interval."
+    "Compute the expected calibration error (Naeini et al. 2015) with its interval."
     on = w > 0
     prob, y = _stated(cells, arm)
     prob = np.where(on, prob, 0.0)
@@ -783,7 +787,7 @@ def _ece_row(cells, arm, w, level, seed):
 
 
 def _stated(cells, arm):
-    """(probability, did it happen?) for calibration.
+    """Return (probability, whether it happened) for calibration.
 
     It is that of the first of two choices, and of the given answer where there are more
     (Guo et al. 2017).
@@ -811,7 +815,7 @@ def detection_rows(
     level: float = 0.95,  # confidence level
     minimum: int = 10,  # samples below which a number is suppressed
 ) -> list[dict]:  # metrics rows without model and subgroup
-    "How well the probability of 'unmatched' tells each arm from the one it is compared with."
+    "Measure how well the probability of 'unmatched' separates each arm from its baseline."
     rows = []
     for arm in [a for a in cells.arms if ARMS[a].versus in cells.arms]:
         now, before = (_unmatched_probability(cells, a) for a in (arm, ARMS[arm].versus))
@@ -839,7 +843,7 @@ def _unmatched_probability(cells, arm):
 
 
 def _told_apart(cells, arm, now, before, both):
-    "Area over the answers of two arms, each sample in both."
+    "Return the area over the answers of two arms, each sample in both."
     lends, n = cells(arm, 'donor'), cells.n
     dyads = Dyads(
         np.tile(cells.patients, 2),
@@ -859,7 +863,7 @@ def subgroups(
     rows: pd.DataFrame,  # `answer_table` rows
     strata=(),  # columns to split by
 ):  # yields (name, rows)
-    "'all', then 'finding=…', 'column=value' and 'variant=…'."
+    "Yield 'all', then 'finding=…', 'column=value' and 'variant=…'."
     base = rows.variant.iloc[0] if 'plain' not in set(rows.variant) else 'plain'
     plain = rows[rows.variant == base]
     yield 'all', plain
@@ -875,7 +879,7 @@ def compare_models(
     level: float = 0.95,  # confidence level
     minimum: int = 10,  # samples below which a number is suppressed
 ) -> list[dict]:  # metrics rows: accuracy_difference per pair and arm, Holm's p in the note
-    """Paired differences in accuracy between models, arm by arm.
+    """Return the paired differences in accuracy between models, arm by arm.
 
     An answer that cannot be read is not right.
     """
@@ -913,7 +917,7 @@ def _difference(one, two, arm):
 
 
 def _difference_p(term, cells, arm):
-    "Two-sided p of a paired difference."
+    "Return two-sided p of a paired difference."
     on, dyads = term.den > 0, cells.dyads
     if arm not in dyads.lends:
         keep = on & np.r_[True, np.diff(cells.sample) > 0]  # one row a sample, however many draws
@@ -931,7 +935,7 @@ def metrics_table(
     plan,  # the plan, or its metadata: access, plan_hash
     boot: Bootstrap = Bootstrap(),  # goes into the metadata; its minimum also counts patients
 ) -> pd.DataFrame:  # metrics table
-    "Rows as a metrics table; of credentialed data, cells of few patients are suppressed."
+    "Make a metrics table; of credentialed data, cells of few patients are suppressed."
     table = pd.DataFrame(
         rows,
         columns=[
@@ -959,6 +963,32 @@ def metrics_table(
     made = dict(minimum=boot.minimum, n_boot=boot.draws, seed=boot.seed, level=boot.level)
     table.attrs = dict(plan_hash=said.get('plan_hash', ''), **made)
     return validate(table, 'metrics') if len(table) else table
+
+# %% ../../nbs/35_audit/110_metrics.ipynb #51be2f14
+MOST_UNTRIED = 0.05  # share of an arm's trials without any answer up to which there are verdicts
+
+
+def untried_share(
+    cells: Cells,  # one model's answers
+    arm: str,  # arm name
+) -> float:  # 0..1
+    "Compute the share of the trials of an arm that failed or were never answered."
+    w = cells.weight(arm)
+    return float((w * ~cells(arm, 'tried')).sum() / max(w.sum(), 1e-300))
+
+
+def _with_untried(rows, cells):
+    "Note in the rows of an arm that it lacks many answers."
+    lost = {a for a in cells.arms if untried_share(cells, a) > MOST_UNTRIED}
+    said = 'many of its trials failed or were never answered'
+    for r in rows:
+        if lost & {r['arm'], ARMS[r['arm']].versus if r['arm'] in ARMS else ''}:
+            r['note'] = '; '.join(x for x in (r['note'], said) if x)
+    return rows
+
+# %% ../../nbs/35_audit/110_metrics.ipynb #0b0b3da3
+def _with_minimum(rows, minimum):
+    return [_suppressed(r, minimum) for r in rows]
 
 # %% ../../nbs/35_audit/110_metrics.ipynb #184c5253
 @takes_bootstrap
@@ -993,29 +1023,3 @@ def measure(
             out += [dict(model=model, subgroup=name, **r) for r in _with_untried(got, cells)]
     out += compare_models(next(subgroups(rows))[1], **how)
     return metrics_table(out, plan, boot)
-
-
-MOST_UNTRIED = 0.05  # share of an arm's trials without any answer up to which there are verdicts
-
-
-def untried_share(
-    cells: Cells,  # one model's answers
-    arm: str,  # arm name
-) -> float:  # 0..1
-    "Share of the trials of an arm that failed or were never answered."
-    w = cells.weight(arm)
-    return float((w * ~cells(arm, 'tried')).sum() / max(w.sum(), 1e-300))
-
-
-def _with_untried(rows, cells):
-    "Rows of an arm that lacks many answers say so."
-    lost = {a for a in cells.arms if untried_share(cells, a) > MOST_UNTRIED}
-    said = 'many of its trials failed or were never answered'
-    for r in rows:
-        if lost & {r['arm'], ARMS[r['arm']].versus if r['arm'] in ARMS else ''}:
-            r['note'] = '; '.join(x for x in (r['note'], said) if x)
-    return rows
-
-
-def _with_minimum(rows, minimum):
-    return [_suppressed(r, minimum) for r in rows]

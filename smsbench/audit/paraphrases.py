@@ -103,16 +103,20 @@ STATES = {
 def bare(
     name: str,  # a noun phrase, perhaps with a or an
 ) -> str:
-    "A name without its article."
+    "Drop the article of a name."
     return re.sub(r'^(an?|any|some) ', '', name)
 
 # %% ../../nbs/35_audit/010_paraphrases.ipynb #c36f3674
 def synonyms(
     name: str,  # a noun phrase, with or without article
 ) -> list[str]:  # the other names, as they follow 'Is there'; empty where none is listed
-    "Other names of the same thing."
-    group = next((g for g in SYNONYMS if bare(name).lower() in (bare(s).lower() for s in g)), ())
-    return [s for s in group if bare(s).lower() != bare(name).lower()]
+    "List other names of the same thing."
+    own = bare(name).lower()
+    for group in SYNONYMS:
+        names = {s: bare(s).lower() for s in group}
+        if own in names.values():
+            return [s for s in group if names[s] != own]
+    return []
 
 # %% ../../nbs/35_audit/010_paraphrases.ipynb #5c853012
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ _IS = re.compile(
 def many(
     name: str,  # a noun phrase
 ) -> bool:
-    "Does it look like a plural? Asked only where the question leaves it open ('Is/Are ...')."
+    "Check whether a name looks like a plural, where the question leaves it open ('Is/Are ...')."
     head = re.split(r' (?:of|due to|in|on) ', name.lower())[0]
     return bool(
         re.search(
@@ -183,7 +187,7 @@ def many(
 def core(
     question: str,  # as it was written
 ) -> str:  # without question mark, 'yes/no' tag and doubled words; 'Is/Are' becomes 'Is'
-    "The words of a question."
+    "List the words of a question."
     q = re.sub(
         r'\s+', ' ', re.sub(r'\?\s*-?\s*yes/no\s*$', '?', question.strip(), flags=re.I)
     ).rstrip(' ?.')
@@ -224,7 +228,7 @@ def understand(
 
 
 def _exists(g):
-    "What was found to exist, or None where it is more than a noun phrase."
+    "Return what a question asks for, or None where it is more than a noun phrase."
     thing, place = g['thing'], g.get('place') or ''
     if not place and (m := _PLACE.search(thing)):
         thing, place = thing[: m.start()], m[0]
@@ -297,7 +301,7 @@ def filled(
     asked: Asked,  # from `understand`
     template: str,  # from `EXISTS`, `IS`, `FREE` or `FRONT`
 ) -> str:
-    "A template with its words."
+    "Fill a template with its words."
     in_ = (f' in {asked.subject}' if asked.kind == 'exists' and asked.subject else '') + asked.place
     is_ = 'are' if asked.plural else 'is'
     said = template.format(
@@ -316,7 +320,7 @@ def filled(
 def renamed(
     asked: Asked,  # from `understand`
 ) -> list[Asked]:  # the same question under other names
-    "Synonyms of what is asked; empty where none is listed."
+    "List synonyms of what is asked; empty where none is listed."
 
     def numbered(s):
         return replace(asked, thing=s, plural=many(s))
@@ -340,7 +344,7 @@ def renamed(
 def wordings(
     question: str,  # a question
 ) -> dict[str, list[str]]:  # strategy -> rewordings, without repeats
-    "Rewordings of a question by every strategy."
+    "Reword a question by every strategy."
     asked, seen = understand(question), {core(question).lower()}
     made = _framed(question, asked) if not asked.kind else _rebuilt(asked)
     out = {}
@@ -353,7 +357,7 @@ def wordings(
 
 
 def _framed(question, asked):
-    "Frames round a question that was not taken apart; a negated one only round a yes/no question."
+    "Frame a question that was not taken apart; a negated frame only if the answer is yes or no."
     q = core(question)
     q = q[:1].lower() + q[1:] if not re.match(r'[A-Z]{2}', q) else q
     return {
@@ -362,7 +366,7 @@ def _framed(question, asked):
 
 
 def _rebuilt(asked):
-    "Rewordings of a question that was understood."
+    "Reword a question that was understood."
     templates = EXISTS if asked.kind == 'exists' else IS
     made = {k: [filled(asked, t) for t in ts] for k, ts in templates.items()}
     if asked.kind == 'exists' and asked.subject:
@@ -419,14 +423,14 @@ _NEEDS = ('question_variant', 'strategy')
 def slug(
     strategy: str,  # free text
 ) -> str:  # letters, digits and hyphens
-    "A user's word for a strategy as part of a variant's name."
+    "Shorten a user's word for a strategy for the name of a variant."
     return re.sub(r'[^a-z0-9]+', '-', strategy.lower()).strip('-') or 'own'
 
 # %% ../../nbs/35_audit/010_paraphrases.ipynb #2196967c
 def own_wordings(
     table: pd.DataFrame,  # text columns, one row per wording
 ) -> dict[str, list[Variant]]:  # question -> its wordings, variant 0 first
-    "A user's rewordings by question; `InputError` names the first row that cannot be used."
+    "Group a user's rewordings by question; `InputError` names the first row that cannot be used."
     if missing := [c for c in _NEEDS if c not in table]:
         raise InputError(
             f"a table of wordings needs the columns {', '.join(_NEEDS)}; it lacks"
@@ -460,7 +464,7 @@ def own_wordings(
 
 
 def _inverted(r, row, answer, negated):
-    "Does the row say that its answer is the other one?"
+    "Check whether a row says that its answer is the opposite one."
     told = str(r.get('inverted', '')).strip().lower()
     if told:
         return told in ('1', 'true', 'yes')
@@ -478,7 +482,7 @@ def _inverted(r, row, answer, negated):
 def read_wordings(
     path,  # CSV file, see `own_wordings`
 ) -> dict[str, list[Variant]]:  # question -> its wordings
-    "Wordings from a file; `InputError` where it is missing or no table."
+    "Read rewordings from a file; `InputError` where it is missing or no table."
     table = whole_csv(path)
     try:
         return own_wordings(table)

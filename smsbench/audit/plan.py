@@ -10,9 +10,7 @@ __all__ = ['UNKNOWN', 'LIKE', 'FEWEST', 'FEWEST_DRAWS', 'MOST_DRAWS', 'BUDGET', 
 
 # %% ../../nbs/35_audit/060_plan.ipynb #36dbcbec
 import heapq, json, re
-
 import numpy as np, pandas as pd
-
 from ..core import InputError, content_hash, table_hash, validate
 from ..privacy import access_of, format_count, is_sealed, SMALL, with_access, without_small
 from .wordings import Asking
@@ -44,7 +42,7 @@ def _pop_fitting(heaps, fits):
 def image_names(
     cohort: pd.DataFrame,  # cohort table
 ) -> pd.Series:  # `image_sha`, and the image reference where that is ''
-    "What tells one picture from another."
+    "Name each image so that equal images have equal names."
     return (
         cohort.image_sha.mask(cohort.image_sha == '', cohort.image)
         if 'image_sha' in cohort
@@ -53,7 +51,7 @@ def image_names(
 
 # %% ../../nbs/35_audit/060_plan.ipynb #16edb011
 def _differs(a, b):
-    "May `b` be a donor for `a`: another patient, another picture, another text?"
+    "Check whether `b` may be a donor for `a`: another patient, another image, another text."
     return (
         a.patient_id != b.patient_id
         and a.image_sha != b.image_sha
@@ -76,29 +74,12 @@ def _question_key(question):
     words = [w for w in re.findall(r'\w+', question.casefold()) if w not in ('a', 'an', 'the')]
     return re.sub(r'^(is are|are)\b', 'is', ' '.join(words))
 
-# %% ../../nbs/35_audit/060_plan.ipynb #eb89d220
-def draw_several(
-    cohort: pd.DataFrame,  # cohort table
-    same_class: bool,  # draw from the sample's own class (control arms) or from the others?
-    k: int,  # donors per sample, at most
-    *,
-    seed: int = 0,  # which draw
-    match=(),  # columns in which donor and sample must agree
-) -> list[dict[str, str]]:  # k times sample_id -> donor's sample_id, '' where no further one fits
-    "Draw k donors per sample, balanced over donors; the first are those of `draw_donors`."
-    named = cohort.assign(image_sha=image_names(cohort), question_key=question_keys(cohort))
-    rows = {r.sample_id: r for r in named.itertuples(index=False)}
-    role, match = 'same' if same_class else 'other', ('question_key', *match)
-    heaps = _donor_heaps(rows, role, seed, match)
-    taken = {i: set() for i in rows}
-    return [_one_draw(rows, heaps, taken, role, same_class, seed, match, d) for d in range(k)]
-
-
+# %% ../../nbs/35_audit/060_plan.ipynb #e8761f92
 UNKNOWN = ('', 'withheld')  # values of a stratum that say nothing: two of them do not agree
 
 
 def _is_known(r, match):
-    "Does a row have a value in every column in which donors must agree?"
+    "Check whether a row has a value in every column in which donors must agree."
     match = [m for m in match if m != 'question_key']  # '' is the question of the task
     return not any(str(getattr(r, m)) in UNKNOWN or pd.isna(getattr(r, m)) for m in match)
 
@@ -119,9 +100,9 @@ def _donor_heaps(rows, role, seed, match):
         by_label.setdefault(rows[i].label, []).append((0, content_hash(seed, role, 'donor', i), i))
     return heaps
 
-
+# %% ../../nbs/35_audit/060_plan.ipynb #88b12370
 def _one_draw(rows, heaps, taken, role, same_class, seed, match, draw):
-    "A further donor for every sample, in an order of its own."
+    "Draw a further donor for every sample, in an order of its own."
     out, who = {}, 'sample' if draw == 0 else f'sample {draw}'
     for i in _ordered(seed, role, who, rows):
         r = rows[i]
@@ -131,6 +112,23 @@ def _one_draw(rows, heaps, taken, role, same_class, seed, match, draw):
         out[i] = _pop_fitting(pool, lambda d, r=r, i=i: d not in taken[i] and _differs(r, rows[d]))
         taken[i].add(out[i])
     return out
+
+# %% ../../nbs/35_audit/060_plan.ipynb #eb89d220
+def draw_several(
+    cohort: pd.DataFrame,  # cohort table
+    same_class: bool,  # draw from the sample's own class (control arms) or from the others?
+    k: int,  # donors per sample, at most
+    *,
+    seed: int = 0,  # which draw
+    match=(),  # columns in which donor and sample must agree
+) -> list[dict[str, str]]:  # k times sample_id -> donor's sample_id, '' where no further one fits
+    "Draw k donors per sample, balanced over donors; the first are those of `draw_donors`."
+    named = cohort.assign(image_sha=image_names(cohort), question_key=question_keys(cohort))
+    rows = {r.sample_id: r for r in named.itertuples(index=False)}
+    role, match = 'same' if same_class else 'other', ('question_key', *match)
+    heaps = _donor_heaps(rows, role, seed, match)
+    taken = {i: set() for i in rows}
+    return [_one_draw(rows, heaps, taken, role, same_class, seed, match, d) for d in range(k)]
 
 # %% ../../nbs/35_audit/060_plan.ipynb #5b1297bb
 def draw_donors(
@@ -183,7 +181,7 @@ def nearest_donors(
     *,
     same_class: bool = False,  # nearest of the sample's own class instead?
 ) -> dict[str, str]:  # sample_id -> sample_id of the nearest fitting image, '' where none fits
-    """Find each sample's nearest picture of another class (or the same) and another patient.
+    """Find each sample's nearest image of another class (or the same) and another patient.
 
     Ties go to the smaller id.
     """
@@ -204,7 +202,7 @@ def nearest_donors(
 
 
 def _nearest(some, other, thumbs):
-    "For each row of `some` the id of the nearest row of `other`."
+    "Find for each row of `some` the id of the nearest row of `other`."
     a, b = thumbs[some.index], thumbs[other.index]
     distance = np.round(
         (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 5
@@ -227,7 +225,7 @@ _DRAWN = {
 
 
 def _lenders(arm, r, donors, draw=0):
-    "(image_id, text_id, why not) of sample `r` under `arm`."
+    "Return (image_id, text_id, why not) of sample `r` under `arm`."
     lend = {
         'own': r.sample_id,
         'none': '',
@@ -250,7 +248,7 @@ def _lenders(arm, r, donors, draw=0):
 
 # %% ../../nbs/35_audit/060_plan.ipynb #f104b8ee
 def _region(arm, boxes, shape, sample_id):
-    "(boxes to grey, why not) for the region arms."
+    "Return (boxes to grey, why not) for the region arms."
     if arm.image not in ('occlude', 'elsewhere'):
         return [], ''
     if not boxes:
@@ -262,7 +260,7 @@ def _region(arm, boxes, shape, sample_id):
 
 # %% ../../nbs/35_audit/060_plan.ipynb #03a06e4f
 def _shown(arm, r, donors, rows, shapes, asking, draw=0):
-    "(what a sample is shown under an arm, why not)."
+    "Return (what a sample is shown under an arm, why not)."
     image_id, text_id, why = _lenders(arm, r, donors, draw)
     if not why and (
         not all(rows[i].text for i in {text_id, r.sample_id if arm.text in TEXT_OPS else ''} - {''})
@@ -300,7 +298,7 @@ def _shown(arm, r, donors, rows, shapes, asking, draw=0):
 
 
 def _trial(arm, r, shown, how):
-    "One row of the plan: a sample, what it is shown, and what it is asked."
+    "Make one row of the plan: a sample, what it is shown, and what it is asked."
     named = [
         how[k]
         for k in ('question', 'question_id')
@@ -338,7 +336,7 @@ def patients_for_absence(
     margin: float,  # smallest movement that matters, 0..1
     rate: float = 0.05,  # one-sided error rate
 ) -> int:
-    "Independent patients without any movement that put the exact upper bound below the margin."
+    "Count the patients without any movement that put the exact upper bound below the margin."
     return int(np.ceil(np.log(rate) / np.log1p(-margin) - 1e-9))
 
 # %% ../../nbs/35_audit/060_plan.ipynb #d0892869
@@ -346,7 +344,7 @@ def lending(
     draws: list,  # sample_id -> donor's sample_id per draw, see `draw_several`
     patient: pd.Series,  # patient of each sample_id
 ) -> float:
-    "Effective number of donor patients over some draws, averaged within the sample (Kish 1965)."
+    "Compute the effective number of donor patients over some draws (Kish 1965)."
     pairs = pd.DataFrame(
         [(i, d) for draw in draws for i, d in draw.items() if d], columns=['sample', 'donor']
     )
@@ -368,7 +366,7 @@ def enough_donors(
     match=(),  # columns in which donor and sample must agree
     margin: float = 0.05,  # smallest movement that matters
 ) -> int:  # donors per sample
-    "The number of donors per sample that 'auto' stands for."
+    "Choose the number of donors per sample that 'auto' stands for."
     several = sum(a.several for a in arms)
     most = min(MOST_DRAWS, 1 + BUDGET // max(several * len(cohort), 1)) if several else 1
     if most == 1:
@@ -406,82 +404,9 @@ def cohort_hash(
         ]
     )
 
-# %% ../../nbs/35_audit/060_plan.ipynb #3beb33c6
-def make_plan(
-    cohort: pd.DataFrame,  # cohort table with its metadata in `.attrs`
-    arms=(),  # arm names; empty means all that the cohort allows, but no probes
-    seed: int = 0,  # which draw of donors
-    *,
-    match=(),  # columns in which donor and sample must agree
-    variants=('plain',),  # prompt variants, see `smsbench.audit.prompts.VARIANTS`
-    read_image=None,  # sample_id -> (H,W) or (H,W,3) uint8; for hard_swap and the region arms
-    paraphrases=0,  # rewordings: a number, a table, or 'cohort', see `smsbench.audit.wordings`
-    probes=(),  # keys of `PROBES`
-    opened: dict | None = None,  # sample_id -> row with text and question, for a sealed `cohort`
-    donors=1,  # donors per sample in arms with verdicts: a number, or 'auto' (`enough_donors`)
-    margin: float = 0.05,  # smallest movement that matters, for 'auto'
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # (plan, exclusions: sample_id, stage, arm, reason)
-    """Freeze the trials.
-
-    `InputError` for an unknown arm, probe, column or variant, and where no sample can be shown as
-    `original`.
-
-    >>> plan, left_out = make_plan(cohort, ["image_swap", "text_swap"], donors=2)
-    >>> (plan.arm == "image_swap").sum().item(), (plan.arm == "original").sum().item()
-    (240, 120)
-    """
-    cohort = _sorted_cohort(cohort, match)
-    chosen, attrs, whole = (
-        _chosen_arms(cohort, arms, probes, variants),
-        cohort.attrs,
-        cohort_hash(cohort),
-    )
-    access, sealed = access_of(cohort, 'the cohort'), is_sealed(cohort)
-    variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
-    for t in attrs['tasks'].values():
-        [variant_choices(Task(**t), v) for v in variants]
-    cohort = _without_attrs(cohort)
-    rows = {
-        r.sample_id: r for r in cohort.assign(image_sha=image_names(cohort)).itertuples(index=False)
-    }
-    asking = _asking(rows, opened, attrs['tasks'], access, sealed, paraphrases, probes)
-    cohort = (
-        cohort[cohort.sample_id.isin(asking.samples)]
-        .reset_index(drop=True)
-        .assign(image_sha=lambda d: image_names(d))
-    )
-    k = (
-        enough_donors(cohort, chosen, seed, match=match, margin=margin)
-        if donors == 'auto'
-        else _checked_donors(donors)
-    )
-    lent, shapes = _prepare(cohort, chosen, seed, match, read_image, explicit=set(arms), k=k)
-    chosen = [a for a in chosen if a.image not in NEED_PICTURES or a.name in arms or read_image]
-    plan, out = _trials(
-        [rows[i] for i in cohort.sample_id], chosen, variants, lent, rows, shapes, asking, k
-    )
-    if plan.empty or not _has_baseline(plan, arms):
-        raise InputError(
-            "no sample can be shown as original"
-            f" ({'; '.join(sorted(set(out.reason))) or 'the cohort is empty'})"
-        )
-    if not any(a.probe for a in chosen):
-        plan = plan.drop(columns='change')
-    about = dict(
-        seed=seed,
-        match=list(match),
-        variants=list(variants),
-        arms=[a.name for a in chosen],
-        donors=k,
-        **asking.about,
-        **_plain_about(cohort, chosen, match),
-        cohort_hash=whole,
-    )
-    return _described(plan, cohort, attrs, access, about), out.reset_index(drop=True)
-
-
+# %% ../../nbs/35_audit/060_plan.ipynb #f3c96e97
 def _sorted_cohort(cohort, match):
-    "The cohort in the order of its samples; `InputError` without the columns to match on."
+    "Sort a cohort by its samples; `InputError` without the columns to match on."
     cohort = (
         validate(cohort, 'cohort').sort_values('sample_id', kind='stable').reset_index(drop=True)
     )
@@ -490,8 +415,17 @@ def _sorted_cohort(cohort, match):
     return cohort
 
 
+def _checked_variants(variants, probes, tasks):
+    "Add the prompt variant of a probe; `InputError` for one that a task does not have."
+    variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
+    for task in tasks.values():
+        for variant in variants:
+            variant_choices(Task(**task), variant)
+    return variants
+
+
 def _asking(rows, opened, tasks, access, sealed, paraphrases, probes):
-    "The `Asking` of a plan; `InputError` for a sealed cohort whose texts are needed."
+    "Make the `Asking` of a plan; `InputError` for a sealed cohort whose texts are needed."
     if sealed and opened is None and (paraphrases or probes):
         raise InputError(
             'this cohort is sealed: rewordings and probes need its texts; give the data root'
@@ -530,8 +464,15 @@ def _plain_about(cohort, chosen, match):
     return about
 
 
+def _without_attrs(cohort):
+    "Return plain text columns and no metadata, which pandas would copy at every step."
+    bare = cohort.astype({c: object for c in cohort.columns[cohort.dtypes == 'str']})
+    bare.attrs = {}
+    return bare
+
+# %% ../../nbs/35_audit/060_plan.ipynb #3e709b67
 def _described(plan, cohort, attrs, access, about):
-    "A plan with the strata of its cohort and its metadata."
+    "Add the strata of its cohort and the metadata to a plan."
     # a stratum 'variant' of a cohort of wordings is the plan's own column
     strata = [c for c in attrs.get('strata', []) if c not in plan]
     plan = plan.merge(cohort[['sample_id', *strata]], on='sample_id', how='left')
@@ -546,7 +487,7 @@ def _described(plan, cohort, attrs, access, about):
 
 
 def _has_baseline(plan, asked):
-    """Is there a baseline: `original`, or `image_only`?
+    """Check whether there is a baseline: `original`, or `image_only`.
 
     `image_only` is one where none of the arms that were asked for shows a text.
     """
@@ -554,16 +495,72 @@ def _has_baseline(plan, asked):
         'image_only' in set(plan.arm) and all(ARMS[a].text == 'none' for a in asked) and bool(asked)
     )
 
+# %% ../../nbs/35_audit/060_plan.ipynb #3beb33c6
+def make_plan(
+    cohort: pd.DataFrame,  # cohort table with its metadata in `.attrs`
+    arms=(),  # arm names; empty means all that the cohort allows, but no probes
+    seed: int = 0,  # which draw of donors
+    *,
+    match=(),  # columns in which donor and sample must agree
+    variants=('plain',),  # prompt variants, see `smsbench.audit.prompts.VARIANTS`
+    read_image=None,  # sample_id -> (H,W) or (H,W,3) uint8; for hard_swap and the region arms
+    paraphrases=0,  # rewordings: a number, a table, or 'cohort', see `smsbench.audit.wordings`
+    probes=(),  # keys of `PROBES`
+    opened: dict | None = None,  # sample_id -> row with text and question, for a sealed `cohort`
+    donors=1,  # donors per sample in arms with verdicts: a number, or 'auto' (`enough_donors`)
+    margin: float = 0.05,  # smallest movement that matters, for 'auto'
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # (plan, exclusions: sample_id, stage, arm, reason)
+    """Freeze the trials.
 
-def _without_attrs(cohort):
-    "Plain text columns and no metadata, which pandas would copy at every step."
-    bare = cohort.astype({c: object for c in cohort.columns[cohort.dtypes == 'str']})
-    bare.attrs = {}
-    return bare
+    `InputError` for an unknown arm, probe, column or variant, and where no sample can be shown as
+    `original`.
+
+    >>> plan, left_out = make_plan(cohort, ["image_swap", "text_swap"], donors=2)
+    >>> (plan.arm == "image_swap").sum().item(), (plan.arm == "original").sum().item()
+    (240, 120)
+    """
+    cohort = _sorted_cohort(cohort, match)
+    chosen, attrs, whole = (
+        _chosen_arms(cohort, arms, probes, variants),
+        cohort.attrs,
+        cohort_hash(cohort),
+    )
+    access, sealed = access_of(cohort, 'the cohort'), is_sealed(cohort)
+    variants = _checked_variants(variants, probes, attrs['tasks'])
+    cohort = _without_attrs(cohort)
+    cohort = cohort.assign(image_sha=image_names(cohort))
+    rows = {r.sample_id: r for r in cohort.itertuples(index=False)}
+    asking = _asking(rows, opened, attrs['tasks'], access, sealed, paraphrases, probes)
+    cohort = cohort[cohort.sample_id.isin(asking.samples)].reset_index(drop=True)
+    if donors == 'auto':
+        k = enough_donors(cohort, chosen, seed, match=match, margin=margin)
+    else:
+        k = _checked_donors(donors)
+    lent, shapes = _prepare(cohort, chosen, seed, match, read_image, explicit=set(arms), k=k)
+    chosen = [a for a in chosen if a.image not in NEED_PICTURES or a.name in arms or read_image]
+    plan, out = _trials(
+        [rows[i] for i in cohort.sample_id], chosen, variants, lent, rows, shapes, asking, k
+    )
+    if plan.empty or not _has_baseline(plan, arms):
+        why = '; '.join(sorted(set(out.reason))) or 'the cohort is empty'
+        raise InputError(f'no sample can be shown as original ({why})')
+    if not any(a.probe for a in chosen):
+        plan = plan.drop(columns='change')
+    about = dict(
+        seed=seed,
+        match=list(match),
+        variants=list(variants),
+        arms=[a.name for a in chosen],
+        donors=k,
+        **asking.about,
+        **_plain_about(cohort, chosen, match),
+        cohort_hash=whole,
+    )
+    return _described(plan, cohort, attrs, access, about), out.reset_index(drop=True)
 
 # %% ../../nbs/35_audit/060_plan.ipynb #1ceb5121
 def _trials(samples, arms, variants, donors, rows, shapes, asking, k=1):
-    "(plan without strata, exclusions)."
+    "Make (plan without strata, exclusions)."
     found, lost = [], list(asking.excluded)
     for r in samples:
         asked = [dict(variant=v, **asking.plain(r.sample_id, v)) for v in variants]
@@ -594,7 +591,7 @@ NEED_PICTURES = (
 
 
 def _prepare(cohort, chosen, seed, match, read_image, explicit, k=1):
-    "Donors per role and draw, and picture sizes of the samples with a marked region."
+    "Draw donors per role and draw, and measure the images of the samples with a marked region."
     ops = {a.image for a in chosen} | {_DRAWN.get(a.text, a.text) for a in chosen}
     donors = {
         role: draw_several(cohort, role == 'same', k, seed=seed, match=match)
@@ -620,6 +617,57 @@ def _prepare(cohort, chosen, seed, match, read_image, explicit, k=1):
         else []
     )
     return donors, {i: read_image(i).shape[:2] for i in marked}
+
+# %% ../../nbs/35_audit/060_plan.ipynb #86372bfd
+def _numbers(trials):
+    "Return (effective number, number that bounds an unseen event) of recipients or donors."
+    weight = 1 / trials.groupby('sample_id').donor.transform('size')
+    roles = [weight.groupby(who).sum() for who in (trials.patient_id, trials.donor)]
+    return min(map(effective_number, roles)), min(map(unseen_number, roles))
+
+
+def _swaps():
+    "List the arms that verdicts rest on."
+    return [a for a in ARMS.values() if a.several and a.control]
+
+
+def _needed(margin, members):
+    "Count the patients that an 'ignores' needs: alone, and as the first of a family."
+    alone, first = (patients_for_absence(margin, 0.05 / m) for m in (1, members))
+    return f'{alone} to {first}' if first > alone else str(alone)
+
+
+def _most_excess(other, same):
+    "Bound the excess from below if every answer moved under another class and none under the same."
+    unseen = [1 - 0.025 ** (1 / least) for _, least in (other, same)]
+    return 1 - np.hypot(*unseen)
+
+
+def _donor_row(finding, label, swaps, margin, members):
+    """Make one row of `attainable`.
+
+    The arm with the fewest effective patients is the one that is counted.
+    """
+    arms = {a: _numbers(g) for a, g in swaps.groupby('arm')}
+    effective, alike = np.min(list(arms.values()) or [(0.0, 0.0)], axis=0)
+    patients = swaps.patient_id.nunique()
+    pairs = [(arms[a.name], arms[a.control]) for a in _swaps() if {a.name, a.control} <= set(arms)]
+    least = patients_for_absence(margin)
+    sure = {
+        'relies': patients >= FEWEST and any(_most_excess(*p) > margin for p in pairs),
+        'ignores': any(other[1] >= least for other, _ in pairs),
+    }
+    return dict(
+        finding=finding,
+        label=label,
+        samples=swaps.sample_id.nunique(),
+        patients=patients,
+        donors=swaps.donor.nunique(),
+        effective_donors=round(effective, 1),
+        alike=round(alike, 1),
+        patients_for_ignores=_needed(margin, members),
+        verdicts=', '.join(v for v, can in sure.items() if can),
+    )
 
 # %% ../../nbs/35_audit/060_plan.ipynb #64c1a5f5
 def attainable(
@@ -657,6 +705,15 @@ def attainable(
             rows += by_class
     counts = ['samples', 'patients', 'donors', 'effective_donors', 'alike']
     return without_small(pd.DataFrame(rows), counts, access)
+
+# %% ../../nbs/35_audit/060_plan.ipynb #beaa4b4f
+def _weighs(table):
+    "Name the finding whose few donors weigh on the verdict over all questions; '' where none does."
+    whole, each = table.iloc[0], table[(table.label == 'all') & (table.finding != 'all')]
+    if len(each) < 2 or whole.alike > 0.6 * each.alike.max():
+        return ''
+    rare = each.finding[each.alike.idxmin()]
+    return f'; {rare} has the fewest donors and weighs on all questions: consider leaving it out'
 
 
 def attainable_lines(
@@ -730,63 +787,3 @@ def any_image_words(
     "What `image_any` shows."
     agrees = ' and '.join(plan.attrs.get('any_agrees', ()))
     return 'any other patient’s image' + (f' of the same {agrees}' if agrees else '')
-
-
-def _weighs(table):
-    "Name the finding whose few donors weigh on the verdict over all questions; '' where none does."
-    whole, each = table.iloc[0], table[(table.label == 'all') & (table.finding != 'all')]
-    if len(each) < 2 or whole.alike > 0.6 * each.alike.max():
-        return ''
-    rare = each.finding[each.alike.idxmin()]
-    return f'; {rare} has the fewest donors and weighs on all questions: consider leaving it out'
-
-
-def _donor_row(finding, label, swaps, margin, members):
-    """Make one row of `attainable`.
-
-    The arm with the fewest effective patients is the one that is counted.
-    """
-    arms = {a: _numbers(g) for a, g in swaps.groupby('arm')}
-    effective, alike = np.min(list(arms.values()) or [(0.0, 0.0)], axis=0)
-    patients = swaps.patient_id.nunique()
-    pairs = [(arms[a.name], arms[a.control]) for a in _swaps() if {a.name, a.control} <= set(arms)]
-    least = patients_for_absence(margin)
-    sure = {
-        'relies': patients >= FEWEST and any(_most_excess(*p) > margin for p in pairs),
-        'ignores': any(other[1] >= least for other, _ in pairs),
-    }
-    return dict(
-        finding=finding,
-        label=label,
-        samples=swaps.sample_id.nunique(),
-        patients=patients,
-        donors=swaps.donor.nunique(),
-        effective_donors=round(effective, 1),
-        alike=round(alike, 1),
-        patients_for_ignores=_needed(margin, members),
-        verdicts=', '.join(v for v, can in sure.items() if can),
-    )
-
-
-def _swaps():
-    "The arms that verdicts rest on."
-    return [a for a in ARMS.values() if a.several and a.control]
-
-
-def _needed(margin, members):
-    "Patients that an 'ignores' needs: alone, and as the first of a family."
-    alone, first = (patients_for_absence(margin, 0.05 / m) for m in (1, members))
-    return f'{alone} to {first}' if first > alone else str(alone)
-
-
-def _most_excess(other, same):
-    "Lower bound of the excess if every answer moved under another class and none under the same."
-    unseen = [1 - 0.025 ** (1 / least) for _, least in (other, same)]
-    return 1 - np.hypot(*unseen)
-
-
-def _numbers(trials):
-    "(effective number, number that bounds an unseen event) of recipients or donors of an arm."
-    weight = 1 / trials.groupby('sample_id').donor.transform('size')
-    roles = [weight.groupby(who).sum() for who in (trials.patient_id, trials.donor)]
-    return min(map(effective_number, roles)), min(map(unseen_number, roles))

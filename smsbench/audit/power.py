@@ -35,7 +35,7 @@ class Question(Card):
 
     @model_validator(mode='after')
     def _is_true(self):
-        "The wanted verdict must be the true one."
+        "Check that the wanted verdict is the true one."
         relies = self.verdict == 'relies'
         if (self.effect > self.margin) if relies else (self.effect < self.margin):
             return self
@@ -47,7 +47,7 @@ class Question(Card):
 def make_question(
     **given,  # fields of `Question`
 ) -> Question:
-    "A checked question; `InputError` in one line for what is wrong."
+    "Check a question; `InputError` in one line for what is wrong."
     try:
         return Question(**given)
     except ValidationError as e:
@@ -60,7 +60,7 @@ def planned_setting(
     question: Question,  # what is planned for
     n: int = 40_000,  # samples with which the effect is set
 ) -> Setting:  # a study whose patients are still to be set
-    "The simulated study behind a question."
+    "Make the simulated study behind a question."
     q, image = question, question.modality == 'image'
     share = 'visible' if image else 'stated'
     weights = dict(image_weight=2 if image else 1, text_weight=1 if image else 2)
@@ -90,7 +90,7 @@ def probability(
     workers: int = 1,  # processes
     bar=None,  # progress bar to move
 ) -> dict:  # patients, rate, error, low, high, n, count, per_finding
-    "How often a study reaches the wanted verdict."
+    "Estimate how often a study reaches the wanted verdict."
     from joblib import delayed
 
     verdicts, per_finding, batch = [], [], max(10, 5 * workers)
@@ -115,7 +115,7 @@ def patients_needed(
     points: list[dict],  # patients, n, count of each size tried
     wanted: float = 0.8,  # probability, 0..1
 ) -> tuple[float, float, float]:  # (patients, low, high)
-    "Where the probit curve through counted shares crosses the wanted probability."
+    "Find where the probit curve through counted shares crosses the wanted probability."
     x = np.log([p['patients'] for p in points])
     k, n = (np.array([p[c] for p in points], float) + s for c, s in (('count', 0.5), ('n', 1)))
     centre = x.mean()
@@ -127,7 +127,7 @@ def patients_needed(
 
 
 def _probit(x, k, n):
-    "Intercept and positive slope of the probit curve with the greatest likelihood."
+    "Return the intercept and positive slope of the probit curve with the greatest likelihood."
 
     def loss(v):
         z = v[0] + np.exp(v[1]) * x
@@ -138,7 +138,7 @@ def _probit(x, k, n):
 
 
 def _probit_covariance(x, n, start, slope):
-    "Covariance of intercept and slope (inverse Fisher information)."
+    "Return the covariance of intercept and slope (inverse Fisher information)."
     z = np.clip(start + slope * x, -6, 6)
     weight = n * np.exp(-(z**2)) / (2 * np.pi * ndtr(z) * ndtr(-z))
     design = np.column_stack([np.ones(len(x)), x])
@@ -156,7 +156,7 @@ class _Search:
         self.setting, self.tried = planned_setting(question), {}
 
     def reached(self, patients):
-        "Is the verdict likely enough with so many patients?"
+        "Check whether the verdict is likely enough with so many patients."
         study = self.setting.model_copy(update=dict(patients=patients))
         self.tried[patients] = probability(study, self.question, self.wanted, **self.how)
         return self.tried[patients]['rate'] >= self.wanted
@@ -170,7 +170,7 @@ class _Search:
         return (sizes[low] if low >= 0 else None), (sizes[high] if high < len(sizes) else None)
 
     def clear(self, patients):
-        "Is it beyond Monte Carlo error on which side of the wanted probability a size lies?"
+        "Check whether a size is beyond Monte Carlo error on one side of the wanted probability."
         p = self.tried[patients]
         return not p['low'] <= self.wanted <= p['high']
 
@@ -191,7 +191,7 @@ def plan_verdict(
     workers: int = 1,  # processes
     bar=None,  # progress bar to move
 ) -> dict:  # question, patients (None where `most` are too few), low, high, points
-    "The number of patients with which a verdict is reached with the wanted probability."
+    "Find the number of patients with which a verdict is reached with the wanted probability."
     search = _Search(question, wanted, studies=studies, workers=workers, bar=bar)
     low, high = search.bracket([s for s in SIZES if s < most] + [most])
     if low and high:
@@ -209,7 +209,7 @@ def plan_verdict(
 def plan_table(
     plans: list[dict],  # what `plan_verdict` returned
 ) -> pd.DataFrame:  # what was asked, patients with interval, images, probability there
-    "Plans as a table, one row each."
+    "Make a table of plans, one row each."
     rows = []
     for p in plans:
         q = p['question']

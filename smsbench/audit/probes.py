@@ -50,7 +50,7 @@ def named_in_reports(
 def statements(
     text: str,  # a report
 ) -> list[str]:  # sentences, with their final mark
-    "The statements of a report."
+    "Split a report into statements."
     return [s for s in re.split(r'(?<=[.;!])\s+|\n+', text.strip()) if s.strip()]
 
 # %% ../../nbs/35_audit/020_probes.ipynb #de97b71e
@@ -123,7 +123,7 @@ _LIST = re.compile(
 def denies(
     sentence: str,  # a statement about one finding
 ) -> bool:
-    "Does it say that the finding is not there?"
+    "Check whether a statement says that the finding is absent."
     return bool(
         _NO.search(
             re.sub(r'\b(can ?not|could not) be (excluded|ruled out)', '', sentence, flags=re.I)
@@ -135,7 +135,7 @@ def turned(
     sentence: str,  # a statement
     about: re.Pattern,  # what names the finding in lower-case text
 ) -> str:  # the opposite statement; '' where no rule can turn it round alone
-    "A statement turned round; a heading before it ('Findings: ...') stays."
+    "Reverse a statement; a heading before it ('Findings: ...') stays."
     if m := re.match(r"([\w /-]{1,40}:\s+)(.*[^.;!\s].*)$", sentence):
         return m[1] + said if (said := turned(m[2], about)) else ''
     alone, rest = _alone(sentence, about)
@@ -184,7 +184,7 @@ def foil(
     text: str,  # a report
     about: re.Pattern,  # names the asked finding
 ) -> Altered:
-    "Every statement about the finding turned round."
+    "Reverse every statement about the finding."
     parts = statements(text)
     at = [i for i, s in enumerate(parts) if about.search(s.lower()) and not _ASIDE.search(s)]
     if not at:
@@ -202,7 +202,7 @@ def removed(
     text: str,  # a report
     about: re.Pattern,  # names the asked finding
 ) -> Altered:
-    "The report without its statements about the finding."
+    "Remove the statements about the finding from a report."
     parts = statements(text)
     kept = [s for s in parts if not about.search(s.lower()) or _ASIDE.search(s)]
     if len(kept) == len(parts):
@@ -220,7 +220,7 @@ def foil_other(
     about: re.Pattern,  # names the asked finding
     key: str = '',  # decides which statement
 ) -> Altered:
-    "One statement about something else, its side swapped or turned round."
+    "Change one statement about something else by swapping its side or reversing it."
     parts = statements(text)
     anything = re.compile(r'\w')
     for i in sorted(range(len(parts)), key=lambda i: content_hash(key, i)):
@@ -242,7 +242,7 @@ def removed_other(
     about: re.Pattern,  # names the asked finding
     key: str = '',  # decides which statement
 ) -> Altered:
-    "The report without one statement about something else."
+    "Remove one statement about something else from a report."
     parts = statements(text)
     other = [i for i, s in enumerate(parts) if not about.search(s.lower())]
     if not other or len(parts) < 2:
@@ -256,7 +256,7 @@ def history(
     prior: str,  # the report that is said to be earlier
     noun: str = 'report',  # what the text is called
 ) -> Altered:
-    "An earlier report before the own one."
+    "Put an earlier report before the sample's own."
     return Altered(
         f'Earlier {noun}, of another day:\n{prior.strip()}\n\nCurrent {noun}:\n{text.strip()}',
         'earlier report put in front',

@@ -60,7 +60,7 @@ class Registration(Card):
     @field_validator('margin_reason', 'data', 'tool')
     @classmethod
     def _one_line(cls, v):
-        "Printable words on one line, whoever wrote the file."
+        "Keep printable words on one line, whoever wrote the file."
         return ' '.join(''.join(c if c.isprintable() else ' ' for c in v).split())
 
     @property
@@ -73,7 +73,7 @@ class Registration(Card):
 
 # %% ../../nbs/35_audit/180_registration.ipynb #cf966383
 def utc_now() -> str:  # e.g. 2026-07-01T12:00:00Z
-    "The time in UTC, to the second, so that two of them can be compared as text."
+    "Return the time in UTC, to the second, so that two of them can be compared as text."
     return datetime.now(UTC).strftime('%Y-%m-%dT%H:%M:%SZ')
 
 # %% ../../nbs/35_audit/180_registration.ipynb #464bceec
@@ -81,7 +81,7 @@ def register(
     plan: pd.DataFrame,  # the frozen plan
     settings: AuditSettings,  # what the audit will compute
 ) -> Registration:  # dated now
-    """Registration of an audit of this plan with these settings.
+    """Register an audit of this plan with these settings.
 
     >>> register(plan, settings).primary
     'image'
@@ -107,19 +107,21 @@ def register(
         strata=list(about.get('strata', [])),
     )
 
-# %% ../../nbs/35_audit/180_registration.ipynb #f9ab14f2
+# %% ../../nbs/35_audit/180_registration.ipynb #afb0c238
 _HEAD = """\
 # Registration of an audit. The audit is held to it:
 #   smsbench audit --registration THIS_FILE ...
 # Nothing below may be edited: the last line is a hash of the rest.
 """
+
+
 _NOTES = {'primary': PRIMARIES, 'family': FAMILIES}
 
 
 def registration_text(
     record: Registration,
 ) -> str:  # YAML
-    "The registration as a person reads it."
+    "Write the registration as a person reads it."
     lines = []
     for key, value in record.model_dump(mode='json').items():
         line = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=100).rstrip(
@@ -128,7 +130,7 @@ def registration_text(
         lines.append(f'{line}   # {_NOTES[key][value]}' if key in _NOTES else line)
     return _HEAD + '\n'.join([*lines, f"hash: '{record.hash}'"]) + '\n'
 
-
+# %% ../../nbs/35_audit/180_registration.ipynb #f9ab14f2
 def write_registration(
     record: Registration,
     path,  # file to write, .yaml
@@ -172,7 +174,7 @@ def check_registration(
     *,
     plan_hash: str = '',  # of the plan at hand; '' where there is none yet
 ):
-    "`InputError` of one line that names what deviates from the registration."
+    "Raise a one-line `InputError` that names what deviates from the registration."
     asked = dict(
         cohort=cohort_hash,
         plan=plan_hash or record.plan_hash,
@@ -218,7 +220,7 @@ def follow_registration(
     record: Registration,  # what was registered
     asked=(),  # names of those that were asked for
 ) -> dict:  # a copy
-    "Settings with what the registration says where nothing else was asked for."
+    "Fill settings from the registration where nothing else was asked for."
     known = record.model_dump()
     fill = {
         k: tuple(known[k]) if isinstance(known[k], list) else known[k]
@@ -272,18 +274,18 @@ def mark_first_answer(
 def first_answer(
     run: Run,  # run directory
 ) -> str:  # UTC; '' where it is not known
-    "When the first answer of a run was asked for."
+    "Return when the first answer of a run was asked for."
     file = run / 'first_answer.json'
     return (read_json(file)['time'] or '') if file.exists() else ''
 
 # %% ../../nbs/35_audit/180_registration.ipynb #bf67d0e2
 def _date(time):
-    "2026-07-01 12:00:00 UTC."
+    "Format a time as '2026-07-01 12:00:00 UTC'."
     return f'{time[:10]} {time[11:19]} UTC'
 
 
 def _registered_text(record, first):
-    "What `registration_note` says of a registration that stands."
+    "Write what `registration_note` says of a registration that stands."
     when = f'Registered {_date(record.registered)}'
     if not first:
         order = ', but nobody knows when the first answer was given, so it may be younger'

@@ -10,9 +10,7 @@ __all__ = ['STATED', 'MOST_PATIENTS', 'Bounds', 'bounds_of', 'word_for', 'region
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
-
 import numpy as np
-
 from ..inference import Dyads, correlation, interval_of, joined, ratio_of
 from .plan import FEWEST
 
@@ -49,7 +47,7 @@ def bounds_of(
     r: float,  # correlation of the two
     strict: float = 1.0,  # by how much the stated error rates are divided, >= 1
 ) -> Bounds:
-    "The bounds that decide a verdict."
+    "Compute the bounds that decide a verdict."
     wide, narrow = 1 - 0.05 / strict, 1 - 0.10 / strict
     ends = [[interval_of(m, level) for m in (other, same)] for level in (wide, narrow)]
     e, low, high = joined(other, same, r, level=wide, ends=ends[0])
@@ -62,7 +60,7 @@ def word_for(
     b: Bounds,
     margin: float,  # smallest movement that matters, 0..1
 ) -> tuple[str, str]:  # (verdict, the bound that decides: a field of `Bounds`)
-    "The verdict that the bounds allow."
+    "Name the verdict that the bounds allow."
     small = -margin < b.excess_low_90 and b.excess_high_90 < margin
     if b.excess_low > margin:
         return 'relies', 'excess_low'
@@ -82,7 +80,7 @@ def region(
     same: float,  # movement under the same class, 0..1
     margin: float,  # smallest movement that matters, 0..1
 ) -> str:
-    "The verdict of a point that is known exactly."
+    "Name the verdict of a point that is known exactly."
     e = other - same
     point = Bounds(other, same, e, e, e, e, e, other, other, same, same)
     return word_for(point, margin)[0]
@@ -93,7 +91,7 @@ def stands(
     margin: float,  # the margin that was fixed
     step: float = 0.001,  # of the search
 ) -> tuple[float, float]:  # lowest and highest margin with the same verdict, on the grid
-    "The range of margins over which a verdict stands."
+    "Find the range of margins over which a verdict stands."
     grid = np.arange(step, 1, step)
     word = word_for(b, margin)[0]
     same = np.array([word_for(b, m)[0] == word for m in grid])
@@ -116,7 +114,7 @@ def patients_needed(
     margin: float,  # smallest movement that matters
     strict: float = 1.0,  # as in `bounds_of`
 ) -> int | None:  # None where a million would not decide
-    "Patients of this composition that would decide, to about 5 %."
+    "Estimate how many patients of this composition would decide, to about 5 %."
 
     def decided(times):
         bigger = (_times(m, times) for m in (other, same))
@@ -134,7 +132,7 @@ def patients_needed(
 
 
 def _times(mean, times):
-    "The same mean from `times` as many patients."
+    "Compute the same mean from `times` as many patients."
     return SimpleNamespace(
         value=mean.value,
         variance=mean.variance / times,
@@ -148,7 +146,7 @@ def _times(mean, times):
 
 
 def _two_digits(n):
-    "Rounded up to two significant digits."
+    "Round up to two significant digits."
     unit = 10 ** max(int(np.floor(np.log10(n))) - 1, 0)
     return int(np.ceil(n / unit) * unit)
 
@@ -162,7 +160,7 @@ def decide(
     lends_same=None,  # (n,) patient who lent for `same`
     strict: float = 1.0,  # by how much the stated error rates are divided
 ) -> dict:  # a verdict record, see `record`
-    "One verdict from two paired movements."
+    "Give one verdict from two paired movements."
     other, same = np.asarray(other, float), np.asarray(same, float)
     keep = ~(np.isnan(other) | np.isnan(same))
     lends = {'other': lends_other, 'same': lends_same}
@@ -184,7 +182,7 @@ def nothing(
     *,
     verdict=None,  # None; 'undecided' where there are too few patients
 ) -> dict:  # a verdict record
-    "The record of a question without an answer."
+    "Make the record of a question without an answer."
     names = (
         'value',
         'ci_low',
@@ -273,7 +271,7 @@ _NAMES = dict(
 
 
 def _deciding(b, name, verdict, strict):
-    "The number that decides, under its public name, with the one-sided error rate it was taken at."
+    "Return the number that decides, under its public name, with its one-sided error rate."
     rate = STATED.get(verdict, 0.025 if name == 'excess_low' else 0.05)
     return dict(name=_NAMES[name], value=getattr(b, name), level=rate / strict)
 

@@ -10,9 +10,7 @@ __all__ = ['freeze_plan', 'mark_void', 'conclude', 'add_caveats', 'void_lines', 
 # %% ../../nbs/35_audit/200_run.ipynb #7e6f5264
 from dataclasses import dataclass, field
 from pathlib import Path
-
 import pandas as pd
-
 from ..core import InputError, Run, complete_metrics, environment, read_json, write_json
 from ..data.audit import SEVERITIES, FileAudit
 from smsbench.data.sealed_cohort import (
@@ -110,7 +108,7 @@ def mark_void(
 
 
 def _needs(arm):
-    "The arms that a number of this arm rests on; every arm where it has none of its own."
+    "Return the arms that a number of this arm rests on; every arm where it has none of its own."
     if arm not in ARMS:
         return {arm, *ARMS}
     return {arm, ARMS[arm].versus, ARMS[arm].control}
@@ -145,7 +143,7 @@ def conclude(
 
 
 def _all_metrics(plan, predictions, settings):
-    "Metrics of arms, of rewordings, and of confidence and grounding, in one table."
+    "Return the metrics of arms, of rewordings, and of confidence and grounding, in one table."
     tools = (measure, measure_wordings, measure_grounding)
     tables = [f(plan, predictions, settings.boot) for f in tools]
     out = pd.concat([t for t in tables if len(t)], ignore_index=True)
@@ -185,7 +183,7 @@ def add_caveats(
 def void_lines(
     delivery: dict,  # what `prove_delivery` found
 ) -> list[str]:  # one line per model with a void arm
-    "What to tell the user about arms that were not delivered."
+    "Warn of arms that were not delivered."
     bad = {
         m: {a: v['why'] for a, v in arms.items() if v['verdict'] == 'void'}
         for m, arms in delivery.items()
@@ -250,7 +248,7 @@ def run_audit(
     registration='',  # binding registration file; True registers before the first answer
     **how,  # options of `open_model`: device, dtype, batch_size, level, ...
 ) -> Run:  # the run directory, with everything but the report in it
-    """cohort → audit of its files → plan → predictions → delivery proof → metrics → verdicts.
+    """Run an audit: plan, predictions, delivery proof, metrics, verdicts.
     settings=
         >>> run = run_audit("audit", cohort, ["planted:image-only"], settings)
     """
@@ -301,7 +299,7 @@ def run_audit(
 
 
 def _checked_names(models, settings):
-    "Names of the models; `InputError` where they are not distinct, and for unknown arms."
+    "List the names of the models; `InputError` where they are not distinct, and for unknown arms."
     names = [model_name(m) for m in models]
     if len(set(names)) < len(names) or not names:
         raise InputError(f'models {names}: at least one, each with a name of its own')
@@ -329,7 +327,7 @@ def _check_kept(registration, settings, cohort, plan):
 
 
 def _plan_line(plan, access):
-    "A line for the log on the size of a plan."
+    "Return a line for the log on the size of a plan."
     return (
         f"plan {plan.attrs['plan_hash']}: {len(plan)} trials of"
         f" {format_count(plan.sample_id.nunique(), access)} samples,"
@@ -359,7 +357,7 @@ def _write_environment(run, plan, about, device=''):
 
 
 def _keep_cohort(run, cohort, exclusions):
-    "The cohort stays in the run directory for examples in the report."
+    "Keep the cohort in the run directory for examples in the report."
     if access_of(cohort, 'the cohort') != 'open' and not is_sealed(cohort):
         raise InputError(
             'this cohort of credentialed data is not sealed; make it with `smsbench cohort`'
@@ -390,7 +388,7 @@ class Results:
 
     @property
     def open(self):
-        "May pixels, texts and small cells be shown?"
+        "Return whether pixels, texts and small cells may be shown."
         return access_of(self.config['cohort'], 'config.json') == 'open'
 
 # %% ../../nbs/35_audit/200_run.ipynb #993c63d3
@@ -412,7 +410,7 @@ def load_results(
 
 
 def _read_run(path, last, what, again):
-    "The directory and what an audit and a comparison have in common."
+    "Return the directory and what an audit and a comparison have in common."
     run = Run(path) if Path(path).is_dir() else None
     missing = [
         f
@@ -456,7 +454,7 @@ def run_import(
     registration='',  # file of a registration that the analysis must keep to
     files: FileAudit = None,  # audit of the cohort's files; None: they were not audited
 ) -> Run:  # the run directory
-    "imported answers → delivery proof → metrics → verdicts."
+    "Run an audit of imported answers: delivery proof, metrics, verdicts."
     if registration:
         check_registration(
             read_registration(registration),

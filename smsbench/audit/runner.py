@@ -10,9 +10,7 @@ import json, re, time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-
 import numpy as np, pandas as pd
-
 from ..core import InputError, RunError, Run, array_hash, content_hash, progress, validate
 from ..data.phantom_image import read_phantom
 from ..data.sealed_cohort import open_cohort
@@ -88,14 +86,14 @@ class Source:
         self,
         sample_id: str,  # whose image
     ) -> np.ndarray:  # (H,W) or (H,W,3) uint8
-        "The decoded image of a sample; `InputError` where it cannot be read."
+        "Return the decoded image of a sample; `InputError` where it cannot be read."
         return self._image(self.rows[sample_id].image)
 
     def task(
         self,
         trial,  # a row of the plan
     ) -> Task:  # with the words of the trial, or the sample's own question if the cohort has them
-        "The question of a trial."
+        "Return the question of a trial."
         question = asked_question(trial, self.question(trial), self.rows)
         return replace(self.tasks[trial.finding], question=question)
 
@@ -103,7 +101,7 @@ class Source:
         self,
         trial,  # a row of the plan
     ) -> str:
-        "The sample's own question, whatever the trial's words are."
+        "Return the sample's own question."
         own = getattr(self.rows[trial.sample_id], 'question', '')
         return own if isinstance(own, str) and own else self.tasks[trial.finding].question
 
@@ -111,7 +109,7 @@ class Source:
         self,
         trial,  # a row of the plan
     ) -> str:  # '' where none is shown
-        """The report of a trial, altered where its arm alters it.
+        """Return the report of a trial, altered where its arm alters it.
 
         `InputError` where the alteration is not possible any more.
         """
@@ -134,7 +132,7 @@ class Source:
         self,
         trial,  # a row of the plan
     ) -> Inputs:  # pixels, prompt, choices
-        "The input of the model in this trial."
+        "Return the input of the model in this trial."
         arm, task = ARMS[trial.arm], self.task(trial)
         image = None
         if trial.image_id:
@@ -152,7 +150,7 @@ class Source:
 
 # %% ../../nbs/35_audit/070_runner.ipynb #e17f8226
 def _answer_row(trial, answer, choices, seconds):
-    "The predictions row of one answered trial."
+    "Compute the predictions row of one answered trial."
     lp = np.asarray(answer.logprobs, dtype=float)
     if lp.shape != (len(choices),) or np.isnan(lp).any():
         raise RunError(
@@ -176,7 +174,7 @@ def _answer_row(trial, answer, choices, seconds):
 
 # %% ../../nbs/35_audit/070_runner.ipynb #e5532af9
 def _error_row(trial, error):
-    "The predictions row of a trial that failed; the error's first line goes with it."
+    "Compute the predictions row of a trial that failed; the error's first line goes with it."
     what = f'{type(error).__name__}: {error}'.split('\n')[0][:300]
     return dict(
         trial_id=trial.trial_id,
@@ -223,7 +221,7 @@ def score_trials(
 
 
 def _show(trial, source):
-    "The inputs of a trial, or the error that making them raised."
+    "Return the inputs of a trial, or the error that making them raised."
     try:
         return source.inputs(trial)
     except Exception as e:
@@ -270,7 +268,7 @@ def part_path(
     model: str,  # the model's name
     number: int,  # which part
 ) -> Path:  # its file
-    "Where a part of a model's predictions lies; the name is readable and unique."
+    "Return the path of a part of a model's predictions; the name is readable and unique."
     slug = re.sub(r'[^A-Za-z0-9._]+', '-', model).strip('-.')[-60:]
     return run / 'predictions' / f'part-{slug}-{content_hash(model)[:6]}-{number:05d}.parquet'
 
@@ -304,7 +302,7 @@ def by_image(
     plan: pd.DataFrame,  # the plan
     source,  # a `Source`
 ) -> list:  # its rows (named tuples): trials of one image together, those without an image last
-    "The order in which trials are asked."
+    "Order the trials so that those of one image follow each other."
 
     def image(t):
         return source.rows[t.image_id].image if t.image_id else ''

@@ -9,9 +9,7 @@ __all__ = ['DEFAULTS', 'Wordings', 'AuditSettings', 'check_answers', 'read_check
 # %% ../../nbs/35_audit/170_settings.ipynb #cab2e64d
 from dataclasses import dataclass
 from pathlib import Path
-
 import pandas as pd
-
 from ..core import InputError, Run, content_hash, read_json, write_json
 from .model_spec import ModelSpec, check_model, model_name, open_model
 from .runner import PART_SIZE, part_path, score_plan
@@ -44,7 +42,7 @@ class Wordings:
 
     @property
     def worded(self):
-        "What of it decides the numbers; a file counts by its content."
+        "Select the settings that decide the numbers; a file counts by its content."
         own = (
             content_hash(Path(self.wordings).read_bytes())
             if self.wordings and Path(self.wordings).is_file()
@@ -54,7 +52,7 @@ class Wordings:
 
     @property
     def rewordings(self):
-        "The argument `paraphrases` of `make_plan`."
+        "Return the argument `paraphrases` of `make_plan`."
         return read_wordings(self.wordings) if self.wordings else self.paraphrases
 
 # %% ../../nbs/35_audit/170_settings.ipynb #e8a0d390
@@ -86,7 +84,7 @@ class AuditSettings(Wordings):
 
     @property
     def asked(self):
-        "Settings that decide the numbers, and so may not change when a run is resumed."
+        "Select settings that decide the numbers, and so may not change when a run is resumed."
         return (
             {
                 k: v
@@ -149,14 +147,14 @@ _HOW = ('level', 'reuse', 'why', 'largest_difference', 'tolerance', 'tried', 'ro
 def read_checks(
     run: Run,  # run directory
 ) -> dict:  # model -> what `check_answers` found
-    "The checks of a run; none yet is an empty dictionary."
+    "Read the checks of a run; none yet is an empty dictionary."
     return read_json(run / 'checks.json') if (run / 'checks.json').exists() else {}
 
 # %% ../../nbs/35_audit/170_settings.ipynb #be16dde7
 def check_lines(
     checks: dict,  # from `read_checks`
 ) -> list[str]:  # one line per model that failed
-    "What to tell the user about answers that are not those of plain forward passes."
+    "Warn of answers that are not those of plain forward passes."
     return [
         f"{m}: the answers of level {c['level']} are not those of level 0 ({c['said']}); score it"
         " again with --level 0 in another --out"
@@ -229,12 +227,12 @@ def _same_model(run, spec, how, write=True):
 
 
 def _spread(n, k):
-    "k of n places, evenly."
+    "Choose k of n places, evenly."
     return sorted({round(i * (n - 1) / max(min(k, n) - 1, 1)) for i in range(min(k, n))})
 
 
 def _finished(run, plan, name):
-    "Predictions of a model in the order of the plan, if complete and without failures; else None."
+    "Return the predictions of a model in order of the plan, if complete and without failures."
     parts = [part_path(run, name, k) for k in range(-(-len(plan) // PART_SIZE))]
     if not all(p.exists() for p in parts):
         return None

@@ -81,19 +81,19 @@ class Setting(Card):
 
     @property
     def images_range(self) -> tuple[int, int]:
-        "Fewest and most images per patient."
+        "Return the fewest and most images per patient."
         return (self.films, self.films) if isinstance(self.films, int) else self.films
 
     @property
     def prevalences(self) -> np.ndarray:
-        "True share of 'yes' of each finding."
+        "Return true share of 'yes' of each finding."
         return np.broadcast_to(np.atleast_1d(self.prevalence), self.findings)
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #603e910a
 def make_setting(
     given: dict,  # names and values, as a YAML file holds them
 ) -> Setting:
-    "A checked setting; `InputError` in one line for what is wrong."
+    "Check a setting; `InputError` in one line for what is wrong."
     try:
         return Setting(**given)
     except ValidationError as e:
@@ -109,7 +109,7 @@ def set_value(
     name: str,  # a setting, or model.NAME
     value,  # its new value
 ) -> Setting:
-    "The same study with one number changed."
+    "Change one number of a study."
     given = setting.model_dump(exclude_defaults=True)
     head, _, tail = name.partition('.')
     given[head] = {**(given.get(head) or {}), tail: value} if tail else value
@@ -123,7 +123,7 @@ def latent(
     icc: float,  # correlation within a patient, 0..1
     correlation: float,  # of the findings of one image, 0..1
 ) -> np.ndarray:  # (n, F) standard normal
-    "Correlated standard normal values, one per image and finding."
+    "Draw correlated standard normal values, one per image and finding."
     one, other = rng.spawn(2)
 
     def part(stream, size):
@@ -142,16 +142,18 @@ def evidence(
     share,  # share that shows it, or (of no, of yes)
     spread: float,  # standard deviation of the evidence
 ) -> np.ndarray:  # of the shape of `label`
-    "Signed evidence of images or reports."
-    share = np.broadcast_to(np.atleast_1d(share), 2)[label.astype(int)]
-    return np.where(ndtr(shown) < share, 2.0 * label - 1, 0.0) * (1 + spread * strength)
+    "Return signed evidence of images or reports."
+    share_of_class = np.broadcast_to(np.atleast_1d(share), 2)
+    visible = ndtr(shown) < share_of_class[label.astype(int)]
+    direction = np.where(visible, 2.0 * label - 1, 0.0)
+    return direction * (1 + spread * strength)
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #7756c8ba
 def draw_images(
     setting: Setting,  # the study
     seed: int,  # which draw
 ) -> dict:  # patient (n,), label (n, F) bool, image and text evidence (n, F)
-    "Images of a simulated cohort as arrays."
+    "Draw images of a simulated cohort as arrays."
     streams = [np.random.default_rng([seed, k]) for k in range(7)]
     few, most = setting.images_range
     films = streams[0].integers(few, most + 1, setting.patients)
@@ -165,7 +167,7 @@ def draw_images(
 
 
 def _thresholds(severity, setting):
-    "Severity per finding below which the answer is yes."
+    "Return severity per finding below which the answer is yes."
     if not setting.exact:
         return ndtri(setting.prevalences)
     order = np.vstack([np.full(setting.findings, -np.inf), np.sort(severity, axis=0)])
@@ -177,7 +179,7 @@ def simulate_cohort(
     setting: Setting,  # the study
     seed: int = 0,  # which draw
 ) -> pd.DataFrame:  # cohort table, with image_evidence and text_evidence
-    "A made-up cohort whose evidence is known."
+    "Make a cohort whose evidence is known."
     drawn, F = draw_images(setting, seed), setting.findings
     n, names = len(drawn['patient']), [f'finding{f + 1}' for f in range(F)]
     number = np.repeat(np.arange(n), F)
@@ -214,7 +216,7 @@ def weigh(
     sharpness: float = 8.0,  # logits per unit: how sure the model says it is
     refuse: float = 0.0,  # share of trials with contradicting evidence that it refuses, 0..1
 ) -> np.ndarray:  # (n,) logit of yes, NaN for a refusal
-    "A model that weighs image against report."
+    "Answer as a model that weighs image against report."
     score = image_weight * np.nan_to_num(image) + text_weight * np.nan_to_num(text) + intercept
     if noise:
         score = score + noise * rng.standard_normal(len(score))
@@ -227,7 +229,7 @@ def weigh(
 def find_model(
     model: SimulatedModel,  # as a setting names it
 ) -> Callable:  # function (image, text, rng) -> logit of yes
-    "The function behind a simulated model, its numbers filled in."
+    "Find the function behind a simulated model, with its numbers filled in."
     given, function = model.model_extra or {}, weigh
     if model.name != 'weigh':
         module, _, name = model.name.partition(':')
@@ -253,7 +255,7 @@ def shown_evidence(
     plan: pd.DataFrame,  # the plan
     cohort: pd.DataFrame,  # simulated cohort
 ) -> tuple[np.ndarray, np.ndarray]:  # evidence of image and report per trial, NaN: not shown
-    "Evidence shown in each trial."
+    "Return the evidence shown in each trial."
     arms = [ARMS[a] for a in plan.arm.unique()]
     strange = [a.name for a in arms if a.image not in _IMAGE_OPS or a.text not in _TEXT_OPS]
     if strange:
@@ -273,7 +275,7 @@ def simulate_answers(
     *,
     seed: int = 0,  # which draw
 ) -> pd.DataFrame:  # predictions table
-    "Answers of the simulated model to every trial of a plan."
+    "Answer every trial of a plan as the simulated model."
     rng = np.random.default_rng([seed, 99])
     logit = find_model(setting.model)(*shown_evidence(plan, cohort), rng)
     lost, untried = (rng.random(len(logit)) < s for s in (setting.unreadable, setting.untried))
@@ -303,7 +305,7 @@ def simulate(
     setting: Setting,  # the study, nothing left to solve
     seed: int = 0,  # which draw
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict]:  # plan, predictions, delivery
-    "A study up to its answers, through the function that freezes real plans."
+    "Simulate a study up to its answers, through the function that freezes real plans."
     cohort = simulate_cohort(setting, seed)
     how = dict(seed=seed, donors=setting.donors, margin=setting.margin)
     plan, _ = make_plan(cohort, setting.arms, **how)
@@ -312,17 +314,18 @@ def simulate(
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #4668a896
 def _even_normal(rng, n):
-    "n standard normal values in random order, one from each n-th of the distribution."
+    "Draw n standard normal values in random order, one from each n-th of the distribution."
     return ndtri((rng.permutation(n) + 0.5) / n)
 
 
 def _class_evidence(setting, recorded, share, m, rng):
-    "Evidence (m,) of image and text in a recorded class of which `share` is truly yes."
-    truth, draws = rng.permutation(m) < round(share * m), [_even_normal(rng, m) for _ in range(4)]
+    "Return the evidence (m,) of image and text in a recorded class of which `share` is truly yes."
+    truth = rng.permutation(m) < round(share * m)
+    draws = [_even_normal(rng, m) for _ in range(4)]
+    reported = np.full(m, recorded)
     image = evidence(draws[0], draws[1], truth, share=setting.visible, spread=setting.spread)
-    return image, evidence(
-        draws[2], draws[3], np.full(m, recorded), share=setting.stated, spread=setting.spread
-    )
+    text = evidence(draws[2], draws[3], reported, share=setting.stated, spread=setting.spread)
+    return image, text
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #502a5aed
 class Population:
@@ -355,8 +358,10 @@ class Population:
 
     def _donors(self):
         "Place of each sample's own evidence, and of its donors'."
-        m, order = self.m, [self.rng.permutation(self.m) for _ in range(4)]
-        other, same = np.r_[m + order[0], order[1]], np.r_[order[2], m + order[3]]
+        m, orders = self.m, [self.rng.permutation(self.m) for _ in range(4)]
+        # the first m places are of one class, the last m of the other
+        other = np.r_[m + orders[0], orders[1]]
+        same = np.r_[orders[2], m + orders[3]]
         return dict(own=np.arange(2 * m), other=other, same=same)
 
     def _ask(self, arm, rng):
@@ -393,7 +398,7 @@ def _flipped(pop, arm, versus):
 
 
 def _variation(pop, arm, versus):
-    "Total variation distance, 0 where it is unknown."
+    "Return the total variation distance, 0 where it is unknown."
     if pop.setting.words:
         return np.zeros(len(pop.label))
     return np.nan_to_num(np.abs(pop.probability(arm) - pop.probability(versus)))
@@ -404,7 +409,7 @@ def _moved(pop, arm, versus):
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #ed3d4714
 def _within(pop, arm):
-    "metric -> (numerator, denominator) of one arm, per sample."
+    "Return metric -> (numerator, denominator) of one arm, per sample."
     read, right, said, y = pop.read(arm), pop.right(arm), pop.predicted(arm), pop.label
     every = np.ones(len(y))
     out = dict(
@@ -424,7 +429,7 @@ def _within(pop, arm):
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #5cb7b1ef
 def _against(pop, arm):
-    "metric -> (numerator, denominator) of an arm against the one it is compared with, per sample."
+    "Map metric -> (numerator, denominator) per sample of an arm against its baseline."
     v, c = ARMS[arm].versus, ARMS[arm].control
     if v not in pop.arms:
         return {}
@@ -449,7 +454,7 @@ def _against(pop, arm):
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #c1e10fc3
 def _sides_with_text(pop, arm):
-    "metric -> (numerator, denominator) of text following, where image and text disagree."
+    "Return metric -> (numerator, denominator) of text following, where image and text disagree."
     ops = ARMS[arm].image, ARMS[arm].text
     if not set(ops) <= set(pop.at):
         return {}
@@ -459,7 +464,7 @@ def _sides_with_text(pop, arm):
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #60c77df8
 def _shapley(pop):
-    "metric -> (numerator, denominator) of both Shapley values and their interaction."
+    "Return metric -> (numerator, denominator) of both Shapley values and their interaction."
     names = ('original', 'image_only', 'text_only', 'neither')
     if not set(names) <= set(pop.arms) or pop.setting.words:
         return {}
@@ -474,7 +479,7 @@ def _shapley(pop):
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #1bec1ba6
 def _calibration(pop, arm):
-    "Gap of each of ten bins of the probability, weighted by its share: what the ECE adds up."
+    "Compute the gap of each of ten bins of the probability, weighted by its share, as in the ECE."
     p, read = pop.probability(arm), pop.read(arm)
     place = np.minimum((np.where(read, p, 0.0) * 10).astype(int), 9)
     gap = np.where(read, pop.weight * (pop.label - np.nan_to_num(p)), 0.0)
@@ -482,7 +487,7 @@ def _calibration(pop, arm):
 
 
 def _weighted(pop, arm, parts):
-    "(metric, arm) -> (numerator, denominator) summed over the population; f1 counts as it stands."
+    "Sum (metric, arm) -> (numerator, denominator) over the population; f1 counts as it stands."
     w = pop.weight
 
     def total(k, num, den):
@@ -492,7 +497,7 @@ def _weighted(pop, arm, parts):
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #05a5218d
 def _sums(pop, curves):
-    "(metric, arm) -> (numerator, denominator) of everything that is known of a population."
+    "Return (metric, arm) -> (numerator, denominator) of everything that is known of a population."
     out = _weighted(pop, '', _shapley(pop))
     for a in pop.arms:
         parts = {**_within(pop, a), **_against(pop, a), **_sides_with_text(pop, a)}
@@ -506,7 +511,7 @@ def _sums(pop, curves):
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #c59c1775
 def _of_verdicts(found):
-    "Excess and movements per modality under the names of `Solve`."
+    "Return excess and movements per modality under the names of `Solve`."
     out = {}
     for m in ('image', 'text'):
         swap, same = f'{m}_swap', f'{m}_swap_same'
@@ -526,7 +531,7 @@ def truth(
     *,
     curves: bool = True,  # AUROC and ECE as well?
 ) -> dict[tuple[str, str], float]:  # (metric, arm) -> true value; ('excess_image', '') of verdicts
-    "True values of a simulated study, by a large sample of the same generator."
+    "Estimate the true values of a simulated study from a large sample of the same generator."
     arms = [a.name for a in select_arms(setting.arms)]
     kinds, counts = np.unique(setting.prevalences, return_counts=True)
     parts = [_sums(Population(setting, float(p), arms, n=n, seed=seed), curves) for p in kinds]
@@ -542,13 +547,13 @@ def truth(
 
 # %% ../../nbs/35_audit/210_simulate.ipynb #56c3412b
 def _quantity(name):
-    "(metric, arm) of a quantity named METRIC, METRIC:ARM, or excess_image and the like."
+    "Return (metric, arm) of a quantity named METRIC, METRIC:ARM, or excess_image and the like."
     metric, _, arm = name.partition(':')
     return metric, arm or ('' if metric.endswith(('_image', '_text')) else 'original')
 
 
 def _arms_for(metric, arm):
-    "The arms that a quantity is made of; those they are compared with come along."
+    "Return the arms that a quantity is made of; those they are compared with come along."
     if arm in ARMS:
         return (arm,)
     return ('image_swap',) if metric.endswith('_image') else ('text_swap',)
@@ -556,7 +561,7 @@ def _arms_for(metric, arm):
 # %% ../../nbs/35_audit/210_simulate.ipynb #38a38931
 @lru_cache(maxsize=256)
 def _solved(text, n):
-    "The unknown of a setting that is given as JSON."
+    "Return the unknown of a setting that is given as JSON."
     from scipy.optimize import brentq
 
     setting = Setting.model_validate_json(text)

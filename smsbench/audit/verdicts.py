@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'LABEL_ERRORS', 'FAMILIES', 'NO_TEXTS', 'DEFAULT_MARGIN', 'evidence', 'label_error', 'firmness',
-           'missing_answers', 'holm_factors', 'pool_partially', 'give_verdicts', 'unread', 'decide']
+           'missing_answers', 'holm_factors', 'pool_partially', 'unread', 'give_verdicts', 'decide']
 
 # %% ../../nbs/35_audit/150_verdicts.ipynb #c4a2829f
 from dataclasses import replace
-
 import numpy as np, pandas as pd
 from scipy.special import ndtr
-
 from ..core import InputError
 from ..inference import correlation, interval_of, ratio_of
 from ..privacy import CountFormatter, access_of, without_small_verdict
@@ -44,7 +42,7 @@ def evidence(
     modality: str,  # key of `NEEDS`
     **how,  # keep, stay: see `smsbench.audit.metrics.excess`
 ) -> tuple:  # (mean under another class, mean under the same class, their correlation)
-    "The two movements that a verdict compares."
+    "Measure the two movements that a verdict compares."
     term = excess(cells, NEEDS[modality][0], 'excess_movement', **how)
     other, same = _mean_of_term(term, cells.dyads), _mean_of_term(term.minus, cells.dyads)
     return other, same, correlation(cells.dyads, other, same)
@@ -88,7 +86,7 @@ _EXCESS = ('excess', 'excess_low', 'excess_high', 'excess_low_90', 'excess_high_
 
 
 def _without_error(b, growth):
-    "Bounds with the excess grown, and the movement under another class by what the excess grew."
+    "Shift the bounds: the excess grows, and the movement under another class by as much."
     grown = {k: float(np.clip(getattr(b, k) * growth, -1, 1)) for k in _EXCESS}
     more = {
         k: (growth - 1) * max(getattr(b, e), 0)
@@ -125,7 +123,7 @@ def firmness(
 
 
 def _alone(cells, modality, margin, keep):
-    "The verdict from some of the trials."
+    "Give the verdict from some of the trials."
     other, same, r = evidence(cells, modality, keep=keep)
     counts = dict(n=other.n, n_patients=other.n_patients)
     if other.n_patients < FEWEST:
@@ -144,7 +142,7 @@ def missing_answers(
     cells: Cells,  # one model's answers
     modality: str,  # key of `NEEDS`
 ) -> dict:  # missing_share, and the excess with missing answers counted as no movement
-    "The share of movements that are missing answers, and what would be left without them."
+    "Measure the share of movements that are missing answers, and what would be left without them."
     arms = NEEDS[modality]
     planned = [cells.weight(a) * cells('original', 'parsed') for a in arms]
     share = max(
@@ -193,7 +191,7 @@ def holm_factors(
     decided,  # function (member, factor) -> is there a verdict at the rates divided by the factor?
     members,  # what the family is made of
 ) -> dict:  # member -> the factor its rates are divided by
-    "Holm's (1979) step-down over the verdicts of a family."
+    "Apply Holm's (1979) step-down over the verdicts of a family."
     left, out = list(members), {}
     while left:
         factor = float(len(left))
@@ -230,7 +228,7 @@ NO_TEXTS = 'there is no text in this cohort'  # why a verdict on the text was no
 
 
 def _no_record(cells, modality, void, silent, margin, planned):
-    "Why there is no verdict on a modality; None where there may be one."
+    "Say why there is no verdict on a modality; None where there may be one."
     if silent['state'] != 'answers':
         return nothing('does not answer', margin, '; '.join(silent['reasons']))
     if void:
@@ -253,7 +251,7 @@ def _meaningless(plan, modality, margin):
 
 
 def _untried(cells, modality):
-    "Which arm lacks too many answers that were never given; '' where none does."
+    "Name the arm that lacks too many answers that were never given; '' where none does."
     for arm in ('original', *NEEDS[modality]):
         share = untried_share(cells, arm)
         if share > MOST_UNTRIED:
@@ -262,7 +260,7 @@ def _untried(cells, modality):
 
 
 def _nothing_more():
-    "What stands beside a verdict that is not given."
+    "Make the empty details of a verdict that is not given."
     return dict(
         missing_share=0.0,
         untried_share=0.0,
@@ -275,7 +273,7 @@ def _nothing_more():
 
 
 def _without_few(found, margin):
-    "A verdict of credentialed data; none on few donors, whose number would follow from the bounds."
+    "Withhold a verdict of credentialed data on few donors: the bounds would give it away."
     worth = [found[c] for c in ('n_donors', 'n_effective') if found[c]]
     if found['state'] == 'ok' and min(worth, default=0) < FEWEST:
         why = f'fewer than {FEWEST} effective patients or donors'
@@ -284,7 +282,7 @@ def _without_few(found, margin):
 
 
 def _with_firmness(found, cells, modality, about, strict):
-    "The record of a verdict with missing answers, firmness and label error."
+    "Add missing answers, firmness and label error to the record of a verdict."
     if found['state'] != 'ok':
         return found | _nothing_more()
     margin = found['margin']
@@ -297,7 +295,7 @@ def _with_firmness(found, cells, modality, about, strict):
 
 # %% ../../nbs/35_audit/150_verdicts.ipynb #71b4694f
 def _parts(rows, strata):
-    "(kind, name) -> `Cells`: ('all', ''), ('finding', name), ('subgroup', 'column=value')."
+    "Make `Cells` by (kind, name): ('all', ''), ('finding', name), ('subgroup', 'column=value')."
     out = {}
     split = [c for c in strata if len(set(rows[c]) - set(UNKNOWN)) > 1]  # one level is all of them
     for name, part in subgroups(rows, split):
@@ -309,7 +307,7 @@ def _parts(rows, strata):
 
 
 def _families(keys, family):
-    "Lists of (model, kind, name, modality) whose error rates are kept together."
+    "Group (model, kind, name, modality) by the verdicts whose error rates are kept together."
     if family == 'none':
         return [[k] for k in keys]
 
@@ -317,6 +315,165 @@ def _families(keys, family):
         return (k[1], k[0] if family == 'model' else '')
 
     return [[k for k in keys if group(k) == g] for g in dict.fromkeys(map(group, keys))]
+
+# %% ../../nbs/35_audit/150_verdicts.ipynb #3507c0bd
+def _parts_by_model(plan, predictions):
+    "Split the answers of each model into those of all samples, of findings and of subgroups."
+    strata = plan.attrs.get('strata', [])
+    answers = answer_table(plan, predictions)
+    return {m: _parts(rows, strata) for m, rows in answers.groupby('model', sort=True)}
+
+
+def _is_member(cells, modality, planned):
+    "Check whether the plan asks about a modality, of enough patients; answers change no family."
+    arms = ('original', *NEEDS[modality])
+    if not set(arms) <= planned:
+        return False
+    shown = np.all([cells.has(a) for a in arms if a in cells.arms], axis=0)
+    return len(set(cells.patients[shown])) >= FEWEST
+
+# %% ../../nbs/35_audit/150_verdicts.ipynb #1e429c34
+def _silence(cells, margin, first):
+    """Decide whether a model answers; one whose answers follow image or text does.
+
+    To follow is shown at the strictest rate of the family, to stand still at the mildest.
+    """
+    words = []
+    asked = [m for m, arms in NEEDS.items() if set(arms) <= set(cells.arms)]
+    for m in [m for m in asked if not _untried(cells, m)]:
+        strict = word_for(bounds_of(*evidence(cells, m, stay=True), first[m]), margin)[0]
+        mild = word_for(bounds_of(*evidence(cells, m)), margin)[0]
+        words += [strict, *([mild] if mild not in ('relies', 'reversed') else [])]
+    return answering(cells, words)
+
+
+def _silences(parts, margin, model, first):
+    """Decide whether a model answers, over all and per finding.
+
+    Where it answers nothing, it answers no finding.
+    """
+    every = {
+        k: _silence(p, margin, {m: first.get((model, *k, m), 1.0) for m in NEEDS})
+        for k, p in parts.items()
+        if k[0] in ('all', 'finding')
+    }
+    whole = every.pop(('all', 'all'))
+    each = every
+    return {k: whole if whole['reasons'] else v for k, v in each.items()} | {('all', 'all'): whole}
+
+# %% ../../nbs/35_audit/150_verdicts.ipynb #44b0171b
+def unread(
+    cells: Cells,  # one model's answers
+    access: str = 'open',  # 'open' or 'credentialed'
+) -> dict:  # unread_share of the answers under `original`, 0..1; None: fewer than 10, withheld
+    "Measure how many questions with their own image and text got an answer that cannot be read."
+    if 'original' not in cells.arms:
+        return dict(unread_share=0.0)
+    w = cells.weight('original') * cells('original', 'tried')
+    count, asked = (w * ~cells('original', 'parsed')).sum(), w.sum()
+    hidden = CountFormatter(access).hides(round(count), round(asked))
+    return dict(unread_share=None if hidden else float(count / max(asked, 1e-300)))
+
+# %% ../../nbs/35_audit/150_verdicts.ipynb #fc6754ba
+def _arms_in_state(delivery, model, state):
+    "List the arms of a model whose delivery is in a state, such as 'void'."
+    return [a for a, v in delivery.get(model, {}).items() if v['verdict'] == state]
+
+
+def _strictness(seen, members, family, margin):
+    "Compute by how much the error rates of each verdict are divided, within its family."
+
+    def decided(k, factor):
+        return k in seen and word_for(bounds_of(*seen[k], factor), margin)[0] != 'undecided'
+
+    factor = {}
+    for some in _families(members, family):
+        factor |= holm_factors(decided, some)
+    return factor
+
+
+def _despite_failures(found, cells, modality):
+    "Withdraw a verdict of movement that does not stand without the trials that failed."
+    if found['verdict'] not in ('relies', 'reversed'):
+        return found
+    if not any(untried_share(cells, a) for a in NEEDS[modality]):
+        return found
+    b = bounds_of(*evidence(cells, modality, stay='untried'))
+    if word_for(b, found['margin'])[0] == found['verdict']:
+        return found
+    return found | dict(verdict='undecided', note='failed trials could decide: run them again')
+
+
+def _records(cells, members, plan, *, delivery, silent, margin, family):
+    "Make the record of every verdict: why there is none, or the bounds at the family's error rate."
+    none, seen = {}, {}
+    for k, answers in cells.items():
+        model, part, modality = k[0], k[1:3], k[3]
+        void = _arms_in_state(delivery, model, 'void')
+        silence = silent[model].get(part, silent[model]['all', 'all'])
+        none[k] = _meaningless(plan, modality, margin)
+        if none[k] is None:
+            none[k] = _no_record(answers, modality, void, silence, margin, set(plan.arm))
+        if none[k] is None:
+            seen[k] = evidence(answers, modality)
+    factors = _strictness(seen, members, family, margin)
+    found = {}
+    for k, answers in cells.items():
+        modality, factor = k[3], factors.get(k, 1.0)
+        verdict = none[k]
+        if verdict is None:
+            verdict = record(*seen[k], margin, factor)
+            verdict = _despite_failures(verdict, answers, modality)
+        found[k] = _with_firmness(verdict, answers, modality, plan.attrs, factor)
+    if access_of(plan, 'the plan') != 'open':
+        found = {k: _without_few(v, margin) for k, v in found.items()}
+    return found
+
+# %% ../../nbs/35_audit/150_verdicts.ipynb #59b9f53c
+def _add_pooled(findings):
+    "Add partially pooled estimates to the raw ones, where at least three findings have a value."
+    for m in NEEDS:
+        known = [f for f, v in findings.items() if v[f'relies_on_{m}']['state'] == 'ok']
+        if len(known) < 3:
+            continue
+        rows = [findings[f][f'relies_on_{m}'] for f in known]
+        errors = [(r['ci_high'] - r['ci_low']) / 3.92 for r in rows]
+        pooled = pool_partially([r['value'] for r in rows], errors)
+        for r, *ends in zip(rows, *pooled):
+            r.update(zip(('pooled', 'pooled_low', 'pooled_high'), map(float, ends)))
+
+
+def _model_record(model, parts, found, silent, access):
+    "Nest the verdicts of one model as verdicts.json holds them."
+
+    def of(kind, name):
+        return {f'relies_on_{m}': found[model, kind, name, m] for m in NEEDS}
+
+    findings = {name: of(kind, name) for kind, name in parts if kind == 'finding'}
+    subgroup = {name: of(kind, name) for kind, name in parts if kind == 'subgroup'}
+    _add_pooled(findings)
+    whole = parts['all', 'all']
+    return dict(
+        **of('all', 'all'),
+        answers=silent | unread(whole, access),
+        findings=findings,
+        subgroups=subgroup,
+        caveats=[],
+    )
+
+# %% ../../nbs/35_audit/150_verdicts.ipynb #bcd35883
+DEFAULT_MARGIN = (  # where the user gives no reason
+    'the default of this tool: a twentieth of all answers, or of the probability, may move without'
+    ' being called reliance'
+)
+
+
+def _check_rules(margin, family):
+    "Refuse a margin or a family of verdicts that means nothing."
+    if not 0 < margin < 1:
+        raise InputError(f'margin {margin}: must lie between 0 and 1')
+    if family not in FAMILIES:
+        raise InputError(f"family {family!r}: choose from {', '.join(FAMILIES)}")
 
 # %% ../../nbs/35_audit/150_verdicts.ipynb #ee2c9fb3
 @takes_bootstrap
@@ -337,55 +494,27 @@ def give_verdicts(
     >>> found["relies_on_image"]["verdict"]
     'relies'
     """
-    if not 0 < margin < 1:
-        raise InputError(f'margin {margin}: must lie between 0 and 1')
-    if family not in FAMILIES:
-        raise InputError(f"family {family!r}: choose from {', '.join(FAMILIES)}")
-    strata = plan.attrs.get('strata', [])
-    parts = {
-        m: _parts(rows, strata)
-        for m, rows in answer_table(plan, predictions).groupby('model', sort=True)
-    }
-
-    def state(m, s):
-        return [a for a, v in delivery.get(m, {}).items() if v['verdict'] == s]
-
+    _check_rules(margin, family)
+    parts = _parts_by_model(plan, predictions)
     keys = [(m, *part, modality) for m, p in parts.items() for part in p for modality in NEEDS]
     cells = {k: parts[k[0]][k[1:3]] for k in keys}
     members = [k for k in keys if _is_member(cells[k], k[3], set(plan.arm))]
-    first = {k: float(len(f)) for f in _families(members, family) for k in f}
-    silent = {m: _silences(p, margin, m, first) for m, p in parts.items()}
-
-    def about(k):
-        return (state(k[0], 'void'), silent[k[0]].get(k[1:3], silent[k[0]]['all', 'all']))
-
-    none = {
-        k: _meaningless(plan, k[3], margin)
-        or _no_record(cells[k], k[3], *about(k), margin, set(plan.arm))
-        for k in keys
-    }
-    seen = {k: evidence(cells[k], k[3]) for k in keys if none[k] is None}
-
-    factor = _strictness(seen, members, family, margin)
-    found = {
-        k: none[k]
-        or _despite_failures(record(*seen[k], margin, factor.get(k, 1.0)), cells[k], k[3])
-        for k in keys
-    }
-    found = {
-        k: _with_firmness(v, cells[k], k[3], plan.attrs, factor.get(k, 1.0))
-        for k, v in found.items()
-    }
-    if access_of(plan, 'the plan') != 'open':
-        found = {k: _without_few(v, margin) for k, v in found.items()}
-    models = {
-        m: (
-            _model_record(m, parts[m], found, silent[m]['all', 'all'], access_of(plan, 'the plan'))
-            | {f'{s}_arms': state(m, s) for s in ('void', 'unproven')}
-            | _under_any(parts[m]['all', 'all'], plan, state(m, 'void'), silent[m]['all', 'all'])
+    strictest = {k: float(len(f)) for f in _families(members, family) for k in f}
+    silent = {m: _silences(p, margin, m, strictest) for m, p in parts.items()}
+    found = _records(
+        cells, members, plan, delivery=delivery, silent=silent, margin=margin, family=family
+    )
+    access = access_of(plan, 'the plan')
+    models = {}
+    for m in parts:
+        models[m] = _model_record(m, parts[m], found, silent[m]['all', 'all'], access)
+        models[m] |= {f'{s}_arms': _arms_in_state(delivery, m, s) for s in ('void', 'unproven')}
+        models[m] |= _under_any(
+            parts[m]['all', 'all'],
+            plan,
+            _arms_in_state(delivery, m, 'void'),
+            silent[m]['all', 'all'],
         )
-        for m in parts
-    }
     sizes = {kind: sum(k[1] == kind for k in members) for kind in dict.fromkeys(k[1] for k in keys)}
     return dict(
         models=models,
@@ -393,116 +522,3 @@ def give_verdicts(
         margin_reason=margin_reason or (DEFAULT_MARGIN if margin == 0.05 else ''),
         family=dict(name=family, sizes=sizes, method='Holm 1979', relies=0.025, ignores=0.05),
     )
-
-
-DEFAULT_MARGIN = (  # where the user gives no reason
-    'the default of this tool: a twentieth of all answers, or of the probability, may move without'
-    ' being called reliance'
-)
-
-
-def _despite_failures(found, cells, modality):
-    "A verdict of movement must stand without the trials that failed: nobody knows why they did."
-    if found['verdict'] not in ('relies', 'reversed'):
-        return found
-    if not any(untried_share(cells, a) for a in NEEDS[modality]):
-        return found
-    b = bounds_of(*evidence(cells, modality, stay='untried'))
-    if word_for(b, found['margin'])[0] == found['verdict']:
-        return found
-    return found | dict(verdict='undecided', note='failed trials could decide: run them again')
-
-
-def _is_member(cells, modality, planned):
-    "Does the plan ask about a modality, of enough patients? Answers change no family."
-    arms = ('original', *NEEDS[modality])
-    if not set(arms) <= planned:
-        return False
-    shown = np.all([cells.has(a) for a in arms if a in cells.arms], axis=0)
-    return len(set(cells.patients[shown])) >= FEWEST
-
-
-def _strictness(seen, members, family, margin):
-    "By how much the error rates of each verdict are divided, within its family."
-
-    def decided(k, factor):
-        return k in seen and word_for(bounds_of(*seen[k], factor), margin)[0] != 'undecided'
-
-    factor = {}
-    for some in _families(members, family):
-        factor |= holm_factors(decided, some)
-    return factor
-
-
-def _silences(parts, margin, model, first):
-    """Decide whether a model answers, over all and per finding.
-
-    Where it answers nothing, it answers no finding.
-    """
-    every = {
-        k: _silence(p, margin, {m: first.get((model, *k, m), 1.0) for m in NEEDS})
-        for k, p in parts.items()
-        if k[0] in ('all', 'finding')
-    }
-    whole = every.pop(('all', 'all'))
-    each = every
-    return {k: whole if whole['reasons'] else v for k, v in each.items()} | {('all', 'all'): whole}
-
-
-def _silence(cells, margin, first):
-    """Decide whether a model answers; one whose answers follow image or text does.
-
-    To follow is shown at the strictest rate of the family, to stand still at the mildest.
-    """
-    words = []
-    asked = [m for m, arms in NEEDS.items() if set(arms) <= set(cells.arms)]
-    for m in [m for m in asked if not _untried(cells, m)]:
-        strict = word_for(bounds_of(*evidence(cells, m, stay=True), first[m]), margin)[0]
-        mild = word_for(bounds_of(*evidence(cells, m)), margin)[0]
-        words += [strict, *([mild] if mild not in ('relies', 'reversed') else [])]
-    return answering(cells, words)
-
-
-def _model_record(model, parts, found, silent, access):
-    "The verdicts of one model, nested as verdicts.json holds them."
-
-    def of(kind, name):
-        return {f'relies_on_{m}': found[model, kind, name, m] for m in NEEDS}
-
-    findings = {name: of(kind, name) for kind, name in parts if kind == 'finding'}
-    subgroup = {name: of(kind, name) for kind, name in parts if kind == 'subgroup'}
-    _add_pooled(findings)
-    whole = parts['all', 'all']
-    return dict(
-        **of('all', 'all'),
-        answers=silent | unread(whole, access),
-        findings=findings,
-        subgroups=subgroup,
-        caveats=[],
-    )
-
-
-def unread(
-    cells: Cells,  # one model's answers
-    access: str = 'open',  # 'open' or 'credentialed'
-) -> dict:  # unread_share of the answers under `original`, 0..1; None: fewer than 10, withheld
-    "Measure how many questions with their own image and text got an answer that cannot be read."
-    if 'original' not in cells.arms:
-        return dict(unread_share=0.0)
-    w = cells.weight('original') * cells('original', 'tried')
-    count, asked = (w * ~cells('original', 'parsed')).sum(), w.sum()
-    hidden = CountFormatter(access).hides(round(count), round(asked))
-    return dict(unread_share=None if hidden else float(count / max(asked, 1e-300)))
-
-
-def _add_pooled(findings):
-    "Partially pooled estimates beside the raw ones, where at least three findings have a value."
-    for m in NEEDS:
-        known = [f for f, v in findings.items() if v[f'relies_on_{m}']['state'] == 'ok']
-        if len(known) < 3:
-            continue
-        rows = [findings[f][f'relies_on_{m}'] for f in known]
-        errors = [(r['ci_high'] - r['ci_low']) / 3.92 for r in rows]
-        pooled = pool_partially([r['value'] for r in rows], errors)
-        for r, *ends in zip(rows, *pooled):
-            r.update(zip(('pooled', 'pooled_low', 'pooled_high'), map(float, ends)))

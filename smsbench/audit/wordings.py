@@ -34,7 +34,7 @@ def reword(
     question: str,  # the sample's own question
     variant: str,  # e.g. 'synonym-1'
 ) -> Variant:
-    "One rewording by its name; `InputError` where the rules make none of that name."
+    "Reword a question by the name of a rewording; `InputError` where there is none of that name."
     found = next((v for v in paraphrases(question) if v.id == variant), None)
     if found is None:
         raise InputError(f'no rule makes {variant!r} of this question; make the plan again')
@@ -88,10 +88,12 @@ def common_ids(
     offered,  # list of lists of `Variant`, one per question
     n: int,  # how many names
 ) -> list[str]:
-    "The first `n` names, in rounds of strategies, that at least half of the questions have."
-    have = Counter(v.id for vs in offered for v in vs)
-    places = {v.id: (v.number, list(STRATEGIES).index(v.strategy)) for vs in offered for v in vs}
-    return sorted((i for i, k in have.items() if 2 * k >= len(offered)), key=places.get)[:n]
+    "Select the first `n` names, in rounds of strategies, that at least half of the questions have."
+    variants = [v for of_question in offered for v in of_question]
+    questions = Counter(v.id for v in variants)
+    places = {v.id: (v.number, list(STRATEGIES).index(v.strategy)) for v in variants}
+    common = [i for i, count in questions.items() if 2 * count >= len(offered)]
+    return sorted(common, key=places.get)[:n]
 
 # %% ../../nbs/35_audit/030_wordings.ipynb #4e72c074
 class Asking:
@@ -133,7 +135,7 @@ class Asking:
         self,
         sample_id: str,  # whose
     ) -> str:
-        "The sample's own question."
+        "Return the sample's own question."
         r = self.rows[sample_id]
         own = getattr(r, 'question', '')
         return own if isinstance(own, str) and own else self.tasks[r.finding]['question']
@@ -176,7 +178,7 @@ class Asking:
         self,
         sample_id: str,  # a sample of the plan
     ) -> list[dict]:  # one per rewording: variant, question, question_id, strategy, inverted
-        "The rewordings of a sample, as columns of the plan."
+        "Return the rewordings of a sample, as columns of the plan."
         own = bool(getattr(self.rows[sample_id], 'question', ''))
         return [
             dict(
@@ -194,7 +196,7 @@ class Asking:
         sample_id: str,  # a sample of the plan
         variant: str,  # 'plain' or 'unmatched'
     ) -> dict:  # as `of`; empty where the plan has no rewordings
-        "The sample's own question, as columns of the plan."
+        "Return the sample's own question, as columns of the plan."
         if self.source == 'none':
             return {}
         own = bool(getattr(self.rows[sample_id], 'question', ''))
@@ -228,12 +230,12 @@ def _source_of(paraphrases):
 
 
 def _excluded(sample_id, reason):
-    "One row of the exclusions."
+    "Make one row of the exclusions."
     return dict(sample_id=sample_id, stage='plan', arm='wordings', reason=reason)
 
 
 def _rewordings(how, question, choices):
-    "The rewordings of a question, inverted ones only where the choices are yes and no."
+    "Reword a question; inverted only where the choices are yes and no."
     made = how.get(question, [None]) if isinstance(how, dict) else paraphrases(question)
     sides = {'yes', 'no'} <= {c.lower() for c in choices}
     return [v for v in made[1:] if sides or not v.inverted]
@@ -244,7 +246,7 @@ def asked_question(
     own: str,  # the sample's own question
     rows: dict,  # sample_id -> opened row
 ) -> str:
-    "The words of a trial: written in the plan, brought by a row of the cohort, or made by rule."
+    "Return the words of a trial: from the plan, from the cohort, or made by rule."
     if getattr(trial, 'question', ''):
         return trial.question
     if getattr(trial, 'question_id', ''):
@@ -259,7 +261,7 @@ def asked_question(
 def check_rules(
     plan: pd.DataFrame,  # a plan
 ):
-    "`InputError` where its wordings are to be made by other rules than those of today."
+    "Raise `InputError` where rewordings were made by other rules than those of today."
     about = plan.attrs.get('wordings', {})
     if about.get('rules') and about['rules'] != RULES and not plan.question.all():
         raise InputError(

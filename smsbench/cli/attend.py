@@ -162,12 +162,7 @@ def attend(
     from smsbench.attention.run import AttendSettings, attend as compare
     from smsbench.privacy import read_table
 
-    if (cohort_file is None) == (manifest is None):
-        raise InputError('name the data in one way: --cohort, or --manifest with --root')
-    if manifest is not None and root is None:
-        raise InputError("--manifest needs --root, the folder of the dataset's files")
-    if n_boot < 100:
-        raise InputError(f'--n-boot {n_boot}: at least 100 resamples are needed for an interval')
+    _check_options(cohort_file, manifest, root, n_boot=n_boot)
     settings = AttendSettings(
         split_list(arms),
         split_list(queries),
@@ -235,3 +230,13 @@ def _report(out, as_json):
     )
     if lines := void_lines(read_json(Path(out) / 'delivery.json')):
         raise RunError('; '.join(lines))
+
+
+def _check_options(cohort_file, manifest, root, *, n_boot):
+    "Refuse no data, two cohorts, a card without the folder of its files, and few resamples."
+    if (cohort_file is None) == (manifest is None):
+        raise InputError('name the data in one way: --cohort, or --manifest with --root')
+    if manifest is not None and root is None:
+        raise InputError("--manifest needs --root, the folder of the dataset's files")
+    if n_boot < 100:
+        raise InputError(f'--n-boot {n_boot}: at least 100 resamples are needed for an interval')

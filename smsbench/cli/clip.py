@@ -9,9 +9,7 @@ __all__ = ['clip_app', 'ModelOption', 'PretrainedOption', 'CohortOption', 'Findi
 # %% ../../nbs/80_cli/60_clip.ipynb #b0465146
 from pathlib import Path
 from typing import Annotated
-
 import typer
-
 from ..core import InputError
 from ..resampling import Bootstrap
 from smsbench.cli.app import (
@@ -332,23 +330,17 @@ def evaluate(
     if against:
         both_unseen, both = unseen(model, films, seen)[0], ((model, pretrained), (against, ''))
         pair = compare_models(*both, both_unseen, out, words, device, Bootstrap(n_boot))
-    text = [
-        _rows(result.metrics, _WHOLE),
-        *result.notes,
-        *(f'{against}: {n}' for n in notes),
-    ]
+    notes_against = [f'{against}: {n}' for n in notes]
+    text = [_rows(result.metrics, _WHOLE), *result.notes, *notes_against]
     if against:
         text.append(_rows(pair, ('macro_auroc_difference', 'accuracy_difference')))
-    say(
-        dict(
-            out=str(out),
-            metrics=result.metrics.to_dict('records'),
-            notes=result.notes + notes,
-            comparison=pair.to_dict('records') if against else [],
-        ),
-        as_json,
-        '\n\n'.join([*text, str(out)]),
+    printed = dict(
+        out=str(out),
+        metrics=result.metrics.to_dict('records'),
+        notes=result.notes + notes,
+        comparison=pair.to_dict('records') if against else [],
     )
+    say(printed, as_json, '\n\n'.join([*text, str(out)]))
 
 # %% ../../nbs/80_cli/60_clip.ipynb #b5b4725e
 def compare_models(

@@ -9,9 +9,7 @@ __all__ = ['ParaphrasesOption', 'ProbesOption', 'cohort', 'split', 'parse_reword
 import shlex
 from pathlib import Path
 from typing import Annotated
-
 import typer
-
 from ..core import InputError
 from smsbench.cli.app import (
     ArmsOption,
@@ -105,32 +103,17 @@ def cohort(
     Example:  smsbench cohort covid_notes --root data/covid_notes --out covid.parquet --report
     covid_files
     """
-    from smsbench.data.catalog import cards_table, how_to
+    from smsbench.data.catalog import how_to
 
     if listed:
-        t = cards_table()
-        return say(
-            t.to_dict('records'),
-            as_json,
-            t.to_string(
-                index=False,
-                justify='left',
-                formatters={
-                    c: f'{{:<{max(t[c].str.len())}}}'.format for c in ('name', 'access', 'title')
-                },
-            ),
-        )
+        return _list_cards(as_json)
     if manifest is None:
         raise InputError('name a card, or list them: smsbench cohort --list')
     if example:
         return _example(manifest, example, as_json)
     if how:
         return say(dict(name=manifest, how=how_to(manifest)), as_json, how_to(manifest))
-    if root is None or out is None:
-        raise InputError(
-            f'{manifest}: needs --root, the folder of its files, and --out; or --how, which says'
-            ' how to get them'
-        )
+    _check_folders(manifest, root, out)
     _make_cohort(
         manifest,
         root,
@@ -144,6 +127,26 @@ def cohort(
         check_expected=not any_count,
         remote=allow_remote,
     )
+
+
+def _check_folders(manifest, root, out):
+    "Refuse to read a dataset without the folder of its files or a file to write."
+    if root is None or out is None:
+        raise InputError(
+            f'{manifest}: needs --root, the folder of its files, and --out; or --how, which says'
+            ' how to get them'
+        )
+
+
+def _list_cards(as_json):
+    "Print the cards that come with smsbench, aligned to the left."
+    from smsbench.data.catalog import cards_table
+
+    cards = cards_table()
+    widths = {c: max(cards[c].str.len()) for c in ('name', 'access', 'title')}
+    aligned = {c: f'{{:<{width}}}'.format for c, width in widths.items()}
+    text = cards.to_string(index=False, justify='left', formatters=aligned)
+    say(cards.to_dict('records'), as_json, text)
 
 
 def _example(manifest, folder, as_json):

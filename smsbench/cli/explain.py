@@ -8,9 +8,7 @@ __all__ = ['explain', 'save_explained', 'plain_cells', 'ssa']
 # %% ../../nbs/80_cli/70_explain.ipynb #9bc5857d
 from pathlib import Path
 from typing import Annotated
-
 import typer
-
 from ..core import InputError
 from ..resampling import Bootstrap
 from .app import BootOption, JsonOption, OutOption, RootOption, say, split_list
@@ -345,29 +343,15 @@ def ssa(
     """
     from smsbench.ssa.analysis import ssa as analyse
     from smsbench.core import Run
-    from smsbench.privacy import format_count
 
-    if bool(model) == bool(vlm):
-        raise InputError('name one model: --model for CLIP, or --vlm for a vision-language model')
-    if vlm and (by or prompts or pretrained):
-        raise InputError(
-            '--by, --prompts and --pretrained belong to --model; a vision-language model is asked'
-            ' the questions of the cohort'
-        )
-    ask, asked, about, notes, left = (
-        _vlm_predictor(vlm, device, cohort, root, findings, splits, split_list(test))
-        if vlm
-        else _clip_predictor(
-            model,
-            pretrained,
-            device,
-            _images(cohort, root, findings, by, splits),
-            split_list(test),
-            val,
-            prompts,
-            wording,
-        )
-    )
+    _check_one_model(model, vlm, for_clip=bool(by or prompts or pretrained))
+    tests = split_list(test)
+    if vlm:
+        predictor = _vlm_predictor(vlm, device, cohort, root, findings, splits, tests)
+    else:
+        films = _images(cohort, root, findings, by, splits)
+        predictor = _clip_predictor(model, pretrained, device, films, tests, val, prompts, wording)
+    ask, asked, about, notes, left = predictor
     run, access = Run(out), about.pop('access')
     config = dict(
         kind='clip_ssa',
@@ -392,16 +376,33 @@ def ssa(
     )
     run.freeze(config)
     result, table = _save_ssa(run, result, access, left)
-    if len(left):
-        notes.append(
-            f"{format_count(len(left), access)} picture(s) cannot be read and are left"
-            f" out{'; tables/excluded.csv lists them' if access == 'open' else ''}"
-        )
+    notes += _note_on_unreadable(left, access)
     say(
         dict(out=str(out), metrics=result.to_dict('records'), notes=notes),
         as_json,
         '\n\n'.join([table.to_string(index=False), *notes, str(out)]),
     )
+
+
+def _check_one_model(model, vlm, *, for_clip):
+    "Refuse no model, two models, and options of CLIP with a vision-language model."
+    if bool(model) == bool(vlm):
+        raise InputError('name one model: --model for CLIP, or --vlm for a vision-language model')
+    if vlm and for_clip:
+        raise InputError(
+            '--by, --prompts and --pretrained belong to --model; a vision-language model is asked'
+            ' the questions of the cohort'
+        )
+
+
+def _note_on_unreadable(left, access):
+    "A note on images that could not be read, if there are any."
+    from smsbench.privacy import format_count
+
+    if not len(left):
+        return []
+    where = '; tables/excluded.csv lists them' if access == 'open' else ''
+    return [f'{format_count(len(left), access)} picture(s) cannot be read and are left out{where}']
 
 
 def _clip_predictor(model, pretrained, device, films, test, val, prompts, wording):

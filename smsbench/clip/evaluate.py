@@ -11,9 +11,7 @@ __all__ = ['NAMES', 'average_precision', 'class_values', 'class_sides', 'average
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-
 import numpy as np, pandas as pd
-
 from ..core import Run, moved, validate, write_json
 from ..calibration import brier, ece
 from smsbench.resampling import (
@@ -52,7 +50,6 @@ _all_ = [
     'zero_shot',
     'zero_shot_scores',
 ]
-
 __getattr__ = moved(
     __name__,
     film_values='smsbench.clip.evaluate:image_values',
@@ -93,29 +90,30 @@ def class_values(
     They are prevalence, auroc, auprc and, with predictions, precision, recall, specificity and
     f1.
     """
-    # positives, negatives
-    p = np.stack([weights @ m for m in ((y == 1).astype(float), (y == 0).astype(float))])
 
-    def div(a, b):
+    def total(rows):
+        return weights @ rows.astype(float)
+
+    def ratio(a, b):
         return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0)
 
+    positives, negatives = total(y == 1), total(y == 0)
     out = dict(
-        prevalence=div(p[0], p.sum(0)),
+        prevalence=ratio(positives, positives + negatives),
         auroc=np.atleast_1d(auroc(score, y, weights)),
         auprc=average_precision(score, y, weights),
     )
     if predicted is None:
         return out
-    tp, fp = (
-        weights @ ((predicted == 1) & (y == 1)).astype(float),
-        weights @ ((predicted == 1) & (y == 0)).astype(float),
-    )
-    there = p[0] > 0
+    tp, fp = total((predicted == 1) & (y == 1)), total((predicted == 1) & (y == 0))
+    called = tp + fp
+    precision = np.where(called > 0, ratio(tp, called), 0)
+    f1 = ratio(2 * tp, called + positives)
     return out | dict(
-        precision=np.where(there, np.where(tp + fp > 0, div(tp, tp + fp), 0), np.nan),
-        recall=div(tp, p[0]),
-        specificity=div(p[1] - fp, p[1]),
-        f1=np.where(there, div(2 * tp, tp + fp + p[0]), np.nan),
+        precision=np.where(positives > 0, precision, np.nan),
+        recall=ratio(tp, positives),
+        specificity=ratio(negatives - fp, negatives),
+        f1=np.where(positives > 0, f1, np.nan),
     )
 
 # %% ../../nbs/50_clip/180_evaluate.ipynb #c6ec0eb6
@@ -230,10 +228,13 @@ def _ranking_values(c):
 
 def _exact_match(c, predicted):
     "Mark images with correct predictions in all classes that have a threshold."
-    y, used = np.nan_to_num(c.truth) == 1, ~np.isnan(predicted).any(0)
-    rows, missing = c.known[:, used].all(1), int((~used).sum())
+    used = ~np.isnan(predicted).any(0)
+    true = np.nan_to_num(c.truth) == 1
+    correct = (predicted[:, used] == true[:, used]).all(1)
+    known = c.known[:, used].all(1)
+    missing = int((~used).sum())
     note = f'{missing} classes without a threshold are left out' if missing else ''
-    return (predicted[:, used] == y[:, used]).all(1), rows, (_left_out(rows), note)
+    return correct, known, (_left_out(known), note)
 
 
 def _left_out(rows):
@@ -279,7 +280,7 @@ def class_grid(
     )
     return out
 
-# %% ../../nbs/50_clip/180_evaluate.ipynb #c12e4455
+# %% ../../nbs/50_clip/180_evaluate.ipynb #caec4204
 class Floors(NamedTuple):
     "Bounds of every metric and class, with the influences for means and differences."
 
@@ -287,6 +288,24 @@ class Floors(NamedTuple):
     ends: np.ndarray  # (2, M, C) lower and upper bounds; NaN where the value is not defined
     influence: np.ndarray  # (patients, M, C)
     n_effective: np.ndarray  # (M, C) patients of equal weight, on the rarer side where both count
+
+# %% ../../nbs/50_clip/180_evaluate.ipynb #77c323c8
+def _floors_of(score, y, predicted, owner, *, patients, tail):
+    "Compute the bounds of one class from the images with a known label; last axis: metrics."
+    decisions = None if predicted is None else predicted[:, None]
+    values = class_grid(score[:, None], y[:, None], decisions, np.ones((1, len(y))))[0, :, 0]
+    slope = class_influence(score, y, predicted)
+    influence = np.zeros((patients, len(values)))
+    np.add.at(influence, owner, slope)
+    sides = by_owner(class_sides(y, predicted).reshape(len(y), -1), owner)
+    number = np.reshape(effective_number(sides), (len(values), 2)).min(1)
+    ends = bounded_ends(
+        values, influence, number, bounds=np.tile([0, 1], (len(values), 1)), tail=tail
+    )
+    ends[:, 1] = auroc_ends(
+        values[1], slope[:, 1], y, owner=owner, tail=tail, tied=tied_share(score, y)
+    )
+    return Floors(values, ends, influence, number)
 
 
 def class_floors(
@@ -297,43 +316,27 @@ def class_floors(
     tail: float,  # probability left out on each side
 ) -> Floors:
     "Compute bounds of the `NAMES` of all classes on the effective patients."
-    M, shape, patients = 3 if predicted is None else 7, truth.shape[1], owner[-1] + 1
+    metrics = 3 if predicted is None else 7
+    classes, patients = truth.shape[1], owner[-1] + 1
     out = Floors(
-        np.full((M, shape), np.nan),
-        np.full((2, M, shape), np.nan),
-        np.zeros((patients, M, shape)),
-        np.zeros((M, shape)),
+        np.full((metrics, classes), np.nan),
+        np.full((2, metrics, classes), np.nan),
+        np.zeros((patients, metrics, classes)),
+        np.zeros((metrics, classes)),
     )
-    for i, k in enumerate(~np.isnan(truth).T):
-        if not k.any():
+    for i, known in enumerate(~np.isnan(truth).T):
+        if not known.any():
             continue
-        own = None if predicted is None or np.isnan(predicted[:, i]).any() else predicted[k, i]
-        m = 3 if own is None else 7
-        one = class_grid(
-            scores[k, i][:, None],
-            truth[k, i][:, None],
-            None if own is None else own[:, None],
-            np.ones((1, k.sum())),
-        )[0, :, 0]
-        slope = class_influence(scores[k, i], truth[k, i], own)
-        per = np.zeros((patients, m))
-        np.add.at(per, owner[k], slope)
-        sides = by_owner(class_sides(truth[k, i], own).reshape(k.sum(), -1), owner[k])
-        number = np.reshape(effective_number(sides), (m, 2)).min(1)
-        ends = bounded_ends(one, per, number, bounds=np.tile([0, 1], (m, 1)), tail=tail)
-        ends[:, 1] = auroc_ends(
-            one[1],
-            slope[:, 1],
-            truth[k, i],
-            owner=owner[k],
-            tail=tail,
-            tied=tied_share(scores[k, i], truth[k, i]),
+        decided = predicted is not None and not np.isnan(predicted[:, i]).any()
+        own = predicted[known, i] if decided else None
+        of_class = _floors_of(
+            scores[known, i], truth[known, i], own, owner[known], patients=patients, tail=tail
         )
-        for held, new in zip(out, (one, ends, per, number)):
-            held[..., :m, i] = new
+        for held, new in zip(out, of_class):
+            held[..., : len(of_class.values), i] = new
     return out
 
-
+# %% ../../nbs/50_clip/180_evaluate.ipynb #c12e4455
 def mean_floors(
     floors: Floors,
 ) -> np.ndarray:  # (2, M) bounds of the mean over the classes for which a number is defined
@@ -398,31 +401,26 @@ def classification_metrics(
     ]
     return validate(pd.DataFrame(rows), 'metrics')
 
-# %% ../../nbs/50_clip/180_evaluate.ipynb #8d2467aa
-def _class_intervals(c, predicted, boot):
-    "Yield (metric, subgroup, interval, note) per class and macro, from one resampling."
-    names, K = NAMES[:3] if predicted is None else NAMES, len(c.classes) + 1
-    ci = _class_bootstrap(c, predicted, boot)
-    n, left = c.known.sum(0), (~c.known).sum(0)
-    patients = [len(set(c.patients[k])) for k in c.known.T]
-    for j, m in enumerate(names):
-        per = [ci[j * K + i] for i in range(K - 1)]
-        for i, name in enumerate(c.classes):
-            yield (
-                m,
-                f'class={name}',
-                replace(per[i], n=int(n[i]), n_clusters=patients[i]),
-                Note('{} films not asked', (int(left[i]),)) if left[i] else '',
-            )
-        there = sum(np.isfinite(p.value) for p in per)
-        yield (
-            f'macro_{m}',
-            'all',
-            replace(ci[j * K + K - 1], n_effective=macro_number(per)),
-            f'over {there} of {len(per)} classes' if there < len(per) else '',
-        )
+# %% ../../nbs/50_clip/180_evaluate.ipynb #6863826f
+def grid_sides(truth, predicted):
+    "Mark the images that count for each metric: (N, M, C + 1, 2), the mean over classes last."
+    M = 3 if predicted is None else 7
+    out = np.zeros((len(truth), M, truth.shape[1] + 1, 2), bool)
+    for i in range(truth.shape[1]):
+        own = None if predicted is None or np.isnan(predicted[:, i]).any() else predicted[:, i]
+        out[:, : 3 if own is None else M, i] = class_sides(truth[:, i], own)
+    out[:, :, -1] = (~np.isnan(truth)).any(1)[:, None, None]
+    return out
 
+# %% ../../nbs/50_clip/180_evaluate.ipynb #7a975746
+def macro_number(per):
+    "Compute the effective patients of a mean over classes, as a harmonic mean."
+    numbers = np.array([i.n_effective for i in per if np.isfinite(i.value)])
+    if not len(numbers) or not numbers.all():
+        return 0.0
+    return float(len(numbers) / (1 / numbers).sum())
 
+# %% ../../nbs/50_clip/180_evaluate.ipynb #a2174e11
 def _class_bootstrap(c, predicted, boot):
     "Compute intervals of every metric of every class and of the mean over classes."
     held = [c.scores, c.truth, *([] if predicted is None else [predicted])]
@@ -449,24 +447,31 @@ def _class_bootstrap(c, predicted, boot):
         floor=floor,
     )
 
+# %% ../../nbs/50_clip/180_evaluate.ipynb #8d2467aa
+def _class_intervals(c, predicted, boot):
+    "Yield (metric, subgroup, interval, note) per class and macro, from one resampling."
+    names, K = NAMES[:3] if predicted is None else NAMES, len(c.classes) + 1
+    ci = _class_bootstrap(c, predicted, boot)
+    n, left = c.known.sum(0), (~c.known).sum(0)
+    patients = [len(set(c.patients[k])) for k in c.known.T]
+    for j, m in enumerate(names):
+        per = [ci[j * K + i] for i in range(K - 1)]
+        for i, name in enumerate(c.classes):
+            yield (
+                m,
+                f'class={name}',
+                replace(per[i], n=int(n[i]), n_clusters=patients[i]),
+                Note('{} films not asked', (int(left[i]),)) if left[i] else '',
+            )
+        there = sum(np.isfinite(p.value) for p in per)
+        yield (
+            f'macro_{m}',
+            'all',
+            replace(ci[j * K + K - 1], n_effective=macro_number(per)),
+            f'over {there} of {len(per)} classes' if there < len(per) else '',
+        )
 
-def grid_sides(truth, predicted):
-    "Mark the images that count for each metric: (N, M, C + 1, 2), the mean over classes last."
-    M = 3 if predicted is None else 7
-    out = np.zeros((len(truth), M, truth.shape[1] + 1, 2), bool)
-    for i in range(truth.shape[1]):
-        own = None if predicted is None or np.isnan(predicted[:, i]).any() else predicted[:, i]
-        out[:, : 3 if own is None else M, i] = class_sides(truth[:, i], own)
-    out[:, :, -1] = (~np.isnan(truth)).any(1)[:, None, None]
-    return out
-
-
-def macro_number(per):
-    "Compute the effective patients of a mean over classes, as a harmonic mean."
-    number = np.array([i.n_effective for i in per if np.isfinite(i.value)])
-    return float(len(number) / (1 / number).sum()) if len(number) and number.all() else 0.0
-
-
+# %% ../../nbs/50_clip/180_evaluate.ipynb #a3cb5360
 def _image_intervals(c, predicted, boot):
     "Yield (metric, subgroup, interval, note) of the metrics per image."
     values = image_values(c, predicted)
@@ -479,7 +484,7 @@ def _image_intervals(c, predicted, boot):
     for (m, (_, _, note)), i in zip(values.items(), ci):
         yield m, 'all', i, note
 
-
+# %% ../../nbs/50_clip/180_evaluate.ipynb #5f557aa6
 def _calibration_intervals(c, boot):
     "Yield calibration error and Brier score, per class and over all, of probabilities."
     if c.scores.min() < 0 or c.scores.max() > 1:

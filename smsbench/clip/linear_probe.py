@@ -9,9 +9,7 @@ __all__ = ['STRENGTHS', 'NEIGHBOURS', 'Embedded', 'embedded', 'embed', 'apart', 
 # %% ../../nbs/50_clip/200_linear_probe.ipynb #5f1afc7e
 import warnings
 from dataclasses import dataclass
-
 import numpy as np, pandas as pd
-
 from ..core import InputError
 from ..resampling import Bootstrap, bootstrap_rows, bounded_ends, by_owner, effective_number
 from ..stats import auroc, auroc_influence, combined_ends
@@ -269,9 +267,12 @@ def few_shot(
 
 def _best_fits(drawn, val, strengths):
     "Return the C with the lowest mean log loss on validation, and its probes."
-    tried = {C: [_probe(d, _fit(d, C), C, {}) for d in drawn] for C in strengths}
-    C = min(strengths, key=lambda C: (round(np.mean([_log_loss(p, val) for p in tried[C]]), 9), C))
-    return C, tried[C]
+    tried, losses = {}, {}
+    for C in strengths:
+        tried[C] = [_probe(d, _fit(d, C), C, {}) for d in drawn]
+        losses[C] = round(np.mean([_log_loss(probe, val) for probe in tried[C]]), 9)
+    best = min(strengths, key=lambda C: (losses[C], C))
+    return best, tried[best]
 
 
 def _measured(probes, test, boot):

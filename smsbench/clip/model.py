@@ -445,10 +445,12 @@ def _pair(size):
 
 
 def _resize(f, step):
+    "Resize a frame to two sizes, or its short edge to one."
     if not isinstance(step.size, int) and len(step.size) == 2:
         return f.resized(*_pair(step.size))
     short, edge = min(f.height, f.width), _pair(step.size)[0]
-    return f.resized(*(edge if n == short else int(edge * n / short) for n in (f.height, f.width)))
+    height, width = (edge if n == short else int(edge * n / short) for n in (f.height, f.width))
+    return f.resized(height, width)
 
 
 def _keep_ratio(f, step):

@@ -70,10 +70,13 @@ def macro_auroc(
     "Compute the area under the ROC curve per class, and the mean."
     from sklearn.metrics import roc_auc_score
 
-    s, y = np.asarray(scores, float), np.asarray(targets, float)
-    both = [c for c in range(y.shape[1]) if {0.0, 1.0} <= set(y[:, c])]
-    each = {c: float(roc_auc_score(y[(k := np.isfinite(y[:, c])), c], s[k, c])) for c in both}
-    return (float(np.mean([*each.values()])) if each else float('nan')), each
+    scores, targets, each = np.asarray(scores, float), np.asarray(targets, float), {}
+    for c in range(targets.shape[1]):
+        known = np.isfinite(targets[:, c])
+        if {0.0, 1.0} <= set(targets[known, c]):
+            each[c] = float(roc_auc_score(targets[known, c], scores[known, c]))
+    mean = float(np.mean([*each.values()])) if each else float('nan')
+    return mean, each
 
 # %% ../../nbs/50_clip/140_validation.ipynb #2a0fa6cc
 def watch(

@@ -9,7 +9,6 @@ __all__ = ['SEVERITIES', 'LEAK', 'GAP', 'TOLD', 'FILM_TOLD', 'TEXT_TOLD', 'NAMED
 
 # %% ../../nbs/10_data/200_checks.ipynb #a0bafc62
 import numpy as np, pandas as pd
-
 from .duplicates import chance_rate, duplicate_groups, near_duplicates
 from ..privacy import SMALL, CountFormatter
 from ..stats import Bootstrap, bootstrap_sums
@@ -107,60 +106,65 @@ def _with_value(entry):
     shown = entry['unit'] in ('share', 'AUROC') and np.isfinite(entry['value'])
     return entry['finding'] + (f" ({entry['value']:.2f})" if shown else '')
 
+# %% ../../nbs/10_data/200_checks.ipynb #448f04d4
+def _class_sizes(samples, finding, classes, *, tell):
+    "Make the row of one question that says how many patients the rarest class has."
+    patients = samples.groupby('label').patient_id.nunique().reindex(classes, fill_value=0)
+    rarest, fewest = patients.idxmin(), int(patients.min())
+    if (patients > 0).sum() < 2:
+        severity = 'serious'
+        so = 'no swap between classes can be made and no accuracy means anything.'
+    elif fewest < FEW:
+        severity = 'warning' if fewest < 10 else 'note'
+        so = 'rates of this class rest on too few patients for a verdict.'
+    else:
+        severity, so = 'ok', 'enough for rates per class.'
+    return entry(
+        'classes',
+        severity,
+        'all',
+        tell.value(fewest),
+        len(samples),
+        f'{finding}: the rarest class, {rarest!r}, has {tell.count(fewest)} patients: {so}',
+        'patients',
+        finding,
+    )
+
+# %% ../../nbs/10_data/200_checks.ipynb #844f5ce7
+def _class_splits(samples, finding, classes, *, splits):
+    "Make the row of one question that names the classes that a split lacks."
+    counts = pd.crosstab(samples.split, samples.label)
+    counts = counts.reindex(index=splits, columns=classes, fill_value=0)
+    absent = [f'{c!r} in {s}' for s in splits for c in classes if not counts.loc[s, c]]
+    so = 'every class occurs in every split.'
+    if absent:
+        so = f"no {', no '.join(absent[:4])}: accuracy there is that of another task."
+    return entry(
+        'classes per split',
+        'warning' if absent else 'ok',
+        'splits',
+        len(absent),
+        len(samples),
+        f'{finding}: {so}',
+        'cells',
+        finding,
+    )
+
 # %% ../../nbs/10_data/200_checks.ipynb #db217813
 def check_classes(
     cohort: pd.DataFrame,  # a cohort
     tell: CountFormatter,  # formatter of counts
 ) -> list:  # entries
     "Check that every class has enough patients and occurs in every split."
-    out, splits = [], sorted({*cohort.split} - {''})
-    for finding, g in cohort.groupby('finding', sort=False):
-        asked = cohort.attrs.get('tasks', {}).get(finding, {}).get('choices', sorted({*g.label}))
-        per = g.groupby('label').patient_id.nunique().reindex(asked, fill_value=0)
-        rare, k = per.idxmin(), int(per.min())
-        if (per > 0).sum() < 2:
-            severity = 'serious'
-            so = 'no swap between classes can be made and no accuracy means anything.'
-        elif k < FEW:
-            severity = 'warning' if k < 10 else 'note'
-            so = 'rates of this class rest on too few patients for a verdict.'
-        else:
-            severity, so = 'ok', 'enough for rates per class.'
-        out.append(
-            entry(
-                'classes',
-                severity,
-                'all',
-                tell.value(k),
-                len(g),
-                f"{finding}: the rarest class, {rare!r}, has {tell.count(k)} patients: {so}",
-                'patients',
-                finding,
-            )
-        )
+    splits = sorted({*cohort.split} - {''})
+    sizes, gaps = [], []
+    for finding, samples in cohort.groupby('finding', sort=False):
+        task = cohort.attrs.get('tasks', {}).get(finding, {})
+        classes = task.get('choices', sorted({*samples.label}))
+        sizes.append(_class_sizes(samples, finding, classes, tell=tell))
         if len(splits) > 1:
-            cells = pd.crosstab(g.split, g.label).reindex(index=splits, columns=asked, fill_value=0)
-            gone = [f'{c!r} in {s}' for s in splits for c in asked if not cells.loc[s, c]]
-            out.append(
-                entry(
-                    'classes per split',
-                    'warning' if gone else 'ok',
-                    'splits',
-                    len(gone),
-                    len(g),
-                    (
-                        f"{finding}: no {', no '.join(gone[:4])}: accuracy there is that of another"
-                        " task."
-                        if gone
-                        else f'{finding}: every class occurs in every split.'
-                    ),
-                    'cells',
-                    finding,
-                )
-            )
-    return gather([e for e in out if e['check'] == 'classes']) + gather(
-        [e for e in out if e['check'] != 'classes']
-    )
+            gaps.append(_class_splits(samples, finding, classes, splits=splits))
+    return gather(sizes) + gather(gaps)
 
 # %% ../../nbs/10_data/200_checks.ipynb #91473284
 def _with_source(cohort, source):
@@ -226,8 +230,9 @@ def check_patients(
 # %% ../../nbs/10_data/200_checks.ipynb #979600d4
 def _showing(rows, files):
     "Select rows with an image that is not blank, and add its hash (or reference)."
-    rows = rows[rows.image.ne('') & ~rows.image.isin(files.index[files.blank.astype(bool)])]
-    return rows.assign(sha=rows.image.map(files.image_sha).fillna(rows.image))
+    blank = files.index[files.blank.astype(bool)]
+    shown = rows[rows.image.ne('') & ~rows.image.isin(blank)]
+    return shown.assign(sha=shown.image.map(files.image_sha).fillna(shown.image))
 
 
 def _split_pairs(rows):
@@ -239,8 +244,9 @@ def _split_pairs(rows):
 
 def _overlap(rows, column, b, a):
     "Count the cohort's images of split b, and those that also occur in a."
-    here, there = {*rows[column][rows.own & (rows.split == b)]}, {*rows[column][rows.split == a]}
-    return len(here), len(here & there)
+    in_b = {*rows[column][rows.own & (rows.split == b)]}
+    in_a = {*rows[column][rows.split == a]}
+    return len(in_b), len(in_b & in_a)
 
 
 def _worst(entries):
@@ -326,6 +332,71 @@ def check_near_copies(
         )
     return _worst(out)
 
+# %% ../../nbs/10_data/200_checks.ipynb #263dbaf3
+def _counted(check, affected, tell, *, severity, what, so):
+    "Make a row from (number affected, number of all), with the consequence `so` if any are."
+    count, total = affected
+    consequence = so if count else '.'
+    return entry(
+        check,
+        severity if count else 'ok',
+        'all',
+        tell.value(count, total),
+        total,
+        f'{tell.share(count, total)} {what}{consequence}',
+    )
+
+# %% ../../nbs/10_data/200_checks.ipynb #ce907060
+def _images_of_two_patients(shown, tell):
+    "Check for images that stand under more than one patient."
+    patients = shown.groupby('sha').patient_id.nunique()
+    count, total = int((patients > 1).sum()), len(patients)
+    return _counted(
+        'same image, two patients',
+        (count, total),
+        tell,
+        severity=graded(count / max(total, 1), (1e-12, LEAK)),
+        what='images stand under more than one patient',
+        so=': either ids are wrong or files were mixed up; intervals over patients and splits'
+        ' by patient cannot be trusted.',
+    )
+
+
+def _questions(samples):
+    "Name the columns that say what a sample asks."
+    return ['finding', 'question'] if 'question' in samples else ['finding']
+
+
+def _images_with_two_labels(shown, tell):
+    "Check for images with different labels for the same question."
+    labels = shown.groupby(['sha', *_questions(shown)]).label.nunique()
+    count, total = int((labels > 1).sum()), len(labels)
+    return _counted(
+        'same image, two labels',
+        (count, total),
+        tell,
+        severity=graded(count / max(total, 1), (1e-12, LEAK)),
+        what='pairs of image and question have contradictory labels',
+        so=': no model can be right on both, and a swap between them changes the label but not'
+        ' the picture.',
+    )
+
+
+def _texts_with_two_labels(with_text, tell):
+    "Check for samples that share their text with a sample of another class."
+    text = with_text.text.str.strip()
+    labels = with_text.groupby([*_questions(with_text), text]).label.transform('nunique')
+    count, total = int((labels > 1).sum()), len(with_text)
+    return _counted(
+        'same text, two labels',
+        (count, total),
+        tell,
+        severity=graded(count / total, GAP),
+        what='samples share their text with a sample of another class',
+        so=': swapping these texts changes nothing, so a text swap understates how much'
+        ' the text counts.',
+    )
+
 # %% ../../nbs/10_data/200_checks.ipynb #769a8e27
 def check_conflicts(
     cohort: pd.DataFrame,  # a cohort
@@ -333,69 +404,55 @@ def check_conflicts(
     tell: CountFormatter,  # formatter of counts
 ) -> list:  # entries
     "Check for images of two patients, and for images or texts with two labels."
-    d, out = _showing(cohort, files), []
-    owners = d.groupby('sha').patient_id.nunique()
-    k, n = int((owners > 1).sum()), len(owners)
-    out.append(
-        entry(
-            'same image, two patients',
-            graded(k / max(n, 1), (1e-12, LEAK)),
-            'all',
-            tell.value(k, n),
-            n,
-            f'{tell.share(k, n)} images stand under more than one patient'
-            + (
-                ': either ids are wrong or files were mixed up; intervals over patients and splits'
-                ' by patient cannot be trusted.'
-                if k
-                else '.'
-            ),
-        )
-    )
-    asked = ['finding', 'question'] if 'question' in d else ['finding']
-    labels = d.groupby(['sha', *asked]).label.nunique()
-    k, n = int((labels > 1).sum()), len(labels)
-    out.append(
-        entry(
-            'same image, two labels',
-            graded(k / max(n, 1), (1e-12, LEAK)),
-            'all',
-            tell.value(k, n),
-            n,
-            f'{tell.share(k, n)} pairs of image and question have contradictory labels'
-            + (
-                ': no model can be right on both, and a swap between them changes the label but not'
-                ' the picture.'
-                if k
-                else '.'
-            ),
-        )
-    )
-    t = cohort[cohort.text.str.strip() != '']
-    if len(t):
-        labels = (
-            t.assign(text=t.text.str.strip())
-            .groupby([*asked, t.text.str.strip()])
-            .label.transform('nunique')
-        )
-        k, n = int((labels > 1).sum()), len(t)
-        out.append(
-            entry(
-                'same text, two labels',
-                graded(k / n, GAP),
-                'all',
-                tell.value(k, n),
-                n,
-                f'{tell.share(k, n)} samples share their text with a sample of another class'
-                + (
-                    ': swapping these texts changes nothing, so a text swap understates how much'
-                    ' the text counts.'
-                    if k
-                    else '.'
-                ),
-            )
-        )
+    shown = _showing(cohort, files)
+    out = [_images_of_two_patients(shown, tell), _images_with_two_labels(shown, tell)]
+    with_text = cohort[cohort.text.str.strip() != '']
+    if len(with_text):
+        out.append(_texts_with_two_labels(with_text, tell))
     return out
+
+# %% ../../nbs/10_data/200_checks.ipynb #80272bff
+def _blank_images(files, tell):
+    "Check for images without content."
+    blank = int(files.blank.sum())
+    return _counted(
+        'blank images',
+        (blank, len(files)),
+        tell,
+        severity=graded(blank / len(files), (1e-12, LEAK)),
+        what='images are blank',
+        so=': there is nothing to read in them, and an answer can only come from the text or from'
+        ' the prior.',
+    )
+
+
+def _odd_sizes(files, tell):
+    "Check for images much larger or smaller than most."
+    area = files.width.astype(float) * files.height
+    large, small = area > ODD_SIZE * area.median(), area < area.median() / ODD_SIZE
+    odd = int((large | small).sum())
+    return _counted(
+        'odd image size',
+        (odd, len(files)),
+        tell,
+        severity='warning' if odd >= GAP[0] * len(files) else 'note',
+        what=f'images have over {ODD_SIZE} times the median area or under a quarter of it',
+        so=': the model sees them at another resolution; size can give away where they come from.',
+    )
+
+
+def _mixed_colour(files, tell):
+    "Check for grey among colour images, or colour among grey ones."
+    rarer = int(len(files) - files.channels.value_counts().max())
+    return _counted(
+        'mixed colour',
+        (rarer, len(files)),
+        tell,
+        severity='note',
+        what='images are of the rarer kind (grey or colour)',
+        so=': colour can give away where an image comes from; the shortcut check says whether it'
+        ' tells the label.',
+    )
 
 # %% ../../nbs/10_data/200_checks.ipynb #6929519f
 def check_images(
@@ -404,63 +461,21 @@ def check_images(
     tell: CountFormatter,  # formatter of counts
 ) -> list:  # entries
     "Check for blank images, unusual sizes, mixed colour and unreadable images."
-    f = files.loc[cohort.image[cohort.image != ''].unique()]
-    n = len(f)
-    area = f.width.astype(float) * f.height
-    middle = area.median()
-    odd = int(((area > ODD_SIZE * middle) | (area < middle / ODD_SIZE)).sum())
-    mixed = int(n - f.channels.value_counts().max())
-    blank = int(f.blank.sum())
-    broken = int((f.reason != '').sum())
-
-    def say(name, k, severity, what, so):
-        return entry(
-            name,
-            severity if k else 'ok',
-            'all',
-            tell.value(k, n),
-            n,
-            f'{tell.share(k, n)} images {what}' + (so if k else '.'),
+    used = files.loc[cohort.image[cohort.image != ''].unique()]
+    out = [_blank_images(used, tell), _odd_sizes(used, tell), _mixed_colour(used, tell)]
+    unread = int((used.reason != '').sum())
+    if unread:
+        out.append(
+            _counted(
+                'unread images',
+                (unread, len(used)),
+                tell,
+                severity='warning',
+                what='images could not be read',
+                so=': they must not stand in the cohort.',
+            )
         )
-
-    return [
-        say(
-            'blank images',
-            blank,
-            graded(blank / n, (1e-12, LEAK)),
-            'are blank',
-            ': there is nothing to read in them, and an answer can only come from the text or from'
-            ' the prior.',
-        ),
-        say(
-            'odd image size',
-            odd,
-            'warning' if odd >= GAP[0] * n else 'note',
-            f'have over {ODD_SIZE} times the median area or under a quarter of it',
-            ': the model sees them at another resolution; size can give away where they come from.',
-        ),
-        say(
-            'mixed colour',
-            mixed,
-            'note',
-            'are of the rarer kind (grey or colour)',
-            ': colour can give away where an image comes from; the shortcut check says whether it'
-            ' tells the label.',
-        ),
-        *(
-            [
-                say(
-                    'unread images',
-                    broken,
-                    'warning',
-                    'could not be read',
-                    ': they must not stand in the cohort.',
-                )
-            ]
-            if broken
-            else []
-        ),
-    ]
+    return out
 
 # %% ../../nbs/10_data/200_checks.ipynb #106f8b19
 def class_gap(
@@ -484,6 +499,48 @@ def class_gap(
         )
     return top, low, i
 
+# %% ../../nbs/10_data/200_checks.ipynb #abecb22b
+def _class_gap_entry(check, hit, samples, *, tell, words, so, subject='all', finding=''):
+    "Make a row of the difference of a share between classes, told between two `words`."
+    label = samples.label.to_numpy()
+    top, low, gap = class_gap(hit, label, samples.patient_id.to_numpy())
+    counts = {c: (int(hit[label == c].sum()), int((label == c).sum())) for c in (top, low)}
+    hidden = any(tell.hides(*pair) for pair in counts.values())
+    shares = f'{tell.share(*counts[top])} samples of class {top!r} and {tell.share(*counts[low])}'
+    consequence = so if gap.low > GAP[0] else '.'
+    return entry(
+        check,
+        graded(gap.low, GAP),
+        subject,
+        np.nan if hidden else gap.value,
+        gap.n,
+        f'{words[0]}{shares} of {low!r}{words[1]}{consequence}',
+        finding=finding,
+        low=np.nan if hidden else gap.low,
+        high=np.nan if hidden else gap.high,
+    )
+
+# %% ../../nbs/10_data/200_checks.ipynb #671a19d0
+def _missing_by_class(cohort, name, gone, *, tell):
+    "List a row per question with several classes: where column `name` is missing (`gone`)."
+    out = []
+    for finding, where in cohort.groupby('finding', sort=False).indices.items():
+        samples = cohort.iloc[where]
+        if samples.label.nunique() < 2:
+            continue
+        row = _class_gap_entry(
+            'missing by class',
+            gone.iloc[where].to_numpy(),
+            samples,
+            tell=tell,
+            words=(f'{finding}: {name} is missing in ', ''),
+            so=': that it is missing tells the class; groups by it compare different patients.',
+            subject=name,
+            finding=finding,
+        )
+        out.append(row)
+    return out
+
 # %% ../../nbs/10_data/200_checks.ipynb #c63c28d4
 UNKNOWN = ('', 'unknown')  # missing values of a stratum
 
@@ -493,56 +550,46 @@ def check_missing(
     tell: CountFormatter,  # formatter of counts
 ) -> list:  # entries
     "Check for strata and texts that are missing more often in one class."
-    columns = {
-        s: cohort[s].isin(UNKNOWN) for s in cohort.attrs.get('strata', []) if s in cohort
-    } | {'text': cohort.text.str.strip() == ''}
+    strata = [s for s in cohort.attrs.get('strata', []) if s in cohort]
+    missing = {s: cohort[s].isin(UNKNOWN) for s in strata}
+    missing['text'] = cohort.text.str.strip() == ''
     out = []
-    for name, gone in columns.items():
-        if not gone.any() or gone.all():
-            continue
-        found = []
-        for finding, where in cohort.groupby('finding', sort=False).indices.items():
-            if cohort.label.iloc[where].nunique() < 2:
-                continue
-            hit, label = gone.iloc[where].to_numpy(), cohort.label.iloc[where].to_numpy()
-            top, low, i = class_gap(hit, label, cohort.patient_id.iloc[where].to_numpy())
+    for name, gone in missing.items():
+        if gone.any() and not gone.all():
+            out += gather(_missing_by_class(cohort, name, gone, tell=tell))
+    none = 'No stratum and no text is missing in part.'
+    return out or [entry('missing by class', 'ok', 'all', 0, len(cohort), none)]
 
-            def say(c, hit=hit, label=label):
-                return tell.share(int(hit[label == c].sum()), int((label == c).sum()))
+# %% ../../nbs/10_data/200_checks.ipynb #9acf24bd
+def _share_excluded(cohort, exclusions, tell):
+    "Make the row that says how many samples were left out, and for what most often."
+    count, total = len(exclusions), len(exclusions) + len(cohort)
+    hidden = tell.hides(count, total)
+    share = f'fewer than {SMALL}' if hidden else tell.share(count, total)
+    main = exclusions.reason.value_counts().index[0]
+    return entry(
+        'exclusions',
+        'warning' if count >= GAP[1] * total else 'note',
+        'all',
+        tell.value(count, total),
+        len(cohort) if hidden else total,  # the total would give the count away
+        f'{share} samples were left out, most often for {main!r}: results do not speak for them.',
+    )
 
-            hidden = any(
-                tell.hides(int(hit[label == c].sum()), int((label == c).sum())) for c in (top, low)
-            )
-            found.append(
-                entry(
-                    'missing by class',
-                    graded(i.low, GAP),
-                    name,
-                    *((np.nan if hidden else i.value), i.n),
-                    f'{finding}: {name} is missing in {say(top)} samples of class {top!r} and'
-                    f' {say(low)} of {low!r}'
-                    + (
-                        ': that it is missing tells the class; groups by it compare different'
-                        ' patients.'
-                        if i.low > GAP[0]
-                        else '.'
-                    ),
-                    finding=finding,
-                    low=np.nan if hidden else i.low,
-                    high=np.nan if hidden else i.high,
-                )
-            )
-        out += gather(found)
-    return out or [
-        entry(
-            'missing by class',
-            'ok',
-            'all',
-            0,
-            len(cohort),
-            'No stratum and no text is missing in part.',
-        )
-    ]
+
+def _excluded_by_class(cohort, labelled, tell):
+    "Make the row that says of which class more samples were left out."
+    columns = ['label', 'patient_id']
+    kept, left_out = cohort[columns].assign(out=False), labelled[columns].assign(out=True)
+    samples = pd.concat([kept, left_out])
+    return _class_gap_entry(
+        'exclusions by class',
+        samples.out.to_numpy(),
+        samples,
+        tell=tell,
+        words=('', ' were left out'),
+        so=': what is left is no fair sample of the classes.',
+    )
 
 # %% ../../nbs/10_data/200_checks.ipynb #d3b710f4
 def check_exclusions(
@@ -553,50 +600,9 @@ def check_exclusions(
     "Check how many samples were excluded, and whether more of one class."
     if exclusions is None or exclusions.empty:
         return []
-    k, n = len(exclusions), len(exclusions) + len(cohort)
-    main = exclusions.reason.value_counts().index[0]
-    few = f'fewer than {SMALL}' if tell.hides(k, n) else ''
-    out = [
-        entry(
-            'exclusions',
-            'warning' if k >= GAP[1] * n else 'note',
-            'all',
-            tell.value(k, n),
-            len(cohort) if tell.hides(k, n) else n,  # the total would give the count away
-            f'{few or tell.share(k, n)} samples were left out, most often for {main!r}: results do'
-            ' not speak for them.',
-        )
-    ]
-    labelled = exclusions[
-        exclusions.get('label', pd.Series('', exclusions.index)).fillna('').ne('')
-    ]
+    out = [_share_excluded(cohort, exclusions, tell)]
+    unlabelled = pd.Series('', exclusions.index)
+    labelled = exclusions[exclusions.get('label', unlabelled).fillna('').ne('')]
     if len(labelled) and 'patient_id' in labelled and cohort.label.nunique() > 1:
-        both = pd.concat(
-            [
-                cohort[['label', 'patient_id']].assign(out=False),
-                labelled[['label', 'patient_id']].assign(out=True),
-            ]
-        )
-        top, low, i = class_gap(both.out, both.label, both.patient_id.to_numpy())
-
-        def say(c):
-            return tell.share(int(both.out[both.label == c].sum()), int((both.label == c).sum()))
-
-        hidden = any(
-            tell.hides(int(both.out[both.label == c].sum()), int((both.label == c).sum()))
-            for c in (top, low)
-        )
-        out.append(
-            entry(
-                'exclusions by class',
-                graded(i.low, GAP),
-                'all',
-                np.nan if hidden else i.value,
-                i.n,
-                f'{say(top)} samples of class {top!r} and {say(low)} of {low!r} were left out'
-                + (': what is left is no fair sample of the classes.' if i.low > GAP[0] else '.'),
-                low=np.nan if hidden else i.low,
-                high=np.nan if hidden else i.high,
-            )
-        )
+        out.append(_excluded_by_class(cohort, labelled, tell))
     return out

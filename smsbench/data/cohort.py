@@ -347,7 +347,7 @@ def build_cohort(
     )
     return b.cohort, b.exclusions
 
-# %% ../../nbs/10_data/130_cohort.ipynb #33b4864d
+# %% ../../nbs/10_data/130_cohort.ipynb #6a231f70
 def _cohort(m, rows, every):
     usable = every[every.reason == '']
     more = carried(m, rows).iloc[usable.row]
@@ -356,7 +356,7 @@ def _cohort(m, rows, every):
     parts = [usable[first], more[[*m.strata]], usable[last], more.drop(columns=[*m.strata])]
     return pd.concat([p.reset_index(drop=True) for p in parts], axis=1)
 
-
+# %% ../../nbs/10_data/130_cohort.ipynb #ee335e54
 def _exclusions(m, rows, base, every, broken):
     known = (
         fill(m.columns.finding, rows).str.strip().isin([*m.tasks] if m.columns.finding else [''])
@@ -384,7 +384,7 @@ def _filtered(m, funnel):
         out[f.says] = out.get(f.says, 0) + s['removed']
     return out
 
-
+# %% ../../nbs/10_data/130_cohort.ipynb #db1473c3
 def _funnel(m, funnel, exclusions, n, rows):
     "List the steps of `read_rows`, the exclusions by reason, and the cohort."
     funnel, many = [dict(s) for s in funnel], len(m.tasks) > 1 and not m.columns.finding
@@ -403,7 +403,7 @@ def _funnel(m, funnel, exclusions, n, rows):
         step(funnel, reason, funnel[-1]['left'] - int(counts[reason]))
     return step(funnel, 'cohort', n)
 
-
+# %% ../../nbs/10_data/130_cohort.ipynb #ad4cda92
 def _about(m, asked):
     tasks = {
         f: t.model_dump(include={'question', 'choices', 'noun', 'text_noun'})
@@ -424,7 +424,7 @@ def _about(m, asked):
         label_source=m.label_source,
     )
 
-
+# %% ../../nbs/10_data/130_cohort.ipynb #33b4864d
 def _refuse(m, cohort, exclusions, every):
     "Raise `InputError` if a cohort must not be used."
     n, lost = len(cohort), len(exclusions)
@@ -476,7 +476,7 @@ def _expect(m, cohort):
             f" {m.version}? check_expected=False (--any-count) goes on"
         )
 
-# %% ../../nbs/10_data/130_cohort.ipynb #41d1bb77
+# %% ../../nbs/10_data/130_cohort.ipynb #b5d47c57
 def write_cohort(
     cohort: pd.DataFrame,  # a cohort; sealed where data are credentialed
     path,  # parquet file to write
@@ -487,7 +487,7 @@ def write_cohort(
     """
     write_table(cohort, path, 'cohort')
 
-
+# %% ../../nbs/10_data/130_cohort.ipynb #41d1bb77
 def read_cohort(
     path,  # parquet file
 ) -> pd.DataFrame:  # the cohort, its metadata in `.attrs`

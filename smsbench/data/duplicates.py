@@ -101,8 +101,11 @@ def _to_first(code):
     )
 
 
-def _same_shape(f, pairs):
-    ratio = np.log(np.maximum(f.width.to_numpy(float), 1) / np.maximum(f.height.to_numpy(float), 1))
+def _same_shape(files, pairs):
+    "Mark pairs of images with nearly the same aspect ratio."
+    width = np.maximum(files.width.to_numpy(float), 1)
+    height = np.maximum(files.height.to_numpy(float), 1)
+    ratio = np.log(width / height)
     return abs(ratio[pairs[:, 0]] - ratio[pairs[:, 1]]) <= ASPECT
 
 # %% ../../nbs/10_data/170_duplicates.ipynb #1d4db818

@@ -104,9 +104,12 @@ def _check_size(height, width):
 
 
 def _on_black(im):
-    *colour, alpha = im.convert('LA' if im.mode in ('1', 'L', 'LA') else 'RGBA').split()
-    bands = [np.rint(np.asarray(c) * (np.asarray(alpha) / 255)).astype(np.uint8) for c in colour]
-    return bands[0] if len(bands) == 1 else np.stack(bands, -1)
+    "Lay a partly transparent image on black."
+    grey = im.mode in ('1', 'L', 'LA')
+    *colours, alpha = im.convert('LA' if grey else 'RGBA').split()
+    opacity = np.asarray(alpha) / 255
+    bands = [np.rint(np.asarray(c) * opacity).astype(np.uint8) for c in colours]
+    return bands[0] if grey else np.stack(bands, -1)
 
 # %% ../../nbs/10_data/020_images.ipynb #bd88bc35
 def read_npz(

@@ -205,18 +205,27 @@ def _vessels(c):
 
 # %% ../../nbs/10_data/120_phantom_image.ipynb #f9efeaff
 def _ribs(c):
-    l, bone = c.ax * (1 / c.width), 0
-    back, front = 0.04 * l + 0.20 * c.slope * l * l * l, 0.50 * c.slope * (1 - l) * (0.6 + 0.4 * l)
-    for fall, gap, offset, half, amount, visible in (
-        (back, c.rib, 0, 0.030, 0.155, _step(l - 0.1, 0.1)),
-        (front, c.rib * 1.1, 0.5, 0.036, 0.075, _step(l - 0.38, 0.25)),
-    ):
-        v = (c.y - c.top - 0.05 - fall) * (1 / gap) + offset
-        d = np.abs(v - np.floor(v + 0.5)) * gap
-        bone = bone + amount * _step(half - d, c.edge) * (
-            0.65 + 0.35 * np.square(d * (1 / half))
-        ) * _step(v - 0.4, 0.4) * _step(9.4 - v, 1.5) * visible * (0.8 + 0.5 * l * l)
-    return bone * _step(c.wall + 0.035, c.edge) * (1 - 0.6 * _step(c.y - c.floor, 0.1))
+    "Draw the ribs: behind, they fall slowly; in front, fainter, steeply; both end at the wall."
+    l = c.ax * (1 / c.width)
+    behind = 0.04 * l + 0.20 * c.slope * l * l * l
+    in_front = 0.50 * c.slope * (1 - l) * (0.6 + 0.4 * l)
+    lateral = 0.8 + 0.5 * l * l
+    back = _rib_set(c, behind, gap=c.rib, offset=0, half=0.030, amount=0.155)
+    back = back * _step(l - 0.1, 0.1) * lateral
+    front = _rib_set(c, in_front, gap=c.rib * 1.1, offset=0.5, half=0.036, amount=0.075)
+    front = front * _step(l - 0.38, 0.25) * lateral
+    inside = _step(c.wall + 0.035, c.edge)
+    below_floor = _step(c.y - c.floor, 0.1)
+    return (back + front) * inside * (1 - 0.6 * below_floor)
+
+
+def _rib_set(c, fall, *, gap, offset, half, amount):
+    "Draw nine ribs of half width `half`, `gap` apart, each lower by `fall` towards the wall."
+    number = (c.y - c.top - 0.05 - fall) * (1 / gap) + offset
+    away = np.abs(number - np.floor(number + 0.5)) * gap
+    cortex = 0.65 + 0.35 * np.square(away * (1 / half))
+    first, last = _step(number - 0.4, 0.4), _step(9.4 - number, 1.5)
+    return amount * _step(half - away, c.edge) * cortex * first * last
 
 # %% ../../nbs/10_data/120_phantom_image.ipynb #fb91f281
 def _middle(c):
@@ -311,14 +320,19 @@ def _heart(c, ctr):
 
 # %% ../../nbs/10_data/120_phantom_image.ipynb #7b38d0a5
 def _opacity(c):
-    ax, q = c.x * c.side['opacity'], 0
-    for ux, uy, r in ((0, 0, 1), (0.55, 0.35 * c.lobes, 0.75), (-0.5, 0.5, 0.7), (0.1, -0.6, 0.7)):
-        q = q + _bump(
-            (np.square(ax - c.ox - ux * c.o_r) + np.square(c.y - c.oy - uy * c.o_r))
-            * (1 / (r * c.o_r) ** 2)
-        )
+    "Draw a consolidation of four lobes with a soft, patchy edge."
+    ax, lobes = c.x * c.side['opacity'], 0
+    for right, down, r in (
+        (0, 0, 1),
+        (0.55, 0.35 * c.lobes, 0.75),
+        (-0.5, 0.5, 0.7),
+        (0.1, -0.6, 0.7),
+    ):
+        across = ax - c.ox - right * c.o_r
+        along = c.y - c.oy - down * c.o_r
+        lobes = lobes + _bump((np.square(across) + np.square(along)) * (1 / (r * c.o_r) ** 2))
     patchy = 0.85 + 0.15 * _wave(5 * c.x + 3 * c.y + c.lobes) * _wave(4 * c.y - 3 * c.x)
-    return 0.47 * _step(q - 0.50, 0.8) * patchy * c.lung * (ax > 0)
+    return 0.47 * _step(lobes - 0.50, 0.8) * patchy * c.lung * (ax > 0)
 
 
 def _effusion(c):
@@ -339,16 +353,22 @@ def _cardiomegaly(c):
 
 
 def _nodule(c):
-    d = np.sqrt(np.square(c.x * c.side['nodule'] - c.nx) + np.square(c.y - c.ny))
-    return 0.46 * _step(c.n_r - d, max(0.03, 1.2 * c.edge))
+    "Draw a round nodule."
+    across, along = c.x * c.side['nodule'] - c.nx, c.y - c.ny
+    away = np.sqrt(np.square(across) + np.square(along))
+    return 0.46 * _step(c.n_r - away, max(0.03, 1.2 * c.edge))
 
 
 def _pneumothorax(c):
+    "Draw air around a collapsed lung, without vessels, and the pleural line."
+    apical = 1 - 0.85 * np.square(np.clip((c.y + 0.55) * 1.5, 0, 1))
     # 0 on the pleural line, negative in the air
-    inner = 1 - c.rho - c.depth * (1 - 0.85 * np.square(np.clip((c.y + 0.55) * 1.5, 0, 1)))
+    inner = 1 - c.rho - c.depth * apical
+    thickness = max(0.018, c.edge * 0.7)
+    line = 0.20 * _bump(np.square(inner * (1 / thickness))) * _step(0.06 - c.y, 0.1)
+    air = _step(-inner, 0.03) * (0.18 + 0.9 * c.vessels)
     where = c.lung * (c.y < 0.12) * (c.x * c.side['pneumothorax'] > 0)
-    line = 0.20 * _bump(np.square(inner * (1 / max(0.018, c.edge * 0.7)))) * _step(0.06 - c.y, 0.1)
-    return where * (line - _step(-inner, 0.03) * (0.18 + 0.9 * c.vessels))
+    return where * (line - air)
 
 # %% ../../nbs/10_data/120_phantom_image.ipynb #a8e46058
 def _device(c):
@@ -392,11 +412,14 @@ def _noise(size, *key):
     "Make (size, size) noise of mean 0, fine and coarse, from sums of four random bytes."
 
     def grain(n):
-        b = _raw(n * n // 2 + 1, *key, n).astype('<u8').view(np.uint8)[: 4 * n * n].reshape(4, n, n)
-        return (b.sum(0, dtype=np.uint16).astype(np.float32) - 510) * np.float32(1 / 147.8)
+        words = _raw(n * n // 2 + 1, *key, n).astype('<u8')
+        four_bytes = words.view(np.uint8)[: 4 * n * n].reshape(4, n, n)
+        sums = four_bytes.sum(0, dtype=np.uint16).astype(np.float32)
+        return (sums - 510) * np.float32(1 / 147.8)
 
-    half = np.repeat(np.repeat(grain((size + 1) // 2), 2, 0), 2, 1)[:size, :size]
-    return grain(size) + half
+    fine, coarse = grain(size), grain((size + 1) // 2)
+    doubled = np.repeat(np.repeat(coarse, 2, 0), 2, 1)
+    return fine + doubled[:size, :size]
 
 
 def _letters(size, marker):
@@ -482,8 +505,12 @@ def mask_box(
     mask: np.ndarray,  # (H, W) bool
 ) -> list[int]:  # [x0, y0, x1, y1] in pixels, x1, y1 one past the last; [] for an empty mask
     "Compute the smallest box around a mask."
-    ys, xs = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
-    return [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1] if len(xs) else []
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return []
+    x0, x1 = columns[0], columns[-1] + 1
+    y0, y1 = rows[0], rows[-1] + 1
+    return [int(x0), int(y0), int(x1), int(y1)]
 
 # %% ../../nbs/10_data/120_phantom_image.ipynb #81ff5dec
 def phantom_ref(

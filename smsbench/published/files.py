@@ -217,9 +217,10 @@ def _id_column(df, name):
     arms = [g for _, g in df.groupby('shift')]
 
     def names_samples(c):
-        sets = [set(g[c]) for g in arms]
-        distinct = all(2 * len(s) > len(g) for s, g in zip(sets, arms))
-        return distinct and (len(sets) == 1 or any(sets[0] & s for s in sets[1:]))
+        values = [set(g[c]) for g in arms]
+        distinct = all(2 * len(v) > len(g) for v, g in zip(values, arms))
+        shared = any(values[0] & v for v in values[1:])
+        return distinct and (len(values) == 1 or shared)
 
     return next((c for c in tried if names_samples(c)), tried[0])
 

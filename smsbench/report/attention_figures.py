@@ -32,7 +32,7 @@ def image_arrived(
     delivery: dict,  # what `prove_delivery` found
     model: str,  # which model
 ) -> str:  # 'yes', 'no' or 'untested'
-    """Did the model get the film?
+    """Check whether the model got the image.
 
     'untested' where no arm shows another film, or where its delivery could not be proven.
     """
@@ -84,7 +84,7 @@ def share_bar(
     height: float = 0.7,  # of the bar, in axis units
     text: bool = True,  # write the larger shares into the bar
 ):
-    "One stacked bar of shares."
+    "Draw a stacked bar of shares."
     left = 0.0
     for g, colour in GROUPS.items():
         v = float(shares.get(g, 0.0) or 0.0)
@@ -187,7 +187,7 @@ def _shares_row(ax, i, own):
 def lift(
     found,  # `AttentionMap`
 ) -> np.ndarray:  # (h, w); NaN where the film is not shown
-    """A map on the film in units of evenly spread attention.
+    """Scale a map on the image to units of evenly spread attention.
 
     A cell is 1 where its attention is that of an evenly spread map. The total on the film is not
     in the map; see the shares.
@@ -206,7 +206,7 @@ def draw_image(
     top: float = 4.0,  # value at which the colour is full
     signed: bool = False,  # colours for differences, from −top to top
 ):  # what a colour bar needs, or None
-    "A film, a map over it that is clear where the map is low, and the finding's outline."
+    "Draw an image, a map over it that is clear where the map is low, and the finding's outline."
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
     from matplotlib.cm import ScalarMappable
@@ -247,7 +247,7 @@ def marked(
     results,  # `AttendResults`
     image_id: str,  # whose film
 ) -> tuple[list, np.ndarray | None]:  # boxes to draw, and the region as a mask
-    "The finding on a film that may be shown."
+    "Return the finding on a film that may be shown."
     source = Source(results.cohort, results.root)
     shape = source.image(image_id).shape[:2]
     mask = Regions(source, results.regions)(image_id, shape)
@@ -259,7 +259,7 @@ def marked(
 def shared_top(
     lifts,  # maps in units of evenly spread attention, NaN where not shown
 ) -> float:  # at least 2
-    "Value at which the colours of several maps are full."
+    "Find the value at which the colours of several maps are full."
     return max([2.0, *(float(np.nanquantile(v, 0.995)) for v in lifts)])
 
 # %% ../../nbs/70_report/100_attention_figures.ipynb #5c1fdb02
@@ -279,16 +279,12 @@ def map_figure(
 
     `InputError` where pixels may not be shown, or nothing was kept.
     """
-    trial, store, models = (
-        _trial(results, sample_id, arm),
-        store or results.store,
-        list(results.models),
-    )
-    methods, query = methods or results.config['methods'], query or results.config['queries'][0]
-    layers, heads = (
-        results.config['layers'] if layers is None else layers,
-        results.config['heads'] if heads is None else heads,
-    )
+    trial, models = _trial(results, sample_id, arm), list(results.models)
+    store, config = store or results.store, results.config
+    methods, query = methods or config['methods'], query or config['queries'][0]
+    layers = config['layers'] if layers is None else layers
+    heads = config['heads'] if heads is None else heads
+    layers = tuple(layers) if isinstance(layers, list) else layers
     shown = film(results, trial.image_id), *marked(results, trial.image_id)
     wide = 1 + len(models) + (len(models) == 2)
     fig, axes = canvas(
@@ -298,43 +294,39 @@ def map_figure(
         cols=wide,
         height_ratios=[1, 0.085] * len(methods),
     )
-    said = []
-    for i, k in enumerate(methods):
-        looked = {
-            m: (
-                _looked(
-                    store.rows(m, trial.trial_id, k),
-                    query,
-                    tuple(layers) if isinstance(layers, list) else layers,
-                    heads,
-                )
-                if image_arrived(results.delivery, m) != 'no'
-                else None
-            )
-            for m in models
-        }
-        _map_row(fig, axes[2 * i : 2 * i + 2], k, shown, list(looked.values()))
-        said += [
-            (
-                f"{m} says {_said(results, m, trial)}, {k}: {percent(look[1].get('image', 0))} on"
-                " the film"
-                if look
-                else f'{m}: void, its film did not arrive'
-            )
-            for m, look in looked.items()
-        ]
+    sentences = []
+    for i, method in enumerate(methods):
+        looked = {m: None for m in models}
+        for m in models:
+            if image_arrived(results.delivery, m) != 'no':
+                rows = store.rows(m, trial.trial_id, method)
+                looked[m] = _looked(rows, query, layers, heads)
+        _map_row(fig, axes[2 * i : 2 * i + 2], method, shown, list(looked.values()))
+        sentences += _map_sentences(results, trial, method, looked)
     _map_titles(axes[0], results, trial)
     _group_legend(fig)
     fig.alt = (
         f"Maps of {len(models)} model{'s' * (len(models) != 1)} over one film (finding"
         f" {trial.finding}, arm {arm}, query {query}), in units of evenly spread attention, the"
-        f" finding outlined. {'; '.join(said)}."
+        f" finding outlined. {'; '.join(sentences)}."
     )
     return fig
 
 
+def _map_sentences(results, trial, method, looked):
+    "Tell each model's answer and its share on the image; `looked`: model -> (map, shares)."
+    out = []
+    for model, look in looked.items():
+        if look is None:
+            out.append(f'{model}: void, its film did not arrive')
+            continue
+        answer, share = _said(results, model, trial), percent(look[1].get('image', 0))
+        out.append(f'{model} says {answer}, {method}: {share} on the film')
+    return out
+
+
 def _looked(rows, query, layers, heads):
-    "The map in units of evenly spread attention (None if no attention is on the film), the shares."
+    "Read the map (1 is an even spread; None if no attention is on the image) and the shares."
     try:
         values = lift(kept_map(rows, query, layers, heads=heads))
     except RunError:
@@ -449,7 +441,7 @@ def choose_maps(
     results,  # `AttendResults`
     most: int = 4,  # samples at most
 ) -> list[str]:  # sample ids
-    "Samples to show, as many findings as possible; `InputError` for credentialed data."
+    "Return samples to show, as many findings as possible; `InputError` for credentialed data."
     if not results.open:
         raise InputError('pictures of credentialed data are not shown in a report')
     arm = first_arm(results.plan)
@@ -491,7 +483,7 @@ def localisation_figure(
     arm: str = 'original',  # which arm
     subgroup: str = 'all',  # or 'method=gradient', 'finding=…', 'query=…'
 ):  # Figure with `.alt`, or None where no film has a region
-    "How well maps lie on the marked region, beside what looks at nothing gives there."
+    "Draw how well maps lie on the marked region, and how well baselines that do not look do."
     rows = metrics[
         (metrics.arm == arm) & (metrics.subgroup == subgroup) & metrics.value.notna()
     ].set_index(['model', 'metric'])
@@ -612,7 +604,7 @@ def profile_figure(
     value: str = 'pixel_auroc',  # 'pixel_auroc' or 'share'
     fewest: int = 0,  # patients below which a model is left out
 ):  # Figure with `.alt`, or None where there is nothing
-    """Which layer and head looks at the finding, or at the film at all?
+    """Draw which layer and head looks at the finding, or at the image at all.
 
     Each cell is the mean over films of one layer and head.
     """

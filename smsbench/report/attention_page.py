@@ -37,7 +37,7 @@ def localises(
     subgroup: str = 'all',  # 'all', 'method=…', 'finding=…'
     measure: str = 'mass',  # mass, pointing, iou, pixel_auroc, or one of them with _chosen
 ) -> str:  # 'yes', 'no', 'middle', 'random' or ''
-    """Does a model's map lie on the finding?
+    """Decide whether a model's map lies on the finding.
 
     'no': not above evenly spread attention. 'middle': above that, but not above the middle of the
     film. 'random': above both, but not above the same model with random weights. '': not measured,
@@ -74,7 +74,7 @@ def localises(
 def region_note(
     results,  # `AttendResults`
 ) -> str:
-    "Why marked regions are not summarised; '' where they are."
+    "Say why marked regions are not summarised; '' where they are."
     looks, least = results.looks, results.config['minimum']
     marked = looks[
         looks.region.notna() & (looks.arm == first_arm(results.plan)) & (looks.variant == 'plain')
@@ -202,7 +202,7 @@ def _where(method, told, inside, even, middle, random, above):
 def attention_opening(
     results,  # `AttendResults`
 ) -> Html:
-    "What was compared in one line, then a card per model."
+    "Render what was compared in one line, then a card per model."
     about, plan, arm = results.config['cohort'], results.plan, first_arm(results.plan)
 
     def many(n, what):
@@ -239,7 +239,7 @@ def attention_opening(
 
 
 def _card(results, model, arm):
-    "The card of one model: its accuracy, what its maps show, and the arms that never arrived."
+    "Render the card of one model: accuracy, what its maps show, and arms that never arrived."
     m = results.metrics
     acc = m[
         (m.model == model)
@@ -283,7 +283,7 @@ def attention_table(
     subgroups=('all',),  # which; empty: all
     caption: str = '',  # what it shows
 ) -> Html:
-    "Metrics with intervals, models in columns; p-values below differences."
+    "Render the metrics with intervals, models in columns; p-values below differences."
     t = complete_metrics(metrics[metrics.metric.isin(wanted)])
     for column, keep in (('model', models), ('arm', arms), ('subgroup', subgroups)):
         if keep:
@@ -362,7 +362,7 @@ def localisation_section(
     results,  # `AttendResults`
     metrics: pd.DataFrame,  # its metrics table, what is void noted
 ) -> Html:
-    "Figures per method, then each measure beside what looks at nothing; or why there is none."
+    "Render figures per method, then each measure beside its baselines; or why there is none."
     arm, parts = first_arm(results.plan), []
     if note := region_note(results):
         return markup('<p class="absent">{}</p>', note)
@@ -413,7 +413,7 @@ def strategy_table(
     metrics: pd.DataFrame,  # metrics table
     model: str,  # which model
 ) -> Html:
-    "How far map and answer move with the words, strategy by strategy."
+    "Tabulate how far map and answer move with the words, strategy by strategy."
     metrics = complete_metrics(metrics)
     t = metrics[
         (metrics.model == model)
@@ -441,7 +441,7 @@ def reworded_section(
     results,  # `AttendResults`
     metrics: pd.DataFrame,  # its metrics table, what is void noted
 ) -> Html:  # nothing where nothing was reworded
-    "What other words do to the answers, and to the maps."
+    "Render what other words do to the answers, and to the maps."
     if not metrics.subgroup.str.startswith('wording').any():
         return Html()
     return join(
@@ -460,7 +460,7 @@ def map_section(
     results,  # `AttendResults`
     most: int = 4,  # films at most
 ) -> Html:
-    "Films with the maps of every model, or why there are none."
+    "Render films with the maps of every model, or say why there are none."
     if not results.open:
         return markup(
             '<p class="absent">The data are credentialed: no picture of a patient is shown.</p>'
@@ -484,7 +484,7 @@ def map_section(
 def attend_command(
     results,  # `AttendResults`
 ) -> str:
-    "The shell line that makes the numbers again."
+    "Write the shell line that makes the numbers again."
     c = results.config
 
     def flag(name, v):
@@ -531,7 +531,7 @@ def attend_command(
 def attention_provenance(
     results,  # `AttendResults`
 ) -> Html:
-    "Hashes, settings, models, and the command."
+    "Return hashes, settings, models, and the command."
 
     def say(v):
         return (
@@ -575,7 +575,7 @@ def attention_provenance(
 
 
 def _facts(results):
-    "Hashes, data, settings and versions of a run, by name."
+    "Return hashes, data, settings and versions of a run, by name."
     c, env, about = results.config, results.environment, results.config['cohort']
     return {
         'config hash': results.config_hash,
@@ -613,7 +613,7 @@ def likeness_details(
     results,  # `AttendResults`
     metrics: pd.DataFrame,  # its metrics table, what is void noted
 ) -> Html:
-    "Sharpness, place and likeness in numbers, folded away."
+    "Render sharpness, place and likeness in numbers, folded away."
     return details(
         'Numbers: sharpness and place of the maps, likeness of the models',
         attention_table(

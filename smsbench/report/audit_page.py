@@ -12,9 +12,7 @@ __all__ = ['HEAD_PLANE', 'NO_PLANE', 'CONTRASTS', 'model_names', 'column', 'chip
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #526f1455
 from collections import Counter
-
 import numpy as np, pandas as pd
-
 from ..core import InputError
 from smsbench.report.examples import (
     choose_examples,
@@ -58,14 +56,14 @@ from ..privacy import SMALL, beside_hidden, format_count
 def model_names(
     results,  # `Results` of a run
 ) -> list[str]:
-    "Models in the order of the figures."
+    "Return models in the order of the figures."
     return sorted(results.verdicts)
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #a14c9028
 def column(
     model,  # model name
 ) -> str:
-    "A model's column in a table whose other columns have names too."
+    "Name a model's column in a table whose other columns have names too."
     return (
         f'model {model}'
         if model in ('arm', 'compared with', 'must be', 'contrast', 'what', '_')
@@ -92,7 +90,7 @@ def chip(
     *,
     short: bool = False,  # in a table, where there is little room?
 ) -> Html:
-    "A verdict as a label; colour only repeats what the word says."
+    "Render a verdict as a label; colour only repeats what the word says."
     kind = word or ('undecided' if state in ('not asked', 'too few', 'incomplete') else 'void')
     said = (_SHORT if short else _LONG).get(word, word) or _LACKS[state]
     sign = _SIGNS.get(word, '✕' if kind == 'void' else DASH)
@@ -101,14 +99,14 @@ def chip(
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #73623670
 def _chip(v, modality='', short=False):
-    "The label of one verdict."
+    "Render the label of one verdict."
     return chip(v['verdict'] if v['state'] == 'ok' else None, modality, v['state'], short=short)
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #821c47d4
 def caveat_html(
     caveat: dict,  # kind, text, command
 ) -> Html:
-    "One caveat, with the command that checks it."
+    "Render one caveat, with the command that checks it."
     if not caveat['command']:
         return markup('<div class="warning">{}</div>', caveat['text'])
     return markup(
@@ -122,7 +120,7 @@ def caveat_html(
 def commonest(
     plan: pd.DataFrame,  # the plan
 ) -> float:  # 0..1
-    "Accuracy of always giving the commonest answer to each question."
+    "Compute the accuracy of always giving the commonest answer to each question."
     base = plan[plan.arm == ('original' if (plan.arm == 'original').any() else plan.arm.iloc[0])]
     base = base.drop_duplicates('sample_id')
     counts = base.groupby('finding').label.value_counts()
@@ -133,7 +131,7 @@ def accuracy_sentence(
     results,  # `Results` of a run
     model: str,  # model name
 ) -> str:  # '' where it was not measured
-    "Accuracy with image and text untouched, beside the commonest answer."
+    "Compare the accuracy with image and text untouched with the commonest answer."
     words = plan_words(results.plan)
     rows = pick(results.metrics[results.metrics.model == model], 'accuracy', arms=['original'])
     rows = rows[rows.value.notna()]
@@ -154,7 +152,7 @@ def verdict_card(
     *,
     elsewhere=(),  # texts of caveats that are shown elsewhere, once for all models
 ) -> Html:
-    "What one model does with image and text, and what weakens that."
+    "Render what one model does with image and text, and what weakens that."
     m, words = record['models'][model], plan_words(results.plan)
     stop = instead(model, m)
     said = [
@@ -182,7 +180,7 @@ def verdict_card(
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #d119edb2
 def _shared_caveats(record):
-    "Caveats without a command that all of several models have, text by text."
+    "Return caveats without a command that all of several models have, text by text."
     texts = [
         {c['text']: c for c in m['caveats'] if c['kind'] == 'files' and not c['command']}
         for m in record['models'].values()
@@ -193,7 +191,7 @@ def _shared_caveats(record):
 
 
 def _shared_html(caveats):
-    "The caveats of all models, folded: the first words are seen, the rest is a click away."
+    "Render the caveats of all models, folded: the first words are seen, the rest is a click away."
     if not caveats:
         return Html()
     many = f'{len(caveats)} serious findings' if len(caveats) > 1 else 'a serious finding'
@@ -208,7 +206,7 @@ def opening(
     *,
     before: bool | None = False,  # the same: True, False, or None where it is not known
 ) -> Html:
-    "What was audited in one line, how to read the numbers, then the verdicts of each model."
+    "Render what was audited in one line, how to read the numbers, then the verdicts of each model."
     about, plan = results.config['cohort'], results.plan
     findings = sorted(plan.attrs['tasks'])
     version = f", version {about['version']}" if about.get('version') else ''
@@ -245,19 +243,19 @@ def estimate(
     low,  # lower end of its interval
     high,  # upper end
 ) -> str:
-    "An estimate in points with its interval."
+    "Format an estimate in points with its interval."
     if points(value) == DASH:
         return DASH
     return points(value) if span(low, high) == DASH else f'{points(value)} ({span(low, high)})'
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #5ecc6d0f
 def _withheld(n):
-    "A count of credentialed data; 0 stands for one that may not be shown."
+    "Format a count of credentialed data; 0 stands for one that may not be shown."
     return format_count(int(n), 'credentialed') if n else 'withheld'
 
 
 def _cells(v, modality, is_open):
-    "What every table of verdicts shows of one."
+    "Format what every table of verdicts shows of one."
 
     def count(n):
         if n is None:
@@ -281,7 +279,7 @@ def finding_table(
     results,  # `Results` of a run
     record: dict,  # what verdicts.json holds
 ) -> Html:  # nothing where one question is asked
-    "Verdicts per finding, raw and partially pooled estimates side by side, and their family."
+    "Tabulate verdicts per finding, with raw and partially pooled estimates, and their family."
     rows = []
     for model in model_names(results):
         m = record['models'][model]
@@ -312,7 +310,7 @@ def finding_table(
 
 
 def _once(table, *columns):
-    "The table with what repeats the row above left blank."
+    "Blank what repeats the row above."
     out = table.copy()
     for i, c in enumerate(columns):
         again = (table[list(columns[: i + 1])] == table[list(columns[: i + 1])].shift()).all(axis=1)
@@ -325,7 +323,7 @@ def verdict_figures(
     record: dict,  # what verdicts.json holds
     keep=True,  # keep the figures in the run directory
 ) -> Html:
-    "The numbers that decide, and the regions they lie in."
+    "Return the numbers that decide, and the regions they lie in."
     how = dict(run=results.path if keep else None, absent='No verdict was given.')
     drawn = [
         figure_html(verdict_figure(record), name='verdicts', **how),
@@ -338,7 +336,7 @@ def subgroup_table(
     results,  # `Results` of a run
     record: dict,  # what verdicts.json holds
 ) -> Html:
-    "Verdicts per subgroup."
+    "Tabulate verdicts per subgroup."
     held = [
         (model, group, k, part[f'relies_on_{k}'])
         for model in model_names(results)
@@ -358,7 +356,7 @@ def subgroup_table(
 
 
 def _tally(held):
-    "How many subgroups have which verdict, per model and modality."
+    "Count how many subgroups have which verdict, per model and modality."
     counts = {}
     for model, _, k, v in held:
         counts.setdefault((model, k), Counter())[_said(v)] += 1
@@ -370,7 +368,7 @@ def _tally(held):
 
 
 def _said(v):
-    "The word of a verdict, or why there is none."
+    "Return the word of a verdict, or why there is none."
     return v['verdict'] if v['state'] == 'ok' else _LACKS[v['state']]
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #960f5c7a
@@ -412,7 +410,7 @@ def firmness_table(
     results,  # `Results` of a run
     record: dict,  # what verdicts.json holds
 ) -> Html:
-    "Margins, donor draws and matching under which each verdict stands."
+    "Render margins, donor draws and matching under which each verdict stands."
     held = [
         (model, k, record['models'][model][f'relies_on_{k}'])
         for model in model_names(results)
@@ -434,24 +432,24 @@ def firmness_table(
 
 
 def _least_margin(value):
-    "The smallest margin in points, rounded up; a dash where there is none."
+    "Format the smallest margin in points, rounded up; a dash where there is none."
     return DASH if points(value) == DASH else limit(value, 0, True)
 
 
 def _stands(v):
-    "Margins over which a verdict stands."
+    "Format the margins over which a verdict stands."
     ends = points(v['stands_from']), points(v['stands_to'])
     return DASH if DASH in ends else f'{ends[0]} to {ends[1]}'
 
 
 def _draws(draws):
-    "'2 of 3 relies, 1 of 3 undecided'."
+    "Count the verdicts of the draws: '2 of 3 relies, 1 of 3 undecided'."
     told = Counter(d['verdict'] or 'no verdict' for d in draws).most_common()
     return ', '.join(f'{n} of {len(draws)} {word}' for word, n in told) or DASH
 
 
 def _matched(runs, is_open):
-    "'sex, view: relies (240 samples)'."
+    "Say what matching leaves of a verdict: 'sex, view: relies (240 samples)'."
 
     def count(n):
         return format_count(int(n), 'open' if is_open else 'credentialed')
@@ -468,7 +466,7 @@ def label_error_table(
     results,  # `Results` of a run
     record: dict,  # what verdicts.json holds
 ) -> Html:  # nothing where labels do not come from the text
-    "Both verdicts of each model over a range of label error."
+    "Render both verdicts of each model over a range of label error."
     rows = []
     for model in model_names(results):
         image, text = (record['models'][model][f'relies_on_{k}'] for k in ('image', 'text'))
@@ -491,7 +489,7 @@ def label_error_table(
 
 
 def _both_ends(name, v):
-    "Verdict and excess of one modality as two cells."
+    "Return verdict and excess of one modality as two cells."
     if v['value'] is None:
         return {name: 'ruled out by the answers', f'{name}: excess, points (95 % CI)': DASH}
     said = estimate(v['value'], v['ci_low'], v['ci_high'])
@@ -502,7 +500,7 @@ def missing_table(
     results,  # `Results` of a run
     record: dict,  # what verdicts.json holds
 ) -> Html:
-    "How many answers are missing per model and modality, and the excess read either way."
+    "Tabulate how many answers are missing per model and modality, and the excess read either way."
     held = [
         (model, k, record['models'][model][f'relies_on_{k}'])
         for model in model_names(results)
@@ -528,7 +526,7 @@ def missing_table(
 def attainable_table(
     results,  # `Results` of a run
 ) -> Html:  # nothing where the plan swaps nothing
-    "Which verdicts the donors of the plan allow at this margin, known before anything is scored."
+    "Tabulate which verdicts the donors of the plan allow at this margin, before scoring."
     able = attainable(results.plan, results.config['margin'])
     if able.empty or not able.samples.any():
         return Html()
@@ -562,7 +560,7 @@ def donor_section(
     results,  # `Results` of a run
     keep=True,  # keep the figure in the run directory
 ) -> Html:
-    "Donors per arm, finding and class: how many, how many effective, and the most used of them."
+    "Render donors per arm, finding and class: number, effective number, and the most used."
     cohort = results.cohort
     use = donor_use(results.plan, dict(zip(cohort.sample_id, cohort.patient_id)))
     if use.empty:
@@ -599,7 +597,7 @@ def donor_section(
 def delivery_table(
     results,  # `Results` of a run
 ) -> Html:
-    "Per arm: what must change, and for each model how many trials were checked and violated that."
+    "Render per arm what must change, and per model how many trials were checked and violated it."
     found = results.delivery
     models = model_names(results)
 
@@ -646,7 +644,7 @@ def written(
     kind: str = '%',  # '%' share in per cent, '' plain number
     void=False,  # did the arm never arrive?
 ) -> str:
-    "A value with its interval, where it has one."
+    "Format a value with its interval, where it has one."
     if void:
         return 'void'
     if not np.isfinite(row.value):
@@ -664,7 +662,7 @@ def metric_table(
     arms=None,  # arm names, None takes all
     caption: str = '',  # what the table shows
 ) -> Html:
-    "Metrics per model, subgroup and arm, each with its interval, and the donors behind them."
+    "Render the metrics per model, subgroup and arm, each with its interval and its donors."
     void, cells = void_arms(results.delivery), {}
     for metric, (heading, kind) in metrics.items():
         for r in pick(results.metrics, metric, subgroup, arms=arms).itertuples():
@@ -686,7 +684,7 @@ def metric_table(
 
 
 def _behind(row, is_open):
-    "Samples and donors behind a row; a table of a tool without donors has none."
+    "Say how many samples and donors are behind a row; a table of a tool without donors has none."
     few = row.state == 'suppressed' and not is_open
     donors = int(getattr(row, 'n_donors', 0))
 
@@ -700,7 +698,7 @@ def _behind(row, is_open):
 def comparison_table(
     results,  # `Results` of a run
 ) -> Html:  # nothing where one model was audited
-    "Accuracy of models against each other, paired on the samples both answered."
+    "Render the accuracy of models against each other, paired on the samples both answered."
     rows = results.metrics[
         (results.metrics.metric == 'accuracy_difference') & (results.metrics.subgroup == 'all')
     ]
@@ -733,7 +731,6 @@ _SHOWN, _SAME, _NEAR, _APART, _ANY = (
     'Where image and text disagree',
     'Any other image',
 )
-
 CONTRASTS = (  # group, what, metric, arm, kind
     (_SHOWN, 'flips when the image is swapped, report shown', 'flips', 'image_swap', '%'),
     (_SHOWN, 'flips when the image is swapped, no report', 'flips', 'image_only_swap', '%'),
@@ -781,7 +778,7 @@ def _contrasts(plan):
 def contrast_table(
     results,  # `Results` of a run
 ) -> Html:
-    "Contrasts in rows, models in columns."
+    "Render contrasts in rows, models in columns."
     void, models, rows = void_arms(results.delivery), model_names(results), []
     for group, what, metric, arm, kind in _contrasts(results.plan):
         held = pick(results.metrics, metric, arms=[arm])
@@ -804,7 +801,7 @@ def contrast_table(
 def answer_table_html(
     results,  # `Results` of a run
 ) -> Html:
-    "Parsed share, answer mass and accuracy both ways, then how answers were read, per model."
+    "Render parsed share, answer mass, accuracy both ways, and how answers were read, per model."
     columns = dict(
         parsed_share=('parsed', '%'),
         answer_mass=('answer mass', '%'),
@@ -846,6 +843,65 @@ def _quoted(results, sample_id):
     own = {'Its question': row.get('question'), f"Its own {words['text']}": row.text}
     return {k: v for k, v in own.items() if isinstance(v, str) and v.strip()}
 
+# %% ../../nbs/70_report/210_audit_page.ipynb #92dc44b0
+def _example_alt(number, example, image_word):
+    "Describe the images of an example."
+    own = f'Example {number}: own {image_word}, {example.finding} {example.label}'
+    if example.image_id == example.sample_id:
+        return f'{own}.'
+    return (
+        f'{own}, beside the {image_word} that was shown instead, {example.finding}'
+        f' {example.donor_label}.'
+    )
+
+
+def _example_picture(results, number, example, keep):
+    "Draw the images of an example, or say why they cannot be shown."
+    word = plan_words(results.plan)['image']
+    try:
+        figure = example_figure(
+            example_images(results, example, word), _example_alt(number, example, word)
+        )
+        return figure_html(figure, name=f'example_{number}', run=results.path if keep else None)
+    except InputError as e:
+        return markup('<p class="absent">The picture cannot be shown: {}</p>', e)
+
+# %% ../../nbs/70_report/210_audit_page.ipynb #c7bfd46f
+def _shortened(text, most=1500):
+    "Cut a long text and say how much is missing."
+    if len(text) <= most:
+        return text
+    return f'{text[:most]} … ({len(text) - most:,} characters more)'
+
+
+def _example_quotes(results, example):
+    "Quote the texts of an example."
+    texts = results.cohort.set_index('sample_id').text
+    quotes = _quoted(results, example.sample_id)
+    if example.text_id not in ('', example.sample_id):
+        donor = f'Shown instead ({example.finding}: {example.donor_label})'
+        quotes[donor] = texts[example.text_id]
+    return join(
+        markup('<div><strong>{}</strong><blockquote>{}</blockquote></div>', k, _shortened(v))
+        for k, v in quotes.items()
+    )
+
+
+def _example_table(results, example):
+    "Render the table of every model's answer, with the original and with the changed inputs."
+    answers = example_answers(
+        results, example.sample_id, example.arm, donors=(example.image_id, example.text_id)
+    )
+    headings = dict(
+        before='answer, original',
+        p_before='P(label), original',
+        after=f'answer, {example.arm}',
+        p_after=f'P(label), {example.arm}',
+    )
+    return html_table(
+        answers.rename(columns=headings), f'Answers about sample {example.sample_id}', digits=2
+    )
+
 # %% ../../nbs/70_report/210_audit_page.ipynb #1d1a3c59
 def example_html(
     results,  # `Results` of a run
@@ -854,34 +910,7 @@ def example_html(
     *,
     keep=True,  # keep the figure in the run directory
 ) -> Html:
-    "One example."
-    words, texts = plan_words(results.plan), results.cohort.set_index('sample_id').text
-    alt = f"Example {number}: own {words['image']}, {example.finding} {example.label}" + (
-        f", beside the {words['image']} that was shown instead, {example.finding}"
-        f" {example.donor_label}."
-        if example.image_id != example.sample_id
-        else '.'
-    )
-    try:
-        picture = figure_html(
-            example_figure(example_images(results, example, words['image']), alt),
-            name=f'example_{number}',
-            run=results.path if keep else None,
-        )
-    except InputError as e:
-        picture = markup('<p class="absent">The picture cannot be shown: {}</p>', e)
-    quotes = {
-        **_quoted(results, example.sample_id),
-        **(
-            {f"Shown instead ({example.finding}: {example.donor_label})": texts[example.text_id]}
-            if example.text_id not in ('', example.sample_id)
-            else {}
-        ),
-    }
-
-    def cut(t, most=1500):
-        return t if len(t) <= most else f'{t[:most]} … ({len(t) - most:,} characters more)'
-
+    "Show one example: its images, its texts, and what every model answered."
     head = markup(
         '<h3>{}. {}, {}: {} changes its answer from {} to {}</h3>',
         number,
@@ -891,25 +920,12 @@ def example_html(
         example.before,
         example.after,
     )
-    answers = example_answers(
-        results, example.sample_id, example.arm, donors=(example.image_id, example.text_id)
-    ).rename(
-        columns=dict(
-            before='answer, original',
-            p_before='P(label), original',
-            after=f'answer, {example.arm}',
-            p_after=f'P(label), {example.arm}',
-        )
-    )
     return markup(
         '<section class="example">{}{}<div class="quotes">{}</div>{}</section>',
         head,
-        picture,
-        join(
-            markup('<div><strong>{}</strong><blockquote>{}</blockquote></div>', k, cut(v))
-            for k, v in quotes.items()
-        ),
-        html_table(answers, f'Answers about sample {example.sample_id}', digits=2),
+        _example_picture(results, number, example, keep),
+        _example_quotes(results, example),
+        _example_table(results, example),
     )
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #7e852cbd
@@ -917,7 +933,7 @@ def example_section(
     results,  # `Results` of a run
     most: int = 6,  # examples at most
 ) -> Html:
-    "Flips with pictures, or why there are none."
+    "Show flips with images, or say why there are none."
     if not results.open:
         return markup(
             '<p class="absent">The data are credentialed: no picture and no text of a patient is'
@@ -936,7 +952,7 @@ def wording_table(
     results,  # `Results` of a run
     most: int = 3,  # questions whose wordings are listed
 ) -> Html:  # nothing where the plan has none, or where its words may not be shown
-    "How the commonest questions were reworded."
+    "Tabulate how the commonest questions were reworded."
     if 'inverted' not in results.plan or (results.plan.question == '').any():
         return Html()
     asked = results.plan[results.plan.strategy != ''].merge(
@@ -967,7 +983,7 @@ def wording_section(
     results,  # `Results` of a run
     keep=True,  # keep the figures in the run directory
 ) -> Html:  # with its heading; nothing where nothing was reworded
-    "The same question in other words."
+    "Render the section on the same question in other words."
     if 'inverted' not in results.plan:
         return Html()
     how, plan, p = dict(run=results.path if keep else None), results.plan, results.predictions
@@ -1034,7 +1050,7 @@ def _wording_numbers(results):
 
 
 def _wording_head(plan):
-    "Heading of the section, and the meaning of a changed answer."
+    "Render the heading of the section, and the meaning of a changed answer."
     negated = (
         ', some of them negated (“is it absent?”): there the right answer is the opposite, and'
         ' answers are turned back before they are compared'
@@ -1053,7 +1069,7 @@ def probe_section(
     results,  # `Results` of a run
     keep=True,  # keep the figure in the run directory
 ) -> Html:  # with its heading; nothing where the plan has no probes
-    "Altered reports, and contradictions that might be noticed."
+    "Render altered reports, and contradictions that might be noticed."
     figure = probe_figure(results.metrics, results.delivery)
     if figure is None:
         return Html()
@@ -1077,7 +1093,7 @@ def probe_section(
 
 
 def _probe_tables(results):
-    "Tables of altered reports and of contradictions noticed; empty where the plan has none."
+    "Return tables of altered reports and of contradictions noticed; empty where the plan has none."
     probes = [a.name for a in ARMS.values() if a.probe and (results.plan.arm == a.name).any()]
     flips = (
         metric_table(
@@ -1140,7 +1156,7 @@ _SECTIONS = {  # anchor -> what it is called
 def contents(
     results,  # `Results` of a run
 ) -> Html:
-    "Links to the sections that this report has."
+    "List links to the sections that this report has."
     plan = results.plan
     probed = any(a.probe and (plan.arm == a.name).any() for a in ARMS.values())
     swapped = {'original', 'image_swap'} <= set(plan.arm)

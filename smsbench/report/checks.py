@@ -46,7 +46,7 @@ def check_html(
 
 
 def _check_rows(checks):
-    "The check of each model as a row of a table."
+    "Compute the check of each model as a row of a table."
     return pd.DataFrame(
         [
             {
@@ -75,7 +75,7 @@ def _check_rows(checks):
 def spellings_html(
     checks: dict,  # model -> what `check_answers` found
 ) -> Html:
-    "The spellings that count as each choice, and the mean probability each of them got."
+    "Render the spellings that count as each choice, and the mean probability each of them got."
     rows = [
         {
             'model': m,

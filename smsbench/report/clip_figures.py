@@ -8,7 +8,6 @@ __all__ = ['curves_figure', 'reliability_panels', 'confusion_figure', 'classes_f
 
 # %% ../../nbs/70_report/120_clip_figures.ipynb #160d7251
 import numpy as np, pandas as pd
-
 from .figures import draw_dots, legend
 from .style import COLOURS, canvas, literal, looks, percent, rounded, span, styled
 
@@ -18,7 +17,7 @@ def curves_figure(
     curves: pd.DataFrame,  # from `score_curves`
     metrics: pd.DataFrame,  # from `classification_metrics`, of one model
 ):  # Figure with `.alt`, or None where no class has both values
-    "ROC and precision-recall curve per class."
+    "Draw ROC and precision-recall curve per class."
     classes = list(dict.fromkeys(curves['class']))
     if not classes:
         return None
@@ -58,7 +57,7 @@ def curves_figure(
 
 # %% ../../nbs/70_report/120_clip_figures.ipynb #fda16f21
 def _numbers(metrics):
-    "A function (metric, class) -> row or None."
+    "Return a function (metric, class) -> row or None."
     held = {(r.metric, r.subgroup): r for r in metrics.itertuples()}
     return lambda m, c: held.get((m, f'class={c}'))
 
@@ -72,7 +71,7 @@ def _said(what, row):
 
 
 def _grid(n, width=2.05, height=2.1, most=5):
-    "A figure of n square panels."
+    "Make a figure of n square panels."
     cols = min(n, most) if n <= most else min(most, int(np.ceil(n / np.ceil(n / most))))
     rows = int(np.ceil(n / cols))
     fig, axes = canvas(
@@ -88,7 +87,7 @@ def _grid(n, width=2.05, height=2.1, most=5):
 
 
 def _unit_axes(ax, title, lines):
-    "Both axes from 0 to 1; room for some small lines below the title."
+    "Set both axes from 0 to 1; room for some small lines below the title."
     ax.set(
         xlim=(-0.02, 1.02),
         ylim=(-0.02, 1.02),
@@ -122,7 +121,7 @@ def reliability_panels(
     curves: pd.DataFrame,  # from `clip.curves.reliability_curves`
     metrics: pd.DataFrame,  # from `classification_metrics`, for the calibration errors
 ):  # Figure with `.alt`, or None where no bin may be shown
-    "Reliability diagram per class."
+    "Draw a reliability diagram per class."
     classes = [
         c
         for c in dict.fromkeys(curves['class'])
@@ -167,7 +166,7 @@ def confusion_figure(
     matrix: pd.DataFrame,  # from `confusion_matrix`
     minimum: int = 0,  # counts from 1 to below this are written as '<minimum' and not coloured
 ):  # Figure with `.alt`
-    "Confusion matrix: rows are the truth."
+    "Draw the confusion matrix: rows are the truth."
     m = matrix.to_numpy()
     C = len(m)
     share = np.divide(
@@ -235,7 +234,7 @@ def classes_figure(
     shown=('auroc', 'auprc', 'f1'),  # one panel each
     by: str = 'model',  # 'model' or 'arm': what gets a colour
 ):  # Figure with `.alt`, or None where no class has any of these numbers
-    "Numbers per class with intervals, one panel per metric."
+    "Draw numbers per class with intervals, one panel per metric."
     rows = _class_rows(metrics, shown, by)
     shown = [m for m in shown if (rows.metric == m).any()]
     if not shown:
@@ -286,7 +285,7 @@ _NAMES = dict(
 
 
 def _class_rows(metrics, shown, by):
-    "Rows per class and their mean over classes; `model` is what gets a colour."
+    "Compute the rows per class and their mean over classes; `model` is what gets a colour."
     rows = metrics[
         metrics.metric.isin([*shown, *(f'macro_{m}' for m in shown)])
         & ((metrics.group == 'class') | (metrics.subgroup == 'all'))
@@ -303,7 +302,7 @@ def _class_rows(metrics, shown, by):
 def retrieval_figure(
     metrics: pd.DataFrame,  # from `retrieval_metrics`, of one model and chance
 ):  # Figure with `.alt`, or None where there is no recall
-    "Recall at k in both directions."
+    "Draw recall at k in both directions."
     rows = metrics[metrics.metric.str.startswith('recall@')]
     if rows.empty:
         return None
@@ -392,7 +391,7 @@ def embedding_figure(
     targets: pd.DataFrame,  # (N, C) 1, 0, NaN of the same films
     kind: str = 'multilabel',  # or 'multiclass'
 ):  # Figure with `.alt`
-    "Embeddings in the plane, coloured by class."
+    "Draw embeddings in the plane, coloured by class."
     y, classes = targets.to_numpy(float), list(targets)
     panels = classes if kind == 'multilabel' else ['all films']
     fig, axes = (
@@ -458,7 +457,7 @@ def few_shot_figure(
     zero_shot=None,  # metrics row (value, ci_low, ci_high) of zero-shot macro AUROC, or None
     full=None,  # metrics row of the probe on all training films, or None
 ):  # Figure with `.alt`, or None where no number of shots could be drawn
-    "Macro AUROC against labelled films per class."
+    "Draw macro AUROC against labelled films per class."
     curves = {n: c.dropna(subset='value') for n, c in curves.items() if c.value.notna().any()}
     if not curves:
         return None

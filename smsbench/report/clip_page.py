@@ -8,7 +8,6 @@ __all__ = ['ARM_WORDS', 'KEPT', 'METHOD_WORDS', 'arm_words', 'study_table', 'his
 
 # %% ../../nbs/70_report/170_clip_page.ipynb #38e8c0c3
 import numpy as np, pandas as pd
-
 from ..core import complete_metrics, content_hash
 from .saliency_figures import Panel, cam_panels
 from .style import COLOURS, canvas, looks, rounded, span, styled
@@ -36,7 +35,7 @@ _COLUMNS = dict(
 def arm_words(
     trained=None,  # `Trained`; None: nothing was trained
 ) -> dict:  # arm -> what it is called
-    "Names of the arms of a study."
+    "Name the arms of a study."
     return ARM_WORDS | (
         dict(trained='after training: kept as it came')
         if trained is not None and trained.epoch == 0
@@ -49,7 +48,7 @@ def study_table(
     digits: int = 2,  # decimal places
     words=ARM_WORDS,  # from `arm_words`
 ) -> pd.DataFrame:  # text; one row per arm and one for guessing, one column per number that exists
-    "Means over classes and numbers per film, with 95 % intervals."
+    "Render means over classes and numbers per film, with 95 % intervals."
     metrics = complete_metrics(metrics)
     rows = metrics[
         (metrics.subgroup == 'all') & metrics.arm.isin(ARM_WORDS) & metrics.metric.isin(_COLUMNS)
@@ -128,7 +127,7 @@ def explained_panels(
     per_finding: int = 2,  # films per finding
     most: int = 6,  # films at most
 ):  # Figure with `.alt`; `InputError` for credentialed data
-    "Film, marks and maps side by side."
+    "Draw image, marks and maps side by side."
     ways = found if isinstance(found, dict) else {next(iter(found.maps.values())).method: found}
     first = next(iter(ways.values()))
     held, films = first.marked.readings, first.marked.films
@@ -206,7 +205,7 @@ METHOD_WORDS = dict(
 def explained_words(
     found,  # `Explained`
 ) -> str:
-    "How many films, patients and maps a section about maps rests on, and what was left out."
+    "Say how many films, patients and maps a section about maps rests on, and what was left out."
     films, maps = found.marked.films, list(found.maps.values())
 
     def n(k):
@@ -227,7 +226,7 @@ def faithful_words(
     found,  # `Explained`
     metrics: pd.DataFrame,  # its table, as it may be shown
 ) -> str:  # '' where the numbers are withheld
-    "What deletion says about the map."
+    "Say what deletion shows about the map."
     at = metrics[metrics.subgroup == 'all'].set_index(['metric', 'arm'])
     gain, area = at.loc['deletion_gain_over_random', 'map'], at.value['deletion_area', 'map']
     if not np.isfinite(gain.value):
@@ -258,7 +257,7 @@ def faithful_words(
 def cascade_words(
     metrics: pd.DataFrame,  # from `cascade_metrics`, as it may be shown
 ) -> str:  # '' where nothing was measured or may be shown
-    "Whether maps survive a tower that knows nothing."
+    "Say whether maps change when the tower is randomised."
     rows = metrics[metrics.metric == 'spearman'] if len(metrics) else metrics
     if not len(rows) or not np.isfinite(rows.value.iloc[-1]):
         return ''

@@ -11,11 +11,11 @@ import numpy as np, pandas as pd
 from .style import COLOURS, canvas, literal, percent, styled
 from ..audit.coverage import TOLERANCE
 
-# %% ../../nbs/70_report/190_coverage_figures.ipynb #b2fc02d1
+# %% ../../nbs/70_report/190_coverage_figures.ipynb #a78fd729
 def coverage_points(
     found: dict,  # what `run_grid` returned or wrote
 ) -> pd.DataFrame:  # family, rate, low, high, studies
-    "Coverage of every judged interval."
+    "Return the coverage of every judged interval."
     kept = ('rate', 'low', 'high')
     rows = [
         dict(family=name.split(':')[0], **{k: r[k] for k in kept}, studies=r['n'])
@@ -24,11 +24,11 @@ def coverage_points(
     ]
     return pd.DataFrame(rows, columns=['family', 'rate', 'low', 'high', 'studies'])
 
-
+# %% ../../nbs/70_report/190_coverage_figures.ipynb #b2fc02d1
 def error_points(
     found: dict,  # what `run_grid` returned or wrote
 ) -> pd.DataFrame:  # family, verdict, rate, low, high, studies, undecided
-    "False verdicts of the settings at the margin."
+    "Return false verdicts of the settings at the margin."
     rows = []
     for name, s in found['settings'].items():
         for v in s['verdicts']:
@@ -59,7 +59,7 @@ def _rows(ax, names):
 
 
 def _spread(n, width=0.6):
-    "Heights of n dots that share a row."
+    "Spread the heights of n dots that share a row."
     return (np.arange(n) - (n - 1) / 2) * (width / max(n - 1, 1))
 
 # %% ../../nbs/70_report/190_coverage_figures.ipynb #0e1f090b
@@ -96,7 +96,7 @@ def _draw_errors(ax, points, limits):
 def coverage_figure(
     found: dict,  # what `run_grid` returned or wrote
 ):  # Figure with `.alt`, or None where nothing was judged
-    "Coverage of all intervals, and false verdicts at the margin."
+    "Draw the coverage of all intervals, and false verdicts at the margin."
     parts = [p for p in (coverage_points(found), error_points(found)) if len(p)]
     if not parts:
         return None
@@ -120,7 +120,7 @@ def plan_name(
     plan: dict,  # what `plan_verdict` returned
     shared=(),  # keys of the question that all plans share
 ) -> str:
-    "What distinguishes a plan."
+    "Name what distinguishes a plan."
     q = plan['question']
     parts = [f'{k} {_value(v)}' for k, v in q.items() if k not in shared]
     return ', '.join(parts) or q['verdict']
@@ -136,7 +136,7 @@ def _value(v):
 def power_figure(
     plans: list[dict],  # what `plan_verdict` returned
 ):  # Figure with `.alt`
-    "Probability of a verdict against the number of patients."
+    "Draw the probability of a verdict against the number of patients."
     questions = [p['question'] for p in plans]
 
     def same(k):

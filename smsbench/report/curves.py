@@ -7,7 +7,6 @@ __all__ = ['CURVE_ARMS', 'reliability_curves', 'reliability_figure']
 
 # %% ../../nbs/70_report/040_curves.ipynb #59b5b9c9
 import numpy as np, pandas as pd
-
 from ..calibration import reliability_curve
 from ..resampling import Bootstrap, takes_bootstrap
 from .figures import pick, void_arms
@@ -65,7 +64,7 @@ def reliability_figure(
     metrics: pd.DataFrame,  # metrics table, for the calibration errors
     delivery=None,  # what `prove_delivery` found
 ):  # Figure with `.alt`, or None where there are no curves
-    "One row of panels per model, one panel per arm; the diagonal is perfect calibration."
+    "Draw one row of panels per model, one panel per arm; the diagonal is perfect calibration."
     if curves.empty:
         return None
     models, arms, void = (

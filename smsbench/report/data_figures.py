@@ -25,7 +25,7 @@ SIGNS = dict(serious='X', warning='^', note='o', ok='s')  # severity -> marker
 def amount(
     row,  # of the audit's findings
 ) -> str:
-    "The number of a finding as a figure shows it."
+    "Format the number of a finding for a figure."
     if not np.isfinite(row.value):
         return DASH
     if row.unit == 'share':
@@ -41,7 +41,7 @@ def amount(
 def severity_figure(
     findings: pd.DataFrame,  # from `audit_files`
 ):  # Figure with `.alt`, or None without findings
-    "What was looked for and what was found, as a table."
+    "Draw what was looked for and what was found, as a table."
     if findings.empty:
         return None
     n, several = len(findings), findings.finding[findings.finding != ''].nunique() > 1
@@ -105,7 +105,7 @@ def told_rows(
 ) -> (
     pd.DataFrame
 ):  # line, finding, auroc, low, high, severity ('' for all but the strongest of a line)
-    "All AUROCs of the audit, line by line."
+    "List all AUROCs of the audit."
     parts = [
         audited.tables[k].assign(line=name)
         for k, name in (
@@ -144,7 +144,7 @@ def told_rows(
 def shortcut_figure(
     audited,  # `FileAudit`
 ):  # Figure with `.alt`, or None where nothing could be measured
-    "AUROC of each attribute alone, with intervals over patients and the line of chance."
+    "Draw AUROC of each attribute alone, with intervals over patients and the line of chance."
     rows = told_rows(audited)
     if rows.empty:
         return None
@@ -220,7 +220,7 @@ def count_rows(
     audited,  # `FileAudit`
     by: str = 'split',  # 'split', or a stratum
 ) -> pd.DataFrame:  # finding, group, label, samples (NaN where hidden)
-    "Counts that a bar can be drawn from."
+    "Select the counts that a bar can be drawn from."
     t = (
         audited.tables['labels'].rename(columns=dict(split='group'))
         if by == 'split'
@@ -235,7 +235,7 @@ _SPLITS = ('train', 'training', 'val', 'valid', 'validate', 'validation', 'dev',
 
 
 def _place(group):
-    "Splits in their order, '<18' before '18-39', what is unknown last."
+    "Order splits and age bands, '<18' before '18-39', what is unknown last."
     return (
         _SPLITS.index(group) if group in _SPLITS else 9,
         group in ('unknown', '(none)', '(rare)', 'withheld'),
@@ -250,7 +250,7 @@ def counts_figure(
     by: str = 'split',  # 'split', or a stratum
     most: int = 8,  # questions that are drawn
 ):  # Figure with `.alt`, or None where there is no such column
-    "Samples per class, in each split or level, for each question."
+    "Draw samples per class, in each split or level, for each question."
     rows = count_rows(audited, by)
     if rows.empty:
         return None
@@ -286,7 +286,7 @@ def counts_figure(
 
 
 def _counted(group, rows, labels):
-    "The samples of a group per class, as 'group 12/34'."
+    "Return the samples of a group per class, as 'group 12/34'."
     samples = rows.set_index('label').samples.reindex(labels)
     return f'{group} ' + '/'.join(rounded(v, 0) for v in samples)
 
@@ -364,7 +364,7 @@ def thumbnail(
     image: np.ndarray,  # (H,W) or (H,W,3) uint8
     side: int = 128,  # pixels of the longer side
 ) -> np.ndarray:
-    "A small copy."
+    "Make a small copy."
     from PIL import Image
 
     im = Image.fromarray(image)
@@ -380,7 +380,7 @@ def pairs_figure(
     *,
     most: int = 4,  # pairs at most
 ):  # Figure with `.alt`, or None where no image occurs twice
-    "Films that occur twice, side by side. `InputError` for credentialed data."
+    "Draw films that occur twice, side by side. `InputError` for credentialed data."
     chosen = choose_pairs(audited, cohort, most)
     root = root or cohort.attrs.get('root') or '.'
     if chosen.empty:

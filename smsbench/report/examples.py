@@ -26,7 +26,7 @@ __getattr__ = moved(
 def open_only(
     results,  # `Results` of a run
 ):
-    "`InputError` unless the data may be shown."
+    "Raise `InputError` unless the data may be shown."
     if not results.open:
         raise InputError('pictures and texts of credentialed data are not shown in a report')
 
@@ -35,7 +35,7 @@ def film(
     results,  # `Results` of a run
     sample_id: str,  # whose picture
 ) -> np.ndarray:  # (H,W) or (H,W,3) uint8
-    "A sample's picture; `InputError` where it may not be shown or cannot be read."
+    "Read the image of a sample; `InputError` where it may not be shown or cannot be read."
     open_only(results)
     ref = results.cohort.set_index('sample_id').image[sample_id]
     return read_phantom(ref) if ref.startswith('phantom:') else read_image(results.root or '.', ref)
@@ -92,7 +92,7 @@ def example_answers(
 ) -> (
     pd.DataFrame
 ):  # model, before, p_before, after, p_after, label: P is that of the sample's own label
-    "What every model said about a sample, before and after."
+    "List what every model said about a sample, before and after."
     plan = results.plan[
         (results.plan.sample_id == sample_id) & results.plan.arm.isin(['original', arm])
     ]
@@ -125,7 +125,7 @@ def example_answers(
 
 
 def _own_p(row):
-    "Probability of the sample's own label, of two choices."
+    "Return the probability of the sample's own label, of two choices."
     known = row.probs is not None and len(row.probs) == 2 and np.isfinite(row.margin)
     return 1 / (1 + np.exp(-row.margin)) if known else np.nan
 
@@ -135,7 +135,7 @@ def example_figure(
     pictures,  # list of (title, (H,W) or (H,W,3) uint8, boxes to outline)
     alt: str = '',  # description
 ):  # Figure with `.alt`
-    "Pictures side by side."
+    "Draw images side by side."
     from matplotlib.patches import Rectangle
 
     fig, axes = canvas(2.7 * len(pictures), 2.95, 1, cols=len(pictures))
@@ -162,7 +162,7 @@ def example_images(
     example,  # a row of `choose_examples`
     noun: str = 'image',  # what a picture is called
 ):  # pictures for `example_figure`
-    "Own and shown picture of an example."
+    "Read the sample's own image and the one that was shown."
     own = results.cohort.set_index('sample_id').loc[example.sample_id]
     boxes = json.loads(own.get('boxes') or '[]')
     pictures = [

@@ -37,7 +37,7 @@ def tile(
     signed: bool = False,  # colours from −top to top
     height: int = 300,  # pixels of the picture
 ):  # a PIL image
-    "One film with one map over it."
+    "Draw one image with one map over it."
     from matplotlib import colormaps
     from PIL import Image, ImageDraw
 
@@ -87,7 +87,7 @@ def _strip(tiles, gap=8):
 def shares_html(
     shares: dict,  # group -> share, 0..1
 ) -> Html:
-    "A stacked bar of shares."
+    "Render a stacked bar of shares."
     parts = [(g, float(shares.get(g) or 0), c) for g, c in GROUPS.items()]
     bar = join(
         markup(
@@ -205,7 +205,7 @@ class Explorer:
         )
 
     def _images(self, image_id, lifts, top):
-        "Film, each model's map over it (or the film alone), and the difference of two."
+        "Draw the image, each model's map over it (or the image alone), and the difference of two."
         image, (boxes, mask), (h, models) = (
             self._image(image_id),
             self._marked(image_id),
@@ -220,7 +220,7 @@ class Explorer:
         return out
 
     def _captions(self, trial, query, top, below, width, two):
-        "What stands below each picture."
+        "Write what stands below each image."
 
         def column(inner):
             return markup(
@@ -276,34 +276,19 @@ class Explorer:
         )
 
     def widget(self):
-        "The knobs over the pictures (ipywidgets)."
-        import ipywidgets as w
+        "Put the controls above the images (ipywidgets)."
+        import ipywidgets
 
-        wide = dict(
-            layout=w.Layout(width='auto', min_width='260px'), style=dict(description_width='60px')
-        )
-        names = {f'{i}. {self._finding(s)} · {s}': s for i, s in enumerate(self.samples, 1)}
-        knobs = dict(
-            sample=w.Dropdown(options=names, description='sample', **wide),
-            arm=w.Dropdown(options=self.arms, description='arm', **wide),
-            query=w.Dropdown(options=self.queries, description='query', **wide),
-            method=w.Dropdown(options=self.methods, description='method', **wide),
-            layer=w.SelectionSlider(options=self.layers, description='layer', **wide),
-            head=w.SelectionSlider(options=self.heads, description='head', **wide),
-        )
-        picture, text, clock = w.Image(format='png'), w.HTML(), w.HTML()
-        for a, name in (
-            (picture, 'smsbench-picture'),
-            (text, 'smsbench-text'),
-            (clock, 'smsbench-clock'),
-        ):
-            a.add_class(name)
+        knobs = self._knobs()
+        picture, text, clock = ipywidgets.Image(format='png'), ipywidgets.HTML(), ipywidgets.HTML()
+        picture.add_class('smsbench-picture')
+        text.add_class('smsbench-text')
+        clock.add_class('smsbench-clock')
 
         def redraw(_=None):
             try:
-                picture.value, text.value = (lambda p, h: (p, h.text))(
-                    *self.view(**{k: v.value for k, v in knobs.items()})
-                )
+                png, html = self.view(**{name: knob.value for name, knob in knobs.items()})
+                picture.value, text.value = png, html.text
             except (InputError, RunError) as e:
                 # no old picture beside a new message
                 picture.value, text.value = b'', markup('<p>{}</p>', e).text
@@ -312,20 +297,32 @@ class Explorer:
                 ' ms</span>'
             )
 
-        for k in knobs.values():
-            k.observe(redraw, names='value')
+        for knob in knobs.values():
+            knob.observe(redraw, names='value')
         redraw()
-        picture.layout = w.Layout(width='max-content', max_width='none')
-        return w.VBox(
-            [
-                w.HBox([knobs[k] for k in ('sample', 'arm')]),
-                w.HBox([knobs[k] for k in ('query', 'method')]),
-                w.HBox([knobs[k] for k in ('layer', 'head')]),
-                picture,
-                text,
-                clock,
-            ]
+        picture.layout = ipywidgets.Layout(width='max-content', max_width='none')
+        pairs = (('sample', 'arm'), ('query', 'method'), ('layer', 'head'))
+        rows = [ipywidgets.HBox([knobs[name] for name in pair]) for pair in pairs]
+        return ipywidgets.VBox([*rows, picture, text, clock])
+
+    def _knobs(self):
+        "Make the controls, by the argument of `view` that each sets."
+        import ipywidgets
+
+        wide = dict(
+            layout=ipywidgets.Layout(width='auto', min_width='260px'),
+            style=dict(description_width='60px'),
         )
+        names = {f'{i}. {self._finding(s)} · {s}': s for i, s in enumerate(self.samples, 1)}
+        lists = dict(sample=names, arm=self.arms, query=self.queries, method=self.methods)
+        scales = dict(layer=self.layers, head=self.heads)
+        knobs = {
+            name: ipywidgets.Dropdown(options=options, description=name, **wide)
+            for name, options in lists.items()
+        }
+        for name, options in scales.items():
+            knobs[name] = ipywidgets.SelectionSlider(options=options, description=name, **wide)
+        return knobs
 
     def _finding(self, sample):
         return next(t.finding for (s, _), t in self.trials.items() if s == sample)
@@ -334,7 +331,7 @@ class Explorer:
         self,
         most: int = 2,  # samples
     ) -> Html:
-        "Pictures for where widgets cannot run: the first samples, layer by layer."
+        "Render images for where widgets cannot run: the first samples, layer by layer."
         parts = []
         for s in self.samples[:most]:
             for layer in ['all', *[l for l in self.layers if isinstance(l, int)][-3:]]:
@@ -358,7 +355,7 @@ class Explorer:
         return join(parts)
 
     def _ipython_display_(self):
-        "Widgets for whoever can run them, and folded below them pictures, which a page keeps."
+        "Show widgets where they can run, and folded below them images, which a page keeps."
         from IPython.display import HTML, display
 
         try:

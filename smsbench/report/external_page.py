@@ -11,9 +11,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-
 import numpy as np, pandas as pd
-
 from ..core import InputError, Run, content_hash, environment, read_json, write_json
 from smsbench.clip.curves import (
     classification_report,
@@ -86,9 +84,7 @@ def external_validation(
     from smsbench.clip.dataset import Images, images_of, read_images
     from smsbench.clip.model import image_embeddings, load_clip
 
-    coordinates(np.eye(4), picture)  # one that is not known or not installed is refused now
-    if seen not in ('refuse', 'drop'):
-        raise InputError(f"films that were seen: {seen!r}; choose 'refuse' or 'drop'")
+    _check_choices(picture, seen)
     films = cohort if isinstance(cohort, Images) else images_of(cohort)
     films, notes = unseen(checkpoint, films, seen)
     clip, folder = load_clip(str(checkpoint), pretrained, device), Path(str(checkpoint))
@@ -102,13 +98,7 @@ def external_validation(
     run = Run(out)
     films, left, said = readable(films, run)
     notes += said
-    config = dict(
-        checkpoint=clip.info.get('weights_sha', clip.name),
-        cohort=films.attrs.get('manifest', ''),
-        films=content_hash(*films.table.film_id),
-        classes=films.classes,
-        prompts=content_hash(str(prompts)),
-        thresholds=None if thresholds is None else thresholds.values,
+    config = _identity(clip, films, prompts, thresholds) | dict(
         splits=list(splits),
         few_shots=list(few_shots),
         picture=picture,
@@ -134,12 +124,31 @@ def external_validation(
     save_external(found, run, clip, films=films)
     return found
 
+
+def _check_choices(picture, seen):
+    "Refuse a projection that is not known or not installed, and an unknown rule for `seen`."
+    coordinates(np.eye(4), picture)
+    if seen not in ('refuse', 'drop'):
+        raise InputError(f"films that were seen: {seen!r}; choose 'refuse' or 'drop'")
+
+
+def _identity(clip, films, prompts, thresholds):
+    "List what the numbers of a run depend on besides its settings."
+    return dict(
+        checkpoint=clip.info.get('weights_sha', clip.name),
+        cohort=films.attrs.get('manifest', ''),
+        films=content_hash(*films.table.film_id),
+        classes=films.classes,
+        prompts=content_hash(str(prompts)),
+        thresholds=None if thresholds is None else thresholds.values,
+    )
+
 # %% ../../nbs/70_report/130_external_page.ipynb #d0524737
 def model_name(
     checkpoint,  # folder, path or name that `load_clip` was given
     clip,  # `Clip`
 ) -> str:
-    "What tables call a model."
+    "Name a model for tables."
     folder = Path(str(checkpoint))
     return folder.resolve().parent.name if folder.name == 'best' and folder.is_dir() else clip.name
 
@@ -176,7 +185,7 @@ def unseen(
 
 
 def _seen_notes(o):
-    "What must be known about the overlap of a cohort with training."
+    "Note what must be known about the overlap of a cohort with training."
     notes = (
         [
             f'{o.count(o.seen.sum())} films that were seen in training, or whose patient was, are'
@@ -211,7 +220,7 @@ def readable(
 ) -> (
     tuple
 ):  # films that can be read; tables to be written: `excluded`, where there are others; notes
-    "Films that can be decoded; `InputError` where too many cannot."
+    "Select films that can be decoded; `InputError` where too many cannot."
     from smsbench.clip.dataset import check_readable
 
     access = access_of(films, 'the films')
@@ -319,83 +328,60 @@ def own_thresholds(
         notes,
     )
 
-# %% ../../nbs/70_report/130_external_page.ipynb #9f77d9e6
-def measure(
-    clip,  # `Clip`
-    films,  # `Images` that were not seen
-    x,  # (N, D) their image embeddings
-    *,
-    prompts,  # from `own_prompts`
-    thresholds,  # from `own_thresholds`
-    splits=(),  # splits to measure
-    few_shots=(1, 2, 4, 8, 16),  # () leaves probes out
-    picture: str = 'pca',  # or 'umap'
-    boot: Bootstrap = Bootstrap(1000),  # resampling of patients; its seed also of the draws
-    notes=(),  # so far
-) -> External:
-    "All parts of an external validation."
-    notes, table = list(notes), films.table
-    local = {'train', 'val', 'test'} <= set(table.split) and bool(few_shots)
-    at = np.flatnonzero(
-        table.split.isin(list(splits) or (['test'] if local else list(set(table.split))))
-    )
+# %% ../../nbs/70_report/130_external_page.ipynb #346394ed
+def _tested_rows(films, splits, local):
+    "Find the films to measure; `InputError` if there are none."
+    present = set(films.table.split)
+    wanted = list(splits)
+    if not wanted:
+        wanted = ['test'] if local else list(present)
+    at = np.flatnonzero(films.table.split.isin(wanted))
     if not len(at):
         raise InputError(
-            f"no film is in {', '.join(splits)}; the splits are"
-            f" {', '.join(sorted(set(table.split)))}"
+            f"no film is in {', '.join(splits)}; the splits are {', '.join(sorted(present))}"
         )
-    tested, access = films.take(at), access_of(films, 'the films')
-    scores = zero_shot(clip, tested, prompts, embeddings=x[at])
+    return at
 
-    def count(n):
-        return format_count(int(n), access)
 
-    if len(at) < len(films):
+def _notes_on_films(films, tested, thresholds, scores):
+    "Note which films were measured, and whether thresholds were chosen on some of them."
+    access, notes = access_of(films, 'the films'), []
+    if len(tested) < len(films):
+        splits = ', '.join(sorted(set(tested.table.split)))
+        some, all_films = (format_count(len(part), access) for part in (tested, films))
+        notes.append(f'measured on split {splits}: {some} of {all_films} films')
+    if thresholds is not None:
+        notes.append(thresholds.check(tested.table.patient_id, scores.attrs))
+    return [n for n in notes if n]
+
+# %% ../../nbs/70_report/130_external_page.ipynb #aec90194
+def _own_parts(clip, tested, x, scores, thresholds, boot):
+    "Measure what needs no training: zero-shot, retrieval, embedding space; and notes."
+    notes = []
+    parts = [
+        classification_metrics(
+            scores, tested.targets, tested.table.patient_id, thresholds, clip.name, boot=boot
+        )
+    ]
+    told = int((tested.table.text.str.strip() != '').sum())
+    if told >= 2:
+        parts.append(retrieve(clip, tested, embeddings=x, boot=boot))
+    else:
         notes.append(
-            f"measured on split {', '.join(sorted(set(tested.table.split)))}: {count(len(at))} of"
-            f" {count(len(films))} films"
+            'no retrieval: too few films have a report'
+            + (
+                f' ({told} of {len(tested)}; two are needed)'
+                if access_of(tested, 'the films') == 'open'
+                else ''
+            )
         )
-    if thresholds is not None and (said := thresholds.check(tested.table.patient_id, scores.attrs)):
-        notes.append(said)
-    parts, said = _own_parts(clip, tested, x[at], scores, thresholds, boot)
-    notes += said
-    shots = None
-    if local:
-        part, shots, said = _probes(clip, films, x, few_shots, boot)
-        parts += part
-        notes += said
-    elif few_shots:
-        notes.append('no probe and no few-shot curve: the cohort has no train, val and test splits')
-    if shots is not None:
-        shots = shareable_curve(shots, access)
-    metrics = shareable(pd.concat(parts, ignore_index=True), access)
-    metrics.attrs = dict(prompts=scores.attrs['prompts'], weights=scores.attrs['weights'])
-    if access == 'credentialed' and (
-        lost := [c for c in films.classes if c not in _open_classes(metrics)]
-    ):
-        notes.append(
-            f"too few patients or films with or without {', '.join(lost)}: no numbers of them, no"
-            " averages over classes and no confusion matrix"
-        )
-    return External(
-        metrics,
-        *_shown(
-            metrics,
-            scores,
-            tested,
-            thresholds,
-            shots,
-            None if access == 'credentialed' else coordinates(x[at], picture, boot.seed),
-            access,
-            boot,
-        ),
-        notes,
-        len(at),
-    )
+    held = embedded(x, tested.targets, tested.table.patient_id, kind=tested.kind)
+    parts.append(space_metrics(held, clip.name, boot.at_most(200)))
+    return parts, notes
 
-
+# %% ../../nbs/70_report/130_external_page.ipynb #68ffe63b
 def _probes(clip, films, x, few_shots, boot):
-    """Linear probe, nearest neighbours and few-shot curve on the cohort's own splits.
+    """Fit linear probe, nearest neighbours and few-shot curve on the cohort's own splits.
 
     Returns the parts of the metrics table, the curve, and notes.
     """
@@ -434,9 +420,9 @@ def _probes(clip, films, x, few_shots, boot):
         notes,
     )
 
-
+# %% ../../nbs/70_report/130_external_page.ipynb #6478e1e6
 def _open_classes(metrics):
-    "Classes whose zero-shot numbers may be shown."
+    "Return the classes whose zero-shot numbers may be shown."
     return set(
         metrics[
             (metrics.arm == 'zero_shot') & (metrics.metric == 'auroc') & metrics.value.notna()
@@ -444,8 +430,19 @@ def _open_classes(metrics):
     )
 
 
+def _note_on_hidden(classes, metrics):
+    "Note which classes have numbers that may not be shown, if there are any."
+    hidden = [c for c in classes if c not in _open_classes(metrics)]
+    if not hidden:
+        return []
+    return [
+        f"too few patients or films with or without {', '.join(hidden)}: no numbers of them, no"
+        ' averages over classes and no confusion matrix'
+    ]
+
+
 def _full_bins(reliable, minimum):
-    "Reliability curves without bins of few films on a side or few patients."
+    "Blank the bins of reliability curves with few films on a side or few patients."
     side = np.minimum(reliable.frequency, 1 - reliable.frequency) * reliable.n
     return reliable.assign(
         frequency=reliable.frequency.where(
@@ -453,9 +450,66 @@ def _full_bins(reliable, minimum):
         )
     )
 
+# %% ../../nbs/70_report/130_external_page.ipynb #52978845
+def _overall(metrics):
+    "Return numbers that are not per class, as a paper prints them."
+    rows = metrics[~(metrics.group == 'class') & (metrics.model != 'chance')]
+    text = [
+        (
+            f'{rounded(r.value, 3)} ({span(r.ci_low, r.ci_high, 3, 1)})'
+            if np.isfinite(r.ci_low)
+            else rounded(r.value, 3)
+        )
+        for r in rows.itertuples()
+    ]
+    held = dict(
+        part=rows.arm,
+        of=rows.subgroup,
+        value=text,
+        films=rows.n,
+        patients=rows.n_clusters,
+        note=rows.note,
+    )
+    return pd.DataFrame(
+        {k: list(v) for k, v in held.items()}, index=pd.Index(rows.metric, name='metric')
+    )
+
+
+def _confused(tested, scores, hide):
+    "Make tables and figure of exclusive classes; counts from 1 to below `hide` are hidden."
+    known = tested.targets.notna().all(axis=1).to_numpy()
+    truth, said = (
+        np.array(tested.classes, object)[np.nan_to_num(np.asarray(v, float)).argmax(1)][known]
+        for v in (tested.targets, scores)
+    )
+    matrix = confusion_matrix(truth, said, tested.classes)
+    if hide:
+        few = matrix.astype(object).where(lambda m: (m == 0) | (m >= hide), f'<{hide}')
+        return dict(confusion=few), confusion_figure(matrix, hide)
+    tables = dict(confusion=matrix, report=classification_report(matrix))
+    return tables, confusion_figure(matrix, hide)
+
+
+def _decided(tested, scores, thresholds, held, hide):
+    "Count decisions per class in `held`; counts from 1 to below `hide` are hidden."
+    counts = decision_counts(scores, tested.targets, thresholds).loc[
+        [c for c in tested.classes if c in held]
+    ]
+    if not hide:
+        return counts
+    return counts.astype(object).where(
+        lambda t: (
+            ~t.columns.isin(['tp', 'fp', 'fn', 'tn', 'not_asked'])
+            | (t == 0)
+            | (t >= hide)
+            | t.isna()
+        ),
+        f'<{hide}',
+    )
+
 
 def _shown(metrics, scores, tested, thresholds, shots, at, access, boot):
-    "(tables, figures) by name."
+    "Return (tables, figures) by name."
     credentialed, zero = access == 'credentialed', metrics[metrics.arm == 'zero_shot']
     hide = 10 if credentialed else 0
     held = _open_classes(metrics) if credentialed else set(tested.classes)
@@ -498,87 +552,46 @@ def _shown(metrics, scores, tested, thresholds, shots, at, access, boot):
         )
     return tables, {n: f for n, f in figures.items() if f is not None}
 
-
-def _overall(metrics):
-    "Numbers that are not per class, as a paper prints them."
-    rows = metrics[~(metrics.group == 'class') & (metrics.model != 'chance')]
-    text = [
-        (
-            f'{rounded(r.value, 3)} ({span(r.ci_low, r.ci_high, 3, 1)})'
-            if np.isfinite(r.ci_low)
-            else rounded(r.value, 3)
-        )
-        for r in rows.itertuples()
-    ]
-    held = dict(
-        part=rows.arm,
-        of=rows.subgroup,
-        value=text,
-        films=rows.n,
-        patients=rows.n_clusters,
-        note=rows.note,
-    )
-    return pd.DataFrame(
-        {k: list(v) for k, v in held.items()}, index=pd.Index(rows.metric, name='metric')
-    )
-
-
-def _own_parts(clip, tested, x, scores, thresholds, boot):
-    "Metrics parts that need no training: zero-shot, retrieval, embedding space; and notes."
-    notes = []
-    parts = [
-        classification_metrics(
-            scores, tested.targets, tested.table.patient_id, thresholds, clip.name, boot=boot
-        )
-    ]
-    told = int((tested.table.text.str.strip() != '').sum())
-    if told >= 2:
-        parts.append(retrieve(clip, tested, embeddings=x, boot=boot))
+# %% ../../nbs/70_report/130_external_page.ipynb #9f77d9e6
+def measure(
+    clip,  # `Clip`
+    films,  # `Images` that were not seen
+    x,  # (N, D) their image embeddings
+    *,
+    prompts,  # from `own_prompts`
+    thresholds,  # from `own_thresholds`
+    splits=(),  # splits to measure
+    few_shots=(1, 2, 4, 8, 16),  # () leaves probes out
+    picture: str = 'pca',  # or 'umap'
+    boot: Bootstrap = Bootstrap(1000),  # resampling of patients; its seed also of the draws
+    notes=(),  # so far
+) -> External:
+    "Measure all parts of an external validation."
+    notes, access = list(notes), access_of(films, 'the films')
+    local = {'train', 'val', 'test'} <= set(films.table.split) and bool(few_shots)
+    at = _tested_rows(films, splits, local)
+    tested = films.take(at)
+    scores = zero_shot(clip, tested, prompts, embeddings=x[at])
+    notes += _notes_on_films(films, tested, thresholds, scores)
+    parts, more = _own_parts(clip, tested, x[at], scores, thresholds, boot)
+    notes += more
+    shots = None
+    if local:
+        probes, shots, more = _probes(clip, films, x, few_shots, boot)
+        parts += probes
+        notes += more
+        shots = shareable_curve(shots, access)
+    elif few_shots:
+        notes.append('no probe and no few-shot curve: the cohort has no train, val and test splits')
+    metrics = shareable(pd.concat(parts, ignore_index=True), access)
+    metrics.attrs = dict(prompts=scores.attrs['prompts'], weights=scores.attrs['weights'])
+    plane = None
+    if access == 'credentialed':
+        notes += _note_on_hidden(films.classes, metrics)
     else:
-        notes.append(
-            'no retrieval: too few films have a report'
-            + (
-                f' ({told} of {len(tested)}; two are needed)'
-                if access_of(tested, 'the films') == 'open'
-                else ''
-            )
-        )
-    held = embedded(x, tested.targets, tested.table.patient_id, kind=tested.kind)
-    parts.append(space_metrics(held, clip.name, boot.at_most(200)))
-    return parts, notes
-
-
-def _confused(tested, scores, hide):
-    "Tables by name and the figure of exclusive classes; counts from 1 to below `hide` are hidden."
-    known = tested.targets.notna().all(axis=1).to_numpy()
-    truth, said = (
-        np.array(tested.classes, object)[np.nan_to_num(np.asarray(v, float)).argmax(1)][known]
-        for v in (tested.targets, scores)
-    )
-    matrix = confusion_matrix(truth, said, tested.classes)
-    if hide:
-        few = matrix.astype(object).where(lambda m: (m == 0) | (m >= hide), f'<{hide}')
-        return dict(confusion=few), confusion_figure(matrix, hide)
-    tables = dict(confusion=matrix, report=classification_report(matrix))
-    return tables, confusion_figure(matrix, hide)
-
-
-def _decided(tested, scores, thresholds, held, hide):
-    "Counts of decisions per class in `held`; counts from 1 to below `hide` are hidden."
-    counts = decision_counts(scores, tested.targets, thresholds).loc[
-        [c for c in tested.classes if c in held]
-    ]
-    if not hide:
-        return counts
-    return counts.astype(object).where(
-        lambda t: (
-            ~t.columns.isin(['tp', 'fp', 'fn', 'tn', 'not_asked'])
-            | (t == 0)
-            | (t >= hide)
-            | t.isna()
-        ),
-        f'<{hide}',
-    )
+        plane = coordinates(x[at], picture, boot.seed)
+    tables, figures = _shown(metrics, scores, tested, thresholds, shots, plane, access, boot)
+    return External(metrics, tables, figures, notes, len(at))
 
 # %% ../../nbs/70_report/130_external_page.ipynb #6fa84e37
 def save_external(

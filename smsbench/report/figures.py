@@ -39,7 +39,7 @@ def pick(
 def void_arms(
     delivery,  # what `prove_delivery` found, or None
 ) -> set:  # of (model, arm)
-    "The arms that never reached their model."
+    "Return the arms that never reached their model."
     return {
         (m, a)
         for m, arms in (delivery or {}).items()
@@ -79,7 +79,7 @@ def is_void(
     row,  # a metrics row; one without a metric is judged by its arm alone
     void,  # from `void_arms`
 ) -> bool:
-    "Does the number rest on an arm that never arrived?"
+    "Check whether the number rests on an arm that never arrived."
     metric, arm = getattr(row, 'metric', ''), ARMS.get(row.arm)
     rests = _RESTS.get(metric, {row.arm})
     if arm and metric in _COMPARED:
@@ -94,7 +94,7 @@ def is_void(
 def missing(
     row,  # a row without a value
 ) -> str:
-    "Why: suppressed because few samples are behind it, or not defined."
+    "Say why a number is missing: few samples are behind it, or it is not defined."
     return 'suppressed' if row.state == 'suppressed' and getattr(row, 'n', 1) else DASH
 
 # %% ../../nbs/70_report/020_figures.ipynb #92eb939f
@@ -169,7 +169,7 @@ def legend(
     styles: dict,  # `looks` of the models
     width: int = 108,  # characters that fit into a line
 ):
-    "Models above the figure."
+    "Draw the legend of models above the figure."
     from matplotlib.lines import Line2D
 
     marks = [
@@ -189,7 +189,7 @@ def listed(
     void=frozenset(),  # (model, arm) that never arrived
     show=percent,  # how a value is written
 ) -> str:
-    "Rows as a sentence: 'A: original 97 %, image_swap 2 %. B: …'."
+    "Write rows as a sentence: 'A: original 97 %, image_swap 2 %. B: …'."
 
     def say(r):
         line = r.row if 'row' in rows else r.arm
@@ -213,7 +213,7 @@ def dots_figure(
     delivery=None,  # what `prove_delivery` found
     reference=None,  # a share to mark with a line, e.g. chance
 ):  # Figure with `.alt`, or None where no row has the metric
-    "One share per arm and model, with intervals."
+    "Draw one share per arm and model, with intervals."
     rows = pick(metrics, metric, arms=arms).assign(row=lambda d: d.arm)
     if rows.empty:
         return None
@@ -239,7 +239,7 @@ def accuracy_figure(
     delivery=None,  # what `prove_delivery` found
     chance=None,  # accuracy of always giving the commonest answer
 ):  # Figure with `.alt`
-    "Accuracy per arm and model."
+    "Draw the accuracy per arm and model."
     return dots_figure(metrics, 'accuracy', 'accuracy', delivery=delivery, reference=chance)
 
 # %% ../../nbs/70_report/020_figures.ipynb #e4607602
@@ -323,7 +323,7 @@ def _flip_cell(ax, i, j, value, ends, hidden, note):
 def shapley_points(
     metrics: pd.DataFrame,  # metrics table
 ) -> pd.DataFrame:  # a row per model and subgroup
-    """Shapley values of image and text, over all samples and per finding.
+    """Return Shapley values of image and text, over all samples and per finding.
 
     Columns: model, subgroup, phi_image, image_low, image_high, phi_text, text_low, text_high.
     """
@@ -346,7 +346,7 @@ def modality_plane(
     metrics: pd.DataFrame,  # metrics table
     delivery=None,  # what `prove_delivery` found
 ):  # Figure with `.alt`, or None where the plan lacks one of the four arms
-    """Contributions of image and text to the margin, per model, with intervals.
+    """Draw the contributions of image and text to the margin, per model, with intervals.
 
     Models with a void arm among the four are left out.
     """
@@ -429,7 +429,7 @@ def subgroup_figure(
     delivery=None,  # what `prove_delivery` found
     panels=PANELS,  # (metric, arm, title) per panel
 ):  # Figure with `.alt`, or None where there are no subgroups
-    "Accuracy and negative flip rate per subgroup, with intervals."
+    "Draw accuracy and negative flip rate per subgroup, with intervals."
     rows = pd.concat(
         [
             pick(metrics, m, '', arms=[a]).assign(panel=t, row=lambda d: d.subgroup)

@@ -16,7 +16,7 @@ from .style import DASH, rounded, span
 def found_html(
     found,  # `FileAudit`, or None
 ) -> Html:
-    "Findings that matter as a list, the worst first; how many checks found nothing."
+    "Render findings that matter as a list, the worst first, and how many checks found nothing."
     if found is None:
         return markup(
             '<p class="absent">The files were not at hand when this run was made, so they were not'
@@ -46,7 +46,7 @@ def found_html(
 def checks_html(
     found,  # `FileAudit`, or None
 ) -> Html:
-    "Every check with its number, and the tables behind them."
+    "Render every check with its number, and the tables behind them."
     if found is None:
         return Html()
 

@@ -44,7 +44,7 @@ WHY = {
 
 
 def _worth(steps):
-    "How many samples one row of the table is worth at each step."
+    "Measure how many samples one row of the table is worth at each step."
     before, at, out = 0, 1, []
     for name, left in zip(steps.step, steps.left):
         if name == 'questions' and before:
@@ -55,7 +55,7 @@ def _worth(steps):
 
 
 def _hidden(removed, worth, access):
-    "What stands for the numbers of `removed` that may not be shown; '' for the others."
+    "Say what stands for the numbers of `removed` that may not be shown; '' for the others."
     small = pd.Series(
         [format_count(-(-n // k), access) != str(-(-n // k)) for n, k in zip(removed, worth)],
         index=removed.index,
@@ -98,7 +98,7 @@ def funnel_table(
 
 # %% ../../nbs/70_report/090_funnel.ipynb #abb9748a
 def _lengths(table):
-    """Samples left after each step, as far as the numbers that are shown allow.
+    """Return the samples left after each step, as far as the numbers that are shown allow.
 
     Hidden counts are taken as 0 until the next number that is shown.
     """
@@ -123,7 +123,7 @@ def _lengths(table):
 def draw_funnel(
     cohort: pd.DataFrame,  # from `build_cohort`
 ):  # Figure with `.alt`, or None where the cohort has no funnel
-    "The steps from table to cohort as bars."
+    "Draw the steps from table to cohort as bars."
     table = funnel_table(cohort)
     if table.empty:
         return None

@@ -17,7 +17,7 @@ from ..audit.grounding import STATES, SWAPS
 def void_or_baseline(
     delivery,  # what `prove_delivery` found, or None
 ) -> set:  # of (model, arm)
-    "Arms that never reached their model, or whose `original` did not."
+    "List arms that never reached their model, or whose `original` did not."
     void = void_arms(delivery)
     lost = {m for m, a in void if a == 'original'}
     return void | {(m, a) for m in lost for a in SWAPS}
@@ -44,7 +44,7 @@ def states_figure(
     delivery=None,  # what `prove_delivery` found
     subgroup: str = 'all',  # which subgroup
 ):  # Figure with `.alt`, or None where nothing was reworded
-    "Shares of the four states per model, with the control below."
+    "Draw the shares of the four states per model, with the control below."
     from matplotlib.patches import Patch
 
     rows = pd.concat([pick(metrics, f'state_{s}', subgroup).assign(answers=s) for s in STATES])
@@ -81,7 +81,7 @@ def _state_axes(ax, models, arms):
 
 
 def _state_bar(ax, part, y, height, void):
-    "One stacked bar, or why there is none."
+    "Draw one stacked bar, or say why there is none."
     first = next(part.itertuples(), None)
     if first is None:
         return
@@ -121,7 +121,7 @@ def blind_figure(
     metrics: pd.DataFrame,  # metrics table with the rows of `measure_grounding`
     delivery=None,  # what `prove_delivery` found
 ):  # Figure with `.alt`, or None where fewer than two findings were reworded
-    "Share of consistent answers that do not depend on the image, over all and per finding."
+    "Draw share of consistent answers that do not depend on the image, over all and per finding."
     rows = pick(metrics, 'state_blind', '', arms=['image_swap'])
     rows = rows[rows.subgroup.eq('all') | (rows.group == 'finding')]
     rows = rows.assign(row=rows.level.where(rows.group != '', 'all'))
@@ -148,7 +148,7 @@ def coverage_figure(
     metrics: pd.DataFrame,  # metrics table with the rows of `measure_grounding`
     delivery=None,  # what `prove_delivery` found
 ):  # Figure with `.alt`, or None where there are no curves
-    "Share of wrong and of ungrounded answers among the surest, per model."
+    "Draw the share of wrong and of ungrounded answers among the surest, per model."
     if curves.empty:
         return None
     void, kinds = void_or_baseline(delivery), [k for k in LOSS_WORDS if k in set(curves.loss)]
@@ -201,7 +201,7 @@ def recalibration_rows(
     metrics: pd.DataFrame,  # metrics table with the rows of `measure` and `measure_grounding`
     score: str,  # 'ece' or 'brier'
 ) -> pd.DataFrame:  # metrics rows with a column `row`: chance alone, as stated, then the maps
-    "A score as stated and after each map."
+    "Compute a score as stated and after each map."
     rows = [pick(metrics, score, arms=['original']).assign(row='as stated')]
     for m, word in MAP_WORDS.items():
         rows.append(pick(metrics, f'{score}[{m}]', arms=['original']).assign(row=word))
@@ -217,7 +217,7 @@ def recalibration_figure(
     metrics: pd.DataFrame,  # metrics table with the rows of `measure` and `measure_grounding`
     delivery=None,  # what `prove_delivery` found
 ):  # Figure with `.alt`, or None where no probability was recorded
-    "Calibration error and Brier score as stated and after cross-fitted recalibration."
+    "Draw the calibration error and Brier score as stated and after cross-fitted recalibration."
     rows = {k: recalibration_rows(metrics, k) for k in ('ece', 'brier')}
     if not rows['ece'].value.notna().any():
         return None

@@ -9,9 +9,7 @@ __all__ = ['HEAD_STATES', 'NOT_REWORDED', 'HEAD_CONFIDENCE', 'NO_CURVE', 'HEAD_C
 
 # %% ../../nbs/70_report/220_grounding_sections.ipynb #cb1b0b4a
 from types import SimpleNamespace
-
 import pandas as pd
-
 from .figures import pick
 from smsbench.report.grounding_figures import (
     MAP_WORDS,
@@ -40,7 +38,7 @@ from smsbench.audit.grounding import (
 def grounding_metrics(
     results,  # `Results` of a run
 ) -> pd.DataFrame:  # metrics table with the rows of `measure_grounding`
-    "The metrics of a run, with those of this section added where they are missing."
+    "Return the metrics of a run, with those of this section added where they are missing."
     if results.metrics.metric.str.startswith(('kept_share', 'ece_expected')).any():
         return results.metrics
     boot = Bootstrap.of(results.config)
@@ -55,7 +53,7 @@ def number_of(
     *,
     arm: str,  # which arm
 ):  # the row, or None where the number is missing or suppressed
-    "One number over all samples."
+    "Return one number over all samples."
     rows = pick(metrics[metrics.model == model], metric, arms=[arm])
     rows = rows[rows.value.notna()]
     return next(rows.itertuples(), None)
@@ -70,7 +68,7 @@ def state_sentences(
     model: str,  # which model
     words: dict,  # from `wording`
 ) -> list[str]:
-    "Blind and robust answers, and how many kept answers reading errors could explain."
+    "Describe blind and robust answers, and how many kept answers reading errors could explain."
     names = ('state_blind', 'state_robust', 'kept_share', 'kept_if_read')
     blind, robust, kept, read = (number_of(metrics, model, n, arm='image_swap') for n in names)
     same = number_of(metrics, model, 'state_robust', arm='image_swap_same')
@@ -99,7 +97,7 @@ def confidence_sentences(
     model: str,  # which model
     words: dict,  # from `wording`
 ) -> list[str]:
-    "Does low confidence warn of wrong, and of ungrounded, answers?"
+    "Say whether low confidence warns of wrong, and of ungrounded, answers."
     stay, out = f"stay under {with_article(words['image'])} of {words['other']}", []
     kinds = (('wrong', 'original', 'are wrong'), ('ungrounded', 'image_swap', stay))
     for kind, arm, what in kinds:
@@ -118,7 +116,7 @@ def confidence_sentences(
 
 
 def _all_or_none(overall, what):
-    "Where there is nothing to tell apart; nothing where the share itself is missing."
+    "Say where there is nothing to tell apart; nothing where the share itself is missing."
     if overall is None or 0 < overall.value < 1:
         return []
     who = 'All' if overall.value else 'None'
@@ -129,7 +127,7 @@ def calibration_sentences(
     metrics: pd.DataFrame,  # metrics table with the rows of `measure` and `measure_grounding`
     model: str,  # which model
 ) -> list[str]:
-    "Is the calibration error more than chance, and what does recalibration leave?"
+    "Say whether the calibration error is more than chance, and what recalibration leaves."
     names = ('ece', 'ece_expected', 'ece_expected_high')
     own, mean, high = (number_of(metrics, model, k, arm='original') for k in names)
     if not (own and mean and high):
@@ -152,7 +150,7 @@ def paragraphs(
     sentences,  # function model -> list of sentences
     void,  # models that have none, because an arm never arrived
 ) -> Html:
-    "One paragraph per model."
+    "Render one paragraph per model."
 
     def of(model):
         if model in void:
@@ -169,7 +167,7 @@ def example_table(
     *,
     most: int = 3,  # examples per model and state
 ) -> Html:
-    "Samples of each state by id; of credentialed data nothing is listed."
+    "List samples of each state by id; of credentialed data nothing is listed."
     if not results.open:
         return markup('<p class="absent">Samples of credentialed data are not listed.</p>')
     chosen = state_examples(states[~states.model.isin(void)].pipe(_keep_attrs, states), most)
@@ -189,7 +187,7 @@ def grounding_section(
     results,  # `Results` of a run
     keep=True,  # keep the figures in the run directory
 ) -> Html:  # with its headings; nothing where the image was not swapped
-    "Consistent or looking, confidence, and what the probabilities are worth."
+    "Render consistency and looking, confidence, and what the probabilities are worth."
     if 'image_swap' not in set(results.plan.arm) or 'original' not in set(results.plan.arm):
         return Html()
     metrics, states = grounding_metrics(results), sample_states(results.plan, results.predictions)

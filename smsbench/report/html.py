@@ -65,12 +65,12 @@ def join(
     parts,  # pieces, each escaped unless it is `Html`
     between='',  # markup between them
 ) -> Html:
-    "One piece of markup out of many."
+    "Join markup into one piece."
     return Html(between.join(markup('{}', p).text for p in parts))
 
 # %% ../../nbs/70_report/200_html.ipynb #64884267
 def _plain(v, digits):
-    "A value as a table shows it where its column has no format."
+    "Format a value for a table whose column has no format."
     if isinstance(v, float):
         return rounded(v, digits)
     if isinstance(v, int) and not isinstance(v, bool):
@@ -86,7 +86,7 @@ def html_table(
     formats=None,  # column -> function value -> text, instead of the default
     numbers=(),  # further columns to align right, e.g. numbers written as text
 ) -> Html:
-    "A table as escaped HTML."
+    "Render a table as escaped HTML."
     right = {
         c
         for c in df
@@ -120,7 +120,7 @@ def details(
     summary: str,  # what the reader clicks
     *content,  # what then opens
 ) -> Html:
-    "Content that is there but folded away; it opens by itself on paper."
+    "Fold content away; it opens by itself on paper."
     return markup('<details><summary>{}</summary>{}</details>', summary, join(content))
 
 # %% ../../nbs/70_report/200_html.ipynb #e34e6f39
@@ -133,7 +133,7 @@ def figure_html(
     caption='',  # what stands below
     absent: str = 'Not measured in this run.',  # what is said where there is no figure
 ) -> Html:
-    "A figure as <img> with its description; `InputError` where it has none."
+    "Render a figure as <img> with its description; `InputError` where it has none."
     if fig is None:
         return markup('<p class="absent">{}</p>', absent)
     # any Figure will do, also one that was made by pyplot
@@ -171,7 +171,7 @@ def declared(
     nb,  # notebook node
     name: str,  # what messages call it
 ) -> dict:  # parameter -> default
-    """Names and defaults of the `parameters` cell.
+    """List names and defaults of the `parameters` cell.
 
     `InputError` where there is no such cell, or where it holds anything but plain scalars.
     """
@@ -208,7 +208,7 @@ def checked(
     defaults: dict,  # from `declared`
     name: str = 'the notebook',  # what messages call it
 ) -> dict:  # the same with numbers as numbers
-    "Given parameters, if the notebook has them and their types fit; else `InputError`."
+    "Check given parameters: the notebook has them and their types fit; else `InputError`."
     if unknown := [k for k in given if k not in defaults]:
         raise InputError(
             f"{name} has no parameter {', '.join(map(repr, unknown))}; it has {', '.join(defaults)}"
@@ -292,7 +292,7 @@ def check_page(
 def find_notebook(
     notebook,  # path, or name of a run notebook that comes with the package
 ) -> Path:
-    "A run notebook by path or name; `InputError` lists those there are."
+    "Find a run notebook by path or name; `InputError` lists those there are."
     path, name = Path(notebook), str(notebook).removesuffix('.ipynb')
     if path.is_file():
         return path
@@ -356,7 +356,7 @@ def to_html(
     nb,  # executed notebook node
     title: str = '',  # of the page; '' takes the first heading
 ) -> str:
-    "Text and outputs of a notebook as one page, without its code."
+    "Render text and outputs of a notebook as one page, without its code."
     from importlib import resources
     from nbconvert import HTMLExporter
 
@@ -412,7 +412,7 @@ def render(
 def write_report(
     run_dir,  # run directory of an audit
 ) -> Path:  # its report.html
-    """The report of a finished run, from its tables.
+    """Write the report of a finished run, from its tables.
 
     >>> write_report("audit").name
     'report.html'

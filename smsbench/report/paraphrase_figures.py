@@ -8,7 +8,6 @@ __all__ = ['strategy_rows', 'wording_figure', 'answer_grid', 'kept_share', 'answ
 
 # %% ../../nbs/70_report/140_paraphrase_figures.ipynb #d244c989
 import numpy as np, pandas as pd
-
 from ..privacy import access_of
 from .figures import draw_dots, legend, listed, pick, void_arms
 from .style import canvas, literal, looks, percent, rounded, span, styled
@@ -26,7 +25,7 @@ def strategy_rows(
 ) -> (
     pd.DataFrame
 ):  # metrics rows with a column `row`: all rewordings, not negated, then the strategies
-    "Rows of one metric in the order in which a reader wants them."
+    "Order the rows of one metric as a reader wants them."
     rows = metrics[(metrics.metric == metric) & (metrics.arm == arm)]
     rows = rows[rows.subgroup.eq('all') | rows.group.isin(('wordings', 'strategy'))]
     named = rows.subgroup.map(
@@ -48,7 +47,7 @@ def wording_figure(
     delivery=None,  # what `prove_delivery` found
     arm: str = 'original',  # which arm
 ):  # Figure with `.alt`, or None where nothing was reworded
-    "Flips against variant 0, and what rewording does to accuracy, per strategy and model."
+    "Draw flips against variant 0, and what rewording does to accuracy, per strategy and model."
     panels = [
         ('wording_flips', 'answers that change with the wording', (-0.02, 1.02)),
         ('wording_accuracy_change', 'change in accuracy (points)', None),
@@ -92,7 +91,7 @@ def answer_grid(
     arm: str = 'original',  # which arm
     most: int = 150,  # samples at most, those with the smallest trial ids
 ) -> pd.DataFrame:  # wording x sample: what the answer stands for, '' where it was not read
-    """Answers of one model, turned back where the question was negated.
+    """List answers of one model, turned back where the question was negated.
 
     Empty where nothing was reworded.
     """
@@ -117,7 +116,7 @@ def answer_grid(
 def kept_share(
     grid: pd.DataFrame,  # from `answer_grid`
 ) -> float:  # 0 to 1; NaN where there are none
-    """Share of answers to rewordings that equal the answer to the original question.
+    """Return the share of answers to rewordings that equal the answer to the original question.
 
     Only answers that could be read count.
     """
@@ -137,7 +136,7 @@ def answer_grid_figure(
     *,
     arm: str = 'original',  # which arm
 ):  # Figure with `.alt`, or None where nothing was reworded or the data are credentialed
-    "Wordings in rows, samples in columns, one panel per model."
+    "Draw wordings in rows, samples in columns, one panel per model."
     from matplotlib.patches import Patch
 
     if access_of(plan, 'the plan') != 'open' or 'inverted' not in plan:
@@ -217,7 +216,7 @@ def margin_moves(
     *,
     minimum: int = 10,  # samples below which a wording is left out
 ) -> pd.DataFrame:  # model, variant, strategy, low, q25, median, q75, high (log-odds), n
-    """Quantiles (5, 25, 50, 75, 95 %) of the change in margin per wording.
+    """Return the quantiles (5, 25, 50, 75, 95 %) of the change in margin per wording.
 
     Empty where nothing was reworded or no probability was recorded.
     """
@@ -252,7 +251,7 @@ def margin_figure(
     moves: pd.DataFrame,  # from `margin_moves`
     arm: str = 'original',  # which arm, for the description
 ):  # Figure with `.alt`, or None where there are none
-    "Movement of the margin per wording and model."
+    "Draw the movement of the margin per wording and model."
     if moves.empty:
         return None
     place = {s: i for i, s in enumerate(STRATEGIES)}
@@ -294,7 +293,7 @@ def margin_figure(
 def probe_rows(
     metrics: pd.DataFrame,  # metrics table
 ) -> pd.DataFrame:  # metrics rows of probes with columns `panel` and `row`
-    "What the probes of a plan found, as rows of two panels."
+    "Compute what the probes of a plan found, as rows of two panels."
     flips = pick(metrics, 'flips', arms=[a.name for a in ARMS.values() if a.probe])
     flips = flips.assign(panel='answers that change', row=flips.arm)
     said = pick(metrics, 'unmatched_share', 'variant=unmatched')
@@ -319,7 +318,7 @@ def probe_figure(
     metrics: pd.DataFrame,  # metrics table
     delivery=None,  # what `prove_delivery` found
 ):  # Figure with `.alt`, or None where the plan has no probes
-    "Flips under altered reports, and how often a contradiction was noticed."
+    "Draw flips under altered reports, and how often a contradiction was noticed."
     rows, void = probe_rows(metrics), void_arms(delivery)
     if rows.empty:
         return None

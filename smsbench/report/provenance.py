@@ -8,9 +8,7 @@ __all__ = ['limited', 'funnel_rows', 'exclusion_rows', 'funnel', 'arm_table', 'l
 # %% ../../nbs/70_report/230_provenance.ipynb #7c5a05f8
 import shlex
 from pathlib import Path
-
 import pandas as pd
-
 from .style import DASH
 from .html import Html, html_table, join, markup
 from .audit_page import column, model_names
@@ -44,7 +42,7 @@ def limited(
 def funnel_rows(
     results,  # `Results` of a run
 ) -> pd.DataFrame:  # step, samples, patients: from the data set's table to the answers
-    "How many are left after each step; numbers as text, so that small ones can be hidden."
+    "List how many are left after each step; numbers as text, so that small ones can be hidden."
     cohort, plan, access = (
         results.cohort,
         results.plan,
@@ -96,7 +94,7 @@ def funnel_rows(
 def exclusion_rows(
     results,  # `Results` of a run
 ) -> pd.DataFrame:  # arm, reason, samples
-    "Samples that an arm could not show, and why."
+    "Compute the samples that an arm could not show, and why."
     table, access = (
         results.exclusions.get('plan', pd.DataFrame(columns=['arm', 'reason'])),
         access_of(results.config['cohort'], 'config.json'),
@@ -114,7 +112,7 @@ def exclusion_rows(
 def funnel(
     results,  # `Results` of a run
 ) -> Html:
-    "Both tables."
+    "Render both tables."
     left_out = exclusion_rows(results)
     return join(
         [
@@ -133,7 +131,7 @@ def funnel(
 def arm_table(
     plan,  # the plan
 ) -> Html:
-    "What each arm of a plan shows."
+    "Describe what each arm of a plan shows."
     rows = [
         {
             'arm': a.name,
@@ -149,7 +147,7 @@ def arm_table(
 
 
 def _text_words(arm):
-    "The text that an arm shows, in words."
+    "Describe the text that an arm shows."
     donated = IMAGE_OPERATIONS.get(arm.text)  # a text may come from the same donors as an image
     words = donated.words if donated else TEXT_WORDS.get(arm.text, arm.text)
     told = arm.prompt == 'text_told'
@@ -160,7 +158,7 @@ def loading_flags(
     results,  # `Results` of a run
     options=('dtype', 'revision', 'quantization'),  # which
 ) -> list[str]:
-    """Options with which the models were loaded, if the same for all of them.
+    """Return options with which the models were loaded, if the same for all of them.
 
     They change the last digits of the numbers.
     """
@@ -182,14 +180,14 @@ def loading_flags(
 
 # %% ../../nbs/70_report/230_provenance.ipynb #e3db0b30
 def _flag(name, v):
-    "An option of the command line as a list, empty where it has no value."
+    "Write an option of the command line as a list, empty where it has no value."
     return [f'--{name} {shlex.quote(str(v))}'] if v not in ('', None) else []
 
 
 def commands(
     results,  # `Results` of a run
 ) -> list[str]:
-    "Shell lines that make the numbers again, and the report."
+    "Write shell lines that make the numbers again, and the report."
     c, info, flag = results.config, results.predictions.attrs.get('models', {}), _flag
     again = (
         loading_flags(results, ('dtype', 'revision', 'quantization', 'attn_implementation'))
@@ -229,7 +227,7 @@ def commands(
 
 
 def _plan_flags(results):
-    "Options that name the data, and options that make the plan."
+    "Return options that name the data, and options that make the plan."
     c, flag = results.config, _flag
     data = (
         ['--cohort RUN/cohort.parquet']
@@ -254,7 +252,7 @@ def provenance(
     results,  # `Results` of a run
     registration: str = '',  # was the analysis registered before the first answer? a sentence
 ) -> Html:
-    "Registration, hashes, settings, models, packages and the commands."
+    "Return registration, hashes, settings, models, packages and the commands."
     told = markup('<p>{}</p>', registration) if registration else Html()
     facts = {k: _told(v) for k, v in _facts(results).items()}
     rows = [dict(what=k, value=v) for k, v in facts.items() if v != DASH]
@@ -268,7 +266,7 @@ def provenance(
 
 
 def _told(v):
-    "A setting as text."
+    "Format a setting as text."
     if v in (None, '', [], ()):
         return DASH
     if isinstance(v, (list, tuple)):
@@ -277,7 +275,7 @@ def _told(v):
 
 
 def _facts(results):
-    "What was computed, on what and with what."
+    "List what was computed, on what and with what."
     c, env, about = results.config, results.environment, results.config['cohort']
     log = Path(results.path) / 'log.txt'
     last = log.read_text(encoding='utf-8').splitlines()[-1].split(' ')[0] if log.exists() else None
@@ -310,7 +308,7 @@ def _facts(results):
 
 
 def _models(results):
-    "What is known of each model."
+    "List what is known of each model."
     keys = (
         'id',
         'revision',

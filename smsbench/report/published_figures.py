@@ -7,7 +7,6 @@ __all__ = ['ARM_TITLES', 'cells', 'published_heatmap', 'published_dots', 'side_b
 
 # %% ../../nbs/70_report/030_published_figures.ipynb #92554cd0
 import numpy as np, pandas as pd
-
 from ..core import InputError
 from .style import COLOURS, canvas, literal, rounded, styled
 from ..published.reanalysis import fault_summary
@@ -61,7 +60,7 @@ def published_heatmap(
     dataset: str = '',  # dataset; '' takes the first
     tokens: str = '',  # '' for the written answer, 'lower' or 'upper' for the first token
 ):  # Figure with `.alt`
-    "Recomputed negative flip rate per model and shifted arm; void arms crossed."
+    "Draw the recomputed negative flip rate per model and shifted arm; void arms crossed."
     t = cells(table, 'first_token_nfr' if tokens else 'nfr', tokens, dataset=dataset)
     models, arms = list(dict.fromkeys(t.model)), [a for a in ARMS if a != 'No']
     value = t.pivot(index='model', columns='arm', values='recomputed').reindex(
@@ -168,7 +167,7 @@ def published_dots(
     *,
     tokens: str = '',  # '' for the written answer, 'lower' or 'upper' for the first token
 ):  # Figure with `.alt`
-    "Published and recomputed figures per model and arm, with intervals."
+    "Draw published and recomputed figures per model and arm, with intervals."
     t = cells(table, metric, tokens, dataset=dataset)
     models, arms = list(dict.fromkeys(t.model)), [a for a in ARMS if a in set(t.arm)]
     fig, axes = canvas(
@@ -299,7 +298,7 @@ def fault_rows(
     found: list,  # faults, as `reanalyse` returns them
     table: pd.DataFrame,  # its table
 ) -> pd.DataFrame:  # fault, where, rows, example: text columns
-    "Faults by kind and dataset, as a table to read."
+    "Compute faults by kind and dataset, as a table to read."
     t = fault_summary(found)
     models = {d: set(g.model) for d, g in table.groupby('dataset')}
     where = [

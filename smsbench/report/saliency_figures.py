@@ -7,9 +7,7 @@ __all__ = ['Panel', 'cam_panels', 'baseline_figure', 'iou_figure', 'perturbation
 
 # %% ../../nbs/70_report/150_saliency_figures.ipynb #09dcd7ac
 from dataclasses import dataclass, field
-
 import numpy as np, pandas as pd
-
 from ..core import InputError
 from ..stats import Bootstrap, mean
 from ..clip.faithfulness import NUMBERS
@@ -82,9 +80,11 @@ def cam_panels(
 
 
 def _lift(m, smooth):
-    "1 where a map is as if evenly spread."
-    w = m.on_image(smooth) if hasattr(m, 'on_image') else np.asarray(m, float)
-    return w / np.nanmean(w) if np.nansum(w) > 0 else np.where(np.isnan(w), np.nan, 0.0)
+    "Scale a map so that 1 is an even spread."
+    weights = m.on_image(smooth) if hasattr(m, 'on_image') else np.asarray(m, float)
+    if np.nansum(weights) > 0:
+        return weights / np.nanmean(weights)
+    return np.where(np.isnan(weights), np.nan, 0.0)
 
 
 def _marked(ax, p, colour, values=None):
@@ -140,7 +140,7 @@ def baseline_figure(
     subgroup: str = 'all',  # or 'finding=…'
     numbers=('mass', 'pointing', 'iou_area', 'auroc'),  # which of `NUMBERS`
 ):  # Figure with `.alt`, or None where there is nothing
-    "How well maps lie on the marked regions, beside what looks at nothing."
+    "Draw how well maps lie on the marked regions, and how well baselines that do not look do."
     if odd := set(numbers) - set(NUMBERS):
         raise InputError(f"no number {min(odd)!r}; choose from {', '.join(NUMBERS)}")
     rows = metrics[
@@ -232,7 +232,7 @@ _COLOUR = dict(
 def iou_figure(
     curves,  # name (a model or method) -> table from `iou_curves`
 ):  # Figure with `.alt`, or None where there is nothing
-    "IoU of the brightest part with the region, at every threshold."
+    "Draw the IoU of the brightest part with the region, at every threshold."
     if not curves:
         return None
     fig, axes = canvas(max(3.3 * len(curves) + 0.6, 5.6), 3.4, 1, cols=len(curves), sharey=True)
@@ -286,7 +286,7 @@ def perturbation_figure(
     curves: pd.DataFrame,  # from `perturbation_curves`
     boot: Bootstrap = Bootstrap(500),  # resampling of patients
 ):  # Figure with `.alt`, or None where there is nothing
-    "Mean score as cells disappear and come back, with intervals over patients."
+    "Draw the mean score as cells disappear and come back, with intervals over patients."
     if curves.empty:
         return None
     fig, axes = canvas(8.0, 3.5, 1, cols=2, sharey=True)
@@ -330,7 +330,7 @@ def perturbation_figure(
 
 
 def _mean_scores(g, score, boot):
-    "Fractions of the cells, and the mean score at each with its interval over patients."
+    "Return fractions of the cells, and the mean score at each with its interval over patients."
     bounds = (0, 1) if score == 'probability' else (-1, 1)
     points = [
         (
@@ -347,7 +347,7 @@ def cascade_figure(
     metrics: pd.DataFrame,  # from `cascade_metrics`, of one or more models or methods
     number: str = 'spearman',  # or 'ssim'
 ):  # Figure with `.alt`, or None where there is nothing
-    "How alike maps stay while the tower forgets, from the top down."
+    "Draw how similar maps stay while layers are randomised, from the top down."
     rows = metrics[metrics.metric == number]
     if rows.value.isna().all():
         return None
@@ -401,7 +401,7 @@ def _say_missing(ax, x, g, colour):
 def agreement_figure(
     metrics: pd.DataFrame,  # from `agreement_metrics`
 ):  # Figure with `.alt`, or None where there is nothing
-    "Maps and readers against readers, per finding."
+    "Draw the agreement of maps with readers, and of readers with each other, per finding."
     rows = _agreement_rows(metrics)
     if rows.empty:
         return None
@@ -458,7 +458,7 @@ def _agreement_rows(metrics):
 
 
 def _pair_look(kind):
-    "Colour, marker and name of a kind of pair."
+    "Return the colour, marker and name of a kind of pair."
     if kind == 'all pairs':
         return '#000000', 'D', 'reader and reader'
     if kind == 'map':

@@ -10,7 +10,6 @@ __all__ = ['VERDICTS', 'example_verdict', 'example_model', 'example_record', 'ch
 
 # %% ../../nbs/70_report/050_sentences.ipynb #c66ebe7d
 from pathlib import Path
-
 from ..audit.reliance import bound_points
 from ..audit.verdicts import NO_TEXTS
 from ..core import InputError, read_json
@@ -57,7 +56,7 @@ def example_verdict(
     state: str = 'ok',  # 'ok', 'void', 'does not answer', 'not asked', 'too few', 'incomplete'
     **changes,  # keys of the record that shall hold something else
 ) -> dict:  # one verdict, as it stands in verdicts.json
-    "A made-up verdict on one modality, for examples."
+    "Return a made-up verdict on one modality, for examples."
     names = [f'{s}{e}' for s in ('moved_other', 'moved_same') for e in ('', '_low', '_high')]
     names += ['value', 'ci_low', 'ci_high']
     other, same, excess, name, level = _EXAMPLES.get(word, (*[(None,) * 3] * 3, None, None))
@@ -99,7 +98,7 @@ def example_model(
     text,  # verdict on the text
     **changes,  # keys of the record that shall hold something else
 ) -> dict:  # one model, as it stands in verdicts.json
-    "A made-up record of one model, for examples."
+    "Return a made-up record of one model, for examples."
     made = {
         f'relies_on_{m}': v if isinstance(v, dict) else example_verdict(v)
         for m, v in dict(image=image, text=text).items()
@@ -118,7 +117,7 @@ def example_record(
     models: dict,  # name -> `example_model`
     **changes,  # keys of the record that shall hold something else
 ) -> dict:  # as it stands in verdicts.json
-    "A made-up verdicts.json, for examples."
+    "Return a made-up verdicts.json, for examples."
     family = dict(
         name='run', sizes=dict(all=4, finding=8), method='Holm 1979', relies=0.025, ignores=0.05
     )
@@ -139,7 +138,7 @@ def check_record(
     record: dict,  # what verdicts.json holds
     where='verdicts.json',  # what the message calls it
 ) -> dict:  # the same
-    "The record itself where it is of today's form; else `InputError`."
+    "Return the record where it is of today's form; else raise `InputError`."
     models = [*record.get('models', {}).values()]
     parts = [
         g
@@ -159,7 +158,7 @@ def check_record(
 def verdict_record(
     path,  # run directory of an audit
 ) -> dict:  # models, family, margin, margin_reason
-    "Everything that a run says about its verdicts; `InputError` where an earlier version wrote it."
+    "Read what a run says about its verdicts; `InputError` where an earlier version wrote it."
     file = Path(path) / 'verdicts.json'
     return check_record(read_json(file), file)
 
@@ -167,7 +166,7 @@ def verdict_record(
 def wording(
     tasks: dict,  # finding -> {question, choices, noun, text_noun}
 ) -> dict:  # image, text: nouns; other, same: what is said of a donor's finding
-    "The words for image, text and a donor's class that fit all tasks."
+    "Choose the words for image, text and a donor's class that fit all tasks."
 
     def common(key, otherwise):
         nouns = {t.get(key) or otherwise for t in tasks.values()}
@@ -208,7 +207,7 @@ def points(
     share,  # a movement, -1..1; None or NaN where there is none
     digits: int = 1,  # decimal places
 ) -> str:
-    "A movement in points."
+    "Format a movement in points."
     return rounded(None if share is None else 100 * share, digits)
 
 # %% ../../nbs/70_report/050_sentences.ipynb #a7065706
@@ -217,21 +216,21 @@ def limit(
     margin: float,  # what it is compared with, 0..1
     upper: bool,  # is it an upper bound?
 ) -> str:
-    "A bound in points, rounded to the safe side, with enough digits to differ from the margin."
+    "Format a bound in points, rounded to the safe side, with digits to differ from the margin."
     return bound_points(value, margin, upper).replace('-', '−')
 
 # %% ../../nbs/70_report/050_sentences.ipynb #97800bb7
 def margin_points(
     margin: float,  # 0..1
 ) -> str:
-    "The margin in points, without idle digits."
+    "Format the margin in points, without idle digits."
     return f'{round(100 * margin, 6):g}'
 
 # %% ../../nbs/70_report/050_sentences.ipynb #4a0f5493
 def confidence(
     level: float,  # one-sided error rate, 0..1
 ) -> str:
-    "How sure a bound is: '95 % confidence'."
+    "Say how sure a bound is: '95 % confidence'."
     share = 1 - level
     return f'{percent(share, 0 if round(100 * share, 6).is_integer() else 1)} confidence'
 
@@ -240,7 +239,7 @@ def people(
     verdict: dict,  # one verdict, as verdicts.json holds it
     is_open: bool = True,  # may counts below 10 be shown?
 ) -> str:
-    "Patients and donors behind a verdict, and how many independent patients they are worth."
+    "Count patients and donors behind a verdict, and how many independent patients they are worth."
 
     def count(n):
         return format_count(int(n), 'open' if is_open else 'credentialed')
@@ -266,13 +265,13 @@ VERDICTS = {  # verdict -> what it says of a model and a modality
 def by_interval(
     v: dict,  # one verdict with state 'ok', as verdicts.json holds it
 ) -> bool:
-    "Is no single bound near to deciding, so that the interval of the excess says more?"
+    "Check whether no single bound is near to deciding: the interval of the excess says more."
     near = v['bound']['name'] == 'moved_other_high' and v['moved_other'] < v['margin']
     return v['verdict'] == 'undecided' and not near
 
 
 def _compared(v, words, noun):
-    "What changes the answer, and by how much."
+    "Say what changes the answer, and by how much."
     swap, e, wrong = f'another patient’s {noun}', v['value'], v['verdict'] == 'reversed'
     first, second = (words[k] for k in (('same', 'other') if wrong else ('other', 'same')))
     if v['bound']['name'] == 'moved_other_high' and not by_interval(v):
@@ -293,7 +292,7 @@ def decided(
     v: dict,  # one verdict with state 'ok', as verdicts.json holds it
     words: dict,  # from `wording`
 ) -> str:
-    "The number that decides, beside the margin."
+    "Compare the number that decides with the margin."
     d = f"; the margin is {margin_points(v['margin'])}"
     if by_interval(v):
         return f"; anything from {span(v['ci_low'], v['ci_high'])} fits the data{d}"
@@ -315,7 +314,7 @@ def decided(
 def needed(
     v: dict,  # an undecided verdict, as verdicts.json holds it
 ) -> str:
-    "Whether more patients would decide, and how many."
+    "Say whether more patients would decide, and how many."
     n = v['patients_needed']
     if n:
         return f'About {n:,} patients would decide it.'
@@ -330,7 +329,7 @@ def sentence(
     words: dict,  # from `wording`
     is_open: bool = True,  # may counts below 10 be shown?
 ) -> str:  # plain text, not yet escaped
-    "A verdict in a sentence, with the number that decides it and the patients behind it."
+    "Write a verdict as a sentence, with the number that decides it and the patients behind it."
     if v['state'] != 'ok':
         return no_verdict(subject, modality, v, is_open=is_open)
     word = v['verdict']
@@ -350,7 +349,7 @@ def no_verdict(
     *,
     is_open: bool = True,  # may counts below 10 be shown?
 ) -> str:
-    "Why there is no verdict on a modality, and what would bring one."
+    "Say why there is no verdict on a modality, and what would bring one."
     few = format_count(int(v['n_patients'] or 0), 'open' if is_open else 'credentialed')
     withheld = '' if is_open or v['n_patients'] else v.get('note')
     why = {
@@ -369,7 +368,7 @@ def instead(
     model: str,  # model name
     record: dict,  # the model, as verdicts.json holds it
 ) -> str:  # '' where verdicts are given
-    "What stands in place of all verdicts of a model: it does not answer, or an arm is void."
+    "Say why a model has no verdicts at all: it does not answer, or an arm is void."
     a = record['answers']
     if a['state'] == 'does not answer':
         why = '; '.join(r.rstrip('.') for r in a['reasons'])
@@ -436,7 +435,7 @@ _KINDS = dict(
 def family_note(
     family: dict,  # what verdicts.json says of the verdicts that share an error rate
 ) -> str:
-    "For which verdicts together the error rates are kept."
+    "Say for which verdicts together the error rates are kept."
     rates = (
         f"{percent(family['relies'], 1)} for a false “relies”, "
         f"{percent(family['ignores'], 1)} for a false “ignores”"

@@ -7,7 +7,6 @@ __all__ = ['RATES', 'ssa_groups', 'ssa_figure', 'ssa_order_figure', 'ssa_table']
 
 # %% ../../nbs/70_report/160_ssa_figures.ipynb #1694b2fa
 import numpy as np, pandas as pd
-
 from ..core import InputError
 from .style import COLOURS, canvas, literal, percent, rounded, span, styled
 
@@ -63,7 +62,7 @@ def ssa_figure(
     table: pd.DataFrame,  # from `ssa`, of one model
     classes=None,  # names of classes to show; None takes those that moved most
 ):  # Figure with `.alt`
-    "Sensitivity and specificity along the steps, one panel per class."
+    "Draw the sensitivity and specificity along the steps, one panel per class."
     from matplotlib.lines import Line2D
 
     groups, left = ssa_groups(table, classes)
@@ -234,7 +233,7 @@ def ssa_table(
     table: pd.DataFrame,  # from `ssa`, of one model
     classes=None,  # names of classes; None takes those that moved most
 ) -> pd.DataFrame:  # a row per input and class, as text
-    """Effect of each input on each class, in points, ready to print.
+    """Render the effect of each input on each class, in points, ready to print.
 
     Columns: added, group, known (rows where the input was not empty), then for each rate its mean
     change with interval, first and last; note names blank values and those from few rows.

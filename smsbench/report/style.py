@@ -26,7 +26,7 @@ def rounded(
     value,  # a number, NaN or None
     digits: int = 1,  # decimal places
 ) -> str:
-    "A number as it is printed: a true minus sign, no minus zero, a dash for what is missing."
+    "Round a number as it is printed: a true minus sign, no minus zero, a dash for what is missing."
     if value is None or not np.isfinite(value):
         return DASH
     text = f'{round(float(value), digits) + 0.0:.{digits}f}'
@@ -37,7 +37,7 @@ def percent(
     value,  # a share, NaN or None
     digits: int = 0,  # decimal places
 ) -> str:
-    "A share in per cent."
+    "Format a share in per cent."
     text = rounded(None if value is None else 100 * value, digits)
     return text if text == DASH else text + ' %'
 
@@ -48,7 +48,7 @@ def span(
     digits: int = 1,  # decimal places
     scale: float = 100,  # 100 prints shares as points
 ) -> str:
-    "An interval: '−0.2 to 1.1'."
+    "Format an interval: '−0.2 to 1.1'."
     ends = [rounded(None if v is None else scale * v, digits) for v in (low, high)]
     return DASH if DASH in ends else ' to '.join(ends)
 
@@ -57,7 +57,7 @@ def literal(
     text,  # anything; what comes from data
     width: int = 40,  # characters after which it is cut
 ) -> str:  # what matplotlib draws exactly as it is
-    "Text that is drawn as it stands: one line, no mathematics, not longer than `width`."
+    "Prepare text to be drawn as it stands: one line, no mathematics, not longer than `width`."
     line = ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).split())
     return (
         textwrap.shorten(line, width, placeholder='…').replace('$', r'\$')
@@ -104,7 +104,7 @@ def styled(
 # %% ../../nbs/70_report/010_style.ipynb #31ddc478
 @functools.cache
 def image_class():
-    "matplotlib's Figure with a description; made when first needed, because matplotlib is heavy."
+    "Return matplotlib's Figure with a description; made when needed, as matplotlib is heavy."
     from matplotlib.figure import Figure
 
     class Picture(Figure):
@@ -134,7 +134,7 @@ def canvas(
     cols: int = 1,
     **how,  # of `Figure.subplots`
 ):  # (figure, array of axes)
-    "An empty figure."
+    "Make an empty figure."
     fig = image_class()(figsize=(width, height), layout='constrained')
     return fig, fig.subplots(rows, cols, squeeze=False, **how)
 
@@ -142,7 +142,7 @@ def canvas(
 def looks(
     models,  # names
 ) -> dict:  # name -> dict(color, marker), the same for the same list of names
-    "How each model is drawn."
+    "Choose how each model is drawn."
     return {
         m: dict(
             color=COLOURS[i % len(COLOURS)], marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]

@@ -31,7 +31,7 @@ def class_table(
     ),  # columns, those that exist
     digits: int = 2,  # decimal places
 ) -> pd.DataFrame:  # text; index: classes, then the mean over classes
-    "Numbers with intervals as a paper prints them."
+    "Format numbers with intervals as a paper prints them."
     metrics = complete_metrics(metrics)
     rows = metrics[(metrics.group == 'class') | metrics.metric.str.startswith('macro_')]
     rows = rows.assign(
@@ -63,7 +63,7 @@ def latex_table(
     *,
     digits: int = 2,  # decimal places of numbers
 ) -> str:  # a table environment that needs booktabs
-    "A table in LaTeX, every name escaped."
+    "Write a table in LaTeX, every name escaped."
     shown = table.rename(index=str, columns=str).rename_axis(table.index.name)
 
     def number(v):

@@ -8,9 +8,7 @@ __all__ = ['deciding_row', 'verdict_rows', 'root_scale', 'draw_deciding', 'verdi
 
 # %% ../../nbs/70_report/060_verdict_figures.ipynb #ad4d90cc
 import textwrap
-
 import numpy as np, pandas as pd
-
 from ..core import InputError
 from .figures import legend
 from .style import canvas, literal, looks, rounded, span, styled
@@ -32,7 +30,7 @@ _NONE = {
 def deciding_row(
     v: dict,  # one verdict, as verdicts.json holds it
 ) -> dict:  # what (excess, moved_other, moved_same, ''), value, low, high, said (bound in words)
-    "The estimate and the bound that decides a verdict."
+    "Compute the estimate and the bound that decides a verdict."
     nothing = dict(what='', value=np.nan, low=np.nan, high=np.nan)
     if v['state'] != 'ok':
         return dict(nothing, said=_NONE[v['state']])
@@ -59,7 +57,7 @@ def deciding_row(
 def verdict_rows(
     verdicts: dict,  # model -> its verdicts
 ) -> pd.DataFrame:  # model, modality, row ('all' or finding), verdict, keys of `deciding_row`
-    "Every verdict over all and per finding, with the number that decides it."
+    "Compute every verdict over all and per finding, with the number that decides it."
     held = [
         (model, modality, row, part[f'relies_on_{modality}'])
         for model, m in verdicts.items()
@@ -81,7 +79,7 @@ def root_scale(
     *,
     low: float = 0.0,  # where the axis begins, -1..1
 ):
-    "A square-root scale of movements, marked at the margin and at round numbers."
+    "Make a square-root scale of movements, marked at the margin and at round numbers."
 
     def forward(v):
         return np.sign(v) * np.sqrt(np.abs(v))
@@ -131,7 +129,7 @@ def draw_deciding(
 def verdict_figure(
     record: dict,  # what verdicts.json holds
 ):  # Figure with `.alt`, or None where no verdict was given
-    "Per model, modality and finding: the number that decides the verdict, beside the margin."
+    "Draw per model, modality and finding: the number that decides the verdict, beside the margin."
     rows, margin = verdict_rows(record['models']), record['margin']
     asked = modalities(record)
     if rows.empty or (rows.what == '').all():
@@ -156,7 +154,7 @@ def verdict_figure(
 
 
 def _told(rows, margin):
-    "The rows as sentences."
+    "Write the rows as sentences."
     d = margin_points(margin)
     parts = [f'The number that decides each verdict, in points; the margin is {d}.']
     for (modality, model), g in rows.groupby(['modality', 'model'], sort=True):
@@ -170,7 +168,7 @@ def regions(
     same,  # movement under a donor of the same class, 0..1
     margin: float,  # 0..1
 ) -> np.ndarray:  # the verdict that would be given if both were known
-    "The verdicts of many points at once, see `smsbench.audit.reliance.region`."
+    "Find the verdicts of many points at once, see `smsbench.audit.reliance.region`."
     other, same = np.broadcast_arrays(np.asarray(other, float), np.asarray(same, float))
     excess = other - same
     rules = [excess > margin, excess < -margin, other < margin, same > margin]
@@ -237,7 +235,7 @@ def draw_regions(
 def movement_rows(
     verdicts: dict,  # model -> its verdicts
 ) -> pd.DataFrame:  # model, modality, verdict, and moved_other, moved_same with _low and _high
-    "The two movements of each model and modality that has a verdict."
+    "Compute the two movements of each model and modality that has a verdict."
     keys = [f'moved_{s}{e}' for s in ('other', 'same') for e in ('', '_low', '_high')]
     found = [
         (model, modality, m[f'relies_on_{modality}'])
@@ -254,7 +252,7 @@ def movement_rows(
 def region_figure(
     record: dict,  # what verdicts.json holds
 ):  # Figure with `.alt`, or None where no verdict was given
-    "Each model and modality in the square of its two movements, with the regions of the verdicts."
+    "Draw each model and modality in the square of its two movements, with verdict regions."
     rows, margin = movement_rows(record['models']), record['margin']
     if rows.empty:
         return None
@@ -293,7 +291,7 @@ def region_figure(
 
 
 def _placed(rows, margin):
-    "The points as sentences."
+    "Write the points as sentences."
     said = [
         f'{r.model}, {r.modality}: {r.verdict}, {points(r.moved_other)} under another finding '
         f'({span(r.moved_other_low, r.moved_other_high)}), {points(r.moved_same)} under the '
@@ -320,7 +318,7 @@ _LENT = {
 def lent(
     plan: pd.DataFrame,  # the plan
 ) -> pd.DataFrame:  # arm, finding, donor_class, sample_id, donor, draw: one row per loan
-    "Every loan of a plan: who was shown an image or a text of whom."
+    "List every use of a donor: who was shown an image or a text of whom."
     found = []
     for name, g in plan.groupby('arm', sort=False):
         arm = ARMS[name]
@@ -341,7 +339,7 @@ def donor_use(
     plan: pd.DataFrame,  # the plan
     patients=None,  # sample_id -> patient_id, also of those who only lend; None: as in the plan
 ) -> pd.DataFrame:  # arm, finding, donor_class, samples, donors, effective, most_used (0..1)
-    "How many patients lend per arm, finding and class, and how evenly."
+    "Count how many patients are donors per arm, finding and class, and how evenly they are used."
     known = dict(zip(plan.sample_id, plan.patient_id))
     if patients is not None:
         known |= dict(patients)
@@ -368,7 +366,7 @@ def donor_use(
 
 
 def _uses(loans):
-    "Counts of the loans of one arm, finding and class."
+    "Return the counts of the loans of one arm, finding and class."
     use = loans.groupby('patient').use.sum()
     return dict(
         samples=loans.sample_id.nunique(),
@@ -382,7 +380,7 @@ def _uses(loans):
 def donor_figure(
     use: pd.DataFrame,  # of `donor_use`, without rows that may not be shown
 ):  # Figure with `.alt`, or None where nobody lends
-    "Donors and effective donors per arm, finding and class."
+    "Draw donors and effective donors per arm, finding and class."
     from matplotlib.ticker import LogLocator, NullLocator
 
     if use.empty:

@@ -31,10 +31,11 @@ class Frame:
         height,  # the same
     ):
         "Cut out a part of the raster, or add a margin."
-        x0, y0 = self.box[:2]
-        fx, fy = (self.box[2] - x0) / self.width, (self.box[3] - y0) / self.height
-        box = (x0 + fx * x, y0 + fy * y, x0 + fx * (x + width), y0 + fy * (y + height))
-        return Frame(height, width, box)
+        x0, y0, x1, y1 = self.box
+        per_column, per_row = (x1 - x0) / self.width, (y1 - y0) / self.height
+        left, right = x0 + per_column * x, x0 + per_column * (x + width)
+        upper, lower = y0 + per_row * y, y0 + per_row * (y + height)
+        return Frame(height, width, (left, upper, right, lower))
 
     def centred(self, width, height):
         """Cut out the middle part, or centre the raster in a larger one.

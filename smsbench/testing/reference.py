@@ -403,35 +403,44 @@ def pack(
     """
     import torch
 
-    rows = []
-    for g in groups:
-        shared = min(
-            next((k for k, tokens in enumerate(zip(*g)) if len(set(tokens)) > 1), min(map(len, g))),
-            min(map(len, g)) - 1,
-        )
-        ends = [q[shared:] for q in g]
-        rows.append(
-            (
-                list(g[0][:shared]) + sum(map(list, ends), []),
-                [0] * shared + sum(([s] * len(e) for s, e in enumerate(ends, 1)), []),
-                [*range(shared)] + sum(([*range(shared, shared + len(e))] for e in ends), []),
-                np.cumsum([shared] + [len(e) for e in ends])[1:] - 1,
-            )
-        )
-    longest = max(len(r[0]) for r in rows)
-    ids, part, position = (
-        torch.tensor([list(r[k]) + [fill] * (longest - len(r[0])) for r in rows])
-        for k, fill in ((0, 0), (1, -1), (2, 0))
-    )
-    visible = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])) & torch.ones(
-        longest, longest, dtype=torch.bool
-    ).tril()
+    rows = [_packed_row(questions) for questions in groups]
+    longest = max(len(r['ids']) for r in rows)
+
+    def filled(key, filler):
+        return torch.tensor([r[key] + [filler] * (longest - len(r[key])) for r in rows])
+
+    part = filled('part', -1)
+    in_prefix, same_end = part[:, None] == 0, part[:, None] == part[:, :, None]
+    before = torch.ones(longest, longest, dtype=torch.bool).tril()
+    visible = (in_prefix | same_end) & before
     return dict(
-        input_ids=ids,
+        input_ids=filled('ids', 0),
         attention_mask=visible[:, None],
-        position_ids=position,
-        logits_to_keep=torch.from_numpy(np.stack([r[3] for r in rows])),
+        position_ids=filled('position', 0),
+        logits_to_keep=torch.from_numpy(np.stack([r['last'] for r in rows])),
     )
+
+
+def _common_length(questions):
+    "Length of the common prefix; at least one token is left to every question."
+    shortest = min(map(len, questions))
+    differ = (k for k, tokens in enumerate(zip(*questions)) if len(set(tokens)) > 1)
+    return min(next(differ, shortest), shortest - 1)
+
+
+def _packed_row(questions):
+    "Lists of a packed row: token ids, part (0: prefix), positions, and last place per question."
+    shared = _common_length(questions)
+    row = dict(
+        ids=list(questions[0][:shared]), part=[0] * shared, position=list(range(shared)), last=[]
+    )
+    for number, question in enumerate(questions, 1):
+        end = question[shared:]
+        row['ids'] += end
+        row['part'] += [number] * len(end)
+        row['position'] += range(shared, shared + len(end))
+        row['last'].append(len(row['ids']) - 1)
+    return row
 
 # %% ../../nbs/25_testing/60_reference.ipynb #b14fb475
 def answer_loss(

@@ -11,9 +11,7 @@ __all__ = ['PART', 'spelled_text', 'token_groups', 'query_positions', 'Rows', 'P
 import contextlib, re
 from dataclasses import dataclass, replace
 from math import ceil
-
 import numpy as np, pandas as pd
-
 from ..core import InputError, RunError
 from .image_tokens import Layout, image_keys, token_layout
 from .model import HFModel, Inputs, extended
@@ -418,12 +416,16 @@ class AttentionMap:
         v = next((v for v in self.layout.views if v.name == view or not view), None)
         if v is None:
             raise InputError(f"no view {view!r}; this map has {', '.join(self.grids)}")
-        h, w = self.layout.shape
-        r, c = (np.floor(a).astype(int) for a in v.where(np.arange(w) + 0.5, np.arange(h) + 0.5))
-        in_row, in_column = (r >= 0) & (r < v.grid[0]), (c >= 0) & (c < v.grid[1])
-        out = np.full((h, w), np.nan)
-        out[np.ix_(in_row, in_column)] = self.grids[v.name][np.ix_(r[in_row], c[in_column])]
-        return out / np.linalg.det(v.affine[:, :2])
+        height, width = self.layout.shape
+        places = v.where(np.arange(width) + 0.5, np.arange(height) + 0.5)
+        rows, columns = (np.floor(a).astype(int) for a in places)
+        in_row = (rows >= 0) & (rows < v.grid[0])
+        in_column = (columns >= 0) & (columns < v.grid[1])
+        cells = self.grids[v.name][np.ix_(rows[in_row], columns[in_column])]
+        out = np.full((height, width), np.nan)
+        out[np.ix_(in_row, in_column)] = cells
+        pixels_per_cell = np.linalg.det(v.affine[:, :2])
+        return out / pixels_per_cell
 
 # %% ../../nbs/20_vlm/130_attention.ipynb #f399a2d4
 def attention_map(

@@ -35,8 +35,11 @@ def code_elsewhere(
     raw,  # a configuration as plain data
 ) -> str:  # the first reference, e.g. 'owner/name--module.Class'; '' where all code is its own
     "Find code that an `auto_map`, at any depth, takes from another repository or folder."
-    names = _strings(raw['auto_map']) if isinstance(raw, dict) and 'auto_map' in raw else []
-    return next((n for n in [*names, *map(code_elsewhere, _children(raw))] if '--' in n), '')
+    names = []
+    if isinstance(raw, dict) and 'auto_map' in raw:
+        names += _strings(raw['auto_map'])
+    names += [code_elsewhere(child) for child in _children(raw)]
+    return next((n for n in names if '--' in n), '')
 
 
 def _children(value):

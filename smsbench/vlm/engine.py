@@ -470,8 +470,10 @@ def _read(logits, rows):
     """
     import torch
 
-    several, most = logits.shape[1] > 1, max(len(r.asks) for r in rows)
-    asked = torch.tensor([r.asks + [0] * (most - len(r.asks)) for r in rows], device=logits.device)
-    index = asked[:, :, None] if several else asked[:, None, :]
+    most = max(len(r.asks) for r in rows)
+    filled = [r.asks + [0] * (most - len(r.asks)) for r in rows]
+    asked = torch.tensor(filled, device=logits.device)
+    several_positions = logits.shape[1] > 1
+    index = asked[:, :, None] if several_positions else asked[:, None, :]
     logprobs = logits.float().log_softmax(-1).gather(2, index).reshape(len(rows), most)
-    return [lp[: len(r.asks)] for lp, r in zip(logprobs.cpu().tolist(), rows)]
+    return [values[: len(r.asks)] for values, r in zip(logprobs.cpu().tolist(), rows)]

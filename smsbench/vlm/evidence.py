@@ -7,9 +7,7 @@ __all__ = ['STRENGTH', 'asked_finding', 'text_evidence', 'shown_report', 'templa
 
 # %% ../../nbs/20_vlm/050_evidence.ipynb #2d8037dc
 import functools, re
-
 import numpy as np
-
 from ..core import InputError, moved
 from ..data.phantom import FINDINGS, TERMS, read_report
 
@@ -90,9 +88,11 @@ _LUNG = _zone(0.3, 0.6, -0.5, 0.1)
 
 def _mean(a, k):
     "Average over k x k windows."
-    p = k // 2
-    b = np.pad(a, ((p + 1, p), (p + 1, p)), 'edge').cumsum(0, dtype=float).cumsum(1)
-    return (b[k:, k:] - b[:-k, k:] - b[k:, :-k] + b[:-k, :-k]) * (1 / (k * k))
+    margin = (k // 2 + 1, k // 2)
+    sums = np.pad(a, (margin, margin), 'edge').cumsum(0, dtype=float).cumsum(1)
+    lower, upper = sums[k:], sums[:-k]
+    windows = lower[:, k:] - upper[:, k:] - lower[:, :-k] + upper[:, :-k]
+    return windows * (1 / (k * k))
 
 
 def _around(a, shifts):
