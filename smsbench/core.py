@@ -181,6 +181,7 @@ SCHEMAS = {  # table -> column -> (type, extra rule)
         ci_high=(_FLOAT, ''),
         n=('int', ''),
         note=(_TEXT, ''),
+        state=(_TEXT, 'filled'),  # 'figure', 'void', 'absent' or 'undefined'
     ),
 }
 

@@ -384,12 +384,21 @@ def read_table(
 def _from_old_version(df, kind):
     "A table of an older version with today's columns."
     if kind == 'published':
-        return df.rename(columns={'corrected': 'recomputed'})
+        return _published_state(df.rename(columns={'corrected': 'recomputed'}))
     if kind != 'metrics' or not {'model', 'note'} <= set(df.columns) or 'second' in df:
         return df
     pair = df.model.str.split(' − | × ', n=1, expand=True, regex=True).reindex(columns=[0, 1])
     void = df.note.str.startswith('void').map({True: 'void', False: None})
     return df.assign(first=pair[0], second=pair[1].fillna(''), state=void)
+
+
+def _published_state(df):
+    "Add the state of each figure to a table of a version that told it only in a note."
+    if 'state' in df or not {'recomputed', 'note'} <= set(df.columns):
+        return df
+    notes = df.note.fillna('')
+    known = [df.recomputed.notna(), notes.str.startswith('void'), notes == 'arm not in the file']
+    return df.assign(state=np.select(known, ['figure', 'void', 'absent'], 'undefined'))
 
 
 def _read_file(path):

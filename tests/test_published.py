@@ -14,7 +14,7 @@ from smsbench.report.published_figures import published_dots, published_heatmap,
 from smsbench.published.faults import void_arms
 from smsbench.published.reanalysis import as_published, findings, reanalyse
 from smsbench.published.files import ARMS, read_results
-from smsbench.privacy import read_table
+from smsbench.privacy import read_table, write_table
 
 DATA = Path(os.environ.get('SMSBENCH_DATA', '')) / 'published_sms'
 pytestmark = pytest.mark.skipif(
@@ -141,12 +141,20 @@ def test_fault_records(run):
     )
 
 
+def test_a_table_of_an_earlier_version_gets_its_states_from_the_notes(run, tmp_path):
+    table = read_table(run[2] / 'published.parquet', 'published')
+    write_table(table.drop(columns='state'), tmp_path / 'old.parquet')
+    old = read_table(tmp_path / 'old.parquet', 'published')
+    assert old.state.tolist() == table.state.tolist() and 'void' in set(old.state)
+
+
 def test_table_meets_its_schema(run):
     table = read_table(run[2] / 'published.parquet', 'published')
-    assert (
-        list(table.columns)
-        == 'model dataset arm metric tokens as_published recomputed ci_low ci_high n note'.split()
-    )
+    assert list(
+        table.columns
+    ) == 'model dataset arm metric tokens as_published recomputed ci_low ci_high n note'.split() + [
+        'state'
+    ]
     assert (
         set(table.dataset) == {'medeval', 'medeval_unmatched'}
         and set(table.arm) == set(ARMS)

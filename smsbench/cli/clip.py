@@ -228,20 +228,12 @@ def _value(text):
 # %% ../../nbs/80_cli/60_clip.ipynb #1a2c473e
 def settings_text():
     "List every training setting with its default and meaning, one per line."
-    import ast, inspect, io, tokenize
-    from smsbench.clip import config as settings
+    from smsbench.clip.config import TrainSettings
 
-    source = inspect.getsource(settings.TrainSettings)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    notes = {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
     lines = []
-    for field in ast.parse(source).body[0].body:
-        if isinstance(field, ast.AnnAssign):  # a setting may take several lines
-            default = ast.get_source_segment(source, field.value)
-            default = ast.unparse(field.value) if '\n' in default else default
-            rows = range(field.lineno, field.end_lineno + 1)
-            about = ' '.join(notes[i] for i in rows if i in notes)
-            lines.append(f'{field.target.id:14} {default:22} {about}')
+    for name, field in TrainSettings.__pydantic_fields__.items():
+        default = repr(field.default).replace('e-0', 'e-')
+        lines.append(f'{name:14} {default:22} {field.description}')
     return '\n'.join(lines)
 
 # %% ../../nbs/80_cli/60_clip.ipynb #e344b102

@@ -10,9 +10,7 @@ __all__ = ['SHAPES', 'metric_name', 'published_shapes', 'published_ece', 'softma
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-
 import numpy as np, pandas as pd
-
 from ..calibration import ece
 from ..core import Run, environment, read_json, write_json
 from ..resampling import Bootstrap, Statistic, takes_bootstrap, together
@@ -286,7 +284,8 @@ def recomputed(
 ) -> pd.DataFrame:  # a row per arm, metric and tokens; missing arms included
     """Recompute the published figures of a file.
 
-    Columns: arm, metric, tokens, as_published, recomputed, ci_low, ci_high, n, note.
+    Columns: arm, metric, tokens, as_published, recomputed, ci_low, ci_high, n, note, state
+    ('figure', 'void', 'absent': the arm is not in the file, or 'undefined').
     """
     sheet, where = Sheet(by_arm(rows)), (rows.model.iloc[0], rows.dataset.iloc[0])
     void = {k[2]: v for k, v in void_arms(found).items() if k[:2] == where}
@@ -318,13 +317,18 @@ def recomputed(
             keys, why, table.quiet, table.recomputed, table.n, table.n_published
         )
     ]
+    in_void = [a in void or (m.endswith('nfr') and 'No' in void) for a, m, _ in keys]
+    table['state'] = [
+        _state(sheet, a, value, is_void)
+        for a, value, is_void in zip(table.arm, table.recomputed, in_void)
+    ]
     table[['model', 'dataset']] = where
     return table[[*_FIGURE]]
 
 
 _FIGURE = (
     *('model', 'dataset', 'arm', 'metric', 'tokens', 'as_published'),
-    *('recomputed', 'ci_low', 'ci_high', 'n', 'note'),
+    *('recomputed', 'ci_low', 'ci_high', 'n', 'note', 'state'),
 )
 
 
@@ -346,6 +350,15 @@ def _answers(sheet, arm, tokens, pairs):
     if pairs:
         read = read & sheet.read(tokens, 'No')
     return int(read.sum())
+
+
+def _state(sheet, arm, value, is_void):
+    "Name the state of a figure."
+    if not np.isnan(value):
+        return 'figure'
+    if is_void:
+        return 'void'
+    return 'undefined' if arm in sheet.rows else 'absent'
 
 
 def _absent(sheet, arm):
@@ -448,8 +461,7 @@ def findings(
     shifted = table[
         (table.metric == 'nfr')
         & table.arm.isin({a for a in ARMS if a != 'No'})
-        & ~table.note.str.startswith('void')
-        & (table.note != 'arm not in the file')
+        & ~table.state.isin(['void', 'absent'])
     ]
     applied = 'No shifted arm applied the change it is named after.'
     if len(shifted):

@@ -418,20 +418,15 @@ def strategy_table(
     t = metrics[
         (metrics.model == model)
         & metrics.metric.isin(_MOVED)
-        & metrics.subgroup.str.fullmatch('wording(, strategy=.*)?')
+        & ((metrics.subgroup == 'wording') | (metrics.group == 'wording, strategy'))
     ]
     lines = {}
     for r in t.itertuples():
-        lines.setdefault(r.subgroup.removeprefix('wording, strategy='), {})[_MOVED[r.metric][0]] = (
-            _cell(r, _MOVED[r.metric][1])
-        )
+        heading, unit = _MOVED[r.metric]
+        rewording = r.level or 'all rewordings'
+        lines.setdefault(rewording, dict(rewording=rewording))[heading] = _cell(r, unit)
     return html_table(
-        pd.DataFrame(
-            [
-                {'rewording': 'all rewordings' if s == 'wording' else s, **v}
-                for s, v in lines.items()
-            ]
-        ),
+        pd.DataFrame(list(lines.values())),
         f'{model}: the raw map beside that of the original question',
         numbers=[h for h, _ in _MOVED.values()],
     )
@@ -442,7 +437,7 @@ def reworded_section(
     metrics: pd.DataFrame,  # its metrics table, what is void noted
 ) -> Html:  # nothing where nothing was reworded
     "Render what other words do to the answers, and to the maps."
-    if not metrics.subgroup.str.startswith('wording').any():
+    if not (metrics.subgroup == 'wording').any():
         return Html()
     return join(
         [

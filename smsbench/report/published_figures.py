@@ -29,7 +29,7 @@ def cells(
     tokens: str = '',  # '', 'lower' or 'upper'
     *,
     dataset: str = '',  # dataset; '' takes the first of the table
-) -> pd.DataFrame:  # rows of that metric, with the columns `state` and `basis`
+) -> pd.DataFrame:  # rows of that metric, with the column `basis`
     """Select the rows that a figure draws; `InputError` when there are none.
 
     `state` is 'figure', 'void', 'absent' or 'undefined'; `basis` names the number of answers
@@ -41,12 +41,6 @@ def cells(
     ].copy()
     if t.empty:
         raise InputError(f'no {metric} {tokens} of dataset {dataset!r} in this table')
-    is_figure, is_void = t.recomputed.notna(), t.note.str.startswith('void')
-    t['state'] = np.select(
-        [is_figure, is_void, t.note == 'arm not in the file'],
-        ['figure', 'void', 'absent'],
-        'undefined',
-    )
     most = table[table.dataset == dataset].groupby('model').n.max()
     t['basis'] = [
         f'on {n:,} of {most[m]:,}' if 0 < n < most[m] else '' for n, m in zip(t.n, t.model)

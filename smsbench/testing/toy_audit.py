@@ -16,6 +16,7 @@ from ..vlm.model import Answer
 
 # %% ../../nbs/35_audit/080_toy_audit.ipynb #70dfad07
 def small_cohort(folder, n=12):
+    "Make a cohort of `n` images in `folder`: bright with an effusion, dark without one."
     rows = []
     for i in range(n):
         yes = i % 2 == 0
