@@ -81,11 +81,12 @@ def _asked_in(
     "The context of a trial that a reader of answers needs."
     task = source.task(trial) if source else tasks[trial.finding]
     own = '' if source else getattr(trial, 'question', '')
+    grouped = source and source.question(trial) != source.tasks[trial.finding].question
     if own:
         task = replace(task, question=own)
     return dict(
         choices=variant_choices(task, trial.variant),
-        finding=trial.finding,
+        finding='' if grouped else trial.finding,
         question=task.question,
         prompt=render(task, 'none', variant=trial.variant),
         inverted=bool(getattr(trial, 'inverted', False)),
