@@ -479,6 +479,7 @@ def published(
     Example:  smsbench published results/ --dataset medeval --out reports/published
     """
     from smsbench.report.html import render
+    from smsbench.published.power import read_power
     from smsbench.published.reanalysis import findings, reanalyse
 
     table, faults = reanalyse(results, dataset, out, n_boot=n_boot, seed=seed)
@@ -488,7 +489,7 @@ def published(
             out,
             dict(out=str(out), results=str(results), dataset=dataset, n_boot=n_boot, seed=seed),
         ),
-        findings(table, faults),
+        [*findings(table, faults), read_power(out)[0]],
     )
     say(
         dict(report=str(page), rows=len(table), found=found, faults=faults),
