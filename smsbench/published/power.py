@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 
 from ..core import read_json
 from .faults import delivery_faults, unproven_faults, void_arms
-from .files import ARMS, LOGITS, by_arm
+from .files import LOGITS, by_arm
 
 # %% ../../nbs/40_published/25_power.ipynb #0dc82132
 KINDS = ('unshifted', 'other sample', 'one row', 'other arm')
