@@ -22,6 +22,7 @@ from smsbench.cli import (
     explain as explain_verbs,
     models as model_verbs,
     planning as planning_verbs,
+    results as result_verbs,
 )
 from smsbench.cli.app import (
     ArmsOption,
@@ -48,7 +49,10 @@ from .data import ParaphrasesOption, ProbesOption, parse_probes, parse_rewording
 
 # %% ../../nbs/80_cli/80_commands.ipynb #8ea74eba
 # modules whose import registers their commands
-VERBS = (data_verbs, planning_verbs, model_verbs, attend_verbs, clip_verbs, explain_verbs)
+VERBS = (
+    *(data_verbs, planning_verbs, model_verbs, attend_verbs, clip_verbs, explain_verbs),
+    result_verbs,
+)
 
 # %% ../../nbs/80_cli/80_commands.ipynb #cb6b5b1a
 def verdict_lines(
@@ -520,7 +524,8 @@ def run(
         typer.Argument(
             help=(
                 'Run notebook: a path, or one that comes with the package: sms_audit,'
-                ' sms_published, cohort_audit, attention_compare, clip_benchmark, ssa_orbital.'
+                ' sms_published, results_import, cohort_audit, attention_compare, clip_benchmark,'
+                ' ssa_orbital.'
             )
         ),
     ],
