@@ -76,9 +76,10 @@ def import_results(
         cohort_file, plan_file = run_dir / 'cohort.parquet', run_dir / 'plan.parquet'
     if plan_file is not None and cohort_file is None:
         raise InputError('--plan needs --cohort, the cohort it was made from')
-    run, _, table = import_table(results, out, card)
-    if cohort_file is not None:
-        _join(run, table, card, (cohort_file, plan_file), str(root or ''), allow_credentialed)
+    source, cohort = _source(cohort_file, str(root or ''))
+    run, _, table = import_table(results, out, card, source=source)
+    if source is not None:
+        _join(run, table, card, cohort, source, plan_file, allow_credentialed)
     given = dict(out=str(Path(out).resolve()), report_only=True)
     page, told = render('results_import', out, given, images=0), read_json(run / 'table.json')
     lines = [told['warning'], *told['said'], *told.get('joined', []), str(page)]
@@ -98,16 +99,27 @@ def _card(card_file, questions, access):
     return card.model_copy(update=given)
 
 
-def _join(run, table, card, files, root, allowed):
+def _source(cohort_file, root):
+    "The `Source` of the cohort, and its table; None without one."
+    from smsbench.audit.runner import Source
+    from smsbench.privacy import read_table
+
+    if cohort_file is None:
+        return None, None
+    cohort = read_table(cohort_file, 'cohort')
+    return Source(cohort, root), cohort
+
+
+def _join(run, table, card, cohort, source, plan_file, allowed):
     "Join the answers to a cohort and its plan, and write what is missing."
     from smsbench.privacy import access_of, read_table
     from smsbench.results.imports import join_cohort
 
-    cohort = read_table(files[0], 'cohort')
-    plan = read_table(files[1], 'plan') if files[1] is not None else None
+    plan = read_table(plan_file, 'plan') if plan_file is not None else None
     name = cohort.attrs.get('manifest', '')
     may = access_of(cohort, 'the cohort') == 'open' or allowed == name
-    said = join_cohort(run, table, cohort, arms=card.arms, plan=plan, root=root, export=may)
+    how = dict(arms=card.arms, plan=plan, export=may)
+    said = join_cohort(run, table, cohort, source=source, **how)
     if not may:
         print(
             f'{name} is credentialed: add --allow-credentialed {name} to write the texts and'

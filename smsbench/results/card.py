@@ -158,12 +158,19 @@ def gather(
     table = _with_scores(table, cells, card)
     if card.questions:
         table = _with_questions(table, cells, path.parent / card.questions)
-    table = table.fillna('').astype({f: object for f in FIELDS if f != 'failed'})
+    table = table.astype(object).fillna('').astype(dict(failed=bool))
+    texts = [f for f in FIELDS if f != 'failed']
+    table[texts] = table[texts].map(_whole)
     if not (table.model != '').all():
         table['model'] = table.model.where(table.model != '', card.name or path.stem)
     about = dict(file=path.name, layout=layout, rows=len(cells), broken=len(broken))
     about |= dict(columns={f: c for f, c in named.items()}, access=card.access)
     return table.reset_index(drop=True), about
+
+
+def _whole(cell):
+    "Text that can be written: without half surrogate pairs."
+    return str(cell).encode('utf-8', 'replace').decode()
 
 
 def _with_scores(table, cells, card):

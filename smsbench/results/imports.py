@@ -22,6 +22,7 @@ from smsbench.results.joining import (
     join_trials,
     missing_trials,
     slug,
+    with_cohort,
     write_answers,
 )
 from .measures import measure_table, reading_counts, say_table
@@ -32,6 +33,7 @@ def import_table(
     out,  # run directory
     card: ResultsCard | None = None,  # which column holds what
     *,
+    source=None,  # `Source` of a cohort, which may know patients and labels
     minimum: int = 10,  # samples below which a number is suppressed
 ) -> tuple[Run, dict, pd.DataFrame]:  # run directory, what the page says, the readings
     """Read a result table, measure what it can say, and write that into a run directory.
@@ -43,6 +45,7 @@ def import_table(
     card = card or ResultsCard()
     rows, about = gather(path, card)
     _check_groups(rows)
+    rows = rows if source is None else with_cohort(rows, source)
     table, left = read_answers(rows)
     metrics, warning = measure_table(
         table, baseline=card.baseline, access=card.access, minimum=minimum
@@ -68,7 +71,7 @@ def import_table(
     )
     write_json(told, run / 'table.json')
     for line in [warning] * bool(warning) + told['said']:
-        run.log(line)
+        run.log(line, echo=False)
     return run, told, table
 
 
@@ -103,13 +106,13 @@ def join_cohort(
     table: pd.DataFrame,  # readings, from `import_table`
     cohort: pd.DataFrame,  # cohort table
     *,
+    source=None,  # its `Source`; None makes one
     arms: dict,  # condition -> arm, as the card says
     plan: pd.DataFrame | None = None,  # the plan; None makes one of the arms that verdicts need
-    root: str = '',  # folder of the images; '' takes the cohort's own
     export: bool = True,  # write the trials that are missing, with their images
 ) -> list[str]:  # what was joined and what is missing
     "Join answers to the trials of a plan, and write the trials that are missing for a verdict."
-    source = Source(cohort, root)
+    source = source or Source(cohort)
     if plan is not None and plan.attrs.get('cohort_hash') != cohort_hash(cohort):
         raise InputError('this plan was made from another cohort')
     if plan is None:
@@ -126,7 +129,7 @@ def join_cohort(
     told = read_json(run / 'table.json') | dict(joined=said)
     write_json(told, run / 'table.json')
     for line in said:
-        run.log(line)
+        run.log(line, echo=False)
     return said
 
 # %% ../../nbs/37_results/50_import.ipynb #66f407ee

@@ -258,5 +258,5 @@ def recognise(
         return None, ''
     name, f = hits[0]
     out = f(cells, Path(path)).reindex(columns=[*COLUMNS, 'failed'])
-    out['failed'] = out.failed.fillna(False).astype(bool)
-    return out.fillna('').astype({c: object for c in COLUMNS}), name
+    out['failed'] = out.failed.eq(True)
+    return out.astype(object).fillna('').astype(dict(failed=bool)), name

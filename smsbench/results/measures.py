@@ -95,7 +95,7 @@ def negated_pairs(
         key=[' '.join(sorted(w.keys)) for w in what], negative=[w.negative for w in what]
     )
     keyed = keyed[(keyed.key != '') & (keyed.image != '')]
-    keyed = keyed[[set(c) == {'yes', 'no'} for c in keyed.choices]]
+    keyed = keyed[keyed.choices.map(lambda c: set(c) == {'yes', 'no'}).astype(bool)]
     columns = ['image', 'key', 'said', 'who']
     plain, negated = (keyed.loc[keyed.negative == n, columns] for n in (False, True))
     on = ['image', 'key']
