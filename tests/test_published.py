@@ -267,6 +267,30 @@ def test_without_logits_nothing_is_certified(tmp_path):
     assert codes['Image', 'identical_answers']['rows'] == 2000
 
 
+def test_what_could_not_be_used_is_said_at_once(tmp_path):
+    from smsbench.published.files import example_results, example_table
+
+    folder = example_results(tmp_path / 'in', n=40)
+    (folder / 'broken').mkdir()
+    (folder / 'broken' / 'example_base_shifted.csv').write_bytes(bytes(range(256)))
+    table = example_table('clean', 40)
+    odd = pd.concat([table, table.head(3), table.tail(2).assign(shift='Sideways')])
+    (folder / 'odd').mkdir()
+    odd.to_csv(folder / 'odd' / 'example_base_shifted.csv', index=False)
+    told = findings(*reanalyse(folder, '', tmp_path / 'out', n_boot=100))
+    assert [s.split(' (such as')[0] for s in told[1:4]] == [
+        'Files that could not be read: 1',
+        'Rows of an unknown arm: 2, left out',
+        'Rows that repeat a sample: 3, in arms: 1',
+    ]
+
+
+def test_the_page_says_how_answers_were_read(run):
+    counts = read_json(run[2] / 'reading.json')
+    assert counts['llava_med_llava_v1, medeval']['unread'] >= 1687
+    assert sum(c['from_text'] for c in counts.values()) == len(read_results(DATA / 'results'))
+
+
 def test_a_spreadsheet_changes_nothing(tmp_path, run):
     "Semicolons, decimal commas and another case of the header give the published figures."
     table = pd.read_csv(DATA / 'results' / 'janus_pro_7b' / 'medeval_base_shifted.csv')

@@ -84,7 +84,8 @@ def import_results(
     page, told = render('results_import', out, given, images=0), read_json(run / 'table.json')
     lines = [told['warning'], *told['said'], *told.get('joined', []), str(page)]
     text = '\n'.join(line for line in lines if line)
-    say(told | dict(report=str(page)), as_json, text)
+    shown = told if told['access'] == 'open' else {k: v for k, v in told.items() if k != 'reading'}
+    say(shown | dict(report=str(page)), as_json, text)
 
 
 def _card(card_file, questions, access):

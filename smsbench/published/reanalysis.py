@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
+from ..answers.reader import text_counts
 from ..calibration import ece
 from ..core import Run, environment, read_json, write_json
 from ..resampling import Statistic, together
@@ -618,9 +619,17 @@ def reanalyse(
         dataset=dataset, n_boot=n_boot, seed=seed, arms=ARMS, config_hash=name, files=inputs
     )
     write_json(found, run / 'faults.json')
+    write_json(_reading(rows), run / 'reading.json')
     power = detection_power(rows, seed=seed)
     write_json(power.to_dict('records'), run / 'power.json')
     write_table(table, done, 'published')  # last: its presence marks a complete run
     for s in [*findings(table, found), power_sentence(power)]:
         run.log(s, echo)
     return table, found
+
+
+def _reading(rows):
+    "Count per file how its answers were read; all of them are words."
+    words = rows.rename(columns=dict(prediction='raw_text'))
+    files = words.groupby(['model', 'dataset'], sort=False)
+    return {f'{model}, {dataset}': text_counts(g) for (model, dataset), g in files}

@@ -43,36 +43,41 @@ def import_table(
     'm: righ'
     """
     card = card or ResultsCard()
+    access = 'credentialed' if source is not None and source.sealed else card.access
     rows, about = gather(path, card)
     _check_groups(rows)
     rows = rows if source is None else with_cohort(rows, source)
     table, left = read_answers(rows)
-    metrics, warning = measure_table(
-        table, baseline=card.baseline, access=card.access, minimum=minimum
-    )
+    measured = measure_table(table, baseline=card.baseline, access=access, minimum=minimum)
     run = Run(out)
     digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
     run.freeze(dict(kind='results_table', file=digest, minimum=minimum, card=card.model_dump()))
-    write_table(metrics, run / 'metrics.parquet', 'metrics')
-    left = left.assign(n=[format_count(int(n), card.access) for n in left.n])
+    write_table(measured[0], run / 'metrics.parquet', 'metrics')
+    left = left.assign(n=[format_count(int(n), access) for n in left.n])
     left.to_csv(run / 'left_out.csv', index=False)
-    told = dict(
-        about,
+    told = (
+        about | dict(access=access, left=left.to_dict('records')) | _told(table, *measured, access)
+    )
+    write_json(told, run / 'table.json')
+    for line in [told['warning']] * bool(told['warning']) + told['said']:
+        run.log(line, echo=False)
+    return run, told, table
+
+
+def _told(table, metrics, warning, access):
+    "What the page says of a table."
+    patients = int(table.patient[table.patient != ''].nunique())
+    return dict(
         used=len(table),
         items=int(table['item'].nunique()),
-        patients=format_count(int(table.patient[table.patient != ''].nunique()), card.access),
+        patients=format_count(patients, access),
         models=sorted(set(table.model)),
         conditions=sorted(set(table.condition)),
         baseline=metrics.attrs['baseline'],
         warning=warning,
         said=_unknown(table) + say_table(metrics),
         reading=reading_counts(table),
-        left=left.to_dict('records'),
     )
-    write_json(told, run / 'table.json')
-    for line in [warning] * bool(warning) + told['said']:
-        run.log(line, echo=False)
-    return run, told, table
 
 
 MOST_GROUPS = 30  # models or conditions; more are no groups but another column

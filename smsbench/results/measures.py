@@ -11,7 +11,7 @@ from itertools import combinations
 
 import numpy as np, pandas as pd
 
-from ..answers.reader import unread_by_side
+from ..answers.reader import text_counts
 from ..answers.statements import asked
 from ..audit.metrics import Term, metrics_table, term_rows
 
@@ -229,7 +229,10 @@ def say_table(
             out.append(f'{name}: negating a question turns {_share(r, "negation_consistency")}.')
         if 'flips' in r.index:
             against = metrics.attrs.get('baseline') or 'the baseline'
-            out.append(f'{name}: {_share(r, "flips")} of the answers changed against {against}.')
+            same = 'nothing here shows that the condition reached the model'
+            none = f'; {same}' if r.value['flips'] == 0 else ''
+            changed = f'{_share(r, "flips")} of the answers changed against {against}'
+            out.append(f'{name}: {changed}{none}.')
     for r in whole[whole.metric == 'agreement'].itertuples():
         under = f' under {r.arm}' if r.arm else ''
         pair = f'{r.first} and {r.second} agree{under}'
@@ -257,14 +260,13 @@ def reading_counts(
         text = rows[~rows.scored].assign(raw_text=lambda d: d.answer)
         sides = {}
         for choices, part in text[text.said == ''].groupby('choices'):
-            counted = unread_by_side(part.assign(answer=''), choices)
-            for side, n in zip(counted.side, counted.unread):
-                sides[side] = sides.get(side, 0) + int(n)
+            for side, n in text_counts(part.assign(answer=''), choices)['unread_by_side'].items():
+                sides[side] = sides.get(side, 0) + n
         both = rows[rows.scored & (rows.by_text != '') & (rows.said != '')]
         out[model] = dict(
             from_text=len(text),
             unread=int((text.said == '').sum()),
-            unread_by_side={s: n for s, n in sides.items() if n},
+            unread_by_side=sides,
             both=len(both),
             disagree=int((both.said != both.by_text).sum()),
         )
