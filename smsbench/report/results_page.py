@@ -41,6 +41,7 @@ TABLES = {  # heading -> metric -> heading of the column
     'Answers': dict(
         accuracy='accuracy, of those read',
         accuracy_unparsed_wrong='accuracy, unread as wrong',
+        auroc='AUROC of the scores',
         commonest_label_share='commonest label',
         sensitivity='sensitivity',
         specificity='specificity',

@@ -293,6 +293,23 @@ def read_answers(
     known = zip(table.label, table.choices, table.options)
     table['truth'] = [_label(*k) if k[1] else '' for k in known]
     table['item'] = [_item(*r) for r in zip(table.image, table.question, table.index)]
+    reason = _left_out(table)
+    counts = reason[reason != ''].value_counts()
+    out = table[reason == ''].reset_index(drop=True)
+    if not len(out):
+        raise InputError(f'no row can be used: {counts.to_dict()}')
+    _check_echo(out)
+    rows = [_read(r) for r in out.itertuples(index=False)]
+    if not any(r['said'] for r in rows):
+        raise InputError(
+            f'none of {len(rows)} answers could be read as one of the choices; check the column of'
+            ' the answers, or name `choices` or `options` in the card'
+        )
+    return out.assign(**pd.DataFrame(rows)), pd.DataFrame(counts.items(), columns=['reason', 'n'])
+
+
+def _left_out(table):
+    "Say why a row is left out; '' for a row that is used."
     left = [
         (
             'open question: its label is none of the choices',
@@ -306,18 +323,7 @@ def read_answers(
         reason[(reason == '') & rows] = why
     again = table[reason == ''].duplicated(['model', 'condition', 'item'])
     reason[again[again].index] = 'repeats an image and question of the same model and condition'
-    counts = reason[reason != ''].value_counts()
-    out = table[reason == ''].reset_index(drop=True)
-    if not len(out):
-        raise InputError(f'no row can be used: {counts.to_dict()}')
-    _check_echo(out)
-    rows = [_read(r) for r in out.itertuples(index=False)]
-    if not any(r['said'] for r in rows):
-        raise InputError(
-            f'none of {len(rows)} answers could be read as one of the choices; check the column of'
-            ' the answers, or name `choices` or `options` in the card'
-        )
-    return out.assign(**pd.DataFrame(rows)), pd.DataFrame(counts.items(), columns=['reason', 'n'])
+    return reason
 
 
 def _item(image, question, row):

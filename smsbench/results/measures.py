@@ -7,13 +7,15 @@ __all__ = ['CONSTANT', 'clusters_of', 'own_terms', 'layer_terms', 'negated_pairs
            'say_table', 'reading_counts']
 
 # %% ../../nbs/37_results/30_measures.ipynb #a8adb352
+import json
 from itertools import combinations
 
 import numpy as np, pandas as pd
 
 from ..answers.reader import text_counts
 from ..answers.statements import asked
-from ..audit.metrics import Term, metrics_table, term_rows
+from ..audit.metrics import Term, _mean_row, _suppressed, metrics_table, term_rows
+from ..inference import Dyads, area_of, interval_of
 
 # %% ../../nbs/37_results/30_measures.ipynb #a0c4d02a
 def clusters_of(
@@ -183,10 +185,25 @@ def _of_group(rows, condition, minimum):
         yield 'all', r
     for layer, term in layer_terms(rows, condition).items():
         yield f'layer={layer}', term_rows([term], who, minimum=minimum)[0]
+    if len(area := _area(rows, condition)):
+        yield 'all', _suppressed(area, minimum)
     pairs = negated_pairs(rows)
     if len(pairs):
         terms = _negation_terms(pairs, condition)
         yield 'all', term_rows(terms, pairs.who.to_numpy(), minimum=minimum)[0]
+
+
+def _area(rows, condition):
+    "AUROC of the scores of yes against no, where every row has scores; {} where not."
+    if not rows.scored.all() or set(rows.choices.map(frozenset)) != {frozenset(('yes', 'no'))}:
+        return {}
+    known, scores = (rows.truth != '').to_numpy(float), []
+    for choices, cell in zip(rows.choices, rows.logprobs):
+        by_choice = dict(zip(choices, json.loads(cell)))
+        scores.append(by_choice['yes'] - by_choice['no'])
+    dyads, positive = Dyads(rows.who.to_numpy()), (rows.truth == 'yes').to_numpy()
+    mean = area_of(dyads, np.array(scores), positive, known)
+    return _mean_row(Term('auroc', condition, known, known), mean, interval_of(mean))
 
 
 def baseline_of(
@@ -208,36 +225,39 @@ def say_table(
 ) -> list[str]:  # what the table says, most important first
     "Say what was found in plain sentences."
     out = []
+    against = metrics.attrs.get('baseline') or 'the baseline'
     whole = metrics[(metrics.subgroup == 'all') & (metrics.state == 'ok')]
     for (model, arm), rows in whole[whole.second == ''].groupby(['model', 'arm'], sort=False):
-        r = rows.set_index('metric')
         name = f'{model}, {arm}' if arm else model
-        if 'accuracy' in r.index:
-            out.append(
-                f'{name}: right in {_share(r, "accuracy")} of the answers that were read; always'
-                ' giving the commonest label would be right in'
-                f' {_share(r, "commonest_label_share")}.'
-            )
-        if 'parsed_share' in r.index:
-            out.append(f'{name}: {_share(r, "parsed_share")} of the answers were read.')
-        if 'commonest_answer_share' in r.index and r.value['commonest_answer_share'] >= CONSTANT:
-            out.append(
-                f'{name}: gives nearly always the same answer'
-                f' ({_share(r, "commonest_answer_share")}); its accuracy restates the labels.'
-            )
-        if 'negation_consistency' in r.index:
-            out.append(f'{name}: negating a question turns {_share(r, "negation_consistency")}.')
-        if 'flips' in r.index:
-            against = metrics.attrs.get('baseline') or 'the baseline'
-            same = 'nothing here shows that the condition reached the model'
-            none = f'; {same}' if r.value['flips'] == 0 else ''
-            changed = f'{_share(r, "flips")} of the answers changed against {against}'
-            out.append(f'{name}: {changed}{none}.')
+        out += [f'{name}: {s}.' for s in _of_one(rows.set_index('metric'), against)]
     for r in whole[whole.metric == 'agreement'].itertuples():
         under = f' under {r.arm}' if r.arm else ''
         pair = f'{r.first} and {r.second} agree{under}'
         out.append(f'{pair} in {_range(r.value, r.ci_low, r.ci_high)} of the answers.')
     return out
+
+
+def _of_one(r, against):
+    "What is said of one model and condition; `r` holds its metrics by name."
+    common = _share(r, 'commonest_label_share')
+    if 'accuracy' in r.index:
+        yield (
+            f'right in {_share(r, "accuracy")} of the answers that were read; always giving the'
+            f' commonest label would be right in {common}'
+        )
+    if 'auroc' in r.index:
+        yield f'its scores rank yes above no with an AUROC of {_share(r, "auroc")}'
+    if 'parsed_share' in r.index:
+        yield f'{_share(r, "parsed_share")} of the answers were read'
+    if 'commonest_answer_share' in r.index and r.value['commonest_answer_share'] >= CONSTANT:
+        share = _share(r, 'commonest_answer_share')
+        yield f'gives nearly always the same answer ({share}); its accuracy restates the labels'
+    if 'negation_consistency' in r.index:
+        yield f'negating a question turns {_share(r, "negation_consistency")} of the answers'
+    if 'flips' in r.index:
+        none = '; nothing here shows that the condition reached the model'
+        changed = f'{_share(r, "flips")} of the answers changed against {against}'
+        yield changed + none * bool(r.value['flips'] == 0)
 
 
 def _share(rows, metric):
