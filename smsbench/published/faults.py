@@ -73,10 +73,10 @@ def beyond_chance(
     from scipy.stats import binom
 
     others = checked - rows
-    if rows < MIN_ROWS or not others:
-        return rows >= MIN_ROWS
-    most = exact_bounds(near, others, 0.95)[1]  # few others say little about their share
-    return bool(binom.sf(rows - 1, checked, max(explained(most), least)) < RISK)
+    # few others say little about their share
+    most = exact_bounds(near, others, 0.95)[1] if others else 0.0
+    chance = min(max(explained(most), least), 1.0)
+    return rows >= MIN_ROWS and bool(binom.sf(rows - 1, checked, chance) < RISK)
 
 # %% ../../nbs/40_published/20_faults.ipynb #779113b3
 def borrowed(
@@ -161,7 +161,8 @@ def _others(arm, a, b, pool, labels, pool_labels, no_image):
     """
     hit, near, twice, row, known = borrowed(a, b, pool)
     rows = int(hit.sum())
-    if rows < MIN_ROWS or not beyond_chance(rows, len(a), near, max(twice, COINCIDENCE)):
+    by_chance = max(1.25 * twice, COINCIDENCE)  # an arm may lie closer together than the baseline
+    if not beyond_chance(rows, len(a), near, by_chance):
         return None
     opposite = sum(
         np.isin(row[hit & (labels == label)], known[pool_labels != label]).sum()
