@@ -38,7 +38,9 @@ setuptools.setup(
     include_package_data=False,
     zip_safe=False,
     install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'quantization', 'umap')},
+    extras_require={
+        k: cfg[f'{k}_requirements'].split() for k in ('dev', 'quantization', 'umap', 'results')
+    },
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f'{lib}={lib}._modidx:d'],

@@ -59,3 +59,23 @@ def test_foreign_runner_end_to_end(cli, tmp_path):
     statements = [n for n in ast.walk(ast.parse(RUNNER.read_text())) if isinstance(n, ast.stmt)]
     assert sum(not isinstance(n, ast.Import | ast.ImportFrom) for n in statements) <= 12
     assert (tmp_path / 'run' / 'report.html').is_file()
+
+
+def test_report_states_the_errors_of_the_reader(cli, tmp_path):
+    "A report on answers in words says how many were lost, on which side, and how often it errs."
+    from smsbench.data.phantom import phantom_cohort
+    from smsbench.privacy import write_table
+
+    write_table(phantom_cohort(60, size=64, seed=3), tmp_path / 'c.parquet', 'cohort')
+    asked = ['plan', 'c.parquet', '--arms', 'image_swap', '--out', 'p.parquet']
+    assert cli(*asked)[0] == 0
+    ids = pd.read_parquet(tmp_path / 'p.parquet').trial_id
+    said = ['Yes.', 'No.', 'Yes', 'No such thing is certain']
+    lines = [json.dumps(dict(trial_id=t, raw_text=said[i % 4])) for i, t in enumerate(ids)]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
+    given = ['predictions', 'a.jsonl', '--plan', 'p.parquet', '--out', 'run', '--n-boot', '100']
+    code, out, err = cli(*given)
+    assert code == 0, err
+    page = (tmp_path / 'run' / 'report.html').read_text()
+    assert 'unread, looks like no' in page and 'opposite choice' in page
+    assert '95 % interval' in page

@@ -58,7 +58,7 @@ def test_generated_text_to_four_digits(run, numbers):
         for m, arms in numbers['generated_text'].items()
         for a, figures in arms.items()
         for k, v in figures.items()
-        if k != 'n_scored' and not agrees(figure(run[0], m, a, k), v, 4)
+        if k != 'n_scored' and figures['n_scored'] and not agrees(figure(run[0], m, a, k), v, 4)
     ]
     assert wrong == [] and len(numbers['generated_text']) == 8
 
@@ -243,6 +243,72 @@ def test_sentences_name_the_quantity_and_call_nothing_corrected(run):
         ' 0.6609, recomputed 0.6445'
     )
     assert not any(re.search('correct|0.0390', line) for line in told)
+
+
+def test_a_missing_arm_has_no_figure(run):
+    absent = run[0][run[0].note == 'arm not in the file']
+    assert set(absent.arm) == {'Only_text'} and absent.as_published.isna().all()
+
+
+def test_known_damage_is_found_in_real_files(run):
+    power = pd.DataFrame(read_json(run[2] / 'power.json'))
+    by_share = power.groupby('share').found.mean()
+    assert by_share[0.03] > 0.9 and (by_share[by_share.index >= 0.3] == 1).all()
+    assert (power.void == (power.share >= 0.5)).all() and len(power.groupby('kind')) == 4
+    assert 'would have been found' in (run[2] / 'log.txt').read_text()
+
+
+def written(folder, table, **how):
+    (folder / 'janus').mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / 'janus' / 'medeval_base_shifted.csv', index=False, **how)
+    return folder
+
+
+def test_without_logits_nothing_is_certified(tmp_path):
+    "Every answer of the image arm is that of the baseline: no evidence, no figure."
+    table = pd.read_csv(DATA / 'results' / 'janus_pro_7b' / 'medeval_base_shifted.csv')
+    bare = table.drop(columns=['p_yes', 'p_no', 'p_Yes', 'p_No'])
+    found = reanalyse(written(tmp_path / 'in', bare), '', tmp_path / 'out', n_boot=100)
+    told, image = ' '.join(findings(*found)), accuracy_of(found[0], 'janus', 'Image')
+    assert 'No shifted arm is shown' in told and 'For 3 shifted arms the delivery' in told
+    assert np.isnan(image.recomputed) and image.note.startswith('unproven: ')
+    codes = {(f['arm'], f['code']): f for f in found[1]}
+    assert codes['Image', 'identical_answers']['rows'] == 2000
+
+
+def test_what_could_not_be_used_is_said_at_once(tmp_path):
+    from smsbench.published.files import example_results, example_table
+
+    folder = example_results(tmp_path / 'in', n=40)
+    (folder / 'broken').mkdir()
+    (folder / 'broken' / 'example_base_shifted.csv').write_bytes(bytes(range(256)))
+    table = example_table('clean', 40)
+    odd = pd.concat([table, table.head(3), table.tail(2).assign(shift='Sideways')])
+    (folder / 'odd').mkdir()
+    odd.to_csv(folder / 'odd' / 'example_base_shifted.csv', index=False)
+    told = findings(*reanalyse(folder, '', tmp_path / 'out', n_boot=100))
+    assert [s.split(' (such as')[0] for s in told[1:4]] == [
+        'Files that could not be read: 1',
+        'Rows of an unknown arm: 2, left out',
+        'Rows that repeat a sample: 3, in arms: 1',
+    ]
+
+
+def test_the_page_says_how_answers_were_read(run):
+    counts = read_json(run[2] / 'reading.json')
+    assert counts['llava_med_llava_v1, medeval']['unread'] >= 1687
+    assert sum(c['from_text'] for c in counts.values()) == len(read_results(DATA / 'results'))
+
+
+def test_a_spreadsheet_changes_nothing(tmp_path, run):
+    "Semicolons, decimal commas and another case of the header give the published figures."
+    table = pd.read_csv(DATA / 'results' / 'janus_pro_7b' / 'medeval_base_shifted.csv')
+    names = dict(ground_truth='Ground Truth', prediction='PREDICTION', shift='Shift', p_no='P_no')
+    saved = written(tmp_path / 'in', table.rename(columns=names), sep=';', decimal=',')
+    got = reanalyse(saved, '', tmp_path / 'out', n_boot=100)[0]
+    same = run[0][(run[0].model == 'janus_pro_7b') & (run[0].dataset == 'medeval')]
+    for column in ('as_published', 'recomputed'):
+        assert np.allclose(got[column], same[column], equal_nan=True)
 
 
 def test_no_page_calls_another_quantity_a_correction(run):

@@ -10,9 +10,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-
 import numpy as np, pandas as pd
-
 from ..core import InputError, Run, atomic, content_hash, progress
 from ..answers.reader import reading, unread_by_side
 from .wordings import check_rules
@@ -81,11 +79,12 @@ def _asked_in(
     "Return the context of a trial that a reader of answers needs."
     task = source.task(trial) if source else tasks[trial.finding]
     own = '' if source else getattr(trial, 'question', '')
+    grouped = source and source.question(trial) != source.tasks[trial.finding].question
     if own:
         task = replace(task, question=own)
     return dict(
         choices=variant_choices(task, trial.variant),
-        finding=trial.finding,
+        finding='' if grouped else trial.finding,
         question=task.question,
         prompt=render(task, 'none', variant=trial.variant),
         inverted=bool(getattr(trial, 'inverted', False)),

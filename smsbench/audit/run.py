@@ -482,8 +482,21 @@ def run_import(
         write_audit(files, run / 'files')
     keep_registration(run, registration, plan, settings=settings)
     mark_first_answer(run, known=False)
-    p = import_predictions(file, plan, run, name=name, max_missing=settings.max_failures)
+    source = _questions_of(cohort, run)
+    p = import_predictions(
+        file, plan, run, name=name, max_missing=settings.max_failures, source=source
+    )
     missing = format_count(int((p.parse_status == 'error').sum()), about['access'])
     run.log(f'{name}: {len(p)} trials imported, {missing} missing')
     conclude(run, settings)
     return run
+
+
+def _questions_of(cohort, run):
+    "The `Source` of a cohort, for its questions; None, told in the log, where it cannot be opened."
+    try:
+        return Source(cohort)
+    except InputError as e:
+        why = 'its files are not here' if is_sealed(cohort) else str(e)
+        run.log(f'the questions of single samples are unknown to the reader of answers: {why}')
+        return None

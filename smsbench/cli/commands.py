@@ -21,6 +21,7 @@ from smsbench.cli import (
     explain as explain_verbs,
     models as model_verbs,
     planning as planning_verbs,
+    results as result_verbs,
 )
 from smsbench.cli.app import (
     ArmsOption,
@@ -47,7 +48,10 @@ from .data import ParaphrasesOption, ProbesOption, parse_probes, parse_rewording
 
 # %% ../../nbs/80_cli/80_commands.ipynb #8ea74eba
 # modules whose import registers their commands
-VERBS = (data_verbs, planning_verbs, model_verbs, attend_verbs, clip_verbs, explain_verbs)
+VERBS = (
+    *(data_verbs, planning_verbs, model_verbs, attend_verbs, clip_verbs, explain_verbs),
+    result_verbs,
+)
 
 # %% ../../nbs/80_cli/80_commands.ipynb #cae2f3d7
 def printable_line(line):
@@ -491,6 +495,7 @@ def published(
     Example:  smsbench published results/ --dataset medeval --out reports/published
     """
     from smsbench.report.html import render
+    from smsbench.published.power import read_power
     from smsbench.published.reanalysis import findings, reanalyse
 
     table, faults = reanalyse(results, dataset, out, boot=Bootstrap(n_boot, seed=seed))
@@ -500,7 +505,7 @@ def published(
             out,
             dict(out=str(out), results=str(results), dataset=dataset, n_boot=n_boot, seed=seed),
         ),
-        findings(table, faults),
+        [*findings(table, faults), read_power(out)[0]],
     )
     say(
         dict(report=str(page), rows=len(table), found=found, faults=faults),
@@ -531,7 +536,8 @@ def run(
         typer.Argument(
             help=(
                 'Run notebook: a path, or one that comes with the package: sms_audit,'
-                ' sms_published, cohort_audit, attention_compare, clip_benchmark, ssa_orbital.'
+                ' sms_published, results_import, cohort_audit, attention_compare, clip_benchmark,'
+                ' ssa_orbital.'
             )
         ),
     ],

@@ -10,9 +10,7 @@ __all__ = ['ARMS', 'TOKENS', 'LOGITS', 'DISEASE_WORDS', 'EXAMPLES', 'fault', 'pu
 import re
 from functools import lru_cache
 from pathlib import Path
-
 import numpy as np, pandas as pd
-
 from ..core import InputError
 from ..answers.reader import read_answer, reading
 from ..answers.statements import asked, stated
@@ -162,7 +160,7 @@ def find_results(
 def _load(path):
     "Read the cells as text; `InputError` if it is not a comma-separated result table."
     try:
-        df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
+        df = _split(path)
     except pd.errors.EmptyDataError:
         raise InputError(f'{path.name}: the file is empty') from None
     except UnicodeDecodeError:
@@ -175,15 +173,8 @@ def _load(path):
         raise InputError(
             f'{path.name}: its rows have more fields than its header; quote text that holds commas'
         )
-    df.columns = [str(c).strip() for c in df.columns]
-    missing = [c for c in ('ground_truth', 'prediction', 'shift') if c not in df]
-    wrong = [
-        name
-        for name, sep in (('semicolons', ';'), ('tabs', '\t'), ('bars', '|'))
-        if len(missing) == 3 and any(sep in c for c in df.columns)
-    ]
-    if wrong:
-        raise InputError(f'{path.name}: fields are separated by {wrong[0]}; save it with commas')
+    df.columns = _headings([str(c).strip() for c in df.columns], path.name)
+    missing = [c for c in _NEEDED if c not in df]
     if missing:
         raise InputError(
             f"{path.name}: lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}"
@@ -191,6 +182,42 @@ def _load(path):
     if not len(df):
         raise InputError(f'{path.name}: has a header but no rows')
     return df.fillna('').astype(object)  # plain strings: several times faster here than Arrow's
+
+
+_NEEDED = ('ground_truth', 'prediction', 'shift')
+
+
+def _split(path):
+    "Read the cells as text, split at the first separator that gives the needed columns."
+    tried = []
+    for separator in (',', ';', '\t', '|'):
+        how = dict(sep=separator, dtype=str, keep_default_na=False, encoding='utf-8-sig')
+        try:
+            df = pd.read_csv(path, **how)
+        except pd.errors.ParserError:
+            if separator == ',' and 'shift' in path.read_text('utf-8').split('\n')[0].split(','):
+                raise
+            continue  # free text with commas, split elsewhere
+        tried.append(df)
+    return max(tried, key=lambda df: len({_plain(c) for c in df.columns} & {*_NEEDED}))
+
+
+def _plain(heading):
+    "Write a heading as the official layout does: 'Ground Truth' as 'ground_truth'."
+    heading = re.sub(r'[\s-]+', '_', str(heading).strip())
+    token = re.fullmatch(r'(?i:p)_(yes|no|Yes|No)', heading)  # here the case has a meaning
+    return f'p_{token[1]}' if token else heading.lower()
+
+
+def _headings(columns, name):
+    "Give columns their official names where they differ in case or spacing only."
+    official = {*_NEEDED, *LOGITS, *_IDS, *(c.lower() for c in _PATIENTS)}
+    out = [c if c in official or _plain(c) not in official else _plain(c) for c in columns]
+    out = [{'patientid': 'PatientID'}.get(c, c) for c in out]
+    twice = sorted({c for c in out if out.count(c) > 1})
+    if twice:
+        raise InputError(f'{name}: two columns are called {twice[0]}; rename one')
+    return out
 
 # %% ../../nbs/40_published/10_files.ipynb #803ecf1a
 _IDS = (
@@ -242,7 +269,9 @@ def _usable(df, where):
     df['arm'] = _each(
         df['shift'], lambda s: arms.get(re.sub(r'[\s-]+', '_', s.strip().lower()), '')
     )
-    df['truth'] = _each(df.ground_truth, lambda s: _TRUTH.get(s.strip().lower().strip('.'), ''))
+    df['truth'] = _each(
+        df.ground_truth, lambda s: _TRUTH.get(s.strip().lower().strip('.').replace(',', '.'), '')
+    )
     out, keep = [], np.ones(len(df), bool)
     for code, bad, column, what in (
         ('missing_id', df.sample_id == '', 'sample_id', 'have no sample id'),
@@ -270,7 +299,7 @@ def _numbers(df, where):
         if c not in df:
             df[c] = np.nan
             continue
-        numbers = pd.to_numeric(df[c].str.strip(), errors='coerce')
+        numbers = pd.to_numeric(_with_points(df[c].str.strip()), errors='coerce')
         df[c] = numbers.replace([np.inf, -np.inf], np.nan).astype(float)
     for tokens, pair in TOKENS.items():
         empty = [c for c in pair if not df[c].notna().any()]
@@ -290,6 +319,13 @@ def _numbers(df, where):
             )
             out.append(fault(*where, arm, 'bad_logits', bad, len(g), evidence))
     return df, out
+
+
+def _with_points(cells):
+    "Write decimal commas as points, in a column without any decimal point."
+    if cells.str.contains('.', regex=False).any():
+        return cells
+    return cells.str.replace(r'^([+-]?\d+),(\d+(?:[eE][+-]?\d+)?)$', r'\1.\2', regex=True)
 
 # %% ../../nbs/40_published/10_files.ipynb #1f4f2e42
 def read_file(

@@ -11,10 +11,12 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd
+from ..answers.reader import text_counts
 from ..calibration import ece
 from ..core import Run, environment, read_json, write_json
 from ..resampling import Bootstrap, Statistic, takes_bootstrap, together
-from .faults import faults, pair_shares, probabilities, void_arms
+from .faults import faults, pair_shares, probabilities, unproven_arms, void_arms
+from .power import detection_power, power_sentence
 from .files import ARMS, TOKENS, by_arm, find_results, read_results
 from ..stats import ratio
 from ..privacy import read_table, write_table
@@ -88,8 +90,8 @@ def softmax_yes(
 def as_published(
     rows: pd.DataFrame,  # rows of one file, from `read_results`
 ) -> pd.DataFrame:  # arm, metric, tokens, as_published, n_published; a row for every arm
-    "Compute every figure of a file as the published code does."
-    out = []
+    "Compute every figure of a file as the published code does; none for an arm it lacks."
+    out, there = [], set(rows.arm)
     for tokens in ('', *TOKENS):
         pair = TOKENS.get(tokens, ())
         t = (
@@ -116,9 +118,10 @@ def as_published(
                     if len(both)
                     else np.nan
                 )
+            missing = lacking or a not in there
             for m, v in figures.items():
                 n = len(both) if m == 'nfr' else len(g)
-                out.append((a, metric_name(m, tokens), tokens, np.nan if lacking else v, n))
+                out.append((a, metric_name(m, tokens), tokens, np.nan if missing else v, n))
     return pd.DataFrame(out, columns=['arm', 'metric', 'tokens', 'as_published', 'n_published'])
 
 # %% ../../nbs/40_published/30_reanalysis.ipynb #eb807180
@@ -185,6 +188,16 @@ class Sheet:
         y = self.yes[source][arm]
         return np.nan_to_num(np.where(self.pos, y, 1 - y))
 
+    def flipped(self, source, arm):
+        "Return (n,) share of a flip from right to wrong; 0 for a pair tied in both arms."
+        was, now = self.right(source, 'No'), self.right(source, arm)
+        tied = (self.yes[source]['No'] == 0.5) & (self.yes[source][arm] == 0.5)
+        return np.where(tied, 0.0, was * (1 - now))
+
+    def empty(self, arm):
+        "Return (n,) bool: samples whose answer is empty, which is no answer and not a wrong one."
+        return self.rows[arm].status.eq('empty').to_numpy()
+
 # %% ../../nbs/40_published/30_reanalysis.ipynb #0e201d9b
 def ece_where(
     p: np.ndarray,  # (n,) P(yes); anything where a sample does not count
@@ -220,8 +233,9 @@ def recomputed_figures(
             if source:
                 figures['ece'] = ece_where(sheet.p[source][a], pos, read)
             if a != 'No' and 'No' in use:
-                flipped = sheet.right(source, 'No') * (1 - right)
-                figures['nfr'] = over(flipped, 1.0, read & sheet.read(source, 'No'))
+                figures['nfr'] = over(
+                    sheet.flipped(source, a), 1.0, read & sheet.read(source, 'No')
+                )
             out += [(a, metric_name(m, source), source, f) for m, f in figures.items()]
     return out
 
@@ -231,7 +245,7 @@ def _among(sheet, arm, metric):
     use, read, hit = sheet.use[''][arm], sheet.read('', arm), sheet.right('', arm)
     if metric == 'nfr':
         use, read = use & sheet.use['']['No'], read & sheet.read('', 'No')
-        return use, read, sheet.right('', 'No') * (1 - hit)
+        return use, read, sheet.flipped('', arm)
     kind = dict(recall=sheet.pos, specificity=~sheet.pos).get(metric, True)
     return use & kind, read & kind, hit
 
@@ -242,14 +256,22 @@ def _unread_note(sheet, arm, metric):
     unread, n = use & ~read, int(use.sum())
     if not unread.any() or metric == 'precision':
         return ''
+    empty = unread & sheet.empty(arm)
+    if metric == 'nfr':
+        empty |= unread & sheet.empty('No')
+    said = use & ~empty
     if not read.any():
         return f'none of {n:,} answers says yes or no'
     unmatched = int((sheet.rows[arm].answer[unread] == 'unmatched').sum())
-    kind = f', {unmatched:,} of the others are “unmatched”' if unmatched else ''
     what = 'pairs of answers' if metric == 'nfr' else 'answers'
+    kind = f', {unmatched:,} of the others are “unmatched”' if unmatched else ''
+    kind += f', {empty.sum():,} of the others are empty' if empty.any() else ''
+    if (said == read).all():
+        return f'on {read.sum():,} of {n:,} {what} that say yes or no{kind}'
     return (
         f'on {read.sum():,} of {n:,} {what} that say yes or no{kind}; '
-        f'with the others counted as not right it would be {hit[use].mean():.4f}'
+        f'with the others{" that are not empty" * bool(empty.any())} counted as not right '
+        f'it would be {hit[said].mean():.4f}'
     )
 
 
@@ -285,11 +307,13 @@ def recomputed(
     """Recompute the published figures of a file.
 
     Columns: arm, metric, tokens, as_published, recomputed, ci_low, ci_high, n, note, state
-    ('figure', 'void', 'absent': the arm is not in the file, or 'undefined').
+    ('figure', 'void', 'unproven', 'absent': the arm is not in the file, or 'undefined').
     """
     sheet, where = Sheet(by_arm(rows)), (rows.model.iloc[0], rows.dataset.iloc[0])
     void = {k[2]: v for k, v in void_arms(found).items() if k[:2] == where}
-    part = _partly_faulty(found, where, void)
+    unproven = {k[2]: v for k, v in unproven_arms(found).items() if k[:2] == where}
+    void |= {a: v for a, v in unproven.items() if 'of another arm' in v}
+    part = unproven | _partly_faulty(found, where, void)
     figures = recomputed_figures(sheet)
     ci = together(*[f[3] for f in figures]).bootstrap(sheet.clusters, boot)
     of = {
@@ -317,10 +341,10 @@ def recomputed(
             keys, why, table.quiet, table.recomputed, table.n, table.n_published
         )
     ]
-    in_void = [a in void or (m.endswith('nfr') and 'No' in void) for a, m, _ in keys]
+    gone = {a: 'unproven' if a in unproven else 'void' for a in void}
+    gaps = [gone.get(a) or (gone.get('No', '') if m.endswith('nfr') else '') for a, m, _ in keys]
     table['state'] = [
-        _state(sheet, a, value, is_void)
-        for a, value, is_void in zip(table.arm, table.recomputed, in_void)
+        _state(sheet, a, value, gap) for a, value, gap in zip(table.arm, table.recomputed, gaps)
     ]
     table[['model', 'dataset']] = where
     return table[[*_FIGURE]]
@@ -330,15 +354,20 @@ _FIGURE = (
     *('model', 'dataset', 'arm', 'metric', 'tokens', 'as_published'),
     *('recomputed', 'ci_low', 'ci_high', 'n', 'note', 'state'),
 )
+_DELIVERY = (
+    'identical_to_baseline',
+    'baseline_of_another_sample',
+    'constant_output',
+    'identical_to_other_arm',
+)
 
 
 def _partly_faulty(found, where, void):
     "Return arm -> note of a delivery fault, for arms that are not void."
-    codes = ('identical_to_baseline', 'baseline_of_another_sample', 'constant_output')
     return {
         f['arm']: f"{f['code']} in {f['rows']} of {f['checked']} rows"
         for f in found
-        if (f['model'], f['dataset']) == where and f['arm'] not in void and f['code'] in codes
+        if (f['model'], f['dataset']) == where and f['arm'] not in void and f['code'] in _DELIVERY
     }
 
 
@@ -352,12 +381,12 @@ def _answers(sheet, arm, tokens, pairs):
     return int(read.sum())
 
 
-def _state(sheet, arm, value, is_void):
-    "Name the state of a figure."
+def _state(sheet, arm, value, gap):
+    "Name the state of a figure; `gap` is why the arm has none, '' where nothing is wrong with it."
     if not np.isnan(value):
         return 'figure'
-    if is_void:
-        return 'void'
+    if gap:
+        return gap
     return 'undefined' if arm in sheet.rows else 'absent'
 
 
@@ -403,6 +432,12 @@ _TELLING = (  # codes of faults, most important first
     'baseline_of_another_sample',
     'constant_output',
     'identical_to_other_arm',
+    'identical_answers',
+    'unproven',
+    'unknown_arm',
+    'missing_id',
+    'bad_label',
+    'duplicate_rows',
     'missing_arm',
     'logits_contradict_answer',
     'unequal_samples',
@@ -457,21 +492,50 @@ def findings(
         f"{files.model.nunique()} models in {len(files)} result files of"
         f" {', '.join(files.dataset.unique())}."
     ]
-    out += _void_sentences(files, void)
-    shifted = table[
-        (table.metric == 'nfr')
-        & table.arm.isin({a for a in ARMS if a != 'No'})
-        & ~table.state.isin(['void', 'absent'])
-    ]
-    applied = 'No shifted arm applied the change it is named after.'
-    if len(shifted):
-        applied = (
-            f'{len(shifted)} of {len(files) * 4} shifted arms applied the change they are named'
-            ' after.'
-        )
-    out.append(applied)
+    out += _unusable(found) + _void_sentences(files, void) + _applied(table, found)
     out += _counted(found)
     return out + _rests_on_few(table) + _changed_most(table)
+
+
+def _unusable(found):
+    "Write sentences on files and rows that could not be used as they are, with an example."
+    out = []
+    for code, text in (
+        ('unreadable_file', 'Files that could not be read: {1}'),
+        ('unknown_arm', 'Rows of an unknown arm: {0}, left out'),
+        ('missing_id', 'Rows without a sample id: {0}, left out'),
+        ('bad_label', 'Rows whose ground truth is neither yes nor no: {0}, left out'),
+        ('duplicate_rows', 'Rows that repeat a sample: {0}, in arms: {1}'),
+    ):
+        hit = [f for f in found if f['code'] == code]
+        if hit:
+            f = max(hit, key=lambda f: f['rows'])
+            told = text.format(f'{sum(f["rows"] for f in hit):,}', len(hit))
+            out.append(f"{told} (such as {f['model']}, {f['dataset']}: {f['evidence']})")
+    return out
+
+
+def _applied(table, found):
+    "Write sentences on the shifted arms that were delivered, in part, or without evidence."
+    there = table[(table.metric == 'nfr') & (table.state != 'absent')]
+    arms = [k for k in zip(there.model, there.dataset, there.arm) if k[2] != 'No']
+    void, unproven = void_arms(found), unproven_arms(found)
+    files = len(table[['model', 'dataset']].drop_duplicates())
+    sound = [k for k in arms if k not in void and k not in unproven]
+    partly = {(f['model'], f['dataset'], f['arm']): f for f in found if f['code'] in _DELIVERY}
+    partly = [partly[k] for k in sound if k in partly]
+    said = f'{len(sound)} of {files * 4} shifted arms'
+    out = [f'{said} applied the change they are named after, as their logits show.']
+    if not sound:
+        out = ['No shifted arm is shown to have applied the change it is named after.']
+    if partly:
+        f = max(partly, key=lambda f: f['rows'] / f['checked'])
+        out[0] = out[0][:-1] + f', {len(partly)} of them not in all rows: {f["evidence"]}'
+    if unproven:
+        why = pd.Series(list(unproven.values())).str.removeprefix('unproven: ').value_counts()
+        each = '; '.join(f'{n}: {w}' for w, n in why.items())
+        out.append(f'For {len(unproven)} shifted arms the delivery is unproven ({each}).')
+    return out
 
 
 def _void_sentences(files, void):
@@ -564,7 +628,17 @@ def reanalyse(
     table = pd.concat([recomputed(g, found, boot) for _, g in groups], ignore_index=True)
     table.attrs = dict(dataset=dataset, **boot.asked, arms=ARMS, config_hash=name, files=inputs)
     write_json(found, run / 'faults.json')
+    write_json(_reading(rows), run / 'reading.json')
+    power = detection_power(rows, seed=boot.seed)
+    write_json(power.to_dict('records'), run / 'power.json')
     write_table(table, done, 'published')  # last: its presence marks a complete run
-    for s in findings(table, found):
+    for s in [*findings(table, found), power_sentence(power)]:
         run.log(s, echo)
     return table, found
+
+
+def _reading(rows):
+    "Count per file how its answers were read; all of them are words."
+    words = rows.rename(columns=dict(prediction='raw_text'))
+    files = words.groupby(['model', 'dataset'], sort=False)
+    return {f'{model}, {dataset}': text_counts(g) for (model, dataset), g in files}

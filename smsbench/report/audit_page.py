@@ -23,6 +23,7 @@ from smsbench.report.examples import (
 from .figures import is_void, missing, modality_plane, pick, void_arms
 from .style import DASH, percent, rounded, span
 from .html import Html, details, figure_html, html_table, join, markup
+from .reading import audit_reading
 from smsbench.report.paraphrase_figures import (
     answer_grid_figure,
     margin_figure,
@@ -832,6 +833,7 @@ def answer_table_html(
         [
             both(['original'], 'original'),
             status,
+            audit_reading(results),
             details('Numbers for every arm', both(None, 'per arm')),
         ]
     )

@@ -32,8 +32,8 @@ def cells(
 ) -> pd.DataFrame:  # rows of that metric, with the column `basis`
     """Select the rows that a figure draws; `InputError` when there are none.
 
-    `state` is 'figure', 'void', 'absent' or 'undefined'; `basis` names the number of answers
-    behind a figure where it is not all of them.
+    `state` is 'figure', 'void', 'unproven', 'absent' or 'undefined'; `basis` names the number of
+    answers behind a figure where it is not all of them, and says where delivery is unproven.
     """
     dataset = dataset or (table.dataset.iloc[0] if len(table) else '')
     t = table[
@@ -45,6 +45,9 @@ def cells(
     t['basis'] = [
         f'on {n:,} of {most[m]:,}' if 0 < n < most[m] else '' for n, m in zip(t.n, t.model)
     ]
+    unproven = (t.state == 'figure') & t.note.str.contains('unproven: ')
+    t['basis'] += np.where(unproven, ' (unproven)', '')
+    t['basis'] = t.basis.str.strip()
     return t
 
 # %% ../../nbs/70_report/030_published_figures.ipynb #8fa0d5ce
@@ -114,6 +117,14 @@ def _name_cells(ax, models, arms):
     ax.tick_params(which='minor', length=0)
 
 
+_GAPS = {
+    'void': 'void',
+    'unproven': 'unproven',
+    'absent': 'not in file',
+    'undefined': 'undefined',
+}
+
+
 def _published_gap(ax, r, i, j):
     "Draw a cell without a figure: the reason, and the published figure where there is one."
     from matplotlib.patches import Rectangle
@@ -129,7 +140,7 @@ def _published_gap(ax, r, i, j):
             lw=0,
         )
     )
-    said = {'void': 'void', 'absent': 'not in file', 'undefined': 'undefined'}[r.state] + (
+    said = _GAPS[r.state] + (
         f'\n(published {r.as_published:.2f})' if pd.notna(r.as_published) else ''
     )
     ax.text(
@@ -272,13 +283,11 @@ def side_by_side(
     def num(v):
         return rounded(v, digits)
 
-    words = {'void': 'void', 'absent': 'not in file', 'undefined': 'undefined'}
-
     def figure(r):
         return f'{num(r.recomputed)} [{num(r.ci_low)}, {num(r.ci_high)}] {r.basis}'.strip()
 
     t['text'] = [
-        f'{num(r.as_published)} | ' + (figure(r) if r.state == 'figure' else words[r.state])
+        f'{num(r.as_published)} | ' + (figure(r) if r.state == 'figure' else _GAPS[r.state])
         for r in t.itertuples()
     ]
     arms = [a for a in ARMS if a in set(t.arm)]
