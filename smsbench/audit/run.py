@@ -33,6 +33,7 @@ from .grounding import measure_grounding
 from .metrics import measure
 from .paraphrases import read_wordings
 from smsbench.audit.registration import (
+    check_primary,
     check_registration,
     keep_registration,
     mark_first_answer,
@@ -87,6 +88,7 @@ def freeze_plan(
         settings.donors,
         settings.margin,
     )
+    check_primary(plan, settings)
     write_table(excluded, run / 'plan_exclusions.parquet')
     write_table(plan, run / 'plan.parquet', 'plan')
     return read_table(run / 'plan.parquet', 'plan')  # what a resumed run would read
