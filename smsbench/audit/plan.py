@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'LIKE', 'FEWEST', 'FEWEST_DRAWS', 'MOST_DRAWS', 'BUDGET', 'NEED_PICTURES', 'image_names', 'question_keys',
            'draw_several', 'draw_donors', 'like_columns', 'draw_any', 'has_texts', 'nearest_donors',
-           'patients_for_absence', 'lending', 'enough_donors', 'cohort_hash', 'make_plan', 'attainable',
+           'patients_for_absence', 'lending', 'enough_donors', 'cohort_hash', 'make_plan', 'chosen_arms', 'attainable',
            'attainable_lines', 'question_counts', 'question_lines', 'any_image_words']
 
 # %% ../../nbs/35_audit/060_plan.ipynb #36dbcbec
@@ -427,7 +427,7 @@ def make_plan(
     """
     cohort = _sorted_cohort(cohort, match)
     chosen, attrs, whole = (
-        _chosen_arms(cohort, arms, probes, variants),
+        chosen_arms(cohort, arms, probes, variants),
         cohort.attrs,
         cohort_hash(cohort),
     )
@@ -499,7 +499,12 @@ def _asking(rows, opened, tasks, access, sealed, paraphrases, probes):
     )
 
 
-def _chosen_arms(cohort, arms, probes, variants):
+def chosen_arms(
+    cohort: pd.DataFrame,  # cohort table
+    arms=(),  # arm names; empty means all that the cohort allows
+    probes=(),  # keys of `PROBES`
+    variants=('plain',),  # prompt variants
+) -> list:  # of `Arm`
     "The arms of a plan; `InputError` for what has no meaning without a text."
     chosen = select_arms(arms, probes, texts=has_texts(cohort))
     if 'unmatched' in variants and not has_texts(cohort) and not _has_image_only(chosen):

@@ -78,11 +78,11 @@ def utc_now() -> str:  # e.g. 2026-07-01T12:00:00Z
 
 # %% ../../nbs/35_audit/180_registration.ipynb #09b69566
 def check_primary(
-    plan: pd.DataFrame,  # the plan
     settings: AuditSettings,  # what the audit will compute
+    texts: bool,  # does the cohort have texts?
 ):
     "`InputError` where the primary question is about a text and the cohort has none."
-    if settings.primary == 'text' and not plan.attrs.get('texts', True):
+    if settings.primary == 'text' and not texts:
         raise InputError('primary question text: there is no text in this cohort; choose image')
 
 # %% ../../nbs/35_audit/180_registration.ipynb #464bceec
@@ -95,7 +95,7 @@ def register(
     >>> register(plan, settings).primary
     'image'
     """
-    check_primary(plan, settings)
+    check_primary(settings, plan.attrs.get('texts', True))
     about = plan.attrs
     return Registration(
         registered=utc_now(),

@@ -51,7 +51,14 @@ from smsbench.audit.settings import (
     score_model,
 )
 from .arms import ARMS, select_arms
-from .plan import attainable_lines, cohort_hash, make_plan, question_counts
+from smsbench.audit.plan import (
+    attainable_lines,
+    chosen_arms,
+    cohort_hash,
+    has_texts,
+    make_plan,
+    question_counts,
+)
 from .verdicts import give_verdicts
 from ..privacy import access_of, format_count, is_sealed, read_table, write_table
 
@@ -88,7 +95,6 @@ def freeze_plan(
         settings.donors,
         settings.margin,
     )
-    check_primary(plan, settings)
     write_table(excluded, run / 'plan_exclusions.parquet')
     write_table(plan, run / 'plan.parquet', 'plan')
     return read_table(run / 'plan.parquet', 'plan')  # what a resumed run would read
@@ -261,6 +267,7 @@ def run_audit(
         _check_there(models, settings, how)
     held = open_cohort(cohort, root)
     _check_kept(registration, settings, held.cohort, plan)
+    _check_texts(settings, held.cohort, plan)
     run = Run(out)
     for m in models:
         _same_model(run, model_name(m), m, how, write=False)
@@ -313,6 +320,13 @@ def _check_there(models, settings, how):
         read_wordings(settings.wordings)
     for m in models:
         check_model(m, **how)
+
+
+def _check_texts(settings, cohort, plan):
+    "Check that nothing is asked that has no meaning without a text, before anything is written."
+    if plan is None:
+        chosen_arms(cohort, settings.arms, settings.probes, settings.variants)
+    check_primary(settings, has_texts(cohort))
 
 
 def _check_kept(registration, settings, cohort, plan):
