@@ -699,7 +699,15 @@ def question_counts(
         no_other=len(every - other),
         no_same=len(every - same),
     )
-    return {k: format_count(n, access_of(plan, 'the plan')) for k, n in counts.items()}
+    access = access_of(plan, 'the plan')
+    return {k: _written_count(k, n, access) for k, n in counts.items()}
+
+
+def _written_count(what, n, access):
+    "A count; of closed data rounded where less another it could be a small one."
+    if access == 'open' or what in ('no_other', 'no_same') or n < SMALL:
+        return format_count(n, access)
+    return f'about {round(n, -1)}'
 
 
 def question_lines(
@@ -709,7 +717,7 @@ def question_lines(
     n = question_counts(plan)
     if not n:
         return []
-    if n['both'] == n['samples']:
+    if n['no_other'] == n['no_same'] == '0':
         return [
             f"donors answer the same question: all {n['samples']} samples have one with another"
             ' answer and one with the same answer'
