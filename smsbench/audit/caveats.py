@@ -96,7 +96,7 @@ def question_caveats(
     counts: dict | None,  # from `smsbench.audit.plan.question_counts`
 ) -> list:  # one caveat, or none
     "That a verdict rests on the samples whose donors answer the same question."
-    if not counts or counts['both'] == counts['samples']:
+    if not counts or counts['no_other'] == counts['no_same'] == '0':
         return []
     text = (
         f"Verdicts on the image rest on {counts['both']} of {counts['samples']} samples"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'LIKE', 'FEWEST', 'FEWEST_DRAWS', 'MOST_DRAWS', 'BUDGET', 'NEED_PICTURES', 'image_names', 'question_keys',
            'draw_several', 'draw_donors', 'like_columns', 'draw_any', 'has_texts', 'nearest_donors',
-           'patients_for_absence', 'lending', 'enough_donors', 'cohort_hash', 'make_plan', 'attainable',
+           'patients_for_absence', 'lending', 'enough_donors', 'cohort_hash', 'make_plan', 'chosen_arms', 'attainable',
            'attainable_lines', 'question_counts', 'question_lines', 'any_image_words']
 
 # %% ../../nbs/35_audit/060_plan.ipynb #36dbcbec
@@ -129,6 +129,9 @@ def draw_several(
     heaps = _donor_heaps(rows, role, seed, match)
     taken = {i: set() for i in rows}
     return [_one_draw(rows, heaps, taken, role, same_class, seed, match, d) for d in range(k)]
+
+
+UNKNOWN = ('', 'withheld')  # values of a stratum that say nothing: two of them do not agree
 
 # %% ../../nbs/35_audit/060_plan.ipynb #5b1297bb
 def draw_donors(
@@ -521,7 +524,7 @@ def make_plan(
     """
     cohort = _sorted_cohort(cohort, match)
     chosen, attrs, whole = (
-        _chosen_arms(cohort, arms, probes, variants),
+        chosen_arms(cohort, arms, probes, variants=variants),
         cohort.attrs,
         cohort_hash(cohort),
     )
@@ -557,6 +560,22 @@ def make_plan(
         cohort_hash=whole,
     )
     return _described(plan, cohort, attrs, access, about), out.reset_index(drop=True)
+
+
+def chosen_arms(
+    cohort: pd.DataFrame,  # cohort table
+    arms=(),  # arm names; empty means all that the cohort allows
+    probes=(),  # keys of `PROBES`
+    *,
+    variants=('plain',),  # prompt variants
+) -> list:  # of `Arm`
+    "The arms of a plan; `InputError` for what has no meaning without a text."
+    chosen = select_arms(arms, probes, texts=has_texts(cohort))
+    if 'unmatched' in variants and not has_texts(cohort) and not _has_image_only(chosen):
+        raise InputError(
+            'unmatched: without a text there is nothing that an image could contradict'
+        )
+    return chosen
 
 # %% ../../nbs/35_audit/060_plan.ipynb #1ceb5121
 def _trials(samples, arms, variants, donors, rows, shapes, asking, k=1):
@@ -706,6 +725,13 @@ def attainable(
     counts = ['samples', 'patients', 'donors', 'effective_donors', 'alike']
     return without_small(pd.DataFrame(rows), counts, access)
 
+
+def _written_count(what, n, access):
+    "A count; of closed data rounded where less another it could be a small one."
+    if access == 'open' or what in ('no_other', 'no_same') or n < SMALL:
+        return format_count(n, access)
+    return f'about {round(n, -1)}'
+
 # %% ../../nbs/35_audit/060_plan.ipynb #beaa4b4f
 def _weighs(table):
     "Name the finding whose few donors weigh on the verdict over all questions; '' where none does."
@@ -756,7 +782,8 @@ def question_counts(
         no_other=len(every - other),
         no_same=len(every - same),
     )
-    return {k: format_count(n, access_of(plan, 'the plan')) for k, n in counts.items()}
+    access = access_of(plan, 'the plan')
+    return {k: _written_count(k, n, access) for k, n in counts.items()}
 
 
 def question_lines(
@@ -766,7 +793,7 @@ def question_lines(
     n = question_counts(plan)
     if not n:
         return []
-    if n['both'] == n['samples']:
+    if n['no_other'] == n['no_same'] == '0':
         return [
             f"donors answer the same question: all {n['samples']} samples have one with another"
             ' answer and one with the same answer'

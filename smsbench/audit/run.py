@@ -31,6 +31,7 @@ from .grounding import measure_grounding
 from .metrics import measure
 from .paraphrases import read_wordings
 from smsbench.audit.registration import (
+    check_primary,
     check_registration,
     keep_registration,
     mark_first_answer,
@@ -46,7 +47,14 @@ from smsbench.audit.settings import (
     score_model,
 )
 from .arms import ARMS, select_arms
-from .plan import attainable_lines, cohort_hash, make_plan, question_counts
+from smsbench.audit.plan import (
+    attainable_lines,
+    chosen_arms,
+    cohort_hash,
+    has_texts,
+    make_plan,
+    question_counts,
+)
 from .verdicts import give_verdicts
 from ..privacy import access_of, format_count, is_sealed, read_table, write_table
 
@@ -259,6 +267,7 @@ def run_audit(
         _check_there(models, settings, how)
     held = open_cohort(cohort, root)
     _check_kept(registration, settings, held.cohort, plan)
+    _check_texts(settings, held.cohort, plan)
     run = Run(out)
     for m in models:
         _same_model(run, ModelSpec.parse(m), how, write=False)
@@ -313,6 +322,13 @@ def _check_there(models, settings, how):
         read_wordings(settings.wordings)
     for m in models:
         check_model(m, **how)
+
+
+def _check_texts(settings, cohort, plan):
+    "Check that nothing is asked that has no meaning without a text, before anything is written."
+    if plan is None:
+        chosen_arms(cohort, settings.arms, settings.probes, variants=settings.variants)
+    check_primary(settings, has_texts(cohort))
 
 
 def _check_kept(registration, settings, cohort, plan):

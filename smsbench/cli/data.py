@@ -458,12 +458,13 @@ def _left_out(excluded, access):
 def _plan_json(frozen, excluded, out, record, file):
     "Describe a plan as JSON."
     from smsbench.privacy import access_of, safe_count
-    from smsbench.audit.plan import attainable
+    from smsbench.audit.plan import attainable, question_counts
 
     access = access_of(frozen, 'the plan')
     return dict(
         plan=str(out),
         attainable=attainable(frozen, record.margin).to_dict('records'),
+        questions=question_counts(frozen),
         plan_hash=frozen.attrs['plan_hash'],
         trials={a: safe_count(n, access) for a, n in frozen.arm.value_counts(sort=False).items()},
         excluded=[dict(arm=a, reason=r, samples=n) for a, r, n in _left_out(excluded, access)],
@@ -475,7 +476,7 @@ def _plan_json(frozen, excluded, out, record, file):
 def _plan_text(frozen, excluded, out, record, file):
     "Describe a plan as text."
     from smsbench.privacy import access_of, safe_count
-    from smsbench.audit.plan import attainable
+    from smsbench.audit.plan import attainable, question_lines
 
     access = access_of(frozen, 'the plan')
     counts = frozen.arm.value_counts(sort=False).rename('trials')
@@ -492,7 +493,7 @@ def _plan_text(frozen, excluded, out, record, file):
         f'registered: primary question {record.primary}, margin {100 * record.margin:g} points'
         f' ({why}), family {record.family} -> {file}'
     )
-    return '\n'.join([trials, *lost, able, made, registered])
+    return '\n'.join([trials, *lost, *question_lines(frozen), able, made, registered])
 
 
 def _frozen(table, settings, source):

@@ -11,7 +11,7 @@ __all__ = ['VERDICTS', 'example_verdict', 'example_model', 'example_record', 'ch
 # %% ../../nbs/70_report/050_sentences.ipynb #c66ebe7d
 from pathlib import Path
 from ..audit.reliance import bound_points
-from ..audit.verdicts import NO_TEXTS
+from ..audit.verdicts import NO_DONORS, NO_TEXTS
 from ..core import InputError, read_json
 from .style import percent, rounded, span
 from ..privacy import format_count
@@ -358,7 +358,9 @@ def no_verdict(
         'not asked': v.get('note')
         if v.get('note') == NO_TEXTS
         else f'it was not swapped in this run; ask for it with --arms {modality}_swap',
-        'too few': withheld or f'only {few} patients could be compared; more patients are needed',
+        'too few': NO_DONORS
+        if v.get('note') == NO_DONORS
+        else withheld or f'only {few} patients could be compared; more patients are needed',
         'incomplete': f"too many answers are missing: {v.get('note', '')}",
     }
     return f"{subject}: no verdict on the {modality}, because {why[v['state']]}."
