@@ -23,7 +23,7 @@ from .probes import shift_text
 from .prompts import Task, render, variant_choices
 from .arms import ARMS
 from ..vlm.model import Inputs
-from ..privacy import read_table, write_table
+from ..privacy import format_count, keep_private, read_table, told, write_table
 
 # %% ../../nbs/35_audit/070_runner.ipynb #cad0533e
 READS_TOO = (
@@ -79,6 +79,7 @@ class Source:
             if not self.sealed:
                 raise
             what = getattr(e, 'reason', 'there is not enough memory')
+            keep_private('messages', dict(image=ref, kind=type(e).__name__, words=str(e)))
             raise FileError(
                 what, what
             ) from None  # the message names the file, and its name may name the patient
@@ -174,9 +175,8 @@ def _answer_row(trial, answer, choices, seconds):
     )
 
 # %% ../../nbs/35_audit/070_runner.ipynb #e5532af9
-def _error_row(trial, error):
-    "The predictions row of a trial that failed; the error's first line goes with it."
-    what = f'{type(error).__name__}: {error}'.split('\n')[0][:300]
+def _error_row(trial, error, sealed=False):
+    "The predictions row of a trial that failed, with what may be told of the error."
     return dict(
         trial_id=trial.trial_id,
         answer='',
@@ -188,7 +188,7 @@ def _error_row(trial, error):
         token_sha='',
         delivered_sha='',
         seconds=np.nan,
-        error=what,
+        error=told(error, sealed, trial_id=trial.trial_id, sample_id=trial.sample_id),
     )
 
 # %% ../../nbs/35_audit/070_runner.ipynb #962cfcc2
@@ -215,9 +215,16 @@ def score_trials(
         )
     for start in range(0, len(good), size):
         rows.update(
-            _ask_halving([(i, trials[i], shown[i]) for i in good[start : start + size]], model)
+            _ask_halving(
+                [(i, trials[i], shown[i]) for i in good[start : start + size]],
+                model,
+                getattr(source, 'sealed', False),
+            )
         )
-    return [rows.get(i) or _error_row(t, shown[i]) for i, t in enumerate(trials)]
+    return [
+        rows.get(i) or _error_row(t, shown[i], getattr(source, 'sealed', False))
+        for i, t in enumerate(trials)
+    ]
 
 
 def _show(trial, source):
@@ -228,39 +235,40 @@ def _show(trial, source):
         return e
 
 
-def _ask(some, inputs, model):
+def _ask(some, inputs, model, sealed):
     begin = time.perf_counter()
     answers = model.score_each(inputs) if hasattr(model, 'score_each') else model.score(inputs)
     each = (time.perf_counter() - begin) / len(some)
     if len(answers) != len(some):
         raise RunError(f'the model gave {len(answers)} answers to {len(some)} inputs')
-    return [_row(t, a, x.choices, each) for t, a, x in zip(some, answers, inputs)]
+    return [_row(t, a, x.choices, each, sealed) for t, a, x in zip(some, answers, inputs)]
 
 
-def _row(trial, answer, choices, seconds):
+def _row(trial, answer, choices, seconds, sealed):
+    if isinstance(answer, Exception):
+        return _error_row(trial, answer, sealed)
     try:
-        return (
-            _error_row(trial, answer)
-            if isinstance(answer, Exception)
-            else _answer_row(trial, answer, choices, seconds)
-        )
+        row = _answer_row(trial, answer, choices, seconds)
     except RunError as e:
-        return _error_row(trial, e)
+        return _error_row(trial, e, sealed)
+    # the words of an answer may repeat what the model read
+    return row | dict(raw_text='') if sealed else row
 
 
-def _ask_halving(some, model):
+def _ask_halving(some, model, sealed):
     "Place -> predictions row of (place, trial, inputs)."
     places, trials, inputs = zip(*some)
     try:
-        return dict(zip(places, _ask(trials, inputs, model)))
+        return dict(zip(places, _ask(trials, inputs, model, sealed)))
     except Exception as e:
         if isinstance(e, RunError) and hasattr(model, 'score_each'):
             # a trial received what is not its own: no answer of this model may count
             raise
         if len(some) == 1:
-            return {places[0]: _error_row(trials[0], e)}
+            return {places[0]: _error_row(trials[0], e, sealed)}
     half = len(some) // 2
-    return _ask_halving(some[:half], model) | _ask_halving(some[half:], model)
+    first, second = (_ask_halving(part, model, sealed) for part in (some[:half], some[half:]))
+    return first | second
 
 # %% ../../nbs/35_audit/070_runner.ipynb #642cb94a
 def part_path(
@@ -343,10 +351,15 @@ def score_plan(
     failed = out[out.parse_status == 'error']
     if len(failed) > max_failures * len(out):
         raise RunError(
-            f'{model.name}: {len(failed)} of {len(out)} trials failed (first:'
+            f'{model.name}: {_failures(len(failed), source)} of {len(out)} trials failed (first:'
             f' {failed.error.iloc[0]}); the others are kept, mend the cause and run again'
         )
     return out
+
+
+def _failures(n, source):
+    "A number of failed trials that may be shown."
+    return format_count(n, 'credentialed' if getattr(source, 'sealed', False) else 'open')
 
 # %% ../../nbs/35_audit/070_runner.ipynb #a789ddf1
 def read_predictions(

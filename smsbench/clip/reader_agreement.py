@@ -17,6 +17,7 @@ from ..core import InputError, read_json
 from .faithfulness import localisation_metrics, localise, metric_line, table_of
 from ..data.boxes import as_box
 from ..data.images import is_missing, read_image
+from ..privacy import quoted
 from ..saliency.metrics import region
 
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #63de7f2e
@@ -191,7 +192,7 @@ def coco_marks(
             ]
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise InputError(f'{where}: an entry is not as in COCO ({type(e).__name__}: {e})') from None
+        raise InputError(f'{where}: an entry is not as in COCO ({quoted(e)})') from None
 
 
 def _annotation(a, images, names, reader, n):
@@ -247,9 +248,7 @@ def read_marks(
             )
         except Exception as e:
             # a foreign file can break the parser anywhere
-            raise InputError(
-                f"{path.name}: not a table ({type(e).__name__}: {' '.join(str(e).split())[:120]})"
-            ) from None
+            raise InputError(f'{path.name}: not a table ({quoted(e)})') from None
         out = (
             mscxr_marks(t, who, path.name)
             if layout == 'mscxr' or layout == 'auto' and 'dicom_id' in t and 'category_name' in t

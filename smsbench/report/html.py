@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import InputError, RunError, atomic, moved
+from ..core import InputError, RunError, atomic, moved, printable
+from ..privacy import quoted
 from .style import DASH, rounded
 from .sentences import sentence
 
@@ -338,15 +339,19 @@ def execute(
                 extra_arguments=['--log-level=ERROR'],
             )
         except papermill.PapermillExecutionError as e:
-            line = (str(e.evalue).strip().splitlines() or [''])[0]
-            raise (
-                InputError(line)
-                if e.ename == 'InputError'
-                else RunError(line if e.ename == 'RunError' else f'{path.name}: {e.ename}: {line}')
-            ) from None
+            raise _error_of(e, path.name) from None
         except DeadKernelError:
             raise RunError(f'{path.name}: the kernel died (out of memory?)') from None
         return nbformat.read(f'{d}/run.ipynb', as_version=4)
+
+
+def _error_of(e, name):
+    "Our own error out of a notebook as it was; of any other the gate for foreign words decides."
+    line = printable((str(e.evalue).strip().splitlines() or [''])[0])
+    if e.ename in ('InputError', 'RunError'):
+        return (InputError if e.ename == 'InputError' else RunError)(line)
+    foreign = type(e.ename, (Exception,), {})(line)
+    return RunError(f'{name}: {quoted(foreign, 300)}')
 
 # %% ../../nbs/70_report/200_html.ipynb #76fd45ec
 def to_html(
