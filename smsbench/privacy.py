@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'CREDENTIALED', 'IN_CLEAR', 'ACCESS', 'HOW_TO_SAY', 'WITHHELD', 'SMALL', 'SEALED', 'access_of', 'with_access',
-           'close_messages', 'open_messages', 'quoted', 'told', 'keep_private', 'format_count', 'safe_count',
-           'CountFormatter', 'seal_key', 'pseudonym', 'suppress_rare', 'seal', 'hide_counts', 'seal_exclusions',
-           'seal_files', 'unseal', 'is_sealed', 'was_opened', 'is_in_clear', 'write_table', 'read_table',
-           'cohort_summary', 'Note', 'note_cells', 'beside_hidden', 'suppress_few', 'without_small',
+           'close_messages', 'messages_closed', 'open_messages', 'quoted', 'told', 'keep_private', 'format_count',
+           'safe_count', 'CountFormatter', 'seal_key', 'pseudonym', 'suppress_rare', 'seal', 'hide_counts',
+           'seal_exclusions', 'seal_files', 'unseal', 'is_sealed', 'was_opened', 'is_in_clear', 'write_table',
+           'read_table', 'cohort_summary', 'Note', 'note_cells', 'beside_hidden', 'suppress_few', 'without_small',
            'without_small_verdict', 'shareable', 'shareable_curve']
 
 # %% ../nbs/00_base/30_privacy.ipynb #df66490b
@@ -112,6 +112,11 @@ WITHHELD = 'what it says is withheld, because the data are credentialed'
 def close_messages():
     "Withhold the words of libraries from here on: credentialed data are being read."
     _gate.closed = True
+
+
+def messages_closed() -> bool:
+    "Return whether credentialed data have been read since the command began."
+    return _gate.closed
 
 
 def open_messages(

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from ..core import InputError
+from ..core import InputError, read_yaml
 
 # %% ../../nbs/80_cli/10_app.ipynb #488bf0c5
 app = typer.Typer(
@@ -177,16 +177,7 @@ def read_parameters(
     file: Path | None,  # YAML file of NAME: VALUE pairs; None: no parameters
 ) -> dict:
     "Read a file of parameters; `InputError` if it cannot be read."
-    import yaml
-
-    if file is None:
-        return {}
-    try:
-        given = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
-    except FileNotFoundError:
-        raise InputError(f'{file}: no such file') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InputError(f'{file}: not valid YAML ({str(e).splitlines()[0]})') from None
+    given = {} if file is None else read_yaml(file) or {}
     if not isinstance(given, dict):
         raise InputError(f'{file}: must hold NAME: VALUE pairs')
-    return given
+    return {str(k): v for k, v in given.items()}

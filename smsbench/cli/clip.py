@@ -7,12 +7,13 @@ __all__ = ['clip_app', 'ModelOption', 'PretrainedOption', 'CohortOption', 'Findi
            'PromptsOption', 'DeviceOption', 'train', 'read_settings', 'settings_text', 'evaluate', 'compare_models']
 
 # %% ../../nbs/80_cli/60_clip.ipynb #b0465146
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..core import InputError
+from ..core import InputError, parse_yaml
 from smsbench.cli.app import (
     BootOption,
     JsonOption,
@@ -206,18 +207,16 @@ def read_settings(
         name, eq, value = p.partition('=')
         if not eq:
             raise InputError(f'--set {p}: needs NAME=VALUE')
-        given[name.strip()] = _value(value.strip())
+        given[name.strip()] = _value(value.strip(), f'--set {p}')
     return TrainSettings.from_values(**given)
 
 
-def _value(text):
+def _value(text, what):
     "Parse a number, boolean, list or word; YAML reads 1e-4 as a word."
-    import yaml
-
-    try:
-        return float(text) if 'e' in text.lower() else yaml.safe_load(text)
-    except ValueError:
-        return yaml.safe_load(text)
+    if 'e' in text.lower():
+        with contextlib.suppress(ValueError):
+            return float(text)
+    return parse_yaml(text, what)
 
 # %% ../../nbs/80_cli/60_clip.ipynb #1a2c473e
 def settings_text():

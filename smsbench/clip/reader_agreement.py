@@ -381,15 +381,15 @@ def _run_lengths(held, shape):
     counts = held.get('counts') if isinstance(held, dict) else None
     try:
         runs = np.array(_unpacked(counts) if isinstance(counts, str) else counts, int)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError('run lengths that are no numbers') from None
     if (
-        list(held.get('size', ())) != list(shape)
+        held.get('size') != list(shape)
         or runs.ndim != 1
         or (runs < 0).any()
         or runs.sum() != shape[0] * shape[1]
     ):
-        raise InputError(f"run lengths of {held.get('size')} for a film of {list(shape)}")
+        raise InputError(f"run lengths of {str(held.get('size'))[:40]} for a film of {list(shape)}")
     return _some(np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(shape, order='F'))
 
 
