@@ -491,8 +491,11 @@ def _read_file(path):
     try:
         df = table.to_pandas()
         about = json.loads((table.schema.metadata or {}).get(b'smsbench', b'{}'))
-    except ValueError:
-        about = None  # a comment or key that another program wrote into the file
+    except MemoryError:
+        raise
+    except Exception:
+        # a comment or key that another program wrote into the file; pandas raises anything
+        about = None
     if not isinstance(about, dict):
         raise InputError(
             f'{path}: its metadata are not those of a table that smsbench wrote; make it again'

@@ -401,7 +401,7 @@ def load_results(
     run, held = _read_run(path, 'verdicts.json', 'run', 'run the audit')
     return Results(
         **held,
-        verdicts=read_json(run / 'verdicts.json')['models'],
+        verdicts=_object(run / 'verdicts.json', models=dict)['models'],
         files=read_audit(run / 'files') if (run / 'files' / 'findings.parquet').exists() else None,
         checks=read_checks(run),
     )
@@ -420,16 +420,16 @@ def _read_run(path, last, what, again):
             f"{path}: not a finished {what} (no {', '.join(missing)}); {again} again with this"
             " --out and it will resume"
         )
-    c = read_json(run / 'config.json')
+    c = _object(run / 'config.json', config=dict, config_hash=str, loose=dict)
     return run, dict(
         path=run.path,
         config=c['config'],
         config_hash=c['config_hash'],
         root=c['loose'].get('root', ''),
-        environment=read_json(run / 'environment.json'),
+        environment=_object(run / 'environment.json'),
         plan=read_table(run / 'plan.parquet', 'plan'),
         predictions=read_predictions(run),
-        delivery=read_json(run / 'delivery.json'),
+        delivery=_object(run / 'delivery.json'),
         metrics=read_table(run / 'metrics.parquet', 'metrics'),
         cohort=read_table(run / 'cohort.parquet', 'cohort'),
         exclusions={
@@ -438,6 +438,19 @@ def _read_run(path, last, what, again):
             if (run / f'{s}_exclusions.parquet').exists()
         },
     )
+
+
+def _object(path, **keys):
+    "A JSON object of a run with these keys (name -> type); `InputError` if it was changed."
+    value = read_json(path)
+    wrong = [
+        k
+        for k, kind in keys.items()
+        if not isinstance(value, dict) or not isinstance(value.get(k), kind)
+    ]
+    if wrong or not isinstance(value, dict):
+        raise InputError(f"{path}: not as the audit wrote it ({', '.join(wrong) or 'no object'})")
+    return value
 
 # %% ../../nbs/35_audit/200_run.ipynb #cdab3be2
 def run_import(

@@ -301,7 +301,7 @@ def _raw_texts(m, rows, root):
         out['text'] = _from_columns(rows, t)
     elif t:
         out['text'] = out.text.map({x: _of_sections(x, t.sections) for x in out.text.unique()})
-    return out
+    return out.assign(text=out.text.astype(object))  # a table without rows has no type
 
 
 _OTHER = '\0'  # marks a report with text, but none of the sections

@@ -231,6 +231,7 @@ def _settings():
 
 
 def _text_target(path, text, read):
+    path.write_text(text, encoding='utf-8')
     return Target({path: text.encode()}, lambda: read(path), as_yaml, {path: yaml.safe_load(text)})
 
 # %% ../../nbs/80_cli/90_fuzz.ipynb #e36404a3
@@ -261,7 +262,7 @@ def table_targets(home):
     answers = home / 'answers.jsonl'
     said = [dict(trial_id=t, raw_text='No, there is none.') for t in plan.trial_id[:-3]]
     said += [
-        dict(trial_id=t, logprobs=[-0.1, -2.3], raw_text='yes', seconds=0.1, token_sha='a')
+        dict(trial_id=t, logprobs=[-0.2, -2.3], raw_text='yes', seconds=0.1, token_sha='a')
         for t in plan.trial_id[-3:]
     ]
     as_lines(said, answers)
@@ -323,12 +324,11 @@ def _use_cohort(path):
 
 def _use_plan(path, cohort):
     "What a command does with a plan file: show every trial."
-    from smsbench.audit.runner import Source, check_rules
+    from smsbench.audit.runner import Source, check_trials
     from smsbench.privacy import read_table
 
-    plan = read_table(path, 'plan')
-    check_rules(plan)
-    source = Source(cohort)
+    plan, source = read_table(path, 'plan'), Source(cohort)
+    check_trials(plan, source)
     for t in plan.itertuples(index=False):
         source.inputs(t)
 
@@ -427,7 +427,7 @@ def image_targets(home):
 
     grey = np.random.default_rng(0).integers(0, 256, (24, 20), np.uint8)
     out = {}
-    for ending in ('png', 'jpg', 'tif', 'bmp'):
+    for ending in ('png', 'jpg'):
         path = home / f'film.{ending}'
         Image.fromarray(grey).save(path)
         out[f'image {ending}'] = Target(
@@ -567,6 +567,9 @@ def make_targets(
     home = Path(home)
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stderr(nowhere):
         made = {name: t for make in MAKERS for name, t in make(home).items()}
+    for name, t in made.items():
+        if (said := outcome(t.read)) != 'read':
+            raise RunError(f'the whole input of {name} was {said}')
     chosen = {name: t for name, t in made.items() if name.startswith(only)}
     if not chosen:
         raise InputError(f"--target {only}: choose from {', '.join(made)}")
