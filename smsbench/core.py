@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_VALUES', 'SCHEMAS', 'METRIC_STATES', 'printable', 'InputError', 'RunError', 'content_hash', 'array_hash',
-           'table_hash', 'atomic', 'write_json', 'read_json', 'check_plain', 'parse_yaml', 'read_yaml', 'schema',
-           'complete_metrics', 'validate', 'moved', 'environment', 'set_seed', 'progress', 'Run']
+           'table_hash', 'atomic', 'sweep', 'write_json', 'read_json', 'check_plain', 'parse_yaml', 'read_yaml',
+           'schema', 'complete_metrics', 'validate', 'moved', 'environment', 'set_seed', 'progress', 'Run']
 
 # %% ../nbs/00_base/10_core.ipynb #1913a0d9
 import contextlib, functools, hashlib, importlib, json, os, platform, random, re, subprocess, sys
@@ -97,6 +97,31 @@ def atomic(
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+# %% ../nbs/00_base/10_core.ipynb #e4c822dc
+def sweep(
+    folder,  # folder of a run
+) -> int:  # files removed
+    "Remove temporary files, at any depth, whose writer is no longer running on this machine."
+    found = [(p, _TMP.fullmatch(p.name)) for p in Path(folder).rglob('.*.tmp')]
+    gone = [p for p, m in found if m and not _runs(int(m[1]))]
+    for p in gone:
+        p.unlink(missing_ok=True)
+    return len(gone)
+
+
+_TMP = re.compile(r'\..+\.(\d+)\.tmp')
+
+
+def _runs(pid):
+    "Whether a process of this number runs; one of another user counts."
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 # %% ../nbs/00_base/10_core.ipynb #8b62c42e
 def write_json(
@@ -379,7 +404,8 @@ def _plainly_valid(cells, kind, rule):
         return cells.dtype.kind == dtype and (
             rule != 'share' or bool((cells.isna() | cells.between(0, 1 + 1e-6)).all())
         )
-    if not (pd.api.types.infer_dtype(cells, skipna=False) == 'string' or not len(cells)):
+    text = pd.api.types.infer_dtype(cells, skipna=False) == 'string' and not cells.hasnans
+    if len(cells) and not text:
         return False
     if rule == 'unique':
         return cells.is_unique
@@ -520,21 +546,38 @@ class Run:
     def __truediv__(self, name):
         return self.path / name
 
-    def freeze(
+    def check(
         self,
-        config: dict,  # settings that affect the result; they determine the config hash
-        **loose,  # settings that do not: recorded, may differ on resume
-    ) -> str:  # the config hash
-        "Write config.json; raise `InputError` if it exists with another `config`."
+        config: dict,  # settings that affect the result
+        changeable=(),  # names of those that may differ from the last start
+    ) -> dict:  # the settings as they are written
+        "Raise `InputError` if config.json exists with another `config`; nothing is written."
         config = json.loads(json.dumps(_jsonable(config)))
-        path = self / 'config.json'
-        old = read_json(path)['config'] if path.exists() else config
+        old = self.settings() or config
         changed = sorted(k for k in old.keys() | config.keys() if old.get(k) != config.get(k))
-        if changed:
+        if changed := [k for k in changed if k not in changeable]:
             raise InputError(
                 f"{self.path} holds a run with another {', '.join(changed)}; choose another --out"
                 " or the same settings"
             )
+        return config
+
+    def settings(self) -> dict:
+        "Return the settings that config.json holds; empty before the run has begun."
+        path = self / 'config.json'
+        kept = read_json(path) if path.exists() else dict(config={})
+        if not isinstance(kept, dict) or not isinstance(kept.get('config'), dict):
+            raise InputError(f'{path}: not as a run wrote it; choose another --out')
+        return kept['config']
+
+    def freeze(
+        self,
+        config: dict,  # settings that affect the result; they determine the config hash
+        changeable=(),  # names of those that may differ from the last start
+        **loose,  # settings that do not: recorded, may differ on resume
+    ) -> str:  # the config hash
+        "Write config.json; raise `InputError` if it exists with another `config`."
+        config, path = self.check(config, changeable), self / 'config.json'
         name = content_hash(json.dumps(config, sort_keys=True))
         write_json(dict(config=config, config_hash=name, loose=loose), path)
         return name

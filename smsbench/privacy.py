@@ -464,6 +464,9 @@ def read_table(
         df['access'] = about['access']
     if kind == 'cohort':
         access_of(df, str(path))
+        strata = about.get('strata', [])
+        if not isinstance(strata, list) or [s for s in strata if s not in df.columns]:
+            raise InputError(f'{path}: its metadata name strata that are no columns of it')
     return df
 
 

@@ -390,7 +390,7 @@ def make_plan(
     chosen, attrs, whole = select_arms(arms, probes), cohort.attrs, cohort_hash(cohort)
     access, sealed = access_of(cohort, 'the cohort'), is_sealed(cohort)
     variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
-    for task in tasks_of(attrs).values():
+    for task in tasks_of(attrs, findings=cohort.finding.unique()).values():
         [variant_choices(task, v) for v in variants]
     cohort = _without_attrs(cohort)
     rows = {

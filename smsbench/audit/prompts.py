@@ -36,6 +36,7 @@ class Task:
 def tasks_of(
     about: dict,  # metadata of a cohort or plan
     what: str = 'the cohort',  # name of the table in messages
+    findings=(),  # those that the table asks about
 ) -> dict[str, Task]:  # finding -> its task
     "Read the questions out of a table's metadata; `InputError` where they are none."
     given = about.get('tasks')
@@ -44,6 +45,8 @@ def tasks_of(
             f'{what} has lost its metadata (tasks), as after a merge; put them back'
             ' (merged.attrs = cohort.attrs)'
         )
+    if lost := sorted({*map(str, findings)} - {*given}):
+        raise InputError(f'{what}: there is no question about {lost[0]} in its metadata (tasks)')
     try:
         return {f: Task(**t) for f, t in given.items()}
     except (TypeError, AttributeError):

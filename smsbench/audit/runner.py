@@ -55,7 +55,7 @@ class Source:
             bool(held.key),
             remote,
         )
-        self.tasks = tasks_of(opened.attrs)
+        self.tasks = tasks_of(opened.attrs, findings=opened.finding.unique())
         self.known = (
             dict(zip(opened.image, opened.image_sha)) if 'image_sha' in opened else {}
         )  # reference -> hash of the pixels

@@ -237,12 +237,13 @@ class _Page(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.images, self.faults, self.in_style = 0, [], False
+        self.figures, self.faults, self.in_style = 0, [], False
 
     def handle_starttag(self, tag, attrs):
         attrs = {k: v or '' for k, v in attrs}
         self.in_style = tag == 'style'
-        self.images += tag == 'img'
+        # a figure, or the line that says why there is none
+        self.figures += tag == 'img' or 'absent' in attrs.get('class', '').split()
         if tag in ('script', 'iframe', 'object', 'embed', 'base', 'form'):
             self.faults.append(f'a <{tag}> element')
         if tag == 'img' and not attrs.get('alt', '').strip():
@@ -267,7 +268,7 @@ class _Page(HTMLParser):
 # %% ../../nbs/70_report/200_html.ipynb #20d586c9
 def check_page(
     page: str,  # HTML
-    images: int = 1,  # figures it must have at least
+    images: int = 1,  # figures at least, or lines that say why there is none
 ):
     """Check that a page is self-contained and complete.
 
@@ -283,8 +284,8 @@ def check_page(
             f" {p.faults[0]}{f' and {len(p.faults) - 1} more faults' * (len(p.faults) > 1)}; it"
             " would not be self-contained"
         )
-    if p.images < images:
-        raise RunError(f'the report holds {p.images} figures, at least {images} were expected')
+    if p.figures < images:
+        raise RunError(f'the report holds {p.figures} figures, at least {images} were expected')
 
 # %% ../../nbs/70_report/200_html.ipynb #01f098f4
 def find_notebook(
