@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_VALUES', 'SCHEMAS', 'METRIC_STATES', 'printable', 'InputError', 'RunError', 'content_hash', 'array_hash',
-           'table_hash', 'atomic', 'sweep', 'write_json', 'read_json', 'check_plain', 'parse_yaml', 'read_yaml',
+           'table_hash', 'atomic', 'sweep', 'write_json', 'check_plain', 'read_json', 'parse_yaml', 'read_yaml',
            'schema', 'complete_metrics', 'validate', 'moved', 'environment', 'set_seed', 'progress', 'Run']
 
 # %% ../nbs/00_base/10_core.ipynb #1913a0d9
@@ -147,20 +147,6 @@ def _jsonable(o):
         return None  # JSON has no NaN; null is what readers expect
     return o if isinstance(o, (str, int, float, bool, type(None))) else str(o)
 
-# %% ../nbs/00_base/10_core.ipynb #c058546f
-def read_json(
-    path,  # file to read
-):  # the object
-    "Read a JSON file; raise `InputError` if it is missing or broken."
-    try:
-        value = json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise InputError(f'{path}: no such file') from None
-    except (ValueError, RecursionError) as e:
-        # broken, not UTF-8, nested too deeply, a number of too many digits
-        raise InputError(f'{path}: not valid JSON ({printable(e)[:160]})') from None
-    return check_plain(value, str(path))
-
 # %% ../nbs/00_base/10_core.ipynb #9448835f
 def check_plain(
     value,  # of JSON or YAML
@@ -185,6 +171,20 @@ def check_plain(
 
 MOST_VALUES = 10**6
 _HALF = re.compile(r'[\ud800-\udfff]')
+
+# %% ../nbs/00_base/10_core.ipynb #c058546f
+def read_json(
+    path,  # file to read
+):  # the object
+    "Read a JSON file; raise `InputError` if it is missing or broken."
+    try:
+        value = json.loads(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise InputError(f'{path}: no such file') from None
+    except (ValueError, RecursionError) as e:
+        # broken, not UTF-8, nested too deeply, a number of too many digits
+        raise InputError(f'{path}: not valid JSON ({printable(e)[:160]})') from None
+    return check_plain(value, str(path))
 
 # %% ../nbs/00_base/10_core.ipynb #2308d499
 def parse_yaml(

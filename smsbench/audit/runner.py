@@ -400,12 +400,15 @@ def _failures(n, source):
 # %% ../../nbs/35_audit/070_runner.ipynb #a789ddf1
 def read_predictions(
     run: Run,  # run directory
-) -> pd.DataFrame:  # all models' predictions
+    models=None,  # names of the models to read; None: all that have answered
+) -> pd.DataFrame:  # their predictions
     """Read the predictions of a run; metadata holds each model's `info`.
 
     `InputError` where there are none.
     """
     parts = [read_table(p) for p in sorted((run / 'predictions').glob('part-*.parquet'))]
+    if models is not None:
+        parts = [p for p in parts if set(p.model) <= set(models)]
     if not parts:
         raise InputError(f'{run.path}: no predictions here yet')
     out = validate(pd.concat(parts, ignore_index=True), 'predictions')

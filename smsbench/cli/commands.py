@@ -83,18 +83,22 @@ def finish(
     from smsbench.core import Run, read_json
     from smsbench.report.html import write_report
     from smsbench.audit.registration import registration_note
-    from smsbench.audit.run import check_lines, read_checks, void_lines
+    from smsbench.audit.run import check_lines, read_checks, read_failures, void_lines
 
     report, run = write_report(out), Run(out)
     models, checks = read_json(run / 'verdicts.json')['models'], read_checks(run)
-    registered = registration_note(run)
+    registered, failed = registration_note(run), read_failures(run)
+    checks = {m: c for m, c in checks.items() if m in models}
     lines = [_shown(line) for line in verdict_lines(run.path, models)] + [registered['short']]
     say(
-        dict(report=str(report), models=models, registration=registered, checks=checks),
+        dict(
+            report=str(report), models=models, failed=failed, registration=registered, checks=checks
+        ),
         as_json,
         '\n'.join([*lines, str(report)]),
     )
-    if lines := void_lines(read_json(run / 'delivery.json')) + check_lines(checks):
+    lines = [f'{m}: not reported ({why})' for m, why in failed.items()]
+    if lines := lines + void_lines(read_json(run / 'delivery.json')) + check_lines(checks):
         raise RunError('; '.join(lines))
 
 
@@ -235,6 +239,12 @@ def audit(
 
     An interrupted command resumes when it is started again. A model that did not receive the image
     gets no verdict, and the exit code is 1.
+
+    Several models are tried on a few trials first. One that fails does not cost the others: they
+    are reported, it is listed with the reason, and the exit code is 1. Started again in the same
+    directory with other models, the command scores those that are new, and no longer reports those
+    that are not named; their answers stay. All other settings are frozen once the data and the
+    models have proven usable.
 
     Example:  smsbench audit --manifest covid_notes --root data/covid_notes --model
     reference-image-reader --out reports/covid
