@@ -34,6 +34,7 @@ from smsbench.cli.app import (
     MatchOption,
     OutOption,
     PrimaryOption,
+    PrivateOption,
     ReasonOption,
     RegistrationOption,
     RemoteOption,
@@ -42,6 +43,7 @@ from smsbench.cli.app import (
     VariantsOption,
     app,
     audit_settings,
+    begin_private,
     read_parameters,
     say,
 )
@@ -233,6 +235,7 @@ def audit(
         ),
     ] = False,
     allow_remote: RemoteOption = False,
+    private: PrivateOption = None,
     as_json: JsonOption = False,
 ):
     """Audit one or more models: plan, score, prove delivery, measure, give verdicts, report.
@@ -267,6 +270,7 @@ def audit(
     more = dict(system=system, extra=extra, check=check, probes=parse_probes(probes))
     settings = audit_settings(*asked, **more, **parse_rewordings(paraphrases))
     settings = _as_registered(settings, registration, ctx, plan_file)
+    begin_private(private, out)
     table, excluded, frozen, files = _cohort_for(
         manifest, root, cohort_file, plan_file, allow_remote
     )
@@ -288,6 +292,10 @@ def audit(
         **loading,
         **sharing,
     )
+    if private is not None:
+        from smsbench.report.private_page import owners_page
+
+        owners_page(out, private, root or '')
     finish(out, as_json)
 
 

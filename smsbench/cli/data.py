@@ -21,6 +21,7 @@ from smsbench.cli.app import (
     MarginOption,
     MatchOption,
     PrimaryOption,
+    PrivateOption,
     ReasonOption,
     RemoteOption,
     RootOption,
@@ -28,6 +29,7 @@ from smsbench.cli.app import (
     VariantsOption,
     app,
     audit_settings,
+    begin_private,
     say,
     split_list,
 )
@@ -91,6 +93,7 @@ def cohort(
         typer.Option(help='Accept another number of samples than the card expects.'),
     ] = False,
     allow_remote: RemoteOption = False,
+    private: PrivateOption = None,
     as_json: JsonOption = False,
 ):
     """Read a dataset through its card, check and audit every file, and write the cohort.
@@ -131,6 +134,7 @@ def cohort(
             f'{manifest}: needs --root, the folder of its files, and --out; or --how, which says'
             ' how to get them'
         )
+    begin_private(private, out.with_name(out.stem + '_files'))
     _make_cohort(
         manifest,
         root,

@@ -16,6 +16,7 @@ from .parts import Derive, Join, TableCard, fill, needs
 from .images import is_missing, plain
 from .report_text import keep_sections
 from .storage import FileError, read_bytes
+from ..privacy import keep_private
 from .tables import below, read_source, require
 
 # %% ../../nbs/10_data/100_rows.ipynb #2f615373
@@ -351,6 +352,7 @@ def _ambiguous(n, several, access):
     rows = f'columns.image: several files fit one row, in {n} row{"s" * (n != 1)}'
     if access == 'open' and len(several[0]) < 150:
         return f'{rows}, such as {several[0]} and {several[1]}'
+    keep_private('messages', dict(kind=rows, words=f'such as {several[0]} and {several[1]}'))
     return f'{rows}; make the pattern narrower'
 
 
