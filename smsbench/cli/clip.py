@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['clip_app', 'ModelOption', 'PretrainedOption', 'CohortOption', 'FindingsOption', 'ByOption', 'SplitsOption',
-           'PromptsOption', 'DeviceOption', 'train', 'read_settings', 'settings_text', 'evaluate', 'compare_models']
+           'PromptsOption', 'DeviceOption', 'train', 'read_settings', 'settings_text', 'evaluate', 'scores_shown',
+           'compare_models']
 
 # %% ../../nbs/80_cli/60_clip.ipynb #b0465146
 import contextlib
@@ -18,8 +19,10 @@ from smsbench.cli.app import (
     BootOption,
     JsonOption,
     OutOption,
+    PrivateOption,
     RootOption,
     app,
+    begin_private,
     read_parameters,
     say,
     split_list,
@@ -284,6 +287,7 @@ def evaluate(
     ] = 'error',
     device: DeviceOption = 'auto',
     n_boot: BootOption = 1000,
+    private: PrivateOption = None,
     as_json: JsonOption = False,
 ):
     """Evaluate a checkpoint on films it was not trained on.
@@ -291,15 +295,18 @@ def evaluate(
     Zero-shot, retrieval and embedding space; if the cohort has train, val and test, also a linear
     probe, nearest neighbours and a few-shot curve.
 
-    Writes tables/ (CSV and LaTeX), figures/, metrics.parquet and summary.json with remarks on the
-    numbers. Thresholds come from the checkpoint's own validation.
+    Writes report.html, tables/ (CSV and LaTeX; scores.csv holds image, class, score, decision and
+    label, of open data), figures/, metrics.parquet and summary.json with remarks on the numbers.
+    Thresholds come from the checkpoint's own validation.
 
     Example:  smsbench clip evaluate --cohort other.parquet --model runs/nih/best --out
     reports/external
     """
     from smsbench.clip.model import load_clip
     from smsbench.report.external_page import external_validation, unseen
+    from smsbench.report.results_page import results_page
 
+    begin_private(private, out)
     films = _images(cohort, root, findings, by, splits, conflicts)
     if test:
         films = films.select(*split_list(test))
@@ -323,6 +330,13 @@ def evaluate(
     if against:
         both_unseen, both = unseen(model, films, seen)[0], ((model, pretrained), (against, ''))
         pair = compare_models(*both, both_unseen, out, words, device, n_boot)
+    results_page(
+        out,
+        f"{Path(model).name} on {films.attrs.get('manifest') or 'a cohort'}",
+        notes=result.notes,
+        figures=result.figures,
+        tables={**result.tables, **scores_shown(result.scores, films)},
+    )
     text = [
         _rows(result.metrics, _WHOLE),
         *result.notes,
@@ -340,6 +354,13 @@ def evaluate(
         as_json,
         '\n\n'.join([*text, str(out)]),
     )
+
+
+def scores_shown(scores, images):
+    "The table of scores for a page; none of credentialed data."
+    from smsbench.privacy import access_of
+
+    return {} if access_of(images, 'the films') != 'open' else dict(scores=scores)
 
 # %% ../../nbs/80_cli/60_clip.ipynb #b5b4725e
 def compare_models(

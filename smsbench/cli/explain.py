@@ -12,7 +12,16 @@ from typing import Annotated
 import typer
 
 from ..core import InputError
-from .app import BootOption, JsonOption, OutOption, RootOption, say, split_list
+from smsbench.cli.app import (
+    BootOption,
+    JsonOption,
+    OutOption,
+    PrivateOption,
+    RootOption,
+    begin_private,
+    say,
+    split_list,
+)
 from smsbench.cli.clip import (
     ByOption,
     CohortOption,
@@ -73,6 +82,7 @@ def explain(
             help=('Seed of the choice of films, the shuffled weights and the random orders.')
         ),
     ] = 0,
+    private: PrivateOption = None,
     as_json: JsonOption = False,
 ):
     """Compare a model's saliency maps with radiologists' marks.
@@ -87,8 +97,13 @@ def explain(
     from smsbench.clip.model import load_clip
     from smsbench.clip.reader_agreement import read_marks
     from smsbench.clip.benchmark import explain_images, marked_images
+    from smsbench.clip.zero_shot import zero_shot
     from smsbench.core import Run, content_hash
+    from smsbench.privacy import access_of
+    from smsbench.report.external_page import image_rows, own_thresholds
+    from smsbench.report.image_scores import keep_scores
 
+    begin_private(private, out)
     films = _images(cohort, root, findings, by, splits, 'drop').select(*split_list(test))
     called = _pairs(names)
     words, notes = _own_words(model, films, prompts)
@@ -116,7 +131,10 @@ def explain(
         clip, marked, method, words, n_cascade=8, n_boot=n_boot, seed=seed, layer=layer, show=True
     )
     run.freeze(config)
-    metrics = save_explained(result, run)
+    scores, access = zero_shot(clip, marked.films, words), access_of(marked.films, 'the films')
+    limits = own_thresholds(model, marked.films, None, words)[0]
+    keep_scores(image_rows(marked.films, scores, limits), run, access)
+    metrics = save_explained(result, run, notes)
     say(
         dict(out=str(out), metrics=metrics.to_dict('records'), notes=notes),
         as_json,
@@ -196,13 +214,15 @@ def _own_words(model, films, prompts):
 def save_explained(
     result,  # `Explained`
     run,  # run directory
+    notes=(),  # sentences that limit the numbers
 ):  # its metrics table, without rows of few patients
-    """Write metrics.parquet, tables/*.csv and figures/*.png.
+    """Write report.html, metrics.parquet, tables/*.csv and figures/*.png.
 
     Images and names of films, and curves of few patients, only if the cohort is open.
     """
     from smsbench.core import environment, write_json
     from smsbench.privacy import access_of, shareable, write_table
+    from smsbench.report.results_page import results_page
 
     access = access_of(result.marked.films, 'the films')
     metrics = shareable(result.metrics, access)
@@ -218,10 +238,13 @@ def save_explained(
     for name, t in tables.items():
         if t is not None:
             plain_cells(t).to_csv(run / f'tables/{name}.csv', index=False)
-    for name, f in _explained_figures(result, metrics, cascade, access).items():
+    figures = _explained_figures(result, metrics, cascade, access)
+    for name, f in figures.items():
         if f is not None:
             (run / f'figures/{name}.png').write_bytes(f.png())
     write_json(environment(), run / 'environment.json')
+    shown = {n: plain_cells(t) for n, t in tables.items() if t is not None and n != 'iou'}
+    results_page(run.path, 'Where a model looks', notes=notes, figures=figures, tables=shown)
     return metrics
 
 
@@ -324,6 +347,7 @@ def ssa(
     device: DeviceOption = 'auto',
     n_boot: BootOption = 1000,
     seed: Annotated[int, typer.Option(help='Seed of the orders and of the resampling.')] = 0,
+    private: PrivateOption = None,
     as_json: JsonOption = False,
 ):
     """Measure how each patient attribute changes sensitivity and specificity.
@@ -337,6 +361,7 @@ def ssa(
     from smsbench.core import Run
     from smsbench.privacy import format_count
 
+    begin_private(private, out)
     if bool(model) == bool(vlm):
         raise InputError('name one model: --model for CLIP, or --vlm for a vision-language model')
     if vlm and (by or prompts or pretrained):
@@ -370,11 +395,11 @@ def ssa(
         **about,
     )
     _same_run(run, config)
-    result = analyse(
-        ask, asked, split_list(steps), wording, most_orders, seed=seed, show=True, n_boot=n_boot
-    )
+    each = []
+    how = dict(seed=seed, show=True, n_boot=n_boot, each=each.append)
+    result = analyse(ask, asked, split_list(steps), wording, most_orders, **how)
     run.freeze(config)
-    result, table = _save_ssa(run, result, access, left)
+    result, table = _save_ssa(run, result, access, left, each[0], notes)
     if len(left):
         notes.append(
             f"{format_count(len(left), access)} picture(s) cannot be read and are left"
@@ -458,10 +483,12 @@ def _vlm_predictor(vlm, device, cohort, root, findings, splits, test):
     )
 
 
-def _save_ssa(run, result, access, left):
+def _save_ssa(run, result, access, left, scores, notes):
     "Write metrics.parquet, tables/ and figures/; return shareable metrics and effects."
     from smsbench.core import environment, write_json
     from smsbench.privacy import shareable, write_table
+    from smsbench.report.image_scores import keep_scores
+    from smsbench.report.results_page import results_page
     from smsbench.report.ssa_figures import ssa_figure, ssa_order_figure, ssa_table
 
     attrs = result.attrs
@@ -475,8 +502,13 @@ def _save_ssa(run, result, access, left):
     plain_cells(table).to_csv(run / 'tables/effects.csv', index=False)
     if len(left) and access == 'open':
         plain_cells(left).to_csv(run / 'tables/excluded.csv', index=False)
-    for name, f in dict(steps=ssa_figure(result), orders=ssa_order_figure(result)).items():
+    figures = dict(steps=ssa_figure(result), orders=ssa_order_figure(result))
+    for name, f in figures.items():
         if f is not None:
             (run / f'figures/{name}.png').write_bytes(f.png())
     write_json(environment(), run / 'environment.json')
+    keep_scores(scores, run, access)
+    shown = dict(effects=table) | (dict(scores=scores) if access == 'open' else {})
+    title = 'Sequential sensitivity analysis'
+    results_page(run.path, title, notes=notes, figures=figures, tables=shown)
     return result, table
