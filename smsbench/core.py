@@ -89,7 +89,7 @@ def atomic(
     "Write a file that appears under its name only when it is complete."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    tmp = path.with_name(f'.{path.name}.{_host()}-{os.getpid()}.tmp')
     try:
         yield tmp
         with open(tmp, 'rb+') as f:
@@ -98,19 +98,25 @@ def atomic(
     finally:
         tmp.unlink(missing_ok=True)
 
+
+@functools.cache
+def _host():
+    "A short name of this machine that tells nothing of it."
+    return content_hash(platform.node())[:6]
+
 # %% ../nbs/00_base/10_core.ipynb #e4c822dc
 def sweep(
     folder,  # folder of a run
 ) -> int:  # files removed
     "Remove temporary files, at any depth, whose writer is no longer running on this machine."
     found = [(p, _TMP.fullmatch(p.name)) for p in Path(folder).rglob('.*.tmp')]
-    gone = [p for p, m in found if m and not _runs(int(m[1]))]
+    gone = [p for p, m in found if m and m[1] in (_host(), None) and not _runs(int(m[2]))]
     for p in gone:
         p.unlink(missing_ok=True)
     return len(gone)
 
 
-_TMP = re.compile(r'\..+\.(\d+)\.tmp')
+_TMP = re.compile(r'\..+\.(?:([0-9a-f]{6})-)?(\d+)\.tmp')
 
 
 def _runs(pid):
@@ -578,6 +584,7 @@ class Run:
     ) -> str:  # the config hash
         "Write config.json; raise `InputError` if it exists with another `config`."
         config, path = self.check(config, changeable), self / 'config.json'
+        sweep(self.path)
         name = content_hash(json.dumps(config, sort_keys=True))
         write_json(dict(config=config, config_hash=name, loose=loose), path)
         return name

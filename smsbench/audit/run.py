@@ -22,7 +22,6 @@ from smsbench.core import (
     complete_metrics,
     environment,
     read_json,
-    sweep,
     write_json,
 )
 from ..data.audit import SEVERITIES, FileAudit
@@ -377,7 +376,6 @@ def run_audit(
     held = open_cohort(cohort, root)
     _check_kept(registration, settings, held.cohort, plan)
     run = Run(out)
-    sweep(run.path)
     for m in models:
         _same_model(run, model_name(m), m, how, write=False)
     cohort, source = held.cohort, Source(held, root, remote=remote)
