@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 import yaml
 
+from .. import core
 from ..core import InputError, RunError
 
 # %% ../../nbs/80_cli/90_fuzz.ipynb #f2c5e916
@@ -507,7 +508,7 @@ def where_raised(
     e: BaseException,  # what came out of a reader
 ) -> str:  # 'KeyError in smsbench/privacy.py:412 read_table'
     "Name a fault by its kind and the last line of this package that it passed."
-    here = str(Path(__file__).resolve().parent.parent)
+    here = str(Path(core.__file__).resolve().parent)
     frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.startswith(here)]
     ours = [f for f in frames if not f.filename.endswith('testing/fuzz.py')] or frames
     if not ours:
