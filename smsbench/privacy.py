@@ -505,6 +505,9 @@ def read_table(
     access level.
     """
     df, about = _read_file(path)
+    if not df.columns.is_unique:
+        twice = printable(df.columns[df.columns.duplicated()][0])
+        raise InputError(f'{path}: has two columns named {twice}; every column needs its own name')
     df = _from_old_version(df, kind)
     df.attrs = about
     if kind:
@@ -514,7 +517,7 @@ def read_table(
     if kind == 'cohort':
         access_of(df, str(path))
         strata = about.get('strata', [])
-        if not isinstance(strata, list) or [s for s in strata if s not in df.columns]:
+        if not isinstance(strata, list) or [s for s in strata if s not in list(df)]:
             raise InputError(f'{path}: its metadata name strata that are no columns of it')
     return df
 
