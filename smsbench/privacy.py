@@ -517,8 +517,9 @@ def read_table(
     if kind == 'cohort':
         access_of(df, str(path))
         strata = about.get('strata', [])
-        if not isinstance(strata, list) or [s for s in strata if s not in list(df)]:
-            raise InputError(f'{path}: its metadata name strata that are no columns of it')
+        lost = not isinstance(strata, list) or [s for s in strata if s not in list(df)]
+        if lost or len(set(strata)) < len(strata):
+            raise InputError(f'{path}: its metadata name strata twice, or such as are no columns')
     return df
 
 
