@@ -443,6 +443,11 @@ def test_each_further_fact_is_measured(place, capsys):
     assert {'sensitivity', 'sensitivity_change', 'specificity_effect'} <= set(t.metric) and (
         out / 'figures' / 'steps.png'
     ).exists()
+    each = pd.read_csv(out / 'tables' / 'scores.csv', keep_default_na=False)
+    assert list(each) == ['image', 'class', 'given', 'score', 'decision', 'label']
+    assert {'', 'age', 'age, sex'} <= set(each.given) and 'age, sex' in (
+        out / 'report.html'
+    ).read_text()
     assert (
         main(
             [

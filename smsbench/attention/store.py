@@ -11,9 +11,7 @@ import copy, json
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-
 import numpy as np, pandas as pd
-
 from ..core import InputError, Run, RunError, atomic
 from ..audit.runner import _answer_row, _error_row, part_path
 from ..vlm.attention import AttentionMap, Rows, attention_map, attention_rows, shares
@@ -238,7 +236,8 @@ def look_at(
         }
         return _answer_row(trial, answer, x.choices, time.perf_counter() - begin), packed
     except Exception as e:
-        return _error_row(trial, e), {}  # counted, and too many of them fail the run
+        # counted, and too many of them fail the run
+        return _error_row(trial, e, getattr(source, 'sealed', False)), {}
 
 # %% ../../nbs/45_attention/10_store.ipynb #c84dfa24
 def attend_part(

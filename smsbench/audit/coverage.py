@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd
 from pydantic import Field, ValidationError
-from ..core import InputError, content_hash, progress, read_json, write_json
+from ..core import InputError, content_hash, progress, read_json, read_yaml, write_json
 from ..data.labels import Card
 from .metrics import measure
 from .simulate import Setting, make_setting, simulate, solve, truth
@@ -115,18 +115,11 @@ def make_entries(
 # %% ../../nbs/35_audit/220_coverage.ipynb #55a6e8bc
 def _read_yaml(path):
     "Read a grid file; `InputError` in one line where it is no grid."
-    import yaml
-
-    try:
-        given = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise InputError(f'{path}: no such file') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InputError(f'{path}: not valid YAML ({str(e).splitlines()[0]})') from None
+    given = read_yaml(path)
     if not isinstance(given, dict) or not isinstance(given.get('settings'), list):
         raise InputError(f'{path}: needs a list named settings')
     if strange := set(given) - {'limits', 'defaults', 'settings', 'small_audits'}:
-        raise InputError(f"{path}: unknown key {', '.join(sorted(strange))}")
+        raise InputError(f"{path}: unknown key {', '.join(sorted(map(str, strange)))}")
     return given
 
 # %% ../../nbs/35_audit/220_coverage.ipynb #a66ebe9b

@@ -13,10 +13,11 @@ import heapq, json, re
 import numpy as np, pandas as pd
 from ..core import InputError, content_hash, table_hash, validate
 from ..privacy import access_of, format_count, is_sealed, SMALL, with_access, without_small
+from ..data.boxes import as_box
 from .wordings import Asking
 from .image_edits import region_elsewhere, thumbnail
 from .probes import TEXT_OPS, shift_text
-from .prompts import Task, opposite, variant_choices
+from .prompts import opposite, tasks_of, variant_choices
 from ..resampling import unseen_number
 from ..stats import effective_number
 from .arms import ARMS, select_arms
@@ -262,6 +263,17 @@ def _region(arm, boxes, shape, sample_id):
     return (boxes if arm.image == 'occlude' else there), ''
 
 # %% ../../nbs/35_audit/060_plan.ipynb #03a06e4f
+def _boxes_of(row):
+    "The boxes of a sample; `InputError` where its cell holds none."
+    try:
+        boxes = json.loads(getattr(row, 'boxes', '') or '[]')
+        if all(as_box(b) for b in boxes):
+            return boxes
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise InputError(f'the boxes of sample {row.sample_id} are no list of boxes (x0, y0, x1, y1)')
+
+
 def _shown(arm, r, donors, rows, shapes, asking, draw=0):
     "Return (what a sample is shown under an arm, why not)."
     image_id, text_id, why = _lenders(arm, r, donors, draw)
@@ -269,7 +281,7 @@ def _shown(arm, r, donors, rows, shapes, asking, draw=0):
         not all(rows[i].text for i in {text_id, r.sample_id if arm.text in TEXT_OPS else ''} - {''})
     ):
         why = 'no text'
-    boxes = json.loads(getattr(r, 'boxes', '') or '[]')
+    boxes = _boxes_of(r)
     region, no_region = _region(arm, boxes, shapes.get(r.sample_id, (0, 0)), r.sample_id)
     why, change = why or no_region, ''
     if not why and arm.text in TEXT_OPS:
@@ -423,7 +435,7 @@ def _checked_variants(variants, probes, tasks):
     variants = (*variants, *(v for v in probes if v == 'unmatched' and v not in variants))
     for task in tasks.values():
         for variant in variants:
-            variant_choices(Task(**task), variant)
+            variant_choices(task, variant)
     return variants
 
 
@@ -529,7 +541,8 @@ def make_plan(
         cohort_hash(cohort),
     )
     access, sealed = access_of(cohort, 'the cohort'), is_sealed(cohort)
-    variants = _checked_variants(variants, probes, attrs['tasks'])
+    tasks = tasks_of(attrs, findings=cohort.finding.unique())
+    variants = _checked_variants(variants, probes, tasks)
     cohort = _without_attrs(cohort)
     cohort = cohort.assign(image_sha=image_names(cohort))
     rows = {r.sample_id: r for r in cohort.itertuples(index=False)}

@@ -16,7 +16,15 @@ import pandas as pd
 import yaml
 from pydantic import Field, ValidationError, field_validator
 from .. import __version__
-from ..core import InputError, Run, atomic, content_hash, read_json, write_json
+from smsbench.core import (
+    InputError,
+    Run,
+    atomic,
+    content_hash,
+    read_json,
+    read_yaml,
+    write_json,
+)
 from ..data.labels import Card
 from .settings import AuditSettings
 from ..privacy import read_table
@@ -160,10 +168,10 @@ def read_registration(
     "Read a registration; `InputError` where it is none, or was edited."
     name = Path(path).name
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise InputError(f'{path}: no such file') from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        given = read_yaml(path)
+    except InputError:
+        if not Path(path).exists():
+            raise
         raise InputError(f'{name}: not a registration that smsbench plan wrote') from None
     if not isinstance(given, dict) or not isinstance(given.get('hash'), str):
         raise InputError(f'{name}: not a registration that smsbench plan wrote (it has no hash)')

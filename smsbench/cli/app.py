@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['app', 'OutOption', 'JsonOption', 'RootOption', 'RemoteOption', 'SeedOption', 'ArmsOption', 'MatchOption',
            'VariantsOption', 'MarginOption', 'DonorsOption', 'FamilyOption', 'PrimaryOption', 'ReasonOption',
-           'RegistrationOption', 'BootOption', 'split_list', 'parse_donors', 'audit_settings', 'say', 'read_parameters']
+           'RegistrationOption', 'BootOption', 'PrivateOption', 'begin_private', 'split_list', 'parse_donors',
+           'audit_settings', 'say', 'read_parameters']
 
 # %% ../../nbs/80_cli/10_app.ipynb #8f5b7413
-import json
+import json, sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..core import InputError
+from ..core import InputError, read_yaml
 
 # %% ../../nbs/80_cli/10_app.ipynb #488bf0c5
 app = typer.Typer(
@@ -104,6 +105,31 @@ RegistrationOption = Annotated[
 ]
 BootOption = Annotated[int, typer.Option(help='Bootstrap resamples of patients.')]
 
+# %% ../../nbs/80_cli/10_app.ipynb #e7c454b7
+PrivateOption = Annotated[
+    Path | None,
+    typer.Option(
+        '--private',
+        metavar='DIR',
+        help=(
+            'Folder beside the run for the owner of credentialed data, never to be shared: values'
+            ' and files at fault, withheld messages, images, own ids of the pseudonyms.'
+        ),
+    ),
+]
+
+
+def begin_private(
+    folder: Path | None,  # value of --private
+    run: Path,  # the run directory, or folder of the cohort
+):
+    "Open the owner's folder and say so; `InputError` if it lies in the run directory."
+    from smsbench.privacy import open_private
+
+    if folder is not None:
+        open_private(folder, run)
+        print(f'for the owner alone: {folder}', file=sys.stderr)
+
 # %% ../../nbs/80_cli/10_app.ipynb #b17e1a85
 def split_list(
     text: str,  # comma-separated
@@ -177,16 +203,7 @@ def read_parameters(
     file: Path | None,  # YAML file of NAME: VALUE pairs; None: no parameters
 ) -> dict:
     "Read a file of parameters; `InputError` if it cannot be read."
-    import yaml
-
-    if file is None:
-        return {}
-    try:
-        given = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
-    except FileNotFoundError:
-        raise InputError(f'{file}: no such file') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InputError(f'{file}: not valid YAML ({str(e).splitlines()[0]})') from None
+    given = {} if file is None else read_yaml(file) or {}
     if not isinstance(given, dict):
         raise InputError(f'{file}: must hold NAME: VALUE pairs')
-    return given
+    return {str(k): v for k, v in given.items()}

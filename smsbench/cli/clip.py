@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['clip_app', 'ModelOption', 'PretrainedOption', 'CohortOption', 'FindingsOption', 'ByOption', 'SplitsOption',
-           'PromptsOption', 'DeviceOption', 'train', 'read_settings', 'settings_text', 'evaluate', 'compare_models']
+           'PromptsOption', 'DeviceOption', 'train', 'read_settings', 'settings_text', 'evaluate', 'scores_shown',
+           'compare_models']
 
 # %% ../../nbs/80_cli/60_clip.ipynb #b0465146
+import contextlib
 from pathlib import Path
 from typing import Annotated
 import typer
-from ..core import InputError
+from ..core import InputError, parse_yaml
 from ..resampling import Bootstrap
 from smsbench.cli.app import (
     BootOption,
     JsonOption,
     OutOption,
+    PrivateOption,
     RootOption,
     app,
+    begin_private,
     read_parameters,
     say,
     split_list,
@@ -212,18 +216,16 @@ def read_settings(
         name, eq, value = p.partition('=')
         if not eq:
             raise InputError(f'--set {p}: needs NAME=VALUE')
-        given[name.strip()] = _value(value.strip())
+        given[name.strip()] = _value(value.strip(), f'--set {p}')
     return TrainSettings.from_values(**given)
 
 
-def _value(text):
+def _value(text, what):
     "Parse a number, boolean, list or word; YAML reads 1e-4 as a word."
-    import yaml
-
-    try:
-        return float(text) if 'e' in text.lower() else yaml.safe_load(text)
-    except ValueError:
-        return yaml.safe_load(text)
+    if 'e' in text.lower():
+        with contextlib.suppress(ValueError):
+            return float(text)
+    return parse_yaml(text, what)
 
 # %% ../../nbs/80_cli/60_clip.ipynb #1a2c473e
 def settings_text():
@@ -283,6 +285,7 @@ def evaluate(
     ] = 'error',
     device: DeviceOption = 'auto',
     n_boot: BootOption = 1000,
+    private: PrivateOption = None,
     as_json: JsonOption = False,
 ):
     """Evaluate a checkpoint on films it was not trained on.
@@ -290,15 +293,18 @@ def evaluate(
     Zero-shot, retrieval and embedding space; if the cohort has train, val and test, also a linear
     probe, nearest neighbours and a few-shot curve.
 
-    Writes tables/ (CSV and LaTeX), figures/, metrics.parquet and summary.json with remarks on the
-    numbers. Thresholds come from the checkpoint's own validation.
+    Writes report.html, tables/ (CSV and LaTeX; scores.csv holds image, class, score, decision and
+    label, of open data), figures/, metrics.parquet and summary.json with remarks on the numbers.
+    Thresholds come from the checkpoint's own validation.
 
     Example:  smsbench clip evaluate --cohort other.parquet --model runs/nih/best --out
     reports/external
     """
     from smsbench.clip.model import load_clip
     from smsbench.report.external_page import external_validation, unseen
+    from smsbench.report.results_page import results_page
 
+    begin_private(private, out)
     films = _images(cohort, root, findings, by, splits, conflicts)
     if test:
         films = films.select(*split_list(test))
@@ -322,6 +328,13 @@ def evaluate(
     if against:
         both_unseen, both = unseen(model, films, seen)[0], ((model, pretrained), (against, ''))
         pair = compare_models(*both, both_unseen, out, words, device, Bootstrap(n_boot))
+    results_page(
+        out,
+        f"{Path(model).name} on {films.attrs.get('manifest') or 'a cohort'}",
+        notes=result.notes,
+        figures=result.figures,
+        tables={**result.tables, **scores_shown(result.scores, films)},
+    )
     notes_against = [f'{against}: {n}' for n in notes]
     text = [_rows(result.metrics, _WHOLE), *result.notes, *notes_against]
     if against:
@@ -333,6 +346,13 @@ def evaluate(
         comparison=pair.to_dict('records') if against else [],
     )
     say(printed, as_json, '\n\n'.join([*text, str(out)]))
+
+
+def scores_shown(scores, images):
+    "The table of scores for a page; none of credentialed data."
+    from smsbench.privacy import access_of
+
+    return {} if access_of(images, 'the films') != 'open' else dict(scores=scores)
 
 # %% ../../nbs/80_cli/60_clip.ipynb #b5b4725e
 def compare_models(

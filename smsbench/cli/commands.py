@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'printable_line', 'verdict_lines', 'finish', 'audit', 'demo', 'trials', 'predictions', 'published', 'report',
-           'run', 'join_parameters', 'printable', 'main']
+           'run', 'join_parameters', 'main']
 
 # %% ../../nbs/80_cli/80_commands.ipynb #7ff4cc93
 import os, sys
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from .. import __version__
-from ..core import InputError, RunError
+from ..core import InputError, RunError, parse_yaml, printable
 from ..resampling import Bootstrap
+from ..privacy import messages_closed, open_messages, quoted
 from smsbench.cli import (
     attend as attend_verbs,
     clip as clip_verbs,
@@ -33,6 +34,7 @@ from smsbench.cli.app import (
     MatchOption,
     OutOption,
     PrimaryOption,
+    PrivateOption,
     ReasonOption,
     RegistrationOption,
     RemoteOption,
@@ -41,6 +43,7 @@ from smsbench.cli.app import (
     VariantsOption,
     app,
     audit_settings,
+    begin_private,
     read_parameters,
     say,
 )
@@ -94,21 +97,28 @@ def finish(
     from smsbench.core import Run, read_json
     from smsbench.report.html import write_report
     from smsbench.audit.registration import registration_note
-    from smsbench.audit.run import check_lines, read_checks, void_lines
+    from smsbench.audit.run import check_lines, read_checks, read_failures, void_lines
 
     report, run = write_report(out), Run(out)
     models, checks = read_json(run / 'verdicts.json')['models'], read_checks(run)
-    registered = registration_note(run)
-    lines = [printable_line(line) for line in verdict_lines(run.path, models)] + [
-        registered['short']
-    ]
+    registered, failed = registration_note(run), read_failures(run)
+    checks = {m: c for m, c in checks.items() if m in models}
+    lines = [_shown(line) for line in verdict_lines(run.path, models)] + [registered['short']]
     say(
-        dict(report=str(report), models=models, registration=registered, checks=checks),
+        dict(
+            report=str(report), models=models, failed=failed, registration=registered, checks=checks
+        ),
         as_json,
         '\n'.join([*lines, str(report)]),
     )
-    if lines := void_lines(read_json(run / 'delivery.json')) + check_lines(checks):
+    lines = [f'{m}: not reported ({why})' for m, why in failed.items()]
+    if lines := lines + void_lines(read_json(run / 'delivery.json')) + check_lines(checks):
         raise RunError('; '.join(lines))
+
+
+def _shown(line):
+    "Replace control characters in a line by blanks; its indentation stays."
+    return ''.join(c if c.isprintable() else ' ' for c in line)
 
 # %% ../../nbs/80_cli/80_commands.ipynb #acd9eb10
 def _cohort_for(manifest, root, cohort_file, plan_file, remote=False):
@@ -241,12 +251,19 @@ def audit(
         ),
     ] = False,
     allow_remote: RemoteOption = False,
+    private: PrivateOption = None,
     as_json: JsonOption = False,
 ):
     """Audit one or more models: plan, score, prove delivery, measure, give verdicts, report.
 
     An interrupted command resumes when it is started again. A model that did not receive the image
     gets no verdict, and the exit code is 1.
+
+    Several models are tried on a few trials first. One that fails does not cost the others: they
+    are reported, it is listed with the reason, and the exit code is 1. Started again in the same
+    directory with other models, the command scores those that are new, and no longer reports those
+    that are not named; their answers stay. All other settings are frozen once the data and the
+    models have proven usable.
 
     Example:  smsbench audit --manifest covid_notes --root data/covid_notes --model
     reference-image-reader --out reports/covid
@@ -274,6 +291,7 @@ def audit(
     settings = _as_registered(settings, registration, ctx, plan_file)
     if card is not None and manifest is not None:
         raise InputError(f'name the data once: {card}, or --manifest {manifest}')
+    begin_private(private, out)
     table, excluded, frozen, files = _cohort_for(
         manifest or card, root, cohort_file, plan_file, allow_remote
     )
@@ -295,6 +313,10 @@ def audit(
         **loading,
         **sharing,
     )
+    if private is not None:
+        from smsbench.report.private_page import owners_page
+
+        owners_page(out, private, root or '')
     finish(out, as_json)
 
 
@@ -561,17 +583,17 @@ def run(
 
     Example:  smsbench run sms_audit -p n_patients 60 -p seed 3 --out reports/small
     """
-    import nbformat, yaml
+    import nbformat
     from smsbench.report.html import declared, find_notebook, render
 
     given = read_parameters(file)
     for p in parameter or []:
         if '=' not in p:
             raise InputError(f'-p {p}: needs a name and a value')
+        name, value = p.split('=', 1)
         try:
-            name, value = p.split('=', 1)
-            given[name] = yaml.safe_load(value) if value else ''
-        except yaml.YAMLError:
+            given[name] = parse_yaml(value, f'-p {p}') if value else ''
+        except InputError:
             raise InputError(f'-p {p}: its value is no plain value; put it into quotes') from None
     default = (
         {'out': str(out)}
@@ -596,45 +618,38 @@ def join_parameters(
 # recent typer includes click, older versions import it
 _UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 'ClickException')
 
-# %% ../../nbs/80_cli/80_commands.ipynb #e1bf29bf
-def printable(
-    message,  # any message
-) -> str:  # one line without control characters
-    "Make a message printable; it may contain names from untrusted files."
-    return ''.join(c if c.isprintable() else ' ' for c in ' '.join(str(message).split()))
-
 # %% ../../nbs/80_cli/80_commands.ipynb #15cbd270
 def main(
     args: list[str] | None = None,  # command line; None takes `sys.argv`
 ) -> int:  # the exit code, when called with `args`
     "Run the command line; ends the process with its exit code when called without `args`."
     words = join_parameters(sys.argv[1:] if args is None else args) or ['--help']
+    open_messages()
     try:
         code = app(args=words, standalone_mode=False, prog_name='smsbench') or 0
     except _UsageError as e:
         code = 2
         print(
-            f"smsbench: {' '.join(e.format_message().split())} (see smsbench"
+            f'smsbench: {printable(e.format_message())} (see smsbench'
             f" {words[0] + ' ' if words[0].isalpha() else ''}--help)",
             file=sys.stderr,
         )
     except InputError as e:
         code = 2
-        print(f'smsbench: {printable(e)}', file=sys.stderr)
+        print(f'smsbench: {e}', file=sys.stderr)
     except RunError as e:
         code = 1
-        print(f'smsbench: {printable(e)}', file=sys.stderr)
+        print(f'smsbench: {e}', file=sys.stderr)
     except OSError as e:
         # no such folder, not allowed, disk full
         code = 2 if e.filename else 1
-        print(f"smsbench: {e.filename or 'this machine'}: {e.strerror or e}", file=sys.stderr)
+        print(f'smsbench: {_os_words(e)}', file=sys.stderr)
     except Exception as e:  # a fault of ours or of a library: one line; the traceback on request
         if os.environ.get('SMSBENCH_TRACEBACK'):
             raise
         code = 1
         print(
-            f"smsbench: {type(e).__name__}: {' '.join(str(e).split())[:300]} (please report this;"
-            " SMSBENCH_TRACEBACK=1 shows where)",
+            f'smsbench: {quoted(e, 300)} (please report this; SMSBENCH_TRACEBACK=1 shows where)',
             file=sys.stderr,
         )
     except (KeyboardInterrupt, typer.Abort):
@@ -643,6 +658,13 @@ def main(
     if args is None:
         sys.exit(code)
     return code
+
+
+def _os_words(e):
+    "Say what the machine refused; the name of a file of credentialed data is not told."
+    if messages_closed():
+        return f'{e.strerror or "failed"} ({quoted(e)})'
+    return printable(f"{e.filename or 'this machine'}: {e.strerror or e}")
 
 # %% ../../nbs/80_cli/80_commands.ipynb #9a0ffd76
 @app.callback(invoke_without_command=True)

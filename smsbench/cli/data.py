@@ -19,6 +19,7 @@ from smsbench.cli.app import (
     MarginOption,
     MatchOption,
     PrimaryOption,
+    PrivateOption,
     ReasonOption,
     RemoteOption,
     RootOption,
@@ -26,6 +27,7 @@ from smsbench.cli.app import (
     VariantsOption,
     app,
     audit_settings,
+    begin_private,
     say,
     split_list,
 )
@@ -89,6 +91,7 @@ def cohort(
         typer.Option(help='Accept another number of samples than the card expects.'),
     ] = False,
     allow_remote: RemoteOption = False,
+    private: PrivateOption = None,
     as_json: JsonOption = False,
 ):
     """Read a dataset through its card, check and audit every file, and write the cohort.
@@ -114,6 +117,7 @@ def cohort(
     if how:
         return say(dict(name=manifest, how=how_to(manifest)), as_json, how_to(manifest))
     _check_folders(manifest, root, out)
+    begin_private(private, out.with_name(out.stem + '_files'))
     _make_cohort(
         manifest,
         root,

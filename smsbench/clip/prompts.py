@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np, yaml
 
-from ..core import InputError, RunError
+from ..core import InputError, RunError, read_yaml
 
 # %% ../../nbs/50_clip/060_prompts.ipynb #b1099ead
 PHRASES = {  # name in a table, small letters, spaces -> how reports call it
@@ -245,16 +245,7 @@ def read_prompts(
     A plain list of sentences is for exclusive classes.
     """
     path = Path(path)
-    try:
-        held = yaml.load(path.read_text(encoding='utf-8-sig'), Loader=_Plain)
-    except OSError as e:
-        raise InputError(f'{path.name}: {e.strerror}') from None
-    except (yaml.YAMLError, UnicodeError, RecursionError) as e:
-        mark = getattr(e, 'problem_mark', None)
-        raise InputError(
-            f"{path.name}{f', line {mark.line + 1}' if mark else ''}: not valid YAML"
-            f" ({' '.join(str(getattr(e, 'problem', None) or e).split())[:160]})"
-        ) from None
+    held = read_yaml(path, _Plain, path.name)
     if not isinstance(held, dict):
         raise InputError(f'{path.name}: must hold class names, each with its sentences')
     try:

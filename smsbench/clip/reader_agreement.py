@@ -10,14 +10,13 @@ __all__ = ['MARKS', 'csv_marks', 'mscxr_marks', 'coco_marks', 'read_marks', 'ima
 import itertools, json
 from dataclasses import dataclass
 from pathlib import Path
-
 import numpy as np, pandas as pd
-
 from ..core import InputError, read_json
 from .faithfulness import localisation_metrics, localise, metric_line, table_of
 from ..data.boxes import as_box
 from ..data.images import is_missing, read_image
 from ..resampling import Bootstrap, takes_bootstrap
+from ..privacy import quoted
 from ..saliency.metrics import region
 
 # %% ../../nbs/50_clip/270_reader_agreement.ipynb #63de7f2e
@@ -193,7 +192,7 @@ def coco_marks(
             ]
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise InputError(f'{where}: an entry is not as in COCO ({type(e).__name__}: {e})') from None
+        raise InputError(f'{where}: an entry is not as in COCO ({quoted(e)})') from None
 
 
 def _annotation(a, images, names, reader, n):
@@ -250,9 +249,7 @@ def read_marks(
             )
         except Exception as e:
             # a foreign file can break the parser anywhere
-            raise InputError(
-                f"{path.name}: not a table ({type(e).__name__}: {' '.join(str(e).split())[:120]})"
-            ) from None
+            raise InputError(f'{path.name}: not a table ({quoted(e)})') from None
         out = (
             mscxr_marks(t, who, path.name)
             if layout == 'mscxr' or layout == 'auto' and 'dicom_id' in t and 'category_name' in t
@@ -385,15 +382,15 @@ def _run_lengths(held, shape):
     counts = held.get('counts') if isinstance(held, dict) else None
     try:
         runs = np.array(_unpacked(counts) if isinstance(counts, str) else counts, int)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError('run lengths that are no numbers') from None
     if (
-        list(held.get('size', ())) != list(shape)
+        held.get('size') != list(shape)
         or runs.ndim != 1
         or (runs < 0).any()
         or runs.sum() != shape[0] * shape[1]
     ):
-        raise InputError(f"run lengths of {held.get('size')} for a film of {list(shape)}")
+        raise InputError(f"run lengths of {str(held.get('size'))[:40]} for a film of {list(shape)}")
     return _some(np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(shape, order='F'))
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ..core import InputError, content_hash
+from ..core import InputError, content_hash, read_yaml
 from smsbench.data.parts import (
     Boxes,
     Derive,
@@ -331,16 +331,7 @@ def read_manifest(
     'open'
     """
     path = manifest_path(name)
-    try:
-        card = yaml.load(path.read_text(encoding='utf-8-sig'), Loader=_Loader)
-    except OSError as e:
-        raise InputError(f'{path.name}: {e.strerror}') from None
-    except (yaml.YAMLError, UnicodeError, RecursionError) as e:
-        mark = getattr(e, 'problem_mark', None)
-        raise InputError(
-            f"{path.name}{f', line {mark.line + 1}' if mark else ''}: not valid YAML"
-            f" ({' '.join(str(getattr(e, 'problem', None) or e).split())[:160]})"
-        ) from None
+    card = read_yaml(path, _Loader, path.name)
     if not isinstance(card, dict):
         raise InputError(f'{path.name}: must hold keys such as name, table, columns, tasks')
     try:

@@ -10,9 +10,7 @@ __all__ = ['REASONS', 'FILE_COLUMNS', 'mark', 'base_rows', 'carried', 'ask', 'wi
 # %% ../../nbs/10_data/130_cohort.ipynb #844b3e78
 import fnmatch, json, os
 from dataclasses import dataclass
-
 import numpy as np, pandas as pd
-
 from ..core import InputError, moved, validate
 from .boxes import sample_boxes
 from .cards import RESERVED, Manifest, manifest_path, read_manifest
@@ -23,8 +21,11 @@ from .rows import find_images, read_rows, row_texts, step
 from .labels import LABEL_FAULTS, apply_rule
 from .storage import IMAGE_REASONS
 from smsbench.privacy import (
+    close_messages,
     format_count,
     IN_CLEAR,
+    keep_private_table,
+    private_folder,
     read_table,
     seal,
     seal_exclusions,
@@ -39,7 +40,6 @@ __getattr__ = moved(
     shown='smsbench.privacy:format_count',
     cohort_summary='smsbench.privacy:cohort_summary',
 )
-
 _all_ = [
     'Manifest',
     'manifest_path',
@@ -85,6 +85,11 @@ def mark(
     )
 
 # %% ../../nbs/10_data/130_cohort.ipynb #ed7cd212
+def _tells(m):
+    "Whether details of a fault may be gathered: of credentialed data, only for their owner."
+    return m.access == 'open' or private_folder() is not None
+
+
 def base_rows(
     m: Manifest,  # the card
     rows: pd.DataFrame,  # its rows, from `read_rows`
@@ -105,11 +110,9 @@ def base_rows(
         base,
         base.image.str.contains('*', regex=False) & ('*' in m.columns.image),
         'missing image',
-        detail='no file fits ' + base.image if m.access == 'open' else '',
+        detail='no file fits ' + base.image if _tells(m) else '',
     )
-    base = mark(
-        base, texts.reason != '', texts.reason, detail=texts.ref if m.access == 'open' else ''
-    )
+    base = mark(base, texts.reason != '', texts.reason, detail=texts.ref if _tells(m) else '')
     base = mark(base, blanks(base.patient_id), 'empty patient id')
     base = mark(
         base,
@@ -158,7 +161,7 @@ def ask(
     asked = fill(m.columns.finding, rows).str.strip() == (finding if m.columns.finding else '')
     out, rows = base.assign(row=np.arange(len(base)), finding=finding)[asked], rows[asked]
     labels = apply_rule(task.label, rows, task.choices)
-    quoted = labels.cell.map(lambda c: f'{c[:40]!r} is not known') if m.access == 'open' else ''
+    quoted = labels.cell.map(lambda c: f'{c[:40]!r} is not known') if _tells(m) else ''
     out = mark(
         out.assign(label=labels.label),
         labels.reason != '',
@@ -199,10 +202,7 @@ def with_files(
         width=known['width'].astype(int),
     )
     return mark(
-        out,
-        known['reason'] != '',
-        known['reason'],
-        detail=known['detail'] if m.access == 'open' else '',
+        out, known['reason'] != '', known['reason'], detail=known['detail'] if _tells(m) else ''
     )
 
 # %% ../../nbs/10_data/130_cohort.ipynb #a6b06a8c
@@ -256,6 +256,8 @@ def gather_card(
     remote: bool = False,  # allow URLs
 ) -> tuple:  # cohort, exclusions, files, metadata, key ('' for open data)
     "Gather the samples of a card, not yet sealed: the result must not be written."
+    if m.access != 'open':
+        close_messages()
     rows, broken, funnel = read_rows(m, root, limit)
     filtered = _filtered(m, funnel)
     base = base_rows(m, rows, root)
@@ -282,6 +284,8 @@ def gather_card(
             detail='a box is broken or leaves its image',
         )
     exclusions = _exclusions(m, rows, base, every, broken)
+    if m.access != 'open' and check_images:
+        keep_private_table('exclusions', exclusions)
     cohort = _cohort(m, rows, every).assign(access='open' if m.access == 'open' else IN_CLEAR)
     _refuse(m, cohort, exclusions, every)
     about = _about(m, set(cohort.finding)) | dict(

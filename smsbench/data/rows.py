@@ -16,6 +16,7 @@ from .parts import Derive, Join, TableCard, fill, needs
 from .images import is_missing, plain
 from .report_text import keep_sections
 from .storage import FileError, read_bytes
+from ..privacy import keep_private
 from .tables import below, read_source, require
 
 # %% ../../nbs/10_data/100_rows.ipynb #2f615373
@@ -306,7 +307,7 @@ def _raw_texts(m, rows, root):
         out['text'] = _from_columns(rows, t)
     elif t:
         out['text'] = out.text.map({x: _of_sections(x, t.sections) for x in out.text.unique()})
-    return out
+    return out.assign(text=out.text.astype(object))  # a table without rows has no type
 
 
 _OTHER = '\0'  # marks a report with text, but none of the sections
@@ -356,6 +357,7 @@ def _ambiguous(n, several, access):
     rows = f'columns.image: several files fit one row, in {n} row{"s" * (n != 1)}'
     if access == 'open' and len(several[0]) < 150:
         return f'{rows}, such as {several[0]} and {several[1]}'
+    keep_private('messages', dict(kind=rows, words=f'such as {several[0]} and {several[1]}'))
     return f'{rows}; make the pattern narrower'
 
 

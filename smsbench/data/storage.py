@@ -10,7 +10,8 @@ __all__ = ['IMAGE_REASONS', 'MAX_BYTES', 'REMOTE', 'FileError', 'split_ref', 'is
 import functools, io, os, re, zipfile
 from pathlib import Path, PureWindowsPath
 
-from ..core import InputError
+from ..core import InputError, printable
+from ..privacy import quoted
 
 # %% ../../nbs/10_data/010_storage.ipynb #2f862597
 IMAGE_REASONS = (
@@ -72,7 +73,9 @@ def why(
     e: Exception,  # what a library raised
 ) -> str:  # one line of up to 120 characters, without paths
     "Summarise an exception in one line."
-    text = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+    if isinstance(e, OSError) and e.strerror:
+        return printable(e.strerror)
+    text = quoted(e).removeprefix(f'{type(e).__name__}: ')
     text = re.sub(r"(<\S+ name=)?['\"]?(?<!\w)(/|[A-Za-z]:\\)\S*", 'file', text)
     return ' '.join(text.split())[:120] or type(e).__name__
 

@@ -17,6 +17,7 @@ from .openi import MAX_XML, OPENI, openi_rows, parse_xml
 from .parts import TableCard
 from .images import READERS
 from .storage import FileError, locate
+from ..privacy import quoted
 
 # %% ../../nbs/10_data/070_tables.ipynb #bde1b6ce
 MAX_BYTES = 8 << 30  # of one table, unpacked; more is taken for a decompression bomb
@@ -79,7 +80,7 @@ def one_line(
 
 
 def _short(e):
-    return ' '.join(str(e).split())[:120] or type(e).__name__
+    return quoted(e, 120).removeprefix(f'{type(e).__name__}: ')
 
 # %% ../../nbs/10_data/070_tables.ipynb #b47b17fe
 @contextlib.contextmanager

@@ -228,7 +228,8 @@ def opening(
     told = f'The analysis was {registration}.' if registration else ''
     shared = _shared_caveats(record)
     return markup(
-        '<p class="lead">{}: {}. {}</p><p class="lead">{} {}</p>{}{}',
+        '{}<p class="lead">{}: {}. {}</p><p class="lead">{} {}</p>{}{}',
+        _failed_html(results.failed),
         title,
         ', '.join(counts),
         '' if results.open else closed,
@@ -237,6 +238,12 @@ def opening(
         join(verdict_card(results, record, m, elsewhere=shared) for m in model_names(results)),
         _shared_html(shared),
     )
+
+
+def _failed_html(failed):
+    "A warning for each model that is not in this report."
+    line = '<p class="warning">{} failed and is not reported: {}.</p>'
+    return join(markup(line, m, why) for m, why in failed.items())
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #f4752efc
 def estimate(

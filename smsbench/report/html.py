@@ -10,10 +10,9 @@ __all__ = ['Html', 'markup', 'join', 'html_table', 'details', 'figure_html', 'sh
 import ast, base64, html, io, re, tempfile
 from html.parser import HTMLParser
 from pathlib import Path
-
 import pandas as pd
-
-from ..core import InputError, RunError, atomic, moved
+from ..core import InputError, RunError, atomic, moved, printable
+from ..privacy import quoted
 from .style import DASH, rounded
 from .sentences import sentence
 
@@ -239,12 +238,13 @@ class _Page(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.images, self.faults, self.in_style = 0, [], False
+        self.figures, self.faults, self.in_style = 0, [], False
 
     def handle_starttag(self, tag, attrs):
         attrs = {k: v or '' for k, v in attrs}
         self.in_style = tag == 'style'
-        self.images += tag == 'img'
+        # a figure, or the line that says why there is none
+        self.figures += tag == 'img' or 'absent' in attrs.get('class', '').split()
         if tag in ('script', 'iframe', 'object', 'embed', 'base', 'form'):
             self.faults.append(f'a <{tag}> element')
         if tag == 'img' and not attrs.get('alt', '').strip():
@@ -269,7 +269,7 @@ class _Page(HTMLParser):
 # %% ../../nbs/70_report/200_html.ipynb #20d586c9
 def check_page(
     page: str,  # HTML
-    images: int = 1,  # figures it must have at least
+    images: int = 1,  # figures at least, or lines that say why there is none
 ):
     """Check that a page is self-contained and complete.
 
@@ -285,8 +285,8 @@ def check_page(
             f" {p.faults[0]}{f' and {len(p.faults) - 1} more faults' * (len(p.faults) > 1)}; it"
             " would not be self-contained"
         )
-    if p.images < images:
-        raise RunError(f'the report holds {p.images} figures, at least {images} were expected')
+    if p.figures < images:
+        raise RunError(f'the report holds {p.figures} figures, at least {images} were expected')
 
 # %% ../../nbs/70_report/200_html.ipynb #01f098f4
 def find_notebook(
@@ -341,15 +341,19 @@ def execute(
                 extra_arguments=['--log-level=ERROR'],
             )
         except papermill.PapermillExecutionError as e:
-            line = (str(e.evalue).strip().splitlines() or [''])[0]
-            raise (
-                InputError(line)
-                if e.ename == 'InputError'
-                else RunError(line if e.ename == 'RunError' else f'{path.name}: {e.ename}: {line}')
-            ) from None
+            raise _error_of(e, path.name) from None
         except DeadKernelError:
             raise RunError(f'{path.name}: the kernel died (out of memory?)') from None
         return nbformat.read(f'{d}/run.ipynb', as_version=4)
+
+
+def _error_of(e, name):
+    "Our own error out of a notebook as it was; of any other the gate for foreign words decides."
+    line = printable((str(e.evalue).strip().splitlines() or [''])[0])
+    if e.ename in ('InputError', 'RunError'):
+        return (InputError if e.ename == 'InputError' else RunError)(line)
+    foreign = type(e.ename, (Exception,), {})(line)
+    return RunError(f'{name}: {quoted(foreign, 300)}')
 
 # %% ../../nbs/70_report/200_html.ipynb #76fd45ec
 def to_html(

@@ -9,7 +9,6 @@ __all__ = ['one_line', 'code_elsewhere', 'check_trust', 'is_original_llava', 'ch
 # %% ../../nbs/20_vlm/040_checkpoints.ipynb #e93dfa57
 import contextlib, importlib.util, re
 from pathlib import Path
-
 from ..core import InputError, read_json
 from .families import caps_of
 from ..torch_utils import folder_hash
@@ -133,7 +132,7 @@ def check_checkpoint(
     check_trust(id_or_path, revision, trust_remote_code)
     where = dict(revision=None if path.is_dir() else revision)
     if path.is_dir():
-        _check_files(path, id_or_path)
+        _check_files(path, id_or_path, trust_remote_code)
     elif not re.fullmatch(r'[\w.-]+/[\w.-]+', str(id_or_path)) or path.parent.is_dir():
         raise InputError(f'{id_or_path}: no such folder, and no hub id (owner/name)')
     with one_line(id_or_path):
@@ -205,13 +204,18 @@ def _check_hub(name, raw, revision):
             _refuse_elsewhere(read_json(path), name, f)
 
 
-def _check_files(path, shown):
+def _check_files(path, shown, trusted=False):
     "Refuse a folder without a configuration or safetensors weights, with `InputError`."
     "Refuse a folder without a configuration or safetensors weights, with `InputError`."
     if not (path / 'config.json').is_file():
         raise InputError(
             f'{shown}: holds no config.json; name the folder of a checkpoint saved with'
             ' save_pretrained'
+        )
+    if (path / 'custom_generate').exists() and not trusted:
+        raise InputError(
+            f'{shown}: brings code of its own for generation (custom_generate), which would run;'
+            ' an audit reads one forward pass and does not need it: remove that folder'
         )
     if not list(path.glob('*.safetensors')):
         pickled = sorted(

@@ -12,7 +12,8 @@ from itertools import islice
 
 import numpy as np
 
-from ..core import InputError, RunError, array_hash
+from ..core import InputError, RunError, array_hash, printable
+from ..privacy import quoted
 from .engine import Engine, halving
 from .model import Answer, HFModel, Inputs, choice_logprobs
 from ..torch_utils import few_threads
@@ -190,7 +191,7 @@ class FastModel:
             halving(wave, run, on_halved)
         except torch.OutOfMemoryError as e:
             raise RunError(
-                f'one trial alone does not fit into memory ({str(e)[:120]});'
+                f'one trial alone does not fit into memory ({printable(e)[:120]});'
                 ' take a smaller dtype or budget'
             ) from None
 
@@ -243,7 +244,7 @@ class FastModel:
             with torch.inference_mode(), few_threads(self.model.model):
                 engine.run(trials)
         except Exception as e:
-            return f'{type(e).__name__}: {str(e)[:200]}'  # reported in `info`
+            return quoted(e, 200)  # reported in `info`
         if level == 'prefix' and not engine.stats['forked']:
             return _NOTHING_FORKED
         wrong = 0
