@@ -421,7 +421,8 @@ def _refuse(m, cohort, exclusions, every):
         raise InputError(
             f'{m.name}: boxes of {format_count(off, m.access)} of'
             f' {format_count(marked, m.access)} marked samples are broken or leave their image;'
-            ' coordinates must be pixels of the image files as they lie on disk'
+            ' coordinates must be pixels of the image files as they are shown; boxes in shares of'
+            ' the image (0 to 1) need `size: [1, 1]`'
         )
     if not n:
         raise InputError(f'{m.name}: no sample is left' + f' ({counts})' * bool(counts))

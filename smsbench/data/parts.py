@@ -298,8 +298,9 @@ class Boxes(Card):
     key: str  # its column with the row of a box
     of: str = ''  # column of the main table that `key` repeats; default: columns.sample_id
     columns: list[str]  # four coordinates in the order of `format`, or one column with a list
-    format: Literal['xywh', 'xyxy'] = 'xywh'  # corner and size, or two corners
-    size: list[str] = []  # width, height they were drawn at: two columns or numbers; default: file
+    format: Literal['xywh', 'xyxy', 'cxcywh'] = 'xywh'  # corner, two corners, or centre and size
+    # width, height they were drawn at: columns or numbers; [1, 1] for shares; default: the file
+    size: list[str] = []
     finding: str = ''  # its column with the finding; '' if boxes are for every task
     names: dict[str, list[str]] = {}  # task -> values of that column
 
