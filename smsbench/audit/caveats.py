@@ -20,6 +20,7 @@ KINDS = (
     'void',
     'unproven',
     'incomplete',
+    'cropped',
     'files',
     'training',
     'labels',
@@ -168,6 +169,7 @@ def matched_command(
         for f in _flag(k, loose[k])
     ]
     remote = ['--trust-remote-code'] * bool(loose.get('trust_remote_code'))
+    remote += ['--pad-to-square'] * bool(loose.get('pad_to_square'))
     return shlex.join(
         ['smsbench', 'audit', '--cohort', 'RUN/cohort.parquet', '--root', 'DATA', *models, *match]
         + [*options, *_options(asked, _AUDIT, ()), *loading, *remote, '--out', 'RUN-matched']
@@ -399,6 +401,7 @@ def gather_caveats(
     """
     out = answer_caveats(verdict) + delivery_caveats(verdict, delivery)
     out += _incomplete_caveats(verdict)
+    out += [_caveat('cropped', info['cropping'])] if info.get('cropping') else []
     out += file_caveats(files, command, 'imported' in info, command.get('columns', ()))
     notes = dict(
         training=training_note(info, cohort),

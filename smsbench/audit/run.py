@@ -28,6 +28,7 @@ from .runner import Source, read_predictions
 from .delivery import prove_delivery
 from .caveats import gather_caveats
 from .consistency import measure_wordings
+from .cropping import cropping_note, read_cropping
 from .exchange import import_predictions
 from .grounding import measure_grounding
 from .metrics import measure
@@ -126,7 +127,7 @@ def conclude(
     Writes delivery.json, metrics.parquet and verdicts.json.
     """
     plan, predictions = read_table(run / 'plan.parquet', 'plan'), read_predictions(run)
-    delivery = prove_delivery(plan, predictions)
+    delivery = prove_delivery(plan, predictions, read_cropping(run))
     write_json(delivery, run / 'delivery.json')
     metrics = _all_metrics(plan, predictions, settings)
     write_table(mark_void(metrics, delivery), run / 'metrics.parquet', 'metrics')
@@ -170,13 +171,15 @@ def add_caveats(
         else []
     )
     about, known = asked.get('config', {}).get('cohort', {}), predictions.attrs.get('models', {})
+    cropping, access = read_cropping(run), about.get('access', 'credentialed')
     for model, verdict in verdicts['models'].items():
         verdict['caveats'] = gather_caveats(
             model,
             verdict,
             delivery.get(model, {}),
             files,
-            known.get(model, {}),
+            known.get(model, {})
+            | dict(cropping=cropping_note(cropping[cropping.model == model], access)),
             about,
             dict(asked, plan=plan.attrs, columns=columns),
         )
@@ -272,6 +275,7 @@ def run_audit(
             cohort_hash=cohort_hash(cohort),
             plan_hash=plan.attrs['plan_hash'] if plan is not None else None,
             **settings.asked,
+            **(dict(pad_to_square=True) if how.get('pad_to_square') else {}),
         ),
         root=str(source.root),
         specs={model_name(m): str(m) for m in models},

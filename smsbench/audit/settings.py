@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import InputError, Run, content_hash, read_json, write_json
+from .cropping import keep_cropping
 from .runner import PART_SIZE, part_path, score_plan
 from .paraphrases import read_wordings
 from ..vlm.model import Answer
@@ -61,7 +62,7 @@ def open_model(
 ):  # a `smsbench.vlm.model.Model`
     """Load a model; `InputError` where there is none of that name.
 
-    Further options: attn_implementation, trust_remote_code.
+    Further options: attn_implementation, trust_remote_code, pad_to_square.
     """
     if spec.startswith('planted:'):
         from smsbench.testing.planted import planted
@@ -240,6 +241,8 @@ def score_model(
     model = open_model(
         spec, batch_size=batch_size, **dict(system=settings.system, extra=settings.extra), **how
     )
+    if done is None:
+        keep_cropping(run, model, plan, source, source.access)
     p = (
         score_plan(plan, source, model, run, batch_size, max_failures=settings.max_failures)
         if done is None
@@ -265,7 +268,8 @@ def _same_model(run, name, spec, how, write=True):
     from smsbench.torch_utils import folder_hash
 
     asked = {
-        k: how.get(k) for k in ('dtype', 'revision', 'quantization', 'attn_implementation')
+        k: how.get(k)
+        for k in ('dtype', 'revision', 'quantization', 'attn_implementation', 'pad_to_square')
     } | dict(files=folder_hash(spec) if Path(spec).is_dir() else '')
     asked = {k: v for k, v in asked.items() if v}
     kept = read_json(run / 'models.json') if (run / 'models.json').exists() else {}

@@ -229,6 +229,16 @@ def audit(
             help="Let the repository's own code run; only with --revision naming a commit.",
         ),
     ] = False,
+    pad_to_square: Annotated[
+        bool,
+        typer.Option(
+            '--pad-to-square',
+            help=(
+                'Pad images to a square for models whose processor cuts out the middle: everything'
+                ' is seen, at a smaller scale.'
+            ),
+        ),
+    ] = False,
     allow_remote: RemoteOption = False,
     as_json: JsonOption = False,
 ):
@@ -263,6 +273,7 @@ def audit(
     )
     loading = dict(device=device, dtype=dtype, revision=revision, quantization=quantization)
     loading |= dict(attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    loading |= dict(pad_to_square=True) if pad_to_square else {}
     level = int(level) if level in ('0', '1', '2') else level
     sharing = dict(batch_size=batch_size, level=level, budget_gib=budget_gib)
     run_audit(
