@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['clip_app', 'ModelOption', 'PretrainedOption', 'CohortOption', 'FindingsOption', 'ByOption', 'SplitsOption',
-           'PromptsOption', 'DeviceOption', 'train', 'read_settings', 'settings_text', 'evaluate', 'compare_models']
+           'PromptsOption', 'DeviceOption', 'PadOption', 'train', 'read_settings', 'settings_text', 'evaluate',
+           'compare_models']
 
 # %% ../../nbs/80_cli/60_clip.ipynb #b0465146
 from pathlib import Path
@@ -64,6 +65,16 @@ PromptsOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help='cpu, cuda, cuda:1, mps or auto.')]
+PadOption = Annotated[
+    bool,
+    typer.Option(
+        '--pad-to-square',
+        help=(
+            'Scale the longer edge and pad, where the model would cut out the middle of an image:'
+            ' everything is seen, at a smaller scale.'
+        ),
+    ),
+]
 
 # %% ../../nbs/80_cli/60_clip.ipynb #daacc8bd
 def _images(cohort, root, findings, by, splits, conflicts='error'):
@@ -124,6 +135,7 @@ def train(
     conflicts: Annotated[
         str, typer.Option(help="Images whose rows contradict each other: 'error' or 'drop'.")
     ] = 'error',
+    pad_to_square: PadOption = False,
     device: DeviceOption = 'auto',
     tracker: Annotated[
         str, typer.Option(help='tensorboard or wandb, if installed; empty: history.csv only.')
@@ -164,7 +176,12 @@ def train(
     words = _prompts(prompts, films)
     with processes(device) as place:
         result = train_clip(
-            films, load_clip(model, pretrained, place.device), settings, out, words, tracker
+            films,
+            load_clip(model, pretrained, place.device, pad_to_square=pad_to_square),
+            settings,
+            out,
+            words,
+            tracker,
         )
     if place.rank:
         return  # only the first process prints
@@ -283,6 +300,7 @@ def evaluate(
     conflicts: Annotated[
         str, typer.Option(help="Images whose rows contradict each other: 'error' or 'drop'.")
     ] = 'error',
+    pad_to_square: PadOption = False,
     device: DeviceOption = 'auto',
     n_boot: BootOption = 1000,
     as_json: JsonOption = False,
@@ -319,11 +337,12 @@ def evaluate(
         picture=picture,
         device=device,
         n_boot=n_boot,
+        pad_to_square=pad_to_square,
     )
     pair = None
     if against:
         both_unseen, both = unseen(model, films, seen)[0], ((model, pretrained), (against, ''))
-        pair = compare_models(*both, both_unseen, out, words, device, n_boot)
+        pair = compare_models(*both, both_unseen, out, words, device, n_boot, pad_to_square)
     text = [
         _rows(result.metrics, _WHOLE),
         *result.notes,
@@ -351,6 +370,7 @@ def compare_models(
     prompts=None,  # for both; None uses each model's own
     device: str = 'auto',  # device of the models
     n_boot: int = 1000,  # resamples of patients
+    pad_to_square: bool = False,  # instead of cutting the middle out of an image
 ):  # metrics table of `smsbench.clip.compare.compare`; attrs: weights of both
     """Compare two models on the same films, with paired intervals.
 
@@ -367,7 +387,8 @@ def compare_models(
     has_test = {'train', 'val', 'test'} <= set(films.table.split)
     tested = readable(films.select('test') if has_test else films, run)[0]
     for name, tag in (first, second):
-        words, clip = own_prompts(name, tested, prompts)[0], load_clip(name, tag, device)
+        words = own_prompts(name, tested, prompts)[0]
+        clip = load_clip(name, tag, device, pad_to_square=pad_to_square)
         thresholds = own_thresholds(name, tested, None, words)[0]
         results.append((zero_shot(clip, tested, words), thresholds))
         names.append(model_name(name, clip))
