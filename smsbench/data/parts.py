@@ -35,17 +35,17 @@ def check_separator(
 
 # %% ../../nbs/10_data/040_parts.ipynb #63b97d09
 _Paths = Annotated[dict[str, list[str]], BeforeValidator(_paths)]
-_Kind = Literal['', 'csv', 'json', 'jsonl', 'list', 'folders', 'openi']
+_Kind = Literal['', 'csv', 'xlsx', 'json', 'jsonl', 'list', 'folders', 'openi']
 
 
 class TableCard(Card):
     "Table of one file, or several of the same layout."
 
     path: _Paths  # below the root; a path, alternatives, or name -> path
-    kind: _Kind = ''  # csv, json, jsonl, list, folders or openi; default: from the ending
+    kind: _Kind = ''  # csv, xlsx, json, jsonl, list, folders, openi; default: from the ending
     separator: str = ''  # between fields; default: a tab for .tsv and .tab, else the manifest's
     encoding: str = ''  # default: the manifest's
-    under: str = ''  # key of the list in a JSON object
+    under: str = ''  # key of the list in a JSON object, or sheet of a workbook
 
     @model_validator(mode='after')
     def _fits(self):

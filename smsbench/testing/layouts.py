@@ -249,7 +249,7 @@ def _padchest(folder):
         (['pleural effusion', ' cardiomegaly'], 'cardiomegali . derram pleural izquierd .'),
         (['pneumothorax'], 'camar neumotorax apical .'),
         (['cardiomegaly'], 'aument siluet cardiac .'),
-        ([], 'estudi tecnic limit .'),
+        (['suboptimal study'], 'estudi tecnic limit .'),
     ]
     rows = []
     for i in range(16):
