@@ -13,7 +13,7 @@ import pandas as pd
 from ..core import InputError
 from .cards import Manifest
 from .parts import fill, needs
-from .images import is_missing
+from .images import is_missing, plain
 from .rows import source
 from .labels import list_cell
 from .tables import require
@@ -67,7 +67,7 @@ def box_table(
     )
     out = {}
     for key, word, box, at in zip(
-        fill(b.key, t).str.strip(), fill(b.finding, t).str.strip(), numbers, sizes
+        fill(b.key, t).map(plain), fill(b.finding, t).str.strip(), numbers, sizes
     ):
         if box is not None:
             out.setdefault((key, word), []).append((box, at))
@@ -93,7 +93,7 @@ def sample_boxes(
     else:
         known = box_table(m, root)
         words = {f: m.boxes.names.get(f, []) if m.boxes.finding else [''] for f in m.tasks}
-        keys = fill(m.boxes.of or m.columns.sample_id, rows).str.strip().iloc[every.row]
+        keys = fill(m.boxes.of or m.columns.sample_id, rows).map(plain).iloc[every.row]
         raw = [
             [x for w in words[f] for x in known.get((k, w), ())]
             for k, f in zip(keys, every.finding)
