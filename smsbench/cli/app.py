@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'OutOption', 'JsonOption', 'RootOption', 'RemoteOption', 'SeedOption', 'ArmsOption', 'MatchOption',
            'VariantsOption', 'MarginOption', 'DonorsOption', 'FamilyOption', 'PrimaryOption', 'ReasonOption',
-           'RegistrationOption', 'BootOption', 'split_list', 'parse_donors', 'audit_settings', 'say', 'read_parameters']
+           'RegistrationOption', 'BootOption', 'split_list', 'parse_donors', 'audit_settings', 'say', 'plain_value',
+           'read_parameters']
 
 # %% ../../nbs/80_cli/10_app.ipynb #8f5b7413
 import json
@@ -172,21 +173,74 @@ def say(
 
     print(json.dumps(_jsonable(result), indent=1, ensure_ascii=False) if as_json else text)
 
+# %% ../../nbs/80_cli/10_app.ipynb #b903b5da
+_INT, _FLOAT = r'[-+]?(0|[1-9][0-9]*)', r'[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?'
+_DOUBTFUL = {
+    r'[-+]?0[0-9]+': 'a leading zero is octal to some; write it without, or as text in quotes',
+    r'[-+]?0[xobXOB][0-9a-fA-F]+': 'write the number in decimal, or as text in quotes',
+    r'[-+]?[0-9][0-9_]*_[0-9_]*': 'write the number without _, or as text in quotes',
+    r'(?i:yes|no|on|off)': 'write true or false, or text in quotes',
+}
+
+
+def plain_value(
+    text: str,  # YAML
+):  # numbers, booleans, None, text, lists and dictionaries of them
+    "Parse YAML without the readings that surprise; `InputError` for what means two things."
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_plain_loader())
+    except (yaml.YAMLError, RecursionError) as e:
+        said = getattr(e, 'problem', None) or str(e)
+        raise InputError(f'not valid YAML ({" ".join(str(said).split())[:120]})') from None
+
+
+def _plain_loader():
+    "Make a safe YAML loader that knows only these numbers, true, false and null."
+    import re, yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {'<': yaml.SafeLoader.yaml_implicit_resolvers['<']}
+
+    for tag, pattern in [
+        ('null', r'~|null|Null|NULL|'),
+        ('bool', r'true|True|TRUE|false|False|FALSE'),
+        ('int', _INT),
+        ('float', rf'(?!{_INT}$){_FLOAT}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)'),
+    ]:
+        Loader.add_implicit_resolver(f'tag:yaml.org,2002:{tag}', re.compile(f'^(?:{pattern})$'), None)
+    for pattern, advice in _DOUBTFUL.items():
+        found = re.compile(f'^(?:{pattern})$')
+        Loader.add_implicit_resolver(f'!{advice}', found, None)
+        Loader.add_constructor(f'!{advice}', _refuse_value(advice))
+    # the doubtful first: 010 is also a number
+    for key, held in Loader.yaml_implicit_resolvers.items():
+        held.sort(key=lambda x: not x[0].startswith('!'))
+    return Loader
+
+
+def _refuse_value(advice):
+    def construct(loader, node):
+        raise InputError(f'the value {str(node.value)[:40]}: {advice}')
+
+    return construct
+
 # %% ../../nbs/80_cli/10_app.ipynb #69062f42
 def read_parameters(
     file: Path | None,  # YAML file of NAME: VALUE pairs; None: no parameters
 ) -> dict:
     "Read a file of parameters; `InputError` if it cannot be read."
-    import yaml
-
     if file is None:
         return {}
     try:
-        given = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
+        given = plain_value(file.read_text(encoding='utf-8')) or {}
     except FileNotFoundError:
         raise InputError(f'{file}: no such file') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
         raise InputError(f'{file}: not valid YAML ({str(e).splitlines()[0]})') from None
+    except InputError as e:
+        raise InputError(f'{file}: {e}') from None
     if not isinstance(given, dict):
         raise InputError(f'{file}: must hold NAME: VALUE pairs')
     return given

@@ -20,6 +20,7 @@ from smsbench.cli.app import (
     OutOption,
     RootOption,
     app,
+    plain_value,
     read_parameters,
     say,
     split_list,
@@ -228,13 +229,8 @@ def read_settings(
 
 
 def _value(text):
-    "Parse a number, boolean, list or word; YAML reads 1e-4 as a word."
-    import yaml
-
-    try:
-        return float(text) if 'e' in text.lower() else yaml.safe_load(text)
-    except ValueError:
-        return yaml.safe_load(text)
+    "Parse a number, boolean, list or word."
+    return plain_value(text)
 
 # %% ../../nbs/80_cli/60_clip.ipynb #1a2c473e
 def settings_text():

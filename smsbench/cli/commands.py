@@ -41,6 +41,7 @@ from smsbench.cli.app import (
     VariantsOption,
     app,
     audit_settings,
+    plain_value,
     read_parameters,
     say,
 )
@@ -554,18 +555,18 @@ def run(
 
     Example:  smsbench run sms_audit -p n_patients 60 -p seed 3 --out reports/small
     """
-    import nbformat, yaml
+    import nbformat
     from smsbench.report.html import declared, find_notebook, render
 
     given = read_parameters(file)
     for p in parameter or []:
         if '=' not in p:
             raise InputError(f'-p {p}: needs a name and a value')
+        name, value = p.split('=', 1)
         try:
-            name, value = p.split('=', 1)
-            given[name] = yaml.safe_load(value) if value else ''
-        except yaml.YAMLError:
-            raise InputError(f'-p {p}: its value is no plain value; put it into quotes') from None
+            given[name] = plain_value(value) if value else ''
+        except InputError as e:
+            raise InputError(f'-p {p}: its value is no plain value ({e})') from None
     default = (
         {'out': str(out)}
         if 'out' in declared(nbformat.read(find_notebook(notebook), as_version=4), notebook)
