@@ -368,6 +368,9 @@ def load_model(
         model = model.to(device)
     name = name or Path(id_or_path).name
     out = HFModel(model, processor, name, caps_of(config), system, extra, pad_to_square)
+    if chat_template(processor):  # a template that cannot be used is refused before any trial
+        probe = Inputs(np.zeros((28, 28), np.uint8), 'Is there effusion?', ('yes', 'no'))
+        chat_text(processor, probe, out.caps)
     out.info.update(_about(out, where, revision, quantization))
     return out
 
