@@ -5,7 +5,9 @@ import json
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 
+from smsbench.audit.run import load_results
 from smsbench.data.cohort import gather_card, read_manifest
+from smsbench.report.audit_page import delivery_table
 from smsbench.report.provenance import table_steps
 from smsbench.testing import class_folders, layouts, mimic_layouts
 from smsbench.testing.tiny import tiny_checkpoint
@@ -106,8 +108,10 @@ def test_an_audit_says_what_a_cropping_processor_cuts_away(here, tmp_path):
     assert '12 are not seen at all' in done[1] + done[2]
     delivery = json.loads((tmp_path / 'cut' / 'delivery.json').read_text())['m']
     assert abs(delivery['original']['image_seen'] - 0.5) < 0.02
-    page = (tmp_path / 'cut' / 'report.html').read_text()
-    assert '50 % of the image seen' in page and 'cuts out the middle' in page
+    results = load_results(tmp_path / 'cut')
+    assert '50 % of the image seen' in str(delivery_table(results))
+    caveats = results.verdicts['m']['caveats']
+    assert 'cuts out the middle' in next(c['text'] for c in caveats if c['kind'] == 'cropped')
     done = here(*common, '--pad-to-square', '--out', tmp_path / 'pad')
     assert 'cropped' not in done[1] + done[2]
     delivery = json.loads((tmp_path / 'pad' / 'delivery.json').read_text())['m']

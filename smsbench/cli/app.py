@@ -209,7 +209,9 @@ def _plain_loader():
         ('int', _INT),
         ('float', rf'(?!{_INT}$){_FLOAT}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)'),
     ]:
-        Loader.add_implicit_resolver(f'tag:yaml.org,2002:{tag}', re.compile(f'^(?:{pattern})$'), None)
+        Loader.add_implicit_resolver(
+            f'tag:yaml.org,2002:{tag}', re.compile(f'^(?:{pattern})$'), None
+        )
     for pattern, advice in _DOUBTFUL.items():
         found = re.compile(f'^(?:{pattern})$')
         Loader.add_implicit_resolver(f'!{advice}', found, None)

@@ -90,7 +90,6 @@ def source(
         raise InputError(f'{m.name}: table {e}') from None
     return with_points(m, rows), broken
 
-
 # %% ../../nbs/10_data/100_rows.ipynb #ba245ba9
 def _keys(rows, templates):
     "Join several key columns or templates into one text per row."

@@ -315,9 +315,11 @@ def read_xlsx(
         if sheet and sheet not in book.sheetnames:
             raise InputError(f"{name}: no sheet {sheet!r}; it has {', '.join(book.sheetnames)}")
         rows = (book[sheet] if sheet else book.worksheets[0]).iter_rows(values_only=True)
-        lines = ((n, [_excel_cell(v) for v in row]) for n, row in enumerate(rows, 1) if any(
-            v is not None for v in row
-        ))
+        lines = (
+            (n, [_excel_cell(v) for v in row])
+            for n, row in enumerate(rows, 1)
+            if any(v is not None for v in row)
+        )
         first = next(lines, (0, []))[1]
         head = [' '.join(c.split()) or f'_{i}' for i, c in enumerate(first)]
         if not head:

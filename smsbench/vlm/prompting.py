@@ -106,13 +106,18 @@ def chat_text(
 # %% ../../nbs/20_vlm/030_prompting.ipynb #34c06c89
 _THOUGHTS = ('think', 'thinking', 'thought', 'reasoning', 'reflection')
 _LISTED = re.compile(r"""["']type["']\s*:\s*["'](text|image)["']""")
-_FIX = 'correct chat_template.jinja (or the template in tokenizer_config.json) in a copy of the folder'
+_FIX = (
+    'correct chat_template.jinja (or the template in tokenizer_config.json) in a copy of the folder'
+)
 
 
 def _opened(out):
     "Return the tag of a block of thinking that is opened and not closed; '' if there is none."
     for word in _THOUGHTS:
-        for first, last in ((f'<{word}>', f'</{word}>'), (f'[{word.upper()}]', f'[/{word.upper()}]')):
+        for first, last in (
+            (f'<{word}>', f'</{word}>'),
+            (f'[{word.upper()}]', f'[/{word.upper()}]'),
+        ):
             if out.rfind(first) > out.rfind(last):
                 return first
     return ''
