@@ -140,7 +140,7 @@ def _section(m):
 # %% ../../nbs/10_data/080_report_text.ipynb #124ec9e2
 _START = r'(?:^|(?<=:))[^\S\n]*(?P<title>'
 _IN_LINE = re.compile(
-    _HEADING.pattern.replace(_START, rf'(?:(?:^|(?<=:))[^\S\n]*|(?<=\s))(?P<title>'), re.M
+    _HEADING.pattern.replace(_START, r'(?:(?:^|(?<=:))[^\S\n]*|(?<=\s))(?P<title>'), re.M
 )
 
 
