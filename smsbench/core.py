@@ -204,6 +204,8 @@ def parse_yaml(
         value = yaml.load(text, Loader=loader or yaml.SafeLoader)
     except MemoryError:
         raise
+    except InputError as e:
+        raise InputError(f'{what}: {e}') from None
     except Exception as e:
         # a tag that does not fit its value raises anything
         mark = getattr(e, 'problem_mark', None)

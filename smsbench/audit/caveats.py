@@ -20,6 +20,7 @@ KINDS = (
     'unproven',
     'incomplete',
     'questions',
+    'cropped',
     'files',
     'training',
     'labels',
@@ -183,6 +184,7 @@ def matched_command(
         for f in _flag(k, loose[k])
     ]
     remote = ['--trust-remote-code'] * bool(loose.get('trust_remote_code'))
+    remote += ['--pad-to-square'] * bool(loose.get('pad_to_square'))
     return shlex.join(
         ['smsbench', 'audit', '--cohort', 'RUN/cohort.parquet', '--root', 'DATA', *models, *match]
         + [*options, *_options(asked, _AUDIT, ()), *loading, *remote, '--out', 'RUN-matched']
@@ -417,6 +419,7 @@ def gather_caveats(
     out = answer_caveats(verdict) + delivery_caveats(verdict, delivery)
     out += _incomplete_caveats(verdict)
     out += question_caveats(command.get('questions'))
+    out += [_caveat('cropped', info['cropping'])] if info.get('cropping') else []
     out += file_caveats(files, command, 'imported' in info, columns=command.get('columns', ()))
     notes = dict(
         training=training_note(info, cohort),

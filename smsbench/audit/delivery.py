@@ -43,8 +43,12 @@ def delivery_faults(
 def prove_delivery(
     plan: pd.DataFrame,  # the plan
     predictions: pd.DataFrame,  # one or more models' answers
+    cropping: pd.DataFrame | None = None,  # model, sample_id, image: share of it that is seen
 ) -> dict:  # model -> arm -> trials, checked, violations, verdict (ok, void, unproven), why
     """Check each arm of each model against its definition.
+
+    With `cropping`, arms with an image also have `image_seen` and `image_seen_least`: the mean and
+    the smallest share of an image that reached the model.
 
     >>> delivery = prove_delivery(plan, predictions)
     >>> delivery["planted:image-only"]["image_swap"]["verdict"]
@@ -64,7 +68,18 @@ def prove_delivery(
             for a in ARMS
             if (plan.arm == a).any()
         }
+        if cropping is not None and (cropping.model == model).any():
+            _add_seen(out[model], plan, cropping[cropping.model == model])
     return out
+
+
+def _add_seen(arms, plan, cropping):
+    "Add to each arm the share of its images that reached the model."
+    seen = cropping.set_index('sample_id').image.astype(float)
+    for name, found in arms.items():
+        shares = plan[(plan.arm == name) & (plan.image_id != '')].image_id.map(seen).dropna()
+        if len(shares):
+            found |= dict(image_seen=float(shares.mean()), image_seen_least=float(shares.min()))
 
 
 def _arm_delivery(arm, by_arm, trials, compared):

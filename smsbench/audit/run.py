@@ -36,6 +36,7 @@ from .runner import Source, by_image, read_predictions, score_trials
 from .delivery import prove_delivery
 from .caveats import gather_caveats
 from .consistency import measure_wordings
+from .cropping import cropping_note, read_cropping
 from .exchange import import_predictions
 from .grounding import measure_grounding
 from .metrics import measure
@@ -245,7 +246,7 @@ def conclude(
     """
     plan = read_table(run / 'plan.parquet', 'plan')
     predictions = read_predictions(run, reported_models(run))
-    delivery = prove_delivery(plan, predictions)
+    delivery = prove_delivery(plan, predictions, read_cropping(run))
     write_json(delivery, run / 'delivery.json')
     metrics = _all_metrics(plan, predictions, settings)
     write_table(mark_void(metrics, delivery), run / 'metrics.parquet', 'metrics')
@@ -290,13 +291,15 @@ def add_caveats(
         else []
     )
     about, known = asked.get('config', {}).get('cohort', {}), predictions.attrs.get('models', {})
+    cropping, access = read_cropping(run), about.get('access', 'credentialed')
     for model, verdict in verdicts['models'].items():
         verdict['caveats'] = gather_caveats(
             model,
             verdict,
             delivery.get(model, {}),
             files=files,
-            info=known.get(model, {}),
+            info=known.get(model, {})
+            | dict(cropping=cropping_note(cropping[cropping.model == model], access)),
             cohort=about,
             command=dict(asked, plan=plan.attrs, columns=columns, questions=question_counts(plan)),
         )
@@ -404,6 +407,7 @@ def run_audit(
         cohort_hash=cohort_hash(cohort),
         plan_hash=plan.attrs['plan_hash'] if plan is not None else None,
         **settings.asked,
+        **(dict(pad_to_square=True) if how.get('pad_to_square') else {}),
     )
     run.check(config, CHANGEABLE)
     drawn = _plan_of(run, plan, cohort, source, settings)

@@ -22,7 +22,7 @@ from .probes import shift_text
 from .prompts import Task, render, tasks_of, variant_choices
 from .arms import ARMS, prompt_kind
 from ..vlm.model import Inputs
-from ..privacy import format_count, keep_private, read_table, told, write_table
+from ..privacy import access_of, read_table, write_table, format_count, keep_private, told
 
 # %% ../../nbs/35_audit/070_runner.ipynb #cad0533e
 READS_TOO = (
@@ -48,6 +48,7 @@ class Source:
     ):
         held = open_cohort(cohort, root)
         opened = validate(held.plaintext, 'cohort')
+        self.access = access_of(held.cohort, 'the cohort')
         self.rows, self.root, self.sealed, self.remote = (
             {r.sample_id: r for r in opened.itertuples(index=False)},
             root or opened.attrs.get('root', '.'),

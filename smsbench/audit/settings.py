@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from ..core import InputError, Run, content_hash, read_json, write_json
 from .model_spec import ModelSpec, check_model, model_name, open_model
+from .cropping import keep_cropping
 from .runner import PART_SIZE, part_path, score_plan
 from .paraphrases import read_wordings
 from ..vlm.model import Answer
@@ -187,6 +188,8 @@ def score_model(
     model = open_model(
         spec, batch_size=batch_size, **dict(system=settings.system, extra=settings.extra), **how
     )
+    if done is None:
+        keep_cropping(run, model, plan, source=source, access=source.access)
     p = (
         score_plan(
             plan, source, model, run=run, batch_size=batch_size, max_failures=settings.max_failures
@@ -211,7 +214,7 @@ def _same_model(run, spec, how, write=True):
 
     The same model loaded otherwise is refused as well.
     """
-    options = ('dtype', 'revision', 'quantization', 'attn_implementation')
+    options = ('dtype', 'revision', 'quantization', 'attn_implementation', 'pad_to_square')
     asked = {k: how.get(k) for k in options} | dict(files=spec.files_hash)
     asked = {k: v for k, v in asked.items() if v}
     known = read_json(run / 'models.json') if (run / 'models.json').exists() else {}

@@ -6,16 +6,14 @@
 __all__ = ['app', 'OutOption', 'JsonOption', 'RootOption', 'RemoteOption', 'SeedOption', 'ArmsOption', 'MatchOption',
            'VariantsOption', 'MarginOption', 'DonorsOption', 'FamilyOption', 'PrimaryOption', 'ReasonOption',
            'RegistrationOption', 'BootOption', 'PrivateOption', 'begin_private', 'split_list', 'parse_donors',
-           'audit_settings', 'say', 'read_parameters']
+           'audit_settings', 'say', 'plain_value', 'read_parameters']
 
 # %% ../../nbs/80_cli/10_app.ipynb #8f5b7413
 import json, sys
 from pathlib import Path
 from typing import Annotated
-
 import typer
-
-from ..core import InputError, read_yaml
+from ..core import InputError, parse_yaml, read_yaml
 
 # %% ../../nbs/80_cli/10_app.ipynb #488bf0c5
 app = typer.Typer(
@@ -198,12 +196,62 @@ def say(
 
     print(json.dumps(_jsonable(result), indent=1, ensure_ascii=False) if as_json else text)
 
+# %% ../../nbs/80_cli/10_app.ipynb #b903b5da
+_INT, _FLOAT = r'[-+]?(0|[1-9][0-9]*)', r'[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?'
+_DOUBTFUL = {
+    r'[-+]?0[0-9]+': 'a leading zero is octal to some; write it without, or as text in quotes',
+    r'[-+]?0[xobXOB][0-9a-fA-F]+': 'write the number in decimal, or as text in quotes',
+    r'[-+]?[0-9][0-9_]*_[0-9_]*': 'write the number without _, or as text in quotes',
+    r'(?i:yes|no|on|off)': 'write true or false, or text in quotes',
+}
+
+
+def plain_value(
+    text: str,  # YAML
+    what: str = 'value',  # where it came from, for the message
+):  # numbers, booleans, None, text, lists and dictionaries of them
+    "Parse YAML without the readings that surprise; `InputError` for what means two things."
+    return parse_yaml(text, what, _plain_loader())
+
+
+def _plain_loader():
+    "Make a safe YAML loader that knows only these numbers, true, false and null."
+    import re, yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {'<': yaml.SafeLoader.yaml_implicit_resolvers['<']}
+
+    for tag, pattern in [
+        ('null', r'~|null|Null|NULL|'),
+        ('bool', r'true|True|TRUE|false|False|FALSE'),
+        ('int', _INT),
+        ('float', rf'(?!{_INT}$){_FLOAT}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)'),
+    ]:
+        Loader.add_implicit_resolver(
+            f'tag:yaml.org,2002:{tag}', re.compile(f'^(?:{pattern})$'), None
+        )
+    for pattern, advice in _DOUBTFUL.items():
+        found = re.compile(f'^(?:{pattern})$')
+        Loader.add_implicit_resolver(f'!{advice}', found, None)
+        Loader.add_constructor(f'!{advice}', _refuse_value(advice))
+    # the doubtful first: 010 is also a number
+    for held in Loader.yaml_implicit_resolvers.values():
+        held.sort(key=lambda x: not x[0].startswith('!'))
+    return Loader
+
+
+def _refuse_value(advice):
+    def construct(loader, node):
+        raise InputError(f'the value {str(node.value)[:40]}: {advice}')
+
+    return construct
+
 # %% ../../nbs/80_cli/10_app.ipynb #69062f42
 def read_parameters(
     file: Path | None,  # YAML file of NAME: VALUE pairs; None: no parameters
 ) -> dict:
     "Read a file of parameters; `InputError` if it cannot be read."
-    given = {} if file is None else read_yaml(file) or {}
+    given = {} if file is None else read_yaml(file, _plain_loader()) or {}
     if not isinstance(given, dict):
         raise InputError(f'{file}: must hold NAME: VALUE pairs')
     return {str(k): v for k, v in given.items()}

@@ -4,27 +4,27 @@
 
 # %% auto #0
 __all__ = ['clip_app', 'ModelOption', 'PretrainedOption', 'CohortOption', 'FindingsOption', 'ByOption', 'SplitsOption',
-           'PromptsOption', 'DeviceOption', 'train', 'read_settings', 'settings_text', 'evaluate', 'scores_shown',
-           'compare_models']
+           'PromptsOption', 'DeviceOption', 'PadOption', 'train', 'read_settings', 'settings_text', 'evaluate',
+           'scores_shown', 'compare_models']
 
 # %% ../../nbs/80_cli/60_clip.ipynb #b0465146
-import contextlib
 from pathlib import Path
 from typing import Annotated
 import typer
-from ..core import InputError, parse_yaml
+from ..core import InputError
 from ..resampling import Bootstrap
 from smsbench.cli.app import (
     BootOption,
     JsonOption,
     OutOption,
-    PrivateOption,
     RootOption,
     app,
-    begin_private,
+    plain_value,
     read_parameters,
     say,
     split_list,
+    PrivateOption,
+    begin_private,
 )
 
 # %% ../../nbs/80_cli/60_clip.ipynb #087d7f05
@@ -67,6 +67,16 @@ PromptsOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help='cpu, cuda, cuda:1, mps or auto.')]
+PadOption = Annotated[
+    bool,
+    typer.Option(
+        '--pad-to-square',
+        help=(
+            'Scale the longer edge and pad, where the model would cut out the middle of an image:'
+            ' everything is seen, at a smaller scale.'
+        ),
+    ),
+]
 
 # %% ../../nbs/80_cli/60_clip.ipynb #daacc8bd
 def _images(cohort, root, findings, by, splits, conflicts='error'):
@@ -129,6 +139,7 @@ def train(
     conflicts: Annotated[
         str, typer.Option(help="Images whose rows contradict each other: 'error' or 'drop'.")
     ] = 'error',
+    pad_to_square: PadOption = False,
     device: DeviceOption = 'auto',
     tracker: Annotated[
         str, typer.Option(help='tensorboard or wandb, if installed; empty: history.csv only.')
@@ -170,7 +181,7 @@ def train(
     with processes(device) as place:
         result = train_clip(
             films,
-            load_clip(model, pretrained, place.device),
+            load_clip(model, pretrained, place.device, pad_to_square=pad_to_square),
             settings,
             out=out,
             prompts=words,
@@ -221,11 +232,8 @@ def read_settings(
 
 
 def _value(text, what):
-    "Parse a number, boolean, list or word; YAML reads 1e-4 as a word."
-    if 'e' in text.lower():
-        with contextlib.suppress(ValueError):
-            return float(text)
-    return parse_yaml(text, what)
+    "Parse a number, boolean, list or word."
+    return plain_value(text, what)
 
 # %% ../../nbs/80_cli/60_clip.ipynb #1a2c473e
 def settings_text():
@@ -283,6 +291,7 @@ def evaluate(
     conflicts: Annotated[
         str, typer.Option(help="Images whose rows contradict each other: 'error' or 'drop'.")
     ] = 'error',
+    pad_to_square: PadOption = False,
     device: DeviceOption = 'auto',
     n_boot: BootOption = 1000,
     private: PrivateOption = None,
@@ -323,11 +332,13 @@ def evaluate(
         picture=picture,
         device=device,
         boot=Bootstrap(n_boot),
+        pad_to_square=pad_to_square,
     )
     pair = None
     if against:
         both_unseen, both = unseen(model, films, seen)[0], ((model, pretrained), (against, ''))
-        pair = compare_models(*both, both_unseen, out, words, device, Bootstrap(n_boot))
+        how = (words, device, Bootstrap(n_boot), pad_to_square)
+        pair = compare_models(*both, both_unseen, out, *how)
     results_page(
         out,
         f"{Path(model).name} on {films.attrs.get('manifest') or 'a cohort'}",
@@ -363,6 +374,7 @@ def compare_models(
     prompts=None,  # for both; None uses each model's own
     device: str = 'auto',  # device of the models
     boot: Bootstrap = Bootstrap(1000),  # resampling of patients
+    pad_to_square: bool = False,  # instead of cutting the middle out of an image
 ):  # metrics table of `smsbench.clip.compare.compare`; attrs: weights of both
     """Compare two models on the same films, with paired intervals.
 
@@ -379,7 +391,8 @@ def compare_models(
     has_test = {'train', 'val', 'test'} <= set(films.table.split)
     tested = readable(films.select('test') if has_test else films, run)[0]
     for name, tag in (first, second):
-        words, clip = own_prompts(name, tested, prompts)[0], load_clip(name, tag, device)
+        words = own_prompts(name, tested, prompts)[0]
+        clip = load_clip(name, tag, device, pad_to_square=pad_to_square)
         thresholds = own_thresholds(name, tested, None, prompts=words)[0]
         results.append((zero_shot(clip, tested, words), thresholds))
         names.append(model_name(name, clip))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from .. import __version__
-from ..core import InputError, RunError, parse_yaml, printable
+from ..core import InputError, RunError, printable
 from ..resampling import Bootstrap
 from ..privacy import messages_closed, open_messages, quoted
 from smsbench.cli import (
@@ -34,7 +34,6 @@ from smsbench.cli.app import (
     MatchOption,
     OutOption,
     PrimaryOption,
-    PrivateOption,
     ReasonOption,
     RegistrationOption,
     RemoteOption,
@@ -43,9 +42,11 @@ from smsbench.cli.app import (
     VariantsOption,
     app,
     audit_settings,
-    begin_private,
+    plain_value,
     read_parameters,
     say,
+    PrivateOption,
+    begin_private,
 )
 from .data import ParaphrasesOption, ProbesOption, parse_probes, parse_rewordings
 
@@ -250,6 +251,16 @@ def audit(
             help="Let the repository's own code run; only with --revision naming a commit.",
         ),
     ] = False,
+    pad_to_square: Annotated[
+        bool,
+        typer.Option(
+            '--pad-to-square',
+            help=(
+                'Pad images to a square for models whose processor cuts out the middle: everything'
+                ' is seen, at a smaller scale.'
+            ),
+        ),
+    ] = False,
     allow_remote: RemoteOption = False,
     private: PrivateOption = None,
     as_json: JsonOption = False,
@@ -297,6 +308,7 @@ def audit(
     )
     loading = dict(device=device, dtype=dtype, revision=revision, quantization=quantization)
     loading |= dict(attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    loading |= dict(pad_to_square=True) if pad_to_square else {}
     level = int(level) if level in ('0', '1', '2') else level
     sharing = dict(batch_size=batch_size, level=level, budget_gib=budget_gib)
     run_audit(
@@ -592,9 +604,9 @@ def run(
             raise InputError(f'-p {p}: needs a name and a value')
         name, value = p.split('=', 1)
         try:
-            given[name] = parse_yaml(value, f'-p {p}') if value else ''
-        except InputError:
-            raise InputError(f'-p {p}: its value is no plain value; put it into quotes') from None
+            given[name] = plain_value(value, f'-p {p}') if value else ''
+        except InputError as e:
+            raise InputError(f'{e}; put it into quotes if it is text') from None
     default = (
         {'out': str(out)}
         if 'out' in declared(nbformat.read(find_notebook(notebook), as_version=4), notebook)

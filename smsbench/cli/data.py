@@ -215,12 +215,23 @@ def _make_cohort(manifest, root, out, report, splits, as_json, **how):
             excluded=safe(len(built.exclusions)),
             counts=counts.to_dict('records'),
             funnel=table.attrs['funnel'],
+            labels=table.attrs['labels'],
+            notes=table.attrs['notes'],
             findings=file_audit.findings.to_dict('records'),
             report=str(page) if page else None,
         ),
         as_json,
         _cohort_text(table, counts, built.exclusions, file_audit, out, page),
     )
+
+
+def _label_lines(labels):
+    "List per question and label the values that became it."
+    held = {}
+    for r in labels:
+        value = r['value'] if r['value'].startswith('(') else repr(r['value'])
+        held.setdefault((r['finding'], r['becomes']), []).append(f"{value} {r['n']}")
+    return [f'  {f}: {b} <- {", ".join(values)}' for (f, b), values in held.items()]
 
 
 def _cohort_text(table, counts, exclusions, file_audit, out, page):
@@ -243,6 +254,10 @@ def _cohort_text(table, counts, exclusions, file_audit, out, page):
     return '\n'.join(
         [
             counts.to_string(index=False),
+            '',
+            'From the values of the table to the labels:',
+            *_label_lines(table.attrs['labels']),
+            *(f'  WARNING: {n}' for n in table.attrs['notes']),
             '',
             'From the files to the cohort:',
             *steps,

@@ -9,9 +9,7 @@ __all__ = ['WITHHELD', 'READS_TOO', 'Images', 'class_answers', 'check_labels', '
 # %% ../../nbs/50_clip/040_dataset.ipynb #3619d072
 import json
 from dataclasses import dataclass, replace
-
 import numpy as np, pandas as pd
-
 from ..core import InputError, RunError, array_hash, content_hash
 from ..data.files import scan_files
 from ..data.phantom_image import read_phantom
@@ -401,7 +399,8 @@ def check_readable(
 ) -> tuple[Images, pd.DataFrame]:  # readable images; film_id, split, reason of the others
     """Decode every image once; `InputError` where too many are broken.
 
-    Only image ids are written.
+    Only image ids are written. `.attrs['sizes']` of the second table holds height and width of
+    the readable images, in their order.
     """
     access = access_of(images, 'the films')
     key = ''
@@ -425,6 +424,7 @@ def check_readable(
     )
     if out is not None:
         write_table(excluded, out)
+    excluded.attrs['sizes'] = scan.loc[~bad, ['height', 'width']].reset_index(drop=True)
     if bad.sum() > max(max_broken * len(images), max_broken > 0):
         raise InputError(
             f"{format_count(int(bad.sum()), access)} of {format_count(len(images), access)} films"

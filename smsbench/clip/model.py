@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'Clip', 'towers', 'load_clip', 'save_clip', 'to_pixels', 'asking', 'image_embeddings', 'text_embeddings',
-           'cut_texts', 'frame_of', 'grid_of', 'view_of']
+           'cut_texts', 'frame_of', 'visible_part', 'grid_of', 'view_of']
 
 # %% ../../nbs/50_clip/020_model.ipynb #a6834c39
 import contextlib, os, shutil
@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-
 import numpy as np
-
 from smsbench.clip.checkpoints import (
     as_one_line,
     clip_config,
     find_clip,
     own_tower,
     read_weights,
+    says_quick_gelu,
     weights_file,
     weights_sha,
 )
@@ -35,7 +34,7 @@ class Clip:
     """A CLIP model with its preprocessing, tokenizer and configuration.
 
     `info` holds id, pretrained, revision, weights_sha, precision, device, image_size, embed_dim,
-    context, image_tower and text_tower.
+    context, image_tower, text_tower, activation and resize_mode.
 
     >>> clip.name
     'tiny'
@@ -122,13 +121,13 @@ def _named(name, tag, precision):
         f'{name}, {tag}: cannot be loaded as a CLIP model; without network, name a local folder or'
         ' file'
     ):
-        quick = bool(record.get('quick_gelu')) or None
+        quick = bool(record.get('quick_gelu')) or bool(file) and _quick(name, file)
         model = open_clip.create_model(
             name,
             pretrained=tag if record else None,
             precision=precision,
             pretrained_text=False,
-            force_quick_gelu=bool(quick),
+            force_quick_gelu=quick,
             require_pretrained=bool(record),
             weights_only=True,
         )
@@ -141,11 +140,27 @@ def _named(name, tag, precision):
         )
 
 
+def _quick(name, file):
+    "Return whether weights want QuickGELU, by what lies beside them; else by the model's name."
+    import open_clip
+
+    named, (said, where) = bool(open_clip.get_model_config(name).get('quick_gelu')), (None, '')
+    if file.is_file():
+        said, where = says_quick_gelu(file.parent)
+    if named and said is False:
+        raise InputError(
+            f"{name}: {where} beside {file.name} says GELU, not QuickGELU; load"
+            f" {name.removesuffix('-quickgelu')}"
+        )
+    return named or bool(said)
+
+
 def _foldered(folder, file, precision):
     "Load a model of a folder: module, tokenizer, model_cfg."
     import open_clip
 
     config = clip_config(folder)
+    quick = says_quick_gelu(folder)[0]
     if file == 'random':
         file = None
     else:
@@ -156,6 +171,7 @@ def _foldered(folder, file, precision):
             load_weights=False,
             precision=precision,
             pretrained_text=False,
+            force_quick_gelu=bool(quick),
             **own_tower(folder, config),
         )
         if file:
@@ -167,7 +183,7 @@ def _foldered(folder, file, precision):
             tokenize = open_clip.get_tokenizer(f'local-dir:{folder}')
         else:
             tokenize = _named_tokenizer(folder, text)
-    return model, tokenize, config['model_cfg']
+    return model, tokenize, config['model_cfg'] | ({'quick_gelu': True} if quick else {})
 
 
 def _named_tokenizer(folder, text):
@@ -196,6 +212,7 @@ def load_clip(
     *,
     precision: str = 'fp32',  # one of `PRECISIONS`
     revision: str | None = None,  # branch, tag or commit of a hub id; 'files:HASH' of a folder
+    pad_to_square: bool = False,  # scale the longer edge and pad, instead of cutting the middle out
 ) -> Clip:
     """Load a CLIP model; `InputError` in one line where it cannot be used.
 
@@ -216,6 +233,9 @@ def load_clip(
     model = model.eval().to(device)
     preprocess = model.visual.preprocess_cfg.items()
     prepared = {k: tuple(v) if isinstance(v, list) else v for k, v in preprocess}
+    if pad_to_square and prepared['resize_mode'] == 'shortest':
+        grey = round(255 * float(np.mean(prepared['mean'])))  # the margin has the mean colour
+        prepared |= dict(resize_mode='longest', fill_color=grey)
     shown = (
         folder.name if folder and not name.startswith('hf-hub:') else name.removeprefix('hf-hub:')
     )
@@ -249,6 +269,7 @@ def _facts(model, tokenize, config, precision, device):
         context=tokenize.context_length,
         image_tower=image,
         text_tower=text,
+        activation='QuickGELU' if config.get('quick_gelu') else 'GELU',
     )
 
 # %% ../../nbs/50_clip/020_model.ipynb #a33d4f81
@@ -489,6 +510,16 @@ _STEPS = dict(
     MaybeToTensor=_same,
     Normalize=_same,
 )
+
+# %% ../../nbs/50_clip/020_model.ipynb #518f9f00
+def visible_part(
+    clip: Clip,  # a loaded model
+    height: int,  # of the image, in pixels
+    width: int,  # the same
+) -> tuple:  # x0, y0, x1, y1 in pixels of the image
+    "Return the part of an image that reaches the model."
+    x0, y0, x1, y1 = frame_of(clip, height, width).box
+    return max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
 
 # %% ../../nbs/50_clip/020_model.ipynb #694e8d01
 def grid_of(

@@ -10,9 +10,10 @@ import json, math
 
 import pandas as pd
 
+from ..core import InputError
 from .cards import Manifest
 from .parts import fill, needs
-from .images import is_missing
+from .images import is_missing, plain
 from .rows import source
 from .labels import list_cell
 from .tables import require
@@ -20,13 +21,15 @@ from .tables import require
 # %% ../../nbs/10_data/110_boxes.ipynb #95bbc146
 def as_box(
     numbers,  # four numbers or words for numbers
-    format: str = 'xyxy',  # 'xywh' or 'xyxy'
+    format: str = 'xyxy',  # 'xywh', 'xyxy' or 'cxcywh' (centre and size)
     scale=(1.0, 1.0),  # factors for x and y
 ) -> list | None:  # [x0, y0, x1, y1], the smallest integer box around it; None if invalid
     "Convert a box to the format of the cohort."
     try:
         a, b, c, d = (float(n) for n in numbers)
-        if format == 'xywh':
+        if format == 'cxcywh':
+            a, b = a - c / 2, b - d / 2
+        if format != 'xyxy':
             c, d = a + c, b + d
         a, c, b, d = a * scale[0], c * scale[0], b * scale[1], d * scale[1]
     except (TypeError, ValueError):
@@ -64,7 +67,7 @@ def box_table(
     )
     out = {}
     for key, word, box, at in zip(
-        fill(b.key, t).str.strip(), fill(b.finding, t).str.strip(), numbers, sizes
+        fill(b.key, t).map(plain), fill(b.finding, t).str.strip(), numbers, sizes
     ):
         if box is not None:
             out.setdefault((key, word), []).append((box, at))
@@ -91,12 +94,13 @@ def sample_boxes(
     else:
         known = box_table(m, root)
         words = {f: m.boxes.names.get(f, []) if m.boxes.finding else [''] for f in m.tasks}
-        keys = fill(m.boxes.of or m.columns.sample_id, rows).str.strip().iloc[every.row]
+        keys = fill(m.boxes.of or m.columns.sample_id, rows).map(plain).iloc[every.row]
         raw = [
             [x for w in words[f] for x in known.get((k, w), ())]
             for k, f in zip(keys, every.finding)
         ]
     form = 'xyxy' if m.columns.boxes else m.boxes.format
+    _refuse_percent(m, raw, every, form)
     return pd.Series(
         [_placed(b, h, w, form) if b else b for b, h, w in zip(raw, every.height, every.width)],
         index=every.index,
@@ -115,7 +119,8 @@ def _inline(cell):
 def _placed(boxes, h, w, form):
     """Scale boxes and crop them to an image of `h` x `w` pixels (0: unknown).
 
-    None if a box is broken or extends beyond the image by more than a pixel.
+    None if a box is broken, extends beyond the image by more than a pixel, or has no size at
+    which it was drawn and lies within the first pixel, as shares of the image do.
     """
     known, out = bool(h and w), []
     for numbers, at in boxes:
@@ -126,7 +131,7 @@ def _placed(boxes, h, w, form):
             if not all(_number(s) and float(s) > 0 for s in at):
                 return None
             scale = w / float(at[0]), h / float(at[1])
-        b = as_box(numbers, form, scale)
+        b = None if not at and _share(numbers, form) else as_box(numbers, form, scale)
         if b is not None and known:
             b = _cropped(b, h, w)
         if b is None:
@@ -142,3 +147,31 @@ def _cropped(box, h, w):
         return None
     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, w), min(y1, h)
     return [x0, y0, x1, y1] if x0 < x1 and y0 < y1 else None
+
+# %% ../../nbs/10_data/110_boxes.ipynb #cbb76c91
+def _share(numbers, form):
+    "Return whether a box lies within the first pixel, as shares of an image do."
+    ends = as_box(numbers, form)
+    return ends is not None and min(ends) >= 0 and max(ends) <= 1
+
+
+_FEW, _LARGE = 20, 300  # boxes from which their places tell; shortest side of a large image
+
+
+def _refuse_percent(m, raw, every, form):
+    "Raise `InputError` if all boxes of large images lie within their first 100 pixels."
+    drawn = [
+        (as_box(numbers, form), min(h, w))
+        for boxes, h, w in zip(raw, every.height, every.width)
+        for numbers, at in boxes or ()
+        if not at
+    ]
+    drawn = [(b, side) for b, side in drawn if b is not None]
+    if len(drawn) < _FEW or any(max(b) > 100 or side < _LARGE for b, side in drawn):
+        return
+    if all(max(b) <= 1 for b, _ in drawn):
+        return  # shares: broken boxes, each by itself
+    raise InputError(
+        f'{m.name}: no box reaches beyond pixel 100 of its image; are they in percent? then boxes'
+        ' need `size: [100, 100]`; if they are pixels, name the columns of the size of the images'
+    )

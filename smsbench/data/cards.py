@@ -11,10 +11,8 @@ import difflib, json, os, re
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
-
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
-
 from ..core import InputError, content_hash, read_yaml
 from smsbench.data.parts import (
     Boxes,
@@ -181,6 +179,8 @@ class Manifest(Card):
     table: Table  # one row per sample (or image, or question)
     separator: str = ','  # between fields of the tables
     encoding: str = 'utf-8'  # of the tables and report files
+    decimal: Literal['.', ','] = '.'  # point of the numbers that bins, bounds and boxes read
+    paths: Literal['posix', 'windows'] = 'posix'  # windows: backslashes in paths become /
     joins: list[Join] = []  # further tables to join
     derive: dict[str, Derive] = {}  # new columns, in order
     filters: list[Filter] = []  # conditions for rows of the cohort, in order
@@ -264,6 +264,16 @@ class Manifest(Card):
             *(t for d in self.derive.values() for t in d.lists.values()),
             *([self.boxes.table] if self.boxes else []),
         ]
+
+    def numbers(self) -> dict[str, str]:  # column -> place in the card
+        "List the columns that are read as numbers, by bins of strata and bounds of filters."
+        strata = {s.column: f'strata.{k}' for k, s in self.strata.items() if s.bins}
+        bounds = {
+            f.column: f'filters, {f.says}'
+            for f in self.filters
+            if f.at_least is not None or f.at_most is not None
+        }
+        return bounds | strata
 
     def needed(self) -> list[str]:
         "List the columns that must exist after joining and deriving."

@@ -181,7 +181,7 @@ def _picklable(readers):
 
 # %% ../../nbs/10_data/090_files.ipynb #26b88852
 PART, SECONDS = 2000, 30  # rows and seconds after which a part is written
-SCAN = 2  # version of the measurement; with a new one, older stores are ignored
+SCAN = 3  # version of the measurement; with a new one, older stores are ignored
 
 
 def _names(key, root, refs):

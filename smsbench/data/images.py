@@ -8,11 +8,10 @@ __all__ = ['MAX_PIXELS', 'READERS', 'KINDS', 'MISSING', 'stretch', 'read_png_or_
            'read_bytes']
 
 # %% ../../nbs/10_data/020_images.ipynb #8ee42dad
-import contextlib, io, logging, math, re, threading, warnings, zipfile
+import contextlib, io, logging, math, re, struct, threading, warnings, zipfile, zlib
+from collections.abc import Sequence
 from pathlib import Path
-
 import numpy as np, pandas as pd
-
 from ..core import RunError
 from smsbench.data.storage import (
     IMAGE_REASONS,
@@ -86,7 +85,11 @@ def read_png_or_jpeg(
         raise FileError('16-bit colour is not supported; save it as 8-bit PNG')
     if ImageFile.LOAD_TRUNCATED_IMAGES and cut_short(io.BytesIO(f.seek(0) or f.read())):
         raise FileError('ends early', 'truncated image')  # another library set PIL to be lenient
+    parts = _png_data(f) if png else None
     im.load()
+    if png:
+        _check_filled(im, *parts)
+    im = _upright(im)
     if im.mode.startswith('I') or im.mode == 'F':
         return stretch(np.asarray(im))
     if im.mode in ('LA', 'RGBA', 'PA') or (
@@ -110,6 +113,73 @@ def _on_black(im):
     opacity = np.asarray(alpha) / 255
     bands = [np.rint(np.asarray(c) * opacity).astype(np.uint8) for c in colours]
     return bands[0] if grey else np.stack(bands, -1)
+
+# %% ../../nbs/10_data/020_images.ipynb #72bf4c79
+_ORIENTATION = 0x0112  # EXIF tag
+
+
+def _upright(im):
+    "Turn and mirror an image as its EXIF orientation says; unreadable EXIF data turn nothing."
+    from PIL import ImageOps
+
+    try:
+        turned = im.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # the pixels are whole, whatever stands in the tags
+        return im
+    return ImageOps.exif_transpose(im) if turned else im
+
+# %% ../../nbs/10_data/020_images.ipynb #6f1bcbc6
+_ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2)]
+_ADAM7 += [(0, 1, 1, 2)]  # first column, first line, steps to the right and down
+
+
+def _png_data(f):
+    "Return the header of a PNG and its image data; `FileError` where a checksum does not fit."
+    place = f.tell()
+    f.seek(8)
+    header, stream = b'', []
+    while len(head := f.read(8)) == 8:
+        size, kind = struct.unpack('>I4s', head)
+        data, crc = f.read(size), f.read(4)
+        if kind == b'IHDR':
+            header = data
+        if kind == b'IDAT':
+            if len(crc) == 4 and zlib.crc32(kind + data) != int.from_bytes(crc, 'big'):
+                raise FileError('its checksums do not fit: it is damaged or ends early', _CUT)
+            stream.append(data)
+    f.seek(place)
+    return header, stream
+
+
+def _check_filled(im, header, stream):
+    """Raise `FileError` if the data of a PNG do not fill the image.
+
+    The decoder leaves zeros where data are missing, so the data are measured only if the last
+    line holds nothing else, or the file is interlaced.
+    """
+    width, height, depth, colour, _, _, interlaced = struct.unpack('>IIBBBBB', header)
+    if not interlaced and np.asarray(im)[-1].any():
+        return
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    needed = 0
+    for x, y, across, down in _ADAM7 if interlaced else [(0, 0, 1, 1)]:
+        columns, lines = -(-(width - x) // across), -(-(height - y) // down)
+        needed += lines * (1 + -(-columns * bits // 8)) if columns > 0 < lines else 0
+    if _unpacked(stream, needed) < needed:
+        raise FileError('its image data end early', _CUT)
+
+
+_CUT = 'truncated image'
+
+
+def _unpacked(stream, most):
+    "Count the bytes that a zlib stream unpacks to, up to some more than `most`."
+    z, n = zlib.decompressobj(), 0
+    for data in stream:
+        while data and n < most:
+            n += len(z.decompress(data, 1 << 20))
+            data = z.unconsumed_tail
+    return n
 
 # %% ../../nbs/10_data/020_images.ipynb #bd88bc35
 def read_npz(
@@ -163,11 +233,14 @@ _TAGS = [
     'RescaleSlope',
     'RescaleIntercept',
     'ModalityLUTSequence',
+    'PixelPaddingValue',
+    'PixelPaddingRangeLimit',
     *(
         f'{c}PaletteColorLookupTable{k}'
         for c in ('Red', 'Green', 'Blue')
         for k in ('Descriptor', 'Data')
     ),
+    *(f'Segmented{c}PaletteColorLookupTableData' for c in ('Red', 'Green', 'Blue')),
 ]  # the only tags that are read
 _QUIET = threading.Lock()  # one file at a time: warning filters are global
 
@@ -206,15 +279,17 @@ def read_dicom(
             )
         try:
             ds = pydicom.dcmread(io.BytesIO(data), specific_tags=_TAGS)
-        except Exception as e:
-            raise FileError(f'is no DICOM file that can be read ({type(e).__name__})') from None
+        except Exception:
+            raise FileError('is no DICOM file that can be read') from None
         try:
             _check_dicom(ds)
             return _shown_values(ds)
         except (FileError, MemoryError):
             raise
-        except Exception as e:
-            raise FileError(f'its pixels cannot be decoded ({type(e).__name__})') from None
+        except Exception:
+            raise FileError(
+                'its pixels cannot be decoded: they are damaged, or the tags beside them do not fit'
+            ) from None
 
 
 def _check_dicom(ds):
@@ -223,10 +298,12 @@ def _check_dicom(ds):
         raise FileError('holds no image')
     if 'PixelData' not in ds:
         raise FileError('has a size and no pixels; it ends early', 'truncated image')
-    if (frames := int(ds.get('NumberOfFrames') or 1)) != 1:
-        raise FileError(f'{frames} frames; extract the one that is meant', 'multi-frame')
-    _check_size(ds.Rows, ds.Columns)
-    if ds.PhotometricInterpretation not in (
+    if (frames := _tag(ds, 'NumberOfFrames', 1)) != 1:
+        raise FileError(f'{frames:g} frames; extract the one that is meant', 'multi-frame')
+    numbers = [_tag(ds, name) for name in _NEEDED]
+    _check_size(*numbers[:2])
+    _check_bits(*numbers)
+    if _tag(ds, 'PhotometricInterpretation', kind=str) not in (
         'MONOCHROME1',
         'MONOCHROME2',
         'RGB',
@@ -237,7 +314,12 @@ def _check_dicom(ds):
         'YBR_RCT',
     ):
         raise FileError('its photometric interpretation is not supported')
-    if not (uid := ds.file_meta.TransferSyntaxUID).is_transfer_syntax or uid.is_private:
+    if not (uid := ds.file_meta.get('TransferSyntaxUID')):
+        raise FileError(
+            'states no transfer syntax, so how its pixels are packed is not known; export it again,'
+            ' or add the tag (0002,0010)'
+        )
+    if not uid.is_transfer_syntax or uid.is_private:
         raise FileError('its transfer syntax is unknown')
     if uid.is_compressed:
         _check_compressed(ds, uid)
@@ -265,7 +347,8 @@ def _check_compressed(ds, uid):
         raise FileError(
             f'is compressed as {uid.name}, which cannot be decoded; convert it (dcmdjpeg)'
         ) from None
-    if not decoder.is_available:
+    deep = uid.name.startswith('JPEG Extended') and ds.BitsAllocated > 8
+    if not decoder.is_available or deep and decoder.available_plugins == ('pillow',):
         raise FileError(
             f"is compressed as {uid.name}; install a decoder: pip install pylibjpeg"
             f" {'pylibjpeg-openjpeg' if '2000' in uid.name else 'pylibjpeg-libjpeg'}"
@@ -277,29 +360,36 @@ def _check_compressed(ds, uid):
 
 def _shown_values(ds):
     "Decode pixels and apply modality LUT, VOI LUT or window, and inversion."
-    from pydicom.pixels import apply_color_lut, pixel_array
+    from pydicom.pixels import pixel_array
 
-    a = pixel_array(ds)
     if ds.PhotometricInterpretation == 'PALETTE COLOR':
-        a = apply_color_lut(a, ds)
-        a = a if a.dtype == np.uint8 else (a >> 8).astype(np.uint8)
+        return _coloured(ds)
+    a = pixel_array(ds)
     if a.ndim == 3 and a.shape[2] == 3 and a.dtype == np.uint8:
         return a
     if a.ndim != 2:
         raise FileError('colour of more than 8 bits is not supported')
-    a = _by_value(a, lambda v: _window(v, ds, a.dtype))
-    return 255 - a if ds.PhotometricInterpretation == 'MONOCHROME1' else a
+    inverse = ds.PhotometricInterpretation == 'MONOCHROME1'
+    padding = None if _has_window(ds) else _padding(ds, a)
+    if padding is None:
+        a = _by_value(a, lambda v: _window(v, ds, a.dtype))
+        return 255 - a if inverse else a
+    shown = np.zeros(a.shape, np.uint8)
+    film = _by_value(a[~padding], lambda v: _window(v, ds, a.dtype))
+    shown[~padding] = 255 - film if inverse else film
+    return shown
 
 
 def _window(stored, ds, kind):
     "Map stored values to 0..255."
-    from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
+    from pydicom.pixels import apply_windowing
 
-    v = apply_modality_lut(stored, ds)
+    v = _modality(stored, ds)
     if ds.get('VOILUTSequence'):
-        shown = apply_voi(v, ds).astype(float)
-        low, high = 0, 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1
-    elif ds.get('WindowWidth') is not None and ds.get('WindowCenter') is not None:
+        table, first, bits = _lut(ds.VOILUTSequence[0], ds)
+        shown = _looked_up(v, table, first).astype(float)
+        low, high = 0, 2**bits - 1
+    elif _has_window(ds):
         with np.errstate(over='ignore'):
             shown = apply_windowing(v, ds)
             # values far outside the window give its two ends
@@ -309,6 +399,141 @@ def _window(stored, ds, kind):
     else:
         return stretch(v)
     return np.rint(np.clip((shown - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+
+# %% ../../nbs/10_data/020_images.ipynb #26d63d12
+_NEEDED = (
+    'Rows',
+    'Columns',
+    'SamplesPerPixel',
+    'BitsAllocated',
+    'BitsStored',
+    'PixelRepresentation',
+)
+
+
+def _tag(ds, name, otherwise=None, kind=float):
+    "Return a tag as a number or text; `FileError` if it is unreadable, or missing and needed."
+    words = re.sub('(?<=[a-z])(?=[A-Z])', ' ', name).lower()
+    try:
+        value = ds.get(name)
+        value = (
+            value[0]
+            if isinstance(value, Sequence) and not isinstance(value, str) and len(value)
+            else value
+        )
+        out = None if value is None or value == '' or value == [] else kind(value)
+    except Exception:
+        raise FileError(f'its tag {words} cannot be read') from None
+    if out is None and otherwise is None:
+        raise FileError(f'its tag {words} is missing or empty')
+    if kind is float and out is not None and not math.isfinite(out):
+        raise FileError(f'its tag {words} is no finite number')
+    return otherwise if out is None else out
+
+
+def _check_bits(rows, columns, samples, allocated, stored, signed):
+    "Raise `FileError` if the tags that describe pixels are impossible or not supported."
+    if not (rows >= 1 and columns >= 1):
+        raise FileError(f'states a size of {columns:g} x {rows:g} pixels')
+    if allocated not in (1, 8, 16, 32):
+        raise FileError(
+            f'packs {allocated:g} bits per pixel, which is not read; convert it to 16 (gdcmconv)'
+        )
+    if not 1 <= stored <= allocated:
+        raise FileError(f'states {stored:g} bits stored in {allocated:g}')
+    if samples not in (1, 3) or signed not in (0, 1):
+        raise FileError(f'states {samples:g} samples per pixel, or an unknown sign')
+
+# %% ../../nbs/10_data/020_images.ipynb #8d12fdda
+def _has_window(ds):
+    "Return whether a window or a VOI LUT decides the shown values; `FileError` if it cannot."
+    if ds.get('VOILUTSequence'):
+        return True
+    ends = [_tag(ds, name, math.nan) for name in ('WindowCenter', 'WindowWidth')]
+    if any(map(math.isnan, ends)):
+        return False
+    function = (_tag(ds, 'VOILUTFunction', 'LINEAR', str)).strip().upper() or 'LINEAR'
+    ds.VOILUTFunction = function
+    if function not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID'):
+        raise FileError('its VOI LUT function is not known')
+    if ends[1] <= 0 or function == 'LINEAR' and ends[1] < 1:
+        raise FileError(
+            f'its window width is {ends[1]:g}, so no grey value has a place; set the width, or'
+            ' remove the window'
+        )
+    return True
+
+
+def _modality(stored, ds):
+    "Apply the modality LUT or the rescaling."
+    if ds.get('ModalityLUTSequence'):
+        return _looked_up(stored, *_lut(ds.ModalityLUTSequence[0], ds)[:2])
+    if 'RescaleSlope' not in ds or 'RescaleIntercept' not in ds:
+        return stored
+    slope, intercept = (_tag(ds, f'Rescale{n}', math.nan) for n in ('Slope', 'Intercept'))
+    if math.isnan(slope) and math.isnan(intercept):
+        return stored
+    if math.isnan(slope) or math.isnan(intercept) or slope == 0:
+        raise FileError(
+            'its rescale slope is 0, or one of slope and intercept is empty; write both or neither'
+        )
+    return stored.astype(np.float64) * slope + intercept
+
+
+def _lut(item, ds):
+    "Return the values of a look-up table, the first value it maps, and its depth in bits."
+    try:
+        n, first, bits = item.LUTDescriptor
+        data, n = item.LUTData, n or 2**16
+        if isinstance(data, bytes):  # packed bytes, or words in the order of the file
+            order = '<' if ds.file_meta.TransferSyntaxUID.is_little_endian else '>'
+            packed = len(data) < 2 * n
+            data = np.frombuffer(data[: n if packed else 2 * n], 'u1' if packed else f'{order}u2')
+        table = np.atleast_1d(np.asarray(data, np.int64))[:n]
+    except Exception:
+        raise FileError('its look-up table cannot be read') from None
+    if len(table) < n:
+        raise FileError('its look-up table ends early', _CUT)
+    used = max(int(table.max()).bit_length(), 1)
+    return table, first, bits if used == bits else used
+
+
+def _looked_up(v, table, first):
+    "Look up values; those before the first and after the last entry get these two."
+    at = np.clip(np.trunc(v.astype(np.float64) - first), 0, len(table) - 1)
+    return table[at.astype(np.int64)]
+
+# %% ../../nbs/10_data/020_images.ipynb #d1b2bb5b
+def _padding(ds, a):
+    "Mark the padding of a film (H,W); None where there is none, or where it is everything."
+    from pydicom.pixels import pixel_array
+
+    try:
+        ends = [ds.get(f'PixelPadding{n}') for n in ('Value', 'RangeLimit')]
+        ends = [int(e) for e in ends if e not in (None, '')]
+    except Exception:
+        raise FileError('its pixel padding value cannot be read') from None
+    if not ends or ds.get('PixelPaddingValue') in (None, ''):
+        return None
+    stored = pixel_array(ds, correct_unused_bits=False)  # padding may use bits the film does not
+    low, high = (int(np.array([e]).astype(stored.dtype)[0]) for e in (min(ends), max(ends)))
+    marked = (stored >= min(low, high)) & (stored <= max(low, high))
+    return marked if marked.any() and not marked.all() else None
+
+
+def _coloured(ds):
+    "Look up the colours of a palette; `FileError` where there is none."
+    from pydicom.pixels import apply_color_lut, pixel_array
+
+    if not ds.get('RedPaletteColorLookupTableDescriptor'):
+        raise FileError('states a palette of colours and holds none')
+    try:
+        a = apply_color_lut(pixel_array(ds), ds)
+    except Exception:
+        raise FileError('its palette of colours cannot be applied') from None
+    if a.dtype != np.uint8:  # entries of 16 bits, of which some programs fill the lower 8 only
+        a = (a >> 8 if int(a.max()) > 255 else a).astype(np.uint8)
+    return a[..., :3]
 
 # %% ../../nbs/10_data/020_images.ipynb #b872e93e
 READERS = {

@@ -35,17 +35,17 @@ def check_separator(
 
 # %% ../../nbs/10_data/040_parts.ipynb #63b97d09
 _Paths = Annotated[dict[str, list[str]], BeforeValidator(_paths)]
-_Kind = Literal['', 'csv', 'json', 'jsonl', 'list', 'folders', 'openi']
+_Kind = Literal['', 'csv', 'xlsx', 'json', 'jsonl', 'list', 'folders', 'openi']
 
 
 class TableCard(Card):
     "Table of one file, or several of the same layout."
 
     path: _Paths  # below the root; a path, alternatives, or name -> path
-    kind: _Kind = ''  # csv, json, jsonl, list, folders or openi; default: from the ending
+    kind: _Kind = ''  # csv, xlsx, json, jsonl, list, folders, openi; default: from the ending
     separator: str = ''  # between fields; default: a tab for .tsv and .tab, else the manifest's
     encoding: str = ''  # default: the manifest's
-    under: str = ''  # key of the list in a JSON object
+    under: str = ''  # key of the list in a JSON object, or sheet of a workbook
 
     @model_validator(mode='after')
     def _fits(self):
@@ -298,8 +298,9 @@ class Boxes(Card):
     key: str  # its column with the row of a box
     of: str = ''  # column of the main table that `key` repeats; default: columns.sample_id
     columns: list[str]  # four coordinates in the order of `format`, or one column with a list
-    format: Literal['xywh', 'xyxy'] = 'xywh'  # corner and size, or two corners
-    size: list[str] = []  # width, height they were drawn at: two columns or numbers; default: file
+    format: Literal['xywh', 'xyxy', 'cxcywh'] = 'xywh'  # corner, two corners, or centre and size
+    # width, height they were drawn at: columns or numbers; [1, 1] for shares; default: the file
+    size: list[str] = []
     finding: str = ''  # its column with the finding; '' if boxes are for every task
     names: dict[str, list[str]] = {}  # task -> values of that column
 

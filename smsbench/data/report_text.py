@@ -137,10 +137,25 @@ def _section(m):
         return 'view' if _VIEW.search(m['view']) else ''
     return _OF[_key(m['capitals'] or m['title'])]
 
+# %% ../../nbs/10_data/080_report_text.ipynb #124ec9e2
+_START = r'(?:^|(?<=:))[^\S\n]*(?P<title>'
+_IN_LINE = re.compile(
+    _HEADING.pattern.replace(_START, r'(?:(?:^|(?<=:))[^\S\n]*|(?<=\s))(?P<title>'), re.M
+)
+
+
+def _headings_of(text):
+    "List the matches of headings in a report."
+    if '\n' in text.strip():
+        return list(_HEADING.finditer(text))
+    within = list(_IN_LINE.finditer(text))
+    described = any(_section(m) in REPORT for m in within if m['title'] or m['capitals'])
+    return within if described else list(_HEADING.finditer(text))
+
 # %% ../../nbs/10_data/080_report_text.ipynb #4d4d0d3d
 def _pieces(text):
     "List (section, text) in the order of the report; a view heading is part of its text."
-    marks, pieces, name, start = list(_HEADING.finditer(text)), [], 'preamble', 0
+    marks, pieces, name, start = _headings_of(text), [], 'preamble', 0
     headed = any(m['capitals'] or m['title'] for m in marks)
     for i, m in enumerate(marks):
         section = _section(m)

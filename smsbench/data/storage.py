@@ -9,7 +9,6 @@ __all__ = ['IMAGE_REASONS', 'MAX_BYTES', 'REMOTE', 'FileError', 'split_ref', 'is
 # %% ../../nbs/10_data/010_storage.ipynb #80e9ea4d
 import functools, io, os, re, zipfile
 from pathlib import Path, PureWindowsPath
-
 from ..core import InputError, printable
 from ..privacy import quoted
 
@@ -100,9 +99,14 @@ def locate(
         raise FileError(f'{shown}: a link leads out of the data root', 'path outside the root')
     if not os.path.isfile(real):
         raise FileError(
-            f"{shown or 'empty path'}: no such file below the data root", 'missing image'
+            f"{shown or 'empty path'}: no such file below the data root{_windows(ref)}",
+            'missing image',
         )
     return Path(real)
+
+
+def _windows(ref):
+    return '; its backslashes become / with `paths: windows` in the card' if '\\' in ref else ''
 
 
 def _leaves(name):

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'BLOCK', 'MAX_JSON', 'one_line', 'open_bytes', 'below', 'to_table', 'read_csv', 'whole_csv', 'as_cell',
-           'read_json', 'read_jsonl', 'read_list', 'read_folders', 'read_openi', 'kind_of', 'read_source', 'require']
+           'read_json', 'read_jsonl', 'read_xlsx', 'read_list', 'read_folders', 'read_openi', 'kind_of', 'read_source',
+           'require']
 
 # %% ../../nbs/10_data/070_tables.ipynb #3d8483e0
 import contextlib, csv, gzip, io, itertools, json, lzma, os, re, struct, tarfile, zipfile, zlib
 from pathlib import PurePosixPath, PureWindowsPath
-
 import pandas as pd
-
 from ..core import InputError
 from .openi import MAX_XML, OPENI, openi_rows, parse_xml
 from .parts import TableCard
@@ -178,7 +177,9 @@ def read_csv(
             strict=True,
         )
         try:
-            head = [' '.join(c.split()) for c in next((row for row in reader if row), [])]
+            first = next((row for row in reader if row), [])
+            # a header of one cell keeps its blanks: they may be the separator
+            head = [' '.join(c.split()) if len(first) > 1 else c.strip() for c in first]
             if not head:
                 raise InputError(f'{name}: is empty')
             if twice := sorted({c for c in head if c and head.count(c) > 1}):
@@ -293,6 +294,49 @@ def _objects(file, name, encoding, broken):
         elif text:
             broken.append(n)
 
+# %% ../../nbs/10_data/070_tables.ipynb #128f36bc
+def read_xlsx(
+    file,  # binary stream
+    name: str,  # name in messages
+    sheet: str = '',  # name of the sheet; '' is the first one
+) -> tuple[pd.DataFrame, list[int]]:  # text, index = line number; no broken lines
+    "Read a sheet of an .xlsx file as a table of text; its first line names the columns."
+    try:
+        import openpyxl
+    except ImportError:
+        raise InputError(
+            f'{name}: an .xlsx file needs the package openpyxl (pip install openpyxl); or save it'
+            ' as CSV'
+        ) from None
+    with one_line(name):
+        data = file.read(MAX_JSON + 1)
+        if len(data) > MAX_JSON:
+            raise InputError(f'{name}: is larger than {MAX_JSON >> 20:,} MiB; save it as CSV')
+        book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
+        if sheet and sheet not in book.sheetnames:
+            raise InputError(f"{name}: no sheet {sheet!r}; it has {', '.join(book.sheetnames)}")
+        rows = (book[sheet] if sheet else book.worksheets[0]).iter_rows(values_only=True)
+        lines = (
+            (n, [_excel_cell(v) for v in row])
+            for n, row in enumerate(rows, 1)
+            if any(v is not None for v in row)
+        )
+        first = next(lines, (0, []))[1]
+        head = [' '.join(c.split()) or f'_{i}' for i, c in enumerate(first)]
+        if not head:
+            raise InputError(f'{name}: is empty')
+        if twice := sorted({c for c in head if head.count(c) > 1}):
+            raise InputError(f"{name}: two columns are called {', '.join(twice)[:200]}")
+        return to_table(((n, (row + [''] * len(head))[: len(head)]) for n, row in lines), head), []
+
+
+def _excel_cell(value):
+    "Convert a cell of a workbook to text."
+    if hasattr(value, 'isoformat'):  # a date at midnight is a date
+        return value.isoformat().removesuffix('T00:00:00')
+    whole = isinstance(value, float) and value.is_integer()
+    return as_cell(int(value) if whole else value)
+
 # %% ../../nbs/10_data/070_tables.ipynb #d831371f
 def read_list(
     file,  # binary stream
@@ -402,6 +446,7 @@ _KINDS = {
     '.json': 'json',
     '.jsonl': 'jsonl',
     '.ndjson': 'jsonl',
+    '.xlsx': 'xlsx',
     '.xml': 'openi',
     '.tgz': 'openi',
     '.tar': 'openi',
@@ -417,8 +462,8 @@ def kind_of(
     if kind := table.kind or _KINDS.get(end):
         return kind
     raise InputError(
-        f"{ref!r:.200}: its ending does not tell what kind of table it is; add `kind`: csv, json,"
-        " jsonl, list, folders or openi"
+        f"{ref!r:.200}: its ending does not tell what kind of table it is; add `kind`: csv, xlsx,"
+        " json, jsonl, list, folders or openi"
     )
 
 # %% ../../nbs/10_data/070_tables.ipynb #ce98d5f7
@@ -466,6 +511,8 @@ def _read_one(root, table, ref, separator, encoding):
     with open_bytes(root, ref) as f:
         if kind == 'csv':
             return read_csv(f, ref, separator, encoding=encoding)
+        if kind == 'xlsx':
+            return read_xlsx(f, ref, table.under)
         if kind == 'json':
             return read_json(f, ref, table.under, encoding=encoding)
         return (read_jsonl if kind == 'jsonl' else read_list)(f, ref, encoding)
@@ -481,10 +528,18 @@ def require(
     The message names them, the existing columns, and the probable separator if it seems wrong.
     """
     if missing := [c for c in columns if c not in rows]:
-        header = rows.columns[0] if len(rows.columns) == 1 else ''
-        separator = next((s for s in ';\t|,' if s in header), '')
+        separator = _separator_of(rows.columns[0], missing) if len(rows.columns) == 1 else ''
         hint = f' (is the separator {separator!r}? name it in the manifest)' * bool(separator)
-        raise InputError(
-            f"{name}: no column {', '.join(missing)}; found"
-            f" {', '.join(map(str, rows.columns))[:300]}{hint}"
-        )
+        found = ' '.join(', '.join(map(str, rows.columns))[:300].split())
+        raise InputError(f"{name}: no column {', '.join(missing)}; found {found}{hint}")
+
+
+def _separator_of(header, wanted):
+    "Guess the character that separates the columns of a header; '' if there is none."
+    odd = dict.fromkeys(c for c in header if not c.isalnum() and c not in '_-."\'')
+
+    def parts(s):
+        return {' '.join(p.strip('"\'').split()) for p in header.split(s)}
+
+    whole = (s for s in odd if {*wanted} <= parts(s))
+    return next(whole, '') or next((s for s in ';\t|,' if s in header), '')

@@ -615,13 +615,17 @@ def delivery_table(
             return DASH
         text = dict(ok='✓ ok', void='✕ VOID', unproven='? unproven')[v['verdict']]
         return markup(
-            '<span class="nowrap {}">{}</span> <span class="nowrap">{}/{}, {} violations</span>{}',
+            '<span class="nowrap {}">{}</span>'
+            ' <span class="nowrap">{}/{}, {} violations</span>{}{}',
             'bad' if v['verdict'] != 'ok' else '',
             text,
             v['checked'],
             v['trials'],
             v['violations'],
             f": {v['why'].split(': ', 1)[-1]}" if v['verdict'] == 'void' else '',
+            f"; {100 * v['image_seen']:.0f} % of the image seen"
+            if v.get('image_seen', 1) < 0.9995
+            else '',
         )
 
     def must(a):

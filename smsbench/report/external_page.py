@@ -77,6 +77,7 @@ def external_validation(
     device: str = 'auto',  # where the model runs
     batch_size: int = 64,  # images at once
     boot: Bootstrap = Bootstrap(1000),  # resampling of patients; its seed also of the draws
+    pad_to_square: bool = False,  # instead of cutting the middle out of an image
 ) -> External:
     """Measure a checkpoint on a cohort it has not seen; `InputError` where it has.
 
@@ -89,7 +90,8 @@ def external_validation(
     _check_choices(picture, seen)
     films = cohort if isinstance(cohort, Images) else images_of(cohort)
     films, notes = unseen(checkpoint, films, seen)
-    clip, folder = load_clip(str(checkpoint), pretrained, device), Path(str(checkpoint))
+    clip = load_clip(str(checkpoint), pretrained, device, pad_to_square=pad_to_square)
+    folder = Path(str(checkpoint))
     clip = replace(clip, name=model_name(checkpoint, clip))
     prompts, said = own_prompts(folder, films, prompts)
     notes += said
@@ -98,13 +100,14 @@ def external_validation(
     if thresholds is not None:  # refuse other weights before hours of work, not after
         thresholds.check([], dict(weights=clip.info.get('weights_sha', '')))
     run = Run(out)
-    films, left, said = readable(films, run)
+    films, left, said = readable(films, run, clip)
     notes += said
     config = _identity(clip, films, prompts, thresholds) | dict(
         splits=list(splits),
         few_shots=list(few_shots),
         picture=picture,
         **boot.asked,
+        **(dict(pad_to_square=True) if pad_to_square else {}),
     )
     if (run / 'config.json').exists():
         run.freeze(config, device=device, batch_size=batch_size)
@@ -219,6 +222,7 @@ def _seen_notes(o):
 def readable(
     films,  # `Images`
     run,  # `Run`; keeps the scan of open films
+    clip=None,  # `Clip`; given, what it does not see of the films is told, and kept in the run
 ) -> (
     tuple
 ):  # films that can be read; tables to be written: `excluded`, where there are others; notes
@@ -227,8 +231,9 @@ def readable(
 
     access = access_of(films, 'the films')
     good, left = check_readable(films, store=None if access == 'credentialed' else run / 'scan')
+    said = [] if clip is None else _unseen_parts(clip, good, left.attrs['sizes'], run)
     if not len(left):
-        return good, {}, []
+        return good, {}, said
 
     def count(n):
         return format_count(int(n), access)
@@ -246,8 +251,34 @@ def readable(
     return (
         good,
         dict(excluded=table),
-        [f'{count(len(left))} films cannot be read and are left out (tables/excluded.csv)'],
+        [*said, f'{count(len(left))} films cannot be read and are left out (tables/excluded.csv)'],
     )
+
+
+def _unseen_parts(clip, films, sizes, run):
+    "Say what a model does not see of the films, before it sees them; keep the shares."
+    from smsbench.audit.cropping import cropping_note, region_shares
+    from smsbench.clip.model import visible_part
+
+    access = access_of(films, 'the films')
+    held = films.table.boxes if 'boxes' in films.table else pd.Series('', films.table.index)
+    shares = pd.DataFrame(
+        [
+            region_shares(name, h, w, boxes=_boxes(b), kept=visible_part(clip, h, w))
+            for name, b, h, w in zip(films.table.film_id, held, sizes.height, sizes.width)
+        ]
+    )
+    write_table(shares, run / 'cropping.parquet')
+    note = cropping_note(shares, access)
+    if note:
+        run.log(f'{clip.name}: WARNING: {note}')
+    return [f'WARNING: {note}'] if note else []
+
+
+def _boxes(cell):
+    "List the boxes of a film, whatever finding they mark."
+    held = json.loads(cell) if isinstance(cell, str) and cell else {}
+    return [b for boxes in held.values() for b in boxes] if isinstance(held, dict) else held
 
 # %% ../../nbs/70_report/130_external_page.ipynb #090c3431
 def own_prompts(
@@ -554,6 +585,23 @@ def _shown(metrics, scores, tested, thresholds, shots, at, access, boot):
         )
     return tables, {n: f for n, f in figures.items() if f is not None}
 
+# %% ../../nbs/70_report/130_external_page.ipynb #59713cf1
+def _cut_reports(clip, tested, prompts, access):
+    "Say how many reports and prompts are longer than the text tower reads."
+    from smsbench.clip.model import cut_texts
+
+    reports = [t for t in tested.table.text if isinstance(t, str) and t.strip()]
+    sentences = [s for p in prompts.values() for side in p.values() for s in side]
+    out = []
+    for what, texts in (('reports', reports), ('prompts', sentences)):
+        if n := int(cut_texts(clip, texts).sum()) if texts else 0:
+            out.append(
+                f'WARNING: {format_count(n, access)} of {format_count(len(texts), access)} {what}'
+                f' are longer than the {clip.info["context"]} tokens that the model reads; their'
+                ' ends are not seen'
+            )
+    return out
+
 # %% ../../nbs/70_report/130_external_page.ipynb #9f77d9e6
 def image_rows(
     films,  # `Images`
@@ -585,6 +633,7 @@ def measure(
     local = {'train', 'val', 'test'} <= set(films.table.split) and bool(few_shots)
     at = _tested_rows(films, splits, local)
     tested = films.take(at)
+    notes += _cut_reports(clip, tested, prompts, access)
     scores = zero_shot(clip, tested, prompts, embeddings=x[at])
     notes += _notes_on_films(films, tested, thresholds, scores)
     parts, more = _own_parts(clip, tested, x[at], scores, thresholds, boot)

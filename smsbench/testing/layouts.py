@@ -256,7 +256,7 @@ def _padchest(folder):
         (['pleural effusion', ' cardiomegaly'], 'cardiomegali . derram pleural izquierd .'),
         (['pneumothorax'], 'camar neumotorax apical .'),
         (['cardiomegaly'], 'aument siluet cardiac .'),
-        ([], 'estudi tecnic limit .'),
+        (['suboptimal study'], 'estudi tecnic limit .'),
     ]
     rows = []
     for i in range(16):

@@ -10,9 +10,7 @@ __all__ = ['RENDER_SECONDS', 'TODAY', 'Inputs', 'placeholders', 'control_tokens'
 import ctypes, re, threading, weakref
 from dataclasses import dataclass
 from datetime import date
-
 import numpy as np
-
 from ..core import InputError, array_hash, content_hash
 from ..privacy import quoted
 from .families import PLAIN, Capabilities
@@ -145,6 +143,56 @@ def _stop(thread):
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_TooLong))
     thread.join(1)
 
+# %% ../../nbs/20_vlm/030_prompting.ipynb #34c06c89
+_THOUGHTS = ('think', 'thinking', 'thought', 'reasoning', 'reflection')
+_LISTED = re.compile(r"""["']type["']\s*:\s*["'](text|image)["']""")
+_FIX = (
+    'correct chat_template.jinja (or the template in tokenizer_config.json) in a copy of the folder'
+)
+
+
+def _opened(out):
+    "Return the tag of a block of thinking that is opened and not closed; '' if there is none."
+    for word in _THOUGHTS:
+        for first, last in (
+            (f'<{word}>', f'</{word}>'),
+            (f'[{word.upper()}]', f'[/{word.upper()}]'),
+        ):
+            if out.rfind(first) > out.rfind(last):
+                return first
+    return ''
+
+
+def _check_answer_turn(processor, turns, template, out):
+    "Refuse a rendered prompt that is a list, lacks the question or has no place for an answer."
+    text = turns[-1]['content'][-1]['text']
+    asked, shown = ' '.join(text.split()), ' '.join(out.split())
+    if len(_LISTED.findall(out)) > len(_LISTED.findall(text)):
+        raise InputError(
+            f"the checkpoint's chat template prints the content as a list, verbatim; {_FIX}: it"
+            " must loop over the content of a message"
+        )
+    if asked not in shown:
+        raise InputError(f"the checkpoint's chat template leaves the question out; {_FIX}")
+    if tag := _opened(out[out.rfind(text.strip()[-20:]) :]):
+        raise InputError(
+            f"the checkpoint's chat template opens a block of thinking ({tag}) before the answer;"
+            f" {_FIX}, so that the block is closed or not opened"
+        )
+    after = shown.rpartition(asked)[2]
+    for token in sorted(control_tokens(processor) | set(_ENDS), key=len, reverse=True):
+        if '/INST' not in token and 'assistant' not in token.lower():
+            after = after.replace(token, '')
+    if not after.strip() and out == _apply(processor, turns, template, False):
+        raise InputError(
+            "the checkpoint's chat template has no place for the answer (add_generation_prompt"
+            f" changes nothing), so it would be read behind the user's turn; {_FIX}, or delete it:"
+            " a checkpoint without one gets a plain prompt"
+        )
+
+
+_ENDS = ('</s>', '<|im_end|>', '<end_of_turn>', '<|eot_id|>', '<|end|>', '<end_of_utterance>')
+
 # %% ../../nbs/20_vlm/030_prompting.ipynb #da69d493
 TODAY = date(2024, 7, 26)  # the date that Llama 3's template falls back to
 
@@ -166,16 +214,13 @@ def chat_template(
 
 def _rendered(processor, turns, template, system):
     "Apply the chat template; `InputError` if it fails or drops the system prompt."
-    "Apply the chat template; `InputError` if it fails or drops the system prompt."
     from jinja2 import TemplateError
 
     try:
-        out = within(
-            RENDER_SECONDS,
-            lambda: processor.apply_chat_template(
-                turns, chat_template=template, tokenize=False, add_generation_prompt=True
-            ),
-        )
+        out = _apply(processor, turns, template)
+        if _opened(out) and 'enable_thinking' in template:
+            out = _apply(processor, turns, template, enable_thinking=False)
+        _check_answer_turn(processor, turns, template, out)
     except TimeoutError:
         raise InputError(
             f"the checkpoint's chat template does not come to an end within {RENDER_SECONDS}"
@@ -192,6 +237,11 @@ def _rendered(processor, turns, template, system):
             " into the question"
         )
     return out
+
+
+def _apply(processor, turns, template, answer=True, **more):
+    how = dict(chat_template=template, tokenize=False, add_generation_prompt=answer, **more)
+    return within(RENDER_SECONDS, lambda: processor.apply_chat_template(turns, **how))
 
 # %% ../../nbs/20_vlm/030_prompting.ipynb #83430d5b
 _DROP = ('labels', 'num_crops')  # returned by some processors, accepted by no model
