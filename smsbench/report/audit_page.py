@@ -1014,21 +1014,19 @@ def _wording_numbers(results):
         wording_entropy=('entropy, bits', ''),
         wording_margin_spread=('margin spread, log-odds', ''),
     )
-    return (
-        details(
-            'Numbers per strategy and arm',
-            metric_table(
-                results,
-                changed,
-                subgroup='',
-                caption='Each rewording against the original question, with 95 % intervals',
-            ),
-            metric_table(
-                results,
-                every,
-                subgroup='',
-                caption='All wordings of a question together, with 95 % intervals',
-            ),
+    return details(
+        'Numbers per strategy and arm',
+        metric_table(
+            results,
+            changed,
+            subgroup='',
+            caption='Each rewording against the original question, with 95 % intervals',
+        ),
+        metric_table(
+            results,
+            every,
+            subgroup='',
+            caption='All wordings of a question together, with 95 % intervals',
         ),
     )
 
