@@ -36,6 +36,11 @@ FAMILIES = {
 RATES = {'relies': 0.025, 'ignores': 0.05}  # stated rate of a false verdict, one-sided
 
 # %% ../../nbs/35_audit/180_registration.ipynb #cd66492e
+def _one_line(words):
+    "Printable words on one line, whoever wrote them."
+    return ' '.join(''.join(c if c.isprintable() else ' ' for c in words).split())
+
+
 class Registration(Card):
     "The intended analysis of an audit."
 
@@ -61,7 +66,7 @@ class Registration(Card):
     @classmethod
     def _one_line(cls, v):
         "Printable words on one line, whoever wrote the file."
-        return ' '.join(''.join(c if c.isprintable() else ' ' for c in v).split())
+        return _one_line(v)
 
     @property
     def hash(self) -> str:
@@ -178,25 +183,30 @@ def check_registration(
         plan=plan_hash or record.plan_hash,
         primary=settings.primary,
         margin=settings.margin,
+        reason=_one_line(settings.margin_reason),
         family=settings.family,
         seed=settings.seed,
+        donors=record.donors if settings.donors == 'auto' else settings.donors,
     )
     kept = dict(
         cohort=record.cohort_hash,
         plan=record.plan_hash,
         primary=record.primary,
         margin=record.margin,
+        reason=record.margin_reason,
         family=record.family,
         seed=record.seed,
+        donors=record.donors,
     )
     other = next((k for k in kept if asked[k] != kept[k]), None)
     if other is None:
         return
+    names = dict(reason='reason of the margin', donors='number of donors')
     hint = '; give the plan that was registered with --plan' if other == 'plan' else ''
     raise InputError(
-        f'the registration of {record.registered} names another {other} ({kept[other]}) than this'
-        f' audit ({asked[other]}){hint}; audit as registered, or register anew before the first'
-        ' answer'
+        f'the registration of {record.registered} names another {names.get(other, other)}'
+        f" ({kept[other] or 'none'}) than this audit ({asked[other] or 'none'}){hint}; audit as"
+        ' registered, or register anew before the first answer'
     )
 
 # %% ../../nbs/35_audit/180_registration.ipynb #ff323024
@@ -312,6 +322,9 @@ UNREGISTERED = (
 )
 
 
+_COMPARED = ('margin', 'margin_reason', 'primary', 'family', 'seed', 'donors')
+
+
 def registration_note(
     run,  # run directory, or its path
 ) -> dict:  # sentence, short (without times), registered (bool), older (bool or None)
@@ -327,7 +340,7 @@ def registration_note(
         read_json(run / 'config.json')['config'],
         read_table(run / 'plan.parquet', 'plan'),
     )
-    fields = {k: v for k, v in config.items() if k in ('margin', 'primary', 'family', 'seed')}
+    fields = {k: config[k] for k in _COMPARED if k in config}
     try:
         record = read_registration(run / 'registration.yaml')
         check_registration(
