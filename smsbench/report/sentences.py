@@ -46,7 +46,7 @@ _EXAMPLES = {  # verdict -> movement under another class, the same, excess; what
         (0.09, 0.05, 0.13),
         (0.05, 0.02, 0.08),
         (0.04, -0.03, 0.11),
-        'moved_other_high',
+        'excess_high',
         0.05,
     ),
 }
@@ -232,8 +232,10 @@ def confidence(
     level: float,  # one-sided error rate, 0..1
 ) -> str:
     "How sure a bound is: '95 % confidence'."
-    share = 1 - level
-    return f'{percent(share, 0 if round(100 * share, 6).is_integer() else 1)} confidence'
+    share = 100 * (1 - level)
+    few = 0 if round(share, 6).is_integer() else 1
+    digits = next((d for d in (few, 2, 3, 4) if round(share, d) < 100), 5)
+    return f'{percent(share / 100, digits)} confidence'
 
 # %% ../../nbs/70_report/050_sentences.ipynb #05edd007
 def people(
@@ -266,18 +268,32 @@ VERDICTS = {  # verdict -> what it says of a model and a modality
 def by_interval(
     v: dict,  # one verdict with state 'ok', as verdicts.json holds it
 ) -> bool:
-    "Is no single bound near to deciding, so that the interval of the excess says more?"
-    near = v['bound']['name'] == 'moved_other_high' and v['moved_other'] < v['margin']
-    return v['verdict'] == 'undecided' and not near
+    "Is no bound named that leaves a verdict undecided? So was it recorded before."
+    return _form(v) == 'interval'
+
+
+def _form(v):
+    "What a sentence compares: 'more', 'reversed', 'alone', 'both', or 'interval'."
+    word, name = v['verdict'], v['bound']['name']
+    if word != 'undecided':
+        return dict(relies='more', ignores='alone', reversed='reversed').get(word, 'both')
+    if name == 'excess_low' and v['value'] > v['margin']:
+        return 'more'
+    if name == 'excess_high' and v['value'] < -v['margin']:
+        return 'reversed'
+    if name == 'moved_other_high':
+        return 'alone' if v['moved_other'] < v['margin'] else 'interval'
+    return 'both'
 
 
 def _compared(v, words, noun):
     "What changes the answer, and by how much."
-    swap, e, wrong = f'another patient’s {noun}', v['value'], v['verdict'] == 'reversed'
+    swap, e, form = f'another patient’s {noun}', v['value'], _form(v)
+    wrong = form == 'reversed'
     first, second = (words[k] for k in (('same', 'other') if wrong else ('other', 'same')))
-    if v['bound']['name'] == 'moved_other_high' and not by_interval(v):
+    if form == 'alone':
         return f"{swap} with {first} changes its answer by {points(v['moved_other'])} points"
-    if v['verdict'] in ('unstable', 'weak'):
+    if form == 'both':
         return (
             f"{swap} with {first} changes its answer by {points(v['moved_other'])} points, "
             f"one with {second} by {points(v['moved_same'])}"
@@ -294,15 +310,15 @@ def decided(
     words: dict,  # from `wording`
 ) -> str:
     "The number that decides, beside the margin."
-    d = f"; the margin is {margin_points(v['margin'])}"
-    if by_interval(v):
+    d, form = f"; the margin is {margin_points(v['margin'])}", _form(v)
+    if form == 'interval':
         return f"; anything from {span(v['ci_low'], v['ci_high'])} fits the data{d}"
     name, value = v['bound']['name'], v['bound']['value']
     what, upper = name.rsplit('_', 1)[0], name.endswith('_high')
-    if v['verdict'] == 'reversed':
+    if form == 'reversed':
         value, upper = -value, not upper
     least, most = 'at most' if upper else 'at least', limit(value, v['margin'], upper)
-    if v['verdict'] not in ('unstable', 'weak'):
+    if form != 'both' and value >= 0:
         return f', {least} by {most}{d}'
     named = dict(
         excess='the difference',
@@ -322,6 +338,14 @@ def needed(
     return 'More patients alone would not decide it.'
 
 # %% ../../nbs/70_report/050_sentences.ipynb #4262d61b
+def _sure(v):
+    "How sure the bound is; beside \"undecided\" why it is more than 95 %."
+    said, shared = confidence(v['bound']['level']), round(v['bound'].get('shared', 1))
+    if v['verdict'] != 'undecided' or shared < 2:
+        return said
+    return f'{said}, because {shared} verdicts share the error rate'
+
+
 def sentence(
     subject: str,  # the model, or 'It'
     modality: str,  # 'image' or 'text'
@@ -335,7 +359,7 @@ def sentence(
         return no_verdict(subject, modality, v, is_open=is_open)
     word = v['verdict']
     who = 'it' if subject == 'It' and word == 'undecided' else subject
-    sure = '95 % confidence' if by_interval(v) else confidence(v['bound']['level'])
+    sure = '95 % confidence' if by_interval(v) else _sure(v)
     said = (
         f'{VERDICTS[word].format(who, modality)}: {_compared(v, words, words[modality])}'
         f'{decided(v, words)} ({sure}; {people(v, is_open)}).'
