@@ -347,7 +347,8 @@ def subgroup_table(
     ]
     few = {g for _, g, _, v in held if not results.open and (v['n_patients'] or 0) < 10}
     held = [h for h in held if h[1] not in few]
-    left = markup('<p class="note">Small subgroups left out: {}.</p>', len(few)) if few else Html()
+    told = '<p class="note">Subgroups left out, where they or their rest are small: {}.</p>'
+    left = markup(told, len(few)) if few else Html()
     if not held:
         return join([markup('<p class="absent">No verdict per subgroup.</p>'), left])
     rows = [dict(model=m, subgroup=g) | _cells(v, k, results.open) for m, g, k, v in held]
@@ -453,13 +454,12 @@ def _draws(draws):
 def _matched(runs, is_open):
     "'sex, view: relies (240 samples)'."
 
-    def count(n):
-        return format_count(int(n), 'open' if is_open else 'credentialed')
-
     def said(r):
-        if not r['n']:
-            return 'no donor agrees'
-        return f"{r['verdict'] or 'no verdict'} ({count(r['n'])} samples)"
+        if not r['n'] and points(r['value']) == DASH:
+            return 'no donor agrees' if is_open else 'few donors agree, or none'
+        count = format_count(int(r['n']), 'open' if is_open else 'credentialed')
+        many = f'{count} samples' if is_open or r['n'] else 'number withheld'
+        return f"{r['verdict'] or 'no verdict'} ({many})"
 
     return '; '.join(f"{', '.join(r['columns'])}: {said(r)}" for r in runs) or DASH
 

@@ -247,7 +247,10 @@ def people(
     def count(n):
         return format_count(int(n), 'open' if is_open else 'credentialed')
 
-    said = [f"{count(verdict['n_patients'])} patients"]
+    hidden = not is_open and not verdict['n_patients']  # 0 stands for a count that is withheld
+    said = [
+        'a withheld number of patients' if hidden else f"{count(verdict['n_patients'])} patients"
+    ]
     if verdict['n_donors']:
         said.append(f"{count(verdict['n_donors'])} donors")
     if verdict['n_effective']:
