@@ -322,8 +322,10 @@ def label_note(
         )
     first = (
         'The labels were read off the report under test, so the text always agrees with them, and'
-        ' the image does not where the report is wrong: image excess shrinks by (1 − 2ε)² with a'
-        ' share ε of wrong labels, text excess does not.'
+        ' the image does not where the report is wrong: with a share ε of wrong labels the image'
+        ' excess shrinks, the more the rarer a class, and the text excess does not. Assumed: in'
+        ' every class and finding the same ε, errors independent of the image, answers that move as'
+        ' far either way.'
     )
     told = '; '.join(_if_wrong(r) for r in image.get('label_error') or [])
     beside = f" The verdict on the text stays: {text['verdict']}." if text.get('verdict') else ''
@@ -333,9 +335,11 @@ def label_note(
 def _if_wrong(row):
     "The verdict on the image for one share of wrong labels, in words."
     start = f"ε = {100 * row['error']:g} %"
+    if row['value'] is None and not row['most']:
+        return f'{start}: not possible (a class would be rarer than its wrong labels)'
     if row['value'] is None:
-        most = 100 * (1 - 2 * row['error']) ** 2
-        return f'{start}: ruled out by the answers (the excess could be at most {most:.0f} points)'
+        most = f"{100 * row['most']:.0f} points"
+        return f'{start}: ruled out by the answers (the excess could be at most {most})'
     ends = _interval(row['ci_low'], row['ci_high'])
     return f"{start}: {row['verdict'] or 'no verdict'} ({_points(row['value'])} points, {ends})"
 

@@ -476,6 +476,7 @@ def label_error_table(
         for e in image['label_error']:
             t = same.get(e['error'], text)  # no label error touches the text
             row = {'model': model, 'wrong labels': percent(e['error'])}
+            row |= {'image excess left': percent(e['most'])} if 'most' in e else {}
             rows.append(row | _both_ends('image', e) | _both_ends('text', t))
     if not rows:
         return Html()
@@ -483,9 +484,11 @@ def label_error_table(
         '<p>{}</p>',
         'The labels of these data were taken from the reports. If some of '
         'them are wrong about the image, the excess under another image is larger than '
-        'it looks; the excess under another text is not.',
+        'it looks, the more the rarer a class is; the excess under another text is not. Assumed: '
+        'the same share of wrong labels in every class and finding, errors independent of the '
+        'image, answers that move as far either way.',
     )
-    numbers = ['wrong labels', *(c for c in rows[0] if 'points' in c)]
+    numbers = ['wrong labels', 'image excess left', *(c for c in rows[0] if 'points' in c)]
     caption = 'Verdicts if a share of the labels is wrong'
     return join([told, html_table(pd.DataFrame(rows), caption, numbers=numbers)])
 
@@ -493,7 +496,8 @@ def label_error_table(
 def _both_ends(name, v):
     "Verdict and excess of one modality as two cells."
     if v['value'] is None:
-        return {name: 'ruled out by the answers', f'{name}: excess, points (95 % CI)': DASH}
+        said = 'ruled out by the answers' if v.get('most', 1) else 'not possible'
+        return {name: said, f'{name}: excess, points (95 % CI)': DASH}
     said = estimate(v['value'], v['ci_low'], v['ci_high'])
     return {name: chip(v['verdict'], short=True), f'{name}: excess, points (95 % CI)': said}
 
