@@ -298,7 +298,10 @@ def _registered_text(record, first):
     if not first:
         order = ', but nobody knows when the first answer was given, so it may be younger'
     elif record.registered <= first:
-        order = f', before the first answer ({_date(first)})'
+        order = (
+            f', before the first answer in this run directory ({_date(first)}); whether the plan'
+            ' was answered elsewhere before is not checked'
+        )
     else:
         order = f', after the first answer ({_date(first)}): it did not bind this analysis'
     older = record.registered <= first if first else None

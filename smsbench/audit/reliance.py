@@ -170,7 +170,7 @@ def decide(
     other,  # (n,) movement under a donor of another class, 0..1; NaN where there is none
     same,  # (n,) movement under a donor of the same class
     patients,  # (n,) patient who is asked
-    margin: float = 0.05,  # smallest movement that matters, fixed before the run
+    margin: float = 0.05,  # smallest movement that matters
     lends_other=None,  # (n,) patient who lent for `other`; None: nobody to be counted
     lends_same=None,  # (n,) patient who lent for `same`
     strict: float = 1.0,  # by how much the stated error rates are divided

@@ -438,7 +438,7 @@ def reading_note(
     "Explain points, margin and donor."
     reason = str(record['margin_reason'] or '').strip().rstrip('.') or 'no reason was given'
     when = {
-        True: 'it was registered before the first answer',
+        True: 'it was registered before the first answer in this run directory',
         False: 'it was not registered before',
         None: 'whether it was registered before the first answer is not known',
     }[before]
@@ -462,6 +462,7 @@ _KINDS = dict(
 
 def family_note(
     family: dict,  # what verdicts.json says of the verdicts that share an error rate
+    before: bool | None = False,  # was it registered before the first answer? None: not known
 ) -> str:
     "For which verdicts together the error rates are kept."
     rates = (
@@ -472,7 +473,8 @@ def family_note(
         return f'Each verdict has error rates of its own: {rates}.'
     sizes = [_KINDS[k].format(n) for k, n in family['sizes'].items()]
     sizes = ' and '.join([', '.join(sizes[:-1]), sizes[-1]]) if len(sizes) > 1 else sizes[0]
+    named = ', named before the first answer' if before else ''
     return (
-        f"Families, named before the run: the {sizes}, {_WHOSE[family['name']]}, are each kept "
+        f"Families{named}: the {sizes}, {_WHOSE[family['name']]}, are each kept "
         f"as a whole at {rates} ({family['method']})."
     )
