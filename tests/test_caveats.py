@@ -140,6 +140,8 @@ def test_labels_of_unknown_origin_are_named(films, here, tmp_path):
         'c.parquet',
         '--model',
         'planted:constant',
+        '--model',
+        'planted:image-only',
         '--arms',
         'image_swap,text_swap',
         '--n-boot',
@@ -148,6 +150,11 @@ def test_labels_of_unknown_origin_are_named(films, here, tmp_path):
         'run',
     )
     assert code == 0 and 'does not state where the labels come from' in out, err
+    for told in (out, (tmp_path / 'run/report.html').read_text()):  # what both models share: once
+        assert (
+            told.count('smsbench audit --cohort') == 1 == told.count('view alone tells the label')
+        )
+        assert 'run the same audit with donors matched on view.' in told
     told = [
         c['text']
         for c in read_json(tmp_path / 'run/verdicts.json')['models']['planted:constant']['caveats']

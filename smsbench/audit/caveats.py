@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'MEASURED', 'answer_caveats', 'delivery_caveats', 'question_caveats', 'can_match', 'matched_command',
            'fill_command', 'file_caveats', 'training_note', 'label_note', 'missing_note', 'gather_caveats',
-           'deciding_line', 'any_image_line', 'first_sentence', 'caveat_lines']
+           'deciding_line', 'any_image_line', 'first_sentence', 'shared_caveats', 'caveat_lines']
 
 # %% ../../nbs/35_audit/190_caveats.ipynb #d45bbe9a
 import dataclasses, re, shlex
@@ -378,14 +378,19 @@ def missing_note(
         )
         if v.get('untried_share'):
             text += ' Some trials failed or were never answered; run the same command again.'
-        if v.get('value_if_missing_stay') is not None:
-            text += (
-                f" Counted as unmoved, the excess is {_points(v['value_if_missing_stay'])} points"
-                f" ({_interval(v['ci_low_if_missing_stay'], v['ci_high_if_missing_stay'])}), not"
-                f" {_points(v['value'])}."
-            )
-        out.append(text)
+        out.append(text + _if_unmoved(v))
     return ' '.join(out)
+
+
+def _if_unmoved(v):
+    "The excess with missing answers counted as unmoved, where that is another number."
+    if v.get('value_if_missing_stay') is None:
+        return ''
+    value, usual = _points(v['value_if_missing_stay']), _points(v['value'])
+    if value == usual:
+        return ''
+    ends = _interval(v['ci_low_if_missing_stay'], v['ci_high_if_missing_stay'])
+    return f' Counted as unmoved, the excess is {value} points ({ends}), not {usual}.'
 
 
 def _unread_original(verdict):
@@ -475,6 +480,30 @@ def first_sentence(
     return re.split(r'(?<=[.!?])\s+(?=[A-Z“])', text, maxsplit=1)[0]
 
 
+_ADVICE = (
+    'To see whether that made the verdict',
+    'Donors were matched on it',
+    'Donors cannot be matched on it',
+)  # sentences that a short caveat keeps
+
+
+def _short(text):
+    "The first sentence, and what can be done about it."
+    first = first_sentence(text)
+    rest = re.split(r'(?<=[.!?])\s+(?=[A-Z“])', text[len(first) :].strip())
+    return ' '.join([first, *(s for s in rest if s.startswith(_ADVICE))])
+
+
+def shared_caveats(
+    models: dict,  # model -> its verdicts with their caveats
+) -> list:  # caveats; none where there is one model
+    "What several models have in common: findings in the files that each of them carries."
+    each = [m.get('caveats', []) for m in models.values()]
+    if len(each) < 2:
+        return []
+    return [c for c in each[0] if c['kind'] == 'files' and all(c in other for other in each[1:])]
+
+
 def caveat_lines(
     models: dict,  # model -> its verdicts with their caveats
     run='RUN',  # run directory, for commands
@@ -488,7 +517,7 @@ def caveat_lines(
         start = f'{name}: ' if len(models) > 1 else ''
         for c in verdict.get('caveats', []):
             whole = c['kind'] != 'files'
-            out.append(start + (c['text'] if whole else first_sentence(c['text'])))
+            out.append(start + (c['text'] if whole else _short(c['text'])))
             if c['command']:
                 out.append(f"    {fill_command(c['command'], run, root, specs)}")
     return out

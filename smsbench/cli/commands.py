@@ -57,18 +57,21 @@ def verdict_lines(
 ) -> list[str]:
     "List per model the verdicts, the numbers that decide them, and their caveats."
     from smsbench.core import read_json
-    from smsbench.audit.caveats import any_image_line, caveat_lines, deciding_line
+    from smsbench.audit.caveats import any_image_line, caveat_lines, deciding_line, shared_caveats
 
-    loose, lines = read_json(out / 'config.json')['loose'], []
+    loose, lines, shared = read_json(out / 'config.json')['loose'], [], shared_caveats(models)
+    where = dict(run=out, root=loose.get('root', ''), specs=loose.get('specs'))
     for name, v in models.items():
         word = {m: _verdict_word(v[f'relies_on_{m}']) for m in ('image', 'text')}
         deciding = [deciding_line(m, v[f'relies_on_{m}']) for m in word] + [any_image_line(v)]
-        limits = caveat_lines({name: v}, out, loose.get('root', ''), specs=loose.get('specs'))
+        own = [c for c in v.get('caveats', []) if c not in shared]
+        limits = caveat_lines({name: dict(caveats=own)}, **where)
         lines += [
             f"{name}: image {word['image']}, text {word['text']}",
             *(f'  {line}' for line in (*deciding, *limits) if line),
         ]
-    return lines
+    told = caveat_lines({'': dict(caveats=shared)}, **where)
+    return lines + ['all models:'] * bool(told) + [f'  {line}' for line in told]
 
 
 def _verdict_word(v):

@@ -51,6 +51,7 @@ from smsbench.report.sentences import (
     sentence,
 )
 from ..audit.arms import ARMS
+from ..audit.caveats import shared_caveats
 from ..audit.plan import attainable
 from ..privacy import SMALL, beside_hidden, format_count
 
@@ -181,24 +182,15 @@ def verdict_card(
     )
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #d119edb2
-def _shared_caveats(record):
-    "Caveats without a command that all of several models have, text by text."
-    texts = [
-        {c['text']: c for c in m['caveats'] if c['kind'] == 'files' and not c['command']}
-        for m in record['models'].values()
-    ]
-    if len(texts) < 2:
-        return {}
-    return {t: c for t, c in texts[0].items() if all(t in other for other in texts[1:])}
-
-
 def _shared_html(caveats):
-    "The caveats of all models, folded: the first words are seen, the rest is a click away."
-    if not caveats:
-        return Html()
-    many = f'{len(caveats)} serious findings' if len(caveats) > 1 else 'a serious finding'
+    "The caveats of all models: those with a command in full, the others folded."
+    checked = join(caveat_html(c) for c in caveats if c['command'])
+    texts = [c['text'] for c in caveats if not c['command']]
+    if not texts:
+        return checked
+    many = f'{len(texts)} serious findings' if len(texts) > 1 else 'a serious finding'
     heading = f'For all models: {many} in the files, which may explain the answers'
-    return details(heading, html_table(pd.DataFrame({'finding': list(caveats)})))
+    return join([checked, details(heading, html_table(pd.DataFrame({'finding': texts})))])
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #90ca8b59
 def opening(
@@ -227,7 +219,8 @@ def opening(
     closed = 'Credentialed data: no picture, no text and no small count is shown.'
     title = f"{about.get('title') or about.get('manifest')}{version}"
     told = f'The analysis was {registration}.' if registration else ''
-    shared = _shared_caveats(record)
+    shared = shared_caveats(record['models'])
+    texts = [c['text'] for c in shared]
     return markup(
         '<p class="lead">{}: {}. {}</p><p class="lead">{} {}</p>{}{}',
         title,
@@ -235,7 +228,7 @@ def opening(
         '' if results.open else closed,
         reading_note(record, plan_words(plan), before),
         told,
-        join(verdict_card(results, record, m, elsewhere=shared) for m in model_names(results)),
+        join(verdict_card(results, record, m, elsewhere=texts) for m in model_names(results)),
         _shared_html(shared),
     )
 
@@ -280,6 +273,7 @@ _POINTS = 'excess in points with 95 % intervals'
 def finding_table(
     results,  # `Results` of a run
     record: dict,  # what verdicts.json holds
+    before: bool | None = False,  # were families registered before the first answer? None: unknown
 ) -> Html:  # nothing where one question is asked
     "Verdicts per finding, raw and partially pooled estimates side by side, and their family."
     rows = []
@@ -304,7 +298,7 @@ def finding_table(
         if 'partially pooled' in order
         else ''
     )
-    told = markup('<p class="note">{} {}</p>', family_note(record['family']), pooled)
+    told = markup('<p class="note">{} {}</p>', family_note(record['family'], before), pooled)
     caption = f'Verdict per finding, with the bound that decides; {_POINTS}'
     return join(
         [html_table(_once(table[order], 'model', 'finding'), caption, numbers=_NUMBERS), told]
@@ -720,12 +714,13 @@ def comparison_table(
                         f'{rounded(100 * r.value)} ({span(r.ci_low, r.ci_high)})'
                     ),
                     'samples': r.n,
-                    'McNemar test, clustered': r.note,
+                    'test': r.note,
                 }
                 for r in rows.itertuples()
             ]
         ),
-        'Paired difference in accuracy between models',
+        'Paired difference in accuracy between models: McNemar’s test, clustered by patient; under'
+        ' a swap a t test over patients and donors',
         numbers=['difference in accuracy, points'],
     )
 
