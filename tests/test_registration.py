@@ -144,7 +144,10 @@ def test_another_plan_and_another_cohort_are_refused(plans, here):
     )
     cohort = read_table(plans / 'c.parquet', 'cohort')
     write_table(cohort.iloc[:-2], plans / 'd.parquet', 'cohort')
-    assert here('plan', 'd.parquet', '--out', 'd_plan.parquet', '--arms', 'image_swap')[0] == 0
+    plan = ('plan', 'd.parquet', '--out', 'd_plan.parquet', '--arms', 'image_swap')
+    code, out, _ = here(*plan)
+    explained = ('effective_donors:', 'alike:', 'patients_for_ignores:')  # columns of its table
+    assert code == 0 and all(w in out for w in explained)
     refused(
         here(
             'audit',

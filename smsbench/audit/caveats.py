@@ -183,10 +183,12 @@ def matched_command(
         if loose.get(k, usual) != usual
         for f in _flag(k, loose[k])
     ]
+    pooled = ['--pooled-auroc'] * bool(config.get('pooled_auroc'))
     remote = ['--trust-remote-code'] * bool(loose.get('trust_remote_code'))
     return shlex.join(
         ['smsbench', 'audit', '--cohort', 'RUN/cohort.parquet', '--root', 'DATA', *models, *match]
-        + [*options, *_options(asked, _AUDIT, ()), *loading, *remote, '--out', 'RUN-matched']
+        + [*options, *_options(asked, _AUDIT, ()), *pooled, *loading, *remote]
+        + ['--out', 'RUN-matched']
     )
 
 # %% ../../nbs/35_audit/190_caveats.ipynb #5a55c7b4

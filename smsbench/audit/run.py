@@ -147,7 +147,8 @@ def conclude(
 def _all_metrics(plan, predictions, settings):
     "Metrics of arms, of rewordings, and of confidence and grounding, in one table."
     how = dict(n_boot=settings.n_boot, seed=settings.seed, minimum=settings.minimum)
-    tables = [f(plan, predictions, **how) for f in (measure, measure_wordings, measure_grounding)]
+    tables = [measure(plan, predictions, **how, pooled=settings.pooled_auroc)]
+    tables += [f(plan, predictions, **how) for f in (measure_wordings, measure_grounding)]
     out = pd.concat([t for t in tables if len(t)], ignore_index=True)
     out.attrs = tables[0].attrs
     return out

@@ -224,6 +224,13 @@ def audit(
         str, typer.Option(help='System prompt; empty leaves it to the chat template.')
     ] = '',
     extra: Annotated[str, typer.Option(help='Sentence added after each question.')] = '',
+    pooled_auroc: Annotated[
+        bool,
+        typer.Option(
+            '--pooled-auroc',
+            help='Also the AUROC of all findings pooled, which mixes their prevalence with skill.',
+        ),
+    ] = False,
     revision: Annotated[
         str | None, typer.Option(help='Hub revision: branch, tag or commit.')
     ] = None,
@@ -270,7 +277,8 @@ def audit(
         raise InputError(_FROZEN)
     asked = (arms, seed, match, variants, margin, n_boot, donors, family, primary, margin_reason)
     more = dict(system=system, extra=extra, check=check, probes=parse_probes(probes))
-    settings = audit_settings(*asked, **more, **parse_rewordings(paraphrases))
+    more |= dict(pooled_auroc=pooled_auroc, **parse_rewordings(paraphrases))
+    settings = audit_settings(*asked, **more)
     settings = _as_registered(settings, registration, ctx, plan_file)
     if card is not None and manifest is not None:
         raise InputError(f'name the data once: {card}, or --manifest {manifest}')
