@@ -140,14 +140,23 @@ def test_labels_of_unknown_origin_are_named(films, here, tmp_path):
         'c.parquet',
         '--model',
         'planted:constant',
+        '--model',
+        'planted:image-only',
         '--arms',
         'image_swap,text_swap',
+        '--pooled-auroc',
         '--n-boot',
         '100',
         '--out',
         'run',
     )
     assert code == 0 and 'does not state where the labels come from' in out, err
+    for told in (out, (tmp_path / 'run/report.html').read_text()):  # what both models share: once
+        assert told.count('smsbench audit --cohort') == 1 == told.count('To see whether that made')
+        assert 'run the same audit with donors matched on view.' in told
+    assert '--pooled-auroc' in out and 'auroc_pooled' in set(
+        read_table(tmp_path / 'run/metrics.parquet', 'metrics').metric
+    )
     told = [
         c['text']
         for c in read_json(tmp_path / 'run/verdicts.json')['models']['planted:constant']['caveats']
@@ -230,6 +239,7 @@ def test_help_says_what_is_printed_and_how_to_register(here):
             '--family',
             '--primary',
             '--donors',
+            '--pooled-auroc',
             'caveats are printed',
         )
     )

@@ -124,6 +124,11 @@ def test_a_model_of_your_own_is_named_in_the_grid():
         ('settings: [{name: a, patient: 30}]', 'patient'),
         ("settings: [{name: a, model: {name: 'nowhere:f'}}]", 'module:function'),
         ('settings: 3', 'list named settings'),
+        (
+            'settings: [{name: hopeless, model: {image_weight: 0},'
+            ' solve: {unknown: visible, quantity: excess_image, value: .5}}]',
+            'hopeless: solve: excess_image is never 0.5',
+        ),
     ],
 )
 def test_a_grid_that_is_wrong_ends_in_one_line(tmp_path, capsys, text, words):

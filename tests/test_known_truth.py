@@ -338,6 +338,25 @@ def test_noise_shrinks_accuracy_and_movement_as_it_must(part):
     assert (np.diff(excess) < 0).all()
 
 
+@pytest.mark.parametrize('prevalence, films', [(0.5, 200), (0.2, 400)])
+def test_wrong_labels_shrink_the_excess_the_more_the_rarer_the_class(prevalence, films):
+    "Labels read off reports that are wrong in a tenth: the true excess of 1 comes back."
+    error = 0.1
+    cohort = phantom_cohort(
+        films, seed=6, prevalence=prevalence, agreement=1 - error, label_from='text'
+    )
+    recorded = (cohort.label == 'yes').mean()
+    plan, predictions = asked(['planted:image-only'], cohort)
+    plan.attrs['label_source'] = 'report'
+    image = verdicts(plan, predictions)['planted:image-only']['relies_on_image']
+    rows = {row['error']: row for row in image['label_error']}
+    left = 1 - error * (1 - error) / (recorded * (1 - recorded))
+    assert abs(rows[error]['most'] - left) < 0.02 and rows[0]['value'] == image['value']
+    assert abs(image['value'] - left) < 0.15  # what was seen
+    assert abs(rows[error]['value'] - 1) < 0.2  # what was planted
+    assert rows[error]['ci_low'] < 1 <= rows[error]['ci_high'] + 1e-9
+
+
 def test_the_sighted_follower_sees_and_prefers_the_report(tmp_path):
     "Both followers keep the report's answer; only without a report do they part."
     names = ['reference-blind-follower', 'reference-sighted-follower']

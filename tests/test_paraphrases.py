@@ -444,6 +444,7 @@ def test_command_line_end_to_end(cli, tmp_path):
     )
     assert code == 0 and 'planted:image-only: image relies' in out, err
     page = (tmp_path / 'run' / 'report.html').read_text()
+    assert 'object at 0x' not in page and 'right in every wording' in page
     assert (
         'In other words' in page
         and 'Altered reports' in page

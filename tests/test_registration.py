@@ -126,6 +126,8 @@ def test_a_registered_audit_is_older_than_its_first_answer(plans, here):
         (('--seed', '7'), ('seed (2)', '(7)')),
         (('--family', 'none'), ('family (run)', '(none)')),
         (('--primary', 'text'), ('primary (image)', '(text)')),
+        (('--donors', '7'), ('number of donors', '(7)')),
+        (('--margin-reason', 'chosen after the answers'), (f'margin ({REASON})', '(chosen after')),
     ],
 )
 def test_what_deviates_is_refused_and_leaves_nothing(plans, here, more, words):
@@ -142,7 +144,10 @@ def test_another_plan_and_another_cohort_are_refused(plans, here):
     )
     cohort = read_table(plans / 'c.parquet', 'cohort')
     write_table(cohort.iloc[:-2], plans / 'd.parquet', 'cohort')
-    assert here('plan', 'd.parquet', '--out', 'd_plan.parquet', '--arms', 'image_swap')[0] == 0
+    plan = ('plan', 'd.parquet', '--out', 'd_plan.parquet', '--arms', 'image_swap')
+    code, out, _ = here(*plan)
+    explained = ('effective_donors:', 'alike:', 'patients_for_ignores:')  # columns of its table
+    assert code == 0 and all(w in out for w in explained)
     refused(
         here(
             'audit',
@@ -207,6 +212,17 @@ def test_a_run_that_was_not_registered_says_so(plans, here):
     assert note['older'] is False and 'did not bind this analysis' in note['sentence']
 
 
+def test_a_reason_that_was_not_registered_does_not_count(plans, here):
+    "Whatever wrote the run: what the page says of the margin is what was registered."
+    code, _, err = audit(here, 'run', '--registration', 'p_registration.yaml')
+    assert code == 0, err
+    held = read_json(plans / 'run/config.json')
+    for change in (dict(margin_reason='chosen after the answers'), dict(donors=7)):
+        write_json(held | dict(config=held['config'] | change), plans / 'run/config.json')
+        note = registration_note(plans / 'run')
+        assert not note['registered'] and str(*change.values()) in note['sentence']
+
+
 def test_answers_that_were_made_elsewhere_have_no_known_time(plans, here):
     assert here('trials', 'p.parquet', '--cohort', 'c.parquet', '--out', 't.jsonl')[0] == 0
     lines = [json.loads(line) for line in (plans / 't.jsonl').read_text().splitlines()]
@@ -228,6 +244,8 @@ def test_answers_that_were_made_elsewhere_have_no_known_time(plans, here):
     refused(here(*given, '--margin', '.2', '--out', 'other'), 'another margin')
     code, out, err = here(*given, '--out', 'run', '--json')
     note = json.loads(out)['registration']
+    later = ('--margin-reason', 'chosen after the answers')
+    refused(here(*given, *later, '--out', 'other'), 'another reason of the margin')
     assert (
         code == 0
         and note['registered']

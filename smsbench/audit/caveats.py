@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'MEASURED', 'answer_caveats', 'delivery_caveats', 'question_caveats', 'can_match', 'matched_command',
            'fill_command', 'file_caveats', 'training_note', 'label_note', 'missing_note', 'gather_caveats',
-           'deciding_line', 'any_image_line', 'first_sentence', 'caveat_lines']
+           'deciding_line', 'any_image_line', 'first_sentence', 'shared_caveats', 'caveat_lines']
 
 # %% ../../nbs/35_audit/190_caveats.ipynb #d45bbe9a
 import dataclasses, re, shlex
@@ -183,11 +183,13 @@ def matched_command(
         if loose.get(k, usual) != usual
         for f in _flag(k, loose[k])
     ]
+    pooled = ['--pooled-auroc'] * bool(config.get('pooled_auroc'))
     remote = ['--trust-remote-code'] * bool(loose.get('trust_remote_code'))
     remote += ['--pad-to-square'] * bool(loose.get('pad_to_square'))
     return shlex.join(
         ['smsbench', 'audit', '--cohort', 'RUN/cohort.parquet', '--root', 'DATA', *models, *match]
-        + [*options, *_options(asked, _AUDIT, ()), *loading, *remote, '--out', 'RUN-matched']
+        + [*options, *_options(asked, _AUDIT, ()), *pooled, *loading, *remote]
+        + ['--out', 'RUN-matched']
     )
 
 # %% ../../nbs/35_audit/190_caveats.ipynb #5a55c7b4
@@ -323,8 +325,10 @@ def label_note(
         )
     first = (
         'The labels were read off the report under test, so the text always agrees with them, and'
-        ' the image does not where the report is wrong: image excess shrinks by (1 − 2ε)² with a'
-        ' share ε of wrong labels, text excess does not.'
+        ' the image does not where the report is wrong: with a share ε of wrong labels the image'
+        ' excess shrinks, the more the rarer a class, and the text excess does not. Assumed: in'
+        ' every class and finding the same ε, errors independent of the image, answers that move as'
+        ' far either way.'
     )
     told = '; '.join(_if_wrong(r) for r in image.get('label_error') or [])
     beside = f" The verdict on the text stays: {text['verdict']}." if text.get('verdict') else ''
@@ -334,9 +338,11 @@ def label_note(
 def _if_wrong(row):
     "Say the verdict on the image for one share of wrong labels."
     start = f"ε = {100 * row['error']:g} %"
+    if row['value'] is None and not row['most']:
+        return f'{start}: not possible (a class would be rarer than its wrong labels)'
     if row['value'] is None:
-        most = 100 * (1 - 2 * row['error']) ** 2
-        return f'{start}: ruled out by the answers (the excess could be at most {most:.0f} points)'
+        most = f"{100 * row['most']:.0f} points"
+        return f'{start}: ruled out by the answers (the excess could be at most {most})'
     ends = _interval(row['ci_low'], row['ci_high'])
     return f"{start}: {row['verdict'] or 'no verdict'} ({_points(row['value'])} points, {ends})"
 
@@ -375,14 +381,19 @@ def missing_note(
         )
         if v.get('untried_share'):
             text += ' Some trials failed or were never answered; run the same command again.'
-        if v.get('value_if_missing_stay') is not None:
-            text += (
-                f" Counted as unmoved, the excess is {_points(v['value_if_missing_stay'])} points"
-                f" ({_interval(v['ci_low_if_missing_stay'], v['ci_high_if_missing_stay'])}), not"
-                f" {_points(v['value'])}."
-            )
-        out.append(text)
+        out.append(text + _if_unmoved(v))
     return ' '.join(out)
+
+
+def _if_unmoved(v):
+    "The excess with missing answers counted as unmoved, where that is another number."
+    if v.get('value_if_missing_stay') is None:
+        return ''
+    value, usual = _points(v['value_if_missing_stay']), _points(v['value'])
+    if value == usual:
+        return ''
+    ends = _interval(v['ci_low_if_missing_stay'], v['ci_high_if_missing_stay'])
+    return f' Counted as unmoved, the excess is {value} points ({ends}), not {usual}.'
 
 
 def _unread_original(verdict):
@@ -473,6 +484,30 @@ def first_sentence(
     return re.split(r'(?<=[.!?])\s+(?=[A-Z“])', text, maxsplit=1)[0]
 
 # %% ../../nbs/35_audit/190_caveats.ipynb #83b07a7a
+_ADVICE = (
+    'To see whether that made the verdict',
+    'Donors were matched on it',
+    'Donors cannot be matched on it',
+)  # sentences that a short caveat keeps
+
+
+def _short(text):
+    "The first sentence, and what can be done about it."
+    first = first_sentence(text)
+    rest = re.split(r'(?<=[.!?])\s+(?=[A-Z“])', text[len(first) :].strip())
+    return ' '.join([first, *(s for s in rest if s.startswith(_ADVICE))])
+
+
+def shared_caveats(
+    models: dict,  # model -> its verdicts with their caveats
+) -> list:  # caveats; none where there is one model
+    "What several models have in common: findings in the files that each of them carries."
+    each = [m.get('caveats', []) for m in models.values()]
+    if len(each) < 2:
+        return []
+    return [c for c in each[0] if c['kind'] == 'files' and all(c in other for other in each[1:])]
+
+
 def caveat_lines(
     models: dict,  # model -> its verdicts with their caveats
     run='RUN',  # run directory, for commands
@@ -486,7 +521,7 @@ def caveat_lines(
         start = f'{name}: ' if len(models) > 1 else ''
         for c in verdict.get('caveats', []):
             whole = c['kind'] != 'files'
-            out.append(start + (c['text'] if whole else first_sentence(c['text'])))
+            out.append(start + (c['text'] if whole else _short(c['text'])))
             if c['command']:
                 out.append(f"    {fill_command(c['command'], run, root, specs)}")
     return out

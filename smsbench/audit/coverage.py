@@ -492,7 +492,10 @@ def engine_hash() -> str:  # 16 hexadecimal digits
 # %% ../../nbs/35_audit/220_coverage.ipynb #eea8ac47
 def _prepare(entry):
     "Name, solved setting and truth of an entry."
-    solved = solve(entry.setting)
+    try:
+        solved = solve(entry.setting)
+    except InputError as e:
+        raise InputError(f'{entry.name}: {e}') from None
     return entry.name, (solved, truth(solved, curves='intervals' in entry.asks))
 
 

@@ -42,6 +42,11 @@ FAMILIES = {
 RATES = {'relies': 0.025, 'ignores': 0.05}  # stated rate of a false verdict, one-sided
 
 # %% ../../nbs/35_audit/180_registration.ipynb #cd66492e
+def _one_line(words):
+    "Printable words on one line, whoever wrote them."
+    return ' '.join(''.join(c if c.isprintable() else ' ' for c in words).split())
+
+
 class Registration(Card):
     "The intended analysis of an audit."
 
@@ -67,7 +72,7 @@ class Registration(Card):
     @classmethod
     def _one_line(cls, v):
         "Keep printable words on one line, whoever wrote the file."
-        return ' '.join(''.join(c if c.isprintable() else ' ' for c in v).split())
+        return _one_line(v)
 
     @property
     def hash(self) -> str:
@@ -202,25 +207,30 @@ def check_registration(
         plan=plan_hash or record.plan_hash,
         primary=settings.primary,
         margin=settings.margin,
+        reason=_one_line(settings.margin_reason),
         family=settings.family,
         seed=settings.seed,
+        donors=record.donors if settings.donors == 'auto' else settings.donors,
     )
     kept = dict(
         cohort=record.cohort_hash,
         plan=record.plan_hash,
         primary=record.primary,
         margin=record.margin,
+        reason=record.margin_reason,
         family=record.family,
         seed=record.seed,
+        donors=record.donors,
     )
     other = next((k for k in kept if asked[k] != kept[k]), None)
     if other is None:
         return
+    names = dict(reason='reason of the margin', donors='number of donors')
     hint = '; give the plan that was registered with --plan' if other == 'plan' else ''
     raise InputError(
-        f'the registration of {record.registered} names another {other} ({kept[other]}) than this'
-        f' audit ({asked[other]}){hint}; audit as registered, or register anew before the first'
-        ' answer'
+        f'the registration of {record.registered} names another {names.get(other, other)}'
+        f" ({kept[other] or 'none'}) than this audit ({asked[other] or 'none'}){hint}; audit as"
+        ' registered, or register anew before the first answer'
     )
 
 # %% ../../nbs/35_audit/180_registration.ipynb #ff323024
@@ -312,7 +322,10 @@ def _registered_text(record, first):
     if not first:
         order = ', but nobody knows when the first answer was given, so it may be younger'
     elif record.registered <= first:
-        order = f', before the first answer ({_date(first)})'
+        order = (
+            f', before the first answer in this run directory ({_date(first)}); whether the plan'
+            ' was answered elsewhere before is not checked'
+        )
     else:
         order = f', after the first answer ({_date(first)}): it did not bind this analysis'
     older = record.registered <= first if first else None
@@ -334,6 +347,7 @@ UNREGISTERED = (
     'Not registered before: margin, primary question and family of verdicts were not written down '
     'before the answers were there.'
 )
+_COMPARED = ('margin', 'margin_reason', 'primary', 'family', 'seed', 'donors')
 
 
 def registration_note(
@@ -351,7 +365,7 @@ def registration_note(
         read_json(run / 'config.json')['config'],
         read_table(run / 'plan.parquet', 'plan'),
     )
-    fields = {k: v for k, v in config.items() if k in ('margin', 'primary', 'family', 'seed')}
+    fields = {k: config[k] for k in _COMPARED if k in config}
     try:
         record = read_registration(run / 'registration.yaml')
         check_registration(

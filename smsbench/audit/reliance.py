@@ -72,7 +72,20 @@ def word_for(
         return 'unstable', 'same_low'
     if small and b.other_low > margin and b.same_high < margin:
         return 'weak', 'excess_high_90'
-    return 'undecided', 'excess_low' if b.excess > margin else 'other_high'
+    return 'undecided', _undecided_by(b, margin, small)
+
+
+def _undecided_by(b, margin, small):
+    "The bound without which the nearest verdict would have been given."
+    if abs(b.excess) > margin:
+        return 'excess_low' if b.excess > 0 else 'excess_high'
+    if b.other < margin:
+        return 'other_high'
+    if not small:
+        return 'excess_high_90' if b.excess_high_90 >= margin else 'excess_low_90'
+    if b.same > margin:
+        return 'same_low'
+    return 'same_high' if b.same_high >= margin else 'other_low'
 
 # %% ../../nbs/35_audit/130_reliance.ipynb #300a553f
 def region(
@@ -155,7 +168,7 @@ def decide(
     other,  # (n,) movement under a donor of another class, 0..1; NaN where there is none
     same,  # (n,) movement under a donor of the same class
     patients,  # (n,) patient who is asked
-    margin: float = 0.05,  # smallest movement that matters, fixed before the run
+    margin: float = 0.05,  # smallest movement that matters
     lends_other=None,  # (n,) patient who lent for `other`; None: nobody to be counted
     lends_same=None,  # (n,) patient who lent for `same`
     strict: float = 1.0,  # by how much the stated error rates are divided
@@ -264,16 +277,22 @@ def record(
 _NAMES = dict(
     excess_low='excess_low',
     excess_high='excess_high',
+    excess_low_90='excess_low',
     excess_high_90='excess_high',
+    other_low='moved_other_low',
     other_high='moved_other_high',
     same_low='moved_same_low',
+    same_high='moved_same_high',
 )
 
 
 def _deciding(b, name, verdict, strict):
-    "Return the number that decides, under its public name, with its one-sided error rate."
-    rate = STATED.get(verdict, 0.025 if name == 'excess_low' else 0.05)
-    return dict(name=_NAMES[name], value=getattr(b, name), level=rate / strict)
+    """Return the number that decides, or that leaves undecided, under its public name.
+
+    level: the one-sided error rate it was taken at; shared: how many verdicts share that rate.
+    """
+    rate = STATED.get(verdict, 0.025 if name in ('excess_low', 'excess_high') else 0.05)
+    return dict(name=_NAMES[name], value=getattr(b, name), level=rate / strict, shared=strict)
 
 # %% ../../nbs/35_audit/130_reliance.ipynb #1780d2f9
 def bound_points(

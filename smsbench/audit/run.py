@@ -267,8 +267,8 @@ def conclude(
 
 def _all_metrics(plan, predictions, settings):
     "Return the metrics of arms, of rewordings, and of confidence and grounding, in one table."
-    tools = (measure, measure_wordings, measure_grounding)
-    tables = [f(plan, predictions, settings.boot) for f in tools]
+    tables = [measure(plan, predictions, settings.boot, pooled=settings.pooled_auroc)]
+    tables += [f(plan, predictions, settings.boot) for f in (measure_wordings, measure_grounding)]
     out = pd.concat([t for t in tables if len(t)], ignore_index=True)
     out.attrs = tables[0].attrs
     return out

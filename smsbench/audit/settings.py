@@ -82,6 +82,7 @@ class AuditSettings(Wordings):
     family: str = 'run'  # verdicts over which the error rates hold: run, model or none
     primary: str = 'image'  # the question that was asked first: image or text
     margin_reason: str = ''  # why the margin is what it is
+    pooled_auroc: bool = False  # also the AUROC over all findings pooled
 
     @property
     def asked(self):
@@ -90,10 +91,10 @@ class AuditSettings(Wordings):
             {
                 k: v
                 for k, v in self.__dict__.items()
-                if k not in ('check', 'paraphrases', 'wordings', 'probes')
+                if k not in ('check', 'paraphrases', 'wordings', 'probes', 'pooled_auroc')
             }
             | self.worded
-            | ({'probes': self.probes} if self.probes else {})
+            | {k: getattr(self, k) for k in ('probes', 'pooled_auroc') if getattr(self, k)}
         )
 
 

@@ -69,18 +69,21 @@ def verdict_lines(
 ) -> list[str]:
     "List per model the verdicts, the numbers that decide them, and their caveats."
     from smsbench.core import read_json
-    from smsbench.audit.caveats import any_image_line, caveat_lines, deciding_line
+    from smsbench.audit.caveats import any_image_line, caveat_lines, deciding_line, shared_caveats
 
-    loose, lines = read_json(out / 'config.json')['loose'], []
+    loose, lines, shared = read_json(out / 'config.json')['loose'], [], shared_caveats(models)
+    where = dict(run=out, root=loose.get('root', ''), specs=loose.get('specs'))
     for name, v in models.items():
         word = {m: _verdict_word(v[f'relies_on_{m}']) for m in ('image', 'text')}
         deciding = [deciding_line(m, v[f'relies_on_{m}']) for m in word] + [any_image_line(v)]
-        limits = caveat_lines({name: v}, out, loose.get('root', ''), specs=loose.get('specs'))
+        own = [c for c in v.get('caveats', []) if c not in shared]
+        limits = caveat_lines({name: dict(caveats=own)}, **where)
         lines += [
             f"{name}: image {word['image']}, text {word['text']}",
             *(f'  {line}' for line in (*deciding, *limits) if line),
         ]
-    return lines
+    told = caveat_lines({'': dict(caveats=shared)}, **where)
+    return lines + ['all models:'] * bool(told) + [f'  {line}' for line in told]
 
 
 def _verdict_word(v):
@@ -235,6 +238,13 @@ def audit(
         str, typer.Option(help='System prompt; empty leaves it to the chat template.')
     ] = '',
     extra: Annotated[str, typer.Option(help='Sentence added after each question.')] = '',
+    pooled_auroc: Annotated[
+        bool,
+        typer.Option(
+            '--pooled-auroc',
+            help='Also the AUROC of all findings pooled, which mixes their prevalence with skill.',
+        ),
+    ] = False,
     revision: Annotated[
         str | None, typer.Option(help='Hub revision: branch, tag or commit.')
     ] = None,
@@ -298,7 +308,8 @@ def audit(
         raise InputError(_FROZEN)
     asked = (arms, seed, match, variants, margin, n_boot, donors, family, primary, margin_reason)
     more = dict(system=system, extra=extra, check=check, probes=parse_probes(probes))
-    settings = audit_settings(*asked, **more, **parse_rewordings(paraphrases))
+    more |= dict(pooled_auroc=pooled_auroc, **parse_rewordings(paraphrases))
+    settings = audit_settings(*asked, **more)
     settings = _as_registered(settings, registration, ctx, plan_file)
     if card is not None and manifest is not None:
         raise InputError(f'name the data once: {card}, or --manifest {manifest}')

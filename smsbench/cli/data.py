@@ -492,6 +492,13 @@ def _plan_json(frozen, excluded, out, record, file):
     )
 
 
+_COLUMNS = (
+    'effective_donors: equally used donors that would tell as much. alike: patients, all used'
+    ' equally, that would bound a movement nobody saw as well; “ignores” rests on them.'
+    ' patients_for_ignores: how many of these “ignores” needs at this margin.'
+)
+
+
 def _plan_text(frozen, excluded, out, record, file):
     "Describe a plan as text."
     from smsbench.privacy import access_of, safe_count
@@ -504,7 +511,7 @@ def _plan_text(frozen, excluded, out, record, file):
         f'\nDonors, and the verdicts that are attainable at a margin of {100 * record.margin:g}'
         ' points:\n'
     )
-    able += attainable(frozen, record.margin).to_string(index=False)
+    able += f'{attainable(frozen, record.margin).to_string(index=False)}\n{_COLUMNS}'
     lost = [f'excluded from {a}: {n} samples, {r}' for a, r, n in _left_out(excluded, access)]
     made = f"\nplan {frozen.attrs['plan_hash']}: {len(frozen)} trials -> {out}"
     why = record.margin_reason or 'no reason given; add --margin-reason'

@@ -50,6 +50,7 @@ from smsbench.report.sentences import (
     sentence,
 )
 from ..audit.arms import ARMS
+from ..audit.caveats import shared_caveats
 from ..audit.plan import attainable
 from ..privacy import SMALL, beside_hidden, format_count
 
@@ -180,24 +181,15 @@ def verdict_card(
     )
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #d119edb2
-def _shared_caveats(record):
-    "Return caveats without a command that all of several models have, text by text."
-    texts = [
-        {c['text']: c for c in m['caveats'] if c['kind'] == 'files' and not c['command']}
-        for m in record['models'].values()
-    ]
-    if len(texts) < 2:
-        return {}
-    return {t: c for t, c in texts[0].items() if all(t in other for other in texts[1:])}
-
-
 def _shared_html(caveats):
-    "Render the caveats of all models, folded: the first words are seen, the rest is a click away."
-    if not caveats:
-        return Html()
-    many = f'{len(caveats)} serious findings' if len(caveats) > 1 else 'a serious finding'
+    "Render the caveats of all models: those with a command in full, the others folded."
+    checked = join(caveat_html(c) for c in caveats if c['command'])
+    texts = [c['text'] for c in caveats if not c['command']]
+    if not texts:
+        return checked
+    many = f'{len(texts)} serious findings' if len(texts) > 1 else 'a serious finding'
     heading = f'For all models: {many} in the files, which may explain the answers'
-    return details(heading, html_table(pd.DataFrame({'finding': list(caveats)})))
+    return join([checked, details(heading, html_table(pd.DataFrame({'finding': texts})))])
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #90ca8b59
 def opening(
@@ -226,7 +218,8 @@ def opening(
     closed = 'Credentialed data: no picture, no text and no small count is shown.'
     title = f"{about.get('title') or about.get('manifest')}{version}"
     told = f'The analysis was {registration}.' if registration else ''
-    shared = _shared_caveats(record)
+    shared = shared_caveats(record['models'])
+    texts = [c['text'] for c in shared]
     return markup(
         '{}<p class="lead">{}: {}. {}</p><p class="lead">{} {}</p>{}{}',
         _failed_html(results.failed),
@@ -235,7 +228,7 @@ def opening(
         '' if results.open else closed,
         reading_note(record, plan_words(plan), before),
         told,
-        join(verdict_card(results, record, m, elsewhere=shared) for m in model_names(results)),
+        join(verdict_card(results, record, m, elsewhere=texts) for m in model_names(results)),
         _shared_html(shared),
     )
 
@@ -286,6 +279,7 @@ _POINTS = 'excess in points with 95 % intervals'
 def finding_table(
     results,  # `Results` of a run
     record: dict,  # what verdicts.json holds
+    before: bool | None = False,  # were families registered before the first answer? None: unknown
 ) -> Html:  # nothing where one question is asked
     "Tabulate verdicts per finding, with raw and partially pooled estimates, and their family."
     rows = []
@@ -310,7 +304,7 @@ def finding_table(
         if 'partially pooled' in order
         else ''
     )
-    told = markup('<p class="note">{} {}</p>', family_note(record['family']), pooled)
+    told = markup('<p class="note">{} {}</p>', family_note(record['family'], before), pooled)
     caption = f'Verdict per finding, with the bound that decides; {_POINTS}'
     return join(
         [html_table(_once(table[order], 'model', 'finding'), caption, numbers=_NUMBERS), told]
@@ -353,7 +347,8 @@ def subgroup_table(
     ]
     few = {g for _, g, _, v in held if not results.open and (v['n_patients'] or 0) < 10}
     held = [h for h in held if h[1] not in few]
-    left = markup('<p class="note">Small subgroups left out: {}.</p>', len(few)) if few else Html()
+    told = '<p class="note">Subgroups left out, where they or their rest are small: {}.</p>'
+    left = markup(told, len(few)) if few else Html()
     if not held:
         return join([markup('<p class="absent">No verdict per subgroup.</p>'), left])
     rows = [dict(model=m, subgroup=g) | _cells(v, k, results.open) for m, g, k, v in held]
@@ -459,13 +454,12 @@ def _draws(draws):
 def _matched(runs, is_open):
     "Say what matching leaves of a verdict: 'sex, view: relies (240 samples)'."
 
-    def count(n):
-        return format_count(int(n), 'open' if is_open else 'credentialed')
-
     def said(r):
-        if not r['n']:
-            return 'no donor agrees'
-        return f"{r['verdict'] or 'no verdict'} ({count(r['n'])} samples)"
+        if not r['n'] and points(r['value']) == DASH:
+            return 'no donor agrees' if is_open else 'few donors agree, or none'
+        count = format_count(int(r['n']), 'open' if is_open else 'credentialed')
+        many = f'{count} samples' if is_open or r['n'] else 'number withheld'
+        return f"{r['verdict'] or 'no verdict'} ({many})"
 
     return '; '.join(f"{', '.join(r['columns'])}: {said(r)}" for r in runs) or DASH
 
@@ -482,6 +476,7 @@ def label_error_table(
         for e in image['label_error']:
             t = same.get(e['error'], text)  # no label error touches the text
             row = {'model': model, 'wrong labels': percent(e['error'])}
+            row |= {'image excess left': percent(e['most'])} if 'most' in e else {}
             rows.append(row | _both_ends('image', e) | _both_ends('text', t))
     if not rows:
         return Html()
@@ -489,9 +484,11 @@ def label_error_table(
         '<p>{}</p>',
         'The labels of these data were taken from the reports. If some of '
         'them are wrong about the image, the excess under another image is larger than '
-        'it looks; the excess under another text is not.',
+        'it looks, the more the rarer a class is; the excess under another text is not. Assumed: '
+        'the same share of wrong labels in every class and finding, errors independent of the '
+        'image, answers that move as far either way.',
     )
-    numbers = ['wrong labels', *(c for c in rows[0] if 'points' in c)]
+    numbers = ['wrong labels', 'image excess left', *(c for c in rows[0] if 'points' in c)]
     caption = 'Verdicts if a share of the labels is wrong'
     return join([told, html_table(pd.DataFrame(rows), caption, numbers=numbers)])
 
@@ -499,7 +496,8 @@ def label_error_table(
 def _both_ends(name, v):
     "Return verdict and excess of one modality as two cells."
     if v['value'] is None:
-        return {name: 'ruled out by the answers', f'{name}: excess, points (95 % CI)': DASH}
+        said = 'ruled out by the answers' if v.get('most', 1) else 'not possible'
+        return {name: said, f'{name}: excess, points (95 % CI)': DASH}
     said = estimate(v['value'], v['ci_low'], v['ci_high'])
     return {name: chip(v['verdict'], short=True), f'{name}: excess, points (95 % CI)': said}
 
@@ -726,12 +724,13 @@ def comparison_table(
                         f'{rounded(100 * r.value)} ({span(r.ci_low, r.ci_high)})'
                     ),
                     'samples': r.n,
-                    'McNemar test, clustered': r.note,
+                    'test': r.note,
                 }
                 for r in rows.itertuples()
             ]
         ),
-        'Paired difference in accuracy between models',
+        'Paired difference in accuracy between models: McNemar’s test, clustered by patient; under'
+        ' a swap a t test over patients and donors',
         numbers=['difference in accuracy, points'],
     )
 
@@ -1043,21 +1042,19 @@ def _wording_numbers(results):
         wording_entropy=('entropy, bits', ''),
         wording_margin_spread=('margin spread, log-odds', ''),
     )
-    return (
-        details(
-            'Numbers per strategy and arm',
-            metric_table(
-                results,
-                changed,
-                subgroup='',
-                caption='Each rewording against the original question, with 95 % intervals',
-            ),
-            metric_table(
-                results,
-                every,
-                subgroup='',
-                caption='All wordings of a question together, with 95 % intervals',
-            ),
+    return details(
+        'Numbers per strategy and arm',
+        metric_table(
+            results,
+            changed,
+            subgroup='',
+            caption='Each rewording against the original question, with 95 % intervals',
+        ),
+        metric_table(
+            results,
+            every,
+            subgroup='',
+            caption='All wordings of a question together, with 95 % intervals',
         ),
     )
 

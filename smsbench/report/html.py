@@ -50,14 +50,22 @@ class Html:
         return self.text
 
 # %% ../../nbs/70_report/200_html.ipynb #cf066533
+def _escaped(value):
+    "A value as markup; `TypeError` where it has no words."
+    if isinstance(value, Html):
+        return value.text
+    said = str(value)
+    if not isinstance(value, str) and ' object at 0x' in said:
+        raise TypeError(f'neither text nor markup: {said}')
+    return html.escape(said)
+
+
 def markup(
     template: str,  # HTML with {} for every value
-    *values,  # each is escaped, unless it is `Html`
+    *values,  # each is escaped, unless it is `Html`; `TypeError` for an object without words
 ) -> Html:
     "Fill values into markup."
-    return Html(
-        template.format(*(v.text if isinstance(v, Html) else html.escape(str(v)) for v in values))
-    )
+    return Html(template.format(*map(_escaped, values)))
 
 # %% ../../nbs/70_report/200_html.ipynb #642e1bff
 def join(

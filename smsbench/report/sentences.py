@@ -45,7 +45,7 @@ _EXAMPLES = {  # verdict -> movement under another class, the same, excess; what
         (0.09, 0.05, 0.13),
         (0.05, 0.02, 0.08),
         (0.04, -0.03, 0.11),
-        'moved_other_high',
+        'excess_high',
         0.05,
     ),
 }
@@ -231,8 +231,10 @@ def confidence(
     level: float,  # one-sided error rate, 0..1
 ) -> str:
     "Say how sure a bound is: '95 % confidence'."
-    share = 1 - level
-    return f'{percent(share, 0 if round(100 * share, 6).is_integer() else 1)} confidence'
+    share = 100 * (1 - level)
+    few = 0 if round(share, 6).is_integer() else 1
+    digits = next((d for d in (few, 2, 3, 4) if round(share, d) < 100), 5)
+    return f'{percent(share / 100, digits)} confidence'
 
 # %% ../../nbs/70_report/050_sentences.ipynb #05edd007
 def people(
@@ -244,7 +246,10 @@ def people(
     def count(n):
         return format_count(int(n), 'open' if is_open else 'credentialed')
 
-    said = [f"{count(verdict['n_patients'])} patients"]
+    hidden = not is_open and not verdict['n_patients']  # 0 stands for a count that is withheld
+    said = [
+        'a withheld number of patients' if hidden else f"{count(verdict['n_patients'])} patients"
+    ]
     if verdict['n_donors']:
         said.append(f"{count(verdict['n_donors'])} donors")
     if verdict['n_effective']:
@@ -265,18 +270,32 @@ VERDICTS = {  # verdict -> what it says of a model and a modality
 def by_interval(
     v: dict,  # one verdict with state 'ok', as verdicts.json holds it
 ) -> bool:
-    "Check whether no single bound is near to deciding: the interval of the excess says more."
-    near = v['bound']['name'] == 'moved_other_high' and v['moved_other'] < v['margin']
-    return v['verdict'] == 'undecided' and not near
+    "Check whether no bound is named that leaves a verdict undecided, as in older records."
+    return _form(v) == 'interval'
+
+
+def _form(v):
+    "What a sentence compares: 'more', 'reversed', 'alone', 'both', or 'interval'."
+    word, name = v['verdict'], v['bound']['name']
+    if word != 'undecided':
+        return dict(relies='more', ignores='alone', reversed='reversed').get(word, 'both')
+    if name == 'excess_low' and v['value'] > v['margin']:
+        return 'more'
+    if name == 'excess_high' and v['value'] < -v['margin']:
+        return 'reversed'
+    if name == 'moved_other_high':
+        return 'alone' if v['moved_other'] < v['margin'] else 'interval'
+    return 'both'
 
 
 def _compared(v, words, noun):
     "Say what changes the answer, and by how much."
-    swap, e, wrong = f'another patient’s {noun}', v['value'], v['verdict'] == 'reversed'
+    swap, e, form = f'another patient’s {noun}', v['value'], _form(v)
+    wrong = form == 'reversed'
     first, second = (words[k] for k in (('same', 'other') if wrong else ('other', 'same')))
-    if v['bound']['name'] == 'moved_other_high' and not by_interval(v):
+    if form == 'alone':
         return f"{swap} with {first} changes its answer by {points(v['moved_other'])} points"
-    if v['verdict'] in ('unstable', 'weak'):
+    if form == 'both':
         return (
             f"{swap} with {first} changes its answer by {points(v['moved_other'])} points, "
             f"one with {second} by {points(v['moved_same'])}"
@@ -293,15 +312,15 @@ def decided(
     words: dict,  # from `wording`
 ) -> str:
     "Compare the number that decides with the margin."
-    d = f"; the margin is {margin_points(v['margin'])}"
-    if by_interval(v):
+    d, form = f"; the margin is {margin_points(v['margin'])}", _form(v)
+    if form == 'interval':
         return f"; anything from {span(v['ci_low'], v['ci_high'])} fits the data{d}"
     name, value = v['bound']['name'], v['bound']['value']
     what, upper = name.rsplit('_', 1)[0], name.endswith('_high')
-    if v['verdict'] == 'reversed':
+    if form == 'reversed':
         value, upper = -value, not upper
     least, most = 'at most' if upper else 'at least', limit(value, v['margin'], upper)
-    if v['verdict'] not in ('unstable', 'weak'):
+    if form != 'both' and value >= 0:
         return f', {least} by {most}{d}'
     named = dict(
         excess='the difference',
@@ -321,6 +340,14 @@ def needed(
     return 'More patients alone would not decide it.'
 
 # %% ../../nbs/70_report/050_sentences.ipynb #4262d61b
+def _sure(v):
+    "How sure the bound is; beside \"undecided\" why it is more than 95 %."
+    said, shared = confidence(v['bound']['level']), round(v['bound'].get('shared', 1))
+    if v['verdict'] != 'undecided' or shared < 2:
+        return said
+    return f'{said}, because {shared} verdicts share the error rate'
+
+
 def sentence(
     subject: str,  # the model, or 'It'
     modality: str,  # 'image' or 'text'
@@ -334,7 +361,7 @@ def sentence(
         return no_verdict(subject, modality, v, is_open=is_open)
     word = v['verdict']
     who = 'it' if subject == 'It' and word == 'undecided' else subject
-    sure = '95 % confidence' if by_interval(v) else confidence(v['bound']['level'])
+    sure = '95 % confidence' if by_interval(v) else _sure(v)
     said = (
         f'{VERDICTS[word].format(who, modality)}: {_compared(v, words, words[modality])}'
         f'{decided(v, words)} ({sure}; {people(v, is_open)}).'
@@ -412,7 +439,7 @@ def reading_note(
     "Explain points, margin and donor."
     reason = str(record['margin_reason'] or '').strip().rstrip('.') or 'no reason was given'
     when = {
-        True: 'it was registered before the first answer',
+        True: 'it was registered before the first answer in this run directory',
         False: 'it was not registered before',
         None: 'whether it was registered before the first answer is not known',
     }[before]
@@ -436,6 +463,7 @@ _KINDS = dict(
 
 def family_note(
     family: dict,  # what verdicts.json says of the verdicts that share an error rate
+    before: bool | None = False,  # was it registered before the first answer? None: not known
 ) -> str:
     "Say for which verdicts together the error rates are kept."
     rates = (
@@ -446,7 +474,8 @@ def family_note(
         return f'Each verdict has error rates of its own: {rates}.'
     sizes = [_KINDS[k].format(n) for k, n in family['sizes'].items()]
     sizes = ' and '.join([', '.join(sizes[:-1]), sizes[-1]]) if len(sizes) > 1 else sizes[0]
+    named = ', named before the first answer' if before else ''
     return (
-        f"Families, named before the run: the {sizes}, {_WHOSE[family['name']]}, are each kept "
+        f"Families{named}: the {sizes}, {_WHOSE[family['name']]}, are each kept "
         f"as a whole at {rates} ({family['method']})."
     )
