@@ -285,8 +285,9 @@ def attend(
     **how,  # options of `open_model`: device, dtype, revision, quantization, ...
 ) -> Run:  # the run directory, with everything but the report in it
     """Run the comparison: plan, answers and attention rows, tables, metrics.
-    settings=
-        >>> run = attend(cohort, ["reference-image-reader"], "attention", how, device="cpu")
+
+    >>> models = ["reference-image-reader"]
+    >>> run = attend(cohort, models, "attention", settings=how, device="cpu")
     """
     names = _checked_names(models, settings, out, how)
     exclusions = cohort.exclusions if isinstance(cohort, Built) else None

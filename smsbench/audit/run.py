@@ -381,16 +381,16 @@ def run_audit(
     **how,  # options of `open_model`: device, dtype, batch_size, level, ...
 ) -> Run:  # the run directory, with everything but the report in it
     """Run an audit: plan, predictions, delivery proof, metrics, verdicts.
-    settings=
-        >>> run = run_audit("audit", cohort, ["planted:image-only"], settings)
+
+    >>> run = run_audit("audit", cohort, ["planted:image-only"], settings=settings)
     """
     names = _checked_names(models, settings)
     if isinstance(cohort, Built):
         exclusions, files = cohort.exclusions, cohort.files if len(cohort.files) else None
-    if settings.wordings and not (Path(out) / 'config.json').exists():
-        read_wordings(settings.wordings)
     failures = Failures(names)
     if not (Path(out) / 'config.json').exists():
+        if settings.wordings:
+            read_wordings(settings.wordings)
         failures.of_each(models, lambda m: check_model(m, **how))
     held = open_cohort(cohort, root)
     _check_kept(registration, settings, held.cohort, plan)
@@ -400,15 +400,8 @@ def run_audit(
         _same_model(run, ModelSpec.parse(m), how, write=False)
     cohort, source = held.cohort, Source(held, root, remote=remote)
     about = _about(cohort)
-    config = dict(
-        kind='sms_audit',
-        models=names,
-        cohort=about,
-        cohort_hash=cohort_hash(cohort),
-        plan_hash=plan.attrs['plan_hash'] if plan is not None else None,
-        **settings.asked,
-        **(dict(pad_to_square=True) if how.get('pad_to_square') else {}),
-    )
+    config = _run_config(names, about, cohort, plan, settings)
+    config |= dict(pad_to_square=True) if how.get('pad_to_square') else {}
     run.check(config, CHANGEABLE)
     drawn = _plan_of(run, plan, cohort, source, settings)
     if len(models) > 1:
@@ -441,6 +434,18 @@ def run_audit(
     _write_environment(run, plan, about, how.get('device', ''))
     conclude(run, settings)
     return run
+
+
+def _run_config(names, about, cohort, plan, settings):
+    "List what decides the numbers of a run."
+    return dict(
+        kind='sms_audit',
+        models=names,
+        cohort=about,
+        cohort_hash=cohort_hash(cohort),
+        plan_hash=plan.attrs['plan_hash'] if plan is not None else None,
+        **settings.asked,
+    )
 
 
 def _checked_names(models, settings):

@@ -321,26 +321,21 @@ def audit(
     loading |= dict(attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
     loading |= dict(pad_to_square=True) if pad_to_square else {}
     level = int(level) if level in ('0', '1', '2') else level
-    sharing = dict(batch_size=batch_size, level=level, budget_gib=budget_gib)
-    run_audit(
-        out,
-        table,
-        model,
-        settings=settings,
-        plan=frozen,
-        root=root or '',
-        exclusions=excluded,
-        files=files,
-        remote=allow_remote,
-        registration=registration or '',
-        **loading,
-        **sharing,
-    )
-    if private is not None:
-        from smsbench.report.private_page import owners_page
-
-        owners_page(out, private, root or '')
+    loading |= dict(batch_size=batch_size, level=level, budget_gib=budget_gib)
+    data = dict(plan=frozen, root=root or '', exclusions=excluded, files=files, remote=allow_remote)
+    binding = registration or ''
+    run_audit(out, table, model, settings=settings, registration=binding, **data, **loading)
+    _finish_private(out, private, root)
     finish(out, as_json)
+
+
+def _finish_private(out, private, root):
+    "Write the page of the owner, if one was asked for."
+    if private is None:
+        return
+    from smsbench.report.private_page import owners_page
+
+    owners_page(out, private, root or '')
 
 
 def _as_registered(settings, registration, ctx, plan_file):

@@ -97,7 +97,7 @@ def explain(
     from smsbench.clip.reader_agreement import read_marks
     from smsbench.clip.benchmark import explain_images, marked_images
     from smsbench.clip.zero_shot import zero_shot
-    from smsbench.core import Run, content_hash
+    from smsbench.core import Run
     from smsbench.privacy import access_of
     from smsbench.report.external_page import image_rows, own_thresholds
     from smsbench.report.image_scores import keep_scores
@@ -108,36 +108,14 @@ def explain(
     words, notes = _own_words(model, films, prompts)
     clip = load_clip(model, pretrained, device)
     check_method(clip, method, layer)
-    run = Run(out)
-    config = dict(
-        kind='clip_explain',
-        weights=clip.info['weights_sha'],
-        method=method,
-        layer=layer,
-        films=content_hash(*films.table.film_id),
-        test=test,
-        marks=content_hash(marks.read_bytes()) if marks and marks.is_file() else '',
-        names=called,
-        prompts=content_hash(str(words)),
-        limit=limit,
-        seed=seed,
-        n_boot=n_boot,
-    )
+    asked = dict(method=method, layer=layer, test=test, names=called)
+    asked |= dict(limit=limit, seed=seed, n_boot=n_boot)
+    run, config = Run(out), _explain_config(clip, films, words, marks) | asked
     _same_run(run, config)
     readings = None if marks is None else read_marks(marks)
     marked = marked_images(films, readings, called, limit=limit, seed=seed)
-    boot = Bootstrap(n_boot)
-    result = explain_images(
-        clip,
-        marked,
-        method,
-        prompts=words,
-        n_cascade=8,
-        boot=boot,
-        seed=seed,
-        layer=layer,
-        show=True,
-    )
+    how = dict(n_cascade=8, boot=Bootstrap(n_boot), seed=seed, layer=layer, show=True)
+    result = explain_images(clip, marked, method, prompts=words, **how)
     run.freeze(config)
     scores, access = zero_shot(clip, marked.films, words), access_of(marked.films, 'the films')
     limits = own_thresholds(model, marked.films, None, prompts=words)[0]
@@ -190,6 +168,19 @@ def _explained_text(result, metrics):
         explained_words(result),
     )
     return [t for t in texts if t]
+
+
+def _explain_config(clip, films, words, marks):
+    "List the inputs that decide the numbers."
+    from smsbench.core import content_hash
+
+    return dict(
+        kind='clip_explain',
+        weights=clip.info['weights_sha'],
+        films=content_hash(*films.table.film_id),
+        marks=content_hash(marks.read_bytes()) if marks and marks.is_file() else '',
+        prompts=content_hash(str(words)),
+    )
 
 
 def _same_run(run, config):

@@ -212,9 +212,9 @@ def train(
 ) -> Trained:
     """Train a model; `InputError` where that is impossible.
 
-        `InputError` names the settings in which an existing run of the directory differs.
-    out=
-        >>> trained = train(images, clip, recipe, "trained")
+    `InputError` names the settings in which an existing run of the directory differs.
+
+    >>> trained = train(images, clip, recipe, out="trained")
     """
     run = Run(out)
     tell = find_tracker(tracker, run)
