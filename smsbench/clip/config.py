@@ -29,7 +29,7 @@ class TrainSettings:
 
     train: str = 'all'  # 'all', 'probe' (image head, logit scale), 'locked_image' (text, logits)
     texts: str = 'report'  # 'report', 'prompts', or 'both': one of the two at random
-    loss: str = 'info_nce'  # or 'siglip', for models with a logit bias
+    loss: str = 'info_nce'  # 'siglip': models with a logit bias; 'patchib': variants
     positives: tuple = ('text', 'study')  # images share a report by 'text', 'study', 'class'
     epochs: int = 10  # largest number of epochs
     batch_size: int = 64  # pairs per step over all processes; the other pairs are the negatives
