@@ -418,5 +418,5 @@ def read_variant(
     "Read a stored record; `InputError` where it is none."
     try:
         return Variant(**stored)
-    except TypeError as e:
+    except (TypeError, ValueError) as e:
         raise InputError(f'the variant in the checkpoint cannot be read ({e})') from None
