@@ -519,7 +519,8 @@ def run(
         typer.Argument(
             help=(
                 'Run notebook: a path, or one that comes with the package: sms_audit,'
-                ' sms_published, cohort_audit, attention_compare, clip_benchmark, ssa_orbital.'
+                ' sms_published, cohort_audit, attention_compare, clip_benchmark, patchib_ablation,'
+                ' ssa_orbital.'
             )
         ),
     ],

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'label_sentences', 'start_of', 'ablation_recipe', 'train_variant', 'over_seeds', 'retention', 'kept_or_lost',
-           'Ablation', 'ablation']
+           'Ablation', 'ablation', 'example_maps']
 
 # %% ../../nbs/50_clip/310_patchib_ablation.ipynb #9c79a9ab
 from dataclasses import replace
@@ -19,7 +19,7 @@ from .dataset import Images, check_readable
 from .faithfulness import metric_line, table_of
 from .model import Clip, as_variant, load_clip, save_clip, to_pixels
 from .patchib_cost import encoding_cost, with_promise
-from .patchib_evaluation import SHARES, evaluate_variant
+from .patchib_evaluation import SHARES, evaluate_variant, grounding_maps, see
 from .patchib_variants import VARIANTS, set_progress
 from .trainer import train
 from ..core import InputError, Run, validate
@@ -241,3 +241,30 @@ def _gathered(run, images, tables, seeds, histories, clips, marked, why):
     write_table(shareable(metrics, access), run / 'metrics.parquet', 'metrics')
     cost.to_csv(run / 'cost.csv', index=False)
     return Ablation(metrics, each, histories, cost, clips, marked, why)
+
+# %% ../../nbs/50_clip/310_patchib_ablation.ipynb #b3d30cc7
+def example_maps(
+    study: Ablation,  # with marked images
+    most: int = 4,  # marks at most
+    prompts: dict | None = None,  # of the classes; None: the default ones
+) -> list:  # per mark: finding, image, region, dict of maps ('C: words', 'C: kept', ...)
+    "Make maps of all variants for a few marks; none without marked images."
+    if study.marked is None:
+        return []
+    marked, held = study.marked, {}
+    for name, clip in study.clips.items():
+        seen = see(clip, marked.images, patches=True)
+        maps, about = grounding_maps(clip, marked, seen, prompts)
+        held[f'{name}: words'] = maps['words']
+        if 'salience' in maps:
+            held[f'{name}: kept'] = maps['salience']
+    place = {f: i for i, f in enumerate(marked.films.table.film_id)}
+    return [
+        (
+            r.finding,
+            marked.images[place[r.film_id]],
+            marked.readings.masks[i],
+            {k: v[i] for k, v in held.items()},
+        )
+        for i, r in enumerate(about.head(most).itertuples())
+    ]
