@@ -262,6 +262,12 @@ def ablate(
     root: RootOption = None,
     findings: FindingsOption = '',
     splits: SplitsOption = None,
+    marks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Radiologists' boxes, masks or polygons; default: the boxes of the cohort."
+        ),
+    ] = None,
     texts: Annotated[
         str,
         typer.Option(
@@ -316,6 +322,7 @@ def ablate(
         cohort=str(cohort or ''),
         root=str(root or ''),
         splits=str(splits or ''),
+        marks=str(marks or ''),
         findings=findings,
         texts=texts,
         model=model,

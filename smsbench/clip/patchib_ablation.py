@@ -176,6 +176,7 @@ def ablation(
     pretrained: str = '',  # as for `start_of`
     device: str = 'auto',  # as for `load_clip`
     shares=SHARES,  # of the sweep
+    marks=None,  # from `read_marks`; None: the boxes of the cohort
     limit: int = 60,  # marked images at most; 0: all
     n_boot: int = 500,  # resamples of patients
     minimum: int = 10,  # fewest images for an AUROC to be reported
@@ -184,7 +185,7 @@ def ablation(
     if 'A' not in variants or set(variants) - set(VARIANTS):
         raise InputError(f"variants {', '.join(variants)}: A and others of {', '.join(VARIANTS)}")
     run, tested = Run(out), check_readable(images.select('test'))[0]
-    marked, why = _marked(tested, limit)
+    marked, why = _marked(tested, marks, limit)
     first = start_of(model, run / 'start', seeds[0], pretrained, device)
     how = dict(variants=list(variants), seeds=list(seeds), warm=warm, n_boot=n_boot)
     run.freeze(study_config('patchib_ablation', first, images, settings, **how))
@@ -212,9 +213,9 @@ def ablation(
     return _gathered(run, images, tables, seeds, histories, clips, marked, why)
 
 
-def _marked(tested, limit):
+def _marked(tested, marks, limit):
     try:
-        return marked_images(tested, limit=limit), ''
+        return marked_images(tested, marks, limit=limit), ''
     except InputError as e:
         return None, str(e)
 

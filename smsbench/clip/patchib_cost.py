@@ -6,6 +6,8 @@
 __all__ = ['encoding_macs', 'encoding_cost', 'with_promise']
 
 # %% ../../nbs/50_clip/305_patchib_cost.ipynb #9c2d6ed9
+import math
+
 import numpy as np, pandas as pd
 
 from ..core import InputError
@@ -47,10 +49,12 @@ def encoding_cost(
     device = str(pixels.device)
     for model in models.values():
         _encode(model, pixels)  # warm up
-    runs = []
+    with Meter(device) as once:
+        _encode(models['A'], pixels)
+    repeats, runs = math.ceil(0.2 / once.seconds), []  # processor time is counted in 10 ms
     for r in range(rounds):
         order = list(models)[:: -1 if r % 2 else 1]
-        runs.append({n: _timed(models[n], pixels, device) for n in order})
+        runs.append({n: _timed(models[n], pixels, device, repeats) for n in order})
     return pd.DataFrame(_cost_row(n, m, pixels, runs) for n, m in models.items())
 
 
@@ -61,12 +65,14 @@ def _encode(model, pixels):
         model.encode_image(pixels)
 
 
-def _timed(model, pixels, device):
+def _timed(model, pixels, device, repeats):
     with Meter(device) as one:
         _encode(model, pixels[:1])
-    with Meter(device) as all_:
-        _encode(model, pixels)
-    return dict(all_.read, latency=one.seconds)
+    with Meter(device) as many:
+        for _ in range(repeats):
+            _encode(model, pixels)
+    spent = {k: getattr(many, k) / repeats for k in ('seconds', 'cpu_seconds')}
+    return dict(spent, foreign=many.foreign, latency=one.seconds)
 
 
 def _cost_row(name, model, pixels, runs):

@@ -77,6 +77,7 @@ def top_patches(
 # %% ../../nbs/50_clip/015_patchib_heads.ipynb #156ed094
 def salience_head(
     width: int,  # of the patch vectors
+    seed: int = 0,  # of the weights, which do not depend on what was drawn before
 ):  # torch module: (B,N,width) -> (B,N,1) scores
     "Make a linear salience head."
     import torch
@@ -84,6 +85,7 @@ def salience_head(
     head = torch.nn.Sequential(
         torch.nn.LayerNorm(width, elementwise_affine=False), torch.nn.Linear(width, 1)
     )
-    torch.nn.init.normal_(head[1].weight, std=0.02)
-    torch.nn.init.constant_(head[1].bias, 1.0)
+    draw = torch.Generator().manual_seed(seed)
+    torch.nn.init.normal_(head[1].weight, std=0.02, generator=draw)
+    torch.nn.init.zeros_(head[1].bias)
     return head

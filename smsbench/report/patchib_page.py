@@ -235,9 +235,9 @@ def terms_figure(
             axes[1, i].plot(h.epoch, h[f'train_grad {t}'], color=colour, marker='.')
             base = base + share
         axes[0, i].set(title=name, ylim=(0, 1))
-        axes[1, i].set(xlabel='epoch', yscale='symlog')
+        axes[1, i].set(xlabel='epoch')
     axes[0, 0].set(ylabel='share of the loss')
-    axes[1, 0].set(ylabel='gradient')
+    axes[1, 0].set(ylabel='length of the gradient', ylim=(0, None))
     handles = {t: h for ax in axes[0] for h, t in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles, loc='outside upper center', ncols=len(handles))
     fig.alt = f"Shares of the terms {', '.join(handles)} in the loss of {', '.join(names)}."
