@@ -57,7 +57,7 @@ def make(folder):
 # ----------------------------------------------------------------------------------- word-level
 
 
-@tried(max_examples=8, deadline=None)
+@tried(max_examples=5, deadline=None)
 @given(
     st.integers(1, 5), st.integers(1, 5), st.integers(1, 7), st.integers(1, 6), st.integers(0, 999)
 )
@@ -289,7 +289,7 @@ def test_dropping_is_as_fast_as_it_promises(capsys):
         models[name] = attach(open_clip.CLIP(64, image, text), VARIANTS[name]).eval()
         set_progress(models[name], 1.0)
     for _ in range(3):  # other work on the machine may spoil a measurement, not three
-        cost = encoding_cost(models, torch.randn(4, 3, 224, 224), rounds=5)
+        cost = encoding_cost(models, torch.randn(4, 3, 224, 224), rounds=3)
         row = with_promise(cost).set_index('variant')
         e = row.loc['E']
         if abs(e.faster_cpu / e.promised - 1) <= 0.15:
@@ -304,14 +304,15 @@ def test_one_command_gives_a_report(here, tmp_path):
     small = dict(n_films=60, epochs=1, warm=1, n_marked=6, n_boot=20, batch_size=16)
     sets = [x for k, v in small.items() for x in ('--set', f'{k}={v}')]
     code, out, err = here(
-        'clip', 'ablate', '--variants', 'A,C,E', *sets, '--device', 'cpu', '--out', tmp_path / 'run'
+        'clip', 'ablate', '--variants', 'A,C', *sets, '--device', 'cpu', '--out', tmp_path / 'run'
     )
     assert code == 0, err
     page = (tmp_path / 'run/report.html').read_text()
-    assert 'MAIRA-2' in page and 'recall@5: ' in page and 'finds marked regions' in page
+    for said in ('MAIRA-2', 'recall@5', 'against A', 'finds marked regions'):
+        assert said in page, said
     found = pd.read_parquet(tmp_path / 'run/metrics.parquet')
     own = found[(found.metric == 'kept') & (found.arm == 'own')].set_index('model').value
-    assert own['A'] == 1 and own['E'] == 0.5
+    assert own['A'] == 1 > own['C']
     for metric in ('image_to_text recall@5', 'macro_auroc', 'mask_recall', 'mask_entropy'):
         arms = found[
             (found.model == 'C') & (found.metric == metric) & (found.subgroup == 'all')

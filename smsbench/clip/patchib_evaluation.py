@@ -99,7 +99,7 @@ def equal_area(
     many, rng = (weights > 0).sum(1), np.random.default_rng([seed, 5])
     height = rng.random(weights.shape)
     if kind == 'centre':
-        height = centre_prior(grid).ravel() + 1e-9 * height
+        height = centre_prior(grid).ravel() + 1e-9 * height[:1] + 0 * height
     rank = np.argsort(np.argsort(-height, 1), 1)
     return rank < many[:, None]
 
