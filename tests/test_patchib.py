@@ -301,7 +301,7 @@ def test_dropping_is_as_fast_as_it_promises(capsys):
 
 
 def test_one_command_gives_a_report(here, tmp_path):
-    small = dict(n_films=60, epochs=1, warm=1, n_marked=6, n_boot=20, batch_size=16)
+    small = dict(n_films=60, epochs=1, warm=0, n_marked=3, n_boot=10, batch_size=16)
     sets = [x for k, v in small.items() for x in ('--set', f'{k}={v}')]
     code, out, err = here(
         'clip', 'ablate', '--variants', 'A,C', *sets, '--device', 'cpu', '--out', tmp_path / 'run'
