@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['clip_app', 'ModelOption', 'PretrainedOption', 'CohortOption', 'FindingsOption', 'ByOption', 'SplitsOption',
-           'PromptsOption', 'DeviceOption', 'PadOption', 'train', 'read_settings', 'settings_text', 'evaluate',
-           'scores_shown', 'compare_models']
+           'PromptsOption', 'DeviceOption', 'PadOption', 'train', 'read_settings', 'settings_text', 'ablate',
+           'evaluate', 'scores_shown', 'compare_models']
 
 # %% ../../nbs/80_cli/60_clip.ipynb #b0465146
 from pathlib import Path
@@ -257,6 +257,95 @@ _WHOLE = (
     'recall@1',
     'recall@10',
 )
+
+
+@clip_app.command()
+def ablate(
+    out: OutOption,
+    cohort: Annotated[
+        Path | None,
+        typer.Option(help='Cohort file, as `smsbench cohort` writes it; default: a phantom.'),
+    ] = None,
+    root: RootOption = None,
+    findings: FindingsOption = '',
+    splits: SplitsOption = None,
+    marks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Radiologists' boxes, masks or polygons; default: the boxes of the cohort."
+        ),
+    ] = None,
+    texts: Annotated[
+        str,
+        typer.Option(
+            help="'labels': a sentence that names the findings is the text; 'report': the report."
+        ),
+    ] = 'labels',
+    model: Annotated[
+        str,
+        typer.Option(
+            help=(
+                'Where all variants begin: a folder, hf-hub:ID, or a name of open_clip with'
+                ' --pretrained; default: a tiny transformer.'
+            )
+        ),
+    ] = '',
+    pretrained: PretrainedOption = '',
+    variants: Annotated[
+        str, typer.Option(help='Variants, comma-separated, A among them.')
+    ] = 'A,B,C,D,E',
+    seeds: Annotated[str, typer.Option(help='Seeds of training, comma-separated.')] = '0',
+    put: Annotated[
+        list[str] | None,
+        typer.Option(
+            '--set',
+            metavar='NAME=VALUE',
+            help=(
+                'warm, epochs, batch_size, lr, n_films, n_marked, margin, n_boot or seed, e.g.'
+                ' --set epochs=8; repeatable.'
+            ),
+        ),
+    ] = None,
+    device: DeviceOption = 'auto',
+):
+    """Compare variants A to E of the patch information bottleneck on one cohort.
+
+    A: plain CLIP. B: words against patches. C: patches let through or not. D: soft top-k. E:
+    patches dropped inside the encoder. All begin with the same weights and have the same budget.
+
+    Writes report.html, metrics.parquet, cost.csv and the trained models. An interrupted command
+    resumes.
+
+    Example:  smsbench clip ablate --set n_films=600 --set epochs=8 --seeds 0,1,2 --out
+    runs/ablation
+
+    Example, own data:  smsbench clip ablate --cohort nih.parquet --model ViT-B-32 --pretrained
+    openai --set lr=1e-5 --set warm=0 --out runs/nih
+    """
+    from smsbench.report.html import render
+
+    given = dict(
+        out=str(out),
+        cohort=str(cohort or ''),
+        root=str(root or ''),
+        splits=str(splits or ''),
+        marks=str(marks or ''),
+        findings=findings,
+        texts=texts,
+        model=model,
+        pretrained=pretrained,
+        variants=variants,
+        seeds=seeds,
+        device=device,
+    )
+    for p in put or []:
+        name, eq, value = p.partition('=')
+        if not eq or name.strip() in given:
+            raise InputError(f'--set {p}: needs NAME=VALUE, of the names that --help lists')
+        given[name.strip()] = _value(value.strip())
+    if texts not in ('labels', 'report'):
+        raise InputError(f"--texts {texts!r}: choose 'labels' or 'report'")
+    print(render('patchib_ablation', out, given))
 
 
 @clip_app.command()

@@ -577,7 +577,7 @@ def run(
             help=(
                 'Run notebook: a path, or one that comes with the package: sms_audit,'
                 ' sms_published, results_import, cohort_audit, attention_compare, clip_benchmark,'
-                ' ssa_orbital.'
+                ' patchib_ablation, ssa_orbital.'
             )
         ),
     ],

@@ -129,6 +129,16 @@ def bench(
             ),
         ),
     ] = False,
+    patchib: Annotated[
+        bool,
+        typer.Option(
+            '--patchib',
+            help=(
+                'Measure what encoding costs in variants A to E of the patch information'
+                ' bottleneck instead.'
+            ),
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ):
     """Compare the speed of published scoring (batch 1, generate) with every level of reuse.
@@ -138,7 +148,11 @@ def bench(
     Example:  smsbench bench --device cpu --out scoring.json
 
     Example, training CLIP:  smsbench bench --clip --rounds 5
+
+    Example, patch information bottleneck:  smsbench bench --patchib --device cuda
     """
+    if patchib:
+        return _bench_patchib(device, rounds, smoke, out, as_json)
     if clip:
         return _bench_clip(device, rounds, out, as_json)
     from smsbench.benchmarks.scoring import bench_table, run_bench
@@ -158,6 +172,20 @@ def _bench_clip(device, rounds, out, as_json):
         write_json(result, out)
     shown = table.drop(columns=['precision', 'peak_mib', 'foreign']).round(2)
     say(result, as_json, _columns(shown))
+
+
+def _bench_patchib(device, rounds, smoke, out, as_json):
+    from smsbench.benchmarks.patchib import patchib_benchmark
+    from smsbench.core import write_json
+
+    card = device.startswith('cuda')
+    shape = 'tiny' if smoke else 'ViT-B/16' if card else 'ViT-S/16'
+    table = patchib_benchmark(shape, device, 64 if card else 8, rounds=rounds)
+    result = dict(encoding=table.to_dict('records'), **table.attrs)
+    if out is not None:
+        write_json(result, out)
+    shown = table.assign(kept=table.kept.map({True: 'yes', False: 'no'}))
+    say(result, as_json, f'{shape}, {device}\n{_columns(shown.round(3))}')
 
 
 def _ratios(t):

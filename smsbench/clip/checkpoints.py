@@ -9,7 +9,6 @@ __all__ = ['weights_sha', 'as_one_line', 'find_clip', 'clip_config', 'own_tower'
 # %% ../../nbs/50_clip/010_checkpoints.ipynb #bf9aebb5
 import contextlib, difflib, hashlib, logging, pickle
 from pathlib import Path
-
 from ..core import InputError, read_json
 from ..torch_utils import folder_hash
 
@@ -106,7 +105,7 @@ def find_clip(
 # %% ../../nbs/50_clip/010_checkpoints.ipynb #1570c184
 def clip_config(
     folder,  # of a checkpoint
-) -> dict:  # model_cfg and preprocess_cfg
+) -> dict:  # model_cfg, preprocess_cfg, and patchib of a variant
     """Read open_clip's configuration of a folder.
 
     `InputError` where it is missing, is not of a CLIP model, or requests running code.
@@ -133,7 +132,8 @@ def clip_config(
                 f'{Path(folder).name}: {f} maps its classes to code of its own (auto_map); that is'
                 ' refused'
             )
-    return dict(model_cfg=model, preprocess_cfg=raw.get('preprocess_cfg') or {})
+    out = dict(model_cfg=model, preprocess_cfg=raw.get('preprocess_cfg') or {})
+    return out | ({'patchib': raw['patchib']} if raw.get('patchib') else {})
 
 # %% ../../nbs/50_clip/010_checkpoints.ipynb #0a348bbf
 def own_tower(

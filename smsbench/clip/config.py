@@ -8,10 +8,8 @@ __all__ = ['RUNTIME_ONLY', 'one_line_errors', 'TrainSettings', 'find_tracker']
 # %% ../../nbs/50_clip/150_config.ipynb #2f0764ba
 import functools, importlib.util, math, numbers
 from typing import Literal, get_args, get_origin
-
 from pydantic import Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
-
 from ..core import InputError, Run
 from .losses import LOSSES
 from .optim import TRAINED
@@ -116,7 +114,7 @@ class TrainSettings:
         'report', description="'report', 'prompts', or 'both': one of the two at random"
     )
     loss: Literal[tuple(LOSSES)] = Field(
-        'info_nce', description="or 'siglip', for models with a logit bias"
+        'info_nce', description="'siglip': models with a logit bias; 'patchib': variants"
     )
     positives: tuple[str, ...] = Field(
         ('text', 'study'), description="images share a report by 'text', 'study', 'class'"

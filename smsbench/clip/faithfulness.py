@@ -9,7 +9,6 @@ __all__ = ['NUMBERS', 'FILLS', 'area_iou', 'localise', 'laid', 'iou_curves', 'lo
 
 # %% ../../nbs/50_clip/260_faithfulness.ipynb #be65268d
 import numpy as np, pandas as pd
-
 from ..core import InputError, RunError, validate
 from .explain import Explanation, explain_many, target
 from .model import Clip, asking, grid_of, to_pixels
@@ -242,7 +241,6 @@ def metric_line(
     model: str,  # "
     metric: str,  # "
     arm: str,  # "
-    *,
     subgroup: str,  # "
     values,  # (n,) numbers; NaN is ignored
     patients,  # (n,) clusters

@@ -31,6 +31,7 @@ _LAST = (
     'attnpool',
     'pooler',
     'text_projection',
+    'patchib',
 )
 
 
@@ -123,6 +124,7 @@ def freeze(
     for n, p in model.named_parameters():
         p.requires_grad_(
             what == 'all'
+            or n.startswith('visual.patchib.')  # a head that was just made is never locked
             or (
                 n in head or n.startswith('logit_')
                 if what == 'probe'

@@ -9,9 +9,7 @@ __all__ = ['validate_job', 'train_epoch', 'Trained', 'train', 'phantom_recipe', 
 import math, time
 from dataclasses import dataclass, replace
 from pathlib import Path
-
 import pandas as pd
-
 from ..core import InputError, Run, RunError, atomic, environment, progress, write_json
 from ..data.phantom import phantom_cohort
 from .dataset import Images, images_of
@@ -27,6 +25,7 @@ from smsbench.clip.training_run import (
 )
 from .model import Clip, load_clip, save_clip, weights_sha
 from .optim import freeze, lr_factor, set_lr, training_mode
+from .patchib_variants import set_progress, variant_of
 from .processes import share_weights, world
 from .prompts import check_prompts, prompts_for
 from .contamination import write_seen
@@ -109,8 +108,15 @@ def _history_row(job, seen):
             else math.nan
         ),
         **{f'val_{k}': v for k, v in seen.items()},
+        **_term_means(job, n),
         best=int(job.waited == 0),
     )
+
+
+def _term_means(job, n):
+    "Mean value and gradient of each term of the loss; before training they are unknown."
+    sums = {k[5:]: v / n for k, v in job.sums.items() if k.startswith('term ')}
+    return {f'train_{k}': v for k, v in sums.items()}
 
 
 def _keep(job, value):
@@ -144,6 +150,7 @@ def train_epoch(
     begin = time.perf_counter()
     for batch in epoch_batches(job):
         set_lr(job.optimizer, lr_factor(job.done, job.total, round(s.warmup * job.total), s.floor))
+        set_progress(model, job.done / job.total)
         n = len(batch['pixels'])
         found = train_step(
             model,
@@ -176,7 +183,10 @@ def train_epoch(
 
 def _add(sums, found, seconds):
     "Add the numbers of one step to the sums over the epoch."
-    more = dict(skipped=1) if found.skipped else dict(n=1, loss=found.loss, norm=found.grad_norm)
+    more = dict(skipped=1)
+    if not found.skipped:
+        more = dict(n=1, loss=found.loss, norm=found.grad_norm)
+        more |= {f'term {k}': v for k, v in found.terms.items()}
     for k, v in (more | dict(films=found.pairs, seconds=seconds)).items():
         sums[k] = sums.get(k, 0) + v
 
@@ -225,7 +235,8 @@ def train(
     good, val, left = usable_images(images, settings, run)
 
     def fix():
-        config = run_config(settings, started, good, val=val, prompts=prompts)
+        about = dict(prompts=prompts, variant=variant_of(clip.model))
+        config = run_config(settings, started, good, val=val, **about)
         n_left = format_count(len(left), access_of(good, 'the images'))
         _fix(run, config, settings, clip.info, str(clip.device), started, left, n_left)
 

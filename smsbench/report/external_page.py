@@ -668,7 +668,8 @@ def save_external(
     """Write the results of an external validation to a run directory.
 
     Files: metrics.parquet, tables/*.csv and *.tex, figures/*.png, summary.json, environment.json.
-    They hold no texts and no patients, and names only of open films that could not be read.
+    They hold no texts and no patients. Open images are named in tables/scores.csv, and in the list
+    of those that could not be read.
     """
     write_table(found.metrics, run / 'metrics.parquet', 'metrics')
     (run / 'tables').mkdir(exist_ok=True)

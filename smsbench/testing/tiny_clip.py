@@ -87,7 +87,7 @@ TINY_CLIP = {
 # %% ../../nbs/25_testing/80_tiny_clip.ipynb #a9cfd496
 def tiny_clip(
     folder,  # where to save; created if missing
-    kind: str = 'timm-hf',  # a key of `TINY_CLIP`
+    kind='timm-hf',  # a key of `TINY_CLIP`, or such a configuration
     seed: int = 0,  # seed of the weights
     *,
     size: int = 64,  # height and width of the model's input, pixels; a multiple of 32
@@ -96,11 +96,12 @@ def tiny_clip(
 
     It has fewer than half a million weights. `InputError` for another kind or size.
     """
-    if kind not in TINY_CLIP:
+    if isinstance(kind, str) and kind not in TINY_CLIP:
         raise InputError(f"no tiny CLIP of kind {kind!r}; choose from {', '.join(TINY_CLIP)}")
     if size < 32 or size % 32:
         raise InputError(f'an image size of {size}: a tiny CLIP takes a multiple of 32 pixels')
-    folder, config = Path(folder), json.loads(json.dumps(TINY_CLIP[kind]))  # a copy
+    config = json.loads(json.dumps(TINY_CLIP[kind] if isinstance(kind, str) else kind))  # a copy
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config['vision_cfg']['image_size'], text = size, config['text_cfg']
     if 'hf_tokenizer_name' in text:
