@@ -8,6 +8,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def open_words():
+    "A test that reads credentialed data does not silence the messages of the next one."
+    from smsbench.privacy import open_messages
+
+    open_messages()
+
+
 @pytest.fixture
 def cli(tmp_path):
     "Run `smsbench …` as a person would; returns (exit code, stdout, stderr)."

@@ -341,7 +341,7 @@ def test_attention_and_its_gradient_agree_with_another_way_to_take_them(random_c
         for (m, q), a in zip(theirs, ours):
             n, w = q.shape[1], m.embed_dim
             q, k, _ = (
-                z.view(len(q), n, m.num_heads, method=-1).transpose(1, 2)
+                z.view(len(q), n, m.num_heads, -1).transpose(1, 2)
                 for z in F.linear(q, m.in_proj_weight, m.in_proj_bias).split(w, -1)
             )
             assert torch.allclose(
