@@ -252,7 +252,7 @@ model, out, settings = sys.argv[1:]
 films = label_sentences(images_of(phantom_cohort(32, seed=3, findings=('effusion', 'device'))))
 with processes('cpu'):
     clip = as_variant(load_clip(model, device='cpu'), 'C')
-    train(films, clip, TrainSettings.from_values(**json.loads(settings)), out)
+    train(films, clip, TrainSettings.from_values(**json.loads(settings)), out=out)
 '''
 
 

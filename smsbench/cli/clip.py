@@ -227,13 +227,8 @@ def read_settings(
         name, eq, value = p.partition('=')
         if not eq:
             raise InputError(f'--set {p}: needs NAME=VALUE')
-        given[name.strip()] = _value(value.strip(), f'--set {p}')
+        given[name.strip()] = plain_value(value.strip(), f'--set {p}')
     return TrainSettings.from_values(**given)
-
-
-def _value(text, what):
-    "Parse a number, boolean, list or word."
-    return plain_value(text, what)
 
 # %% ../../nbs/80_cli/60_clip.ipynb #1a2c473e
 def settings_text():
@@ -342,7 +337,7 @@ def ablate(
         name, eq, value = p.partition('=')
         if not eq or name.strip() in given:
             raise InputError(f'--set {p}: needs NAME=VALUE, of the names that --help lists')
-        given[name.strip()] = _value(value.strip())
+        given[name.strip()] = plain_value(value.strip(), f'--set {p}')
     if texts not in ('labels', 'report'):
         raise InputError(f"--texts {texts!r}: choose 'labels' or 'report'")
     print(render('patchib_ablation', out, given))
