@@ -570,7 +570,9 @@ def test_external_validation_of_a_trained_checkpoint(trained, tmp_path):
         and at.loc[('zero_shot', 'macro_f1', 'all')].value
         > at.loc[('zero_shot', 'macro_prevalence', 'all')].value
     )
-    assert not any(n.startswith('WARNING') for n in found.notes) and {
+    warned = [n for n in found.notes if n.startswith('WARNING')]
+    assert all('reports are longer than' in n for n in warned)  # the tiny tower reads few tokens
+    assert {
         'curves',
         'calibration',
         'classes',
