@@ -436,6 +436,7 @@ def plan(
     Example, with reworded questions and an altered report:  smsbench plan covid.parquet
     --arms original --paraphrases 6 --probes foil --out plan.parquet
     """
+    from smsbench.audit.run import draw_plan
     from smsbench.audit.runner import Source
     from smsbench.audit.registration import register, write_registration
     from smsbench.privacy import read_table, write_table
@@ -454,7 +455,8 @@ def plan(
         **parse_rewordings(paraphrases),
     )
     table = read_table(cohort_file, 'cohort')
-    frozen, excluded = _frozen(table, settings, Source(table, root or '', remote=allow_remote))
+    source = Source(table, root or '', remote=allow_remote)
+    frozen, excluded = draw_plan(table, source, settings)
     write_table(frozen, out, 'plan', cohort_file=str(cohort_file.resolve()))
     write_table(excluded, out.with_name(out.stem + '_exclusions.parquet'))
     record, file = register(frozen, settings), out.with_name(out.stem + '_registration.yaml')
@@ -520,22 +522,3 @@ def _plan_text(frozen, excluded, out, record, file):
         f' ({why}), family {record.family} -> {file}'
     )
     return '\n'.join([trials, *lost, *question_lines(frozen), able, made, registered])
-
-
-def _frozen(table, settings, source):
-    "Make the plan of a cohort; also return the samples that arms could not use."
-    from smsbench.audit.plan import make_plan
-
-    return make_plan(
-        table,
-        settings.arms,
-        settings.seed,
-        match=settings.match,
-        variants=settings.variants,
-        read_image=source.image,
-        paraphrases=settings.rewordings,
-        probes=settings.probes,
-        opened=source.rows,
-        donors=settings.donors,
-        margin=settings.margin,
-    )
