@@ -923,8 +923,10 @@ def _difference_p(term, cells, arm):
         keep = on & np.r_[True, np.diff(cells.sample) > 0]  # one row a sample, however many draws
         return mcnemar_clustered(term.num[keep] > 0, term.minus.num[keep] > 0, cells.patients[keep])
     change = ratio_of(dyads, term.num - term.minus.num, term.den, arm=arm, bounds=ANY)
-    if change.variance == 0 or change.n_effective <= 1:
+    if change.value == 0 or change.n_effective <= 1:
         return 1.0
+    if change.variance == 0:
+        return min(1.0, 2 * 0.5**change.n_effective)  # all changed alike: the sign test
     return float(
         2 * student.sf(abs(change.value) / np.sqrt(change.variance), change.n_effective - 1)
     )
