@@ -65,7 +65,7 @@ def test_csv_images_card_works_as_it_stands_and_so_does_every_rule_in_its_commen
     for rule in rules:
         (tmp_path / 'card.yaml').write_text(card.replace('label: label ', f'label: {rule} #'))
         assert set(build_cohort(tmp_path / 'card.yaml', tmp_path)[0].label) == {'yes'}
-    assert len(rules) == 7
+    assert len(rules) == 8
     on = '\n'.join(
         line[2:] if line.startswith(('# strata', '#   sex', '#   age_band', '#   view')) else line
         for line in card.splitlines()
@@ -94,7 +94,7 @@ def test_every_block_that_the_template_keeps_in_comments_is_understood(tmp_path)
         'keep',
         'expected',
         'patient_disjoint',
-    } <= set(keys) and keys.count('table') == 4
+    } <= set(keys) and keys.count('table') == 5
 
     def understood(key, lines):
         elsewhere = key == 'text' and lines[1].strip().startswith(
