@@ -48,7 +48,7 @@ model, out, settings = sys.argv[1:]
 films = images_of(phantom_cohort(50, size=64, seed=5, findings=('opacity', 'effusion')))
 with processes('cpu'):
     settings = TrainSettings.from_values(**json.loads(settings))
-    train(films, load_clip(model, device='cpu'), settings, out)
+    train(films, load_clip(model, device='cpu'), settings, out=out)
 '''
 
 
