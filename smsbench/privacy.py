@@ -734,10 +734,13 @@ def _rest_of_few(table, few, minimum):
 def _few_unlisted(table, keys, group, minimum):
     "Mark levels beside which a few patients or samples of the whole are in no level."
     out = pd.Series(False, table.index)
-    for count in (table.n, table.n_clusters):
-        whole = count.where(table.subgroup == 'all').groupby(keys).transform('max')
-        listed = count.groupby([*keys, group]).transform('sum')
-        out |= (whole - listed).between(1, minimum - 1)
+    all_rows = table[['n', 'n_clusters']].where(table.subgroup == 'all')
+    whole = all_rows.groupby(keys).transform('max')
+    per_patient = whole.n / whole.n_clusters.clip(lower=1)  # several questions, several images
+    for name, each in (('n', per_patient), ('n_clusters', 1)):
+        listed = table[name].groupby([*keys, group]).transform('sum')
+        rest = whole[name] - listed
+        out |= (rest > 0) & (rest < minimum * each)
     return out & (group != '')
 
 # %% ../nbs/00_base/30_privacy.ipynb #34cd14d3
@@ -760,12 +763,14 @@ def without_small_verdict(
 ) -> dict:
     "Set small counts of a verdict and of its firmness checks to 0."
     counts = ('n', 'n_patients', 'n_donors', 'n_effective')
+    numbers = ('value', 'ci_low', 'ci_high')
     total = record['n_patients']
 
     def hide(r):
         rest = total - r['n_patients']  # patients whom this verdict leaves out
         few = 0 < r['n_patients'] < minimum or 0 < rest < minimum
-        return r | {c: 0 for c in counts if c in r and (few or r[c] < minimum)}
+        told = {c: np.nan for c in numbers if few and c in r}  # an interval gives its count away
+        return r | told | {c: 0 for c in counts if c in r and (few or r[c] < minimum)}
 
     firm = {k: [hide(r) for r in rows] for k, rows in record['firmness'].items()}
     return hide(record) | dict(firmness=firm)

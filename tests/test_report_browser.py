@@ -203,7 +203,8 @@ def hostile(tmp_path_factory):
     out = tmp_path_factory.mktemp('hostile')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sms_run, 'check_model', lambda spec, **how: models[spec])
-        patch.setattr(sms_score, 'open_model', lambda spec, **how: models[spec])
+        for place in (sms_run, sms_score):
+            patch.setattr(place, 'open_model', lambda spec, **how: models[spec])
         sms_run.run_audit(
             out,
             cohort,

@@ -454,7 +454,8 @@ def _judged(rates):
     ask = ('count', 'n', 'limit')
     lucks = [luck(*(r[k] for k in ask), least=r['least']) for r in rates]
     adjusted = false_discovery_control(lucks) if lucks else []
-    for r, p in zip(rates, adjusted):
+    for r, alone, p in zip(rates, lucks, adjusted):
+        r['luck'] = alone
         r['rate'] = r['count'] / r['n'] if r['n'] else float('nan')
         r['outcome'] = judge(*(r[k] for k in ask), least=r['least'], p=p)
     return rates
@@ -474,6 +475,7 @@ def judge_all(
         lowest_coverage=min((r['rate'] for r in rates if r['least']), default=float('nan')),
         at_the_margin={k: pooled_errors(settings, k) for k in ('relies', 'ignores')},
         pooled_coverage=pooled_coverage(settings, limits.coverage),
+        alone=dict(short=sum(r['luck'] < 0.05 for r in rates), of=sum(r['n'] > 0 for r in rates)),
         beyond=[r for r in rates if r['outcome'] not in ('holds', '')],
     )
 
@@ -662,6 +664,7 @@ def grid_lines(
     return [
         *lines,
         *_pooled_lines(s['pooled_coverage']),
+        *_alone_line(s),
         f"{s['audits']} audits; of the rates with a limit {counts}",
         *_engine_lines(found.get('engine')),
     ]
@@ -676,6 +679,16 @@ def _pooled_lines(pooled):
         f" {r['n']} ({r['outcome']})" + ', the least of all' * (r is often[0])
         for r in shown
     ]
+
+
+def _alone_line(summary):
+    "Say how many rates fall short on their own, beside how many would by chance."
+    short, of = summary['alone']['short'], summary['alone']['of']
+    beyond = [r for r in summary['beyond'] if r['luck'] < 0.05]
+    worst = min(beyond, key=lambda r: r['luck'], default=None)
+    name = f"; the worst: {worst['setting']}, {worst['what']} {worst['rate']:.3f}" if worst else ''
+    chance = f'{of / 20:.0f} would if all were at their limit'
+    return [f'judged alone, {short} of {of} fall short (p < .05), where {chance}{name}']
 
 
 OFTEN = 500  # intervals from which a pooled coverage is shown

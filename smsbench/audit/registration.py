@@ -229,9 +229,13 @@ def check_registration(
     hint = '; give the plan that was registered with --plan' if other == 'plan' else ''
     raise InputError(
         f'the registration of {record.registered} names another {names.get(other, other)}'
-        f" ({kept[other] or 'none'}) than this audit ({asked[other] or 'none'}){hint}; audit as"
+        f" ({_or_none(kept[other])}) than this audit ({_or_none(asked[other])}){hint}; audit as"
         ' registered, or register anew before the first answer'
     )
+
+
+def _or_none(value):
+    return 'none' if value in ('', None) else value
 
 # %% ../../nbs/35_audit/180_registration.ipynb #ff323024
 FOLLOWED = (

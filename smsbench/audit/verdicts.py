@@ -479,7 +479,29 @@ def _records(cells, members, plan, *, delivery, silent, margin, family):
         found[k] = _with_firmness(verdict, answers, modality, plan.attrs, factor)
     if access_of(plan, 'the plan') != 'open':
         found = {k: _without_few(v, margin) for k, v in found.items()}
+        _withhold_levels(found, cells, margin)
     return found
+
+
+def _withhold_levels(found, cells, margin):
+    "Withhold the smallest levels of a stratum while few patients are in none that is shown."
+    why = f'fewer than {FEWEST} patients would follow from it'
+    for whole in [k for k in found if k[1] == 'all']:
+        strata = {}
+        for k in found:
+            if (k[0], k[1], k[3]) == (whole[0], 'subgroup', whole[3]) and found[k]['n_patients']:
+                strata.setdefault(k[2].partition('=')[0], []).append(k)
+        for levels in strata.values():
+            levels.sort(key=lambda k: len(set(cells[k].patients)))
+            while levels and 0 < _left_over(cells[whole], [cells[k] for k in levels]) < FEWEST:
+                record = nothing('too few', margin, why, verdict='undecided')
+                found[levels.pop(0)] = record | _nothing_more()
+
+
+def _left_over(whole, parts):
+    "Count the patients of the samples that no part has."
+    listed = pd.concat([p.samples.sample_id for p in parts])
+    return whole.samples[~whole.samples.sample_id.isin(listed)].patient_id.nunique()
 
 # %% ../../nbs/35_audit/150_verdicts.ipynb #59b9f53c
 def _add_pooled(findings):

@@ -239,19 +239,33 @@ def coverage(
     and then:  smsbench coverage --grid my_grid.yaml --out mine.json --figure mine.png
     """
     from smsbench.core import read_json
-    from smsbench.audit.coverage import grid_file, grid_lines, read_grid, run_grid
+    from smsbench.audit.coverage import (
+        Limits,
+        grid_file,
+        grid_lines,
+        judge_all,
+        read_grid,
+        run_grid,
+    )
 
     if show_grid:
         return print(grid_file().read_text(encoding='utf-8'), end='')
     if show is not None:
-        return print('\n'.join(grid_lines(read_json(show), every)))
+        found = read_json(show)
+        print('\n'.join(grid_lines(found, every)))
+        return _fail_if_broken(judge_all(found['settings'], Limits(**found['limits'])))
     if out is None:
         raise InputError('give --out, the JSON file to write')
     result = run_grid(read_grid(grid, small, audits), out, workers)
     if figure is not None:
         save_figure('coverage', result, figure)
     say(result['summary'], as_json, '\n'.join([*grid_lines(result, every), f'-> {out}']))
-    judged = result['summary']['beyond'] + result['summary']['pooled_coverage']
+    _fail_if_broken(result['summary'])
+
+
+def _fail_if_broken(summary):
+    "Raise `RunError` if a rate is broken."
+    judged = summary['beyond'] + summary['pooled_coverage']
     broken = [r for r in judged if r['outcome'] == 'broken']
     if not broken:
         return

@@ -455,7 +455,8 @@ def _matched(runs, is_open):
     "Say what matching leaves of a verdict: 'sex, view: relies (240 samples)'."
 
     def said(r):
-        if not r['n'] and points(r['value']) == DASH:
+        silent = r['verdict'] in (None, 'undecided') and points(r['value']) == DASH
+        if not r['n'] and silent:
             return 'no donor agrees' if is_open else 'few donors agree, or none'
         count = format_count(int(r['n']), 'open' if is_open else 'credentialed')
         many = f'{count} samples' if is_open or r['n'] else 'number withheld'
@@ -702,7 +703,7 @@ def _behind(row, is_open):
         return str(int(n)) if is_open else _withheld(n)
 
     told = f'{count(donors)} ({count(row.n_effective)})' if donors and not few else DASH
-    return {'samples': '<10' if few else count(row.n), 'donors (effective)': told}
+    return {'samples': 'withheld' if few else count(row.n), 'donors (effective)': told}
 
 # %% ../../nbs/70_report/210_audit_page.ipynb #9619c899
 def comparison_table(
