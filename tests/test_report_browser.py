@@ -204,7 +204,7 @@ def hostile(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sms_run, 'check_model', lambda spec, **how: models[spec])
         for place in (sms_run, sms_score):
-            patch.setattr(place, 'open_model', lambda spec, **how: models[spec])
+            patch.setattr(place, 'open_model', lambda m, **how: models[getattr(m, 'name', m)])
         sms_run.run_audit(
             out,
             cohort,
