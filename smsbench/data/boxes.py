@@ -152,7 +152,11 @@ def _cropped(box, h, w):
 def _share(numbers, form):
     "Return whether a box lies within the first pixel, as shares of an image do."
     ends = as_box(numbers, form)
-    return ends is not None and min(ends) >= 0 and max(ends) <= 1
+    if ends is None or min(ends) < 0:
+        return False
+    given = [float(n) for n in numbers]
+    a_little_more = max(given) <= 1.5 and any(n % 1 for n in given)
+    return max(ends) <= 1 or a_little_more
 
 
 _FEW, _LARGE = 20, 300  # boxes from which their places tell; shortest side of a large image

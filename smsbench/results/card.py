@@ -258,7 +258,8 @@ def _choices(table):
     labels = [' '.join(str(v).split()) for v in table.label]
     sides = [_side(v) for v in labels]
     few = list(dict.fromkeys(v for v in labels if v))
-    rest = ('yes', 'no') if any(sides) or not few else ()
+    closed = all(sides) or {'yes', 'no'} <= {v.lower() for v in few}
+    rest = ('yes', 'no') if closed or not few else ()
     if not rest and len(few) <= MOST_CHOICES:
         rest = tuple(few)
     return [

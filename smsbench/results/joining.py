@@ -91,13 +91,20 @@ def arms_of(
 
 
 def _keys(plan, source):
-    "(arm, image shown, words of the question) -> trial ids."
+    "(arm, image shown, words of the question) -> trial ids; none whose donor no table names."
     out = {}
     for t in plan.itertuples(index=False):
+        if _has_donor(t):
+            continue
         shown = source.rows[t.image_id or t.sample_id].image
         asked = ' '.join(words(source.task(t).question.lower()))
         out.setdefault((t.arm, shown, asked), []).append(t.trial_id)
     return out
+
+
+def _has_donor(t):
+    "Check whether a trial shows the image or text of another sample."
+    return any(i not in ('', t.sample_id) for i in (t.image_id, t.text_id))
 
 
 def join_trials(
@@ -112,28 +119,30 @@ def join_trials(
     names = _names(r.image for r in source.rows.values())
     asked = {q for _, _, q in keys}
     only = next(iter(asked)) if len(asked) == 1 else ''
-    rows, why = [], dict(joined=0, several=0, no_arm=0, no_image=0, no_trial=0)
+    donors = {t.arm for t in plan.itertuples(index=False) if _has_donor(t)}
+    rows, why = [], dict(joined=0, several=0, no_arm=0, donor=0, no_image=0, no_trial=0)
     for r in table.itertuples(index=False):
         arm, image = at[r.condition], find_image(r.image, names)
         question = ' '.join(words(str(r.question).lower())) or only
         hits = keys.get((arm, image, question), [])
-        lacks = 'no_arm' if not arm else 'no_image' if not image else 'no_trial'
+        lacks = 'no_image' if not image else 'no_trial'
+        lacks = 'no_arm' if not arm else 'donor' if arm in donors else lacks
         kind = lacks if not hits else 'joined' if len(hits) == 1 else 'several'
         why[kind] += 1
         if kind == 'joined':
-            rows.append(_answer(hits[0], r))
+            rows.append(_answer(hits[0], r, source.sealed))
     columns = ['trial_id', 'model', 'raw_text', 'logprobs']
     out = pd.DataFrame(rows, columns=columns).drop_duplicates(['trial_id', 'model'])
     return out, why
 
 
-def _answer(trial_id, r):
-    "An answer as the import of predictions takes it."
+def _answer(trial_id, r, sealed):
+    "An answer as the import of predictions takes it; its words may quote what a model read."
     scores = json.loads(r.logprobs) if r.scored and r.logprobs else None
     if scores and max(scores) > 1e-6:
         scores = None  # similarities are no log-probabilities
     lp = dict(zip(r.choices, scores)) if scores else None
-    text = r.said if r.scored and not r.answer else r.answer
+    text = r.said if sealed or (r.scored and not r.answer) else r.answer
     return dict(trial_id=trial_id, model=r.model, raw_text=text, logprobs=lp)
 
 # %% ../../nbs/37_results/40_joining.ipynb #8b7d9fe5
@@ -181,6 +190,8 @@ def join_sentences(
     words_ = dict(
         several='fit several trials',
         no_arm='have a condition that is no arm (name it under `arms` of the card)',
+        donor='show another patient’s image or text, but the table does not say whose (join'
+        ' them by trial_id: smsbench trials, then smsbench predictions)',
         no_image='have an image that is not in the cohort',
         no_trial='fit no trial of the plan',
     )

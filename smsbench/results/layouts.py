@@ -9,7 +9,7 @@ __all__ = ['LAYOUTS', 'COLUMNS', 'read_cells', 'recognise']
 import json
 from pathlib import Path
 
-import pandas as pd
+import numpy as np, pandas as pd
 
 from ..core import InputError
 from ..answers.stripping import flat
@@ -138,18 +138,16 @@ def _batch(cells, path):
 
 def _harness(cells, path):
     "Samples of lm-evaluation-harness or lmms-eval; one row per sample, of its first filter."
-    out = []
+    out, told = [], []
     for r in cells.to_dict('records'):
-        doc, target = _value(r.get('doc', '')), str(_first(_value(r.get('target', ''))))
+        doc, said = _value(r.get('doc', '')), _said(r)
         doc = doc if isinstance(doc, dict) else {}
-        choices = doc.get('choices') or doc.get('options') or []
-        choices = choices.get('text', []) if isinstance(choices, dict) else _value(choices)
-        choices = [str(c) for c in choices] if isinstance(choices, list) else []
-        said = _value(r.get('resps') or r['filtered_resps'])
-        lp = _log_probabilities(said)
-        lp = lp if lp and len(lp) == len(choices or ('no', 'yes')) else None
-        if target.isdecimal() and choices and int(target) < len(choices):
-            target = choices[int(target)]
+        lp, choices = _log_probabilities(said), _choices_of(doc)
+        if lp and len(choices) != len(lp):
+            choices = _continuations(r, len(lp), path)
+        target = _target(str(_first(_value(r.get('target', '')))), choices, bool(lp))
+        if lp:
+            told.append((r.get('acc', ''), choices[int(np.argmax(lp))] == target))
         out.append(
             dict(
                 answer='' if lp else flat(_first(said)),
@@ -161,7 +159,61 @@ def _harness(cells, path):
                 logprobs=as_cell(lp) if lp else '',
             )
         )
+    _check_accuracy(told, path)
     return pd.DataFrame(out, index=cells.index)
+
+
+def _said(r):
+    "What a sample holds: log-likelihoods, or its answer after the filter where it was repeated."
+    every, kept = _value(r.get('resps', '')), _value(r.get('filtered_resps', ''))
+    if _log_probabilities(every):
+        return every
+    repeated = isinstance(every, list) and isinstance(_once(every), list) and len(_once(every)) > 1
+    return kept if kept and (repeated or not every) else every
+
+
+def _once(values):
+    return values[0] if values else None
+
+
+def _choices_of(doc):
+    "The choices that a document of a harness lists."
+    choices = doc.get('choices') or doc.get('options') or []
+    choices = choices.get('text', []) if isinstance(choices, dict) else _value(choices)
+    return [str(c) for c in choices] if isinstance(choices, list) else []
+
+
+def _continuations(r, n, path):
+    "The `n` texts whose log-likelihoods a sample holds; `InputError` where it does not name them."
+    given = _value(r.get('arguments', ''))
+    given = list(given.values()) if isinstance(given, dict) else given
+    pairs = [list(a.values()) if isinstance(a, dict) else a for a in given or [] if a]
+    texts = [str(a[1]).strip() for a in pairs if isinstance(a, list) and len(a) > 1]
+    if len(texts) != n or len(set(texts)) < n:
+        raise InputError(
+            f'{path.name}: holds log-likelihoods but does not name their choices, so their order is'
+            ' unknown; log the samples with their arguments'
+        )
+    return texts
+
+
+def _target(target, choices, by_place):
+    "The right answer of a sample, which may stand there by its place among the choices."
+    place = int(target) if target.isdecimal() and int(target) < len(choices) else None
+    if place is None or (target in choices and not by_place):
+        return target
+    return choices[place]
+
+
+def _check_accuracy(told, path):
+    "Refuse a file whose own accuracy contradicts the reading of its log-likelihoods."
+    known = [(float(acc), own) for acc, own in told if acc in ('0', '1', '0.0', '1.0')]
+    wrong = sum(acc != own for acc, own in known)
+    if wrong > 0.1 * len(known):
+        raise InputError(
+            f'{path.name}: its own `acc` contradicts {wrong} of {len(known)} samples as they are'
+            ' read here; the choices may stand in another order'
+        )
 
 
 def _log_probabilities(said):

@@ -11,7 +11,7 @@ import ctypes, re, threading, weakref
 from dataclasses import dataclass
 from datetime import date
 import numpy as np
-from ..core import InputError, array_hash, content_hash
+from ..core import InputError, array_hash, check_plain, content_hash
 from ..privacy import quoted
 from .families import PLAIN, Capabilities
 
@@ -214,8 +214,6 @@ def chat_template(
 
 def _rendered(processor, turns, template, system):
     "Apply the chat template; `InputError` if it fails or drops the system prompt."
-    from jinja2 import TemplateError
-
     try:
         out = _apply(processor, turns, template)
         if _opened(out) and 'enable_thinking' in template:
@@ -226,7 +224,9 @@ def _rendered(processor, turns, template, system):
             f"the checkpoint's chat template does not come to an end within {RENDER_SECONDS}"
             ' seconds; mend its loops'
         ) from None
-    except (TemplateError, TypeError) as e:
+    except InputError:
+        raise
+    except Exception as e:  # a template is a program
         raise InputError(
             "the checkpoint's chat template refuses"
             f" {'a system prompt' if system else 'the prompt'} ({quoted(e)})"
@@ -236,7 +236,7 @@ def _rendered(processor, turns, template, system):
             "the checkpoint's chat template ignores the system prompt; leave it empty or put it"
             " into the question"
         )
-    return out
+    return check_plain(out, "the checkpoint's chat template")
 
 
 def _apply(processor, turns, template, answer=True, **more):
