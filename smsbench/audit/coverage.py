@@ -698,4 +698,4 @@ def _engine_lines(engine):
     "Say whether these figures are those of the code at hand."
     if engine in (None, engine_hash()):
         return []
-    return [f'counted with an earlier state of the code ({engine}); this one is {engine_hash()}']
+    return [f'counted with an earlier state of the code ({engine})']
