@@ -137,6 +137,7 @@ _MARK = re.compile(
     r'|(?:정답|答案|答え)\s*:\s*|\b(?:choose|select|pick)\s+',
     re.I,
 )
+_CORRECT = re.compile(r'\(?\b([A-J])\b\)? is (?:the )?(?:correct|right|best)\b')
 _THUS = re.compile(
     r'(?:therefore|thus|so|hence|in conclusion|in summary|overall|finally|it is)'
     r',?\s*',
@@ -155,6 +156,7 @@ def final(
 ) -> str:
     "Find the choice at the end or marked as the answer; '?' for several, '' for none."
     marked = [c for m in _MARK.finditer(text) if (c := opening(text[m.end() :], names, True))]
+    marked += [names.of[m[1].lower()] for m in _CORRECT.finditer(text) if m[1] in names.letters]
     if marked:
         return marked[-1]
     lines = text.strip().split('\n')
