@@ -130,7 +130,7 @@ def _word(answer, names):
 # %% ../../nbs/30_answers/50_reader.ipynb #891a2b81
 _OPEN = re.compile(
     r'\W*(?:which|what|where|who|whose|when|how (?:many|much|long|large|big|old))\b'
-    r'|.*\b(?:only|both|more|less|than|larger|smaller|clear)\b',
+    r'|.*\b(?:only|both|more|less|than|larger|smaller)\b|.*\bclear\W*$',
     re.I | re.S,
 )
 
